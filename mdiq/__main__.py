@@ -1,0 +1,5 @@
+"""`python -m mdiq`."""
+
+from mdiq.cli.main import main
+
+main()

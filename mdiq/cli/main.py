@@ -1,0 +1,161 @@
+"""The command line: parses, wires, and turns every MdiqError into one line and an exit code. Heavy imports come late.
+
+Exit codes: 0 ok, 1 failed, 2 bad usage or input, 130 interrupted (143 by SIGTERM).
+"""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mdiq
+from mdiq.errors import MdiqError
+from mdiq.telemetry import logging
+
+app = typer.Typer(
+    name="mdiq",
+    help="Run a large language model on several cheap devices at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Dtype(StrEnum):
+    """Number format of weights, activations and KV cache."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+
+
+class LogLevel(StrEnum):
+    """Least severe log line that is shown."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"mdiq {mdiq.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; or use --prompts.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Nodes of the ring. [default: 2]", show_default=False)
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of each node, by hand: 10,12,8.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of JSON lines, one request each.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write results there as JSON lines, as they finish.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where --out stopped.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the model's end token.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens that add up to p.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this times the most likely.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Over 1 avoids tokens seen before.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="A token that ends it; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
+    in_process: Annotated[bool, typer.Option("--in-process", help="All stages in this one process.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of weights, activations and KV cache.")] = Dtype.F32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads per node. [default: cores / nodes]", show_default=False)
+    ] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Bind node i to core i.")] = False,
+    kv_tokens: Annotated[
+        int | None, typer.Option(min=1, help="KV cache of each node in tokens. [default: by free memory]")
+    ] = None,
+    base_port: Annotated[
+        int, typer.Option(min=0, max=65000, help="Node i listens on this port + i; 0: any free ones.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout, a summary last.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
+) -> None:
+    """Run prompts on a ring of local node processes and print the answers."""
+    from mdiq.cli.run import RunOptions, execute
+    from mdiq.core.sequence import SamplingParams
+
+    logging.configure(log_level.value, node="node-0")
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    options = RunOptions(
+        prompt=prompt,
+        prompts=prompts,
+        out=out,
+        resume=resume,
+        model=model,
+        nodes=nodes,
+        layers=layers,
+        params=params,
+        raw=raw,
+        in_process=in_process,
+        dtype=dtype.value,
+        device=device,
+        threads=threads,
+        pin=pin,
+        kv_tokens=kv_tokens,
+        base_port=base_port,
+        as_json=as_json,
+        trace=trace,
+        log_level=log_level.value,
+    )
+    raise typer.Exit(execute(options))
+
+
+@app.command(hidden=True)
+def node(
+    name: Annotated[str, typer.Option(help="The node's name.")],
+    control: Annotated[str, typer.Option(help="The starter's control endpoint, e.g. tcp://127.0.0.1:5000.")],
+    listen: Annotated[str, typer.Option(help="Where this node takes activations; port 0: any free one.")],
+    threads: Annotated[int, typer.Option(min=1, help="Threads that compute.")] = 1,
+    pin: Annotated[int | None, typer.Option(help="Bind this process to one core.")] = None,
+    stdin_key: Annotated[
+        bool, typer.Option("--stdin-key", help="Read the control key from standard input, and end when that ends.")
+    ] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
+) -> None:
+    """Serve one node of a ring (started by mdiq run)."""
+    from mdiq.cli.node import serve_node
+
+    logging.configure(log_level.value, node=name)
+    raise typer.Exit(serve_node(name, control, listen, threads, pin, stdin_key=stdin_key))
+
+
+def main() -> None:
+    """Run the command line; an error that mdiq raises on purpose is one line on stderr."""
+    try:
+        app(standalone_mode=True)
+    except MdiqError as error:
+        sys.stderr.write(f"mdiq: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("mdiq: interrupted\n")
+        sys.exit(130)

@@ -1,0 +1,52 @@
+"""`mdiq node`: one Node as a process, ended by its parent."""
+
+import asyncio
+import os
+import sys
+import threading
+
+from mdiq.errors import ConfigError, MdiqError
+from mdiq.runtime.placement import pin_to_core, set_threads
+
+MOST_KEY_CHARACTERS = 128
+
+
+def serve_node(name: str, control: str, listen: str, threads: int, pin: int | None, *, stdin_key: bool) -> int:
+    """Serve until drained; return the exit code."""
+    if not stdin_key:
+        raise ConfigError("mdiq node: give --stdin-key and the control key on standard input, as mdiq run does")
+    control_key = _read_key()
+    _end_with_stdin()
+    set_threads(threads)
+    if pin is not None:
+        pin_to_core(pin)
+    # Behind set_threads: torch reads the thread count when it is imported.
+    from mdiq.runtime.node import NodeOptions, NodeProcess
+
+    try:
+        asyncio.run(NodeProcess(NodeOptions(name, control, listen, control_key, threads)).run())
+    except* MdiqError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+    return 0
+
+
+def _read_key() -> bytes:
+    try:
+        return bytes.fromhex(sys.stdin.readline(MOST_KEY_CHARACTERS).strip())
+    except ValueError:
+        raise ConfigError("mdiq node: the first line of standard input is not a key in hexadecimal") from None
+
+
+def _end_with_stdin() -> None:
+    """End this process at once when the parent's end of the pipe closes, even while torch loads or computes."""
+
+    def wait_for_end() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        # A worker thread inside torch cannot be stopped, and nothing here outlives the process.
+        os._exit(0)
+
+    threading.Thread(target=wait_for_end, name="parent-watch", daemon=True).start()

@@ -1,0 +1,207 @@
+"""What `mdiq run` prints: text as it comes, JSON lines, and the closing table. Answers go to stdout, the rest to stderr."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from mdiq.core.sequence import FinishReason
+from mdiq.runtime.options import NodeFigures
+
+
+@dataclass(slots=True)
+class Result:
+    """One Sequence as it came out. Times are seconds since the run began to serve."""
+
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    submitted_s: float
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    first_token_s: float | None = None
+    finished_s: float = 0.0
+
+    def as_json(self) -> str:
+        """Return the line of `--json` and of a results file."""
+        value: dict[str, object] = {
+            "index": self.index,
+            "prompt_token_ids": list(self.prompt_token_ids),
+            "token_ids": self.token_ids,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "timings": self._timings(),
+        }
+        if self.error is not None:
+            value["error"] = self.error
+        return json.dumps(value, ensure_ascii=False)
+
+    def _timings(self) -> Mapping[str, float | None]:
+        ttft_s = None if self.first_token_s is None else self.first_token_s - self.submitted_s
+        decode_s = None if self.first_token_s is None else self.finished_s - self.first_token_s
+        return {
+            "submitted_s": round(self.submitted_s, 6),
+            "ttft_s": None if ttft_s is None else round(ttft_s, 6),
+            "total_s": round(self.finished_s - self.submitted_s, 6),
+            "decode_tokens_per_s": round((len(self.token_ids) - 1) / decode_s, 3) if decode_s else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of a whole run.
+
+    wall_s: from the first submission to the last token.
+    overlap: per Node, the share of its compute time in which a neighbour computed too; None without a trace.
+    """
+
+    model: str
+    dtype: str
+    wall_s: float
+    results: Sequence[Result]
+    nodes: Sequence[NodeFigures]
+    counts: Mapping[str, int]
+    overlap: Mapping[str, float] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(result.token_ids) for result in self.results)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens of all Sequences over the wall time, prompts included in the time."""
+        return self.num_tokens / self.wall_s if self.wall_s > 0 else 0.0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Median time to first token."""
+        times = [r.first_token_s - r.submitted_s for r in self.results if r.first_token_s is not None]
+        return statistics.median(times) if times else None
+
+    def share(self, seconds: float) -> float:
+        """Return seconds as a share of the wall time."""
+        return seconds / self.wall_s if self.wall_s > 0 else 0.0
+
+    def as_json(self) -> str:
+        """Return the last line of `--json`."""
+        nodes = []
+        for node in self.nodes:
+            value: dict[str, object] = {
+                "name": node.name,
+                "layers": [node.layers.start, node.layers.stop],
+                "rss_bytes": node.rss_bytes,
+                "weight_bytes": node.weight_bytes,
+                "busy_share": round(self.share(node.busy_s), 4),
+                "waiting_share": round(self.share(node.waiting_s), 4),
+                "bytes_in": node.bytes_in,
+                "bytes_out": node.bytes_out,
+                "frames_dropped": node.dropped,
+            }
+            if self.overlap is not None:
+                value["overlap_share"] = round(self.overlap[node.name], 4)
+            nodes.append(value)
+        summary = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "num_sequences": len(self.results),
+            "num_tokens": self.num_tokens,
+            "wall_s": round(self.wall_s, 4),
+            "tokens_per_s": round(self.tokens_per_s, 3),
+            "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 4),
+            "nodes": nodes,
+            "counts": dict(self.counts),
+        }
+        return json.dumps({"summary": summary})
+
+
+def print_table(console: Console, summary: Summary) -> None:
+    """Print the closing table: one line of the whole, one row a Node."""
+    ttft = "-" if summary.ttft_s is None else f"{summary.ttft_s:.2f} s"
+    table = Table(
+        title=(
+            f"{summary.num_tokens} tokens in {summary.wall_s:.2f} s: {summary.tokens_per_s:.1f} tokens/s, "
+            f"time to first token {ttft}"
+        ),
+        title_justify="left",
+        title_style="bold",
+    )
+    columns = ["node", "layers", "memory", "weights", "busy", "work waited", "in", "out"]
+    if summary.overlap is not None:
+        columns.append("overlap")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for node in summary.nodes:
+        row = [
+            node.name,
+            str(node.layers),
+            _bytes(node.rss_bytes),
+            _bytes(node.weight_bytes),
+            f"{summary.share(node.busy_s):.0%}",
+            f"{summary.share(node.waiting_s):.1%}",
+            _bytes(node.bytes_in),
+            _bytes(node.bytes_out),
+        ]
+        if summary.overlap is not None:
+            row.append(f"{summary.overlap[node.name]:.0%}")
+        table.add_row(*row)
+    console.print(table)
+    if summary.overlap is not None:
+        console.print(
+            "overlap: share of a node's compute time in which a neighbour computed too; "
+            "work waited: share of the run in which frames waited while the node did not compute",
+            style="dim",
+        )
+    mended = {name: count for name, count in summary.counts.items() if count}
+    if mended:
+        console.print(f"ring: {', '.join(f'{count} {name}' for name, count in mended.items())}", style="yellow")
+
+
+def _bytes(count: int) -> str:
+    value, units = float(count), ["B", "kB", "MB", "GB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" or value >= 100 else f"{value:.1f} {units[0]}"
+
+
+class AnswerPrinter:
+    """Writes answers to stdout in the form that was asked for.
+
+    One Sequence in plain form streams; several come whole, each under a line that names it, as they finish.
+    """
+
+    def __init__(self, out: TextIO, *, as_json: bool, is_single: bool, results_file: TextIO | None) -> None:
+        self._out = out
+        self._as_json = as_json
+        self._is_single = is_single
+        self._results_file = results_file
+
+    def text(self, piece: str) -> None:
+        """Show text of a lone Sequence as it comes."""
+        if piece and self._is_single and not self._as_json and self._results_file is None:
+            self._out.write(piece)
+            self._out.flush()
+
+    def finished(self, result: Result) -> None:
+        """Show or store a finished Sequence."""
+        if self._results_file is not None:
+            self._results_file.write(result.as_json() + "\n")
+            self._results_file.flush()
+        if self._as_json:
+            self._out.write(result.as_json() + "\n")
+        elif self._results_file is None and self._is_single:
+            self._out.write("\n")
+        elif self._results_file is None:
+            self._out.write(f"--- {result.index} ({result.finish_reason})\n{result.text}\n")
+        self._out.flush()
+
+    def summary(self, summary: Summary) -> None:
+        """End the JSON lines; the plain form's table is print_table's."""
+        if self._as_json:
+            self._out.write(summary.as_json() + "\n")
+            self._out.flush()

@@ -1,0 +1,125 @@
+"""Prompts files: JSON lines to requests, with every error located. Results files: which lines are done."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdiq.core.sequence import SamplingParams
+from mdiq.errors import ConfigError
+
+MOST_LINE_BYTES = 16 * 2**20
+_KINDS = ("prompt", "prompt_token_ids", "messages")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLine:
+    """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set. ``where`` names it in errors."""
+
+    index: int
+    where: str
+    params: SamplingParams
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+
+
+def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
+    """Read a prompts file; the index of a request is its place among the lines that are not blank.
+
+    Raises:
+        ConfigError: the file cannot be read, or some lines are wrong; up to ten are named.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give a file of JSON lines") from None
+    requests: list[PromptLine] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                requests.append(_parse_line(line, f"{path}:{number}", len(requests), defaults))
+            except ConfigError as error:
+                problems.append(str(error))
+    if problems:
+        more = [f"… and {len(problems) - 10} more lines"] if len(problems) > 10 else []
+        raise ConfigError("\n".join(problems[:10] + more))
+    if not requests:
+        raise ConfigError(f'{path}: it holds no prompts; write lines such as {{"prompt": "Hello"}}')
+    return requests
+
+
+def read_finished(path: Path) -> set[int]:
+    """Return the indices that a results file holds; a last line that was cut off by a crash counts as not there.
+
+    Raises:
+        ConfigError: a line other than the last is not a result.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    finished: set[int] = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line) if line.strip() else {}
+            if "index" in value and value.get("finish_reason") != "error":
+                finished.add(int(value["index"]))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise ConfigError(
+                    f"{path}:{number}: not a line that mdiq run wrote; move the file away to start afresh"
+                ) from None
+    return finished
+
+
+def _parse_line(line: bytes, where: str, index: int, defaults: SamplingParams) -> PromptLine:
+    if len(line) > MOST_LINE_BYTES:
+        raise ConfigError(f"{where}: the line is longer than {MOST_LINE_BYTES >> 20} MiB; shorten it")
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not JSON ({str(error)[:80]}); write one JSON object a line") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f'{where}: not a JSON object; write {{"prompt": "…"}}')
+    kinds = [kind for kind in _KINDS if kind in value]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "none"
+        raise ConfigError(f"{where}: needs exactly one of {', '.join(_KINDS)}; found {found}")
+    params = defaults.replaced(value, where)
+    given = value[kinds[0]]
+    match kinds[0]:
+        case "prompt":
+            if not isinstance(given, str):
+                raise ConfigError(f"{where}: prompt: not a text")
+            _check_text(given, f"{where}: prompt")
+            return PromptLine(index, where, params, text=given)
+        case "prompt_token_ids":
+            if not isinstance(given, list) or not all(type(token) is int and token >= 0 for token in given):
+                raise ConfigError(f"{where}: prompt_token_ids: not a list of token ids")
+            return PromptLine(index, where, params, token_ids=tuple(given))
+        case _:
+            return PromptLine(index, where, params, messages=_messages(given, f"{where}: messages"))
+
+
+def _messages(given: object, where: str) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(given, list) or not given:
+        raise ConfigError(f"{where}: not a list of messages")
+    for message in given:
+        fields: Sequence[object] = (
+            [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
+        )
+        if not all(isinstance(field, str) for field in fields):
+            raise ConfigError(f'{where}: each is {{"role": "…", "content": "…"}} with two texts')
+        for field in fields:
+            _check_text(str(field), where)
+    return tuple(given)
+
+
+def _check_text(text: str, where: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: it holds half a surrogate pair; write the whole character") from None

@@ -1,0 +1,331 @@
+"""`mdiq run`: a ring on this machine, from prompts to answers and figures."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
+from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
+from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
+from mdiq.errors import ConfigError, MdiqError
+from mdiq.runtime.options import RingOptions
+from mdiq.runtime.placement import pin_to_core, set_threads, usable_cores
+from mdiq.telemetry.trace import overlap_shares, write_trace
+
+if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads
+    from mdiq.engine.tokenizer import Tokenizer
+    from mdiq.runtime.local import LocalRing
+
+DEFAULT_NODES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The flags of `mdiq run`; see its help."""
+
+    prompt: str | None
+    prompts: Path | None
+    out: Path | None
+    resume: bool
+    model: str | None
+    nodes: int | None
+    layers: str | None
+    params: SamplingParams
+    raw: bool
+    in_process: bool
+    dtype: str
+    device: str
+    threads: int | None
+    pin: bool
+    kv_tokens: int | None
+    base_port: int
+    as_json: bool
+    trace: Path | None
+    log_level: str
+
+
+def execute(options: RunOptions) -> int:
+    """Run the command and return its exit code."""
+    console = Console(stderr=True)
+    lines, finished = _read_requests(options)
+    split = _hand_split(options.layers, options.nodes)
+    num_nodes = len(split) if split else options.nodes or DEFAULT_NODES
+    threads = options.threads or max(usable_cores() // num_nodes, 1)
+    set_threads(threads)
+    if options.pin:
+        if not options.in_process and num_nodes > usable_cores():
+            raise ConfigError(f"--pin: {num_nodes} nodes need as many cores; there are {usable_cores()}")
+        pin_to_core(0)
+    with _results_file(options, finished) as results_file:
+        todo = [line for line in lines if line.index not in finished]
+        if not todo:
+            console.print(f"{options.out}: all {len(lines)} requests are done already")
+            return 0
+        from mdiq.engine.checkpoint import open_checkpoint
+        from mdiq.engine.model_source import find_model
+        from mdiq.engine.tokenizer import Tokenizer
+        from mdiq.plan.split import check_split, split_layers
+
+        model = find_model(options.model, progress=lambda text: console.print(text, style="dim"))
+        config = open_checkpoint(model).config
+        layers = (
+            check_split(split, config.num_layers) if split else split_layers(config.num_layers, num_nodes)
+        )
+        tokenizer = Tokenizer.load(model)
+        ring_options = RingOptions(
+            model=model,
+            layers=layers,
+            dtype=options.dtype,
+            device=options.device,
+            threads=threads,
+            pin=options.pin,
+            in_process=options.in_process,
+            kv_tokens=options.kv_tokens,
+            base_port=options.base_port,
+            trace=options.trace is not None,
+            log_level=options.log_level,
+        )
+        run = _Run(options, ring_options, tokenizer, todo, console, results_file)
+        return _run_until_signal(run)
+
+
+class _Run:
+    """One run: requests in, results out."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        ring_options: RingOptions,
+        tokenizer: "Tokenizer",
+        lines: list[PromptLine],
+        console: Console,
+        results_file: TextIO | None,
+    ) -> None:
+        self._options = options
+        self._ring_options = ring_options
+        self._tokenizer = tokenizer
+        self._lines = lines
+        self._console = console
+        self._is_single = options.prompts is None
+        self._printer = AnswerPrinter(
+            sys.stdout, as_json=options.as_json, is_single=self._is_single, results_file=results_file
+        )
+        self._results: list[Result] = []
+        self._start_s = 0.0
+
+    async def main(self) -> int:
+        from mdiq.runtime.local import LocalRing
+
+        sequences = [self._sequence(line) for line in self._lines]
+        with _loading_bars(self._console) as on_loading:
+            ring = LocalRing(self._ring_options, make_pipe=self._pipe, on_loading=on_loading)
+            await ring.__aenter__()
+        try:
+            self._start_s = time.monotonic()
+            async with asyncio.TaskGroup() as tasks:
+                for sequence in sequences:
+                    tasks.create_task(self._serve(ring, sequence), name=f"sequence-{sequence.index}")
+            await self._finish(ring)
+        finally:
+            await ring.aclose()
+        return 1 if any(result.finish_reason is FinishReason.ERROR for result in self._results) else 0
+
+    def _sequence(self, line: PromptLine) -> Sequence:
+        tokenizer = self._tokenizer
+        if line.token_ids is not None:
+            if any(token >= tokenizer.vocab_size for token in line.token_ids):
+                raise ConfigError(f"{line.where}: prompt_token_ids: the model has {tokenizer.vocab_size} tokens only")
+            prompt = line.token_ids
+        elif line.messages is not None:
+            prompt = tuple(tokenizer.chat_ids(line.messages))
+        elif self._options.raw or not tokenizer.has_chat_template:
+            prompt = tuple(tokenizer.encode(line.text or ""))
+        else:
+            prompt = tuple(tokenizer.chat_ids([{"role": "user", "content": line.text or ""}]))
+        if not prompt:
+            raise ConfigError(f"{line.where}: the prompt is empty; give at least one token")
+        return Sequence(line.index, prompt, line.params, eos_token_ids=tokenizer.eos_token_ids)
+
+    def _pipe(self, sequence: Sequence) -> "_TokenizerPipe":
+        return _TokenizerPipe(self._tokenizer, sequence.params.stop)
+
+    async def _serve(self, ring: "LocalRing", sequence: Sequence) -> None:
+        result = Result(sequence.index, sequence.prompt, submitted_s=self._now())
+        self._results.append(result)
+        try:
+            async for event in ring.stream(sequence):
+                at_s = event.at_s - self._start_s
+                if event.step.token is not None:
+                    result.token_ids.append(event.step.token)
+                    result.first_token_s = at_s if result.first_token_s is None else result.first_token_s
+                result.text += event.text
+                self._printer.text(event.text)
+                if event.step.finish_reason is not None:
+                    result.finish_reason, result.finished_s = event.step.finish_reason, at_s
+                    result.error = None if event.step.error is None else str(event.step.error)
+                    if self._is_single and event.step.error is not None:
+                        raise event.step.error
+        except MdiqError as error:
+            if self._is_single:
+                raise
+            result.finish_reason, result.finished_s = FinishReason.ERROR, self._now()
+            result.error = str(error)
+            self._console.print(f"mdiq: request {sequence.index}: {error}", markup=False, highlight=False)
+        self._printer.finished(result)
+
+    async def _finish(self, ring: "LocalRing") -> None:
+        wall_s = max((result.finished_s for result in self._results), default=0.0)
+        await ring.drain()
+        overlap: Mapping[str, float] | None = None
+        if self._options.trace is not None:
+            spans = ring.spans()
+            write_trace(self._options.trace, spans)
+            overlap = overlap_shares(spans)
+        summary = Summary(
+            model=str(self._ring_options.model),
+            dtype=self._ring_options.dtype,
+            wall_s=wall_s,
+            results=self._results,
+            nodes=ring.figures(),
+            counts=ring.service.ring.counts,
+            overlap=overlap,
+        )
+        self._printer.summary(summary)
+        if not self._options.as_json:
+            print_table(self._console, summary)
+
+    def _now(self) -> float:
+        return time.monotonic() - self._start_s
+
+
+class _TokenizerPipe:
+    """Tokens of one Sequence to text: whole characters only, and nothing of a stop text."""
+
+    def __init__(self, tokenizer: "Tokenizer", stops: tuple[str, ...]) -> None:
+        from mdiq.core.stop_text import StopText
+
+        self._stream = tokenizer.stream()
+        self._stop_text = StopText(stops)
+
+    @property
+    def stop_matched(self) -> bool:
+        return self._stop_text.matched
+
+    def push(self, token: int) -> str:
+        return self._stop_text.push(self._stream.push(token))
+
+    def finish(self) -> str:
+        return self._stop_text.push(self._stream.finish()) + self._stop_text.finish()
+
+
+def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:
+    if (options.prompt is None) == (options.prompts is None):
+        raise ConfigError('mdiq run: give a prompt or --prompts FILE, one of them: mdiq run "Why is the sky blue?"')
+    finished: set[int] = set()
+    if options.prompts is None:
+        lines = [PromptLine(0, "prompt", options.params, text=options.prompt)]
+    else:
+        lines = read_prompts(options.prompts, options.params)
+    if options.out is not None and options.out.exists():
+        if not options.resume:
+            raise ConfigError(f"{options.out}: it exists; add --resume to go on where it stopped, or move it away")
+        finished = read_finished(options.out)
+    return lines, finished
+
+
+@contextlib.contextmanager
+def _results_file(options: RunOptions, finished: set[int]) -> Iterator[TextIO | None]:
+    if options.out is None:
+        yield None
+        return
+    try:
+        if options.out.exists():
+            _drop_cut_line(options.out)
+        with options.out.open("a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"{options.out}: {error.strerror}; --out must be a file that can be written") from None
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Remove a last line without its end: a crash cut it off, and its request runs again."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def _hand_split(layers: str | None, nodes: int | None) -> list[int] | None:
+    if layers is None:
+        return None
+    try:
+        split = [int(number) for number in layers.split(",")]
+    except ValueError:
+        raise ConfigError(f"--layers {layers}: not numbers with commas between them; write for example 10,12,8") from None
+    if nodes is not None and nodes != len(split):
+        raise ConfigError(f"--layers {layers}: that is {len(split)} nodes and --nodes says {nodes}; leave --nodes out")
+    return split
+
+
+@contextlib.contextmanager
+def _loading_bars(console: Console) -> Iterator["_LoadingBars"]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _LoadingBars(progress)
+
+
+class _LoadingBars:
+    """One progress bar a Node."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bars: dict[str, TaskID] = {}
+
+    def __call__(self, node: str, done: int, total: int) -> None:
+        if node not in self._bars:
+            self._bars[node] = self._progress.add_task(f"{node} loads", total=total)
+        self._progress.update(self._bars[node], completed=done, total=total)
+
+
+def _run_until_signal(run: _Run) -> int:
+    """Run to the end, or end every process when a signal comes; return the exit code."""
+    received: list[int] = []
+
+    async def main() -> int:
+        task = asyncio.current_task()
+        assert task is not None  # this coroutine runs in one
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            if received:
+                os._exit(128 + number)
+            received.append(number)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal, number)
+        return await run.main()
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        sys.stderr.write("mdiq: interrupted\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+        # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
+        os._exit(128 + received[0] if received else 1)
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None

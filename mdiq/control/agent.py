@@ -1,0 +1,125 @@
+"""A Node's end of the control plane: joins, loads what it is told, reports, and ends when it is drained.
+
+What loading means and what there is to report come as callables: torch and the data plane stay out of here.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from mdiq.core import control
+from mdiq.core.types import Epoch, SeqId
+from mdiq.errors import MdiqError, RemoteProtocolError
+from mdiq.telemetry.trace import Span
+from mdiq.transport.base import ControlLink
+
+log = structlog.get_logger()
+
+HEARTBEAT_S = 1.0
+SPANS_PER_CHUNK = 2_000
+
+
+class Agent:
+    """Serves one Node until the Starter drains it.
+
+    load: does what an Assign says and returns what it gave.
+    heartbeat: returns the figures of now.
+    spans: returns the trace so far.
+    """
+
+    def __init__(
+        self,
+        link: ControlLink,
+        key: bytes,
+        hello: control.Hello,
+        *,
+        load: Callable[[control.Assign], Awaitable[control.Ready]],
+        heartbeat: Callable[[], control.Heartbeat],
+        spans: Callable[[], Sequence[Span]],
+    ) -> None:
+        self._link = link
+        self._key = key
+        self._hello = hello
+        self._load = load
+        self._heartbeat = heartbeat
+        self._spans = spans
+        self._outgoing: asyncio.Queue[control.Message] = asyncio.Queue(maxsize=1_000)
+
+    async def run(self) -> None:
+        """Join, obey, and return when drained.
+
+        Raises:
+            MdiqError: loading failed; the Starter has been told.
+        """
+        await self._send(self._hello)
+        sending = asyncio.create_task(self._send_queued(), name="control-send")
+        beating = asyncio.create_task(self._beat(), name="heartbeat")
+        try:
+            await self._obey()
+        finally:
+            for task in (sending, beating):
+                task.cancel()
+            await asyncio.gather(sending, beating, return_exceptions=True)
+
+    def loading(self, done: int, total: int) -> None:
+        """Report progress of loading, in tensors or any other unit."""
+        self._post(control.Loading(done, total))
+
+    def gaps(self, epoch: Epoch, seq_ids: tuple[SeqId, ...]) -> None:
+        """Report Sequences whose Frames were lost on the way here."""
+        self._post(control.Fault(epoch, tuple(seq_ids), "gap", ""))
+
+    def failure(self, epoch: Epoch, seq_ids: tuple[SeqId, ...], error: MdiqError) -> None:
+        """Report Sequences that the engine could not compute."""
+        self._post(control.Fault(epoch, tuple(seq_ids), type(error).__name__, str(error)))
+
+    async def _obey(self) -> None:
+        while True:
+            data = await self._link.receive()
+            try:
+                message = control.decode(data, self._key)
+            except RemoteProtocolError as error:
+                log.warning("control_message_dropped", error=str(error))
+                continue
+            match message:
+                case control.Assign():
+                    try:
+                        ready = await self._load(message)
+                    except MdiqError as error:
+                        await self._send(control.Failed(type(error).__name__, str(error)))
+                        raise
+                    await self._send(ready)
+                case control.Drain():
+                    await self._say_goodbye()
+                    return
+                case _:
+                    log.warning("control_message_dropped", error=f"{type(message).__name__}: not for an agent")
+
+    async def _say_goodbye(self) -> None:
+        spans = self._spans()
+        for start in range(0, len(spans), SPANS_PER_CHUNK):
+            chunk = spans[start : start + SPANS_PER_CHUNK]
+            await self._send(
+                control.TraceChunk(tuple((span.loop, span.label, span.start_s, span.stop_s) for span in chunk))
+            )
+        await self._send(self._heartbeat())
+        await self._send(control.Goodbye())
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._post(self._heartbeat())
+
+    async def _send_queued(self) -> None:
+        while True:
+            await self._send(await self._outgoing.get())
+
+    def _post(self, message: control.Message) -> None:
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            log.warning("control_message_not_sent", message=type(message).__name__)
+
+    async def _send(self, message: control.Message) -> None:
+        await self._link.send(control.encode(message, self._key))

@@ -1,0 +1,176 @@
+"""The Starter's end of the control plane: Nodes join, are told what to load, say ready, and are drained. No processes."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+
+import structlog
+
+from mdiq import errors
+from mdiq.core import control
+from mdiq.core.membership import Membership
+from mdiq.core.types import NodeId
+from mdiq.errors import EngineError, MdiqError, NodeDiedError, RemoteProtocolError
+from mdiq.telemetry.trace import Span
+from mdiq.transport.base import ControlServer
+
+log = structlog.get_logger()
+
+
+class Coordinator:
+    """Talks to the Agents of the Nodes named ``expected``.
+
+    on_fault: told of Faults; on_loading: told of a Node's progress; on_lost: told of Nodes whose Lease has ended.
+    """
+
+    def __init__(
+        self,
+        server: ControlServer,
+        key: bytes,
+        version: str,
+        expected: Iterable[NodeId],
+        *,
+        clock: Callable[[], float],
+        lease_s: float,
+        on_fault: Callable[[NodeId, control.Fault], None],
+        on_loading: Callable[[NodeId, control.Loading], None],
+        on_lost: Callable[[NodeId, MdiqError], None],
+    ) -> None:
+        self._server = server
+        self._key = key
+        self._version = version
+        self._clock = clock
+        self._lease_s = lease_s
+        self._on_fault = on_fault
+        self._on_loading = on_loading
+        self._on_lost = on_lost
+        self._members = Membership(lease_s)
+        self._identities: dict[NodeId, bytes] = {}
+        self._nodes: dict[bytes, NodeId] = {}
+        loop = asyncio.get_running_loop()
+        names = list(expected)
+        self._joined: dict[NodeId, asyncio.Future[control.Hello]] = {name: loop.create_future() for name in names}
+        self._ready: dict[NodeId, asyncio.Future[control.Ready]] = {name: loop.create_future() for name in names}
+        self._gone: dict[NodeId, asyncio.Future[None]] = {name: loop.create_future() for name in names}
+        self.heartbeats: dict[NodeId, control.Heartbeat] = {}
+        self.spans: dict[NodeId, list[Span]] = {name: [] for name in names}
+
+    async def run(self) -> None:
+        """Listen to the Agents and watch their Leases until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen(), name="control")
+            tasks.create_task(self._watch_leases(), name="leases")
+
+    async def all_joined(self) -> Mapping[NodeId, control.Hello]:
+        """Wait until every expected Node has joined.
+
+        Raises:
+            MdiqError: one of them failed or died; see ``fail``.
+        """
+        return {node: await future for node, future in self._joined.items()}
+
+    async def assign(self, assignments: Mapping[NodeId, control.Assign]) -> Mapping[NodeId, control.Ready]:
+        """Tell the Nodes what to load and wait until all have.
+
+        Raises:
+            MdiqError: one of them failed or died; see ``fail``.
+        """
+        for node, assignment in assignments.items():
+            self._members.assigned(node)
+            await self._send(node, assignment)
+        return {node: await self._ready[node] for node in assignments}
+
+    async def drain(self, deadline_s: float) -> None:
+        """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
+        for node in self._identities:
+            if not self._gone[node].done():
+                await self._send(node, control.Drain())
+        waiting = [self._gone[node] for node in self._identities]
+        if waiting:
+            await asyncio.wait(waiting, timeout=deadline_s)
+
+    def fail(self, node: NodeId, error: MdiqError) -> None:
+        """Note that a Node is gone or cannot do its part: whoever waits for it gets the error."""
+        for future in (self._joined[node], self._ready[node]):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # it is also told to on_lost: not an error that nobody looked at
+        if not self._gone[node].done():
+            self._gone[node].set_result(None)
+
+    async def _listen(self) -> None:
+        while True:
+            identity, data = await self._server.receive()
+            try:
+                self._handle(identity, control.decode(data, self._key))
+            except RemoteProtocolError as error:
+                log.warning("control_message_dropped", error=str(error))
+
+    def _handle(self, identity: bytes, message: control.Message) -> None:
+        if isinstance(message, control.Hello):
+            self._join(identity, message)
+            return
+        node = self._nodes.get(identity)
+        if node is None:
+            raise RemoteProtocolError(f"{type(message).__name__} from a peer that has not joined")
+        self._members.heard(node, self._clock())
+        match message:
+            case control.Loading():
+                self._on_loading(node, message)
+            case control.Ready():
+                self._members.ready(node)
+                if not self._ready[node].done():
+                    self._ready[node].set_result(message)
+            case control.Heartbeat():
+                self.heartbeats[node] = message
+            case control.Fault():
+                self._on_fault(node, message)
+            case control.TraceChunk():
+                self.spans[node] += [Span(*span) for span in message.spans]
+            case control.Goodbye():
+                if not self._gone[node].done():
+                    self._gone[node].set_result(None)
+            case control.Failed():
+                error = error_from(node, message)
+                self.fail(node, error)
+                self._on_lost(node, error)
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__}: an agent may not send this")
+
+    def _join(self, identity: bytes, hello: control.Hello) -> None:
+        node = NodeId(hello.node)
+        if node not in self._joined:
+            raise RemoteProtocolError(f"Hello from {hello.node!r}, which is not a node of this ring")
+        self._members.joined(node, self._clock())
+        self._identities[node] = identity
+        self._nodes[identity] = node
+        if hello.mdiq_version != self._version:
+            mismatch = EngineError(
+                f"{node}: it runs mdiq {hello.mdiq_version} and the starter {self._version}; install the same version"
+            )
+            self.fail(node, mismatch)
+            self._on_lost(node, mismatch)
+        elif not self._joined[node].done():
+            self._joined[node].set_result(hello)
+
+    async def _watch_leases(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / 4)
+            for node in self._members.expire(self._clock()):
+                if not self._gone[node].done():
+                    error = NodeDiedError(f"{node}: no heartbeat for {self._lease_s:g} s; it hangs or its link is down")
+                    self.fail(node, error)
+                    self._on_lost(node, error)
+
+    async def _send(self, node: NodeId, message: control.Message) -> None:
+        try:
+            await self._server.send(self._identities[node], control.encode(message, self._key))
+        except errors.TransportError as error:
+            log.warning("control_message_not_sent", node=node, error=str(error))
+
+
+def error_from(node: NodeId, failed: control.Failed) -> MdiqError:
+    """Return the error that a Node reported, as the class that it names if that is one of ours."""
+    kind = getattr(errors, failed.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, MdiqError)):
+        kind = EngineError
+    return kind(f"{node}: {failed.text}")

@@ -1,0 +1,162 @@
+"""Frames, Segments and Batches: what travels a Hop and what one forward runs. No bytes (wire.py), no tensors (engine/).
+
+A payload is opaque here: core only counts its rows, slices them and hands them on. The engine concatenates payloads
+and turns them into tensors, so a Ring inside one process passes tensors on without a copy.
+"""
+
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from mdiq.core.types import Epoch, SeqId
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Payload(Protocol):
+    """Rows of activations (or of token ids, on their way into the Starter's own Stage)."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the payload holds."""
+        ...
+
+    def rows(self, start: int, stop: int) -> "Payload":
+        """Return rows ``start`` to ``stop - 1`` as a payload that shares this one's memory."""
+        ...
+
+    def parts(self) -> tuple[str, int, AbstractSequence[Buffer]]:
+        """Return what the wire needs: dtype name (see ``wire.DTYPES``), row width in elements, and the bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """The payload that enters the Ring: token ids, one a row. It never travels a Hop."""
+
+    ids: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.ids)
+
+    def rows(self, start: int, stop: int) -> "TokenIds":
+        return TokenIds(self.ids[start:stop])
+
+    def parts(self) -> tuple[str, int, AbstractSequence[Buffer]]:
+        raise TypeError("token ids stay on the Starter: a Frame of them has no wire form")
+
+
+@dataclass(frozen=True, slots=True)
+class NoRows:
+    """The payload of a Frame that carries no activations."""
+
+    @property
+    def num_rows(self) -> int:
+        return 0
+
+    def rows(self, start: int, stop: int) -> "NoRows":
+        return self
+
+    def parts(self) -> tuple[str, int, AbstractSequence[Buffer]]:
+        return "none", 0, ()
+
+
+NO_ROWS = NoRows()
+
+
+class FrameKind(IntEnum):
+    """What a Frame carries."""
+
+    HIDDEN = 1
+    """Activations between two Stages: one row per token of every Segment."""
+    HEAD = 2
+    """The last Hop, back to the Starter: one row per Segment that wants logits, and none for the others."""
+    RELEASE = 3
+    """Segments of length 0: their Sequences have ended, free their KV cache. Makes a full Lap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one Sequence: positions ``start`` to ``stop - 1``.
+
+    wants_logits: the last token of the Segment completes what is known of the Sequence, so its row goes to the head.
+    """
+
+    seq_id: SeqId
+    start: int
+    length: int
+    wants_logits: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    def __str__(self) -> str:
+        return f"{self.seq_id}[{self.start}:{self.stop}]{'*' if self.wants_logits else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What travels one Hop: the Epoch, some Segments, and the payload that holds their rows in order.
+
+    cap: the MicroBatch cap that the Starter wishes now; Stages obey the newest one that they see.
+    """
+
+    epoch: Epoch
+    kind: FrameKind
+    segments: tuple[Segment, ...]
+    payload: Payload = NO_ROWS
+    cap: int = 1
+
+    def rows_of(self, segment: Segment) -> int:
+        """Return how many payload rows belong to one Segment of this Frame."""
+        if self.kind is FrameKind.HIDDEN:
+            return segment.length
+        return 1 if self.kind is FrameKind.HEAD and segment.wants_logits else 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the Segments call for; equals ``payload.num_rows`` in every legal Frame."""
+        return sum(self.rows_of(segment) for segment in self.segments)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+    def __str__(self) -> str:
+        """Describe the Frame without its payload, so that no prompt can reach a log."""
+        return f"{self.kind.name} epoch {self.epoch} [{' '.join(map(str, self.segments))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward runs: Segments of distinct Sequences with one payload each, after some releases.
+
+    releases: Sequences whose KV cache the engine frees before it runs the Segments.
+    """
+
+    epoch: Epoch
+    segments: tuple[Segment, ...]
+    payloads: tuple[Payload, ...]
+    releases: tuple[SeqId, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+
+class Engine(Protocol):
+    """What a Stage needs of whatever computes: torch in the product, the chain engine in the simulation."""
+
+    def forward(self, batch: Batch) -> Payload:
+        """Run the Batch through this Stage's layers and return its rows, in the order of the Segments.
+
+        A Stage that is not the last returns one row per token; the last Stage one row per Segment that wants logits.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget every Sequence (a new Epoch begins)."""
+        ...

@@ -1,0 +1,104 @@
+"""Who is in the Ring and in what state: a table of Leases. No clock of its own, no sockets.
+
+    state      event      next
+    JOINING    assigned   LOADING
+    LOADING    ready      READY
+    READY      assigned   LOADING
+    any        lost       LOST       (its Lease ended, or its process did)
+    LOST       joined     JOINING    (the same name, a new process)
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mdiq.core.types import NodeId
+from mdiq.errors import RemoteProtocolError
+
+
+class NodeState(StrEnum):
+    """Where a Node stands on its way into the Ring."""
+
+    JOINING = "joining"
+    LOADING = "loading"
+    READY = "ready"
+    LOST = "lost"
+
+
+_NEXT = {
+    ("joined", NodeState.LOST): NodeState.JOINING,
+    ("assigned", NodeState.JOINING): NodeState.LOADING,
+    ("assigned", NodeState.READY): NodeState.LOADING,
+    ("ready", NodeState.LOADING): NodeState.READY,
+}
+
+
+@dataclass(slots=True)
+class Member:
+    """One Node as the Starter knows it. ``lease_until`` is a time on the caller's clock."""
+
+    node: NodeId
+    state: NodeState
+    lease_until: float
+
+
+class Membership:
+    """The table of Nodes; a heartbeat renews a Lease by ``lease_s`` seconds."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._members: dict[NodeId, Member] = {}
+
+    def joined(self, node: NodeId, now: float) -> None:
+        """Enter a Node.
+
+        Raises:
+            RemoteProtocolError: a live Node of that name is in the table.
+        """
+        if node in self._members:
+            self._step(node, "joined")
+        self._members[node] = Member(node, NodeState.JOINING, now + self._lease_s)
+
+    def assigned(self, node: NodeId) -> None:
+        """Note that the Node was told what to load."""
+        self._step(node, "assigned")
+
+    def ready(self, node: NodeId) -> None:
+        """Note that the Node has loaded.
+
+        Raises:
+            RemoteProtocolError: it was not told to load anything.
+        """
+        self._step(node, "ready")
+
+    def heard(self, node: NodeId, now: float) -> None:
+        """Renew a Lease; one that has ended stays so until the Node joins again."""
+        member = self._members.get(node)
+        if member is not None and member.state is not NodeState.LOST:
+            member.lease_until = now + self._lease_s
+
+    def lost(self, node: NodeId) -> None:
+        """Note that the Node's process has ended."""
+        self._members[node].state = NodeState.LOST
+
+    def expire(self, now: float) -> list[NodeId]:
+        """Return the Nodes whose Lease has just ended; from now on they are lost."""
+        ended = [m.node for m in self._members.values() if m.state is not NodeState.LOST and m.lease_until <= now]
+        for node in ended:
+            self._members[node].state = NodeState.LOST
+        return ended
+
+    def state(self, node: NodeId) -> NodeState | None:
+        """Return the state of a Node, or None when it never joined."""
+        member = self._members.get(node)
+        return None if member is None else member.state
+
+    def in_state(self, state: NodeState) -> set[NodeId]:
+        """Return the Nodes that are in ``state``."""
+        return {member.node for member in self._members.values() if member.state is state}
+
+    def _step(self, node: NodeId, event: str) -> None:
+        state = self.state(node)
+        following = None if state is None else _NEXT.get((event, state))
+        if following is None:
+            raise RemoteProtocolError(f"node {node}: {event!r} while {state or 'unknown'} is out of order")
+        self._members[node].state = following

@@ -1,0 +1,166 @@
+"""A Sequence: one token stream with its prompt, its answer so far and how to sample it. No scheduling, no tensors.
+
+The MDI literature calls a Sequence a *sample*.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+
+from mdiq.errors import ConfigError
+
+
+class FinishReason(StrEnum):
+    """Why a Sequence ended; the words are those of the OpenAI API where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen, and when to stop.
+
+    max_tokens: most tokens to generate (at least 1).
+    temperature: 0 is greedy; otherwise logits are divided by it.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of tokens whose probabilities reach it, in (0, 1].
+    min_p: drop tokens less likely than min_p times the most likely one, in [0, 1].
+    repetition_penalty: over 1 makes tokens of the prompt and the answer less likely (Keskar et al. 2019, CTRL, 4.1).
+    stop: texts that end the answer; they are not part of it.
+    stop_token_ids: tokens that end the answer, beside the model's own.
+    ignore_eos: go on behind the model's own end tokens.
+    seed: draws depend on (seed, position) alone, so a Replay repeats itself.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            (
+                "repetition_penalty",
+                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+                "over 0 (1 is off)",
+            ),
+            ("stop", all(self.stop), "texts of at least one character"),
+            ("seed", -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
+        )
+        for name, holds, wanted in checks:
+            if not holds:
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is out of range; use {wanted}")
+
+    def replaced(self, values: Mapping[str, object], where: str) -> "SamplingParams":
+        """Return these params with the values that a JSON object gives under the same names; other names are ignored.
+
+        Raises:
+            ConfigError: a value has the wrong type or is out of range; the message begins with ``where``.
+        """
+        current = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in current.keys() & values.keys():
+            try:
+                current[name] = _convert(name, values[name], current[name])
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{where}: {name}: {error}") from None
+        try:
+            return SamplingParams(**current)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(name: str, value: object, current: object) -> object:
+    """Return a JSON value as the type of the current one, without guessing."""
+    match current:
+        case bool():
+            if isinstance(value, bool):
+                return value
+            raise TypeError(f"{value!r} is not true or false")
+        case int():
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            raise TypeError(f"{value!r} is not a whole number")
+        case float():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+            raise TypeError(f"{value!r} is not a number")
+        case _:
+            items = [value] if isinstance(value, str) else value
+            kind = str if name == "stop" else int
+            if not isinstance(items, list | tuple) or not all(type(item) is kind for item in items):
+                raise TypeError(f"{value!r} is not a list of {'texts' if kind is str else 'token ids'}")
+            return tuple(items)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One token stream.
+
+    index: the caller's name for it, unique within a Ring.
+    prompt: token ids of the prompt, at least one.
+    eos_token_ids: the model's own end tokens.
+    deadline: the time on the caller's clock at which it ends unfinished, or None.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: frozenset[int] = frozenset()
+    deadline: float | None = None
+    generated: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far: prompt and answer."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that it may grow to; the KV cache never holds more of it."""
+        return len(self.prompt) + self.params.max_tokens
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Return the token ids at positions ``start`` to ``stop - 1``."""
+        split = len(self.prompt)
+        return (*self.prompt[start:stop], *self.generated[max(start - split, 0) : max(stop - split, 0)])
+
+    def append(self, token: int, *, stop_matched: bool = False) -> FinishReason | None:
+        """Add a generated token and return why the Sequence ends with it, or None when it goes on."""
+        self.generated.append(token)
+        if token in self.params.stop_token_ids or (token in self.eos_token_ids and not self.params.ignore_eos):
+            return FinishReason.STOP
+        if stop_matched:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.generated) >= self.params.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One step of a Sequence as its caller sees it: a token, its end, or both.
+
+    position: the token's position in the Sequence (the prompt's length for the first generated one).
+    """
+
+    index: int
+    token: int | None
+    position: int
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None

@@ -1,0 +1,186 @@
+"""The Stage's side of the ring protocol: which Frames to believe, what to run next, what to send on. No I/O.
+
+Theory. Position is the sequence number: for every Sequence a Stage knows how many tokens it has taken in
+(``num_expected``, cached or queued). A Segment that starts there is queued; one that starts before is a duplicate and
+dropped; one that starts behind it is a gap, which the Starter hears of and mends with a Replay. The Epoch filters
+Frames of an older Ring, and ids that only grow filter those of Sequences that have ended. Nothing else is remembered
+of a Sequence, and all of it can be rebuilt: that is what *stateless stage* means here.
+
+    event                          known, start == expected    start < expected    start > expected
+    HIDDEN                         queue                       duplicate           gap
+    HIDDEN, unknown, newest id     queue (start 0)             -                   gap
+    HIDDEN, unknown, older id      duplicate (start 0)         -                   gap
+    RELEASE                        drop what is queued, free the cache with the next Batch, send on
+    any of another Epoch           stale
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from mdiq.core.coalesce import Queued, coalesce
+from mdiq.core.frame import Batch, Frame, FrameKind, Payload, Segment
+from mdiq.core.types import Epoch, SeqId
+from mdiq.errors import LocalProtocolError, RemoteProtocolError
+
+NO_EPOCH = Epoch(0)
+"""The Epoch of a Stage that has no assignment: no Frame carries it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a Frame: counts of its Segments, and the Sequences that have a gap."""
+
+    queued: int = 0
+    duplicates: int = 0
+    stale: int = 0
+    gaps: tuple[SeqId, ...] = ()
+
+
+class StageProtocol:
+    """Queues what arrives, hands out Batches, and turns their output into Frames for the next Stage.
+
+    token_budget: most tokens of a Batch (one Segment may exceed it alone).
+    counts: Segments by what became of them, for the metrics.
+    """
+
+    def __init__(self, token_budget: int = 512) -> None:
+        self._token_budget = token_budget
+        self._is_last = False
+        self._cap = 1
+        self._num_expected: dict[SeqId, int] = {}
+        self._newest_id = SeqId(-1)
+        self._waiting: deque[Queued] = deque()
+        self._releases: dict[SeqId, None] = {}  # a dict for its order
+        self._running: Batch | None = None
+        self.epoch = NO_EPOCH
+        self.counts: Counter[str] = Counter()
+
+    def assign(self, epoch: Epoch, *, is_last: bool) -> None:
+        """Begin a new Epoch: every Sequence is forgotten, and Frames of other Epochs are stale from now on.
+
+        The caller resets the engine. A Batch that still runs is dropped when it completes.
+
+        Raises:
+            LocalProtocolError: the Epoch does not grow.
+        """
+        if epoch <= self.epoch:
+            raise LocalProtocolError(f"assign: epoch {epoch} does not grow (now {self.epoch})")
+        self.epoch = epoch
+        self._is_last = is_last
+        self._cap = 1
+        self._num_expected.clear()
+        self._waiting.clear()
+        self._releases.clear()
+
+    @property
+    def num_waiting(self) -> int:
+        """Segments that wait to be run."""
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``take`` would return a Batch."""
+        return self._running is None and bool(self._waiting or self._releases)
+
+    def receive(self, frame: Frame) -> Receipt:
+        """Take a Frame in and tell what became of it.
+
+        Raises:
+            RemoteProtocolError: the Frame is one that no Stage may be sent.
+        """
+        if frame.kind is FrameKind.HEAD:
+            raise RemoteProtocolError(f"{frame}: rows for the head came to a stage; check the order of the ring's hops")
+        if frame.epoch != self.epoch:
+            self.counts["stale"] += len(frame.segments)
+            return Receipt(stale=len(frame.segments))
+        self._cap = frame.cap
+        if frame.kind is FrameKind.RELEASE:
+            for segment in frame.segments:
+                self._release(segment.seq_id)
+            return Receipt()
+        return self._queue(frame)
+
+    def take(self) -> Batch | None:
+        """Return the Batch to run next, or None when nothing waits or one is running."""
+        if not self.has_work:
+            return None
+        taken = coalesce(self._waiting, self._cap, self._token_budget)
+        self._running = Batch(
+            epoch=self.epoch,
+            segments=tuple(queued.segment for queued in taken),
+            payloads=tuple(queued.payload for queued in taken),
+            releases=tuple(self._releases),
+        )
+        self._releases.clear()
+        return self._running
+
+    def complete(self, batch: Batch, output: Payload) -> list[Frame]:
+        """Return the Frames to send on, now that the Batch has run; none when its Epoch is over."""
+        self._stop_running(batch)
+        if batch.epoch != self.epoch:
+            return []
+        frames = self._release_frames(batch)
+        if batch.segments:
+            kind = FrameKind.HEAD if self._is_last else FrameKind.HIDDEN
+            frame = Frame(batch.epoch, kind, batch.segments, output, self._cap)
+            if frame.num_rows != output.num_rows:
+                raise LocalProtocolError(f"{frame}: the engine gave {output.num_rows} rows, not {frame.num_rows}")
+            frames.append(frame)
+        return frames
+
+    def fail(self, batch: Batch) -> tuple[tuple[SeqId, ...], list[Frame]]:
+        """Give up a Batch whose forward failed: return its Sequences, for the Starter to hear of, and Frames to send.
+
+        What else is queued of those Sequences is dropped; their cache is freed when the Starter's RELEASE comes.
+        """
+        self._stop_running(batch)
+        if batch.epoch != self.epoch:
+            return (), []
+        seq_ids = tuple(segment.seq_id for segment in batch.segments)
+        self._waiting = deque(queued for queued in self._waiting if queued.segment.seq_id not in seq_ids)
+        for seq_id in seq_ids:
+            self._num_expected.pop(seq_id, None)
+        return seq_ids, self._release_frames(batch)
+
+    def _queue(self, frame: Frame) -> Receipt:
+        queued = duplicates = row = 0
+        gaps: list[SeqId] = []
+        for segment in frame.segments:
+            payload = frame.payload.rows(row, row + segment.length)
+            row += segment.length
+            expected = self._num_expected.get(segment.seq_id)
+            if expected is None:
+                is_new = segment.seq_id > self._newest_id and segment.start == 0
+                is_old = segment.seq_id <= self._newest_id and segment.start == 0
+            else:
+                is_new = segment.start == expected
+                is_old = segment.start < expected
+            if is_new:
+                self._newest_id = max(self._newest_id, segment.seq_id)
+                self._num_expected[segment.seq_id] = segment.stop
+                self._waiting.append(Queued(segment, payload))
+                queued += 1
+            elif is_old:
+                duplicates += 1
+            else:
+                gaps.append(segment.seq_id)
+        self.counts.update(queued=queued, duplicates=duplicates, gaps=len(gaps))
+        return Receipt(queued=queued, duplicates=duplicates, gaps=tuple(gaps))
+
+    def _release(self, seq_id: SeqId) -> None:
+        if self._num_expected.pop(seq_id, None) is not None:
+            self._waiting = deque(queued for queued in self._waiting if queued.segment.seq_id != seq_id)
+        # A Sequence that was never seen here is barred as well: its first Frame may be late.
+        self._newest_id = max(self._newest_id, seq_id)
+        self._releases[seq_id] = None
+
+    def _release_frames(self, batch: Batch) -> list[Frame]:
+        if not batch.releases:
+            return []
+        segments = tuple(Segment(seq_id, 0, 0) for seq_id in batch.releases)
+        return [Frame(batch.epoch, FrameKind.RELEASE, segments, cap=self._cap)]
+
+    def _stop_running(self, batch: Batch) -> None:
+        if batch is not self._running:
+            raise LocalProtocolError("complete or fail: this Batch is not the one that take() gave")
+        self._running = None

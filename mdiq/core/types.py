@@ -1,0 +1,63 @@
+"""Identifiers and small values that every other room uses. No behaviour beyond their own invariants."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NewType
+
+NodeId = NewType("NodeId", str)
+"""A node's name, as the topology writes it."""
+
+SeqId = NewType("SeqId", int)
+"""The id of a Sequence on the wire. It only grows and is never used again: a replayed Sequence gets a new one."""
+
+Epoch = NewType("Epoch", int)
+"""The integer version of the Ring. It is on every Frame and only grows."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """A half-open range of decoder layers: ``LayerRange(8, 16)`` is layers 8 to 15."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"LayerRange({self.start}, {self.stop}): needs 0 <= start < stop")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.stop - 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class RingSpec:
+    """What the ring protocol needs to know of a Plan.
+
+    num_stages: Stages of the Ring, the Starter's included.
+    kv_tokens: KV capacity of the Ring in tokens, the least over its Stages.
+    context_tokens: most tokens of one Sequence, prompt and answer together.
+    caps: ``caps[i]`` is the MicroBatch cap while i + 1 Sequences are live; the last one holds for more.
+    kv_block_tokens: tokens of one KvBlock; a Sequence takes whole ones.
+    """
+
+    num_stages: int
+    kv_tokens: int
+    context_tokens: int
+    caps: tuple[int, ...] = (1,)
+    kv_block_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.num_stages, self.kv_tokens, self.context_tokens, self.kv_block_tokens) < 1:
+            raise ValueError(f"{self}: every count must be at least 1")
+        if not self.caps or min(self.caps) < 1:
+            raise ValueError(f"{self}: caps must hold numbers of at least 1")
+
+    def cap(self, num_live: int) -> int:
+        """Return the MicroBatch cap while ``num_live`` Sequences are in the Ring."""
+        return self.caps[min(max(num_live, 1), len(self.caps)) - 1]

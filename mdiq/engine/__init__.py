@@ -1,0 +1,1 @@
+"""The torch engine: Batches in, rows out. No sockets, no asyncio."""

@@ -1,0 +1,86 @@
+"""Every exception that mdiq raises on purpose, and the exit code of the command line that each one means.
+
+    MdiqError                       exit code 1: something failed
+    ├── UsageError                  exit code 2: what the user asked for cannot be
+    │   ├── ConfigError             a flag, a field of a prompts file, a sampling value
+    │   ├── PlanError               a layer split that does not fit the model
+    │   └── ModelError              a model that is missing, truncated or of an unsupported kind
+    ├── CapacityError               no memory, or a prompt longer than the context
+    │   └── ContextLengthError
+    ├── ProtocolError
+    │   ├── LocalProtocolError      our own code called a protocol in the wrong order
+    │   └── RemoteProtocolError     a peer sent what it must not send
+    ├── TransportError              a socket that cannot be bound or reached
+    ├── EngineError                 a forward pass failed
+    └── RingError                   the ring stopped answering
+        ├── RingStalledError        one Sequence made no progress in spite of its replays
+        └── NodeDiedError           a process of the ring ended
+
+A message says where, what, and what to do, in one line.
+"""
+
+
+class MdiqError(Exception):
+    """Root of all errors that mdiq raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(MdiqError):
+    """The request itself cannot be served; asking again the same way gives the same answer."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A flag, a file's field or a sampling value is out of range."""
+
+
+class PlanError(UsageError):
+    """A layer split does not fit the model or the nodes."""
+
+
+class ModelError(UsageError):
+    """The model is missing, truncated, malformed or of an unsupported kind."""
+
+
+class CapacityError(MdiqError):
+    """There is not enough memory for what was asked."""
+
+
+class ContextLengthError(CapacityError):
+    """A prompt and its answer do not fit the model's context."""
+
+    exit_code = 2
+
+
+class ProtocolError(MdiqError):
+    """A rule of the ring protocol was broken."""
+
+
+class LocalProtocolError(ProtocolError):
+    """Our own code broke the rule: a bug in mdiq."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """A peer broke the rule; its frame is dropped and counted."""
+
+
+class TransportError(MdiqError):
+    """A socket cannot be bound, reached or used."""
+
+
+class EngineError(MdiqError):
+    """A forward pass failed on a node."""
+
+
+class RingError(MdiqError):
+    """The ring stopped answering."""
+
+
+class RingStalledError(RingError):
+    """A Sequence made no progress in spite of its replays."""
+
+
+class NodeDiedError(RingError):
+    """A process of the ring ended while it was needed."""

@@ -1,0 +1,1 @@
+"""The loops and processes that join engine, transport and protocols."""

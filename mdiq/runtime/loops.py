@@ -1,0 +1,137 @@
+"""The loops that every Stage runs: receive, compute, send. They overlap in asyncio; the protocols stay free of it.
+
+All protocol calls happen on the event loop's thread and never await inside, so no state machine needs a lock. Maths runs
+in one worker thread per Node, and nothing spins: every loop sleeps on a socket, a queue or an event.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+
+from mdiq.core import wire
+from mdiq.core.frame import Frame
+from mdiq.errors import RemoteProtocolError
+from mdiq.telemetry.trace import COMPUTE, Tracer
+from mdiq.transport.base import FrameSink, FrameSource
+
+log = structlog.get_logger()
+
+Clock = Callable[[], float]
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Meter:
+    """What a Node's loops have done since its assignment.
+
+    busy_s: seconds in which the worker computed.
+    waiting_s: seconds in which work waited while the worker did not compute.
+    dropped: Frames that were refused, by reason.
+    """
+
+    busy_s: float = 0.0
+    waiting_s: float = 0.0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class Worker:
+    """The one thread that computes, with its meter.
+
+    initialize: called once in the thread, for settings that torch keeps per thread.
+    """
+
+    def __init__(self, clock: Clock, tracer: Tracer, initialize: Callable[[], None] = lambda: None) -> None:
+        self._clock = clock
+        self._tracer = tracer
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="mdiq-compute", initializer=initialize)
+        self._work_since: float | None = None
+        self._is_running = False
+        self.meter = Meter()
+
+    def work_waits(self) -> None:
+        """Note that there is work: from now on an idle worker is one that lets work wait."""
+        if not self._is_running and self._work_since is None:
+            self._work_since = self._clock()
+
+    async def run(self, label: str, job: Callable[[], T]) -> T:
+        """Run ``job`` in the worker thread and return its result; it counts as compute time."""
+        result, start_s, stop_s = await self._timed(job)
+        self.meter.busy_s += stop_s - start_s
+        if self._work_since is not None:
+            self.meter.waiting_s += max(start_s - self._work_since, 0.0)
+        # What arrived meanwhile waits from this moment on; the compute loop clears it when nothing did.
+        self._work_since = stop_s
+        self._tracer.add(COMPUTE, label, start_s, stop_s)
+        return result
+
+    async def run_uncounted(self, job: Callable[[], T]) -> T:
+        """Run ``job`` in the worker thread outside of all figures: loading, measuring."""
+        result, _, _ = await self._timed(job)
+        return result
+
+    def nothing_waits(self) -> None:
+        """Note that the worker is idle for want of work."""
+        self._work_since = None
+
+    def reset_meter(self) -> None:
+        """Begin to count anew."""
+        self.meter = Meter()
+        self._work_since = None
+
+    def close(self) -> None:
+        """Let the thread end behind its running job; does not wait for it."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _timed(self, job: Callable[[], T]) -> tuple[T, float, float]:
+        def timed() -> tuple[T, float, float]:
+            start_s = self._clock()
+            result = job()
+            return result, start_s, self._clock()
+
+        self._is_running = True
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+        finally:
+            self._is_running = False
+
+
+async def receive_frames(
+    source: FrameSource,
+    ring_key: bytes,
+    limits: wire.WireLimits,
+    accept: Callable[[Frame], None],
+    worker: Worker,
+    clock: Clock,
+    tracer: Tracer,
+) -> None:
+    """Decode what arrives and hand it to ``accept``, for ever; what is not a legal Frame is dropped and counted."""
+    while True:
+        parts = await source.receive()
+        start_s = clock()
+        try:
+            frame = wire.decode(parts, ring_key, limits)
+            accept(frame)
+        except RemoteProtocolError as error:
+            reason = error.reason if isinstance(error, wire.BadFrame) else "protocol"
+            worker.meter.dropped[reason] += 1
+            # The first of a kind is news, the thousandth is a number.
+            if worker.meter.dropped[reason] == 1:
+                log.warning("frame_dropped", reason=reason, error=str(error))
+            continue
+        tracer.add("receive", f"{len(frame.segments)} segments", start_s, clock())
+
+
+async def send_frames(
+    queue: "asyncio.Queue[Frame]", sink: FrameSink, ring_key: bytes, clock: Clock, tracer: Tracer
+) -> None:
+    """Send what is queued on the Hop, for ever."""
+    while True:
+        frame = await queue.get()
+        start_s = clock()
+        await sink.send(wire.encode(frame, ring_key))
+        tracer.add("send", f"{len(frame.segments)} segments", start_s, clock())

@@ -1,0 +1,62 @@
+"""What a ring on this machine is to be: values only, so that the command line can say it without importing torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mdiq.core.ring import RingSettings
+from mdiq.core.types import LayerRange
+
+
+@dataclass(frozen=True, slots=True)
+class RingOptions:
+    """A ring of local Nodes.
+
+    model: a model directory or a .gguf file.
+    layers: one range a Node, in ring order; the first is the Starter's.
+    dtype: "f32" or "bf16", of weights, activations and KV cache.
+    device: "cpu", "cuda", "cuda:0" or "auto".
+    threads: torch threads of each Node.
+    pin: bind Node i to core i.
+    in_process: keep all Stages in this process.
+    kv_tokens: KV capacity of each Node in tokens; None lets each choose from its free memory.
+    base_port: Node i listens for activations on base_port + i; 0 lets the system choose.
+    trace: collect Spans of every loop.
+    """
+
+    model: Path
+    layers: tuple[LayerRange, ...]
+    dtype: str = "f32"
+    device: str = "cpu"
+    threads: int = 1
+    pin: bool = False
+    in_process: bool = False
+    kv_tokens: int | None = None
+    base_port: int = 0
+    trace: bool = False
+    log_level: str = "warning"
+    ring: RingSettings = field(default_factory=RingSettings)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFigures:
+    """What one Node did, from its assignment on.
+
+    rss_bytes: resident memory of its process; weight_bytes: of its layers alone.
+    busy_s: seconds in which it computed; waiting_s: seconds in which work waited while it did not.
+    bytes_in, bytes_out: on its activation sockets, framing included.
+    dropped: Frames that it refused, by reason.
+    """
+
+    name: str
+    layers: LayerRange
+    rss_bytes: int
+    weight_bytes: int
+    busy_s: float
+    waiting_s: float
+    bytes_in: int
+    bytes_out: int
+    dropped: dict[str, int]

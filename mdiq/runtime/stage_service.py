@@ -1,0 +1,113 @@
+"""One Stage at work: its protocol, its engine and its links, joined by the three loops. The Starter is starter_service.py."""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from mdiq.core import wire
+from mdiq.core.frame import Engine, Frame
+from mdiq.core.stage import StageProtocol
+from mdiq.core.types import Epoch, SeqId
+from mdiq.errors import EngineError, MdiqError
+from mdiq.runtime.loops import Clock, Worker, receive_frames, send_frames
+from mdiq.telemetry.trace import Tracer
+from mdiq.transport.base import FrameSink, FrameSource
+
+log = structlog.get_logger()
+
+GapReport = Callable[[Epoch, tuple[SeqId, ...]], None]
+FailureReport = Callable[[Epoch, tuple[SeqId, ...], MdiqError], None]
+
+
+class StageService:
+    """Runs a Stage that is not the Starter until it is cancelled.
+
+    report_gaps: told of Sequences whose Frames were lost on the way here.
+    report_failure: told of Sequences that the engine could not compute.
+    """
+
+    def __init__(
+        self,
+        stage: StageProtocol,
+        engine: Engine,
+        source: FrameSource,
+        sink: FrameSink,
+        *,
+        ring_key: bytes,
+        limits: wire.WireLimits,
+        worker: Worker,
+        clock: Clock,
+        tracer: Tracer,
+        report_gaps: GapReport,
+        report_failure: FailureReport,
+    ) -> None:
+        self._stage = stage
+        self._engine = engine
+        self._source = source
+        self._sink = sink
+        self._ring_key = ring_key
+        self._limits = limits
+        self._worker = worker
+        self._clock = clock
+        self._tracer = tracer
+        self._report_gaps = report_gaps
+        self._report_failure = report_failure
+        self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=64)
+        self._wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Receive, compute and send until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(
+                receive_frames(
+                    self._source, self._ring_key, self._limits, self._accept, self._worker, self._clock, self._tracer
+                ),
+                name="receive",
+            )
+            tasks.create_task(self._compute(), name="compute")
+            tasks.create_task(
+                send_frames(self._outgoing, self._sink, self._ring_key, self._clock, self._tracer), name="send"
+            )
+
+    def _accept(self, frame: Frame) -> None:
+        receipt = self._stage.receive(frame)
+        if receipt.gaps:
+            self._report_gaps(frame.epoch, receipt.gaps)
+        if self._stage.has_work:
+            self._worker.work_waits()
+            self._wake.set()
+
+    async def _compute(self) -> None:
+        while True:
+            frames = await compute_batch(self._stage, self._engine, self._worker, self._report_failure)
+            if frames is None:
+                self._worker.nothing_waits()
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            for frame in frames:
+                await self._outgoing.put(frame)
+
+
+async def compute_batch(
+    stage: StageProtocol, engine: Engine, worker: Worker, report_failure: FailureReport
+) -> list[Frame] | None:
+    """Run what waits at the Stage as one Batch; return the Frames to send on, or None when nothing waits."""
+    batch = stage.take()
+    if batch is None:
+        return None
+    try:
+        output = await worker.run(
+            f"{len(batch.segments)} segments, {batch.num_tokens} tokens", lambda: engine.forward(batch)
+        )
+    except MdiqError as error:
+        log.error("forward_failed", segments=len(batch.segments), tokens=batch.num_tokens, error=str(error))
+        seq_ids, frames = stage.fail(batch)
+        if seq_ids:
+            report_failure(batch.epoch, seq_ids, error)
+        return frames
+    try:
+        return stage.complete(batch, output)
+    except MdiqError as error:
+        raise EngineError(f"stage: {error}") from error

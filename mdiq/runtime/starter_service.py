@@ -1,0 +1,303 @@
+"""The Starter at work: the ring protocol, its own Stage, the head and the sampler. Owns every stream to a caller."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence as AbstractSequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from mdiq.core import wire
+from mdiq.core.frame import Engine, Frame, FrameKind, Payload
+from mdiq.core.ring import Ended, HeadRow, Inject, RingProtocol, Suspect
+from mdiq.core.sequence import Sequence, TokenEvent
+from mdiq.core.stage import StageProtocol
+from mdiq.core.types import Epoch, RingSpec, SeqId
+from mdiq.errors import MdiqError, RingError
+from mdiq.runtime.loops import Clock, Worker, receive_frames, send_frames
+from mdiq.runtime.stage_service import compute_batch
+from mdiq.telemetry.trace import Tracer
+from mdiq.transport.base import FrameSink, FrameSource
+
+log = structlog.get_logger()
+
+
+class StarterEngine(Engine, Protocol):
+    """What the Starter needs beyond a Stage's engine: rows of the last Stage become tokens."""
+
+    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[int]:
+        """Return one token id per row; row i continues sequences[i].
+
+        Raises:
+            EngineError: a row is not a number.
+        """
+        ...
+
+
+class TextPipe(Protocol):
+    """Turns the tokens of one Sequence into text that can be shown."""
+
+    @property
+    def stop_matched(self) -> bool:
+        """Whether a stop text has appeared."""
+        ...
+
+    def push(self, token: int) -> str:
+        """Return the text that the token completes."""
+        ...
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        ...
+
+
+class NoText:
+    """The pipe of callers that want token ids only."""
+
+    stop_matched = False
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """What a caller gets: a step of its Sequence, the text that came with it, and when (on the service's clock)."""
+
+    step: TokenEvent
+    text: str
+    at_s: float
+
+
+@dataclass(slots=True)
+class _Stream:
+    pipe: TextPipe
+    events: "asyncio.Queue[StreamEvent]"
+
+
+class StarterService:
+    """Serves Sequences on one Ring. ``run`` keeps it going; ``stream`` is what callers use.
+
+    source: what the last Stage sends, or None when this Stage is the only one; sink: the next Stage, likewise.
+    make_pipe: gives each Sequence its TextPipe.
+    """
+
+    def __init__(
+        self,
+        ring: RingProtocol,
+        stage: StageProtocol,
+        engine: StarterEngine,
+        source: FrameSource | None,
+        sink: FrameSink | None,
+        *,
+        ring_key: bytes,
+        limits: wire.WireLimits,
+        worker: Worker,
+        clock: Clock,
+        tracer: Tracer,
+        make_pipe: Callable[[Sequence], TextPipe] = lambda _: NoText(),
+    ) -> None:
+        self._ring = ring
+        self._stage = stage
+        self._engine = engine
+        self._source = source
+        self._sink = sink
+        self._ring_key = ring_key
+        self._limits = limits
+        self._worker = worker
+        self._clock = clock
+        self._tracer = tracer
+        self._make_pipe = make_pipe
+        self._returned: deque[Frame] = deque()
+        self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
+        self._wake = asyncio.Event()
+        self._rearm = asyncio.Event()
+        self._armed_for: float | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._ended: BaseException | None = None
+
+    async def run(self) -> None:
+        """Receive, compute and send until cancelled; if a loop fails, every stream ends with an error."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._compute(), name="compute")
+                tasks.create_task(self._watch_deadlines(), name="deadlines")
+                if self._source is not None and self._sink is not None:
+                    tasks.create_task(
+                        receive_frames(
+                            self._source,
+                            self._ring_key,
+                            self._limits,
+                            self._accept,
+                            self._worker,
+                            self._clock,
+                            self._tracer,
+                        ),
+                        name="receive",
+                    )
+                    tasks.create_task(
+                        send_frames(self._outgoing, self._sink, self._ring_key, self._clock, self._tracer),
+                        name="send",
+                    )
+        except BaseException as error:
+            self.fail_all(RingError(f"starter: its loops have ended: {error!r}; see the log"))
+            raise
+
+    def begin_epoch(self, epoch: Epoch, spec: RingSpec) -> None:
+        """Serve on a new Ring from now on; unfinished Sequences are replayed there."""
+        self._stage.assign(epoch, is_last=spec.num_stages == 1)
+        self._returned.clear()
+        self._ring.begin_epoch(epoch, spec)
+        self._poll()
+
+    async def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]:
+        """Run a Sequence and yield its events; the last one carries the finish reason. Leaving early cancels it.
+
+        Raises:
+            CapacityError: it can never fit; see RingProtocol.submit.
+            RingError: the Ring is gone.
+        """
+        if self._ended is not None:
+            raise RingError(f"the ring has ended: {self._ended}")
+        stream = _Stream(self._make_pipe(sequence), asyncio.Queue())
+        self._ring.submit(sequence, self._clock())
+        self._streams[sequence.index] = stream
+        self._poll()
+        try:
+            while True:
+                event = await stream.events.get()
+                yield event
+                if event.step.finish_reason is not None:
+                    return
+        finally:
+            self._streams.pop(sequence.index, None)
+            self.cancel(sequence.index)
+
+    def cancel(self, index: int) -> None:
+        """End a Sequence; one that has ended is left alone."""
+        self._ring.cancel(index)
+        self._poll()
+
+    def report_gaps(self, epoch: Epoch, seq_ids: tuple[SeqId, ...]) -> None:
+        """Note that a Stage misses Frames of these Sequences; they are replayed."""
+        if epoch == self._ring.epoch:
+            self._ring.fault(seq_ids)
+            self._poll()
+
+    def report_failure(self, epoch: Epoch, seq_ids: tuple[SeqId, ...], error: MdiqError) -> None:
+        """Note that a Stage could not compute these Sequences; they end with the error."""
+        if epoch == self._ring.epoch:
+            self._ring.fail(seq_ids, error)
+            self._poll()
+
+    def fail_all(self, error: MdiqError) -> None:
+        """End every Sequence, and refuse new ones: the Ring is gone."""
+        if self._ended is None:
+            self._ended = error
+            self._ring.fail_all(error)
+            self._poll()
+
+    @property
+    def ring(self) -> RingProtocol:
+        """The protocol, for counts and figures."""
+        return self._ring
+
+    def _accept(self, frame: Frame) -> None:
+        if frame.kind is FrameKind.HIDDEN:
+            # Only the last Stage sends here, and it sends rows for the head.
+            raise wire.BadFrame("kind", f"{frame}: activations came to the starter; check the order of the ring's hops")
+        self._returned.append(frame)
+        self._worker.work_waits()
+        self._wake.set()
+
+    async def _compute(self) -> None:
+        while True:
+            # Returned rows first: their tokens are what the next Batch is made of.
+            if not (await self._sample_returned() | await self._run_batch()):
+                self._worker.nothing_waits()
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _run_batch(self) -> bool:
+        frames = await compute_batch(self._stage, self._engine, self._worker, self.report_failure)
+        if frames is None:
+            return False
+        for frame in frames:
+            if self._sink is None:
+                self._returned.append(frame)
+            else:
+                await self._outgoing.put(frame)
+        return True
+
+    async def _sample_returned(self) -> bool:
+        if not self._returned:
+            return False
+        rows: list[tuple[HeadRow, Payload]] = []
+        while self._returned:
+            frame = self._returned.popleft()
+            rows += [(row, frame.payload.rows(row.row, row.row + 1)) for row in self._ring.returned(frame)]
+        # One forward of the head for all rows; if it fails, one for each, so that a bad row harms no other Sequence.
+        if rows and not await self._sample(rows):
+            for row in rows:
+                await self._sample([row], is_final=True)
+        self._poll()
+        return True
+
+    async def _sample(self, rows: list[tuple[HeadRow, Payload]], *, is_final: bool = False) -> bool:
+        payloads = [payload for _, payload in rows]
+        sequences = [row.sequence for row, _ in rows]
+        try:
+            tokens = await self._worker.run(
+                f"head, {len(rows)} rows", lambda: self._engine.sample(payloads, sequences)
+            )
+        except MdiqError as error:
+            if is_final:
+                self._ring.fail([row.seq_id for row, _ in rows], error)
+            return False
+        for (row, _), token in zip(rows, tokens, strict=True):
+            self._deliver(row, token)
+        return True
+
+    def _deliver(self, row: HeadRow, token: int) -> None:
+        if not self._ring.awaits_token(row.seq_id):
+            return
+        stream = self._streams.get(row.sequence.index)
+        is_end_token = token in row.sequence.eos_token_ids and not row.sequence.params.ignore_eos
+        text = "" if stream is None or is_end_token else stream.pipe.push(token)
+        step = self._ring.sampled(row.seq_id, token, stop_matched=stream is not None and stream.pipe.stop_matched)
+        if step is not None and stream is not None:
+            if step.finish_reason is not None:
+                text += stream.pipe.finish()
+            stream.events.put_nowait(StreamEvent(step, text, self._clock()))
+
+    def _poll(self) -> None:
+        for action in self._ring.poll(self._clock()):
+            match action:
+                case Inject(frame):
+                    self._stage.receive(frame)
+                case Ended(step):
+                    if stream := self._streams.get(step.index):
+                        stream.events.put_nowait(StreamEvent(step, stream.pipe.finish(), self._clock()))
+                case Suspect(epoch):
+                    log.warning("lap_overdue", epoch=epoch)
+        if self._stage.has_work:
+            self._worker.work_waits()
+            self._wake.set()
+        due = self._ring.next_deadline()
+        if due is not None and (self._armed_for is None or due < self._armed_for):
+            self._rearm.set()
+
+    async def _watch_deadlines(self) -> None:
+        """Poll when the ring protocol's next deadline comes."""
+        while True:
+            self._rearm.clear()
+            self._armed_for = due = self._ring.next_deadline()
+            try:
+                async with asyncio.timeout(None if due is None else max(due - self._clock(), 0.0)):
+                    await self._rearm.wait()
+            except TimeoutError:
+                self._poll()

@@ -1,0 +1,1 @@
+"""ZeroMQ links and their in-process twins: parts of bytes, no torch."""

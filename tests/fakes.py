@@ -1,0 +1,100 @@
+"""Fakes that several tests share: the chain engine, whose tokens tell of any lost, doubled, swapped or stale Frame."""
+
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from mdiq.core.frame import Batch, Buffer, Payload, TokenIds
+from mdiq.core.types import LayerRange, SeqId
+from mdiq.errors import EngineError
+
+ROW_BYTES = 16
+VOCAB = 50
+
+
+@dataclass(frozen=True, slots=True)
+class ChainRows:
+    """Rows of 16 bytes, which the wire takes for four f32."""
+
+    data: bytes
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.data) // ROW_BYTES
+
+    def rows(self, start: int, stop: int) -> "ChainRows":
+        return ChainRows(self.data[start * ROW_BYTES : stop * ROW_BYTES])
+
+    def parts(self) -> tuple[str, int, AbstractSequence[Buffer]]:
+        return "f32", ROW_BYTES // 4, (self.data,)
+
+
+def chain_hash(*parts: bytes | int) -> bytes:
+    data = b"".join(part if isinstance(part, bytes) else part.to_bytes(8, "little") for part in parts)
+    return blake2b(data, digest_size=ROW_BYTES).digest()
+
+
+def chain_token(row: bytes) -> int:
+    """The head of the chain model: token ids 0 to VOCAB - 1."""
+    return int.from_bytes(row, "little") % VOCAB
+
+
+class ChainEngine:
+    """A Stage's layers as hashes. Each layer's state per Sequence plays the KV cache: all that came before goes into it."""
+
+    def __init__(self, layers: LayerRange, *, is_last: bool) -> None:
+        self._layers = layers
+        self._is_last = is_last
+        self.states: dict[SeqId, list[bytes]] = {}
+        self.positions: dict[SeqId, int] = {}
+
+    def reset(self) -> None:
+        self.states.clear()
+        self.positions.clear()
+
+    def forward(self, batch: Batch) -> ChainRows:
+        for seq_id in batch.releases:
+            self.states.pop(seq_id, None)
+            self.positions.pop(seq_id, None)
+        out: list[bytes] = []
+        for segment, payload in zip(batch.segments, batch.payloads, strict=True):
+            if self.positions.get(segment.seq_id, 0) != segment.start:
+                raise EngineError(f"{segment}: the chain engine holds {self.positions.get(segment.seq_id, 0)} tokens")
+            states = self.states.setdefault(segment.seq_id, [b""] * len(self._layers))
+            rows = [
+                self._row(states, hidden, segment.start + offset) for offset, hidden in enumerate(_rows(payload))
+            ]
+            self.positions[segment.seq_id] = segment.stop
+            out += rows if not self._is_last else rows[-1:] if segment.wants_logits else []
+        return ChainRows(b"".join(out))
+
+    def _row(self, states: list[bytes], hidden: bytes, position: int) -> bytes:
+        for i, layer in enumerate(self._layers):
+            states[i] = hidden = chain_hash(states[i], hidden, layer, position)
+        return hidden
+
+
+def _rows(payload: Payload) -> list[bytes]:
+    if isinstance(payload, TokenIds):
+        return [chain_hash(token) for token in payload.ids]
+    _, width, buffers = payload.parts()
+    data = b"".join(bytes(buffer) for buffer in buffers)
+    assert width * 4 == ROW_BYTES
+    return [data[i : i + ROW_BYTES] for i in range(0, len(data), ROW_BYTES)]
+
+
+def chain_answer(
+    prompt: tuple[int, ...], num_layers: int, max_tokens: int, eos: frozenset[int] = frozenset()
+) -> list[int]:
+    """The single-process answer: what every Ring must give, whatever happens to its Frames."""
+    states = [b""] * num_layers
+    engine = ChainEngine(LayerRange(0, num_layers), is_last=True)
+    tokens, answer = list(prompt), []
+    for position in range(len(prompt) + max_tokens - 1):
+        row = engine._row(states, chain_hash(tokens[position]), position)
+        if position >= len(prompt) - 1:
+            tokens.append(chain_token(row))
+            answer.append(tokens[-1])
+            if tokens[-1] in eos:
+                break
+    return answer
