@@ -40,7 +40,7 @@ def chain_token(row: bytes) -> int:
 
 
 class ChainEngine:
-    """A Stage's layers as hashes. Each layer's state per Sequence plays the KV cache: all that came before goes into it."""
+    """A Stage's layers as hashes. A layer's state per Sequence plays the KV cache: all that came before is in it."""
 
     def __init__(self, layers: LayerRange, *, is_last: bool) -> None:
         self._layers = layers
@@ -61,9 +61,7 @@ class ChainEngine:
             if self.positions.get(segment.seq_id, 0) != segment.start:
                 raise EngineError(f"{segment}: the chain engine holds {self.positions.get(segment.seq_id, 0)} tokens")
             states = self.states.setdefault(segment.seq_id, [b""] * len(self._layers))
-            rows = [
-                self._row(states, hidden, segment.start + offset) for offset, hidden in enumerate(_rows(payload))
-            ]
+            rows = [self._row(states, hidden, segment.start + offset) for offset, hidden in enumerate(_rows(payload))]
             self.positions[segment.seq_id] = segment.stop
             out += rows if not self._is_last else rows[-1:] if segment.wants_logits else []
         return ChainRows(b"".join(out))

@@ -1,4 +1,4 @@
-"""What `mdiq run` prints: text as it comes, JSON lines, and the closing table. Answers go to stdout, the rest to stderr."""
+"""What `mdiq run` prints: streamed text, JSON lines, the closing table. Answers go to stdout, the rest to stderr."""
 
 import json
 import statistics

@@ -271,7 +271,7 @@ def _hand_split(layers: str | None, nodes: int | None) -> list[int] | None:
     try:
         split = [int(number) for number in layers.split(",")]
     except ValueError:
-        raise ConfigError(f"--layers {layers}: not numbers with commas between them; write for example 10,12,8") from None
+        raise ConfigError(f"--layers {layers}: not numbers with commas between; write for example 10,12,8") from None
     if nodes is not None and nodes != len(split):
         raise ConfigError(f"--layers {layers}: that is {len(split)} nodes and --nodes says {nodes}; leave --nodes out")
     return split

@@ -13,6 +13,9 @@ from mdiq.core.types import Epoch, SeqId
 
 Buffer = bytes | bytearray | memoryview
 
+MOST_SEGMENTS = 1_024
+"""Segments that no Frame exceeds."""
+
 
 class Payload(Protocol):
     """Rows of activations (or of token ids, on their way into the Starter's own Stage)."""

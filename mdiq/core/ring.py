@@ -156,7 +156,6 @@ class RingProtocol:
         self._spec = spec
         self._ledger = KvLedger(spec.kv_tokens, spec.kv_block_tokens)
         self._releasing.clear()
-        self._actions = [action for action in self._actions if not isinstance(action, Inject)]
         for entry in list(self._scheduler.live.values()):
             self._leave_ring(entry)
             self._scheduler.wait(entry)

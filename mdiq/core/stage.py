@@ -18,7 +18,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 from mdiq.core.coalesce import Queued, coalesce
-from mdiq.core.frame import Batch, Frame, FrameKind, Payload, Segment
+from mdiq.core.frame import MOST_SEGMENTS, Batch, Frame, FrameKind, Payload, Segment
 from mdiq.core.types import Epoch, SeqId
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
@@ -104,7 +104,7 @@ class StageProtocol:
         """Return the Batch to run next, or None when nothing waits or one is running."""
         if not self.has_work:
             return None
-        taken = coalesce(self._waiting, self._cap, self._token_budget)
+        taken = coalesce(self._waiting, min(self._cap, MOST_SEGMENTS), self._token_budget)
         self._running = Batch(
             epoch=self.epoch,
             segments=tuple(queued.segment for queued in taken),
@@ -175,10 +175,12 @@ class StageProtocol:
         self._releases[seq_id] = None
 
     def _release_frames(self, batch: Batch) -> list[Frame]:
-        if not batch.releases:
-            return []
-        segments = tuple(Segment(seq_id, 0, 0) for seq_id in batch.releases)
-        return [Frame(batch.epoch, FrameKind.RELEASE, segments, cap=self._cap)]
+        segments = [Segment(seq_id, 0, 0) for seq_id in batch.releases]
+        # Releases pile up while a Hop is down: in one Frame too large for the wire they would never get round.
+        return [
+            Frame(batch.epoch, FrameKind.RELEASE, tuple(segments[i : i + MOST_SEGMENTS]), cap=self._cap)
+            for i in range(0, len(segments), MOST_SEGMENTS)
+        ]
 
     def _stop_running(self, batch: Batch) -> None:
         if batch is not self._running:

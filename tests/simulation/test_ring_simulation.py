@@ -1,28 +1,39 @@
-"""Seeded schedules of a whole Ring: whatever the network and the processes do, the tokens are the single-process ones."""
+"""Seeded schedules of a whole Ring: whatever network and processes do, the tokens are the single-process ones."""
+
+from collections import Counter
 
 import pytest
 
+from mdiq.core.coalesce import Queued
+from mdiq.core.frame import Frame
 from mdiq.core.sequence import FinishReason
-from tests.simulation.world import Faults, World
+from mdiq.core.stage import Receipt, StageProtocol
+from mdiq.errors import EngineError
+from tests.simulation.world import EVERY_FAULT, Faults, World
 
 NUM_SEEDS = 2_400
+SEEDS_A_TEST = 200
 SEEDS_THAT_ONCE_FAILED: tuple[int, ...] = ()
 
 
-@pytest.mark.parametrize("first", range(0, NUM_SEEDS, 200))
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_A_TEST))
 def test_every_schedule_ends_in_the_single_process_tokens_or_a_typed_error(first: int) -> None:
     exact = total = 0
-    for seed in range(first, first + 200):
+    happened: Counter[str] = Counter()
+    for seed in range(first, first + SEEDS_A_TEST):
         world = World(seed)
         try:
             world.run()
             world.check()
         except Exception as error:
             raise AssertionError(f"seed {seed} with {world.faults}: {error}") from error
+        happened += world.happened
         total += len(world.ends)
         exact += sum(reason in (FinishReason.STOP, FinishReason.LENGTH) for reason in world.ends.values())
     # Most requests survive: a protocol that only ever answers with errors would pass the checks above.
     assert exact > 0.8 * total, f"only {exact} of {total} sequences were answered"
+    # ... and so would one that never met a fault.
+    assert happened.keys() == EVERY_FAULT, f"never happened: {EVERY_FAULT - happened.keys()}"
 
 
 @pytest.mark.parametrize("seed", SEEDS_THAT_ONCE_FAILED)
@@ -39,25 +50,49 @@ def test_a_ring_without_faults_answers_every_sequence(seed: int) -> None:
     world.check()
     assert set(world.ends.values()) <= {FinishReason.STOP, FinishReason.LENGTH}
     assert not world.ring.counts
+    assert not +world.happened
+
+
+def test_the_same_seed_gives_the_same_schedule() -> None:
+    first, second = World(5), World(5)
+    first.run()
+    second.run()
+    assert (first.now, first.ends, first.happened) == (second.now, second.ends, second.happened)
 
 
 def test_the_simulation_notices_a_stage_that_runs_a_frame_twice() -> None:
-    """The checks can fail: a Stage without its position check gives other tokens or an engine error."""
     world = World(7, Faults(duplicate=1.0))
     for node in world.nodes:
-        node.stage._queue = _queue_without_check.__get__(node.stage)  # type: ignore[method-assign]
-    with pytest.raises((AssertionError, Exception)):
+        node.stage = _StageWithoutPositionCheck()
+    assert len(world.nodes) > 1
+    with pytest.raises(EngineError, match="the chain engine holds"):
         world.run()
+
+
+def test_the_simulation_notices_a_stage_that_believes_frames_of_an_older_epoch() -> None:
+    def played(make_stage: type[StageProtocol]) -> World:
+        # In seed 5 the first Frame of a Sequence comes after its Ring has ended, and before the first of the next Ring.
+        world = World(5, Faults(num_crashes=3, late=0.5, jitter_s=0.3))
+        for node in world.nodes:
+            node.stage = make_stage()
+        world.run()
+        return world
+
+    played(StageProtocol).check()
+    world = played(_StageWithoutEpochFilter)
+    with pytest.raises(AssertionError, match="leaks KV cache"):
         world.check()
-        raise AssertionError("never here") if len(world.nodes) > 1 else RuntimeError("seed 7 needs two nodes")
 
 
-def _queue_without_check(self, frame):  # type: ignore[no-untyped-def]
-    from mdiq.core.coalesce import Queued
-    from mdiq.core.stage import Receipt
+class _StageWithoutPositionCheck(StageProtocol):
+    def _queue(self, frame: Frame) -> Receipt:
+        row = 0
+        for segment in frame.segments:
+            self._waiting.append(Queued(segment, frame.payload.rows(row, row + segment.length)))
+            row += segment.length
+        return Receipt(queued=len(frame.segments))
 
-    row = 0
-    for segment in frame.segments:
-        self._waiting.append(Queued(segment, frame.payload.rows(row, row + segment.length)))
-        row += segment.length
-    return Receipt(queued=len(frame.segments))
+
+class _StageWithoutEpochFilter(StageProtocol):
+    def receive(self, frame: Frame) -> Receipt:
+        return super().receive(Frame(self.epoch, frame.kind, frame.segments, frame.payload, frame.cap))

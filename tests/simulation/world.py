@@ -5,8 +5,10 @@ The protocols under test are the product's own; the world plays the network, the
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from mdiq.core import wire
 from mdiq.core.frame import Batch, Frame
@@ -21,6 +23,12 @@ RING_KEY = b"simulated ring k"
 CONTEXT = 64
 MOST_EVENTS = 60_000
 MOST_SECONDS = 4_000.0
+REORDER_S = 1.0  # a Frame that waits for another to overtake it waits no longer
+
+EVERY_FAULT = frozenset(
+    "drop duplicate corrupt late reorder stale lost_report engine_error crash rejoin cancel deadline".split()
+)
+"""What a World counts in ``happened`` when it really took place, not when it might have."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Faults:
     corrupt: float = 0.0
     jitter_s: float = 0.0
     late: float = 0.0
+    reorder: float = 0.0
     lost_report: float = 0.0
     engine_error: float = 0.0
     num_crashes: int = 0
@@ -51,6 +60,7 @@ class Faults:
             corrupt=maybe(0.05),
             jitter_s=maybe(0.2),
             late=maybe(0.05),
+            reorder=maybe(0.1),
             lost_report=maybe(0.5),
             engine_error=maybe(0.004),
             num_crashes=rng.choice([0, 0, 1, 2, 3]),
@@ -61,7 +71,20 @@ class Faults:
     @property
     def can_fail(self) -> bool:
         """Whether a Sequence may end with an error or anything is lost at all."""
-        return bool(self.drop or self.corrupt or self.late or self.engine_error or self.num_crashes or self.jitter_s)
+        return any(
+            (self.drop, self.corrupt, self.late, self.reorder, self.jitter_s, self.engine_error, self.num_crashes)
+        )
+
+
+@dataclass(eq=False)
+class Hop:
+    """The link out of a Node in one Epoch. ``overtaken`` holds deliveries that wait for a later Frame to pass them."""
+
+    receive: Callable[[Frame], None]
+    is_network: bool
+    num_sent: int = 0
+    newest_arrived: int = -1
+    overtaken: list[Callable[[], None]] = field(default_factory=list)
 
 
 @dataclass
@@ -71,6 +94,7 @@ class Node:
     name: int
     stage: StageProtocol = field(default_factory=StageProtocol)
     engine: ChainEngine | None = None
+    hop: Hop | None = None
     is_up: bool = True
     life: int = 0
 
@@ -103,6 +127,7 @@ class World:
         self.sequences: list[Sequence] = []
         self.told: dict[int, list[int]] = {}
         self.ends: dict[int, FinishReason] = {}
+        self.happened: Counter[str] = Counter()
         self._polled_for: float | None = None
 
     # -- running ----------------------------------------------------------------------------------------------
@@ -111,7 +136,7 @@ class World:
         """Play the schedule to its end, and fail if it hangs."""
         self._begin_epoch()
         for index in range(self.rng.randint(1, 8)):
-            self._at(self.rng.random() * 3.0, lambda index=index: self._submit(index))
+            self._at(self.rng.random() * 3.0, partial(self._submit, index))
         for _ in range(self.faults.num_crashes):
             self._at(self.rng.random() * 4.0, self._crash)
         while self._events and self._num_events < MOST_EVENTS and self.now < MOST_SECONDS:
@@ -127,9 +152,7 @@ class World:
         for sequence in self.sequences:
             reason = self.ends[sequence.index]
             told = self.told[sequence.index]
-            answer = chain_answer(
-                sequence.prompt, self.num_layers, sequence.params.max_tokens, sequence.eos_token_ids
-            )
+            answer = chain_answer(sequence.prompt, self.num_layers, sequence.params.max_tokens, sequence.eos_token_ids)
             assert told == sequence.generated
             if reason in (FinishReason.STOP, FinishReason.LENGTH):
                 assert told == answer, f"sequence {sequence.index}: {told} is not {answer}"
@@ -138,9 +161,8 @@ class World:
             if reason is FinishReason.ERROR:
                 assert isinstance(sequence.error, MdiqError)
                 assert self.faults.can_fail
-        if not self.faults.num_crashes:
-            for node in self.ring_nodes:
-                assert node.engine is not None and not node.engine.states, f"node {node.name} leaks KV cache"
+        for node in self.ring_nodes:
+            assert node.engine is not None and not node.engine.states, f"node {node.name} leaks KV cache"
 
     def _at(self, delay: float, event: Callable[[], None]) -> None:
         self._at_time(self.now + delay, event)
@@ -177,10 +199,12 @@ class World:
         for action in self.ring.poll(self.now):
             match action:
                 case Inject(frame):
-                    self._arrive(self.ring_nodes[0], frame)
+                    self._arrive(self.nodes[0], frame)
                 case Ended(event):
                     assert event.finish_reason is not None
                     self.ends[event.index] = event.finish_reason
+                    self.happened["cancel"] += event.finish_reason is FinishReason.CANCELLED
+                    self.happened["deadline"] += event.finish_reason is FinishReason.DEADLINE
                 case Suspect():
                     pass
         due = self.ring.next_deadline()
@@ -189,6 +213,7 @@ class World:
             self._at_time(max(due, self.now), self._poll)
 
     def _returned(self, frame: Frame) -> None:
+        self.happened["stale"] += frame.epoch != self.ring.epoch
         for head_row in self.ring.returned(frame):
             data = frame.payload.parts()[2][0]
             row = bytes(data)[head_row.row * 16 : head_row.row * 16 + 16]
@@ -206,9 +231,17 @@ class World:
         if not node.is_up:
             return
         receipt = node.stage.receive(frame)
-        if receipt.gaps and self.rng.random() >= self.faults.lost_report:
-            self._at(0.01, lambda: (self.ring.fault(receipt.gaps), self._poll()))
+        self.happened["stale"] += receipt.stale
+        if receipt.gaps:
+            if self.rng.random() < self.faults.lost_report:
+                self.happened["lost_report"] += 1
+            else:
+                self._at(0.01, lambda: self._gaps(receipt.gaps))
         self._compute(node)
+
+    def _gaps(self, seq_ids: tuple[SeqId, ...]) -> None:
+        self.ring.fault(seq_ids)
+        self._poll()
 
     def _compute(self, node: Node) -> None:
         batch = node.stage.take()
@@ -223,6 +256,7 @@ class World:
             if node.life != life or not node.is_up:
                 return
             if output is None:
+                self.happened["engine_error"] += 1
                 seq_ids, frames = node.stage.fail(batch)
                 if epoch == self.ring.epoch:
                     self._at(0.01, lambda: self._fail(epoch, seq_ids))
@@ -242,32 +276,58 @@ class World:
     # -- the network ------------------------------------------------------------------------------------------
 
     def _send(self, node: Node, frame: Frame) -> None:
-        if node not in self.ring_nodes:
-            return
-        place = self.ring_nodes.index(node)
-        ring = self.ring_nodes
-        receive: Callable[[Frame], None]
-        if place == len(ring) - 1:
-            receive = self._returned
-        else:
-            receive = lambda f: self._arrive(ring[place + 1], f)  # noqa: E731
-        if len(ring) == 1:
-            self._at(0.0, lambda: receive(frame))
+        hop = node.hop
+        assert hop is not None  # a Node that computes was assigned
+        if not hop.is_network:
+            self._at(0.0, lambda: hop.receive(frame))
             return
         rng, faults = self.rng, self.faults
         parts = [bytes(part) for part in wire.encode(frame, RING_KEY)]
-        for _ in range(2 if rng.random() < faults.duplicate else 1):
+        num_copies = 2 if rng.random() < faults.duplicate else 1
+        self.happened["duplicate"] += num_copies - 1
+        overtaken, hop.overtaken = hop.overtaken, []
+        delay = 0.0
+        for _ in range(num_copies):
             if rng.random() < faults.drop:
+                self.happened["drop"] += 1
                 continue
-            delay = 0.002 + rng.random() * faults.jitter_s + (rng.random() * 8.0 if rng.random() < faults.late else 0)
-            copy = list(parts)
-            if rng.random() < faults.corrupt:
-                part = rng.randrange(len(copy))
-                if copy[part]:
-                    damaged = bytearray(copy[part])
-                    damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-                    copy[part] = bytes(damaged)
-            self._at(delay, lambda copy=copy: self._decode(copy, receive))
+            delay = 0.002 + rng.random() * faults.jitter_s
+            if rng.random() < faults.late:
+                self.happened["late"] += 1
+                delay += rng.random() * 8.0
+            copy = self._corrupted(parts) if rng.random() < faults.corrupt else parts
+            deliver = self._delivery(hop, copy, hop.num_sent)
+            if rng.random() < faults.reorder:
+                hop.overtaken.append(deliver)
+                self._at(REORDER_S, deliver)
+            else:
+                self._at(delay, deliver)
+        for deliver in overtaken:
+            self._at(delay + 0.001, deliver)
+        hop.num_sent += 1
+
+    def _corrupted(self, parts: list[bytes]) -> list[bytes]:
+        """Return the parts with one bit flipped."""
+        self.happened["corrupt"] += 1
+        damaged = [bytearray(part) for part in parts]
+        part = self.rng.choice(damaged)
+        part[self.rng.randrange(len(part))] ^= 1 << self.rng.randrange(8)
+        return [bytes(part) for part in damaged]
+
+    def _delivery(self, hop: Hop, parts: list[bytes], number: int) -> Callable[[], None]:
+        """Return the event that delivers the parts; what calls it a second time finds it done."""
+        is_done = False
+
+        def deliver() -> None:
+            nonlocal is_done
+            if is_done:
+                return
+            is_done = True
+            self.happened["reorder"] += number < hop.newest_arrived
+            hop.newest_arrived = max(hop.newest_arrived, number)
+            self._decode(parts, hop.receive)
+
+        return deliver
 
     @staticmethod
     def _decode(parts: list[bytes], receive: Callable[[Frame], None]) -> None:
@@ -280,26 +340,43 @@ class World:
     # -- the coordinator --------------------------------------------------------------------------------------
 
     def _begin_epoch(self) -> None:
-        """Plan over the nodes that are up, tell each, and begin the Epoch at the Starter last."""
-        up = [node for node in self.nodes if node.is_up]
-        self.epoch = Epoch(self.epoch + 1)
-        cuts = sorted(self.rng.sample(range(1, self.num_layers), len(up) - 1))
-        for i, (node, start, stop) in enumerate(
-            zip(up, [0, *cuts], [*cuts, self.num_layers], strict=True)
-        ):
-            is_last = i == len(up) - 1
-            node.stage.assign(self.epoch, is_last=is_last)
-            node.engine = ChainEngine(LayerRange(start, stop), is_last=is_last)
-        self.ring_nodes = up
+        """Plan over the nodes that are up, tell each in its own time, and begin the Epoch at the Starter last."""
+        ring = [node for node in self.nodes if node.is_up]
+        is_first = not self.epoch
+        self.epoch = epoch = Epoch(self.epoch + 1)
+        cuts = sorted(self.rng.sample(range(1, self.num_layers), len(ring) - 1))
         spec = RingSpec(
-            num_stages=len(up),
+            num_stages=len(ring),
             kv_tokens=self.rng.choice([32, 64, 400]),
             context_tokens=CONTEXT,
             caps=self.rng.choice([(1,), (1, 1, 2), (1, 2, 3, 4, 8)]),
             kv_block_tokens=self.rng.choice([1, 4]),
         )
-        self.ring.begin_epoch(self.epoch, spec)
-        self._poll()
+        ready: set[int] = set()
+
+        def assign(place: int, layers: LayerRange, life: int) -> None:
+            node = ring[place]
+            if epoch != self.epoch or node.life != life:
+                return  # another Epoch, or the node's end, came before: this one never begins
+            is_last = place == len(ring) - 1
+            following = self.nodes[0] if is_last else ring[place + 1]
+            node.stage.assign(epoch, is_last=is_last)
+            node.engine = ChainEngine(layers, is_last=is_last)
+            receive = self._returned if is_last else lambda frame: self._arrive(following, frame)
+            node.hop = Hop(receive, is_network=len(ring) > 1)
+            ready.add(place)
+            if len(ready) == len(ring):
+                self.ring_nodes = ring
+                self.ring.begin_epoch(epoch, spec)
+                self._poll()
+
+        bounds = zip([0, *cuts], [*cuts, self.num_layers], strict=True)
+        for place, (start, stop) in enumerate(bounds):
+            event = partial(assign, place, LayerRange(start, stop), ring[place].life)
+            if is_first:
+                event()
+            else:
+                self._at(self.rng.random() * 0.2, event)
 
     def _crash(self) -> None:
         """Kill a node that is not the Starter; the Ring closes without it later, and it comes back later still."""
@@ -307,12 +384,14 @@ class World:
         if not mortal:
             return
         node = self.rng.choice(mortal)
+        self.happened["crash"] += 1
         node.is_up = False
         node.life += 1
         self._at(0.3 + self.rng.random(), self._begin_epoch)
         self._at(1.5 + self.rng.random() * 3.0, lambda: self._rejoin(node))
 
     def _rejoin(self, node: Node) -> None:
+        self.happened["rejoin"] += 1
         node.is_up = True
         node.stage = StageProtocol()
         node.engine = None

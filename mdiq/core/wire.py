@@ -1,0 +1,249 @@
+"""Frames to parts of bytes and back. No sockets (transport/), no tensors (engine/tensors.py).
+
+Version 1. A Frame is one part, the header, or two, header and payload; all numbers are little endian.
+
+    offset  size  field
+    0       3     magic "MQ1": protocol and version
+    3       1     kind: 1 HIDDEN, 2 HEAD, 3 RELEASE
+    4       4     epoch, at least 1
+    8       2     cap, at least 1
+    10      1     dtype of the payload, see DTYPES
+    11      1     reserved, 0
+    12      4     width: elements of a payload row
+    16      2     number of Segments, at least 1
+    18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits)
+    end-16  16    tag: BLAKE2b keyed with the ring key, over the header before it and the payload
+
+What comes from a peer is hostile: sizes are checked first, then the tag, then every field, each before it is used.
+"""
+
+import hmac
+import struct
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NoReturn
+
+from mdiq.core.frame import MOST_SEGMENTS, NO_ROWS, Buffer, Frame, FrameKind, Payload, Segment
+from mdiq.core.types import Epoch, SeqId
+from mdiq.errors import LocalProtocolError, RemoteProtocolError
+
+VERSION = 1
+TAG_BYTES = 16
+LEAST_KEY_BYTES = 16
+
+DTYPES = {"none": (0, 0, 0), "f32": (1, 4, 0), "bf16": (2, 2, 0), "i8": (3, 1, 4)}
+"""Name of a payload's dtype -> its code, bytes per element, extra bytes per row (i8: the row's scale, one f32)."""
+
+_PROTOCOL = b"MQ"
+_MAGIC = _PROTOCOL + b"%d" % VERSION
+_HEADER = struct.Struct("<3sBIHBBIH")
+_SEGMENT = struct.Struct("<QIIB")
+_WANTS_LOGITS = 1
+_NAMES = {code: name for name, (code, _, _) in DTYPES.items()}
+_KINDS = {int(kind): kind for kind in FrameKind}
+
+
+class BadFrame(RemoteProtocolError):
+    """What came is not a legal Frame. ``reason`` is one word, for counting."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class WireLimits:
+    """The largest Frame that a Ring may send.
+
+    max_width: elements of a payload row, the model's hidden size.
+    max_context: tokens of one Sequence.
+    max_segments, max_tokens: of one Frame.
+    """
+
+    max_width: int = 8_192
+    max_context: int = 131_072
+    max_segments: int = MOST_SEGMENTS
+    max_tokens: int = 4_096
+
+    @property
+    def max_frame_bytes(self) -> int:
+        """Bytes that no part of a legal Frame exceeds."""
+        return max(_header_bytes(self.max_segments), self.max_tokens * _widest_row_bytes(self.max_width))
+
+
+@dataclass(frozen=True, slots=True)
+class WirePayload:
+    """Rows as they came off the wire; nothing is copied, so they keep the part that they came in alive."""
+
+    dtype: str
+    width: int
+    data: memoryview
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.data) // row_bytes(self.dtype, self.width)
+
+    def rows(self, start: int, stop: int) -> "WirePayload":
+        size = row_bytes(self.dtype, self.width)
+        return WirePayload(self.dtype, self.width, self.data[start * size : stop * size])
+
+    def parts(self) -> tuple[str, int, AbstractSequence[Buffer]]:
+        return self.dtype, self.width, (self.data,)
+
+
+def row_bytes(dtype: str, width: int) -> int:
+    """Return the bytes of one payload row."""
+    _, element_bytes, extra_bytes = DTYPES[dtype]
+    return width * element_bytes + extra_bytes
+
+
+def make_tag(key: bytes, *parts: Buffer) -> bytes:
+    """Return the 16 bytes that prove to a holder of ``key`` that ``parts`` come from another.
+
+    Raises:
+        LocalProtocolError: the key is too short to prove anything (BLAKE2b takes an empty one for no key at all).
+    """
+    if len(key) < LEAST_KEY_BYTES:
+        raise LocalProtocolError(f"key: {len(key)} bytes are too few; use {LEAST_KEY_BYTES} to 64")
+    digest = blake2b(key=key, digest_size=TAG_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def encode(frame: Frame, ring_key: bytes) -> list[Buffer]:
+    """Return the parts that carry the Frame: its header, and its payload if that has any bytes.
+
+    A payload of one buffer is not copied.
+
+    Raises:
+        LocalProtocolError: the Frame is not a legal one.
+    """
+    dtype, width, buffers = frame.payload.parts()
+    payload: Buffer = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+    payload_bytes = memoryview(payload).nbytes
+    if payload_bytes != frame.num_rows * row_bytes(dtype, width):
+        raise LocalProtocolError(
+            f"{frame}: a payload of {payload_bytes} bytes is not {frame.num_rows} rows of {width} {dtype}"
+        )
+    try:
+        fields = _HEADER.pack(
+            _MAGIC, frame.kind, frame.epoch, frame.cap, DTYPES[dtype][0], 0, width, len(frame.segments)
+        )
+        fields += b"".join(
+            _SEGMENT.pack(s.seq_id, s.start, s.length, _WANTS_LOGITS if s.wants_logits else 0) for s in frame.segments
+        )
+    except struct.error as error:
+        raise LocalProtocolError(f"{frame}: a field does not fit the wire: {error}") from None
+    if not payload_bytes:
+        return [fields + make_tag(ring_key, fields)]
+    return [fields + make_tag(ring_key, fields, payload), payload]
+
+
+def decode(parts: AbstractSequence[Buffer], ring_key: bytes, limits: WireLimits) -> Frame:
+    """Return the Frame that ``parts`` carry; its payload shares their memory.
+
+    Raises:
+        BadFrame: they are no legal Frame of this Ring.
+    """
+    if not 1 <= len(parts) <= 2:
+        _refuse("parts", f"{len(parts)} parts; a frame has 1 or 2")
+    header = memoryview(parts[0])
+    payload = memoryview(parts[1]) if len(parts) == 2 else memoryview(b"")
+    if len(parts) == 2 and not payload.nbytes:
+        _refuse("parts", "an empty payload; a frame without one has 1 part")
+    num_segments = _check_sizes(header, payload, limits)
+    fields = header[:-TAG_BYTES]
+    if not hmac.compare_digest(make_tag(ring_key, fields, payload), header[-TAG_BYTES:]):
+        _refuse("tag", "the tag does not match; the sender has another ring key, or bytes changed on the way")
+    _, kind_code, epoch, cap, dtype_code, reserved, width, _ = _HEADER.unpack_from(fields)
+    kind = _KINDS.get(kind_code)
+    if kind is None:
+        _refuse("kind", f"kind {kind_code} is unknown")
+    if reserved:
+        _refuse("reserved", f"reserved byte {reserved} is not 0")
+    if epoch == 0:
+        _refuse("epoch", "epoch 0 is that of a stage without assignment")
+    if cap == 0:
+        _refuse("cap", "cap 0 would stop a stage")
+    dtype = _NAMES.get(dtype_code)
+    if dtype is None:
+        _refuse("dtype", f"dtype {dtype_code} is unknown")
+    if kind is FrameKind.RELEASE and dtype != "none":
+        _refuse("dtype", f"a RELEASE of dtype {dtype}; it has no payload")
+    if width > limits.max_width or (width == 0) != (dtype == "none"):
+        _refuse("width", f"width {width} of dtype {dtype}; this model has at most {limits.max_width}")
+    segments = tuple(
+        Segment(SeqId(seq_id), start, length, bool(flags & _WANTS_LOGITS))
+        for seq_id, start, length, flags in _checked_segments(fields[_HEADER.size :], kind, limits)
+    )
+    assert len(segments) == num_segments  # the header's size was checked
+    frame = Frame(Epoch(epoch), kind, segments, _payload(dtype, width, payload), cap)
+    if payload.nbytes != frame.num_rows * row_bytes(dtype, width) or (frame.num_rows and dtype == "none"):
+        _refuse("payload", f"{frame}: {payload.nbytes} bytes are not {frame.num_rows} rows of {width} {dtype}")
+    return frame
+
+
+def _check_sizes(header: memoryview, payload: memoryview, limits: WireLimits) -> int:
+    """Check all that can be checked of bytes that anybody may have sent; return the number of Segments."""
+    if bytes(header[:2]) != _PROTOCOL:
+        _refuse("magic", "it does not begin with MQ: not a frame of mdiq")
+    version = bytes(header[2:3])
+    if version != _MAGIC[2:]:
+        _refuse(
+            "version",
+            f"wire version {_printable(version)} came and this is version {VERSION}; install the same mdiq everywhere",
+        )
+    if header.nbytes < _header_bytes(1):
+        _refuse("length", f"a header of {header.nbytes} bytes; the least is {_header_bytes(1)}")
+    num_segments: int = _HEADER.unpack_from(header)[-1]
+    if not 1 <= num_segments <= limits.max_segments:
+        _refuse("segments", f"{num_segments} segments; a frame has 1 to {limits.max_segments}")
+    if header.nbytes != _header_bytes(num_segments):
+        _refuse("length", f"a header of {header.nbytes} bytes for {num_segments} segments")
+    if payload.nbytes > limits.max_frame_bytes:
+        _refuse("length", f"a payload of {payload.nbytes} bytes; the most is {limits.max_frame_bytes}")
+    return num_segments
+
+
+def _checked_segments(data: memoryview, kind: FrameKind, limits: WireLimits) -> list[tuple[int, int, int, int]]:
+    segments = list(_SEGMENT.iter_unpack(data))
+    num_tokens = 0
+    for seq_id, start, length, flags in segments:
+        if flags & ~_WANTS_LOGITS:
+            _refuse("segments", f"sequence {seq_id}: flags {flags:#x} are unknown")
+        if kind is FrameKind.RELEASE and (start or length or flags):
+            _refuse("segments", f"sequence {seq_id}: a RELEASE has no tokens")
+        if kind is not FrameKind.RELEASE and not length:
+            _refuse("segments", f"sequence {seq_id}: a segment without tokens")
+        if start + length > limits.max_context:
+            _refuse(
+                "segments", f"sequence {seq_id}: token {start + length} is past the context of {limits.max_context}"
+            )
+        num_tokens += length
+    if num_tokens > limits.max_tokens:
+        _refuse("segments", f"{num_tokens} tokens; a frame has at most {limits.max_tokens}")
+    if len({seq_id for seq_id, _, _, _ in segments}) != len(segments):
+        _refuse("segments", "a sequence is in it twice")
+    return segments
+
+
+def _payload(dtype: str, width: int, data: memoryview) -> Payload:
+    return NO_ROWS if dtype == "none" else WirePayload(dtype, width, data)
+
+
+def _header_bytes(num_segments: int) -> int:
+    return _HEADER.size + num_segments * _SEGMENT.size + TAG_BYTES
+
+
+def _widest_row_bytes(width: int) -> int:
+    return max(row_bytes(dtype, width) for dtype in DTYPES)
+
+
+def _printable(version: bytes) -> str:
+    return version.decode("ascii") if version.isdigit() else repr(version)
+
+
+def _refuse(reason: str, text: str) -> NoReturn:
+    raise BadFrame(reason, f"frame: {text}")

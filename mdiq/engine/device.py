@@ -1,0 +1,90 @@
+"""Device, dtype and memory: which a Node uses and how much is free."""
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+from mdiq.engine.tensors import DTYPES
+from mdiq.errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device for "cpu", "cuda", "cuda:1" or "auto" (CUDA when there is one).
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: not a device; use cpu, cuda, cuda:0 or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: not supported; use cpu, cuda, cuda:0 or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype for "f32" or "bf16".
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name}: not supported; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that can be taken on the device: for the CPU, what the machine and the cgroup leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return max(min(psutil.virtual_memory().available, _cgroup_free_bytes()), 0)
+
+
+def rss_bytes() -> int:
+    """Return this process's resident memory."""
+    return psutil.Process(os.getpid()).memory_info().rss
+
+
+def _cgroup_free_bytes() -> int:
+    """Return what the memory limits of this process's cgroups leave; a very large number without a limit."""
+    free = 1 << 62
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return free
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        # A limit binds all groups below it.
+        for folder in (group, *group.parents):
+            if folder == root.parent:
+                break
+            try:
+                limit = (folder / names[0]).read_text().strip()
+                if limit != "max":
+                    free = min(free, int(limit) - int((folder / names[1]).read_text()) + _cache_bytes(folder))
+            except (OSError, ValueError):
+                continue
+    return free
+
+
+def _cache_bytes(folder: Path) -> int:
+    """Return the page cache of a cgroup: it counts as used, and the kernel gives it up when memory is wanted."""
+    try:
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(fields.get("inactive_file", fields.get("total_inactive_file", "0")))

@@ -1,0 +1,134 @@
+"""The KV cache of one Stage: KvBlocks of a pool, given to Sequences as they grow, taken back when they end.
+
+A Sequence gets neighbouring KvBlocks where it can, since attention then reads its keys as one view of the pool; where
+it cannot, they are gathered. Pages of the pool that no Sequence has touched take no memory.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from mdiq.core.types import SeqId
+from mdiq.errors import CapacityError, EngineError
+
+BLOCK_TOKENS = 32
+
+Slots = slice | torch.Tensor
+
+
+@dataclass(slots=True)
+class _Table:
+    """One Sequence's KvBlocks in order, and how many of its tokens are cached."""
+
+    blocks: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    is_run: bool = True  # the blocks are neighbours
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where a Segment's K and V go, and where all of its Sequence's lie: slots of the pool.
+
+    write: [length] slots; read: [stop] slots, positions 0 to stop - 1.
+    """
+
+    write: Slots
+    read: Slots
+
+
+class KvCache:
+    """K and V of every Layer of a Stage.
+
+    keys, values: one pool per Layer, [capacity_tokens, num_kv_heads, head_dim].
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        capacity_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._num_blocks = capacity_tokens // BLOCK_TOKENS
+        self.capacity_tokens = self._num_blocks * BLOCK_TOKENS
+        shape = (self.capacity_tokens, num_kv_heads, head_dim)
+        try:
+            self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        except RuntimeError:
+            num_bytes = 2 * num_layers * self.capacity_tokens * num_kv_heads * head_dim * dtype.itemsize
+            raise CapacityError(
+                f"KV cache: {num_bytes >> 20} MiB for {self.capacity_tokens} tokens cannot be allocated; "
+                "lower --kv-tokens or free memory"
+            ) from None
+        self._device = device
+        self._tables: dict[SeqId, _Table] = {}
+        self._is_free = bytearray(b"\1" * self._num_blocks)
+        self._num_free = self._num_blocks
+
+    @property
+    def tokens_in_use(self) -> int:
+        """Slots of all KvBlocks that Sequences hold."""
+        return (self._num_blocks - self._num_free) * BLOCK_TOKENS
+
+    def extend(self, seq_id: SeqId, start: int, length: int) -> Placement:
+        """Make room for a Segment and return where it goes.
+
+        Raises:
+            EngineError: ``start`` is not the number of tokens cached for the Sequence.
+            CapacityError: no KvBlock is free.
+        """
+        table = self._tables.get(seq_id) or _Table()
+        if start != table.num_tokens:
+            raise EngineError(f"sequence {seq_id}: {table.num_tokens} tokens are cached, a segment begins at {start}")
+        stop = start + length
+        missing = -(-stop // BLOCK_TOKENS) - len(table.blocks)
+        if missing > self._num_free:
+            raise CapacityError(f"KV cache: {missing} blocks are needed and {self._num_free} are free")
+        self._tables[seq_id] = table
+        if missing > 0:
+            self._grow(table, missing)
+        table.num_tokens = stop
+        if table.is_run:
+            base = table.blocks[0] * BLOCK_TOKENS
+            return Placement(slice(base + start, base + stop), slice(base, base + stop))
+        blocks = torch.tensor(table.blocks, device=self._device)
+        slots = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=self._device)).flatten()[:stop]
+        return Placement(slots[start:], slots)
+
+    def free(self, seq_id: SeqId) -> None:
+        """Take a Sequence's KvBlocks back; one that is unknown is ignored."""
+        if (table := self._tables.pop(seq_id, None)) is not None:
+            for block in table.blocks:
+                self._is_free[block] = 1
+            self._num_free += len(table.blocks)
+
+    def reset(self) -> None:
+        """Take every KvBlock back."""
+        for seq_id in list(self._tables):
+            self.free(seq_id)
+
+    def _grow(self, table: _Table, count: int) -> None:
+        for _ in range(count):
+            if table.blocks and (following := table.blocks[-1] + 1) < self._num_blocks and self._is_free[following]:
+                block = following
+            else:
+                block = self._roomiest()
+                table.is_run = table.is_run and not table.blocks
+            self._is_free[block] = 0
+            self._num_free -= 1
+            table.blocks.append(block)
+
+    def _roomiest(self) -> int:
+        """Return a free KvBlock with much room behind it: the start of the pool, or the middle of the longest gap."""
+        best, best_length, at = -1, 0, self._is_free.find(1)
+        while at >= 0:
+            stop = self._is_free.find(0, at)
+            stop = self._num_blocks if stop < 0 else stop
+            if stop - at > best_length:
+                best, best_length = at, stop - at
+            at = self._is_free.find(1, stop)
+        # Behind another Sequence that may still grow, begin half-way into the gap.
+        return best + best_length // 2 if best > 0 and best_length > 1 else best

@@ -1,0 +1,187 @@
+"""The maths of a Layer: norms, rotary embedding, attention over the KV cache, MLP. Plain functions of tensors.
+
+T: tokens of the Batch, all Segments one after the other. Hq, Hkv: query and KV heads. D: head_dim.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from mdiq.engine.families import Activation
+from mdiq.engine.kernels import Linear
+from mdiq.engine.kv_cache import Placement
+from mdiq.engine.model_config import ModelConfig, RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm (Zhang and Sennrich 2019) or, with a bias, LayerNorm, over the last dimension."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is not None:
+            return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if x.dtype == torch.float32:
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # As the reference does: the mean of squares in f32, the weight in the model's dtype.
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One Layer, ready to run; shapes as in checkpoint.LayerTensors."""
+
+    attn_norm: Norm
+    mlp_norm: Norm
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+
+
+class Rope:
+    """Rotary embedding (Su et al. 2021, eq. 34), halves split as in Hugging Face's models.
+
+    factors: what each frequency is divided by, [D / 2], or None.
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device, factors: torch.Tensor | None) -> None:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        frequencies = 1.0 / (config.theta**exponents) / config.linear_factor
+        if config.llama3 is not None:
+            frequencies = _llama3_scaled(frequencies, config.llama3)
+        if factors is not None:
+            frequencies = frequencies / factors
+        self._frequencies = frequencies.to(device)  # [D / 2]
+
+    def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin for positions [T]: each [T, 1, D / 2] in ``dtype``."""
+        angles = positions.float()[:, None] * self._frequencies  # [T, D/2]
+        return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x: [T, H, D] rotated by the angles of its positions."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """A Segment within a Batch: rows ``first`` to ``first + length - 1``; ``start`` is its first position."""
+
+    first: int
+    length: int
+    start: int
+    placement: Placement
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    spans: Sequence[Span],
+    window: int,
+) -> torch.Tensor:
+    """Store K and V of the Batch in the cache, and return what each token finds in its own Sequence.
+
+    q: [T, Hq, D]; k, v: [T, Hkv, D]; keys, values: the Layer's pools, [slots, Hkv, D]. window: tokens that a token may
+    look back on, itself included; 0 is all. Returns [T, Hq * D].
+    """
+    out = torch.empty_like(q)
+    num_kv_heads, head_dim = k.shape[1], k.shape[2]
+    groups = q.shape[1] // num_kv_heads
+    for span in spans:
+        rows = slice(span.first, span.first + span.length)
+        keys[span.placement.write] = k[rows]
+        values[span.placement.write] = v[rows]
+        seen_k, seen_v = keys[span.placement.read], values[span.placement.read]  # [n, Hkv, D]
+        if span.length == 1:
+            if window and seen_k.shape[0] > window:
+                seen_k, seen_v = seen_k[-window:], seen_v[-window:]
+            # The query heads of a group read the same keys: they pass as rows of one head, and need no mask.
+            found = functional.scaled_dot_product_attention(
+                q[span.first].view(1, num_kv_heads, groups, head_dim),
+                seen_k.transpose(0, 1)[None],
+                seen_v.transpose(0, 1)[None],
+            )  # [1, Hkv, G, D]
+            out[span.first] = found.view(-1, head_dim)
+            continue
+        is_plain = span.start == 0 and not (window and span.length > window)
+        mask = None if is_plain else _mask(span.start, span.length, window, q.device)
+        found = functional.scaled_dot_product_attention(
+            q[rows].view(span.length, num_kv_heads, groups, head_dim).permute(1, 2, 0, 3),  # [Hkv, G, L, D]
+            seen_k.transpose(0, 1)[:, None].expand(-1, groups, -1, -1),  # [Hkv, G, n, D], no copy
+            seen_v.transpose(0, 1)[:, None].expand(-1, groups, -1, -1),
+            attn_mask=mask,
+            is_causal=is_plain,
+        )
+        out[rows] = found.permute(2, 0, 1, 3).reshape(span.length, -1, head_dim)
+    return out.view(q.shape[0], -1)
+
+
+def run_layer(
+    x: torch.Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+    layer: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    spans: Sequence[Span],
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Return the Layer's output for x: [T, hidden_size], same shape and dtype."""
+    num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = weights.qkv(weights.attn_norm(x)).view(x.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    qk, v = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
+    if weights.q_norm is not None and weights.k_norm is not None:
+        qk = torch.cat((weights.q_norm(qk[:, :num_heads]), weights.k_norm(qk[:, num_heads:])), dim=1)
+    if angles is not None:
+        qk = rotate(qk, *angles)
+    window = config.sliding_window if layer in config.windowed_layers else 0
+    x = x + weights.o(attend(qk[:, :num_heads], qk[:, num_heads:], v, keys, values, spans, window))
+    return x + weights.down(_activated(weights.gate_up(weights.mlp_norm(x)), config))
+
+
+def _activated(up: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    gate = None
+    if config.family.is_gated:
+        gate, up = up.chunk(2, dim=-1)
+    x = up if gate is None else gate
+    active = (
+        functional.silu(x) if config.family.activation is Activation.SILU else functional.gelu(x, approximate="tanh")
+    )
+    return active if gate is None else active * up
+
+
+def _mask(start: int, length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return which of ``start + length`` keys each of ``length`` queries sees: bool, [length, start + length]."""
+    query = torch.arange(start, start + length, device=device)[:, None]
+    key = torch.arange(start + length, device=device)
+    mask = key <= query
+    return mask & (key > query - window) if window else mask
+
+
+def _llama3_scaled(frequencies: torch.Tensor, scaling: tuple[float, float, float, int]) -> torch.Tensor:
+    """Return Llama 3.1's frequencies: long waves slowed by the factor, short ones kept, those between blended.
+
+    Source: Meta's llama-models, ``apply_scaling``; the same in transformers' ``rope_type: llama3``.
+    """
+    factor, low, high, original_context = scaling
+    waves = 2 * math.pi / frequencies
+    blend = (original_context / waves - low) / (high - low)
+    blended = (1 - blend) * frequencies / factor + blend * frequencies
+    scaled = torch.where(waves > original_context / low, frequencies / factor, frequencies)
+    is_between = (waves <= original_context / low) & (waves >= original_context / high)
+    return torch.where(is_between, blended, scaled)

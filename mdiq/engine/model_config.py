@@ -1,0 +1,255 @@
+"""A model's shape and constants, from a Hugging Face config.json or a GGUF file's metadata. No tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mdiq.engine.families import FAMILIES, Family
+from mdiq.engine.gguf_file import GgufFile
+from mdiq.errors import ModelError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding (Su et al. 2021).
+
+    theta: base of the frequencies.
+    linear_factor: positions are divided by it ("linear" scaling).
+    llama3: (factor, low_freq_factor, high_freq_factor, original_context) of Llama 3.1's scaling, or None.
+    """
+
+    theta: float = 10_000.0
+    linear_factor: float = 1.0
+    llama3: tuple[float, float, float, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What the engine must know of a model; counts unless named otherwise.
+
+    windowed_layers: layers that attend to the last ``sliding_window`` tokens only; empty without a window.
+    """
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    vocab_size: int
+    context_tokens: int
+    norm_eps: float
+    rope: RopeConfig = RopeConfig()
+    is_tied: bool = False
+    sliding_window: int = 0
+    windowed_layers: frozenset[int] = frozenset()
+
+    def kv_bytes_per_token(self, num_layers: int, item_bytes: int) -> int:
+        """Return the bytes of K and V of one token in ``num_layers`` layers."""
+        return 2 * self.num_kv_heads * self.head_dim * item_bytes * num_layers
+
+    def check(self, where: str) -> None:
+        """Raise ModelError when the numbers cannot be those of a model."""
+        counts = {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "mlp_size": self.mlp_size,
+            "vocab_size": self.vocab_size,
+            "context_tokens": self.context_tokens,
+        }
+        for name, count in counts.items():
+            if not 1 <= count < 2**31:
+                raise ModelError(f"{where}: {name} is {count}; it must be from 1 to 2^31: fetch the model again")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(f"{where}: {self.num_heads} heads do not share {self.num_kv_heads} KV heads evenly")
+        if self.family.has_rotary and self.head_dim % 2:
+            raise ModelError(f"{where}: head_dim is {self.head_dim}; rotary embedding needs an even number")
+
+
+def config_from_hf(config: Mapping[str, object], where: str) -> ModelConfig:
+    """Return the ModelConfig that a Hugging Face config.json describes.
+
+    Raises:
+        ModelError: the family or something it uses is not supported, or a field is missing or of the wrong type.
+    """
+    family = _family(_get(config, "model_type", str, where, ""), where)
+    if family.name == "gpt2":
+        result = _gpt2_from_hf(config, family, where)
+    else:
+        result = _llama_from_hf(config, family, where)
+    result.check(where)
+    return result
+
+
+def config_from_gguf(file: GgufFile) -> ModelConfig:
+    """Return the ModelConfig that a GGUF file's metadata describes.
+
+    Raises:
+        ModelError: the architecture or something it uses is not supported, or a field is missing or of the wrong type.
+    """
+    where = str(file.path)
+    architecture = file.get("general.architecture", str)
+    family = _family(architecture, where)
+
+    def count(key: str, default: int | None = None) -> int:
+        return file.get(f"{architecture}.{key}", int, default)
+
+    if count("expert_count", 0):
+        raise ModelError(f"{where}: mixture-of-experts models are not supported; use a dense one")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelError(f"{where}: tensor token_embd.weight is missing; fetch or convert the file again")
+    num_layers, num_heads = count("block_count"), count("attention.head_count")
+    hidden_size = count("embedding_length")
+    rope_dims = count("rope.dimension_count", hidden_size // max(num_heads, 1))
+    head_dim = count("attention.key_length", rope_dims)
+    if family.has_rotary and rope_dims != head_dim:
+        raise ModelError(f"{where}: rotary embedding of {rope_dims} of {head_dim} dimensions is not supported")
+    window = count("attention.sliding_window", 0)
+    norm = "layer_norm_rms_epsilon" if family.has_rms_norm else "layer_norm_epsilon"
+    result = ModelConfig(
+        family=family,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=count("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        mlp_size=count("feed_forward_length"),
+        vocab_size=embedding.shape[0],
+        context_tokens=count("context_length"),
+        norm_eps=file.get(f"{architecture}.attention.{norm}", float),
+        rope=_rope_from_gguf(file, architecture),
+        is_tied="output.weight" not in file.tensors,
+        sliding_window=window,
+        windowed_layers=frozenset(range(num_layers)) if 0 < window < count("context_length") else frozenset(),
+    )
+    result.check(where)
+    return result
+
+
+def _family(name: str, where: str) -> Family:
+    if name not in FAMILIES:
+        raise ModelError(f"{where}: models of type {name!r} are not supported; use one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _rope_from_gguf(file: GgufFile, architecture: str) -> RopeConfig:
+    theta = file.get(f"{architecture}.rope.freq_base", float, 10_000.0)
+    kind = file.get(f"{architecture}.rope.scaling.type", str, "none")
+    factor = file.get(f"{architecture}.rope.scaling.factor", float, 1.0)
+    if kind not in ("none", "linear"):
+        raise ModelError(f"{file.path}: rope scaling {kind!r} is not supported; only none, linear and llama3 are")
+    # Llama 3.1's scaling comes as a tensor of factors, which checkpoint.py reads.
+    return RopeConfig(theta, factor if kind == "linear" else 1.0)
+
+
+def _gpt2_from_hf(config: Mapping[str, object], family: Family, where: str) -> ModelConfig:
+    activation = _get(config, "activation_function", str, where, "gelu_new")
+    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise ModelError(f"{where}: activation_function {activation!r} is not supported; only gelu_new is")
+    needed = {
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "scale_attn_weights": True,
+    }
+    for name, wanted in needed.items():
+        if _get(config, name, bool, where, wanted) is not wanted:
+            raise ModelError(f"{where}: {name} is {not wanted}; only {wanted} is supported")
+    hidden_size, num_heads = _get(config, "n_embd", int, where), _get(config, "n_head", int, where)
+    return ModelConfig(
+        family=family,
+        num_layers=_get(config, "n_layer", int, where),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // max(num_heads, 1),
+        mlp_size=_get(config, "n_inner", int, where, 4 * hidden_size),
+        vocab_size=_get(config, "vocab_size", int, where),
+        context_tokens=_get(config, "n_positions", int, where, 1024),
+        norm_eps=_get(config, "layer_norm_epsilon", float, where, 1e-5),
+        is_tied=_get(config, "tie_word_embeddings", bool, where, True),
+    )
+
+
+def _llama_from_hf(config: Mapping[str, object], family: Family, where: str) -> ModelConfig:
+    activation = _get(config, "hidden_act", str, where, "silu")
+    if activation != "silu":
+        raise ModelError(f"{where}: hidden_act {activation!r} is not supported; only silu is")
+    num_layers = _get(config, "num_hidden_layers", int, where)
+    num_heads = _get(config, "num_attention_heads", int, where)
+    hidden_size = _get(config, "hidden_size", int, where)
+    context_tokens = _get(config, "max_position_embeddings", int, where, 2048)
+    window, windowed = _windows(config, family, num_layers, context_tokens, where)
+    return ModelConfig(
+        family=family,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=_get(config, "num_key_value_heads", int, where, num_heads),
+        head_dim=_get(config, "head_dim", int, where, hidden_size // max(num_heads, 1)),
+        mlp_size=_get(config, "intermediate_size", int, where),
+        vocab_size=_get(config, "vocab_size", int, where),
+        context_tokens=context_tokens,
+        norm_eps=_get(config, "rms_norm_eps", float, where, 1e-6),
+        rope=_rope_from_hf(config, where),
+        is_tied=_get(config, "tie_word_embeddings", bool, where, False),
+        sliding_window=window,
+        windowed_layers=windowed,
+    )
+
+
+def _windows(
+    config: Mapping[str, object], family: Family, num_layers: int, context_tokens: int, where: str
+) -> tuple[int, frozenset[int]]:
+    """Return the sliding window and the layers that have it; (0, none) where no sequence can outgrow it."""
+    window = _get(config, "sliding_window", int, where, 0)
+    # Qwen's configs carry a window that is off unless they say so; Mistral's is on when it is there.
+    is_on = family.name == "mistral" or _get(config, "use_sliding_window", bool, where, False)
+    if family.name == "llama" or not is_on or not 0 < window < context_tokens:
+        return 0, frozenset()
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == num_layers:
+        return window, frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    first = 0 if family.name == "mistral" else _get(config, "max_window_layers", int, where, 0)
+    return window, frozenset(range(first, num_layers))
+
+
+def _rope_from_hf(config: Mapping[str, object], where: str) -> RopeConfig:
+    # Transformers 5 writes rope_parameters; earlier ones rope_theta and rope_scaling.
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise ModelError(f"{where}: rope_scaling is not an object; fetch the model again")
+    theta = _get(parameters, "rope_theta", float, where, _get(config, "rope_theta", float, where, 10_000.0))
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, _get(parameters, "factor", float, where))
+    if kind == "llama3":
+        return RopeConfig(
+            theta,
+            llama3=(
+                _get(parameters, "factor", float, where),
+                _get(parameters, "low_freq_factor", float, where),
+                _get(parameters, "high_freq_factor", float, where),
+                _get(parameters, "original_max_position_embeddings", int, where),
+            ),
+        )
+    raise ModelError(f"{where}: rope scaling {kind!r} is not supported; use a model with default, linear or llama3")
+
+
+def _get(config: Mapping[str, object], key: str, kind: type[T], where: str, default: T | None = None) -> T:
+    value = config.get(key)
+    value = default if value is None else value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        found = "is missing" if value is None else f"is {value!r}"
+        raise ModelError(f"{where}: {key} {found}; expected {kind.__name__}: fetch the model again")
+    return value

@@ -1,0 +1,192 @@
+"""Runs Batches on a Stage's part of the model: payloads in, rows out. No sockets; one thread calls it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mdiq.core.frame import Batch, Payload, TokenIds
+from mdiq.core.types import LayerRange
+from mdiq.engine.checkpoint import open_checkpoint
+from mdiq.engine.device import choose_device, choose_dtype, free_bytes
+from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
+from mdiq.engine.layers import Span
+from mdiq.engine.model_config import ModelConfig
+from mdiq.engine.stage_model import StageModel
+from mdiq.engine.tensors import TensorRows, to_tensor
+from mdiq.errors import CapacityError, EngineError, ModelError
+
+KV_MEMORY_SHARE = 0.5  # of what is free behind the weights: the rest is for activations and for others
+MOST_SEQUENCES = 64
+
+
+class StageRunner:
+    """A loaded Stage: core's Engine, and on the Starter the head as well.
+
+    config: the whole model's shape.
+    """
+
+    def __init__(
+        self, model: StageModel, cache: KvCache, *, is_last: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._is_last = is_last
+        self._dtype = dtype
+        self._device = device
+        self.config: ModelConfig = model.config
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        layers: LayerRange,
+        *,
+        is_last: bool,
+        owns_embedding_and_head: bool,
+        dtype: str,
+        device: str,
+        kv_tokens: int | None,
+        memory_share: float = 1.0,
+        digest: str = "",
+        progress: Callable[[int, int], object] = lambda *_: None,
+    ) -> "StageRunner":
+        """Load Layers ``layers`` of the model at ``path`` and make room for their KV cache.
+
+        kv_tokens: capacity in tokens, or None for what free memory allows. memory_share: the part of the machine's free
+        memory that this Stage may plan with. digest: refuse a model with another fingerprint; empty takes any.
+
+        Raises:
+            ModelError: the model is missing, malformed, unsupported, or another one than ``digest`` tells of.
+            CapacityError: weights or KV cache do not fit.
+        """
+        torch_device, torch_dtype = choose_device(device), choose_dtype(dtype)
+        with open_checkpoint(path) as checkpoint, torch.inference_mode():
+            if digest and checkpoint.digest != digest:
+                raise ModelError(f"{path}: it is not the starter's model (their digests differ); copy it here again")
+            try:
+                model = StageModel(
+                    checkpoint,
+                    layers,
+                    owns_embedding_and_head=owns_embedding_and_head,
+                    dtype=torch_dtype,
+                    device=torch_device,
+                    progress=progress,
+                )
+            except (MemoryError, torch.OutOfMemoryError):
+                raise CapacityError(f"{path}: no memory for layers {layers}; use more nodes or --dtype bf16") from None
+            cache = _make_cache(model.config, layers, torch_dtype, torch_device, kv_tokens, memory_share)
+        return cls(model, cache, is_last=is_last, dtype=torch_dtype, device=torch_device)
+
+    @property
+    def owns_embedding(self) -> bool:
+        """Whether token ids enter here."""
+        return self._model.owns_embedding
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of this Stage's weights."""
+        return self._model.weight_bytes
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._cache.capacity_tokens
+
+    @property
+    def kv_tokens_in_use(self) -> int:
+        """Tokens of all KvBlocks that Sequences hold."""
+        return self._cache.tokens_in_use
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in this Stage."""
+        return self.config.kv_bytes_per_token(len(self._cache.keys), self._dtype.itemsize)
+
+    def reset(self) -> None:
+        """Forget every Sequence."""
+        self._cache.reset()
+
+    def forward(self, batch: Batch) -> TensorRows:
+        """Run a Batch; see core's Engine.
+
+        Raises:
+            EngineError: a payload does not fit, a position is out of order, or torch failed.
+            CapacityError: the KV cache is full.
+        """
+        for seq_id in batch.releases:
+            self._cache.free(seq_id)
+        if not batch.segments:
+            return TensorRows(torch.empty(0, self.config.hidden_size, dtype=self._dtype))
+        try:
+            with torch.inference_mode():
+                return TensorRows(self._forward(batch))
+        except (RuntimeError, IndexError) as error:
+            raise EngineError(f"the forward of {len(batch.segments)} segments failed: {str(error)[:200]}") from error
+
+    def logits(self, rows: Sequence[Payload]) -> torch.Tensor:
+        """Return [n, vocab_size], f32, on the CPU, for n payloads of one row each from the last Stage.
+
+        Raises:
+            EngineError: a payload does not fit, or torch failed.
+        """
+        try:
+            with torch.inference_mode():
+                return self._model.logits(torch.cat([self._rows(row) for row in rows])).cpu()
+        except RuntimeError as error:
+            raise EngineError(f"the head failed on {len(rows)} rows: {str(error)[:200]}") from error
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        spans: list[Span] = []
+        first = 0
+        for segment in batch.segments:
+            placement = self._cache.extend(segment.seq_id, segment.start, segment.length)
+            spans.append(Span(first, segment.length, segment.start, placement))
+            first += segment.length
+        positions = torch.tensor([p for s in batch.segments for p in range(s.start, s.stop)], device=self._device)
+        hidden = self._model.run(self._hidden(batch, positions), positions, self._cache, spans)
+        if not self._is_last:
+            return hidden
+        wanted = [span.first + span.length - 1 for span, s in zip(spans, batch.segments, strict=True) if s.wants_logits]
+        return hidden if wanted == list(range(len(hidden))) else hidden[wanted]
+
+    def _hidden(self, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
+        """Return what enters the Layers: [T, hidden_size]."""
+        if all(isinstance(payload, TokenIds) for payload in batch.payloads):
+            ids = [token for payload in batch.payloads if isinstance(payload, TokenIds) for token in payload.ids]
+            if max(ids) >= self.config.vocab_size:
+                raise EngineError(f"token id {max(ids)} is not one of the model's {self.config.vocab_size}")
+            return self._model.embed(torch.tensor(ids, device=self._device), positions)
+        rows = [self._rows(payload) for payload in batch.payloads]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _rows(self, payload: Payload) -> torch.Tensor:
+        return to_tensor(payload, self.config.hidden_size, self._dtype, self._device)
+
+
+def _make_cache(
+    config: ModelConfig,
+    layers: LayerRange,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_tokens: int | None,
+    memory_share: float,
+) -> KvCache:
+    token_bytes = config.kv_bytes_per_token(len(layers), dtype.itemsize)
+    free = free_bytes(device)
+    if kv_tokens is None:
+        kv_tokens = min(
+            int(free * KV_MEMORY_SHARE * memory_share) // token_bytes, MOST_SEQUENCES * config.context_tokens
+        )
+        if kv_tokens < BLOCK_TOKENS:
+            raise CapacityError(
+                f"KV cache: {free >> 20} MiB are free behind the weights of layers {layers}, too little for "
+                f"{BLOCK_TOKENS} tokens; use more nodes or free memory"
+            )
+    kv_tokens = -(-kv_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+    if kv_tokens * token_bytes > free:
+        raise CapacityError(
+            f"KV cache: {kv_tokens} tokens of layers {layers} need {kv_tokens * token_bytes >> 20} MiB and "
+            f"{free >> 20} MiB are free; lower --kv-tokens or use more nodes"
+        )
+    return KvCache(len(layers), kv_tokens, config.num_kv_heads, config.head_dim, dtype, device)

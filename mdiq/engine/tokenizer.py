@@ -1,0 +1,236 @@
+"""Texts and chats to token ids, and token ids to text, for a Hugging Face directory or a GGUF file.
+
+Owns incremental decoding. GGUF vocabularies are built in engine/gguf_tokenizer.py, templates run in
+engine/chat_template.py.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from mdiq.engine.chat_template import ChatTemplate
+from mdiq.engine.gguf_tokenizer import TokenizerParts, load_gguf_tokenizer
+from mdiq.errors import ConfigError, ModelError
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MOST_ID = (1 << 31) - 1
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """A model's tokenizer; ``load`` makes one. Threads may share it.
+
+    vocab_size: how many token ids the model has; some may have no text.
+    eos_token_ids: any of them ends an answer.
+    """
+
+    def __init__(self, parts: TokenizerParts) -> None:
+        self._parts = parts
+        self._backend = parts.backend
+        self.vocab_size = parts.vocab_size
+        self.eos_token_ids = parts.eos_token_ids
+        self.has_chat_template = parts.chat_template is not None
+        added = parts.backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+
+    @classmethod
+    def load(cls, model: Path) -> "Tokenizer":
+        """Return the tokenizer of a .gguf file, or of a directory with tokenizer.json.
+
+        Raises:
+            ModelError: a file is missing or malformed, or the kind of tokenizer is not supported.
+        """
+        return cls(_load_directory(model) if model.is_dir() else load_gguf_tokenizer(model))
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's ids, with the model's BOS or EOS where it adds one.
+
+        Special tokens that the text spells count as such.
+
+        Raises:
+            ConfigError: the text holds half a surrogate pair.
+        """
+        return [*self._parts.prefix, *self._ids(text), *self._parts.suffix]
+
+    def chat_ids(self, messages: Iterable[Mapping[str, object]]) -> list[int]:
+        """Return the ids of a chat in the model's own format, up to where the assistant's answer begins.
+
+        The model's BOS stands at the start once, whether its template writes it or not.
+
+        Raises:
+            ConfigError: the model has no chat template, or its template refuses the messages.
+            ModelError: the template is broken or hostile.
+        """
+        ids = self._ids(self._template.render(messages, self._parts.special_texts))
+        prefix = list(self._parts.prefix)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids without special tokens; ids that the tokenizer lacks have none.
+
+        Equals what ``stream`` gives for them. Bytes that are no UTF-8 become U+FFFD.
+        """
+        text = self._decode([token for token in ids if 0 <= token <= _MOST_ID])
+        if _REPLACEMENT not in text:
+            return text
+        # A run of byte tokens that is wrong somewhere is wrong as a whole for `tokenizers`. A stream has written the
+        # characters before the wrong byte by then, so that is what counts.
+        stream = self.stream()
+        return "".join([stream.push(token) for token in ids]) + stream.finish()
+
+    def stream(self) -> "TextStream":
+        """Return a decoder for the tokens of one Sequence."""
+        return TextStream(self._backend, self._special_ids)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        if self._parts.chat_template is None:
+            raise ConfigError("messages: the model has no chat template; send a prompt as text")
+        return ChatTemplate(self._parts.chat_template, self._parts.chat_template_where)
+
+
+class TextStream:
+    """Tokens to text, as they come: whole characters only. What `push` and `finish` return makes the text.
+
+    Theory: the text of ids is not the sum of the texts of each (a character may need three tokens, and the space
+    before a first word is dropped), so DecodeStream decodes the ids of the last piece together with those that wait,
+    and gives what is new once it does not end within a character.
+    """
+
+    def __init__(self, backend: Backend, special_ids: frozenset[int]) -> None:
+        self._backend = backend
+        self._special_ids = special_ids
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._given: list[int] = []  # the ids of the last piece
+        self._waiting: list[int] = []  # the ids since
+
+    def push(self, token: int) -> str:
+        """Return the characters that this token completes; none for a special token or an id without text."""
+        if token in self._special_ids or not 0 <= token <= _MOST_ID:
+            return ""
+        self._waiting.append(token)
+        try:
+            text = self._stream.step(self._backend, token)
+        except Exception:  # `tokenizers` raises plain Exceptions
+            return self._restart()
+        if text is None:
+            return ""
+        self._given, self._waiting = self._waiting, []
+        return text
+
+    def finish(self) -> str:
+        """Return what waits for the rest of a character that does not come."""
+        before = self._backend.decode(self._given, skip_special_tokens=True)
+        text = self._backend.decode(self._given + self._waiting, skip_special_tokens=True)
+        if not text.startswith(before):
+            before, text = "", self._backend.decode(self._waiting, skip_special_tokens=True)
+        self._given, self._waiting = [], []
+        return text[len(before) :]
+
+    def _restart(self) -> str:
+        """Go on without the last piece: the bytes that came since change how it decodes, and it is written."""
+        self._stream = DecodeStream(skip_special_tokens=True)
+        waiting, self._given, self._waiting = self._waiting, [], []
+        return "".join([self.push(token) for token in waiting])
+
+
+def _load_directory(directory: Path) -> TokenizerParts:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{path}: no such file; a model directory needs it: fetch it, or save the tokenizer again with transformers"
+        )
+    try:
+        backend = Backend.from_file(str(path))
+        backend.no_truncation()
+        backend.no_padding()
+        # In a directory, add_bos_token of tokenizer_config.json counts for nothing, as in transformers.
+        prefix, suffix = _added_around(backend)
+    except Exception as error:  # `tokenizers` raises plain Exceptions
+        raise ModelError(
+            f"{path}: it cannot be read ({' '.join(str(error).split())[:120]}); fetch the file again"
+        ) from None
+    config = _read_json(directory / "tokenizer_config.json")
+    texts = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None}
+    ids = {name: token for name, text in texts.items() if (token := backend.token_to_id(text)) is not None}
+    # Files that were converted by hand may not mark them in tokenizer.json.
+    backend.add_special_tokens([AddedToken(texts[name], normalized=False) for name in ids])
+    model_config = _read_json(directory / "config.json")
+    eos_token_ids = (
+        _id_set(_read_json(directory / "generation_config.json").get("eos_token_id"))
+        or _id_set(model_config.get("eos_token_id"))
+    ) | ({ids["eos_token"]} if "eos_token" in ids else set())
+    vocab_size = model_config.get("vocab_size")
+    template, where = _directory_template(directory, config)
+    return TokenizerParts(
+        backend=backend,
+        vocab_size=vocab_size if type(vocab_size) is int else backend.get_vocab_size(),
+        eos_token_ids=frozenset(eos_token_ids),
+        prefix=prefix,
+        suffix=suffix,
+        special_texts=texts,
+        chat_template=template,
+        chat_template_where=where,
+    )
+
+
+def _added_around(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what the tokenizer's post-processor puts before and after a text."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start]), tuple(full[start + len(plain) :])
+    return (), ()
+
+
+def _directory_template(directory: Path, config: Mapping[str, object]) -> tuple[str | None, str]:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path}: it cannot be read ({error}); fetch the file again") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    where = f"{directory / 'tokenizer_config.json'}: chat_template"
+    return (template if isinstance(template, str) else None), where
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    """Return a JSON object; an empty one where the file is not there."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: it cannot be read ({str(error)[:120]}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object; fetch the file again")
+    return value
+
+
+def _token_text(value: object) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _id_set(value: object) -> set[int]:
+    return {token for token in (value if isinstance(value, list) else [value]) if type(token) is int}

@@ -1,0 +1,51 @@
+"""Which layers go to which Stage: checked when the user says so, even when nobody does."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from mdiq.core.types import LayerRange
+from mdiq.errors import PlanError
+
+
+def check_split(split: list[int], num_layers: int) -> tuple[LayerRange, ...]:
+    """Return the LayerRanges of Stages with ``split[i]`` layers each.
+
+    Raises:
+        PlanError: they do not cover the model exactly, or a Stage has no layer.
+    """
+    where = f"--layers {','.join(map(str, split))}"
+    if not split or min(split) < 1:
+        raise PlanError(f"{where}: every node needs at least 1 layer; write for example {_example(num_layers)}")
+    total = sum(split)
+    if total != num_layers:
+        change = f"take {total - num_layers} away" if total > num_layers else f"add {num_layers - total}"
+        raise PlanError(f"{where}: these cover {total} layers and the model has {num_layers}; {change}")
+    return _ranges(split)
+
+
+def split_layers(num_layers: int, num_nodes: int) -> tuple[LayerRange, ...]:
+    """Return LayerRanges that differ by one layer at most.
+
+    The later Stages get what is left over, since the Starter has the embedding and the head as well.
+
+    Raises:
+        PlanError: there are more nodes than layers, or no nodes.
+    """
+    if not 1 <= num_nodes <= num_layers:
+        raise PlanError(
+            f"--nodes {num_nodes}: the model has {num_layers} layers and every node needs one; use 1 to {num_layers}"
+        )
+    return _ranges(_even(num_layers, num_nodes))
+
+
+def _even(num_layers: int, num_nodes: int) -> list[int]:
+    least, left_over = divmod(num_layers, num_nodes)
+    return [least + (i >= num_nodes - left_over) for i in range(num_nodes)]
+
+
+def _ranges(split: Sequence[int]) -> tuple[LayerRange, ...]:
+    return tuple(LayerRange(start, stop) for start, stop in pairwise(accumulate(split, initial=0)))
+
+
+def _example(num_layers: int) -> str:
+    return ",".join(map(str, _even(num_layers, min(2, num_layers))))

