@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from mdiq.core.frame import Batch, Buffer, Payload, TokenIds
+from mdiq.core.sequence import Sequence
 from mdiq.core.types import LayerRange, SeqId
 from mdiq.errors import EngineError
 
@@ -56,6 +57,8 @@ class ChainEngine:
         for seq_id in batch.releases:
             self.states.pop(seq_id, None)
             self.positions.pop(seq_id, None)
+        if len({segment.seq_id for segment in batch.segments}) != len(batch.segments):
+            raise EngineError("the chain engine was given two Segments of a Sequence in one Batch")
         out: list[bytes] = []
         for segment, payload in zip(batch.segments, batch.payloads, strict=True):
             if self.positions.get(segment.seq_id, 0) != segment.start:
@@ -96,3 +99,11 @@ def chain_answer(
             if tokens[-1] in eos:
                 break
     return answer
+
+
+class ChainStarter(ChainEngine):
+    """The Starter's engine of a chain Ring: its first layers, and the head as a sampler."""
+
+    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[int]:
+        assert len(rows) == len(sequences)
+        return [chain_token(b"".join(bytes(buffer) for buffer in row.parts()[2])) for row in rows]

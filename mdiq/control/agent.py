@@ -50,17 +50,22 @@ class Agent:
         """Join, obey, and return when drained.
 
         Raises:
-            MdiqError: loading failed; the Starter has been told.
+            MdiqError: loading failed, and the Starter has been told; or the Starter cannot be told anything.
         """
         await self._send(self._hello)
+        obeying = asyncio.create_task(self._obey(), name="obey")
         sending = asyncio.create_task(self._send_queued(), name="control-send")
         beating = asyncio.create_task(self._beat(), name="heartbeat")
+        tasks = (obeying, sending, beating)
         try:
-            await self._obey()
+            # The first that ends decides: only obeying ends well, and an agent that cannot report must not look alive.
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            for task in (sending, beating):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(sending, beating, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def loading(self, done: int, total: int) -> None:
         """Report progress of loading, in tensors or any other unit."""

@@ -1,4 +1,4 @@
-"""The Starter's end of the control plane: Nodes join, are told what to load, say ready, and are drained. No processes."""
+"""The Starter's end of the control plane: Nodes join, load what they are told, say ready, are drained. No processes."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping

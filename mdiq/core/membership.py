@@ -1,11 +1,11 @@
 """Who is in the Ring and in what state: a table of Leases. No clock of its own, no sockets.
 
-    state      event      next
-    JOINING    assigned   LOADING
-    LOADING    ready      READY
-    READY      assigned   LOADING
-    any        lost       LOST       (its Lease ended, or its process did)
-    LOST       joined     JOINING    (the same name, a new process)
+state      event      next
+JOINING    assigned   LOADING
+LOADING    ready      READY
+READY      assigned   LOADING
+any        lost       LOST       (its Lease ended, or its process did)
+LOST       joined     JOINING    (the same name, a new process)
 """
 
 from dataclasses import dataclass

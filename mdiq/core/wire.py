@@ -149,8 +149,8 @@ def decode(parts: AbstractSequence[Buffer], ring_key: bytes, limits: WireLimits)
     """
     if not 1 <= len(parts) <= 2:
         _refuse("parts", f"{len(parts)} parts; a frame has 1 or 2")
-    header = memoryview(parts[0])
-    payload = memoryview(parts[1]) if len(parts) == 2 else memoryview(b"")
+    # Links inside one process hand on what an engine gave, which may be a view of floats.
+    header, payload = (memoryview(part).cast("B") for part in (*parts, b"")[:2])
     if len(parts) == 2 and not payload.nbytes:
         _refuse("parts", "an empty payload; a frame without one has 1 part")
     num_segments = _check_sizes(header, payload, limits)

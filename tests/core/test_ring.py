@@ -186,6 +186,26 @@ def test_a_release_that_does_not_come_round_is_sent_again() -> None:
     assert ring.is_quiet
 
 
+def test_a_new_epoch_owes_nothing_to_the_sequences_that_ended_in_the_old_one() -> None:
+    ring = _ring()
+    ring.submit(_sequence(), now=0.0)
+    ring.poll(0.0)
+    ring.cancel(0)
+    ring.poll(0.0)
+    ring.begin_epoch(Epoch(2), SPEC)
+    assert ring.is_quiet
+    assert ring.kv_reserved_tokens == 0
+    assert ring.poll(99.0) == []
+
+
+def test_a_row_in_the_middle_of_a_prompt_is_not_sampled_whatever_the_frame_says() -> None:
+    ring = _ring()
+    ring.submit(_sequence(num_prompt=6), now=0.0)
+    ring.poll(0.0)
+    assert ring.returned(_head(Segment(SeqId(0), 0, 4, wants_logits=True))) == []
+    assert len(ring.returned(_head(Segment(SeqId(0), 4, 2, wants_logits=True)))) == 1
+
+
 def test_a_gap_is_mended_by_a_replay_and_reported_twice_is_mended_once() -> None:
     ring = _ring()
     ring.submit(_sequence(), now=0.0)

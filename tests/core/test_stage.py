@@ -181,6 +181,7 @@ def test_an_assignment_forgets_every_sequence() -> None:
     stage.receive(_release(4))
     stage.assign(Epoch(9), is_last=True)
     assert not stage.has_work
+    assert stage.receive(_hidden((5, 2, 1), epoch=Epoch(9))) == Receipt(gaps=(SeqId(5),))
     assert stage.receive(_hidden((6, 0, 1), epoch=Epoch(9))) == Receipt(queued=1)
 
 

@@ -118,6 +118,15 @@ def test_neither_way_copies_a_payload_of_one_buffer() -> None:
     assert rows.data == frame.payload.data[16:48]
 
 
+def test_a_payload_may_be_a_view_of_floats() -> None:
+    frame = _frame(num_segments=1)
+    header, payload = wire.encode(frame, KEY)
+    back = wire.decode([header, memoryview(payload).cast("f")], KEY, LIMITS)  # type: ignore[list-item]
+    assert back.payload.num_rows == 1
+    assert isinstance(back.payload, WirePayload)
+    assert back.payload.data == payload
+
+
 def test_bytes_of_version_1_stay_what_they_are() -> None:
     lines = GOLDEN.read_text(encoding="ascii").splitlines()
     for kind, line in zip(FrameKind, lines, strict=True):

@@ -17,7 +17,7 @@ from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, LayerRange, RingSpec, SeqId
 from mdiq.errors import EngineError, MdiqError, RemoteProtocolError
-from tests.fakes import VOCAB, ChainEngine, chain_answer, chain_token
+from tests.fakes import ROW_BYTES, VOCAB, ChainEngine, chain_answer, chain_token
 
 RING_KEY = b"simulated ring k"
 CONTEXT = 64
@@ -216,13 +216,18 @@ class World:
         self.happened["stale"] += frame.epoch != self.ring.epoch
         for head_row in self.ring.returned(frame):
             data = frame.payload.parts()[2][0]
-            row = bytes(data)[head_row.row * 16 : head_row.row * 16 + 16]
-            event = self.ring.sampled(head_row.seq_id, chain_token(row))
-            if event is not None:
-                assert event.token is not None
-                self.told[event.index].append(event.token)
-                if event.finish_reason:
-                    self.ends[event.index] = event.finish_reason
+            row = bytes(data)[head_row.row * ROW_BYTES : (head_row.row + 1) * ROW_BYTES]
+            # The sampler takes its time: the Sequence may be cancelled, replayed or in a new Epoch when it is done.
+            self._at(self.rng.random() * 0.02, partial(self._sampled, head_row.seq_id, chain_token(row)))
+        self._poll()
+
+    def _sampled(self, seq_id: SeqId, token: int) -> None:
+        event = self.ring.sampled(seq_id, token)
+        if event is not None:
+            assert event.token is not None
+            self.told[event.index].append(event.token)
+            if event.finish_reason:
+                self.ends[event.index] = event.finish_reason
         self._poll()
 
     # -- the nodes --------------------------------------------------------------------------------------------

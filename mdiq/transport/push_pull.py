@@ -1,0 +1,240 @@
+"""Hops as ZeroMQ sockets, PUSH to PULL, and the options of every socket. What a message means is left to core/wire.py.
+
+PULL binds and PUSH connects: the receivers are the stable addresses. Delivery is at most once, and a cut link may lose
+what was queued; nothing here acknowledges or repeats.
+
+What a peer may cost: the length of a part is bounded by libzmq (MAXMSGSIZE), the number of parts that are handed up by
+PartReader. libzmq itself collects the parts of a message until the last has come and has no bound for that, so a port
+must be reachable by trusted peers only.
+"""
+
+import asyncio
+import errno
+from collections.abc import Sequence
+from typing import TypeVar
+
+import zmq
+import zmq.asyncio
+
+from mdiq.core.frame import Buffer
+from mdiq.errors import TransportError
+
+MOST_FRAME_BYTES = 32 * 2**20
+"""Most bytes of one part unless the caller knows better: a full Batch of 512 tokens of 16,384 f32."""
+MOST_PARTS = 4
+"""Parts of one message that are handed up. A longer message is cut to so many, still more than a Frame has."""
+ZERO_COPY_BYTES = 64 * 1024  # below, copying is cheaper than the bookkeeping of a shared buffer
+FRAME_HWM = 16  # a decoding Sequence has one Segment in flight: a full queue means a stalled peer, never load
+FRAME_LINGER_MS = 200
+HANDSHAKE_MS = 5_000
+HEARTBEAT_MS = 2_000
+DEAD_PEER_MS = 6_000  # without it a pulled cable is noticed after minutes
+RECONNECT_MS = 100
+RECONNECT_MOST_MS = 2_000
+MOST_READY = 16  # messages taken in a row before other tasks run
+
+S = TypeVar("S", bound="SocketEnd")
+
+
+class SocketEnd:
+    """What every link over a socket has: the socket and its end. ``endpoint`` is the address, with the real port."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+        self._socket = socket
+        self.endpoint = endpoint
+
+    async def aclose(self) -> None:
+        """Close the socket; what is queued still goes out for the socket's linger time, within ``Context.term``."""
+        self._socket.close()
+
+
+def make_socket(
+    context: zmq.asyncio.Context, kind: int, endpoint: str, *, hwm: int, most_bytes: int, linger_ms: int
+) -> zmq.asyncio.Socket:
+    """Return a socket with the options that all sockets of mdiq have; the caller binds or connects it."""
+    socket = context.socket(kind)
+    socket.set_hwm(hwm)
+    options = {
+        # libzmq closes the connection of a peer that announces more, before it takes the memory.
+        zmq.MAXMSGSIZE: most_bytes,
+        zmq.LINGER: linger_ms,
+        zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
+        zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
+        zmq.HEARTBEAT_TIMEOUT: DEAD_PEER_MS,
+        zmq.HEARTBEAT_TTL: DEAD_PEER_MS,
+        zmq.TCP_MAXRT: DEAD_PEER_MS,
+        zmq.RECONNECT_IVL: RECONNECT_MS,
+        zmq.RECONNECT_IVL_MAX: RECONNECT_MOST_MS,
+    }
+    if "[" in endpoint:
+        options[zmq.IPV6] = 1
+    for option, value in options.items():
+        socket.setsockopt(option, value)
+    return socket
+
+
+def bind_socket(socket: zmq.asyncio.Socket, endpoint: str) -> str:
+    """Bind the socket and return its endpoint with the port that it really has; close it if that fails.
+
+    Raises:
+        TransportError: the address is taken, not of this machine, or no address.
+    """
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise TransportError(f"{endpoint}: cannot listen there: {_advice(error)}") from None
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def connect_socket(socket: zmq.asyncio.Socket, endpoint: str) -> None:
+    """Connect the socket, which goes on in the background; close it if that fails.
+
+    Raises:
+        TransportError: the endpoint is no address. Whether anybody listens there shows later.
+    """
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise TransportError(f"{endpoint}: cannot connect there: {_advice(error)}") from None
+
+
+class PartReader:
+    """Reads whole messages off a socket, of which a peer chose sizes and number of parts."""
+
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+        self._socket = socket
+        self._plain: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)  # the same socket without futures
+        self._num_ready = 0
+        self.bytes_in = 0
+
+    async def read(self) -> list[Buffer]:
+        """Wait for the next message and return its parts, at most MOST_PARTS; further ones are thrown away."""
+        receiving = self._socket.recv(copy=False)
+        # zmq.asyncio gives a future, done at once when a message was here already.
+        if asyncio.isfuture(receiving) and receiving.done():
+            await self._give_way()
+        else:
+            self._num_ready = 0
+        frame = await receiving
+        self.bytes_in += _wire_size(len(frame))
+        parts: list[Buffer] = [_content(frame)]
+        while frame.more:
+            # A message arrives whole, so the rest of it is here.
+            frame = self._plain.recv(zmq.NOBLOCK, copy=False)
+            self.bytes_in += _wire_size(len(frame))
+            if len(parts) < MOST_PARTS:
+                parts.append(_content(frame))
+            else:
+                await self._give_way()
+        return parts
+
+    async def _give_way(self) -> None:
+        """Let other tasks run now and then: a future that is done does not, and a flood would hold up the loop."""
+        self._num_ready += 1
+        if self._num_ready >= MOST_READY:
+            self._num_ready = 0
+            await asyncio.sleep(0)
+
+
+class PullSource(SocketEnd):
+    """The receiving end of a Hop: a FrameSource over a PULL socket."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+        super().__init__(socket, endpoint)
+        self._reader = PartReader(socket)
+
+    @classmethod
+    async def bind(
+        cls, context: zmq.asyncio.Context, endpoint: str, *, max_frame_bytes: int = MOST_FRAME_BYTES
+    ) -> "PullSource":
+        """Listen on ``endpoint``; port 0 lets the system choose, and the source's ``endpoint`` tells which.
+
+        max_frame_bytes: a peer that sends a longer part is disconnected; see WireLimits.max_frame_bytes.
+
+        Raises:
+            TransportError: the address cannot be used.
+        """
+        socket = make_socket(
+            context, zmq.PULL, endpoint, hwm=FRAME_HWM, most_bytes=max_frame_bytes, linger_ms=FRAME_LINGER_MS
+        )
+        return cls(socket, bind_socket(socket, endpoint))
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes received so far, ZMTP framing included."""
+        return self._reader.bytes_in
+
+    async def receive(self) -> list[Buffer]:
+        """Wait for the next message and return its parts; see PartReader.read."""
+        return await self._reader.read()
+
+
+class PushSink(SocketEnd):
+    """The sending end of a Hop: a FrameSink over a PUSH socket."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, max_frame_bytes: int = MOST_FRAME_BYTES) -> None:
+        super().__init__(socket, endpoint)
+        self._max_frame_bytes = max_frame_bytes
+        self.bytes_out = 0
+
+    @classmethod
+    async def connect(
+        cls, context: zmq.asyncio.Context, endpoint: str, *, max_frame_bytes: int = MOST_FRAME_BYTES
+    ) -> "PushSink":
+        """Connect to the next Stage's ``endpoint``; it may begin to listen later.
+
+        max_frame_bytes: what the next Stage's source takes.
+
+        Raises:
+            TransportError: the endpoint is no address.
+        """
+        socket = make_socket(
+            context, zmq.PUSH, endpoint, hwm=FRAME_HWM, most_bytes=max_frame_bytes, linger_ms=FRAME_LINGER_MS
+        )
+        # Frames wait for a connection here, not in a queue of libzmq, which would keep stale ones over a cut.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        connect_socket(socket, endpoint)
+        return cls(socket, endpoint, max_frame_bytes)
+
+    async def send(self, parts: Sequence[Buffer]) -> None:
+        """Send one message; wait while the peer is away or behind. Parts must not change afterwards.
+
+        Raises:
+            TransportError: a part is longer than the peer takes; it would end the connection.
+        """
+        sizes = [memoryview(part).nbytes for part in parts]
+        largest = max(sizes)
+        if largest > self._max_frame_bytes:
+            raise TransportError(
+                f"{self.endpoint}: a frame of {largest} bytes is over the {self._max_frame_bytes} that a stage takes; "
+                "send fewer tokens in one prompt chunk"
+            )
+        copy = largest < ZERO_COPY_BYTES
+        # With copy=False pyzmq still copies the parts of a message that are below its copy_threshold of 64 KiB.
+        await self._socket.send_multipart(parts, copy=copy)
+        self.bytes_out += sum(map(_wire_size, sizes))
+
+
+def _content(frame: zmq.Frame) -> Buffer:
+    return frame.bytes if len(frame) < ZERO_COPY_BYTES else frame.buffer
+
+
+def _wire_size(size: int) -> int:
+    """Return the bytes that a part takes on the wire: ZMTP 3.1 frames have a header of 2 or 9 bytes (RFC 37)."""
+    return size + (2 if size < 256 else 9)
+
+
+def _advice(error: zmq.ZMQError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "the port is in use; stop what uses it, or choose another one (0 lets the system choose)"
+        case errno.EADDRNOTAVAIL | errno.ENODEV:
+            return "no network interface of this machine has that address; use one that it has, or 127.0.0.1"
+        case errno.EACCES:
+            return "not permitted; choose a port of 1024 or more"
+        case errno.EINVAL | errno.EPROTONOSUPPORT | zmq.ENOCOMPATPROTO:
+            return "not an endpoint; write tcp://ADDRESS:PORT, for example tcp://127.0.0.1:5001"
+        case _:
+            return f"{error.strerror}; write tcp://ADDRESS:PORT with an address that can be reached"

@@ -1,0 +1,115 @@
+"""The control channel as ZeroMQ sockets: a ROUTER at the Starter, a DEALER at every Node. Messages: core/control.py."""
+
+import structlog
+import zmq
+import zmq.asyncio
+
+from mdiq.core.control import MOST_BYTES
+from mdiq.errors import TransportError
+from mdiq.transport.push_pull import PartReader, SocketEnd, bind_socket, connect_socket, make_socket
+
+log = structlog.get_logger()
+
+CONTROL_HWM = 1_000
+CONTROL_LINGER_MS = 500  # a last word such as Failed or Goodbye gets out
+MOST_CONTROL_BYTES = MOST_BYTES + 4_096  # a message that is a little too long is refused by name, not by a cut
+
+
+class RouterServer(SocketEnd):
+    """The Coordinator's end: a ControlServer over a ROUTER socket."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+        super().__init__(socket, endpoint)
+        self._reader = PartReader(socket)
+        self.num_dropped = 0
+
+    @classmethod
+    async def bind(cls, context: zmq.asyncio.Context, endpoint: str) -> "RouterServer":
+        """Listen on ``endpoint``; port 0 lets the system choose, and the server's ``endpoint`` tells which.
+
+        Raises:
+            TransportError: the address cannot be used.
+        """
+        socket = make_socket(
+            context,
+            zmq.ROUTER,
+            endpoint,
+            hwm=CONTROL_HWM,
+            most_bytes=MOST_CONTROL_BYTES,
+            linger_ms=CONTROL_LINGER_MS,
+        )
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A second peer of a name is ignored by libzmq: it cannot take over what the first one is sent.
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+        return cls(socket, bind_socket(socket, endpoint))
+
+    async def receive(self) -> tuple[bytes, bytes]:
+        """Wait for the next message of one part and return its sender's identity and the message."""
+        while True:
+            parts = await self._reader.read()
+            if len(parts) == 2:
+                return bytes(parts[0]), bytes(parts[1])
+            self.num_dropped += 1
+            if self.num_dropped == 1:
+                log.warning("control_message_dropped", error=f"{len(parts) - 1} parts; a control message has 1")
+
+    async def send(self, identity: bytes, data: bytes) -> None:
+        """Send one message to a peer, without waiting for it: one that hangs must not hold up the others.
+
+        Raises:
+            TransportError: no peer of that identity is connected, or its queue is full.
+        """
+        try:
+            await self._socket.send_multipart([identity, data], flags=zmq.NOBLOCK)
+        except zmq.Again:
+            raise TransportError(f"control peer {identity!r}: it does not take its messages; it hangs") from None
+        except zmq.ZMQError as error:
+            raise TransportError(
+                f"control peer {identity!r}: not connected ({error.strerror}); look whether its process runs"
+            ) from None
+
+
+class DealerLink(SocketEnd):
+    """An Agent's end: a ControlLink over a DEALER socket."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+        super().__init__(socket, endpoint)
+        self._reader = PartReader(socket)
+        self.num_dropped = 0
+
+    @classmethod
+    async def connect(cls, context: zmq.asyncio.Context, endpoint: str, *, identity: str) -> "DealerLink":
+        """Connect to the Coordinator's ``endpoint`` under the Node's name; it may begin to listen later.
+
+        Raises:
+            TransportError: the endpoint is no address, or the name none that a peer can have.
+        """
+        socket = make_socket(
+            context,
+            zmq.DEALER,
+            endpoint,
+            hwm=CONTROL_HWM,
+            most_bytes=MOST_CONTROL_BYTES,
+            linger_ms=CONTROL_LINGER_MS,
+        )
+        try:
+            socket.setsockopt(zmq.ROUTING_ID, identity.encode())
+        except zmq.ZMQError:
+            socket.close(linger=0)
+            raise TransportError(f"node name {identity!r}: it must have 1 to 255 bytes") from None
+        connect_socket(socket, endpoint)
+        return cls(socket, endpoint)
+
+    async def receive(self) -> bytes:
+        """Wait for the next message of one part and return it."""
+        while True:
+            parts = await self._reader.read()
+            if len(parts) == 1:
+                return bytes(parts[0])
+            self.num_dropped += 1
+            if self.num_dropped == 1:
+                log.warning("control_message_dropped", error=f"{len(parts)} parts; a control message has 1")
+
+    async def send(self, data: bytes) -> None:
+        """Send one message to the Coordinator; wait while very many are queued."""
+        await self._socket.send(data)

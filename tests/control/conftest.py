@@ -1,0 +1,136 @@
+"""A Coordinator and Agents over control links inside this process, with a clock that a test moves."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from mdiq.control.agent import Agent
+from mdiq.control.coordinator import Coordinator
+from mdiq.core import control
+from mdiq.core.types import NodeId
+from mdiq.errors import MdiqError
+from mdiq.telemetry.trace import Span
+from mdiq.transport.memory import MemoryControlServer
+
+KEY = b"the control key, 32 bytes of it."
+VERSION = "1.2.3"
+LEASE_S = 0.04
+
+Load = Callable[[control.Assign], Awaitable[control.Ready]]
+
+
+def assignment(**changes: object) -> control.Assign:
+    values: dict[str, object] = {
+        "epoch": 1,
+        "layer_start": 2,
+        "layer_stop": 4,
+        "is_last": True,
+        "next_endpoint": "tcp://127.0.0.1:5000",
+        "model": "/models/tiny",
+        "model_digest": "d1ge57",
+        "dtype": "f32",
+        "device": "cpu",
+        "kv_tokens": 0,
+        "memory_share": 0.5,
+        "ring_key": b"the ring's key, of thirty bytes",
+        "trace": False,
+    }
+    return control.Assign(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def ready(kv_tokens: int = 64) -> control.Ready:
+    return control.Ready(
+        epoch=1, kv_tokens=kv_tokens, weight_bytes=1, kv_bytes_per_token=1, rss_bytes=1, cost_a_s=0.1, cost_c_s=0.01
+    )
+
+
+def heartbeat(busy_s: float = 0.0) -> control.Heartbeat:
+    return control.Heartbeat(
+        epoch=1,
+        rss_bytes=1,
+        busy_s=busy_s,
+        waiting_s=0.0,
+        bytes_in=0,
+        bytes_out=0,
+        frames_dropped={"tag": 1},
+        kv_tokens_in_use=0,
+        queue_depth=0,
+    )
+
+
+class Heartbeats(dict[NodeId, control.Heartbeat]):
+    """The Coordinator's table, which also tells whose heartbeat came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: asyncio.Queue[NodeId] = asyncio.Queue()
+
+    def __setitem__(self, node: NodeId, beat: control.Heartbeat) -> None:
+        super().__setitem__(node, beat)
+        self.heard.put_nowait(node)
+
+
+@dataclass
+class Plane:
+    """A control plane whose Coordinator expects ``node-1`` and ``node-2``."""
+
+    server: MemoryControlServer
+    now: float = 0.0
+    faults: list[tuple[NodeId, control.Fault]] = field(default_factory=list)
+    progress: list[tuple[NodeId, control.Loading]] = field(default_factory=list)
+    lost: "asyncio.Queue[tuple[NodeId, MdiqError]]" = field(default_factory=asyncio.Queue)
+    spans: list[Span] = field(default_factory=list)
+    tasks: list["asyncio.Task[None]"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.coordinator = Coordinator(
+            self.server,
+            KEY,
+            VERSION,
+            [NodeId("node-1"), NodeId("node-2")],
+            clock=lambda: self.now,
+            lease_s=LEASE_S,
+            on_fault=lambda node, fault: self.faults.append((node, fault)),
+            on_loading=lambda node, loading: self.progress.append((node, loading)),
+            on_lost=lambda node, error: self.lost.put_nowait((node, error)),
+        )
+        self.heartbeats = self.coordinator.heartbeats = Heartbeats()
+        self.coordinating = asyncio.create_task(self.coordinator.run(), name="coordinator")
+
+    def agent(
+        self,
+        name: str,
+        *,
+        load: Load | None = None,
+        key: bytes = KEY,
+        version: str = VERSION,
+        identity: bytes | None = None,
+    ) -> "tuple[Agent, asyncio.Task[None]]":
+        """Start an Agent; ``load`` is what it does with an Assign."""
+
+        async def loads(_: control.Assign) -> control.Ready:
+            return ready()
+
+        agent = Agent(
+            self.server.connect(identity or name.encode()),
+            key,
+            control.Hello(name, f"tcp://127.0.0.1:600{name[-1]}", 1, version),
+            load=load or loads,
+            heartbeat=heartbeat,
+            spans=lambda: self.spans,
+        )
+        task = asyncio.create_task(agent.run(), name=name)
+        self.tasks.append(task)
+        return agent, task
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[Plane]:
+    plane = Plane(MemoryControlServer())
+    yield plane
+    assert not plane.coordinating.done(), "the coordinator must survive whatever comes"
+    for task in (plane.coordinating, *plane.tasks):
+        task.cancel()
+    await asyncio.gather(plane.coordinating, *plane.tasks, return_exceptions=True)

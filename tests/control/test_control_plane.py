@@ -1,0 +1,284 @@
+"""Agents and Coordinator together: joining, loading, reporting, failing, and what hostile peers cannot do."""
+
+import asyncio
+import random
+
+import pytest
+import zmq.asyncio
+
+from mdiq.control import agent as agent_module
+from mdiq.control.agent import SPANS_PER_CHUNK, Agent
+from mdiq.control.coordinator import Coordinator, error_from
+from mdiq.core import control
+from mdiq.core.types import Epoch, NodeId, SeqId
+from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError
+from mdiq.telemetry.trace import Span
+from mdiq.transport.memory import MemoryControlServer
+from mdiq.transport.router_dealer import DealerLink, RouterServer
+from tests.control.conftest import KEY, LEASE_S, VERSION, Plane, assignment, heartbeat, ready
+
+ONE, TWO = NodeId("node-1"), NodeId("node-2")
+
+
+async def test_nodes_join_load_say_ready_and_are_drained(plane: Plane) -> None:
+    told: list[control.Assign] = []
+
+    async def load(assign: control.Assign) -> control.Ready:
+        told.append(assign)
+        one.loading(1, 2)
+        return ready(kv_tokens=77)
+
+    one, one_task = plane.agent("node-1", load=load)
+    _, two_task = plane.agent("node-2")
+    hellos = await plane.coordinator.all_joined()
+    assert {node: hello.data_endpoint for node, hello in hellos.items()} == {
+        ONE: "tcp://127.0.0.1:6001",
+        TWO: "tcp://127.0.0.1:6002",
+    }
+    assignments = {ONE: assignment(layer_start=2, layer_stop=3, is_last=False), TWO: assignment(layer_start=3)}
+    answers = await plane.coordinator.assign(assignments)
+    assert {node: answer.kv_tokens for node, answer in answers.items()} == {ONE: 77, TWO: 64}
+    assert told == [assignments[ONE]]
+    await plane.coordinator.drain(10.0)
+    await asyncio.gather(one_task, two_task)
+    # The last word before the goodbye are the figures.
+    assert plane.coordinator.heartbeats == {ONE: heartbeat(), TWO: heartbeat()}
+    assert plane.progress == [(ONE, control.Loading(1, 2))]
+    assert plane.lost.empty()
+
+
+async def test_a_failed_load_is_the_error_of_whoever_waits_and_ends_the_agent(plane: Plane) -> None:
+    async def load(_: control.Assign) -> control.Ready:
+        raise ModelError("weights.bin: truncated; copy it again")
+
+    plane.agent("node-1")
+    _, failing = plane.agent("node-2", load=load)
+    await plane.coordinator.all_joined()
+    with pytest.raises(ModelError, match="node-2: weights.bin: truncated; copy it again"):
+        await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})
+    node, error = await plane.lost.get()
+    assert (node, type(error)) == (TWO, ModelError)
+    with pytest.raises(ModelError, match="^weights.bin"):
+        await failing
+
+
+async def test_another_version_is_refused_with_both_named(plane: Plane) -> None:
+    plane.agent("node-1", version="9.9.9")
+    with pytest.raises(EngineError, match=f"node-1: it runs mdiq 9.9.9 and the starter {VERSION}; install"):
+        await plane.coordinator.all_joined()
+    assert (await plane.lost.get())[0] == ONE
+
+
+async def test_a_node_that_nobody_expects_is_ignored(plane: Plane) -> None:
+    plane.agent("node-7")
+    plane.agent("node-1")
+    plane.agent("node-2")
+    assert set(await plane.coordinator.all_joined()) == {ONE, TWO}
+    assert plane.lost.empty()
+
+
+async def test_a_second_process_of_a_name_does_not_take_the_place_of_the_first(plane: Plane) -> None:
+    plane.agent("node-1")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    plane.agent("node-1", identity=b"an impostor")
+    answers = await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})
+    assert set(answers) == {ONE, TWO}
+    await plane.coordinator.drain(10.0)
+    await asyncio.gather(*plane.tasks[:2])
+    assert not plane.tasks[2].done()
+
+
+async def test_faults_and_failures_reach_the_starter_as_they_were(plane: Plane) -> None:
+    agent, _ = plane.agent("node-1")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    agent.gaps(Epoch(3), (SeqId(5), SeqId(6)))
+    agent.failure(Epoch(3), (SeqId(7),), EngineError("not a number in layer 3"))
+    await plane.coordinator.drain(10.0)
+    await asyncio.gather(*plane.tasks)
+    assert plane.faults == [
+        (ONE, control.Fault(3, (5, 6), "gap", "")),
+        (ONE, control.Fault(3, (7,), "EngineError", "not a number in layer 3")),
+    ]
+
+
+async def test_a_trace_comes_in_chunks_and_is_whole(plane: Plane) -> None:
+    plane.spans = [Span("compute", "1 segments", float(i), i + 0.5) for i in range(2 * SPANS_PER_CHUNK + 1)]
+    plane.agent("node-1")
+    _, other = plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    await plane.coordinator.drain(10.0)
+    assert plane.coordinator.spans == {ONE: plane.spans, TWO: plane.spans}
+
+
+async def test_heartbeats_carry_the_newest_figures(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_module, "HEARTBEAT_S", 0.0)
+    plane.agent("node-1")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    heard: set[NodeId] = set()
+    while heard != {ONE, TWO}:
+        heard.add(await plane.heartbeats.heard.get())
+    assert plane.coordinator.heartbeats[TWO].frames_dropped == {"tag": 1}
+
+
+async def test_a_lease_ends_when_no_heartbeat_renews_it(plane: Plane) -> None:
+    for name in ("node-1", "node-2"):
+        plane.agent(name)
+    await plane.coordinator.all_joined()
+    plane.now = LEASE_S * 0.9
+    await plane.server.connect(b"node-1").send(control.encode(heartbeat(), KEY))
+    assert await plane.heartbeats.heard.get() == ONE
+    plane.now = LEASE_S * 1.5
+    node, error = await plane.lost.get()
+    assert node == TWO  # node-1 has until 1.9 leases
+    assert isinstance(error, NodeDiedError)
+    assert f"no heartbeat for {LEASE_S:g} s" in str(error)
+    plane.now = LEASE_S * 2.0
+    assert (await plane.lost.get())[0] == ONE
+    with pytest.raises(NodeDiedError):
+        await plane.coordinator._ready[TWO]
+
+
+async def test_a_node_that_dies_while_others_load_ends_the_wait(plane: Plane) -> None:
+    begun = asyncio.Event()
+
+    async def load(_: control.Assign) -> control.Ready:
+        begun.set()
+        return await asyncio.get_running_loop().create_future()
+
+    plane.agent("node-1", load=load)
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    assigning = asyncio.create_task(plane.coordinator.assign({ONE: assignment(), TWO: assignment()}))
+    await begun.wait()
+    plane.coordinator.fail(ONE, NodeDiedError("node-1: its process ended with exit code 1"))
+    with pytest.raises(NodeDiedError, match="exit code 1"):
+        await assigning
+
+
+async def test_a_drain_does_not_wait_for_a_node_that_hangs(plane: Plane) -> None:
+    async def load(_: control.Assign) -> control.Ready:
+        return await asyncio.get_running_loop().create_future()
+
+    plane.agent("node-1", load=load)
+    _, two = plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    assigning = asyncio.create_task(plane.coordinator.assign({ONE: assignment()}))
+    await plane.coordinator.drain(0.05)
+    await two
+    assigning.cancel()
+    await asyncio.gather(assigning, return_exceptions=True)
+
+
+async def test_junk_wrong_keys_and_wrong_directions_are_dropped_at_both_ends(plane: Plane) -> None:
+    rng = random.Random(5)
+    hostile = plane.server.connect(b"hostile")
+    good = control.encode(control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION), KEY)
+    for _ in range(300):
+        damaged = bytearray(good)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        for junk in (rng.randbytes(rng.randrange(200)), bytes(damaged), good[: rng.randrange(len(good))]):
+            await hostile.send(junk)
+    await hostile.send(
+        control.encode(control.Hello("node-1", "tcp://evil:1", 1, VERSION), b"another control key, of 32")
+    )
+    await hostile.send(control.encode(heartbeat(), KEY))  # the right key, but it has not joined
+    plane.agent("node-1", key=b"yet another control key, of 32 b", identity=b"wrong key")
+    plane.agent("node-1")
+    _, two = plane.agent("node-2")
+    hellos = await plane.coordinator.all_joined()
+    assert hellos[ONE].data_endpoint == "tcp://127.0.0.1:6001"
+    await plane.server.send(b"node-2", b"junk")
+    await plane.server.send(b"node-2", control.encode(control.Drain(), b"another control key, of 32"))
+    await plane.server.send(b"node-2", control.encode(ready(), KEY))  # not for an agent
+    answers = await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})
+    assert set(answers) == {ONE, TWO}
+    # An agent's message that only the starter may send, and a Ready that nobody asked for.
+    await plane.server.connect(b"node-1").send(control.encode(assignment(), KEY))
+    await plane.server.connect(b"node-1").send(control.encode(ready(), KEY))
+    await plane.coordinator.drain(10.0)
+    await two
+    assert plane.lost.empty()
+
+
+async def test_doubled_messages_do_no_harm() -> None:
+    plane = Plane(MemoryControlServer(copies=lambda _: 2))
+
+    async def load(_: control.Assign) -> control.Ready:
+        return ready()
+
+    plane.agent("node-1", load=load)
+    plane.agent("node-2", load=load)
+    await plane.coordinator.all_joined()
+    assert set(await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})) == {ONE, TWO}
+    await plane.coordinator.drain(10.0)
+    await asyncio.gather(*plane.tasks)
+    assert plane.lost.empty()
+    assert not plane.coordinating.done()
+    plane.coordinating.cancel()
+    await asyncio.gather(plane.coordinating, return_exceptions=True)
+
+
+async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_module, "HEARTBEAT_S", 0.0)
+    server = MemoryControlServer()
+    link = server.connect(b"node-1")
+
+    def breaks() -> control.Heartbeat:
+        raise EngineError("no figures")
+
+    agent = Agent(
+        link,
+        KEY,
+        control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION),
+        load=lambda _: asyncio.get_running_loop().create_future(),
+        heartbeat=breaks,
+        spans=list,
+    )
+    with pytest.raises(EngineError, match="no figures"):
+        async with asyncio.timeout(5.0):
+            await agent.run()
+
+
+def test_a_reported_error_has_the_class_that_it_names_if_it_is_one_of_ours() -> None:
+    for kind, expected in [("ModelError", ModelError), ("SystemExit", EngineError), ("Counter", EngineError)]:
+        error = error_from(ONE, control.Failed(kind, "text"))
+        assert type(error) is expected
+        assert str(error) == "node-1: text"
+
+
+async def test_the_same_over_real_sockets() -> None:
+    context = zmq.asyncio.Context()
+    server = await RouterServer.bind(context, "tcp://127.0.0.1:0")
+    lost: list[MdiqError] = []
+    coordinator = Coordinator(
+        server,
+        KEY,
+        VERSION,
+        [ONE],
+        clock=asyncio.get_running_loop().time,
+        lease_s=30.0,
+        on_fault=lambda *_: None,
+        on_loading=lambda *_: None,
+        on_lost=lambda _, error: lost.append(error),
+    )
+    coordinating = asyncio.create_task(coordinator.run())
+    link = await DealerLink.connect(context, server.endpoint, identity="node-1")
+
+    async def load(_: control.Assign) -> control.Ready:
+        return ready()
+
+    hello = control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION)
+    agent = asyncio.create_task(Agent(link, KEY, hello, load=load, heartbeat=heartbeat, spans=list).run())
+    assert set(await coordinator.all_joined()) == {ONE}
+    assert (await coordinator.assign({ONE: assignment()}))[ONE] == ready()
+    await coordinator.drain(10.0)
+    await agent
+    assert lost == []
+    coordinating.cancel()
+    await asyncio.gather(coordinating, return_exceptions=True)
+    await link.aclose()
+    await server.aclose()
+    context.term()

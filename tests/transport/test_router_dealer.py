@@ -1,0 +1,125 @@
+"""The control channel over real loopback sockets."""
+
+import asyncio
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from mdiq.core.control import MOST_BYTES
+from mdiq.errors import TransportError
+from mdiq.transport.router_dealer import MOST_CONTROL_BYTES, DealerLink, RouterServer
+from tests.transport.conftest import Until
+
+ANY_PORT = "tcp://127.0.0.1:0"
+
+
+async def test_messages_go_both_ways_by_identity(context: zmq.asyncio.Context) -> None:
+    server = await RouterServer.bind(context, ANY_PORT)
+    links = [await DealerLink.connect(context, server.endpoint, identity=name) for name in ("one", "two")]
+    for link, data in zip(links, (b"from one", b""), strict=True):
+        await link.send(data)
+    came = {identity: data for identity, data in [await server.receive(), await server.receive()]}
+    assert came == {b"one": b"from one", b"two": b""}
+    await server.send(b"two", b"x" * MOST_BYTES)
+    await server.send(b"one", b"for one")
+    assert await links[0].receive() == b"for one"
+    assert await links[1].receive() == b"x" * MOST_BYTES
+    for part in (*links, server):
+        await part.aclose()
+
+
+async def test_a_peer_that_is_unknown_or_gone_is_a_transport_error(context: zmq.asyncio.Context, until: Until) -> None:
+    server = await RouterServer.bind(context, ANY_PORT)
+    with pytest.raises(TransportError, match="b'nobody': not connected"):
+        await server.send(b"nobody", b"x")
+    link = await DealerLink.connect(context, server.endpoint, identity="one")
+    async with until(server._socket, zmq.EVENT_DISCONNECTED):
+        await link.send(b"hello")
+        await server.receive()
+        await link.aclose()
+    with pytest.raises(TransportError, match="b'one': not connected"):
+        await server.send(b"one", b"x")
+    await server.aclose()
+
+
+async def test_a_peer_that_hangs_does_not_hold_up_the_server(context: zmq.asyncio.Context) -> None:
+    server = await RouterServer.bind(context, ANY_PORT)
+    link = await DealerLink.connect(context, server.endpoint, identity="one")
+    await link.send(b"hello")
+    await server.receive()
+    with pytest.raises(TransportError, match="does not take its messages"):
+        for _ in range(3_000):
+            await server.send(b"one", bytes(100_000))
+    server._socket.close(linger=0)
+    await link.aclose()
+
+
+async def test_a_second_peer_of_a_name_does_not_take_over_the_first(context: zmq.asyncio.Context, until: Until) -> None:
+    server = await RouterServer.bind(context, ANY_PORT)
+    first = await DealerLink.connect(context, server.endpoint, identity="one")
+    await first.send(b"first")
+    assert await server.receive() == (b"one", b"first")
+    async with until(server._socket, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+        second = await DealerLink.connect(context, server.endpoint, identity="one")
+        await second.send(b"second")
+    await server.send(b"one", b"for the first")
+    assert await first.receive() == b"for the first"
+    await first.send(b"again")
+    assert await server.receive() == (b"one", b"again")
+    second._socket.close(linger=0)
+    await first.aclose()
+    await server.aclose()
+
+
+async def test_messages_with_odd_part_counts_are_dropped_and_counted(context: zmq.asyncio.Context) -> None:
+    server = await RouterServer.bind(context, ANY_PORT)
+    hostile = context.socket(zmq.DEALER)
+    hostile.connect(server.endpoint)
+    for num_parts in (2, 3, 500):
+        await hostile.send_multipart([b"junk"] * num_parts)
+    await hostile.send(b"one part")
+    identity, data = await server.receive()
+    assert data == b"one part"
+    assert server.num_dropped == 3
+    hostile.close(linger=0)
+    link = await DealerLink.connect(context, server.endpoint, identity="one")
+    await link.send(b"hello")
+    assert await server.receive() == (b"one", b"hello")
+    await server._socket.send_multipart([b"one", b"two", b"parts"])
+    await server.send(b"one", b"one part")
+    assert await link.receive() == b"one part"
+    assert link.num_dropped == 1
+    await link.aclose()
+    await server.aclose()
+
+
+async def test_a_message_over_the_limit_never_arrives(context: zmq.asyncio.Context, until: Until) -> None:
+    server = await RouterServer.bind(context, ANY_PORT)
+    hostile = context.socket(zmq.DEALER)
+    async with until(hostile, zmq.EVENT_DISCONNECTED):
+        hostile.connect(server.endpoint)
+        await hostile.send(bytes(MOST_CONTROL_BYTES + 1))
+    hostile.close(linger=0)
+    link = await DealerLink.connect(context, server.endpoint, identity="one")
+    await link.send(b"hello")
+    assert await server.receive() == (b"one", b"hello")
+    await link.aclose()
+    await server.aclose()
+
+
+async def test_what_was_sent_last_still_arrives(context: zmq.asyncio.Context) -> None:
+    server = await RouterServer.bind(context, ANY_PORT)
+    other = zmq.asyncio.Context()
+    link = await DealerLink.connect(other, server.endpoint, identity="one")
+    await link.send(b"goodbye")
+    await link.aclose()
+    await asyncio.to_thread(other.term)
+    assert await server.receive() == (b"one", b"goodbye")
+    await server.aclose()
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256])
+async def test_a_name_that_no_peer_can_have_is_refused(context: zmq.asyncio.Context, name: str) -> None:
+    with pytest.raises(TransportError, match="1 to 255 bytes"):
+        await DealerLink.connect(context, "tcp://127.0.0.1:1", identity=name)
