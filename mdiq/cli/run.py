@@ -77,10 +77,9 @@ def execute(options: RunOptions) -> int:
         from mdiq.plan.split import check_split, split_layers
 
         model = find_model(options.model, progress=lambda text: console.print(text, style="dim"))
-        config = open_checkpoint(model).config
-        layers = (
-            check_split(split, config.num_layers) if split else split_layers(config.num_layers, num_nodes)
-        )
+        with open_checkpoint(model) as checkpoint:
+            config = checkpoint.config
+        layers = check_split(split, config.num_layers) if split else split_layers(config.num_layers, num_nodes)
         tokenizer = Tokenizer.load(model)
         ring_options = RingOptions(
             model=model,

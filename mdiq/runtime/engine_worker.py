@@ -1,4 +1,4 @@
-"""Where torch meets the loops: the worker thread's settings, the Starter's engine, and limits that follow from the model."""
+"""Where torch meets the loops: the worker's settings, the Starter's engine, and limits that follow from the model."""
 
 from collections.abc import Sequence as AbstractSequence
 

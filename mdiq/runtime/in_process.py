@@ -1,4 +1,4 @@
-"""Stages in the Starter's own process, over memory links: for tests, debugging and machines where one process is enough."""
+"""Stages in the Starter's own process, over memory links: for tests, debugging and machines where one is enough."""
 
 import asyncio
 import time

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 from mdiq.control.coordinator import error_from
@@ -125,7 +126,7 @@ class LocalRing:
     async def _start(self) -> None:
         options = self._options
         loop = asyncio.get_running_loop()
-        digest = await self._worker.run_uncounted(lambda: open_checkpoint(options.model).digest)
+        digest = await self._worker.run_uncounted(partial(_digest, options.model))
         others: list[control.Ready] = []
         if options.num_nodes > 1:
             make = InProcessStages if options.in_process else ProcessStages
@@ -191,11 +192,17 @@ class LocalRing:
         if fault.reason == "gap":
             self._service.report_gaps(epoch, seq_ids)
         else:
-            self._service.report_failure(epoch, seq_ids, error_from(NodeId("ring"), control.Failed(fault.reason, fault.text)))
+            error = error_from(NodeId("ring"), control.Failed(fault.reason, fault.text))
+            self._service.report_failure(epoch, seq_ids, error)
 
     def _on_lost(self, error: MdiqError) -> None:
         if self._service is not None:
             self._service.fail_all(error)
+
+
+def _digest(model: Path) -> str:
+    with open_checkpoint(model) as checkpoint:
+        return checkpoint.digest
 
 
 def _first_of(group: BaseExceptionGroup[MdiqError]) -> MdiqError:

@@ -1,7 +1,7 @@
 """The loops that every Stage runs: receive, compute, send. They overlap in asyncio; the protocols stay free of it.
 
-All protocol calls happen on the event loop's thread and never await inside, so no state machine needs a lock. Maths runs
-in one worker thread per Node, and nothing spins: every loop sleeps on a socket, a queue or an event.
+All protocol calls happen on the event loop's thread and never await inside, so no state machine needs a lock. Maths
+runs in one worker thread per Node, and nothing spins: every loop sleeps on a socket, a queue or an event.
 """
 
 import asyncio

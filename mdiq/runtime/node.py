@@ -121,6 +121,7 @@ class NodeProcess:
                 device=assign.device,
                 kv_tokens=assign.kv_tokens or None,
                 memory_share=assign.memory_share,
+                digest=assign.model_digest,
                 progress=lambda done, total: loop.call_soon_threadsafe(agent.loading, done, total),
             )
         )

@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 LEASE_S = 60.0  # importing torch and loading may starve a child's loop for long on a slow card
 DRAIN_S = 1.0
+OWN_ERROR = "mdiq: "  # how the command line begins the one line that says why it ends
 
 
 class ProcessStages:
@@ -177,6 +178,7 @@ class ProcessStages:
         child = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
             # Its own process group: Ctrl-C reaches the Starter alone, which ends its Nodes in order.
             start_new_session=True,
         )
@@ -185,9 +187,10 @@ class ProcessStages:
         return child
 
     async def _watch(self, node: NodeId, child: asyncio.subprocess.Process) -> None:
+        last_words = await _forward_errors(child)
         code = await child.wait()
         if not self._is_closing and self._coordinator is not None:
-            error = NodeDiedError(f"{node}: its process ended with {_exit_text(code)}")
+            error = NodeDiedError(f"{node}: {last_words or f'its process ended with {_exit_text(code)}'}")
             self._coordinator.fail(node, error)
             self._lost(node, error)
 
@@ -195,6 +198,24 @@ class ProcessStages:
         if not self._is_closing:
             log.info("node_lost", node=node, error=str(error))
             self._on_lost(error)
+
+
+async def _forward_errors(child: asyncio.subprocess.Process) -> str:
+    """Pass a child's log on until it ends; return its own error line, which then stands in the Starter's error."""
+    assert child.stderr is not None  # PIPE was asked for
+    last_words = ""
+    while True:
+        try:
+            line = (await child.stderr.readline()).decode(errors="replace")
+        except ValueError:  # longer than the reader's limit, which has dropped it
+            continue
+        if not line:
+            return last_words
+        if line.startswith(OWN_ERROR):
+            last_words = line.removeprefix(OWN_ERROR).strip()
+        else:
+            sys.stderr.write(line)
+            sys.stderr.flush()
 
 
 def _listen(options: RingOptions, i: int) -> str:
@@ -206,4 +227,4 @@ def _exit_text(code: int) -> str:
         return "signal 9 (killed; if nobody did, the machine ran out of memory: see the kernel's log)"
     if code < 0:
         return f"signal {-code} ({signal.strsignal(-code)})"
-    return f"exit code {code}; its own message stands above"
+    return f"exit code {code}; look at its log"

@@ -1,4 +1,4 @@
-"""One Stage at work: its protocol, its engine and its links, joined by the three loops. The Starter is starter_service.py."""
+"""One Stage at work: its protocol, engine and links, joined by the three loops. The Starter is starter_service.py."""
 
 import asyncio
 from collections.abc import Callable

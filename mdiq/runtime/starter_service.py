@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence as AbstractSequence
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -251,9 +252,7 @@ class StarterService:
         payloads = [payload for _, payload in rows]
         sequences = [row.sequence for row, _ in rows]
         try:
-            tokens = await self._worker.run(
-                f"head, {len(rows)} rows", lambda: self._engine.sample(payloads, sequences)
-            )
+            tokens = await self._worker.run(f"head, {len(rows)} rows", lambda: self._engine.sample(payloads, sequences))
         except MdiqError as error:
             if is_final:
                 self._ring.fail([row.seq_id for row, _ in rows], error)

@@ -105,7 +105,7 @@ class Reference:
             for i, token in enumerate(answer):
                 if token != int(best.indices[i, 0]):
                     gap = float(best.values[i, 0] - logits[i, token])
-                    assert gap < NEAR_TIE, f"{where}, token {i}: {token} is not {int(best.indices[i, 0])} (gap {gap:.4f})"
+                    assert gap < NEAR_TIE, f"{where}, token {i}: {token} is {gap:.4f} behind the reference's choice"
                     ties += 1
             assert ties, f"{where}: the reference's own steps disagree with its single pass: look at near ties"
             self._known[key] = ties
