@@ -40,7 +40,7 @@ class Assign:
 
     model_digest: of the Starter's checkpoint; the Node's must be the same.
     kv_tokens: KV capacity; 0 lets the Node choose from ``memory_share`` of its free memory.
-    ring_key: tags the Frames of this Ring.
+    receive_key, send_key: tag the Frames of the Hops into this Stage and out of it; see wire.hop_key.
     trace: collect Spans.
     """
 
@@ -55,12 +55,14 @@ class Assign:
     device: str
     kv_tokens: int
     memory_share: float
-    ring_key: bytes
+    receive_key: bytes
+    send_key: bytes
     trace: bool
 
     def __post_init__(self) -> None:
-        if self.epoch < 1 or not self.layer_start < self.layer_stop or len(self.ring_key) < LEAST_KEY_BYTES:
-            raise ValueError("it needs an epoch of at least 1, a layer, and a ring key of at least 16 bytes")
+        least = min(len(self.receive_key), len(self.send_key))
+        if self.epoch < 1 or not self.layer_start < self.layer_stop or least < LEAST_KEY_BYTES:
+            raise ValueError("it needs an epoch of at least 1, a layer, and keys of at least 16 bytes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ Version 1. A Frame is one part, the header, or two, header and payload; all numb
     12      4     width: elements of a payload row
     16      2     number of Segments, at least 1
     18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits)
-    end-16  16    tag: BLAKE2b keyed with the ring key, over the header before it and the payload
+    end-16  16    tag: BLAKE2b keyed with the hop's key, over the header before it and the payload
 
 What comes from a peer is hostile: sizes are checked first, then the tag, then every field, each before it is used.
 """
@@ -42,6 +42,14 @@ _SEGMENT = struct.Struct("<QIIB")
 _WANTS_LOGITS = 1
 _NAMES = {code: name for name, (code, _, _) in DTYPES.items()}
 _KINDS = {int(kind): kind for kind in FrameKind}
+
+
+def hop_key(ring_key: bytes, receiver: int) -> bytes:
+    """Return the key of the Hop into Stage ``receiver``: 32 bytes.
+
+    One key a Hop: a Frame that was recorded on one Hop is not believed on another, where its position may be the next.
+    """
+    return blake2b(b"hop %d" % receiver, digest_size=32, key=ring_key).digest()
 
 
 class BadFrame(RemoteProtocolError):
@@ -112,7 +120,7 @@ def make_tag(key: bytes, *parts: Buffer) -> bytes:
     return digest.digest()
 
 
-def encode(frame: Frame, ring_key: bytes) -> list[Buffer]:
+def encode(frame: Frame, key: bytes) -> list[Buffer]:
     """Return the parts that carry the Frame: its header, and its payload if that has any bytes.
 
     A payload of one buffer is not copied.
@@ -137,11 +145,11 @@ def encode(frame: Frame, ring_key: bytes) -> list[Buffer]:
     except struct.error as error:
         raise LocalProtocolError(f"{frame}: a field does not fit the wire: {error}") from None
     if not payload_bytes:
-        return [fields + make_tag(ring_key, fields)]
-    return [fields + make_tag(ring_key, fields, payload), payload]
+        return [fields + make_tag(key, fields)]
+    return [fields + make_tag(key, fields, payload), payload]
 
 
-def decode(parts: AbstractSequence[Buffer], ring_key: bytes, limits: WireLimits) -> Frame:
+def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> Frame:
     """Return the Frame that ``parts`` carry; its payload shares their memory.
 
     Raises:
@@ -155,7 +163,7 @@ def decode(parts: AbstractSequence[Buffer], ring_key: bytes, limits: WireLimits)
         _refuse("parts", "an empty payload; a frame without one has 1 part")
     num_segments = _check_sizes(header, payload, limits)
     fields = header[:-TAG_BYTES]
-    if not hmac.compare_digest(make_tag(ring_key, fields, payload), header[-TAG_BYTES:]):
+    if not hmac.compare_digest(make_tag(key, fields, payload), header[-TAG_BYTES:]):
         _refuse("tag", "the tag does not match; the sender has another ring key, or bytes changed on the way")
     _, kind_code, epoch, cap, dtype_code, reserved, width, _ = _HEADER.unpack_from(fields)
     kind = _KINDS.get(kind_code)

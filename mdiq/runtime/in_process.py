@@ -8,6 +8,7 @@ from functools import partial
 from mdiq.core import control
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, SeqId
+from mdiq.core.wire import hop_key
 from mdiq.engine.device import rss_bytes
 from mdiq.engine.measure import measure_cost
 from mdiq.engine.runner import StageRunner
@@ -63,7 +64,8 @@ class InProcessStages:
                 runner,
                 self._links[i],
                 self._links[(i + 1) % len(self._links)],
-                ring_key=self._ring_key,
+                receive_key=hop_key(self._ring_key, i),
+                send_key=hop_key(self._ring_key, (i + 1) % len(self._links)),
                 limits=wire_limits(runner),
                 worker=worker,
                 clock=time.monotonic,

@@ -14,6 +14,7 @@ from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, RingSpec, SeqId
+from mdiq.core.wire import hop_key
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.device import rss_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
@@ -175,7 +176,8 @@ class LocalRing:
             TorchStarter(self._runner),
             self._stages.source if self._stages else None,
             self._stages.sink if self._stages else None,
-            ring_key=self._ring_key,
+            receive_key=hop_key(self._ring_key, 0),
+            send_key=hop_key(self._ring_key, 1 % options.num_nodes),
             limits=wire_limits(self._runner),
             worker=self._worker,
             clock=self._clock,

@@ -102,7 +102,7 @@ class Worker:
 
 async def receive_frames(
     source: FrameSource,
-    ring_key: bytes,
+    key: bytes,
     limits: wire.WireLimits,
     accept: Callable[[Frame], None],
     worker: Worker,
@@ -114,7 +114,7 @@ async def receive_frames(
         parts = await source.receive()
         start_s = clock()
         try:
-            frame = wire.decode(parts, ring_key, limits)
+            frame = wire.decode(parts, key, limits)
             accept(frame)
         except RemoteProtocolError as error:
             reason = error.reason if isinstance(error, wire.BadFrame) else "protocol"
@@ -126,12 +126,10 @@ async def receive_frames(
         tracer.add("receive", f"{len(frame.segments)} segments", start_s, clock())
 
 
-async def send_frames(
-    queue: "asyncio.Queue[Frame]", sink: FrameSink, ring_key: bytes, clock: Clock, tracer: Tracer
-) -> None:
+async def send_frames(queue: "asyncio.Queue[Frame]", sink: FrameSink, key: bytes, clock: Clock, tracer: Tracer) -> None:
     """Send what is queued on the Hop, for ever."""
     while True:
         frame = await queue.get()
         start_s = clock()
-        await sink.send(wire.encode(frame, ring_key))
+        await sink.send(wire.encode(frame, key))
         tracer.add("send", f"{len(frame.segments)} segments", start_s, clock())

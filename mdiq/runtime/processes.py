@@ -18,6 +18,7 @@ import mdiq
 from mdiq.control.coordinator import Coordinator
 from mdiq.core import control
 from mdiq.core.types import NodeId
+from mdiq.core.wire import hop_key
 from mdiq.errors import MdiqError, NodeDiedError
 from mdiq.runtime.options import NodeFigures, RingOptions
 from mdiq.telemetry.trace import Span
@@ -164,7 +165,8 @@ class ProcessStages:
             device=options.device,
             kv_tokens=options.kv_tokens or 0,
             memory_share=1 / options.num_nodes,
-            ring_key=self._ring_key,
+            receive_key=hop_key(self._ring_key, i),
+            send_key=hop_key(self._ring_key, 0 if is_last else i + 1),
             trace=options.trace,
         )
 

@@ -34,7 +34,8 @@ class StageService:
         source: FrameSource,
         sink: FrameSink,
         *,
-        ring_key: bytes,
+        receive_key: bytes,
+        send_key: bytes,
         limits: wire.WireLimits,
         worker: Worker,
         clock: Clock,
@@ -46,7 +47,8 @@ class StageService:
         self._engine = engine
         self._source = source
         self._sink = sink
-        self._ring_key = ring_key
+        self._receive_key = receive_key
+        self._send_key = send_key
         self._limits = limits
         self._worker = worker
         self._clock = clock
@@ -61,13 +63,13 @@ class StageService:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(
                 receive_frames(
-                    self._source, self._ring_key, self._limits, self._accept, self._worker, self._clock, self._tracer
+                    self._source, self._receive_key, self._limits, self._accept, self._worker, self._clock, self._tracer
                 ),
                 name="receive",
             )
             tasks.create_task(self._compute(), name="compute")
             tasks.create_task(
-                send_frames(self._outgoing, self._sink, self._ring_key, self._clock, self._tracer), name="send"
+                send_frames(self._outgoing, self._sink, self._send_key, self._clock, self._tracer), name="send"
             )
 
     def _accept(self, frame: Frame) -> None:

@@ -95,7 +95,8 @@ class StarterService:
         source: FrameSource | None,
         sink: FrameSink | None,
         *,
-        ring_key: bytes,
+        receive_key: bytes,
+        send_key: bytes,
         limits: wire.WireLimits,
         worker: Worker,
         clock: Clock,
@@ -107,7 +108,8 @@ class StarterService:
         self._engine = engine
         self._source = source
         self._sink = sink
-        self._ring_key = ring_key
+        self._receive_key = receive_key
+        self._send_key = send_key
         self._limits = limits
         self._worker = worker
         self._clock = clock
@@ -131,7 +133,7 @@ class StarterService:
                     tasks.create_task(
                         receive_frames(
                             self._source,
-                            self._ring_key,
+                            self._receive_key,
                             self._limits,
                             self._accept,
                             self._worker,
@@ -141,7 +143,7 @@ class StarterService:
                         name="receive",
                     )
                     tasks.create_task(
-                        send_frames(self._outgoing, self._sink, self._ring_key, self._clock, self._tracer),
+                        send_frames(self._outgoing, self._sink, self._send_key, self._clock, self._tracer),
                         name="send",
                     )
         except BaseException as error:

@@ -34,7 +34,8 @@ def assignment(**changes: object) -> control.Assign:
         "device": "cpu",
         "kv_tokens": 0,
         "memory_share": 0.5,
-        "ring_key": b"the ring's key, of thirty bytes",
+        "receive_key": b"the key of a hop, thirty bytes",
+        "send_key": b"the key of the next hop, of 32 B",
         "trace": False,
     }
     return control.Assign(**{**values, **changes})  # type: ignore[arg-type]

@@ -29,7 +29,8 @@ ASSIGN = control.Assign(
     device="cpu",
     kv_tokens=0,
     memory_share=0.5,
-    ring_key=KEY,
+    receive_key=KEY,
+    send_key=KEY,
     trace=False,
 )
 READY = control.Ready(1, 2, 3, 4, 5, 0.25, 0.5)
@@ -37,7 +38,7 @@ MESSAGES: st.SearchStrategy[control.Message] = st.one_of(
     st.builds(control.Hello, TEXTS, TEXTS, COUNTS, TEXTS),
     st.builds(
         lambda start, more, share, key: replace(
-            ASSIGN, layer_start=start, layer_stop=start + more, memory_share=share, ring_key=key
+            ASSIGN, layer_start=start, layer_stop=start + more, memory_share=share, receive_key=key
         ),
         st.integers(0, 99),
         st.integers(1, 99),
@@ -120,8 +121,8 @@ def test_a_missing_field_is_refused_by_name() -> None:
     [
         ("model", b"path"),
         ("model", "x" * 4_097),
-        ("ring_key", "text"),
-        ("ring_key", b"short"),
+        ("receive_key", "text"),
+        ("receive_key", b"short"),
         ("is_last", 1),
         ("layer_stop", 0),
         ("epoch", 0),

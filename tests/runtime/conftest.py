@@ -192,7 +192,8 @@ class Ring:
 
     def _common(self, i: int) -> dict[str, Any]:
         return {
-            "ring_key": RING_KEY,
+            "receive_key": wire.hop_key(RING_KEY, i),
+            "send_key": wire.hop_key(RING_KEY, (i + 1) % len(self.workers)),
             "limits": LIMITS,
             "worker": self.workers[i],
             "clock": time.monotonic,
