@@ -79,7 +79,11 @@ def execute(options: RunOptions) -> int:
         model = find_model(options.model, progress=lambda text: console.print(text, style="dim"))
         with open_checkpoint(model) as checkpoint:
             config = checkpoint.config
-        layers = check_split(split, config.num_layers) if split else split_layers(config.num_layers, num_nodes)
+        layers = (
+            check_split(split, config.num_layers)
+            if split
+            else split_layers(config.num_layers, num_nodes, config.head_layers)
+        )
         tokenizer = Tokenizer.load(model)
         ring_options = RingOptions(
             model=model,

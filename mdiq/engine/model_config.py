@@ -47,6 +47,13 @@ class ModelConfig:
     sliding_window: int = 0
     windowed_layers: frozenset[int] = frozenset()
 
+    @property
+    def head_layers(self) -> float:
+        """Return the head's weights as a multiple of a Layer's: what a decoded token costs there beside a Layer."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        mlp = self.hidden_size * self.mlp_size * (3 if self.family.is_gated else 2)
+        return self.vocab_size * self.hidden_size / (attention + mlp)
+
     def kv_bytes_per_token(self, num_layers: int, item_bytes: int) -> int:
         """Return the bytes of K and V of one token in ``num_layers`` layers."""
         return 2 * self.num_kv_heads * self.head_dim * item_bytes * num_layers

@@ -23,10 +23,11 @@ def check_split(split: list[int], num_layers: int) -> tuple[LayerRange, ...]:
     return _ranges(split)
 
 
-def split_layers(num_layers: int, num_nodes: int) -> tuple[LayerRange, ...]:
-    """Return LayerRanges that differ by one layer at most.
+def split_layers(num_layers: int, num_nodes: int, head_layers: float = 0.0) -> tuple[LayerRange, ...]:
+    """Return LayerRanges that give every Stage the same work, on Nodes of one kind.
 
-    The later Stages get what is left over, since the Starter has the embedding and the head as well.
+    head_layers: the head's cost, in Layers; it is charged to the Starter, which has at least one Layer all the same.
+    The other Stages differ by one Layer at most, and the later ones get what is left over.
 
     Raises:
         PlanError: there are more nodes than layers, or no nodes.
@@ -35,7 +36,12 @@ def split_layers(num_layers: int, num_nodes: int) -> tuple[LayerRange, ...]:
         raise PlanError(
             f"--nodes {num_nodes}: the model has {num_layers} layers and every node needs one; use 1 to {num_layers}"
         )
-    return _ranges(_even(num_layers, num_nodes))
+    if num_nodes == 1:
+        return _ranges([num_layers])
+    fair = round((num_layers + head_layers) / num_nodes - head_layers)
+    # Never more than an even share: what is left over goes to the later Stages.
+    first = max(min(fair, num_layers // num_nodes), 1)
+    return _ranges([first, *_even(num_layers - first, num_nodes - 1)])
 
 
 def _even(num_layers: int, num_nodes: int) -> list[int]:

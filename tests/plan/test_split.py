@@ -50,3 +50,12 @@ def test_an_even_split_covers_the_model_once(num_layers: int, data: st.DataObjec
     sizes = [len(layers) for layers in ranges]
     assert sizes == sorted(sizes) and sizes[-1] - sizes[0] <= 1
     assert check_split(sizes, num_layers) == ranges
+
+
+def test_the_head_is_charged_to_the_starter() -> None:
+    """SmolLM2-135M: the head weighs as much as 8 of its 30 layers."""
+    assert [len(layers) for layers in split_layers(30, 2, 8.0)] == [11, 19]
+    assert [len(layers) for layers in split_layers(30, 3, 8.0)] == [5, 12, 13]
+    assert [len(layers) for layers in split_layers(30, 5, 8.0)] == [1, 7, 7, 7, 8]
+    assert [len(layers) for layers in split_layers(30, 1, 8.0)] == [30]
+    assert [len(layers) for layers in split_layers(3, 3, 8.0)] == [1, 1, 1]
