@@ -25,10 +25,18 @@ app = typer.Typer(
 
 
 class Dtype(StrEnum):
-    """Number format of weights, activations and KV cache."""
+    """Number format of activations and KV cache, and of plain weights."""
 
     F32 = "f32"
     BF16 = "bf16"
+
+
+class Weights(StrEnum):
+    """How weights are held: as --dtype says, or packed."""
+
+    PLAIN = "plain"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 class LogLevel(StrEnum):
@@ -73,7 +81,14 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
     in_process: Annotated[bool, typer.Option("--in-process", help="All stages in this one process.")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Number format of weights, activations and KV cache.")] = Dtype.F32,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,
+    weights: Annotated[Weights, typer.Option(help="Weights: as --dtype says, or packed.")] = Weights.PLAIN,
+    exact: Annotated[
+        bool, typer.Option("--exact/--fast", help="Packed weights: keep the precision of activations, or not.")
+    ] = True,
+    wire: Annotated[
+        str, typer.Option(help="Activations on the hops: f32, bf16 or i8; or one for each hop: bf16,i8.")
+    ] = "bf16",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads per node. [default: cores / nodes]", show_default=False)
@@ -118,6 +133,9 @@ def run(
         raw=raw,
         in_process=in_process,
         dtype=dtype.value,
+        weights=weights.value,
+        exact=exact,
+        wire=wire,
         device=device,
         threads=threads,
         pin=pin,
@@ -128,6 +146,28 @@ def run(
         log_level=log_level.value,
     )
     raise typer.Exit(execute(options))
+
+
+@app.command()
+def perplexity(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
+    ] = None,
+    weights: Annotated[
+        list[Weights] | None, typer.Option(help="Formats beside f32; may be repeated. [default: int8 and int4]")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact/--fast", help="Keep the precision of activations, or not.")] = True,
+    text: Annotated[Path | None, typer.Option(help="Text to read. [default: Python's own documentation]")] = None,
+    tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Tokens of it.")] = 4096,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads. [default: cores]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Measure what packed weights cost in quality: perplexity on a real text, beside f32."""
+    from mdiq.cli.perplexity import PerplexityOptions, measure
+
+    chosen = tuple(item.value for item in weights or (Weights.INT8, Weights.INT4) if item is not Weights.PLAIN)
+    raise typer.Exit(measure(PerplexityOptions(model, text, tokens, chosen, exact, threads, as_json)))
 
 
 @app.command(hidden=True)

@@ -18,7 +18,7 @@ from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
-from mdiq.runtime.options import RingOptions
+from mdiq.runtime.options import RingOptions, parse_wires
 from mdiq.runtime.placement import pin_to_core, set_threads, usable_cores
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
@@ -44,6 +44,9 @@ class RunOptions:
     raw: bool
     in_process: bool
     dtype: str
+    weights: str
+    exact: bool
+    wire: str
     device: str
     threads: int | None
     pin: bool
@@ -60,6 +63,7 @@ def execute(options: RunOptions) -> int:
     lines, finished = _read_requests(options)
     split = _hand_split(options.layers, options.nodes)
     num_nodes = len(split) if split else options.nodes or DEFAULT_NODES
+    wires = parse_wires(options.wire, num_nodes)
     threads = options.threads or max(usable_cores() // num_nodes, 1)
     set_threads(threads)
     if options.pin:
@@ -89,6 +93,9 @@ def execute(options: RunOptions) -> int:
             model=model,
             layers=layers,
             dtype=options.dtype,
+            weights=options.weights,
+            exact=options.exact,
+            wires=wires,
             device=options.device,
             threads=threads,
             pin=options.pin,

@@ -39,6 +39,7 @@ class Assign:
     """What a Node is to load and where it sends its Frames.
 
     model_digest: of the Starter's checkpoint; the Node's must be the same.
+    weights, exact: format and mode of the weights. wire: format of the Hop out of this Stage.
     kv_tokens: KV capacity; 0 lets the Node choose from ``memory_share`` of its free memory.
     receive_key, send_key: tag the Frames of the Hops into this Stage and out of it; see wire.hop_key.
     trace: collect Spans.
@@ -52,6 +53,9 @@ class Assign:
     model: str
     model_digest: str
     dtype: str
+    weights: str
+    exact: bool
+    wire: str
     device: str
     kv_tokens: int
     memory_share: float

@@ -50,8 +50,8 @@ class Source(Protocol):
         """Tell whether a tensor of that name is stored."""
         ...
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Read one tensor, or the rows ``start`` to ``stop - 1`` of a matrix.
 
         Raises:
             ModelError: it is missing or cannot be read.
@@ -108,9 +108,9 @@ class Checkpoint:
             digest.update(name.encode() + b"\0" + self._source.describe(name))
         return digest.hexdigest()
 
-    def embedding(self) -> torch.Tensor:
-        """Return the token embedding: [vocab_size, hidden_size]."""
-        return self._checked("embedding", (self.config.vocab_size, self.config.hidden_size))
+    def embedding(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return the token embedding: [vocab_size, hidden_size], or some rows of it."""
+        return self._vocabulary("embedding", start, stop)
 
     def positions(self) -> torch.Tensor | None:
         """Return the learned positions, [context_tokens, hidden_size], or None where positions are rotary."""
@@ -118,11 +118,9 @@ class Checkpoint:
             return None
         return self._checked("positions", (self.config.context_tokens, self.config.hidden_size))
 
-    def head(self) -> torch.Tensor | None:
-        """Return the output matrix, [vocab_size, hidden_size], or None where it is the embedding."""
-        if self.config.is_tied:
-            return None
-        return self._checked("head", (self.config.vocab_size, self.config.hidden_size))
+    def head(self, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
+        """Return the output matrix, [vocab_size, hidden_size], or some rows; None where it is the embedding."""
+        return None if self.config.is_tied else self._vocabulary("head", start, stop)
 
     def final_norm(self) -> Tensors:
         """Return the norm before the head: [hidden_size] as "final_norm", and its bias where it has one."""
@@ -192,9 +190,21 @@ class Checkpoint:
         if role in self.config.family.biases:
             yield f"{role}.bias", self._checked(role, (size,), i, "bias")
 
-    def _checked(self, role: str, shape: tuple[int, ...], i: int = 0, part: str = "weight") -> torch.Tensor:
+    def _vocabulary(self, role: str, start: int, stop: int | None) -> torch.Tensor:
+        vocab_size = self.config.vocab_size
+        num_rows = len(range(*slice(start, stop).indices(vocab_size)))
+        return self._checked(role, (num_rows, self.config.hidden_size), rows=(start, stop))
+
+    def _checked(
+        self,
+        role: str,
+        shape: tuple[int, ...],
+        i: int = 0,
+        part: str = "weight",
+        rows: tuple[int, int | None] = (0, None),
+    ) -> torch.Tensor:
         name = self._name(role, i, part)
-        tensor = self._source.read(name)
+        tensor = self._source.read(name, *rows)
         if tuple(tensor.shape) != shape:
             raise ModelError(
                 f"{self.path}: tensor {name} has shape {list(tensor.shape)} and the config calls for {list(shape)}; "
@@ -234,8 +244,8 @@ class _GgufSource:
     def has(self, name: str) -> bool:
         return name in self._file.tensors
 
-    def read(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self._file.array(name))
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return torch.from_numpy(self._file.array(name, start, stop))
 
     def names(self) -> list[str]:
         return sorted(self._file.tensors)
@@ -264,11 +274,14 @@ class _SafetensorsSource:
     def has(self, name: str) -> bool:
         return name in self._files
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         if name not in self._files:
             raise ModelError(f"{self._path}: tensor {name} is missing; fetch the model again")
         try:
-            tensor: torch.Tensor = self._files[name].get_tensor(name)
+            is_whole = not start and stop is None
+            tensor: torch.Tensor = (
+                self._files[name].get_tensor(name) if is_whole else self._files[name].get_slice(name)[start:stop]
+            )
         except SafetensorError as error:
             raise ModelError(f"{self._path}: tensor {name} cannot be read ({str(error)[:120]})") from None
         if not tensor.is_floating_point():

@@ -1,5 +1,8 @@
 """Device, dtype and memory: which a Node uses and how much is free."""
 
+import contextlib
+import ctypes
+import mmap
 import os
 from pathlib import Path
 
@@ -45,6 +48,21 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return max(min(psutil.virtual_memory().available, _cgroup_free_bytes()), 0)
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system; the C library keeps blocks below some size to itself."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Let the pages go that hold a tensor of a mapped file; who touches them again reads them from the file."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    count = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if count > 0:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(count), mmap.MADV_DONTNEED)
 
 
 def rss_bytes() -> int:

@@ -91,8 +91,8 @@ class GgufFile:
             raise ModelError(f"{self.path}: {key} {found}; expected {kind.__name__}: fetch or convert the file again")
         return value
 
-    def array(self, name: str) -> np.ndarray:
-        """Return a tensor dequantized: f32, in its row-major shape.
+    def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return a tensor, or the rows ``start`` to ``stop - 1`` of a matrix, dequantized: f32, row-major.
 
         Raises:
             ModelError: there is no such tensor, or `gguf` cannot dequantize its type.
@@ -101,10 +101,14 @@ class GgufFile:
         if tensor is None:
             raise ModelError(f"{self.path}: tensor {name} is missing; fetch or convert the file again")
         data = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        shape = tensor.shape
+        if start or stop is not None:
+            data = data.reshape(shape[0], -1)[start:stop].reshape(-1)
+            shape = (len(range(*slice(start, stop).indices(shape[0]))), *shape[1:])
         if tensor.type in _PLAIN:
-            return data.view(_PLAIN[tensor.type]).reshape(tensor.shape).astype(np.float32)
-        columns = tensor.shape[-1]
-        num_rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+            return data.view(_PLAIN[tensor.type]).reshape(shape).astype(np.float32)
+        columns = shape[-1]
+        num_rows = int(np.prod(shape[:-1], dtype=np.int64))
         rows = data.reshape(num_rows, -1)
         out = np.empty((num_rows, columns), np.float32)
         step = max(_CHUNK_ELEMENTS // columns, 1)
@@ -115,7 +119,7 @@ class GgufFile:
             raise ModelError(
                 f"{self.path}: tensor {name}: type {tensor.type.name} cannot be dequantized; use another quantization"
             ) from None
-        return out.reshape(tensor.shape)
+        return out.reshape(shape)
 
     def sample(self, name: str, num_bytes: int) -> bytes:
         """Return the first bytes of a tensor as stored, for a fingerprint of the file."""

@@ -1,9 +1,18 @@
-"""Matrix kernels: weights in some format, and the matmul that reads them. One interface; formats are its classes."""
+"""Matrix kernels: weights in some format, and the matmul that reads them. One interface; formats are its classes.
 
-from typing import Protocol
+A kernel is *batch-invariant* when a row's result does not depend, to the last bit, on the rows beside it. In exact mode
+all kernels of int8 and int4 are: then a Sequence gets the same tokens alone and among others. Which kernel serves a
+matrix on this device is kernel_choice.py's to measure.
+"""
+
+import warnings
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
+
+from mdiq.engine.device import drop_pages
+from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
 
 
 class Linear(Protocol):
@@ -37,9 +46,301 @@ class PlainLinear:
         return functional.linear(x, self._weight, self._bias)
 
 
+class FbgemmInt8:
+    """int8 weights in FBGEMM's packing, int8 activations with one scale per row. x86 only.
+
+    Exact mode passes each row twice: rounded to 7 bits, and what that rounding left, at 1/126 of the step. That gives
+    13 bits, costs nothing while the matmul waits for memory (up to about 4 rows), and keeps the perplexity; one pass,
+    the fast mode, loses several percent. Seven bits, since without VNNI two products of 8 x 8 bits overflow the 16 bits
+    that they are added in.
+    """
+
+    name = "fbgemm"
+    formats = ("int8",)
+    _LEVELS = 63
+
+    def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        q = file.tensor(f"{role}.q")
+        self._shape = q.shape
+        self._scale = file.tensor(f"{role}.scale").clone()
+        bias = file.find(f"{role}.bias")
+        self._bias = None if bias is None else bias.clone()
+        self._exact = exact
+        ones, zeros = torch.ones(q.shape[0], dtype=torch.float64), torch.zeros(q.shape[0], dtype=torch.int64)
+        with warnings.catch_warnings():  # torch calls its quantized tensors deprecated; TorchInt8 stands by
+            warnings.simplefilter("ignore")
+            torch.backends.quantized.engine = "fbgemm"
+            quantized = torch._make_per_channel_quantized_tensor(q, ones, zeros, 0)
+            self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
+        drop_pages(q)
+
+    @staticmethod
+    def is_available() -> bool:
+        return "fbgemm" in torch.backends.quantized.supported_engines and hasattr(
+            torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self._shape.numel() + self._scale.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows, levels = x.shape[0], self._LEVELS
+        step = x.abs().amax(1, keepdim=True).float().clamp_min_(1e-30).div_(levels)
+        if not self._exact:
+            y = self._matmul(x / step)
+        else:
+            scaled = x / step
+            both = torch.empty(2 * num_rows, x.shape[1])
+            torch.round(scaled, out=both[:num_rows])
+            torch.sub(scaled, both[:num_rows], out=both[num_rows:]).mul_(2 * levels)
+            y = self._matmul(both)
+            y = torch.add(y[:num_rows], y[num_rows:], alpha=1 / (2 * levels))
+        y = y.mul_(step).mul_(self._scale)
+        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+
+    def _matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(  # type: ignore[no-any-return]
+            x, 1.0, self._LEVELS + 1, self._packed
+        )
+
+
+class TorchInt8:
+    """int8 weights as they lie in the file, two kernels of torch: bf16 activations, or for many rows int8 ones.
+
+    The second passes every row twice in exact mode, as FbgemmInt8 does, but with 8 bits each. Both are batch-invariant,
+    yet they differ from each other: in exact mode one of them serves all batches.
+
+    most_rows: the largest batch that the first kernel serves in fast mode.
+    """
+
+    name = "torch-int8"
+    formats = ("int8",)
+    _LEVELS = 127
+
+    def __init__(self, file: PackedFile, role: str, *, exact: bool, most_rows: int = 16) -> None:
+        self._q = file.tensor(f"{role}.q")  # stays in the mapped file
+        self._scale = file.tensor(f"{role}.scale").clone()
+        bias = file.find(f"{role}.bias")
+        self._bias = None if bias is None else bias.clone()
+        self._ones = torch.ones(self._q.shape[0], dtype=torch.bfloat16)
+        self._most_rows = 1 << 30 if exact else most_rows
+
+    @staticmethod
+    def is_available() -> bool:
+        return hasattr(torch, "_weight_int8pack_mm")
+
+    @property
+    def num_bytes(self) -> int:
+        return self._q.nbytes + self._scale.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] <= self._most_rows:
+            y = torch._weight_int8pack_mm(x.to(torch.bfloat16), self._q, self._ones).float()
+        else:
+            step = x.abs().amax(1, keepdim=True).float().clamp_min_(1e-30).div_(self._LEVELS)
+            rounded = (x / step).round_().to(torch.int8)
+            y = torch._int_mm(rounded, self._q.t()).float().mul_(step)
+        y = y.mul_(self._scale)
+        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+
+
+class OrtInt4:
+    """4-bit weights in onnxruntime's MatMulNBits, int8 activations with one scale per block of a row.
+
+    Its kernel for one row differs from that for more: in exact mode a lone row brings a row of zeros along.
+    """
+
+    name = "ort-int4"
+    formats = ("int4",)
+
+    def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        self._exact = exact
+        self._out, num_blocks, half = file.tensor(f"{role}.nibbles").shape
+        self._in = num_blocks * half * 2
+        self._offsets = _Offsets(file, role)
+        self._session: Any = _matmul_session(file, role, self._out, self._in, torch.get_num_threads())
+
+    @staticmethod
+    def is_available() -> bool:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+        except ImportError:
+            return False
+        return True
+
+    @property
+    def num_bytes(self) -> int:
+        # The packing holds scales, and sums of blocks, in f32.
+        return self._out * self._in // 2 + 8 * self._out * self._in // BLOCK + self._offsets.num_bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float().contiguous()
+        num_rows = wide.shape[0]
+        if num_rows == 1 and self._exact:
+            wide = torch.cat((wide, torch.zeros_like(wide)))
+        y = torch.from_numpy(self._session.run(None, {"x": wide.numpy()})[0])[:num_rows]
+        return self._offsets.add_to(y, wide[:num_rows]).to(x.dtype)
+
+
+class TorchInt4:
+    """4-bit weights in torch's own packing, bf16 activations."""
+
+    name = "torch-int4"
+    formats = ("int4",)
+
+    def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        nibbles, scale = file.tensor(f"{role}.nibbles"), file.tensor(f"{role}.scale")
+        offset = file.find(f"{role}.offset")
+        self._packed = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(nibbles).int(), 1)
+        drop_pages(nibbles)
+        scale = scale.to(torch.bfloat16)
+        offset = torch.zeros_like(scale) if offset is None else offset
+        self._scales_and_zeros = torch.stack((scale.t(), offset.t()), dim=-1).contiguous()  # [in / BLOCK, out, 2]
+        bias = file.find(f"{role}.bias")
+        self._bias = None if bias is None else bias.clone()
+
+    @staticmethod
+    def is_available() -> bool:
+        return hasattr(torch, "_weight_int4pack_mm_for_cpu")
+
+    @property
+    def num_bytes(self) -> int:
+        bias_bytes = 0 if self._bias is None else self._bias.nbytes
+        return self._packed.nbytes + self._scales_and_zeros.nbytes + bias_bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self._packed, BLOCK, self._scales_and_zeros)
+        return (y if self._bias is None else y.float().add_(self._bias)).to(x.dtype)
+
+
+class _Offsets:
+    """What bias and offsets add to a matmul: of each block, its offset times the sum of its activations."""
+
+    def __init__(self, file: PackedFile, role: str) -> None:
+        offset, bias = file.find(f"{role}.offset"), file.find(f"{role}.bias")
+        self._offset = None if offset is None else offset.float()  # [out, in / BLOCK]
+        self._bias = None if bias is None else bias.clone()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self._offset, self._bias) if tensor is not None)
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self._offset is not None:
+            sums = x.view(x.shape[0], 1, -1, BLOCK).sum(-1)  # [n, 1, in / BLOCK]
+            # A matmul for every row, and not one for all, is batch-invariant.
+            y = y + torch.bmm(sums, self._offset.t().expand(x.shape[0], -1, -1))[:, 0]
+        return y if self._bias is None else y + self._bias
+
+
+KERNELS: tuple[type[FbgemmInt8] | type[TorchInt8] | type[OrtInt4] | type[TorchInt4], ...] = (
+    FbgemmInt8,
+    TorchInt8,
+    OrtInt4,
+    TorchInt4,
+)
+"""The candidates for packed weights."""
+
+
+class Embedding(Protocol):
+    """Rows of a matrix by token id."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the matrix."""
+        ...
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return [T, hidden_size] for token ids [T]."""
+        ...
+
+
+class PlainEmbedding:
+    """The matrix as it is, f32 or bf16."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[token_ids]
+
+
+class PackedEmbedding:
+    """int8 rows with a scale each, in a mapped file: only the pages of tokens that occur take memory."""
+
+    def __init__(self, file: PackedFile, dtype: torch.dtype) -> None:
+        self._q = file.tensor("embedding.q")
+        self._scale = file.tensor("embedding.scale").clone()
+        self._dtype = dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self._q.nbytes + self._scale.nbytes
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return (self._q[token_ids].float() * self._scale[token_ids][:, None]).to(self._dtype)
+
+
 def make_linear(
     weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> PlainLinear:
     """Return the kernel that serves a matrix [out, in] in ``dtype`` on ``device``."""
     weight = weight.to(device=device, dtype=dtype)
     return PlainLinear(weight, None if bias is None else bias.to(device=device, dtype=dtype))
+
+
+def _matmul_session(file: PackedFile, role: str, num_out: int, num_in: int, threads: int) -> Any:
+    """Return an onnxruntime session with one MatMulNBits, which reads its weights from the packed file itself.
+
+    From a file, onnxruntime keeps only its own packing in memory; from arrays it would keep both (measured, 1.32).
+    """
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    def stored(name: str, shape: tuple[int, ...], kind: int) -> TensorProto:
+        offset, count = file.place(f"{role}.{name}")
+        tensor = TensorProto(name=name, dims=shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", file.path.name), ("offset", offset), ("length", count)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+    num_blocks = num_in // BLOCK
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "nibbles", "scale"],
+        ["y"],
+        domain="com.microsoft",
+        K=num_in,
+        N=num_out,
+        bits=4,
+        block_size=BLOCK,
+        accuracy_level=4,  # int8 activations, a scale for each block of a row
+    )
+    graph = helper.make_graph(
+        [node],
+        role,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", num_in])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", num_out])],
+        [
+            stored("nibbles", (num_out, num_blocks, BLOCK // 2), TensorProto.UINT8),
+            stored("scale", (num_out, num_blocks), TensorProto.FLOAT),
+        ],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.path.parent))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

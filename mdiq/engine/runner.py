@@ -12,9 +12,10 @@ from mdiq.engine.device import choose_device, choose_dtype, free_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
 from mdiq.engine.model_config import ModelConfig
-from mdiq.engine.stage_model import StageModel
-from mdiq.engine.tensors import TensorRows, to_tensor
-from mdiq.errors import CapacityError, EngineError, ModelError
+from mdiq.engine.model_source import cache_directory
+from mdiq.engine.stage_model import StageModel, WeightSettings
+from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
+from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError
 
 KV_MEMORY_SHARE = 0.5  # of what is free behind the weights: the rest is for activations and for others
 MOST_SEQUENCES = 64
@@ -27,13 +28,21 @@ class StageRunner:
     """
 
     def __init__(
-        self, model: StageModel, cache: KvCache, *, is_last: bool, dtype: torch.dtype, device: torch.device
+        self,
+        model: StageModel,
+        cache: KvCache,
+        *,
+        is_last: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        wire: str | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._is_last = is_last
         self._dtype = dtype
         self._device = device
+        self._wire = wire
         self.config: ModelConfig = model.config
 
     @classmethod
@@ -47,6 +56,9 @@ class StageRunner:
         dtype: str,
         device: str,
         kv_tokens: int | None,
+        weights: str = "plain",
+        exact: bool = True,
+        wire: str | None = None,
         memory_share: float = 1.0,
         digest: str = "",
         progress: Callable[[int, int], object] = lambda *_: None,
@@ -54,13 +66,17 @@ class StageRunner:
         """Load Layers ``layers`` of the model at ``path`` and make room for their KV cache.
 
         kv_tokens: capacity in tokens, or None for what free memory allows. memory_share: the part of the machine's free
-        memory that this Stage may plan with. digest: refuse a model with another fingerprint; empty takes any.
+        memory that this Stage may plan with. weights, exact: see WeightSettings. wire: the format
+        of the Hop out of this Stage, or None where the rows stay here. digest: refuse a model with another
+        fingerprint; empty takes any.
 
         Raises:
             ModelError: the model is missing, malformed, unsupported, or another one than ``digest`` tells of.
             CapacityError: weights or KV cache do not fit.
         """
         torch_device, torch_dtype = choose_device(device), choose_dtype(dtype)
+        if weights != "plain" and torch_device.type != "cpu":
+            raise ConfigError(f"--weights {weights}: packed weights run on the CPU only; use --dtype bf16 on {device}")
         with open_checkpoint(path) as checkpoint, torch.inference_mode():
             if digest and checkpoint.digest != digest:
                 raise ModelError(f"{path}: it is not the starter's model (their digests differ); copy it here again")
@@ -69,14 +85,17 @@ class StageRunner:
                     checkpoint,
                     layers,
                     owns_embedding_and_head=owns_embedding_and_head,
+                    weights=WeightSettings(weights, exact, cache_directory()),
                     dtype=torch_dtype,
                     device=torch_device,
                     progress=progress,
                 )
             except (MemoryError, torch.OutOfMemoryError):
-                raise CapacityError(f"{path}: no memory for layers {layers}; use more nodes or --dtype bf16") from None
+                raise CapacityError(
+                    f"{path}: no memory for layers {layers}; use more nodes or --weights int8"
+                ) from None
             cache = _make_cache(model.config, layers, torch_dtype, torch_device, kv_tokens, memory_share)
-        return cls(model, cache, is_last=is_last, dtype=torch_dtype, device=torch_device)
+        return cls(model, cache, is_last=is_last, dtype=torch_dtype, device=torch_device, wire=wire)
 
     @property
     def owns_embedding(self) -> bool:
@@ -107,7 +126,7 @@ class StageRunner:
         """Forget every Sequence."""
         self._cache.reset()
 
-    def forward(self, batch: Batch) -> TensorRows:
+    def forward(self, batch: Batch) -> Payload:
         """Run a Batch; see core's Engine.
 
         Raises:
@@ -120,7 +139,9 @@ class StageRunner:
             return TensorRows(torch.empty(0, self.config.hidden_size, dtype=self._dtype))
         try:
             with torch.inference_mode():
-                return TensorRows(self._forward(batch))
+                hidden = self._forward(batch)
+                # Here and not in the send loop: the event loop's thread stays free of maths.
+                return TensorRows(hidden) if self._wire is None else to_wire(hidden, self._wire)
         except (RuntimeError, IndexError) as error:
             raise EngineError(f"the forward of {len(batch.segments)} segments failed: {str(error)[:200]}") from error
 

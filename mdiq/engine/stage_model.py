@@ -1,20 +1,40 @@
 """A Stage's part of the model: its Layers, and on the Starter the embedding, the final norm and the head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from mdiq.core.types import LayerRange
 from mdiq.engine.checkpoint import Checkpoint, Tensors
-from mdiq.engine.kernels import Linear, make_linear
+from mdiq.engine.device import return_free_memory
+from mdiq.engine.kernel_choice import KernelChoice
+from mdiq.engine.kernels import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
 from mdiq.engine.kv_cache import KvCache
-from mdiq.engine.layers import LayerWeights, Norm, Rope, Span, run_layer
+from mdiq.engine.layers import LayerWeights, Norm, Rope, Span, run_layer, write_slots
+from mdiq.engine.quantize import FORMATS, PackedFile, PackedModel
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSettings:
+    """How weights are held.
+
+    format: "plain" (the dtype of the activations), or one of quantize.FORMATS.
+    exact: use batch-invariant kernels that keep the activations' precision; see kernels.py. Not for plain ones.
+    folder: where packed weights and measurements of kernels are kept.
+    """
+
+    format: str
+    exact: bool
+    folder: Path
 
 
 class StageModel:
-    """Weights of a LayerRange in ``dtype`` on ``device``, and how to run them.
+    """Weights of a LayerRange on ``device``, and how to run them.
 
-    weight_bytes: what they take; a tied head is counted once.
+    weight_bytes: what they take; a tied head is counted once unless its packing is a second copy.
     """
 
     def __init__(
@@ -23,14 +43,18 @@ class StageModel:
         layers: LayerRange,
         *,
         owns_embedding_and_head: bool,
+        weights: WeightSettings,
         dtype: torch.dtype,
         device: torch.device,
         progress: Callable[[int, int], object],
     ) -> None:
         """Read the weights, one Layer at a time; ``progress`` is told (done, total) in Layers.
 
+        dtype: of activations, and of weights unless they are packed.
+
         Raises:
             ModelError: the checkpoint lacks something.
+            EngineError: this device has no kernel for the weights' format.
         """
         self.config = config = checkpoint.config
         self._layers = layers
@@ -38,21 +62,35 @@ class StageModel:
         self._device = device
         total = len(layers) + owns_embedding_and_head
         progress(0, total)
-        self._embedding: torch.Tensor | None = None
+        self._embedding: Embedding | None = None
         self._positions: torch.Tensor | None = None
         self._final_norm: Norm | None = None
         self._head: Linear | None = None
         self.weight_bytes = 0
-        if owns_embedding_and_head:
-            self._load_ends(checkpoint)
-            progress(1, total)
+        self._weights: list[LayerWeights] = []
         self._rope: Rope | None = None
         if config.family.has_rotary:
             self._rope = Rope(config.rope, config.head_dim, device, checkpoint.rope_factors())
-        self._weights: list[LayerWeights] = []
-        for layer in layers:
-            self._weights.append(self._load_layer(checkpoint, layer))
-            progress(total - (layers.stop - 1 - layer), total)
+        choice = KernelChoice(exact=weights.exact, folder=weights.folder)
+        with ExitStack() as stack:
+            packed = None
+            if weights.format in FORMATS:
+                packed = stack.enter_context(PackedModel(checkpoint, weights.format, weights.folder / "packed"))
+            if owns_embedding_and_head:
+                if packed is None:
+                    self._load_ends(checkpoint)
+                else:
+                    self._load_packed_ends(packed, choice)
+                progress(1, total)
+            for layer in layers:
+                loaded = (
+                    self._load_layer(checkpoint, layer)
+                    if packed is None
+                    else self._load_packed_layer(packed.layer(layer), choice)
+                )
+                self._weights.append(loaded)
+                return_free_memory()
+                progress(total - (layers.stop - 1 - layer), total)
 
     @property
     def owns_embedding(self) -> bool:
@@ -62,15 +100,16 @@ class StageModel:
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return [T, hidden_size] for token ids [T] at positions [T]."""
         assert self._embedding is not None  # only the Starter is given token ids
-        hidden = self._embedding[token_ids]
+        hidden = self._embedding(token_ids)
         return hidden if self._positions is None else hidden + self._positions[positions]
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KvCache, spans: Sequence[Span]) -> torch.Tensor:
         """Return hidden: [T, hidden_size] behind this Stage's Layers."""
+        writes = write_slots(spans, self._device)
         angles = None if self._rope is None else self._rope.tables(positions, hidden.dtype)
         for i, layer in enumerate(self._layers):
             hidden = run_layer(
-                hidden, self._weights[i], self.config, layer, cache.keys[i], cache.values[i], spans, angles
+                hidden, self._weights[i], self.config, layer, cache.keys[i], cache.values[i], spans, writes, angles
             )
         return hidden
 
@@ -80,37 +119,59 @@ class StageModel:
         return self._head(self._final_norm(hidden)).float()
 
     def _load_ends(self, checkpoint: Checkpoint) -> None:
-        self._embedding = checkpoint.embedding().to(device=self._device, dtype=self._dtype)
-        self.weight_bytes += self._embedding.nbytes
-        if (positions := checkpoint.positions()) is not None:
-            self._positions = positions.to(device=self._device, dtype=self._dtype)
-            self.weight_bytes += self._positions.nbytes
+        matrix = checkpoint.embedding().to(device=self._device, dtype=self._dtype)
+        self._embedding = PlainEmbedding(matrix)
+        self.weight_bytes += self._embedding.num_bytes
+        self._set_positions(checkpoint.positions())
         self._final_norm = self._norm(checkpoint.final_norm(), "final_norm")
         if (head := checkpoint.head()) is None:
-            self._head = make_linear(self._embedding, None, self._dtype, self._device)
+            self._head = make_linear(matrix, None, self._dtype, self._device)
         else:
             self._head = make_linear(head, None, self._dtype, self._device)
             self.weight_bytes += self._head.num_bytes
 
+    def _load_packed_ends(self, packed: PackedModel, choice: KernelChoice) -> None:
+        file = packed.ends()
+        norms = {name: file.tensor(name) for name in file.names if name.startswith("final_norm")}
+        self._final_norm = self._norm(norms, "final_norm")
+        self._set_positions(file.find("positions"))
+        self._head = choice.load(file, "embedding" if self.config.is_tied else "head")
+        # Another mapping: the pages that packing the head has read go with the first one.
+        self._embedding = PackedEmbedding(packed.ends(), self._dtype)
+        self.weight_bytes += self._head.num_bytes + self._embedding.num_bytes
+
+    def _load_packed_layer(self, file: PackedFile, choice: KernelChoice) -> LayerWeights:
+        linears = {role: choice.load(file, role) for role in ("qkv", "o", "gate_up", "down")}
+        return self._layer({name: file.tensor(name) for name in file.names if "norm" in name}, linears)
+
     def _load_layer(self, checkpoint: Checkpoint, layer: int) -> LayerWeights:
         tensors = checkpoint.layer(layer)
-        linears = {
+        linears: dict[str, Linear] = {
             role: make_linear(matrix, tensors.biases.get(role), self._dtype, self._device)
             for role, matrix in tensors.matrices.items()
         }
+        return self._layer(tensors.norms, linears)
+
+    def _layer(self, norms: Tensors, linears: Mapping[str, Linear]) -> LayerWeights:
         self.weight_bytes += sum(linear.num_bytes for linear in linears.values())
         has_qk_norm = self.config.family.has_qk_norm
         return LayerWeights(
-            attn_norm=self._norm(tensors.norms, "attn_norm"),
-            mlp_norm=self._norm(tensors.norms, "mlp_norm"),
-            q_norm=self._norm(tensors.norms, "q_norm") if has_qk_norm else None,
-            k_norm=self._norm(tensors.norms, "k_norm") if has_qk_norm else None,
+            attn_norm=self._norm(norms, "attn_norm"),
+            mlp_norm=self._norm(norms, "mlp_norm"),
+            q_norm=self._norm(norms, "q_norm") if has_qk_norm else None,
+            k_norm=self._norm(norms, "k_norm") if has_qk_norm else None,
             **linears,
         )
 
+    def _set_positions(self, positions: torch.Tensor | None) -> None:
+        if positions is not None:
+            self._positions = positions.to(device=self._device, dtype=self._dtype, copy=True)
+            self.weight_bytes += self._positions.nbytes
+
     def _norm(self, tensors: Tensors, role: str) -> Norm:
-        weight = tensors[role].to(device=self._device, dtype=self._dtype)
+        # Copies: a view of a mapped file would keep all of it mapped.
+        weight = tensors[role].to(device=self._device, dtype=self._dtype, copy=True)
         bias = tensors.get(f"{role}.bias")
-        bias = None if bias is None else bias.to(device=self._device, dtype=self._dtype)
+        bias = None if bias is None else bias.to(device=self._device, dtype=self._dtype, copy=True)
         self.weight_bytes += weight.nbytes + (0 if bias is None else bias.nbytes)
         return Norm(weight, bias, self.config.norm_eps)

@@ -9,6 +9,9 @@ from mdiq.core.frame import Buffer, Payload
 from mdiq.errors import EngineError
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+WIRES = (*DTYPES, "i8")
+"""Formats of activations on a Hop."""
+_SCALE_BYTES = 4
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -34,6 +37,43 @@ class TensorRows:
         return _NAMES[tensor.dtype], tensor.shape[1], (tensor.view(torch.uint8).numpy().data.cast("B"),)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRows:
+    """A payload of int8 activations: bytes [num_rows, width + 4], the row's elements and its scale, as on the wire."""
+
+    data: torch.Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.data.shape[0]
+
+    def rows(self, start: int, stop: int) -> "PackedRows":
+        """Return a view of some rows."""
+        return PackedRows(self.data[start:stop])
+
+    def parts(self) -> tuple[str, int, Sequence[Buffer]]:
+        """Return dtype name, width, and the bytes."""
+        data = self.data.contiguous()
+        return "i8", data.shape[1] - _SCALE_BYTES, (data.numpy().data.cast("B") if data.numel() else b"",)
+
+    def tensor(self) -> torch.Tensor:
+        """Return the activations: f32 [num_rows, width]."""
+        scale = self.data[:, -_SCALE_BYTES:].contiguous().view(torch.float32)  # [num_rows, 1]
+        return self.data[:, :-_SCALE_BYTES].view(torch.int8).float() * scale
+
+
+def to_wire(hidden: torch.Tensor, wire: str) -> TensorRows | PackedRows:
+    """Return rows [n, width] as the payload that a Hop of format ``wire`` sends: "f32", "bf16" or "i8"."""
+    if wire != "i8":
+        return TensorRows(hidden.to(DTYPES[wire]))
+    if not hidden.numel():
+        return PackedRows(torch.empty(0, hidden.shape[1] + _SCALE_BYTES, dtype=torch.uint8))
+    wide = hidden.float().cpu()
+    scale = wide.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / 127  # [n, 1]
+    q = (wide / scale).round_().to(torch.int8)
+    return PackedRows(torch.cat((q.view(torch.uint8), scale.view(torch.uint8)), dim=1))
+
+
 def to_tensor(payload: Payload, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return a payload's rows as a tensor: [num_rows, width], ``dtype``, on ``device``; possibly read-only memory.
 
@@ -42,13 +82,19 @@ def to_tensor(payload: Payload, width: int, dtype: torch.dtype, device: torch.de
     """
     if isinstance(payload, TensorRows):
         tensor = payload.tensor
+    elif isinstance(payload, PackedRows):
+        tensor = payload.tensor()
     else:
         name, row_width, buffers = payload.parts()
         data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
-        if name not in DTYPES or not len(data):
-            raise EngineError(f"a frame brought {len(data)} bytes of {name}; expected rows of f32 or bf16")
+        if name not in WIRES or not len(data):
+            raise EngineError(f"a frame brought {len(data)} bytes of {name}; expected rows of {', '.join(WIRES)}")
         # Received memory may be read-only; nothing below writes to it.
-        tensor = torch.frombuffer(_writable_view(data), dtype=DTYPES[name]).view(-1, row_width)
+        if name == "i8":
+            raw = torch.frombuffer(_writable_view(data), dtype=torch.uint8)
+            tensor = PackedRows(raw.view(-1, row_width + _SCALE_BYTES)).tensor()
+        else:
+            tensor = torch.frombuffer(_writable_view(data), dtype=DTYPES[name]).view(-1, row_width)
     if tensor.shape[1] != width:
         raise EngineError(f"a frame brought rows of width {tensor.shape[1]}, the model has {width}; restart the ring")
     return tensor.to(device=device, dtype=dtype)

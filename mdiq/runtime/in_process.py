@@ -128,6 +128,9 @@ class InProcessStages:
             dtype=options.dtype,
             device=options.device,
             kv_tokens=options.kv_tokens,
+            weights=options.weights,
+            exact=options.exact,
+            wire=options.wire(i),
             memory_share=1 / options.num_nodes,
             progress=lambda done, total: loop.call_soon_threadsafe(self._on_loading, f"node-{i}", done, total),
         )

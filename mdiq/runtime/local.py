@@ -148,6 +148,9 @@ class LocalRing:
             dtype=options.dtype,
             device=options.device,
             kv_tokens=options.kv_tokens,
+            weights=options.weights,
+            exact=options.exact,
+            wire=options.wire(0),
             memory_share=1 / options.num_nodes,
             progress=lambda done, total: loop.call_soon_threadsafe(self._on_loading, STARTER, done, total),
         )

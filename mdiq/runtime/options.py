@@ -5,6 +5,24 @@ from pathlib import Path
 
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange
+from mdiq.errors import ConfigError
+
+WIRES = ("f32", "bf16", "i8")
+
+
+def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
+    """Return the formats that "bf16" (all Hops) or "bf16,i8" (each Hop) names.
+
+    Raises:
+        ConfigError: a format is unknown, or there are more or fewer of them than Hops.
+    """
+    wires = tuple(text.split(","))
+    for wire in wires:
+        if wire not in WIRES:
+            raise ConfigError(f"--wire {text}: {wire!r} is not a format; use one of {', '.join(WIRES)}")
+    if len(wires) not in (1, num_nodes):
+        raise ConfigError(f"--wire {text}: {len(wires)} formats for {num_nodes} hops; give one, or one for each")
+    return wires
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +31,9 @@ class RingOptions:
 
     model: a model directory or a .gguf file.
     layers: one range a Node, in ring order; the first is the Starter's.
-    dtype: "f32" or "bf16", of weights, activations and KV cache.
+    dtype: "f32" or "bf16", of activations, KV cache, and weights unless those are packed.
+    weights: "plain" (the dtype), "int8" or "int4". exact: batch-invariant kernels; see engine/kernels.py.
+    wires: format of each Hop's activations, "f32", "bf16" or "i8"; Hop i leaves Stage i. One entry serves all.
     device: "cpu", "cuda", "cuda:0" or "auto".
     threads: torch threads of each Node.
     pin: bind Node i to core i.
@@ -26,6 +46,9 @@ class RingOptions:
     model: Path
     layers: tuple[LayerRange, ...]
     dtype: str = "f32"
+    weights: str = "plain"
+    exact: bool = True
+    wires: tuple[str, ...] = ("bf16",)
     device: str = "cpu"
     threads: int = 1
     pin: bool = False
@@ -39,6 +62,10 @@ class RingOptions:
     @property
     def num_nodes(self) -> int:
         return len(self.layers)
+
+    def wire(self, stage: int) -> str | None:
+        """Return the format of the Hop out of a Stage, or None where there are no Hops."""
+        return None if self.num_nodes == 1 else self.wires[stage % len(self.wires)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,170 @@
+"""Which kernel serves a matrix on this device: measured once for each shape and batch class, and remembered on disk.
+
+No kernel is the fastest everywhere: it depends on the CPU's instructions, on the shape, and on how many rows come.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import mdiq
+from mdiq.engine.kernels import KERNELS, Linear
+from mdiq.engine.quantize import BLOCK, PackedFile
+from mdiq.errors import EngineError
+
+BATCH_CLASSES = (1, 8, 64)
+"""Rows of the batches that are timed: one user, several, a part of a prompt."""
+_REPEATS = 5
+_FLUSH_BYTES = 64 << 20  # read between two runs, so that the weights come from memory as they do in a forward
+_MOST_SECONDS = 1.0  # for one kernel and shape
+
+Times = dict[str, list[float]]
+
+
+class KernelChoice:
+    """Chooses kernels for one mode.
+
+    folder: where the measurements are kept, in kernels.json; not kept where it cannot be written.
+    """
+
+    def __init__(self, *, exact: bool, folder: Path) -> None:
+        self._exact = exact
+        self._path = folder / "kernels.json"
+        self._known: dict[str, Times] = {}
+        self._key = "|".join(
+            (
+                _cpu_name(),
+                f"torch {torch.__version__}",
+                f"mdiq {mdiq.__version__}",
+                f"{torch.get_num_threads()} threads",
+            )
+        )
+
+    def load(self, file: PackedFile, role: str) -> Linear:
+        """Return a packed matrix in the kernel that is fastest for its shape.
+
+        Raises:
+            EngineError: no kernel of this device can serve it.
+        """
+        is_int4 = f"{role}.nibbles" in file.names
+        weights = "int4" if is_int4 else "int8"
+        shape = file.shape(f"{role}.nibbles" if is_int4 else f"{role}.q")
+        times = self.times(weights, (shape[0], math.prod(shape[1:]) * (2 if is_int4 else 1)))
+        best = min(times, key=lambda name: math.prod(times[name]))
+        kernel = next(kernel for kernel in KERNELS if kernel.name == best)
+        return kernel(file, role, exact=self._exact)
+
+    def times(self, weights: str, shape: tuple[int, int]) -> Times:
+        """Return seconds of a matmul with a matrix [out, in], by kernel, for each of BATCH_CLASSES.
+
+        Raises:
+            EngineError: this device has no kernel for the format.
+        """
+        column = f"{weights} {'exact' if self._exact else 'fast'} {shape[0]}x{shape[1]}"
+        if column in self._known:
+            return self._known[column]
+        times = _read(self._path).get(self._key, {}).get(column, {})
+        if not _is_complete(times):
+            times = dict(_measured(weights, shape, exact=self._exact))
+            if not times:
+                raise EngineError(f"{weights} weights: this device has no kernel for them; use bf16 or f32")
+            kept = _read(self._path)  # another Node may have written meanwhile
+            kept.setdefault(self._key, {})[column] = times
+            _write(self._path, kept)
+        self._known[column] = times
+        return times
+
+
+def _measured(weights: str, shape: tuple[int, int], *, exact: bool) -> Iterator[tuple[str, list[float]]]:
+    with tempfile.TemporaryDirectory(prefix="mdiq-") as folder, torch.inference_mode():
+        path, small = Path(folder) / "matrix.safetensors", Path(folder) / "small.safetensors"
+        save_file(_random_matrix(weights, shape), path)
+        save_file(_random_matrix(weights, (64, shape[1])), small)
+        flush = torch.zeros(_FLUSH_BYTES // 8, dtype=torch.int64)
+        for kernel in KERNELS:
+            if weights not in kernel.formats or not kernel.is_available():
+                continue
+            try:
+                linear: Linear = kernel(PackedFile(path), "w", exact=exact)
+                warm: Linear = kernel(PackedFile(small), "w", exact=exact)
+                yield kernel.name, [_median_s(linear, warm, rows, shape[1], flush) for rows in BATCH_CLASSES]
+            except RuntimeError:
+                continue  # a kernel that does not take this shape, or that this CPU lacks
+
+
+def _median_s(linear: Linear, warm: Linear, num_rows: int, num_in: int, flush: torch.Tensor) -> float:
+    """Return seconds of a matmul whose weights come from memory, while code and activations are in the cache."""
+    x = torch.randn(num_rows, num_in)
+    linear(x)
+    times: list[float] = []
+    begin_s = time.perf_counter()
+    while len(times) < _REPEATS and time.perf_counter() - begin_s < _MOST_SECONDS:
+        flush.sum()
+        warm(x)
+        start_s = time.perf_counter()
+        linear(x)
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(times)
+
+
+def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    num_out, num_in = shape
+    if weights == "int8":
+        return {"w.q": torch.randint(-127, 128, shape, dtype=torch.int8), "w.scale": torch.full((num_out,), 0.01)}
+    blocks = (num_out, num_in // BLOCK)
+    return {
+        "w.nibbles": torch.randint(0, 256, (*blocks, BLOCK // 2), dtype=torch.uint8),
+        "w.scale": torch.full(blocks, 0.01),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model", "CPU part"):
+                # Virtual machines hide parts of a CPU: what torch sees of it counts too.
+                return f"{value.strip()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _is_complete(times: object) -> bool:
+    """Tell whether a value from the file is what ``times`` returns, with kernels that this device has now."""
+    names = {kernel.name for kernel in KERNELS if kernel.is_available()}
+    return (
+        isinstance(times, dict)
+        and bool(times)
+        and all(
+            name in names
+            and isinstance(row, list)
+            and len(row) == len(BATCH_CLASSES)
+            and all(isinstance(value, float) and value > 0 for value in row)
+            for name, row in times.items()
+        )
+    )
+
+
+def _read(path: Path) -> dict[str, dict[str, Times]]:
+    try:
+        kept = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) and all(isinstance(value, dict) for value in kept.values()) else {}
+
+
+def _write(path: Path, kept: dict[str, dict[str, Times]]) -> None:
+    own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(json.dumps(kept, indent=1))
+        own.replace(path)

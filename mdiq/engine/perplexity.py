@@ -1,0 +1,50 @@
+"""How well a model in some format predicts a real text: the measure of what packing its weights costs."""
+
+import math
+import pydoc_data.topics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mdiq.core.types import SeqId
+from mdiq.engine.kv_cache import KvCache
+from mdiq.engine.layers import Span
+from mdiq.engine.stage_model import StageModel
+
+
+def sample_text() -> str:
+    """Return real English that every Python carries: the language reference, about 700 kB."""
+    topics = pydoc_data.topics.topics
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def perplexity(
+    model: StageModel,
+    token_ids: Sequence[int],
+    *,
+    window: int = 512,
+    progress: Callable[[int, int], object] = lambda *_: None,
+) -> float:
+    """Return exp(mean negative log likelihood) of each token but the first in windows of ``window`` tokens.
+
+    model: all Layers with embedding and head, on the CPU. What is left behind the last whole window is not used.
+    ``progress`` is told (done, total) in windows.
+    """
+    config, dtype, device = model.config, torch.float32, torch.device("cpu")
+    window = min(window, len(token_ids), config.context_tokens)
+    cache = KvCache(config.num_layers, -(-window // 32) * 32, config.num_kv_heads, config.head_dim, dtype, device)
+    positions = torch.arange(window)
+    starts = range(0, len(token_ids) - window + 1, window)
+    loss, count = 0.0, 0
+    with torch.inference_mode():
+        for done, start in enumerate(starts):
+            progress(done, len(starts))
+            ids = torch.tensor(token_ids[start : start + window])
+            cache.reset()
+            spans = [Span(0, window, 0, cache.extend(SeqId(0), 0, window))]
+            hidden = model.run(model.embed(ids, positions), positions, cache, spans)
+            logits = model.logits(hidden)[:-1]
+            loss += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+            count += window - 1
+    progress(len(starts), len(starts))
+    return math.exp(loss / count)

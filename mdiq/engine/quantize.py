@@ -1,0 +1,202 @@
+"""Weights in 8 and 4 bits: the arithmetic of packing, and the files that keep the result. Matmuls are kernels.py's.
+
+int8: one scale per row of the matrix, w = scale * q with q in -127..127.
+int4: blocks of 32 columns. w = scale * (q - 8) + offset with q in 0..15; as in GGUF's Q4_0 (no offsets) or Q4_1, so
+weights that come from such a file keep their values (Q4_1's offsets rounded to bf16).
+
+A layer is packed the first time that it is loaded, and written to a file; from then on the file is mapped into memory.
+So no more than one layer is ever held in f32, and a restart reads no weights that it does not use.
+"""
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mdiq.engine.checkpoint import Checkpoint
+from mdiq.errors import ModelError
+
+FORMATS = ("int8", "int4")
+BLOCK = 32
+_VERSION = 1  # of the files' layout
+_ROWS = 4_096  # of the vocabulary, packed at a time: a whole one in f32 may be larger than a layer
+_SYMMETRIC_ERROR = 1e-3  # of a scale: below it a block came from a format without offsets
+
+
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return q: int8 [out, in], and scale: f32 [out], for weight: [out, in]."""
+    wide = weight.float()
+    scale = wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
+def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return nibbles, scales and offsets for weight: [out, in], in a multiple of BLOCK.
+
+    nibbles: u8 [out, in / BLOCK, BLOCK / 2], the even column in the low half. scales: f32 [out, in / BLOCK].
+    offsets: bf16, likewise, or None where all blocks do without.
+    """
+    blocks = weight.float().view(weight.shape[0], -1, BLOCK)
+    # As Q4_0: the value of the largest magnitude becomes q = 0.
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = _not_zero(largest / -8)
+    q = (blocks / scale).round_().add_(8).clamp_(0, 15)
+    error = (q.sub(8).mul_(scale) - blocks).abs_().amax(-1, keepdim=True)
+    if bool((error <= scale.abs() * _SYMMETRIC_ERROR).all()):
+        return _nibbles(q), scale[..., 0].contiguous(), None
+    # As Q4_1: the range of the block in 15 steps.
+    least, most = blocks.aminmax(dim=-1, keepdim=True)
+    scale = _not_zero((most - least) / 15)
+    q = ((blocks - least) / scale).round_().clamp_(0, 15)
+    offset = least + 8 * scale
+    return _nibbles(q), scale[..., 0].contiguous(), offset[..., 0].to(torch.bfloat16)
+
+
+def unpack_int4(nibbles: torch.Tensor) -> torch.Tensor:
+    """Return q: u8 [out, in], 0..15, for nibbles [out, in / BLOCK, BLOCK / 2]."""
+    return torch.stack((nibbles & 15, nibbles >> 4), dim=-1).view(nibbles.shape[0], -1)
+
+
+class PackedFile:
+    """Tensors of one file, mapped into memory. ``close`` unmaps it when no tensor of it is in use any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = safe_open(path, framework="pt")  # safetensors gives its handles no type
+        self.names = frozenset[str](self._file.keys())  # type: ignore[no-untyped-call]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor; its memory is the file's. Raises KeyError where there is none."""
+        if name not in self.names:
+            raise KeyError(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def find(self, name: str) -> torch.Tensor | None:
+        """Return a tensor, or None where the file has none of that name."""
+        return self.tensor(name) if name in self.names else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without touching its memory."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Return where a tensor's bytes lie in the file: offset and count."""
+        with self.path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            start, stop = json.loads(file.read(size))[name]["data_offsets"]
+        return 8 + size + start, stop - start
+
+
+class PackedModel:
+    """A checkpoint's weights in one of FORMATS, a file for each Layer and one for embedding, final norm and head.
+
+    folder: where the files are kept; without one that can be written they live in a temporary folder until ``close``.
+
+    Tensor names in a file: "<role>.q" and "<role>.scale" of int8, "<role>.nibbles", "<role>.scale" and maybe
+    "<role>.offset" of int4, "<role>.bias", and norms by their role.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, weights: str, folder: Path) -> None:
+        self._checkpoint = checkpoint
+        self._weights = weights
+        self._folder = folder / f"{checkpoint.digest[:16]}-{weights}-v{_VERSION}"
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._folder, os.W_OK):
+                raise PermissionError
+        except OSError:
+            self._temporary = tempfile.TemporaryDirectory(prefix="mdiq-")
+            self._folder = Path(self._temporary.name)
+
+    def __enter__(self) -> "PackedModel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def layer(self, i: int) -> PackedFile:
+        """Return Layer ``i``, packed now if it never was.
+
+        Raises:
+            ModelError: the checkpoint lacks something, or the disk is full.
+        """
+        return self._file(f"layer-{i:03}", lambda: self._pack_layer(i))
+
+    def ends(self) -> PackedFile:
+        """Return embedding ("embedding", int8 also in int4 models), "positions", "final_norm" and "head"."""
+        return self._file("ends", self._pack_ends)
+
+    def _file(self, name: str, pack: Callable[[], dict[str, torch.Tensor]]) -> PackedFile:
+        path = self._folder / f"{name}.safetensors"
+        with contextlib.suppress(SafetensorError, OSError):
+            return PackedFile(path)
+        tensors = pack()
+        # Several Nodes of one machine may pack the same file: each writes its own, and the last one stays.
+        own = self._folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            save_file(tensors, own)
+            own.replace(path)
+            return PackedFile(path)
+        except (SafetensorError, OSError) as error:
+            own.unlink(missing_ok=True)
+            raise ModelError(
+                f"{path}: packed weights cannot be written ({str(error)[:120]}); free space there or set MDIQ_CACHE"
+            ) from None
+
+    def _pack_layer(self, i: int) -> dict[str, torch.Tensor]:
+        layer = self._checkpoint.layer(i)
+        packed = {name: tensor.float() for name, tensor in layer.norms.items()}
+        packed |= {f"{role}.bias": bias.float() for role, bias in layer.biases.items()}
+        for role, matrix in layer.matrices.items():
+            if self._weights == "int4" and matrix.shape[1] % BLOCK == 0:
+                nibbles, scale, offset = quantize_int4(matrix)
+                packed |= {f"{role}.nibbles": nibbles, f"{role}.scale": scale}
+                if offset is not None:
+                    packed[f"{role}.offset"] = offset
+            else:
+                packed[f"{role}.q"], packed[f"{role}.scale"] = quantize_int8(matrix)
+        return packed
+
+    def _pack_ends(self) -> dict[str, torch.Tensor]:
+        checkpoint = self._checkpoint
+        packed = {name: tensor.float() for name, tensor in checkpoint.final_norm().items()}
+        packed["embedding.q"], packed["embedding.scale"] = self._in_parts(checkpoint.embedding)
+        if (positions := checkpoint.positions()) is not None:
+            packed["positions"] = positions.float()
+        if not checkpoint.config.is_tied:
+            packed["head.q"], packed["head.scale"] = self._in_parts(checkpoint.head)
+        return packed
+
+    def _in_parts(self, read: Callable[[int, int], torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return q and scale of a matrix with one row for each token id."""
+        config = self._checkpoint.config
+        q = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.int8)
+        scale = torch.empty(config.vocab_size)
+        for start in range(0, config.vocab_size, _ROWS):
+            part = read(start, min(start + _ROWS, config.vocab_size))
+            assert part is not None  # asked for only where there is one
+            q[start : start + _ROWS], scale[start : start + _ROWS] = quantize_int8(part)
+        return q, scale
+
+
+def _nibbles(q: torch.Tensor) -> torch.Tensor:
+    q = q.to(torch.uint8)
+    return q[..., 0::2] | (q[..., 1::2] << 4)
+
+
+def _not_zero(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale.abs() < 1e-30, torch.full_like(scale, 1e-30), scale)

@@ -1,0 +1,120 @@
+"""Every kernel against the same matmul in f64, and what exact mode promises; which kernel is chosen."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
+from mdiq.engine.kernels import KERNELS, PackedEmbedding
+from mdiq.engine.quantize import BLOCK, PackedFile, quantize_int4, quantize_int8, unpack_int4
+from mdiq.errors import EngineError
+
+OUT, IN = 160, 192
+# Relative to the norm of the result: what the rounding of activations leaves, in exact mode.
+TOLERANCE = {"fbgemm": 3e-3, "torch-int8": 6e-3, "ort-int4": 2e-2, "torch-int4": 6e-3}
+AVAILABLE = [kernel for kernel in KERNELS if kernel.is_available()]
+
+
+def _random(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _packed(tmp_path: Path, weights: str, *, bias: bool = True) -> tuple[PackedFile, torch.Tensor]:
+    """Return a matrix "w" in a file, and the f64 matrix that it stands for."""
+    weight = _random(OUT, IN) * 0.05 + 0.01
+    tensors = {"w.bias": _random(OUT, seed=2)} if bias else {}
+    if weights == "int8":
+        q, scale = quantize_int8(weight)
+        tensors |= {"w.q": q, "w.scale": scale}
+        wide = q.double() * scale[:, None]
+    else:
+        nibbles, scale, offset = quantize_int4(weight)
+        assert offset is not None
+        tensors |= {"w.nibbles": nibbles, "w.scale": scale, "w.offset": offset}
+        wide = (unpack_int4(nibbles).view(OUT, -1, BLOCK).double() - 8) * scale[..., None] + offset[..., None]
+    path = tmp_path / f"{weights}.safetensors"
+    save_file(tensors, path)
+    return PackedFile(path), wide.view(OUT, IN)
+
+
+def _activations() -> torch.Tensor:
+    x = _random(16, IN, seed=4)
+    x[:, 5] *= 30  # outliers, as every model has
+    x[3] *= 100  # and a row far larger than its neighbours
+    return x
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda kernel: kernel.name)
+def test_a_kernel_is_close_to_the_exact_product(kernel: type, bias: bool, tmp_path: Path) -> None:
+    file, weight = _packed(tmp_path, kernel.formats[0], bias=bias)
+    x = _activations()
+    expected = x.double() @ weight.t()
+    if bias:
+        expected += file.tensor("w.bias")
+    linear = kernel(file, "w", exact=True)
+    for rows in (slice(0, 1), slice(0, 16), slice(3, 5)):
+        error = (linear(x[rows]) - expected[rows]).norm(dim=1) / expected[rows].norm(dim=1)
+        assert error.max() < TOLERANCE[kernel.name]
+    assert linear(x.bfloat16()).dtype == torch.bfloat16
+    assert linear.num_bytes > OUT * IN // 2
+
+
+@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda kernel: kernel.name)
+def test_in_exact_mode_a_row_does_not_depend_on_its_neighbours(kernel: type, tmp_path: Path) -> None:
+    linear = kernel(_packed(tmp_path, kernel.formats[0])[0], "w", exact=True)
+    x = _activations()
+    together = linear(x)
+    for start, stop in ((0, 1), (3, 4), (2, 4), (1, 6), (5, 16)):
+        assert torch.equal(linear(x[start:stop]), together[start:stop])
+
+
+def test_one_pass_of_7_bits_is_much_less_precise_than_two(tmp_path: Path) -> None:
+    kernel = next((kernel for kernel in AVAILABLE if kernel.name == "fbgemm"), None)
+    if kernel is None:
+        pytest.skip("FBGEMM is there on x86 only")
+    file, weight = _packed(tmp_path, "int8", bias=False)
+    x = _activations()
+    exact, fast = (kernel(file, "w", exact=mode)(x) - x.double() @ weight.t() for mode in (True, False))
+    assert fast.norm() > 20 * exact.norm()
+
+
+def test_the_embedding_gives_rows_of_its_matrix(tmp_path: Path) -> None:
+    weight = _random(50, 64)
+    q, scale = quantize_int8(weight)
+    save_file({"embedding.q": q, "embedding.scale": scale}, tmp_path / "ends.safetensors")
+    embedding = PackedEmbedding(PackedFile(tmp_path / "ends.safetensors"), torch.float32)
+    ids = torch.tensor([49, 0, 7, 7])
+    assert torch.equal(embedding(ids), q[ids].float() * scale[ids][:, None])
+
+
+def test_the_kernel_is_the_one_that_was_measured_fastest(tmp_path: Path) -> None:
+    choice = KernelChoice(exact=True, folder=tmp_path)
+    times = choice.times("int8", (OUT, IN))
+    assert all(len(row) == len(BATCH_CLASSES) and min(row) > 0 for row in times.values())
+    file, _ = _packed(tmp_path, "int8")
+    kept = json.loads((tmp_path / "kernels.json").read_text())
+    for best in times:
+        # Another device's measurements: one kernel is made to have been by far the fastest.
+        (row,) = kept.values()
+        row[f"int8 exact {OUT}x{IN}"] = {name: [1.0 if name != best else 1e-9] * len(BATCH_CLASSES) for name in times}
+        (tmp_path / "kernels.json").write_text(json.dumps(kept))
+        assert KernelChoice(exact=True, folder=tmp_path).load(file, "w").name == best  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "\x00"])
+def test_a_damaged_file_of_measurements_is_measured_again(text: str, tmp_path: Path) -> None:
+    (tmp_path / "kernels.json").write_text(text)
+    times = KernelChoice(exact=True, folder=tmp_path).times("int4", (32, 64))
+    assert KernelChoice(exact=True, folder=tmp_path).times("int4", (32, 64)) == times
+
+
+def test_a_device_without_a_kernel_for_a_format_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdiq.engine.kernel_choice.KERNELS", ())
+    with pytest.raises(EngineError, match="use bf16 or f32"):
+        KernelChoice(exact=True, folder=tmp_path).times("int8", (32, 64))

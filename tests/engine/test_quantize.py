@@ -1,0 +1,92 @@
+"""Packing to 8 and 4 bits, and the files that keep it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdiq.engine.checkpoint import open_checkpoint
+from mdiq.engine.quantize import BLOCK, PackedModel, quantize_int4, quantize_int8, unpack_int4
+from tests.engine.tiny_models import make_model
+
+
+def _matrix(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+def _from_int4(nibbles: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+    blocks = (unpack_int4(nibbles).float().view(*scale.shape, BLOCK) - 8) * scale[..., None]
+    return (blocks if offset is None else blocks + offset.float()[..., None]).view(scale.shape[0], -1)
+
+
+def test_int8_is_within_half_a_step_of_every_weight() -> None:
+    weight = _matrix(12, 64)
+    q, scale = quantize_int8(weight)
+    assert q.abs().amax() == 127
+    assert ((q.float() * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+def test_int4_is_within_half_a_step_of_every_weight() -> None:
+    weight = _matrix(12, 64) + 0.5
+    nibbles, scale, offset = quantize_int4(weight)
+    assert nibbles.shape == (12, 64 // BLOCK, BLOCK // 2)
+    assert offset is not None
+    error = (_from_int4(nibbles, scale, offset) - weight).abs().view(12, -1, BLOCK)
+    # bf16 has 8 bits: the offset may add 1/256 of itself.
+    assert (error <= scale[..., None] * 0.501 + offset.abs().float()[..., None] / 256).all()
+
+
+@pytest.mark.parametrize("has_offset", [True, False])
+def test_weights_that_come_from_blocks_of_4_bits_keep_their_values(has_offset: bool) -> None:
+    q = torch.randint(0, 16, (6, 3, BLOCK), generator=torch.Generator().manual_seed(5))
+    q[..., 0], q[..., 1] = 0, 15  # as every block of Q4_1 has both, and one of Q4_0 its largest value as 0
+    scale = _matrix(6, 3).half().float().abs() + 0.1
+    offset = _matrix(6, 3).half().float() if has_offset else torch.zeros(6, 3)
+    weight = ((q - 8) * scale[..., None] + offset[..., None]).view(6, -1)
+    nibbles, found_scale, found_offset = quantize_int4(weight)
+    assert (found_offset is not None) == has_offset
+    assert (unpack_int4(nibbles).view(q.shape) == q).all()
+    assert torch.allclose(found_scale, scale, rtol=1e-4)
+
+
+def test_a_matrix_of_zeros_stays_one() -> None:
+    q, scale = quantize_int8(torch.zeros(2, 32))
+    assert not (q * scale[:, None]).any()
+    assert not _from_int4(*quantize_int4(torch.zeros(2, 32))).any()
+
+
+def test_a_layer_is_packed_once_and_read_from_its_file_later(tmp_path: Path) -> None:
+    make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
+    with open_checkpoint(tmp_path / "model") as checkpoint, PackedModel(checkpoint, "int8", tmp_path) as packed:
+        first = packed.layer(1)
+        assert torch.equal(first.tensor("o.q"), quantize_int8(checkpoint.layer(1).matrices["o"])[0])
+        stamp = first.path.stat().st_mtime_ns
+        assert packed.layer(1).path.stat().st_mtime_ns == stamp
+        offset, count = first.place("o.scale")
+        assert first.path.read_bytes()[offset : offset + count] == first.tensor("o.scale").numpy().tobytes()
+        first.path.write_bytes(first.path.read_bytes()[:100])  # as a full disk leaves it
+        assert torch.equal(packed.layer(1).tensor("o.q"), quantize_int8(checkpoint.layer(1).matrices["o"])[0])
+
+
+def test_the_vocabulary_is_packed_in_parts_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdiq.engine.quantize._ROWS", 10)
+    make_model("llama-mha-untied").save_pretrained(tmp_path / "model")
+    with open_checkpoint(tmp_path / "model") as checkpoint, PackedModel(checkpoint, "int4", tmp_path) as packed:
+        ends = packed.ends()
+        head = checkpoint.head()
+        assert head is not None
+        assert torch.equal(ends.tensor("head.q"), quantize_int8(head)[0])
+        assert torch.equal(ends.tensor("embedding.q"), quantize_int8(checkpoint.embedding())[0])
+
+
+def test_without_a_folder_that_can_be_written_the_files_are_temporary(tmp_path: Path) -> None:
+    make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
+    blocked = tmp_path / "a-file"
+    blocked.write_text("")
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        with PackedModel(checkpoint, "int8", blocked) as packed:
+            path = packed.layer(0).path
+            assert path.is_file()
+        assert not path.exists()
