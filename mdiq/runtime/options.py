@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange
+from mdiq.transport.link_shape import LinkShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,11 @@ class RingOptions:
     kv_tokens: KV capacity of each Node in tokens; None lets each choose from its free memory.
     base_port: Node i listens for activations on base_port + i; 0 lets the system choose.
     trace: collect Spans of every loop.
+    weights: "f32", "bf16", "int8" or "int4", of the matrices.
+    exact: use only kernels whose rows do not depend on what else is in their Batch.
+    wire: number format of activations on the wire.
+    link: how every hop between processes is slowed; None leaves it as it is.
+    cpu: most CPU time of each Node in cores, where control groups allow it; None sets no limit.
     """
 
     model: Path
@@ -34,6 +40,11 @@ class RingOptions:
     base_port: int = 0
     trace: bool = False
     log_level: str = "warning"
+    weights: str = "f32"
+    exact: bool = True
+    wire: str = "bf16"
+    link: LinkShape | None = None
+    cpu: float | None = None
     ring: RingSettings = field(default_factory=RingSettings)
 
     @property
