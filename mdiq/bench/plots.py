@@ -13,15 +13,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NEEDED = "--plot: matplotlib is not installed; run: pip install 'mdiq[plot]', or leave --plot out"
-_AXES: dict[str, tuple[str, Callable[[Cell], float]]] = {
+Place = Callable[[Cell], float | None]
+"""Where a cell lies along an axis; None where it has no place there: a ring of one Node has no Hop."""
+
+
+def _delay_ms(cell: Cell) -> float | None:
+    return None if cell.nodes == 1 else cell.link.delay_s * 1e3 if cell.link else 0.0
+
+
+def _bandwidth_mbit(cell: Cell) -> float | None:
+    return cell.link.bandwidth_bit_per_s / 1e6 if cell.link and cell.link.bandwidth_bit_per_s else None
+
+
+_AXES: dict[str, tuple[str, Place]] = {
     "users": ("users", lambda cell: cell.users),
     "nodes": ("nodes", lambda cell: cell.nodes),
     "prompt-tokens": ("prompt tokens", lambda cell: cell.prompt_tokens),
-    "link-delay": ("one-way delay of a hop, ms", lambda cell: cell.link.delay_s * 1e3 if cell.link else 0.0),
-    "link-bandwidth": (
-        "bandwidth of a hop, Mbit/s",
-        lambda cell: cell.link.bandwidth_bit_per_s / 1e6 if cell.link else 0.0,
-    ),
+    "link-delay": ("one-way delay of a hop, ms", _delay_ms),
+    "link-bandwidth": ("bandwidth of a hop, Mbit/s", _bandwidth_mbit),
 }
 
 
@@ -62,7 +71,7 @@ def draw(report: Report, directory: Path) -> list[Path]:
 
 def varied(report: Report) -> list[str]:
     """Return what has more than one value; users if nothing has."""
-    names = [name for name, (_, value) in _AXES.items() if len({value(r.cell) for r in report.cells}) > 1]
+    names = [name for name, (_, value) in _AXES.items() if len({value(r.cell) for r in report.cells} - {None}) > 1]
     return names or ["users"]
 
 
@@ -75,7 +84,7 @@ def _draw_panels(report: Report, axis: str, panels: "list[Axes]") -> None:
     )
     for panel, (title, median, p95) in zip(panels, figures, strict=True):
         for name, reports in _lines(report, axis):
-            places = [value(r.cell) for r in reports]
+            places = [place for r in reports if (place := value(r.cell)) is not None]
             (line,) = panel.plot(places, [median(r) for r in reports], marker="o", label=name)
             if p95 is not None:
                 panel.plot(places, [p95(r) for r in reports], linestyle=":", color=line.get_color())
@@ -103,6 +112,8 @@ def _lines(report: Report, axis: str) -> Iterator[tuple[str, list[CellReport]]]:
     links = list(dict.fromkeys(r.cell.link for r in report.cells if r.cell.nodes > 1)) or [None]
     for cell_report in report.cells:
         cell = cell_report.cell
+        if _AXES[axis][1](cell) is None:
+            continue
         parts = [f"{cell.nodes} nodes"] if axis != "nodes" else []
         parts += [f"{cell.users} users"] if axis != "users" else []
         parts += [f"{cell.prompt_tokens} prompt tokens"] if axis != "prompt-tokens" else []
@@ -111,7 +122,7 @@ def _lines(report: Report, axis: str) -> Iterator[tuple[str, list[CellReport]]]:
             name = ", ".join([*parts, *_link_name(link, axis)])
             lines.setdefault(name, []).append(cell_report)
     for name, reports in lines.items():
-        yield name, sorted(reports, key=lambda r: _AXES[axis][1](r.cell))
+        yield name, sorted(reports, key=lambda r: _AXES[axis][1](r.cell) or 0.0)
 
 
 def _link_name(link: LinkShape | None, axis: str) -> list[str]:

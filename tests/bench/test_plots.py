@@ -17,16 +17,18 @@ def report(links: tuple[LinkShape | None, ...] = (None,), nodes: tuple[int, ...]
 def test_a_picture_is_made_for_what_was_varied() -> None:
     assert varied(report()) == ["users", "nodes"]
     assert varied(report(nodes=(2,))) == ["users"]
-    assert varied(report((LinkShape(0.01), LinkShape(0.02, 0.0, 1e7)), (2,))) == [
-        "users",
-        "link-delay",
-        "link-bandwidth",
-    ]
+    fast, slow, far = LinkShape(0.01, 0.0, 1e8), LinkShape(0.01, 0.0, 1e7), LinkShape(0.02, 0.0, 1e7)
+    assert varied(report((fast, slow, far), (2,))) == ["users", "link-delay", "link-bandwidth"]
+
+
+def test_a_ring_of_one_node_and_a_link_without_a_limit_have_no_place_on_the_axes_of_links() -> None:
+    assert varied(report((None, LinkShape(0.02, 0.0, 1e7)))) == ["users", "nodes", "link-delay"]
+    assert varied(report((LinkShape(0.02, 0.0, 1e7),))) == ["users", "nodes"]
 
 
 def test_pictures_come_as_svg_and_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
-    files = draw(report((None, LinkShape(0.02, 0.0, 1e7))), tmp_path / "new")
+    files = draw(report((LinkShape(0.01, 0.0, 1e8), LinkShape(0.02, 0.0, 1e7))), tmp_path / "new")
     assert {file.name for file in files} == {
         f"{name}.{suffix}" for name in ("users", "nodes", "link-delay", "link-bandwidth") for suffix in ("svg", "png")
     }
