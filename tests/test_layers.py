@@ -18,7 +18,8 @@ MAY_USE = {
     "transport": {"transport", "telemetry.trace", "plan", "core", "errors"},
     "control": {"control", "transport", "telemetry.trace", "plan", "core", "errors"},
     "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
-    "cli": {"cli", "runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
+    "bench": {"bench", "runtime", "engine", "transport", "core", "errors"},
+    "cli": {"cli", "bench", "runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
 }
 """Room -> rooms or modules that it imports from. The package itself (its version) is everybody's."""
 
@@ -96,6 +97,8 @@ def test_every_room_has_its_place() -> None:
         ("transport", "from mdiq.telemetry.traces import Span"),
         ("control", "import torch"),
         ("runtime", "from mdiq.cli.run import execute"),
+        ("runtime", "from mdiq.bench.runner import Bench"),
+        ("bench", "from mdiq.cli.main import app"),
         ("cli", "import pickle"),
     ],
 )

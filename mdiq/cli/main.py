@@ -170,6 +170,102 @@ def perplexity(
     raise typer.Exit(measure(PerplexityOptions(model, text, tokens, chosen, exact, threads, as_json)))
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights of this shape instead: tiny, smollm2-135m, tinyllama-1.1b, llama-3.2-1b."),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits of a shape's weights in its file: 8 (Q8_0) or 4 (Q4_0).")] = 8,
+    nodes: Annotated[str, typer.Option(help="Nodes of the rings to measure, with commas between.")] = "1,2",
+    users: Annotated[
+        str | None, typer.Option(help="Users that ask at once, likewise. [default: 1,4]", show_default=False)
+    ] = None,
+    users_per_node: Annotated[
+        str | None, typer.Option(help="Users for each node instead; and the smallest ring's users on every ring.")
+    ] = None,
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt, likewise.")] = "32",
+    answer_tokens: Annotated[int, typer.Option(min=1, max=65536, help="Tokens of each answer.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; medians are shown.")] = 3,
+    weights: Annotated[Weights, typer.Option(help="Weights: as --dtype says, or packed.")] = Weights.PLAIN,
+    exact: Annotated[
+        bool, typer.Option("--exact/--fast", help="Packed weights: keep the precision of activations, or not.")
+    ] = True,
+    wire: Annotated[str, typer.Option(help="Activations on the hops: f32, bf16 or i8.")] = "bf16",
+    dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Threads per node. [default: cores / most nodes]", show_default=False),
+    ] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Bind node i to core i, and the peer to its first cores.")] = False,
+    kv_tokens: Annotated[
+        int | None, typer.Option(min=1, help="KV cache of each node in tokens. [default: what the load needs]")
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="Slow every hop: delay=20ms,bandwidth=10mbit,jitter=5ms, or none; may be repeated."),
+    ] = None,
+    cpu: Annotated[float | None, typer.Option(help="CPU time of each node in cores, by control groups: 0.5.")] = None,
+    peer: Annotated[str | None, typer.Option(help="Compare with llama-cpp in the same run.")] = None,
+    peer_python: Annotated[
+        str | None, typer.Option(help="Interpreter that has llama-cpp-python. [default: this one]")
+    ] = None,
+    peer_threads: Annotated[
+        str | None, typer.Option(help="Threads of the peer, with commas between. [default: those of each ring]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything there as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write plots into this directory, SVG and PNG.")] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
+) -> None:
+    """Measure rings of local nodes under load: tokens/s, time to first token, inter-token latency."""
+    from mdiq.cli.bench import BenchOptions, execute
+
+    logging.configure(log_level.value, node="node-0")
+    options = BenchOptions(
+        model=model,
+        shape=shape,
+        bits=bits,
+        nodes=nodes,
+        users=users,
+        users_per_node=users_per_node,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        repeats=repeats,
+        weights=weights.value,
+        exact=exact,
+        wire=wire,
+        dtype=dtype.value,
+        device=device,
+        threads=threads,
+        pin=pin,
+        kv_tokens=kv_tokens,
+        links=tuple(link or ()),
+        cpu=cpu,
+        peer=peer,
+        peer_python=peer_python,
+        peer_threads=peer_threads,
+        seed=seed,
+        json_file=json_file,
+        plot=plot,
+        log_level=log_level.value,
+    )
+    raise typer.Exit(execute(options))
+
+
+@app.command(hidden=True)
+def relay(link: Annotated[str, typer.Option(help="How the link is: delay=20ms,bandwidth=10mbit,jitter=5ms.")]) -> None:
+    """Stand in front of every hop of a ring (started by mdiq bench)."""
+    from mdiq.transport.relay import serve
+
+    serve(link)
+
+
 @app.command(hidden=True)
 def node(
     name: Annotated[str, typer.Option(help="The node's name.")],

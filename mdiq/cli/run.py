@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
+from mdiq.cli.signals import run_until_signal
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.runtime.options import RingOptions, parse_wires
@@ -106,7 +105,7 @@ def execute(options: RunOptions) -> int:
             log_level=options.log_level,
         )
         run = _Run(options, ring_options, tokenizer, todo, console, results_file)
-        return _run_until_signal(run)
+        return run_until_signal(run.main())
 
 
 class _Run:
@@ -305,37 +304,3 @@ class _LoadingBars:
         if node not in self._bars:
             self._bars[node] = self._progress.add_task(f"{node} loads", total=total)
         self._progress.update(self._bars[node], completed=done, total=total)
-
-
-def _run_until_signal(run: _Run) -> int:
-    """Run to the end, or end every process when a signal comes; return the exit code."""
-    received: list[int] = []
-
-    async def main() -> int:
-        task = asyncio.current_task()
-        assert task is not None  # this coroutine runs in one
-        loop = asyncio.get_running_loop()
-
-        def on_signal(number: int) -> None:
-            if received:
-                os._exit(128 + number)
-            received.append(number)
-            task.cancel()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal, number)
-        return await run.main()
-
-    try:
-        return asyncio.run(main())
-    except asyncio.CancelledError:
-        sys.stderr.write("mdiq: interrupted\n")
-        sys.stderr.flush()
-        sys.stdout.flush()
-        # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
-        os._exit(128 + received[0] if received else 1)
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None

@@ -1,6 +1,7 @@
 """A whole Ring on this machine: the Starter here, the other Stages in child processes or, if asked, in this process."""
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -22,6 +23,7 @@ from mdiq.engine.measure import measure_cost
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import MdiqError
 from mdiq.plan.micro_batches import StageCost, caps
+from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.engine_worker import TorchStarter, make_worker, wire_limits
 from mdiq.runtime.in_process import InProcessStages
 from mdiq.runtime.options import NodeFigures, RingOptions
@@ -59,6 +61,7 @@ class LocalRing:
         self._runner: StageRunner | None = None
         self._service: StarterService | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._quota: CpuQuota | None = None
 
     async def __aenter__(self) -> "LocalRing":
         try:
@@ -123,6 +126,8 @@ class LocalRing:
         if self._stages is not None:
             await self._stages.aclose()
         self._worker.close()
+        if self._quota is not None:
+            self._quota.close()
 
     async def _start(self) -> None:
         options = self._options
@@ -163,6 +168,10 @@ class LocalRing:
         self._runner = loading.result()
         if starting is not None:
             others = list(starting.result())
+        if options.cpu is not None:
+            # Behind the start of the others: a child begins in its parent's control group.
+            self._quota = CpuQuota.create(STARTER, options.cpu)
+            self._quota.add(os.getpid())
         own_cost = await self._worker.run_uncounted(partial(measure_cost, self._runner))
         costs = [StageCost(*own_cost), *(StageCost(ready.cost_a_s, ready.cost_c_s) for ready in others)]
         spec = RingSpec(

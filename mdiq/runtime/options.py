@@ -6,6 +6,7 @@ from pathlib import Path
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange
 from mdiq.errors import ConfigError
+from mdiq.transport.link_shape import LinkShape
 
 WIRES = ("f32", "bf16", "i8")
 
@@ -41,6 +42,8 @@ class RingOptions:
     kv_tokens: KV capacity of each Node in tokens; None lets each choose from its free memory.
     base_port: Node i listens for activations on base_port + i; 0 lets the system choose.
     trace: collect Spans of every loop.
+    link: how every hop between processes is slowed; None leaves it as it is.
+    cpu: most CPU time of each Node in cores, where control groups allow it; None sets no limit.
     """
 
     model: Path
@@ -57,6 +60,8 @@ class RingOptions:
     base_port: int = 0
     trace: bool = False
     log_level: str = "warning"
+    link: LinkShape | None = None
+    cpu: float | None = None
     ring: RingSettings = field(default_factory=RingSettings)
 
     @property

@@ -20,9 +20,11 @@ from mdiq.core import control
 from mdiq.core.types import NodeId
 from mdiq.core.wire import hop_key
 from mdiq.errors import MdiqError, NodeDiedError
+from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.options import NodeFigures, RingOptions
 from mdiq.telemetry.trace import Span
 from mdiq.transport.push_pull import PullSource, PushSink
+from mdiq.transport.relay import RelayProcess
 from mdiq.transport.router_dealer import RouterServer
 
 log = structlog.get_logger()
@@ -62,6 +64,8 @@ class ProcessStages:
         self._coordinator: Coordinator | None = None
         self._server: RouterServer | None = None
         self._ready: dict[NodeId, control.Ready] = {}
+        self._quotas: list[CpuQuota] = []
+        self._relays: RelayProcess | None = None
         self._is_closing = False
         self.source: PullSource | None = None
         self.sink: PushSink | None = None
@@ -92,6 +96,9 @@ class ProcessStages:
             self._tasks.append(asyncio.create_task(self._watch(node, child), name=f"watch-{node}"))
         hellos = await coordinator.all_joined()
         endpoints = [hellos[node].data_endpoint for node in self._names] + [self.source.endpoint]
+        if self._options.link is not None:
+            self._relays = await RelayProcess.start(self._options.link, endpoints)
+            endpoints = self._relays.endpoints
         self.sink = await PushSink.connect(self._context, endpoints[0])
         assignments = {
             node: self._assignment(i, endpoints[i], is_last=i == len(self._names))
@@ -143,6 +150,10 @@ class ProcessStages:
             if child.returncode is None:
                 child.kill()
         await asyncio.gather(*waits)
+        for quota in self._quotas:
+            quota.close()
+        if self._relays is not None:
+            await self._relays.aclose()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -180,6 +191,8 @@ class ProcessStages:
         command += ["--log-level", options.log_level]
         if options.pin:
             command += ["--pin", str(i)]
+        if options.cpu is not None:
+            self._quotas.append(CpuQuota.create(node, options.cpu))
         child = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
@@ -188,6 +201,8 @@ class ProcessStages:
             start_new_session=True,
         )
         assert child.stdin is not None  # PIPE was asked for
+        if options.cpu is not None:
+            self._quotas[-1].add(child.pid)
         child.stdin.write(self._control_key.hex().encode() + b"\n")
         return child
 

@@ -1,0 +1,368 @@
+"""`mdiq bench`: a grid of loads on local rings, and on a peer beside them; tables, JSON and plots."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from mdiq.bench.figures import LoadFigures
+from mdiq.bench.plots import check_plots, draw
+from mdiq.bench.report import WHY_FIXED_TOTAL_IS_LOWER, Report, make_report
+from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
+from mdiq.bench.workload import Cell, grid
+from mdiq.cli.signals import run_until_signal
+from mdiq.control.agent import HEARTBEAT_S
+from mdiq.core.ring import RingSettings
+from mdiq.errors import ConfigError
+from mdiq.runtime.cpu_quota import LEAST_CPU, check_quota
+from mdiq.runtime.options import RingOptions, parse_wires
+from mdiq.runtime.placement import pin_to_core, set_threads, usable_cores
+from mdiq.transport.link_shape import LinkShape, parse_link
+
+if TYPE_CHECKING:  # torch is imported behind set_threads
+    from mdiq.engine.model_config import ModelConfig
+    from mdiq.runtime.local import LocalRing
+
+NO_LINK = "none"
+MOST_NODES = 64
+MOST_USERS = 1024  # a Frame has no room for more Segments
+KV_STEP = 32  # tokens of a KvBlock
+PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
+_FIGURES = ("tokens/s", "with prompts", "first token", "next token")
+REST_S = 1.5 * HEARTBEAT_S  # after a Load, every Node's heartbeat has come
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """The flags of `mdiq bench`; see its help. Lists are texts with commas between."""
+
+    model: str | None
+    shape: str | None
+    bits: int
+    nodes: str
+    users: str | None
+    users_per_node: str | None
+    prompt_tokens: str
+    answer_tokens: int
+    repeats: int
+    weights: str
+    exact: bool
+    wire: str
+    dtype: str
+    device: str
+    threads: int | None
+    pin: bool
+    kv_tokens: int | None
+    links: tuple[str, ...]
+    cpu: float | None
+    peer: str | None
+    peer_python: str | None
+    peer_threads: str | None
+    seed: int
+    json_file: Path | None
+    plot: Path | None
+    log_level: str
+
+
+def execute(options: BenchOptions) -> int:
+    """Measure, print and write; return the exit code."""
+    console = Console(stderr=True)
+    cells = _cells(options)
+    _check(options, cells)
+    nodes = sorted({cell.nodes for cell in cells})
+    threads = options.threads or max(usable_cores() // nodes[-1], 1)
+    set_threads(threads)
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    from mdiq.engine.checkpoint import open_checkpoint
+
+    model = _model(options, console)
+    with open_checkpoint(model) as checkpoint:
+        config = checkpoint.config
+    _check_model(options, cells, config, model)
+    if options.pin:
+        pin_to_core(0)
+    peer_threads = _peer_threads(options, nodes, threads)
+    with console.status("starting") as status:
+        bench = _bench(options, cells, model, config, threads, peer_threads, cores, status.update)
+        measured = run_until_signal(bench.run())
+    settings: dict[str, object] = {
+        "model": model.name,
+        "weights": options.weights,
+        "exact": options.exact,
+        "wire": options.wire,
+        "dtype": options.dtype,
+        "device": options.device,
+        "threads_per_node": threads,
+        "pin": options.pin,
+        "cpu_per_node": options.cpu,
+        "answer_tokens": options.answer_tokens,
+        "repeats": options.repeats,
+        "seed": options.seed,
+        "peer": options.peer,
+    }
+    report = make_report(measured, machine=_machine(), settings=settings)
+    print_report(Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH), report)
+    if options.json_file is not None:
+        _write(options.json_file, report)
+    if options.plot is not None:
+        for file in draw(report, options.plot):
+            console.print(f"{file}", style="dim", highlight=False)
+    return 0
+
+
+def _bench(
+    options: BenchOptions,
+    cells: Sequence[Cell],
+    model: Path,
+    config: "ModelConfig",
+    threads: int,
+    peer_threads: Sequence[int],
+    cores: tuple[int, ...],
+    progress: Callable[[str], None],
+) -> Bench:
+    from mdiq.bench.peer import Peer
+    from mdiq.plan.split import split_layers
+    from mdiq.runtime.local import LocalRing
+
+    users = max(cell.users for cell in cells)
+    ring = RingSettings(max_live=max(users, RingSettings().max_live))
+    layers = {count: split_layers(config.num_layers, count, config.head_layers) for count in {c.nodes for c in cells}}
+
+    def open_ring(nodes: int, link: LinkShape | None) -> "LocalRing":
+        return LocalRing(
+            RingOptions(
+                model=model,
+                layers=layers[nodes],
+                dtype=options.dtype,
+                device=options.device,
+                threads=threads,
+                pin=options.pin,
+                kv_tokens=options.kv_tokens or _kv_tokens(cells, nodes, options.answer_tokens),
+                log_level=options.log_level,
+                weights=options.weights,
+                exact=options.exact,
+                wires=parse_wires(options.wire, 1),
+                link=link,
+                cpu=options.cpu,
+                ring=ring,
+            )
+        )
+
+    peer = Peer(
+        python=options.peer_python or sys.executable,
+        model=model,
+        vocab_size=config.vocab_size,
+        cores=cores if options.pin else (),
+        cpu=options.cpu,
+    )
+    return Bench(
+        cells=cells,
+        answer_tokens=options.answer_tokens,
+        repeats=options.repeats,
+        seed=options.seed,
+        vocab_size=config.vocab_size,
+        rest_s=REST_S,
+        open_ring=open_ring,
+        peer_cells=[
+            PeerCell(count, users, prompt)
+            for count in peer_threads
+            for users, prompt in sorted({(cell.users, cell.prompt_tokens) for cell in cells})
+        ],
+        run_peer=peer.run,
+        progress=progress,
+    )
+
+
+def _cells(options: BenchOptions) -> tuple[Cell, ...]:
+    if options.users is not None and options.users_per_node is not None:
+        raise ConfigError("mdiq bench: give --users or --users-per-node, not both")
+    users = options.users if options.users is not None or options.users_per_node is not None else "1,4"
+    return grid(
+        _numbers("--nodes", options.nodes, MOST_NODES),
+        _numbers("--users", users, MOST_USERS) if users is not None else (),
+        _numbers("--users-per-node", options.users_per_node, MOST_USERS) if options.users_per_node is not None else (),
+        _numbers("--prompt-tokens", options.prompt_tokens, 1 << 20),
+        [None if text == NO_LINK else parse_link(text) for text in options.links] or [None],
+    )
+
+
+def _numbers(flag: str, text: str, most: int) -> tuple[int, ...]:
+    """Return the numbers of a list like 1,2,4."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: not whole numbers with commas between; write for example 1,2,4") from None
+    if not all(1 <= number <= most for number in numbers):
+        raise ConfigError(f"{flag} {text}: each must be from 1 to {most}")
+    return numbers
+
+
+def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
+    """Refuse what would fail later, before anything is loaded."""
+    nodes = max(cell.nodes for cell in cells)
+    if options.model is not None and options.shape is not None:
+        raise ConfigError("mdiq bench: give --model or --shape, not both")
+    users = max(cell.users for cell in cells)
+    if users > MOST_USERS:
+        raise ConfigError(f"--users-per-node: {users} users on {nodes} nodes; a ring takes up to {MOST_USERS}")
+    if options.pin and nodes > usable_cores():
+        raise ConfigError(f"--pin: {nodes} nodes need as many cores; there are {usable_cores()}")
+    if options.plot is not None:
+        check_plots()
+    if options.cpu is not None:
+        if not LEAST_CPU <= options.cpu <= usable_cores():
+            raise ConfigError(f"--cpu {options.cpu:g}: give {LEAST_CPU:g} to {usable_cores()} cores for each node")
+        check_quota()
+    if options.json_file is not None and not options.json_file.resolve().parent.is_dir():
+        raise ConfigError(f"--json {options.json_file}: there is no such directory; make it first")
+    if options.peer is not None and options.peer != "llama-cpp":
+        raise ConfigError(f"--peer {options.peer}: no such peer; known is llama-cpp")
+    if options.peer is None and (options.peer_python is not None or options.peer_threads is not None):
+        raise ConfigError("mdiq bench: --peer-python and --peer-threads go with --peer llama-cpp; add it")
+
+
+def _check_model(options: BenchOptions, cells: Sequence[Cell], config: "ModelConfig", model: Path) -> None:
+    longest = max(cell.prompt_tokens for cell in cells) + max(options.answer_tokens, WARM_UP_TOKENS)
+    if longest > config.context_tokens:
+        raise ConfigError(
+            f"--prompt-tokens: the longest prompt and its answer have {longest} tokens; "
+            f"the context of {model.name} has {config.context_tokens}"
+        )
+    if options.peer is not None and model.suffix.lower() != ".gguf":
+        raise ConfigError(f"--peer {options.peer}: it reads .gguf files only; give one with --model, or --shape")
+
+
+def _model(options: BenchOptions, console: Console) -> Path:
+    from mdiq.bench.shapes import shape_file
+    from mdiq.engine.model_source import find_model
+
+    def progress(text: str) -> None:
+        console.print(text, style="dim")
+
+    return shape_file(options.shape, options.bits, progress) if options.shape else find_model(options.model, progress)
+
+
+def _peer_threads(options: BenchOptions, nodes: Sequence[int], threads: int) -> tuple[int, ...]:
+    """Return the peer's thread counts: as asked, else what the Nodes of each ring have together."""
+    if options.peer is None:
+        return ()
+    if options.peer_threads is not None:
+        return tuple(sorted(set(_numbers("--peer-threads", options.peer_threads, 1024))))
+    return tuple(sorted({count * threads for count in nodes}))
+
+
+def _kv_tokens(cells: Sequence[Cell], nodes: int, answer_tokens: int) -> int:
+    """Return the KV cache that the largest Load of a ring needs."""
+    of_ring = [cell for cell in cells if cell.nodes == nodes]
+    # The warm-up asks with the most users and the longest prompt at once.
+    users = max(cell.users for cell in of_ring)
+    longest = max(cell.prompt_tokens for cell in of_ring) + max(answer_tokens, WARM_UP_TOKENS)
+    return users * -(-longest // KV_STEP) * KV_STEP
+
+
+def _machine() -> dict[str, str | int]:
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return {
+        "cpu": name,
+        "cores": os.cpu_count() or 1,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def _write(path: Path, report: Report) -> None:
+    try:
+        path.write_text(report.as_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--json {path}: {error.strerror or error}; name a file that can be written") from None
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Print the tables: cells, how they scale, the peer and the ratios."""
+    for link in dict.fromkeys(r.cell.link for r in report.cells):
+        columns = ["nodes", "users", "prompt", *_FIGURES, "busy", "work waited", "bytes/token"]
+        table = _table(f"mdiq, {report.settings['model']}" + (f", every hop {link}" if link else ""), columns)
+        for r in report.cells:
+            if r.cell.link == link:
+                busy = " ".join(f"{node.busy_share:.0%}" for node in r.nodes)
+                waited = max((node.waiting_share for node in r.nodes), default=0.0)
+                num_bytes = max((node.bytes_per_token for node in r.nodes), default=0.0)
+                table.add_row(
+                    *_load(r.cell),
+                    *_figures(r.figures),
+                    busy,
+                    f"{waited:.1%}",
+                    f"{num_bytes:.0f}" if num_bytes else "-",
+                )
+        console.print(table)
+    console.print("first and next token: ms, median and in brackets 95th percentile", style="dim", highlight=False)
+    _print_scaling(console, report)
+    if report.peer:
+        _print_peer(console, report)
+
+
+def _print_scaling(console: Console, report: Report) -> None:
+    if not report.scaling:
+        return
+    least = min(r.cell.nodes for r in report.cells)
+    columns = ["nodes", "users", "prompt", "link", "same users per node", "same users in all"]
+    table = _table(f"tokens/s against {least} node{'s' if least > 1 else ''}", columns)
+    for scaling in report.scaling:
+        ratios = (scaling.same_per_node, scaling.fixed_total)
+        table.add_row(*_load(scaling.cell), str(scaling.cell.link or "-"), *map(_ratio, ratios))
+    console.print(table)
+    if any(scaling.fixed_total is not None for scaling in report.scaling):
+        console.print(WHY_FIXED_TOTAL_IS_LOWER, style="dim", highlight=False)
+
+
+def _print_peer(console: Console, report: Report) -> None:
+    columns = ["threads", "users", "prompt", *_FIGURES, "memory"]
+    table = _table("llama.cpp, the same file and prompts", columns)
+    for peer in report.peer:
+        cell = peer.cell
+        load = (str(cell.threads), str(cell.users), str(cell.prompt_tokens))
+        table.add_row(*load, *_figures(peer.figures), f"{peer.rss_bytes / 1e6:.0f} MB")
+    console.print(table)
+    columns = ["nodes", "users", "prompt", "link", "llama.cpp's threads", "tokens/s", "with prompts"]
+    table = _table("mdiq / llama.cpp", columns)
+    for ratio in report.ratios:
+        link, threads = str(ratio.cell.link or "-"), str(ratio.peer_threads)
+        table.add_row(*_load(ratio.cell), link, threads, _ratio(ratio.decode), _ratio(ratio.total))
+    console.print(table)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=column == "link")
+    return table
+
+
+def _load(cell: Cell) -> tuple[str, str, str]:
+    return str(cell.nodes), str(cell.users), str(cell.prompt_tokens)
+
+
+def _figures(figures: LoadFigures) -> tuple[str, ...]:
+    return (
+        f"{figures.decode_tokens_per_s:.1f}",
+        f"{figures.total_tokens_per_s:.1f}",
+        f"{figures.ttft_median_s * 1e3:.0f} ({figures.ttft_p95_s * 1e3:.0f})",
+        f"{figures.itl_median_s * 1e3:.0f} ({figures.itl_p95_s * 1e3:.0f})",
+    )
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,44 @@
+"""Runs a command's coroutine to its end, or ends every process of it when a signal comes."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_until_signal(main: Coroutine[Any, Any, T]) -> T:
+    """Return what the coroutine does; on SIGINT or SIGTERM cancel it, and exit when it has cleaned up."""
+    received: list[int] = []
+
+    async def with_handlers() -> T:
+        task = asyncio.current_task()
+        assert task is not None  # this coroutine runs in one
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            if received:
+                os._exit(128 + number)
+            received.append(number)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal, number)
+        return await main
+
+    try:
+        return asyncio.run(with_handlers())
+    except asyncio.CancelledError:
+        sys.stderr.write("mdiq: interrupted\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+        # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
+        os._exit(128 + received[0] if received else 1)
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None

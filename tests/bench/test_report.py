@@ -1,0 +1,26 @@
+import json
+
+from mdiq.bench.report import Ratio, make_report
+from mdiq.bench.workload import Cell
+from mdiq.transport.link_shape import LinkShape
+from tests.bench.fakes import make_measurements
+
+
+def test_a_report_has_medians_scaling_and_ratios() -> None:
+    report = make_report(make_measurements(), machine={"cpu": "x"}, settings={"model": "m"})
+    assert [r.cell for r in report.cells] == [Cell(1, 1, 8), Cell(1, 2, 8), Cell(2, 1, 8), Cell(2, 2, 8)]
+    assert report.cells[3].figures.decode_tokens_per_s == 40.0
+    assert len(report.cells[3].nodes) == 2
+    assert [peer.rss_bytes for peer in report.peer] == [9, 9]
+    assert report.ratios[3] == Ratio(Cell(2, 2, 8), 1, 4.0, 2.0)
+    assert (report.scaling[1].same_per_node, report.scaling[1].fixed_total) == (4.0, 2.0)
+
+
+def test_a_report_is_json_with_every_repeat() -> None:
+    links = (LinkShape(0.02, 0.001, 1e7),)
+    value = json.loads(make_report(make_measurements(links), machine={}, settings={}).as_json())
+    assert value["version"] == 1
+    assert value["cells"][0]["cell"]["link"] is None
+    assert value["cells"][3]["cell"]["link"] == {"delay_s": 0.02, "jitter_s": 0.001, "bandwidth_bit_per_s": 1e7}
+    assert len(value["cells"][3]["repeats"]) == 2
+    assert value["peer"][0]["cell"] == {"threads": 1, "users": 1, "prompt_tokens": 8}
