@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange
+from mdiq.plan.pace import PaceSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class RingOptions:
     kv_tokens: KV capacity of each Node in tokens; None lets each choose from its free memory.
     base_port: Node i listens for activations on base_port + i; 0 lets the system choose.
     trace: collect Spans of every loop.
+    pace: what the operator wishes of caps and chunks.
     """
 
     model: Path
@@ -35,6 +37,7 @@ class RingOptions:
     trace: bool = False
     log_level: str = "warning"
     ring: RingSettings = field(default_factory=RingSettings)
+    pace: PaceSettings = field(default_factory=PaceSettings)
 
     @property
     def num_nodes(self) -> int:
@@ -60,3 +63,23 @@ class NodeFigures:
     bytes_in: int
     bytes_out: int
     dropped: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PaceFigures:
+    """The pace of a Ring with the most Sequences that it has had, and what came of it.
+
+    num_live: those Sequences; in_flight: micro-batches that circulate then; cap: most Segments of one.
+    hops_s: the way round without computing, as measured; None with one Node.
+    predicted_tokens_per_s: what the Plan expects of decoding.
+    chunk_tokens: most prompt tokens that a decoding Sequence meets in a Batch.
+    decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
+    """
+
+    num_live: int
+    in_flight: int
+    cap: int
+    hops_s: float | None
+    predicted_tokens_per_s: float
+    chunk_tokens: int
+    decode_gap_s: float

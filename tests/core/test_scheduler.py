@@ -5,6 +5,7 @@ from collections import deque
 from mdiq.core.kv_ledger import KvLedger
 from mdiq.core.scheduler import Entry, Scheduler
 from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.core.types import RingSpec
 
 
 def _entry(arrival: int, num_prompt: int, max_tokens: int = 4) -> Entry:
@@ -13,7 +14,7 @@ def _entry(arrival: int, num_prompt: int, max_tokens: int = 4) -> Entry:
 
 
 def _scheduler(*entries: Entry, chunk: int = 4, prefill: int = 8, live: int = 8, kv: int = 1_000) -> Scheduler:
-    scheduler = Scheduler(chunk_tokens=chunk, prefill_tokens=prefill, max_live=live)
+    scheduler = Scheduler(chunk_tokens=chunk, prefill_tokens=prefill, spec=RingSpec(1, kv, 1_000, max_live=live))
     for entry in entries:
         scheduler.wait(entry)
     scheduler.admit(KvLedger(kv))
