@@ -252,3 +252,9 @@ def test_a_long_error_text_is_cut_rather_than_lost() -> None:
 def test_a_message_that_no_peer_would_take_is_our_own_bug(make: Any) -> None:
     with pytest.raises(LocalProtocolError):
         control.encode(make(), KEY)
+
+
+@pytest.mark.parametrize("points", [(), ((0, 1.0),), ((2, 1.0), (1, 1.0)), ((1, 1.0), (1, 1.0))])
+def test_costs_that_are_no_curve_are_refused(points: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(RemoteProtocolError, match="Ready: its costs need sizes that grow"):
+        control.decode(_message(_ready(prompt_s=points)), KEY)
