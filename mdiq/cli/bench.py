@@ -18,7 +18,6 @@ from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
 from mdiq.bench.workload import Cell, grid
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
-from mdiq.core.ring import RingSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import LEAST_CPU, check_quota
 from mdiq.runtime.options import RingOptions, parse_wires
@@ -130,8 +129,6 @@ def _bench(
     from mdiq.plan.split import split_layers
     from mdiq.runtime.local import LocalRing
 
-    users = max(cell.users for cell in cells)
-    ring = RingSettings(max_live=max(users, RingSettings().max_live))
     layers = {count: split_layers(config.num_layers, count, config.head_layers) for count in {c.nodes for c in cells}}
 
     def open_ring(nodes: int, link: LinkShape | None) -> "LocalRing":
@@ -150,7 +147,6 @@ def _bench(
                 wires=parse_wires(options.wire, 1),
                 link=link,
                 cpu=options.cpu,
-                ring=ring,
             )
         )
 

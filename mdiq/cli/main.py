@@ -100,6 +100,12 @@ def run(
     base_port: Annotated[
         int, typer.Option(min=0, max=65000, help="Node i listens on this port + i; 0: any free ones.")
     ] = 0,
+    decode_wait: Annotated[
+        float, typer.Option(min=1, help="Most ms that a decoding request waits for a token beside others' prompts.")
+    ] = 200.0,
+    max_live: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Requests in the ring at once. [default: what fills it]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout, a summary last.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
@@ -141,6 +147,8 @@ def run(
         pin=pin,
         kv_tokens=kv_tokens,
         base_port=base_port,
+        decode_wait_ms=decode_wait,
+        max_live=max_live,
         as_json=as_json,
         trace=trace,
         log_level=log_level.value,

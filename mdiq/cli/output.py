@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdiq.core.sequence import FinishReason
-from mdiq.runtime.options import NodeFigures
+from mdiq.runtime.options import NodeFigures, PaceFigures
 
 
 @dataclass(slots=True)
@@ -66,6 +66,7 @@ class Summary:
     results: Sequence[Result]
     nodes: Sequence[NodeFigures]
     counts: Mapping[str, int]
+    pace: PaceFigures
     overlap: Mapping[str, float] | None = None
 
     @property
@@ -113,10 +114,23 @@ class Summary:
             "wall_s": round(self.wall_s, 4),
             "tokens_per_s": round(self.tokens_per_s, 3),
             "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 4),
+            "pace": self._pace(),
             "nodes": nodes,
             "counts": dict(self.counts),
         }
         return json.dumps({"summary": summary})
+
+    def _pace(self) -> Mapping[str, object]:
+        pace = self.pace
+        return {
+            "num_live": pace.num_live,
+            "in_flight": pace.in_flight,
+            "cap": pace.cap,
+            "hops_s": None if pace.hops_s is None else round(pace.hops_s, 6),
+            "predicted_tokens_per_s": round(pace.predicted_tokens_per_s, 3),
+            "chunk_tokens": pace.chunk_tokens,
+            "decode_gap_ms_max": round(pace.decode_gap_s * 1_000, 3),
+        }
 
 
 def print_table(console: Console, summary: Summary) -> None:

@@ -17,6 +17,7 @@ from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
 from mdiq.cli.signals import run_until_signal
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
+from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.options import RingOptions, parse_wires
 from mdiq.runtime.placement import pin_to_core, set_threads, usable_cores
 from mdiq.telemetry.trace import overlap_shares, write_trace
@@ -51,6 +52,8 @@ class RunOptions:
     pin: bool
     kv_tokens: int | None
     base_port: int
+    decode_wait_ms: float
+    max_live: int | None
     as_json: bool
     trace: Path | None
     log_level: str
@@ -101,6 +104,7 @@ def execute(options: RunOptions) -> int:
             in_process=options.in_process,
             kv_tokens=options.kv_tokens,
             base_port=options.base_port,
+            pace=PaceSettings(decode_wait_s=options.decode_wait_ms / 1_000, max_live=options.max_live),
             trace=options.trace is not None,
             log_level=options.log_level,
         )
@@ -207,6 +211,7 @@ class _Run:
             results=self._results,
             nodes=ring.figures(),
             counts=ring.service.ring.counts,
+            pace=ring.pace(),
             overlap=overlap,
         )
         self._printer.summary(summary)

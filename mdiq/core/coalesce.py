@@ -9,10 +9,14 @@ from mdiq.core.types import SeqId
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """A Segment that waits at a Stage, with its rows."""
+    """A Segment that waits at a Stage, with its rows.
+
+    is_first: the Stage had not heard of its Sequence before.
+    """
 
     segment: Segment
     payload: Payload
+    is_first: bool = False
 
 
 def coalesce(waiting: deque[Queued], cap: int, token_budget: int) -> list[Queued]:

@@ -79,15 +79,24 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A Node has loaded its layers. One forward takes cost_a_s seconds, and cost_c_s more for every Sequence."""
+    """A Node has loaded its layers.
+
+    decode_s, prompt_s: measured (size, seconds) of a forward, by Segments of one token and by tokens of a prompt.
+    """
 
     epoch: int
     kv_tokens: int
     weight_bytes: int
     kv_bytes_per_token: int
     rss_bytes: int
-    cost_a_s: float
-    cost_c_s: float
+    decode_s: tuple[tuple[int, float], ...]
+    prompt_s: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        for points in (self.decode_s, self.prompt_s):
+            sizes = [size for size, _ in points]
+            if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)):
+                raise ValueError("its costs need sizes that grow from at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,8 @@ class FrameKind(IntEnum):
     """The last Hop, back to the Starter: one row per Segment that wants logits, and none for the others."""
     RELEASE = 3
     """Segments of length 0: their Sequences have ended, free their KV cache. Makes a full Lap."""
+    PROBE = 4
+    """One Segment of length 0, whose id numbers the probe. Every Stage sends it on at once: its Lap is all Hops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class Frame:
     """What travels one Hop: the Epoch, some Segments, and the payload that holds their rows in order.
 
     cap: the MicroBatch cap that the Starter wishes now; Stages obey the newest one that they see.
+    chunk_tokens: most prompt tokens of a Batch, a multiple of CHUNK_STEP, likewise; 0 leaves it to the Stage.
     """
 
     epoch: Epoch
@@ -112,6 +115,7 @@ class Frame:
     segments: tuple[Segment, ...]
     payload: Payload = NO_ROWS
     cap: int = 1
+    chunk_tokens: int = 0
 
     def rows_of(self, segment: Segment) -> int:
         """Return how many payload rows belong to one Segment of this Frame."""

@@ -22,12 +22,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mdiq.core.frame import Frame, FrameKind, Segment, TokenIds
+from mdiq.core.frame import NO_ROWS, Frame, FrameKind, Payload, Segment, TokenIds
 from mdiq.core.kv_ledger import KvLedger
 from mdiq.core.scheduler import Entry, Scheduler
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.stage import NO_EPOCH
-from mdiq.core.types import Epoch, RingSpec, SeqId
+from mdiq.core.types import CHUNK_STEP, Epoch, RingSpec, SeqId
 from mdiq.errors import CapacityError, ContextLengthError, LocalProtocolError, RingStalledError
 
 
@@ -35,14 +35,13 @@ from mdiq.errors import CapacityError, ContextLengthError, LocalProtocolError, R
 class RingSettings:
     """Limits of the ring protocol.
 
-    chunk_tokens, prefill_tokens, max_live: see Scheduler.
+    chunk_tokens, prefill_tokens: see Scheduler.
     lap_timeout_s: a Lap may take this long, and token_timeout_s more for every token in flight.
     max_replays: a Sequence that has been replayed so often without a new token ends with an error.
     """
 
     chunk_tokens: int = 256
-    prefill_tokens: int = 1024
-    max_live: int = 64
+    prefill_tokens: int = 2048
     lap_timeout_s: float = 60.0
     token_timeout_s: float = 0.1
     max_replays: int = 5
@@ -85,6 +84,8 @@ class RingProtocol:
     """Owns every Sequence from submission to end.
 
     counts: what was ignored or mended, for the metrics: stale, unknown, duplicates, replays, overdue.
+    decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
+    most_live: the most Sequences that were in the Ring at once.
     """
 
     def __init__(self, settings: RingSettings | None = None) -> None:
@@ -92,7 +93,7 @@ class RingProtocol:
         self._scheduler = Scheduler(
             chunk_tokens=self._settings.chunk_tokens,
             prefill_tokens=self._settings.prefill_tokens,
-            max_live=self._settings.max_live,
+            spec=RingSpec(1, 1, 1),
         )
         self._entries: dict[int, Entry] = {}
         self._num_arrived = 0
@@ -102,6 +103,9 @@ class RingProtocol:
         self._actions: list[Action] = []
         self.epoch = NO_EPOCH
         self.counts: Counter[str] = Counter()
+        self.decode_gap_s = 0.0
+        self.most_live = 0
+        self._prompt_at = float("-inf")  # when a prompt was last known to be in the Ring
 
     @property
     def num_live(self) -> int:
@@ -153,7 +157,7 @@ class RingProtocol:
         if epoch <= self.epoch:
             raise LocalProtocolError(f"begin_epoch: epoch {epoch} does not grow (now {self.epoch})")
         self.epoch = epoch
-        self._spec = spec
+        self._spec = self._scheduler.spec = spec
         self._ledger = KvLedger(spec.kv_tokens, spec.kv_block_tokens)
         self._releasing.clear()
         for entry in list(self._scheduler.live.values()):
@@ -164,6 +168,10 @@ class RingProtocol:
                 entry.most_tokens = self._most_tokens(entry.sequence, spec)
             except CapacityError as error:
                 self._end(entry, FinishReason.ERROR, error)
+
+    def pace(self, spec: RingSpec) -> None:
+        """Go on in the same Ring at another pace: the measurements behind it have changed."""
+        self._spec = self._scheduler.spec = spec
 
     def returned(self, frame: Frame) -> list[HeadRow]:
         """Take in a Frame from the last Hop; return the rows to make tokens of, each for ``sampled`` later."""
@@ -188,8 +196,10 @@ class RingProtocol:
         entry = self._scheduler.live.get(seq_id)
         return entry is not None and entry.is_sampling
 
-    def sampled(self, seq_id: SeqId, token: int, *, stop_matched: bool = False) -> TokenEvent | None:
-        """Note the token that a HeadRow gave; return the event for the caller.
+    def sampled(
+        self, seq_id: SeqId, token: int, *, stop_matched: bool = False, now: float | None = None
+    ) -> TokenEvent | None:
+        """Note the token that a HeadRow gave, and when; return the event for the caller.
 
         None when the Sequence was cancelled or replayed in the meantime: the token is not part of its history.
         """
@@ -200,6 +210,9 @@ class RingProtocol:
         position = sequence.num_tokens
         entry.is_sampling = False
         entry.num_replays = 0
+        if now is not None and entry.token_at is not None and self._prompt_at >= entry.token_at:
+            self.decode_gap_s = max(self.decode_gap_s, now - entry.token_at)
+        entry.token_at = now
         reason = sequence.append(token, stop_matched=stop_matched)
         if reason is None and sequence.num_tokens >= entry.most_tokens:
             reason = FinishReason.LENGTH  # the context is full
@@ -230,7 +243,10 @@ class RingProtocol:
             self._check_deadlines(now)
             self._inject_releases(now)
             self._scheduler.admit(self._ledger)
-            self._inject_segments(now, self._spec)
+            self.most_live = max(self.most_live, self.num_live)
+            self._inject_segments(now)
+            if self._scheduler.has_prompt:
+                self._prompt_at = now
         actions, self._actions = self._actions, []
         return actions
 
@@ -290,20 +306,23 @@ class RingProtocol:
             for seq_id in due:
                 self._releasing[seq_id] = now + self._settings.lap_timeout_s
             segments = tuple(Segment(seq_id, 0, 0) for seq_id in due)
-            self._actions.append(Inject(Frame(self.epoch, FrameKind.RELEASE, segments, cap=self._cap())))
+            self._actions.append(Inject(self._frame(FrameKind.RELEASE, segments)))
 
-    def _inject_segments(self, now: float, spec: RingSpec) -> None:
+    def _inject_segments(self, now: float) -> None:
         segments = self._scheduler.take_segments()
-        cap = spec.cap(self.num_live)
         in_flight = sum(entry.num_sent - entry.num_back for entry in self._scheduler.live.values())
         due = now + self._settings.lap_timeout_s + self._settings.token_timeout_s * in_flight
         for entry, segment in segments:
             entry.in_flight.append((segment.stop, due))
             payload = TokenIds(entry.sequence.tokens(segment.start, segment.stop))
-            self._actions.append(Inject(Frame(self.epoch, FrameKind.HIDDEN, (segment,), payload, cap)))
+            self._actions.append(Inject(self._frame(FrameKind.HIDDEN, (segment,), payload)))
 
-    def _cap(self) -> int:
-        return 1 if self._spec is None else self._spec.cap(self.num_live)
+    def _frame(self, kind: FrameKind, segments: tuple[Segment, ...], payload: Payload = NO_ROWS) -> Frame:
+        """Return a Frame with the newest wishes to the Stages."""
+        cap = self._scheduler.spec.cap(self.num_live)
+        # The wire counts chunks in steps, in one byte.
+        shared = (self._scheduler.shared_chunk_tokens or 0) // CHUNK_STEP * CHUNK_STEP
+        return Frame(self.epoch, kind, segments, payload, cap, min(shared, 255 * CHUNK_STEP))
 
     def _replay(self, entry: Entry) -> None:
         self.counts["replays"] += 1

@@ -4,17 +4,27 @@ First come, first served: a Sequence that waits for KV cache holds back those be
 Sequences have one token in flight each; prompts are cut into chunks, and no more than a budget of prompt tokens is in
 the Ring at once, which bounds every queue.
 
+Chunks of one prompt follow each other round the Ring, so that all Stages work on it. A prompt of P tokens in chunks of
+n takes a Ring of N Stages (P / n + N - 1) (w + n) units of time, where w is what a forward costs before its first
+token, in tokens. That is least at n = sqrt(w P / (N - 1)). When other Sequences are in the Ring, a chunk is no longer
+than they may have to wait for (plan/pace.py).
+
+Decoding Sequences enter in groups: as many groups are on their Lap as the Plan has micro-batches in flight, no more.
+Without that, a Batch that was cut in two by chance would stay so for ever, since no Stage waits for what comes next.
+While a prompt is in the Ring nothing is held back: what is sent must not wait for a group to come home.
+
 First Segments enter in the order of their ids, always: a Stage tells a late first Segment from a new one by its id.
 """
 
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
+from math import sqrt
 
 from mdiq.core.frame import Segment
 from mdiq.core.kv_ledger import KvLedger
 from mdiq.core.sequence import Sequence
-from mdiq.core.types import SeqId
+from mdiq.core.types import CHUNK_STEP, RingSpec, SeqId
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +38,8 @@ class Entry:
     in_flight: Segments on their Lap, oldest first: where each stops and when it is overdue.
     is_sampling: its newest row is with the sampler.
     num_replays: Replays since its last token.
+    token_at: when its newest token came; None before that, and after a Replay.
+    group: the group of decode Segments that it was sent in last.
     """
 
     sequence: Sequence
@@ -39,6 +51,8 @@ class Entry:
     in_flight: deque[tuple[int, float]] = field(default_factory=deque)
     is_sampling: bool = False
     num_replays: int = 0
+    token_at: float | None = None
+    group: int = 0
 
     @property
     def num_unsent(self) -> int:
@@ -51,6 +65,7 @@ class Entry:
         self.num_sent = self.num_back = 0
         self.in_flight.clear()
         self.is_sampling = False
+        self.token_at = None
 
 
 class Scheduler:
@@ -58,14 +73,15 @@ class Scheduler:
 
     chunk_tokens: most tokens of one prompt Segment.
     prefill_tokens: most prompt tokens in flight, over all Sequences (one chunk may exceed it alone).
-    max_live: most Sequences in the Ring at once.
+    spec: what the Plan says of the Ring; it may be replaced at any time.
     """
 
-    def __init__(self, *, chunk_tokens: int, prefill_tokens: int, max_live: int) -> None:
+    def __init__(self, *, chunk_tokens: int, prefill_tokens: int, spec: RingSpec) -> None:
         self._chunk_tokens = chunk_tokens
         self._prefill_tokens = prefill_tokens
-        self._max_live = max_live
+        self.spec = spec
         self._next_id = 0
+        self._newest_group = 0
         self.waiting: list[Entry] = []
         self.live: dict[SeqId, Entry] = {}
 
@@ -75,35 +91,67 @@ class Scheduler:
 
     def admit(self, ledger: KvLedger) -> None:
         """Let Sequences in, in order, while there is room; each gets a new wire id and reserves its KV cache."""
-        while self.waiting and len(self.live) < self._max_live and ledger.fits(self.waiting[0].most_tokens):
+        while self.waiting and len(self.live) < self.spec.max_live and ledger.fits(self.waiting[0].most_tokens):
             entry = self.waiting.pop(0)
             entry.seq_id = SeqId(self._next_id)
             self._next_id += 1
             ledger.reserve(entry.seq_id, entry.most_tokens)
             self.live[entry.seq_id] = entry
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether tokens of a prompt are in the Ring."""
+        return any(entry.num_sent and self._is_prefill(entry) for entry in self.live.values())
+
+    @property
+    def shared_chunk_tokens(self) -> int | None:
+        """Most prompt tokens that others may meet in a Batch; None while a Sequence has the Ring to itself."""
+        num_sequences = len(self.live) + len(self.waiting)
+        return self.spec.shared_chunk(num_sequences) if num_sequences > 1 else None
+
     def take_segments(self) -> list[tuple[Entry, Segment]]:
         """Return the Segments to inject now, decoding Sequences first, and count them as sent."""
-        decoding: list[tuple[Entry, Segment]] = []
+        decoding = [(entry, self._send(seq_id, entry, 1)) for seq_id, entry in self._next_groups()]
         prompts: list[tuple[Entry, Segment]] = []
-        budget = self._prefill_tokens - sum(
+        most = min(self._chunk_tokens, self.shared_chunk_tokens or self._chunk_tokens)
+        # More chunks than keep the Stages at work would only stand in the way of who comes next.
+        most_in_flight = min(self._prefill_tokens, self.spec.num_chunks * most)
+        budget = most_in_flight - sum(
             entry.num_sent - entry.num_back for entry in self.live.values() if self._is_prefill(entry)
         )
         has_budget = True
         for seq_id, entry in self.live.items():
-            if entry.is_sampling:
-                continue
-            if not self._is_prefill(entry):
-                if entry.num_unsent:
-                    decoding.append((entry, self._send(seq_id, entry, 1)))
-                continue
-            while has_budget and entry.num_unsent:
-                length = min(self._chunk_tokens, entry.num_unsent)
-                has_budget = length <= budget or budget == self._prefill_tokens
+            while has_budget and entry.num_unsent and self._is_prefill(entry):
+                length = min(self._chunk(entry), most, entry.num_unsent)
+                has_budget = length <= budget or budget == most_in_flight
                 if has_budget:
                     budget -= length
                     prompts.append((entry, self._send(seq_id, entry, length)))
         return decoding + prompts
+
+    def _next_groups(self) -> list[tuple[SeqId, Entry]]:
+        """Return the decoding Sequences to send now, those first that were sent longest ago."""
+        decoding = [(seq_id, entry) for seq_id, entry in self.live.items() if not self._is_prefill(entry)]
+        ready = [(seq_id, entry) for seq_id, entry in decoding if entry.num_unsent and not entry.is_sampling]
+        ready.sort(key=lambda item: item[1].group)
+        cap = self.spec.cap(len(self.live))
+        if not self.has_prompt:
+            under_way = {entry.group for _, entry in decoding if entry.num_sent > entry.num_back}
+            num_free = max(-(-len(self.live) // cap) - len(under_way), 0)
+            ready = ready[: num_free * cap]
+        for i, (_, entry) in enumerate(ready):
+            entry.group = self._newest_group + 1 + i // cap
+        self._newest_group += -(-len(ready) // cap)
+        return ready
+
+    def _chunk(self, entry: Entry) -> int:
+        """Return the length of the chunks in which a prompt is fastest when it has the Ring to itself."""
+        num_tokens = entry.sequence.num_tokens
+        if self.spec.num_stages == 1:
+            return num_tokens
+        best = sqrt(self.spec.pass_tokens * num_tokens / (self.spec.num_stages - 1))
+        num_chunks = max(round(num_tokens / max(best, CHUNK_STEP)), 1)
+        return -(-num_tokens // num_chunks // CHUNK_STEP) * CHUNK_STEP
 
     @staticmethod
     def _is_prefill(entry: Entry) -> bool:

@@ -12,6 +12,11 @@ of a Sequence, and all of it can be rebuilt: that is what *stateless stage* mean
     HIDDEN, unknown, older id      duplicate (start 0)         -                   gap
     RELEASE                        drop what is queued, free the cache with the next Batch, send on
     any of another Epoch           stale
+
+Decode Segments and prompts wait in queues of their own and are not mixed in a Batch. When both wait they take turns,
+decode Segments with all that wait of them: so a decode Segment waits for one Batch of a prompt at most, and prompts get
+on. First Segments keep the order of their ids, and no RELEASE passes one of a lower id: it would bar it at the next
+Stage.
 """
 
 from collections import Counter, deque
@@ -28,12 +33,16 @@ NO_EPOCH = Epoch(0)
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What became of a Frame: counts of its Segments, and the Sequences that have a gap."""
+    """What became of a Frame: counts of its Segments, and the Sequences that have a gap.
+
+    passes: the Frame goes on to the next Stage at once, as it is.
+    """
 
     queued: int = 0
     duplicates: int = 0
     stale: int = 0
     gaps: tuple[SeqId, ...] = ()
+    passes: bool = False
 
 
 class StageProtocol:
@@ -49,7 +58,10 @@ class StageProtocol:
         self._cap = 1
         self._num_expected: dict[SeqId, int] = {}
         self._newest_id = SeqId(-1)
-        self._waiting: deque[Queued] = deque()
+        self._chunk_tokens = 0
+        self._decoding: deque[Queued] = deque()
+        self._prompts: deque[Queued] = deque()
+        self._was_prompt = False  # the newest Batch
         self._releases: dict[SeqId, None] = {}  # a dict for its order
         self._running: Batch | None = None
         self.epoch = NO_EPOCH
@@ -68,19 +80,21 @@ class StageProtocol:
         self.epoch = epoch
         self._is_last = is_last
         self._cap = 1
+        self._chunk_tokens = 0
         self._num_expected.clear()
-        self._waiting.clear()
+        self._decoding.clear()
+        self._prompts.clear()
         self._releases.clear()
 
     @property
     def num_waiting(self) -> int:
         """Segments that wait to be run."""
-        return len(self._waiting)
+        return len(self._decoding) + len(self._prompts)
 
     @property
     def has_work(self) -> bool:
         """Whether ``take`` would return a Batch."""
-        return self._running is None and bool(self._waiting or self._releases)
+        return self._running is None and bool(self._decoding or self._prompts or self._releases)
 
     def receive(self, frame: Frame) -> Receipt:
         """Take a Frame in and tell what became of it.
@@ -93,7 +107,10 @@ class StageProtocol:
         if frame.epoch != self.epoch:
             self.counts["stale"] += len(frame.segments)
             return Receipt(stale=len(frame.segments))
+        if frame.kind is FrameKind.PROBE:
+            return Receipt(passes=True)
         self._cap = frame.cap
+        self._chunk_tokens = frame.chunk_tokens
         if frame.kind is FrameKind.RELEASE:
             for segment in frame.segments:
                 self._release(segment.seq_id)
@@ -104,14 +121,18 @@ class StageProtocol:
         """Return the Batch to run next, or None when nothing waits or one is running."""
         if not self.has_work:
             return None
-        taken = coalesce(self._waiting, min(self._cap, MOST_SEGMENTS), self._token_budget)
+        taken = self._take_segments()
+        # Ids below which nothing is barred: first Segments of this Batch travel behind its releases.
+        firsts = [queued.segment.seq_id for queued in (*taken, *self._prompts) if queued.is_first]
+        releases = tuple(seq_id for seq_id in self._releases if not firsts or seq_id < min(firsts))
+        for seq_id in releases:
+            del self._releases[seq_id]
         self._running = Batch(
             epoch=self.epoch,
             segments=tuple(queued.segment for queued in taken),
             payloads=tuple(queued.payload for queued in taken),
-            releases=tuple(self._releases),
+            releases=releases,
         )
-        self._releases.clear()
         return self._running
 
     def complete(self, batch: Batch, output: Payload) -> list[Frame]:
@@ -122,7 +143,7 @@ class StageProtocol:
         frames = self._release_frames(batch)
         if batch.segments:
             kind = FrameKind.HEAD if self._is_last else FrameKind.HIDDEN
-            frame = Frame(batch.epoch, kind, batch.segments, output, self._cap)
+            frame = Frame(batch.epoch, kind, batch.segments, output, self._cap, self._chunk_tokens)
             if frame.num_rows != output.num_rows:
                 raise LocalProtocolError(f"{frame}: the engine gave {output.num_rows} rows, not {frame.num_rows}")
             frames.append(frame)
@@ -137,10 +158,32 @@ class StageProtocol:
         if batch.epoch != self.epoch:
             return (), []
         seq_ids = tuple(segment.seq_id for segment in batch.segments)
-        self._waiting = deque(queued for queued in self._waiting if queued.segment.seq_id not in seq_ids)
+        self._drop_queued(seq_ids)
         for seq_id in seq_ids:
             self._num_expected.pop(seq_id, None)
         return seq_ids, self._release_frames(batch)
+
+    def _take_segments(self) -> list[Queued]:
+        most = MOST_SEGMENTS if self._prompts else min(self._cap, MOST_SEGMENTS)
+        if self._decoding and (self._was_prompt or not self._prompts):
+            self._was_prompt = False
+            return coalesce(self._decoding, most, self._token_budget)
+        self._was_prompt = bool(self._prompts)
+        chunk_tokens = min(self._chunk_tokens or self._token_budget, self._token_budget)
+        return coalesce(self._prompts, min(self._cap, MOST_SEGMENTS), chunk_tokens)
+
+    def _queue_for(self, segment: Segment, *, is_first: bool) -> deque[Queued]:
+        """Return the queue of a Segment: that of its Sequence, if any of it waits, so that none passes its own."""
+        for queue in (self._prompts, self._decoding):
+            if any(queued.segment.seq_id == segment.seq_id for queued in queue):
+                return queue
+        return self._prompts if is_first or segment.length > 1 else self._decoding
+
+    def _drop_queued(self, seq_ids: tuple[SeqId, ...]) -> None:
+        for queue in (self._prompts, self._decoding):
+            kept = [queued for queued in queue if queued.segment.seq_id not in seq_ids]
+            queue.clear()
+            queue.extend(kept)
 
     def _queue(self, frame: Frame) -> Receipt:
         queued = duplicates = row = 0
@@ -158,7 +201,7 @@ class StageProtocol:
             if is_new:
                 self._newest_id = max(self._newest_id, segment.seq_id)
                 self._num_expected[segment.seq_id] = segment.stop
-                self._waiting.append(Queued(segment, payload))
+                self._queue_for(segment, is_first=expected is None).append(Queued(segment, payload, expected is None))
                 queued += 1
             elif is_old:
                 duplicates += 1
@@ -169,7 +212,7 @@ class StageProtocol:
 
     def _release(self, seq_id: SeqId) -> None:
         if self._num_expected.pop(seq_id, None) is not None:
-            self._waiting = deque(queued for queued in self._waiting if queued.segment.seq_id != seq_id)
+            self._drop_queued((seq_id,))
         # A Sequence that was never seen here is barred as well: its first Frame may be late.
         self._newest_id = max(self._newest_id, seq_id)
         self._releases[seq_id] = None
@@ -178,7 +221,13 @@ class StageProtocol:
         segments = [Segment(seq_id, 0, 0) for seq_id in batch.releases]
         # Releases pile up while a Hop is down: in one Frame too large for the wire they would never get round.
         return [
-            Frame(batch.epoch, FrameKind.RELEASE, tuple(segments[i : i + MOST_SEGMENTS]), cap=self._cap)
+            Frame(
+                batch.epoch,
+                FrameKind.RELEASE,
+                tuple(segments[i : i + MOST_SEGMENTS]),
+                cap=self._cap,
+                chunk_tokens=self._chunk_tokens,
+            )
             for i in range(0, len(segments), MOST_SEGMENTS)
         ]
 

@@ -14,6 +14,10 @@ Epoch = NewType("Epoch", int)
 """The integer version of the Ring. It is on every Frame and only grows."""
 
 
+CHUNK_STEP = 16
+"""Chunks of prompts are multiples of it: kernels work in such steps, and the wire counts in them."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerRange:
     """A half-open range of decoder layers: ``LayerRange(8, 16)`` is layers 8 to 15."""
@@ -44,6 +48,10 @@ class RingSpec:
     context_tokens: most tokens of one Sequence, prompt and answer together.
     caps: ``caps[i]`` is the MicroBatch cap while i + 1 Sequences are live; the last one holds for more.
     kv_block_tokens: tokens of one KvBlock; a Sequence takes whole ones.
+    max_live: most Sequences in the Ring at once.
+    pass_tokens: tokens that cost a Stage as much as a forward costs before its first one.
+    shared_chunks: ``shared_chunks[i]`` bounds the prompt tokens of a Batch while i + 1 Sequences are live.
+    num_chunks: chunks in flight that keep every Stage at work.
     """
 
     num_stages: int
@@ -51,13 +59,24 @@ class RingSpec:
     context_tokens: int
     caps: tuple[int, ...] = (1,)
     kv_block_tokens: int = 1
+    max_live: int = 64
+    pass_tokens: float = 16.0
+    shared_chunks: tuple[int, ...] = (256,)
+    num_chunks: int = 256
 
     def __post_init__(self) -> None:
-        if min(self.num_stages, self.kv_tokens, self.context_tokens, self.kv_block_tokens) < 1:
+        counts = (self.num_stages, self.kv_tokens, self.context_tokens, self.kv_block_tokens)
+        if min(*counts, self.max_live, self.num_chunks) < 1:
             raise ValueError(f"{self}: every count must be at least 1")
         if not self.caps or min(self.caps) < 1:
             raise ValueError(f"{self}: caps must hold numbers of at least 1")
+        if not self.shared_chunks or min(self.shared_chunks) < 1:
+            raise ValueError(f"{self}: shared_chunks must hold numbers of at least 1")
 
     def cap(self, num_live: int) -> int:
         """Return the MicroBatch cap while ``num_live`` Sequences are in the Ring."""
         return self.caps[min(max(num_live, 1), len(self.caps)) - 1]
+
+    def shared_chunk(self, num_live: int) -> int:
+        """Return the most prompt tokens of a Batch that others may have to wait for."""
+        return self.shared_chunks[min(max(num_live, 1), len(self.shared_chunks)) - 1]

@@ -4,11 +4,11 @@ Version 1. A Frame is one part, the header, or two, header and payload; all numb
 
     offset  size  field
     0       3     magic "MQ1": protocol and version
-    3       1     kind: 1 HIDDEN, 2 HEAD, 3 RELEASE
+    3       1     kind: 1 HIDDEN, 2 HEAD, 3 RELEASE, 4 PROBE
     4       4     epoch, at least 1
     8       2     cap, at least 1
     10      1     dtype of the payload, see DTYPES
-    11      1     reserved, 0
+    11      1     most prompt tokens of a Batch, in steps of 16; 0 leaves it to the Stage
     12      4     width: elements of a payload row
     16      2     number of Segments, at least 1
     18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits)
@@ -25,7 +25,7 @@ from hashlib import blake2b
 from typing import NoReturn
 
 from mdiq.core.frame import MOST_SEGMENTS, NO_ROWS, Buffer, Frame, FrameKind, Payload, Segment
-from mdiq.core.types import Epoch, SeqId
+from mdiq.core.types import CHUNK_STEP, Epoch, SeqId
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 VERSION = 1
@@ -42,6 +42,7 @@ _SEGMENT = struct.Struct("<QIIB")
 _WANTS_LOGITS = 1
 _NAMES = {code: name for name, (code, _, _) in DTYPES.items()}
 _KINDS = {int(kind): kind for kind in FrameKind}
+_WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
 
 
 def hop_key(ring_key: bytes, receiver: int) -> bytes:
@@ -137,7 +138,14 @@ def encode(frame: Frame, key: bytes) -> list[Buffer]:
         )
     try:
         fields = _HEADER.pack(
-            _MAGIC, frame.kind, frame.epoch, frame.cap, DTYPES[dtype][0], 0, width, len(frame.segments)
+            _MAGIC,
+            frame.kind,
+            frame.epoch,
+            frame.cap,
+            DTYPES[dtype][0],
+            frame.chunk_tokens // CHUNK_STEP,
+            width,
+            len(frame.segments),
         )
         fields += b"".join(
             _SEGMENT.pack(s.seq_id, s.start, s.length, _WANTS_LOGITS if s.wants_logits else 0) for s in frame.segments
@@ -165,12 +173,10 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
     fields = header[:-TAG_BYTES]
     if not hmac.compare_digest(make_tag(key, fields, payload), header[-TAG_BYTES:]):
         _refuse("tag", "the tag does not match; the sender has another ring key, or bytes changed on the way")
-    _, kind_code, epoch, cap, dtype_code, reserved, width, _ = _HEADER.unpack_from(fields)
+    _, kind_code, epoch, cap, dtype_code, chunk_steps, width, _ = _HEADER.unpack_from(fields)
     kind = _KINDS.get(kind_code)
     if kind is None:
         _refuse("kind", f"kind {kind_code} is unknown")
-    if reserved:
-        _refuse("reserved", f"reserved byte {reserved} is not 0")
     if epoch == 0:
         _refuse("epoch", "epoch 0 is that of a stage without assignment")
     if cap == 0:
@@ -178,8 +184,8 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
     dtype = _NAMES.get(dtype_code)
     if dtype is None:
         _refuse("dtype", f"dtype {dtype_code} is unknown")
-    if kind is FrameKind.RELEASE and dtype != "none":
-        _refuse("dtype", f"a RELEASE of dtype {dtype}; it has no payload")
+    if kind in _WITHOUT_TOKENS and dtype != "none":
+        _refuse("dtype", f"a {kind.name} of dtype {dtype}; it has no payload")
     if width > limits.max_width or (width == 0) != (dtype == "none"):
         _refuse("width", f"width {width} of dtype {dtype}; this model has at most {limits.max_width}")
     segments = tuple(
@@ -187,7 +193,7 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
         for seq_id, start, length, flags in _checked_segments(fields[_HEADER.size :], kind, limits)
     )
     assert len(segments) == num_segments  # the header's size was checked
-    frame = Frame(Epoch(epoch), kind, segments, _payload(dtype, width, payload), cap)
+    frame = Frame(Epoch(epoch), kind, segments, _payload(dtype, width, payload), cap, chunk_steps * CHUNK_STEP)
     if payload.nbytes != frame.num_rows * row_bytes(dtype, width) or (frame.num_rows and dtype == "none"):
         _refuse("payload", f"{frame}: {payload.nbytes} bytes are not {frame.num_rows} rows of {width} {dtype}")
     return frame
@@ -221,9 +227,9 @@ def _checked_segments(data: memoryview, kind: FrameKind, limits: WireLimits) -> 
     for seq_id, start, length, flags in segments:
         if flags & ~_WANTS_LOGITS:
             _refuse("segments", f"sequence {seq_id}: flags {flags:#x} are unknown")
-        if kind is FrameKind.RELEASE and (start or length or flags):
-            _refuse("segments", f"sequence {seq_id}: a RELEASE has no tokens")
-        if kind is not FrameKind.RELEASE and not length:
+        if kind in _WITHOUT_TOKENS and (start or length or flags):
+            _refuse("segments", f"sequence {seq_id}: a {kind.name} has no tokens")
+        if kind not in _WITHOUT_TOKENS and not length:
             _refuse("segments", f"sequence {seq_id}: a segment without tokens")
         if start + length > limits.max_context:
             _refuse(

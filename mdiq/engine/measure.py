@@ -1,47 +1,72 @@
-"""What a Stage costs on this device: seconds of a forward as a + c * b for b Segments of one token."""
+"""What a Stage costs on this device: seconds of a forward, by Segments of one token and by tokens of a prompt."""
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
 from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, SeqId
+from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.tensors import TensorRows
+from mdiq.plan.micro_batches import Curve
+from mdiq.plan.pace import StageCost
 
-SIZES = (1, 8)
+DECODE_SIZES = (1, 2, 4, 8, 16)
+PROMPT_SIZES = (16, 64, 192)
 REPEATS = 3
+ENOUGH_S = 1.0  # larger sizes are left out when a forward takes as long: the curve's last line goes on
 
 
-def measure_cost(runner: StageRunner) -> tuple[float, float]:
-    """Return (a_s, c_s), from medians at two batch sizes; the runner's cache is empty afterwards."""
-    most = max(min(runner.kv_capacity_tokens // 64, SIZES[1]), 1)
-    small = _median_s(runner, SIZES[0])
-    if most == SIZES[0]:
-        return small, 0.0
-    large = _median_s(runner, most)
-    slope_s = max((large - small) / (most - SIZES[0]), 0.0)
-    return max(small - slope_s, 1e-6), slope_s
+def measure_cost(runner: StageRunner) -> StageCost:
+    """Return the Stage's cost, from medians; the runner's cache is empty afterwards."""
+    most = max(runner.kv_capacity_tokens // BLOCK_TOKENS, 1)
+    most_tokens = min(runner.kv_capacity_tokens, runner.config.context_tokens)
+    return StageCost(
+        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], lambda n, i: _batch(runner, n, 1, i)),
+        prompt=_curve(
+            runner,
+            [n for n in PROMPT_SIZES if n <= most_tokens] or [1],
+            lambda n, i: _batch(runner, 1, n, 0, seq_id=i),
+        ),
+    )
 
 
-def _median_s(runner: StageRunner, num_segments: int) -> float:
+def _curve(runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch]) -> Curve:
+    points: list[tuple[int, float]] = []
+    for size in sizes:
+        points.append((size, _median_s(runner, size, make_batch)))
+        if points[-1][1] > ENOUGH_S:
+            break
+    return Curve(tuple(points))
+
+
+def _median_s(runner: StageRunner, size: int, make_batch: Callable[[int, int], Batch]) -> float:
     times: list[float] = []
-    for position in range(REPEATS + 1):  # the first one warms up
-        batch = _batch(runner, num_segments, position)
+    for i in range(REPEATS + 1):  # the first one warms up
+        batch = make_batch(size, i)
         start_s = time.perf_counter()
         output = runner.forward(batch)
         output.parts()  # a copy to the CPU waits for a GPU
         if runner.owns_embedding:
-            runner.logits([output.rows(i, i + 1) for i in range(num_segments)])  # the head is the Starter's too
+            # The head is the Starter's too: a row of every Segment goes there.
+            stops = [sum(s.length for s in batch.segments[: j + 1]) for j in range(len(batch.segments))]
+            last = output.num_rows == len(batch.segments)
+            runner.logits([output.rows(j, j + 1) if last else output.rows(s - 1, s) for j, s in enumerate(stops)])
         times.append(time.perf_counter() - start_s)
+        if times[0] > ENOUGH_S:
+            break
     runner.reset()
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)
 
 
-def _batch(runner: StageRunner, num_segments: int, position: int) -> Batch:
-    segments = tuple(Segment(SeqId(i), position, 1, wants_logits=True) for i in range(num_segments))
+def _batch(runner: StageRunner, num_segments: int, length: int, start: int, *, seq_id: int = 0) -> Batch:
+    segments = tuple(Segment(SeqId(seq_id + i), start, length, wants_logits=True) for i in range(num_segments))
+    # A prompt is measured several times over: each time the cache of the last one is free again.
+    releases = (SeqId(seq_id - 1),) if seq_id else ()
     if runner.owns_embedding:
-        return Batch(Epoch(1), segments, tuple(TokenIds((0,)) for _ in segments))
-    row = TensorRows(torch.zeros(1, runner.config.hidden_size))
-    return Batch(Epoch(1), segments, (row,) * num_segments)
+        return Batch(Epoch(1), segments, tuple(TokenIds((0,) * length) for _ in segments), releases)
+    row = TensorRows(torch.zeros(length, runner.config.hidden_size))
+    return Batch(Epoch(1), segments, (row,) * num_segments, releases)

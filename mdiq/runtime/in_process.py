@@ -13,6 +13,7 @@ from mdiq.engine.device import rss_bytes
 from mdiq.engine.measure import measure_cost
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import MdiqError
+from mdiq.plan.pace import StageCost
 from mdiq.runtime.engine_worker import make_worker, wire_limits
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import NodeFigures, RingOptions
@@ -81,8 +82,8 @@ class InProcessStages:
                     weight_bytes=runner.weight_bytes,
                     kv_bytes_per_token=runner.kv_bytes_per_token,
                     rss_bytes=rss_bytes(),
-                    cost_a_s=cost[0],
-                    cost_c_s=cost[1],
+                    decode_s=cost.decode.points,
+                    prompt_s=cost.prompt.points,
                 )
             )
         return ready
@@ -118,7 +119,7 @@ class InProcessStages:
         for worker in self._workers:
             worker.close()
 
-    def _load(self, i: int, loop: asyncio.AbstractEventLoop) -> tuple[StageRunner, tuple[float, float]]:
+    def _load(self, i: int, loop: asyncio.AbstractEventLoop) -> tuple[StageRunner, StageCost]:
         options = self._options
         runner = StageRunner.load(
             options.model,

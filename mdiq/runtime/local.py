@@ -22,17 +22,18 @@ from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import measure_cost
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import MdiqError
-from mdiq.plan.micro_batches import StageCost, caps
+from mdiq.plan.micro_batches import MicroBatches
+from mdiq.plan.pace import StageCost, paced
 from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.engine_worker import TorchStarter, make_worker, wire_limits
 from mdiq.runtime.in_process import InProcessStages
-from mdiq.runtime.options import NodeFigures, RingOptions
+from mdiq.runtime.options import NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.processes import ProcessStages
 from mdiq.runtime.starter_service import NoText, StarterService, StreamEvent, TextPipe
 from mdiq.telemetry.trace import Span, Tracer
 
 FIRST_EPOCH = Epoch(1)
-LOOPBACK_HOP_S = 2e-4  # a frame of one token over loopback, both event loops included; measured with --trace
+LOOPBACK_HOP_S = 2e-4  # until the first probe is back: a frame over loopback, both event loops included
 STARTER = "node-0"
 
 
@@ -62,6 +63,9 @@ class LocalRing:
         self._service: StarterService | None = None
         self._serving: asyncio.Task[None] | None = None
         self._quota: CpuQuota | None = None
+        self._spec: RingSpec | None = None
+        self._costs: list[StageCost] = []
+        self._micro_batches: MicroBatches | None = None
 
     async def __aenter__(self) -> "LocalRing":
         try:
@@ -113,6 +117,21 @@ class LocalRing:
             dropped=dict(meter.dropped),
         )
         return [own, *(stages.figures() if stages else [])]
+
+    def pace(self) -> PaceFigures:
+        """Return the pace of the most Sequences that were in the Ring at once, as it is planned now."""
+        assert self._spec is not None and self._micro_batches is not None  # __aenter__ has run
+        ring = self.service.ring
+        num_live = max(ring.most_live, 1)
+        return PaceFigures(
+            num_live=ring.most_live,
+            in_flight=self._micro_batches.in_flight[num_live - 1],
+            cap=self._spec.cap(num_live),
+            hops_s=self.service.hops_s,
+            predicted_tokens_per_s=self._micro_batches.rates[num_live - 1],
+            chunk_tokens=self._spec.shared_chunk(num_live),
+            decode_gap_s=ring.decode_gap_s,
+        )
 
     def spans(self) -> Mapping[str, list[Span]]:
         """Return every Node's Spans, in ring order."""
@@ -173,12 +192,11 @@ class LocalRing:
             self._quota = CpuQuota.create(STARTER, options.cpu)
             self._quota.add(os.getpid())
         own_cost = await self._worker.run_uncounted(partial(measure_cost, self._runner))
-        costs = [StageCost(*own_cost), *(StageCost(ready.cost_a_s, ready.cost_c_s) for ready in others)]
-        spec = RingSpec(
+        self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in others)]
+        self._spec = RingSpec(
             num_stages=options.num_nodes,
             kv_tokens=min([self._runner.kv_capacity_tokens, *(ready.kv_tokens for ready in others)]),
             context_tokens=self._runner.config.context_tokens,
-            caps=caps(options.ring.max_live, costs, [LOOPBACK_HOP_S] * len(costs)),
             kv_block_tokens=BLOCK_TOKENS,
         )
         self._worker.reset_meter()
@@ -195,9 +213,15 @@ class LocalRing:
             clock=self._clock,
             tracer=self._tracer,
             make_pipe=self._make_pipe,
+            plan_pace=self._plan_pace,
         )
-        self._service.begin_epoch(FIRST_EPOCH, spec)
+        self._service.begin_epoch(FIRST_EPOCH, self._plan_pace(LOOPBACK_HOP_S * options.num_nodes))
         self._serving = asyncio.create_task(self._service.run(), name="starter")
+
+    def _plan_pace(self, hops_s: float) -> RingSpec:
+        assert self._spec is not None  # the Ring is known before it is paced
+        self._spec, self._micro_batches = paced(self._spec, self._costs, hops_s, self._options.pace)
+        return self._spec
 
     def _on_fault(self, fault: control.Fault) -> None:
         if self._service is None:

@@ -128,7 +128,7 @@ class NodeProcess:
                 progress=lambda done, total: loop.call_soon_threadsafe(agent.loading, done, total),
             )
         )
-        cost_a_s, cost_c_s = await self._worker.run_uncounted(partial(measure_cost, runner))
+        cost = await self._worker.run_uncounted(partial(measure_cost, runner))
         self._runner = runner
         self._sink = await PushSink.connect(self._context, assign.next_endpoint)
         self._worker.reset_meter()
@@ -155,8 +155,8 @@ class NodeProcess:
             weight_bytes=runner.weight_bytes,
             kv_bytes_per_token=runner.kv_bytes_per_token,
             rss_bytes=rss_bytes(),
-            cost_a_s=cost_a_s,
-            cost_c_s=cost_c_s,
+            decode_s=cost.decode.points,
+            prompt_s=cost.prompt.points,
         )
 
     def _heartbeat(self) -> control.Heartbeat:

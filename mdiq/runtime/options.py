@@ -6,6 +6,7 @@ from pathlib import Path
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange
 from mdiq.errors import ConfigError
+from mdiq.plan.pace import PaceSettings
 from mdiq.transport.link_shape import LinkShape
 
 WIRES = ("f32", "bf16", "i8")
@@ -44,6 +45,7 @@ class RingOptions:
     trace: collect Spans of every loop.
     link: how every hop between processes is slowed; None leaves it as it is.
     cpu: most CPU time of each Node in cores, where control groups allow it; None sets no limit.
+    pace: what the operator wishes of caps and chunks.
     """
 
     model: Path
@@ -63,6 +65,7 @@ class RingOptions:
     link: LinkShape | None = None
     cpu: float | None = None
     ring: RingSettings = field(default_factory=RingSettings)
+    pace: PaceSettings = field(default_factory=PaceSettings)
 
     @property
     def num_nodes(self) -> int:
@@ -92,3 +95,23 @@ class NodeFigures:
     bytes_in: int
     bytes_out: int
     dropped: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PaceFigures:
+    """The pace of a Ring with the most Sequences that it has had, and what came of it.
+
+    num_live: those Sequences; in_flight: micro-batches that circulate then; cap: most Segments of one.
+    hops_s: the way round without computing, as measured; None with one Node.
+    predicted_tokens_per_s: what the Plan expects of decoding.
+    chunk_tokens: most prompt tokens that a decoding Sequence meets in a Batch.
+    decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
+    """
+
+    num_live: int
+    in_flight: int
+    cap: int
+    hops_s: float | None
+    predicted_tokens_per_s: float
+    chunk_tokens: int
+    decode_gap_s: float

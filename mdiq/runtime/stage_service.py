@@ -74,6 +74,8 @@ class StageService:
 
     def _accept(self, frame: Frame) -> None:
         receipt = self._stage.receive(frame)
+        if receipt.passes and not self._outgoing.full():
+            self._outgoing.put_nowait(frame)
         if receipt.gaps:
             self._report_gaps(frame.epoch, receipt.gaps)
         if self._stage.has_work:

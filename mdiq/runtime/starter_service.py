@@ -10,7 +10,8 @@ from typing import Protocol
 import structlog
 
 from mdiq.core import wire
-from mdiq.core.frame import Engine, Frame, FrameKind, Payload
+from mdiq.core.frame import Engine, Frame, FrameKind, Payload, Segment
+from mdiq.core.hops import WINDOW, HopMeter
 from mdiq.core.ring import Ended, HeadRow, Inject, RingProtocol, Suspect
 from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.stage import StageProtocol
@@ -22,6 +23,9 @@ from mdiq.telemetry.trace import Tracer
 from mdiq.transport.base import FrameSink, FrameSource
 
 log = structlog.get_logger()
+
+PROBE_S = 1.0
+FIRST_PROBES_S = 0.05  # between the first ones, so that the pace is right from the start
 
 
 class StarterEngine(Engine, Protocol):
@@ -85,6 +89,7 @@ class StarterService:
 
     source: what the last Stage sends, or None when this Stage is the only one; sink: the next Stage, likewise.
     make_pipe: gives each Sequence its TextPipe.
+    plan_pace: told how long the Hops take when that is news, returns the Ring's new pace; None: they are not measured.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class StarterService:
         clock: Clock,
         tracer: Tracer,
         make_pipe: Callable[[Sequence], TextPipe] = lambda _: NoText(),
+        plan_pace: Callable[[float], RingSpec] | None = None,
     ) -> None:
         self._ring = ring
         self._stage = stage
@@ -115,6 +121,8 @@ class StarterService:
         self._clock = clock
         self._tracer = tracer
         self._make_pipe = make_pipe
+        self._plan_pace = plan_pace
+        self._hops = HopMeter()
         self._returned: deque[Frame] = deque()
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
         self._wake = asyncio.Event()
@@ -146,6 +154,8 @@ class StarterService:
                         send_frames(self._outgoing, self._sink, self._send_key, self._clock, self._tracer),
                         name="send",
                     )
+                    if self._plan_pace is not None:
+                        tasks.create_task(self._probe_hops(), name="probe")
         except BaseException as error:
             self.fail_all(RingError(f"starter: its loops have ended: {error!r}; see the log"))
             raise
@@ -209,7 +219,32 @@ class StarterService:
         """The protocol, for counts and figures."""
         return self._ring
 
+    @property
+    def hops_s(self) -> float | None:
+        """Seconds of all Hops together, as measured; None when they were not."""
+        return self._hops.hops_s
+
+    async def _probe_hops(self) -> None:
+        """Send a PROBE round again and again; those that do not return are not waited for."""
+        num_sent = 0
+        while True:
+            if self._ring.epoch and not self._outgoing.full():
+                number = SeqId(self._hops.send(self._clock()))
+                self._outgoing.put_nowait(Frame(self._ring.epoch, FrameKind.PROBE, (Segment(number, 0, 0),)))
+            num_sent += 1
+            await asyncio.sleep(FIRST_PROBES_S if num_sent < WINDOW else PROBE_S)
+
+    def _probe_returned(self, frame: Frame) -> None:
+        hops_s = self._hops.returned(frame.segments[0].seq_id, self._clock())
+        if hops_s is not None and self._plan_pace is not None:
+            log.info("pace_planned", hops_s=round(hops_s, 6))
+            self._ring.pace(self._plan_pace(hops_s))
+            self._poll()
+
     def _accept(self, frame: Frame) -> None:
+        if frame.kind is FrameKind.PROBE:
+            self._probe_returned(frame)
+            return
         if frame.kind is FrameKind.HIDDEN:
             # Only the last Stage sends here, and it sends rows for the head.
             raise wire.BadFrame("kind", f"{frame}: activations came to the starter; check the order of the ring's hops")
@@ -269,7 +304,8 @@ class StarterService:
         stream = self._streams.get(row.sequence.index)
         is_end_token = token in row.sequence.eos_token_ids and not row.sequence.params.ignore_eos
         text = "" if stream is None or is_end_token else stream.pipe.push(token)
-        step = self._ring.sampled(row.seq_id, token, stop_matched=stream is not None and stream.pipe.stop_matched)
+        stop_matched = stream is not None and stream.pipe.stop_matched
+        step = self._ring.sampled(row.seq_id, token, stop_matched=stop_matched, now=self._clock())
         if step is not None and stream is not None:
             if step.finish_reason is not None:
                 text += stream.pipe.finish()

@@ -33,6 +33,9 @@ def assignment(**changes: object) -> control.Assign:
         "dtype": "f32",
         "device": "cpu",
         "kv_tokens": 0,
+        "weights": "plain",
+        "exact": True,
+        "wire": "bf16",
         "memory_share": 0.5,
         "receive_key": b"the key of a hop, thirty bytes",
         "send_key": b"the key of the next hop, of 32 B",
@@ -43,7 +46,13 @@ def assignment(**changes: object) -> control.Assign:
 
 def ready(kv_tokens: int = 64) -> control.Ready:
     return control.Ready(
-        epoch=1, kv_tokens=kv_tokens, weight_bytes=1, kv_bytes_per_token=1, rss_bytes=1, cost_a_s=0.1, cost_c_s=0.01
+        epoch=1,
+        kv_tokens=kv_tokens,
+        weight_bytes=1,
+        kv_bytes_per_token=1,
+        rss_bytes=1,
+        decode_s=((1, 0.1), (2, 0.11)),
+        prompt_s=((64, 0.2),),
     )
 
 

@@ -16,6 +16,7 @@ from mdiq.errors import LocalProtocolError, RemoteProtocolError
 KEY = bytes(range(32))
 COUNTS = st.integers(0, 2**64 - 1)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+CURVES = st.dictionaries(st.integers(1, 2**63), FLOATS, min_size=1).map(lambda points: tuple(sorted(points.items())))
 TEXTS = st.text(max_size=30)
 ASSIGN = control.Assign(
     epoch=1,
@@ -36,7 +37,7 @@ ASSIGN = control.Assign(
     send_key=KEY,
     trace=False,
 )
-READY = control.Ready(1, 2, 3, 4, 5, 0.25, 0.5)
+READY = control.Ready(1, 2, 3, 4, 5, ((1, 0.25),), ((64, 0.5),))
 MESSAGES: st.SearchStrategy[control.Message] = st.one_of(
     st.builds(control.Hello, TEXTS, TEXTS, COUNTS, TEXTS),
     st.builds(
@@ -49,7 +50,7 @@ MESSAGES: st.SearchStrategy[control.Message] = st.one_of(
         st.binary(min_size=16, max_size=64),
     ),
     st.builds(control.Loading, COUNTS, COUNTS),
-    st.builds(control.Ready, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, FLOATS, FLOATS),
+    st.builds(control.Ready, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, CURVES, CURVES),
     st.builds(
         control.Heartbeat,
         COUNTS,
@@ -91,9 +92,9 @@ def test_a_message_comes_back_as_it_was(message: control.Message) -> None:
 
 
 def test_a_whole_number_will_do_for_a_float() -> None:
-    back = control.decode(_message(_ready(cost_a_s=2)), KEY)
+    back = control.decode(_message(_ready(prompt_s=((64, 2),))), KEY)
     assert isinstance(back, control.Ready)
-    assert type(back.cost_a_s) is float
+    assert type(back.prompt_s[0][1]) is float
 
 
 def test_fields_of_a_later_version_are_ignored() -> None:
@@ -108,8 +109,8 @@ def test_what_is_not_a_count_is_refused_by_name(value: object) -> None:
 
 @pytest.mark.parametrize("value", [None, "0.5", True, float("nan"), float("inf"), [0.5]])
 def test_what_is_not_a_finite_number_is_refused_by_name(value: object) -> None:
-    with pytest.raises(RemoteProtocolError, match="Ready: cost_c_s"):
-        control.decode(_message(_ready(cost_c_s=value)), KEY)
+    with pytest.raises(RemoteProtocolError, match="Ready: decode_s"):
+        control.decode(_message(_ready(decode_s=((1, value),))), KEY)
 
 
 def test_a_missing_field_is_refused_by_name() -> None:
@@ -254,3 +255,9 @@ def test_a_long_error_text_is_cut_rather_than_lost() -> None:
 def test_a_message_that_no_peer_would_take_is_our_own_bug(make: Any) -> None:
     with pytest.raises(LocalProtocolError):
         control.encode(make(), KEY)
+
+
+@pytest.mark.parametrize("points", [(), ((0, 1.0),), ((2, 1.0), (1, 1.0)), ((1, 1.0), (1, 1.0))])
+def test_costs_that_are_no_curve_are_refused(points: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(RemoteProtocolError, match="Ready: its costs need sizes that grow"):
+        control.decode(_message(_ready(prompt_s=points)), KEY)

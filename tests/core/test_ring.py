@@ -1,5 +1,7 @@
 """The Starter's books: who is in the Ring, what is overdue, and how each Sequence ends."""
 
+from dataclasses import replace
+
 import pytest
 
 from mdiq.core.frame import Frame, FrameKind, Segment, TokenIds
@@ -321,3 +323,39 @@ def test_our_own_mistakes_are_named() -> None:
         ring.submit(_sequence(), now=0.0)
     with pytest.raises(LocalProtocolError, match="does not grow"):
         ring.begin_epoch(EPOCH, SPEC)
+
+
+def test_a_new_pace_holds_for_the_next_frames_of_the_same_ring() -> None:
+    ring = _ring()
+    ring.submit(_sequence(0), now=0.0)
+    ring.submit(_sequence(1), now=0.0)
+    assert {(frame.cap, frame.chunk_tokens) for frame in _injected(ring)} == {(2, 256)}
+    ring.pace(replace(SPEC, caps=(1, 7), shared_chunks=(32,)))
+    ring.submit(_sequence(2), now=0.0)
+    assert {(frame.cap, frame.chunk_tokens) for frame in _injected(ring)} == {(7, 32)}
+    assert ring.most_live == 3
+
+
+def test_a_sequence_alone_leaves_the_chunk_to_the_stages() -> None:
+    ring = _ring()
+    ring.submit(_sequence(), now=0.0)
+    assert [frame.chunk_tokens for frame in _injected(ring)] == [0]
+
+
+def test_a_gap_between_tokens_counts_when_a_prompt_was_in_the_ring_meanwhile() -> None:
+    ring = _ring()
+    ring.submit(_sequence(0, max_tokens=9), now=0.0)
+    (row,) = _lap(ring, now=0.0)
+    ring.sampled(row.seq_id, 40, now=1.0)
+    assert _lap(ring, now=1.0) == [row]
+    ring.sampled(row.seq_id, 41, now=5.0)
+    assert ring.decode_gap_s == 0.0, "nobody else was there"
+    (frame,) = _injected(ring, now=5.0)
+    ring.submit(_sequence(1), now=5.5)
+    (prompt,) = _injected(ring, now=5.5)
+    ring.returned(_head(*prompt.segments))
+    ring.returned(_head(*frame.segments))
+    ring.sampled(row.seq_id, 42, now=7.0)
+    assert ring.decode_gap_s == 2.0
+    ring.sampled(SeqId(1), 50, now=7.0)
+    assert ring.decode_gap_s == 2.0, "a first token has no gap before it"

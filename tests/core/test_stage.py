@@ -196,3 +196,79 @@ def test_our_own_mistakes_are_named() -> None:
         stage.complete(Batch(EPOCH, (), ()), NO_ROWS)
     with pytest.raises(LocalProtocolError, match="gave 1 rows, not 2"):
         stage.complete(batch, TokenIds((0,)))
+
+
+def test_decode_segments_and_prompts_take_turns_and_are_never_mixed() -> None:
+    stage = _stage()
+    for seq_id in (1, 2, 3):
+        stage.receive(_hidden((seq_id, 0, 2)))
+        _run(stage)
+    stage.receive(_hidden((4, 0, 9)))
+    stage.receive(_hidden((5, 0, 9), (1, 2, 1), (2, 2, 1)))
+    stage.receive(_hidden((3, 2, 1), cap=1))
+    # All decode Segments at once, whatever the cap: none of them waits for a second chunk.
+    assert [[s.seq_id for s in _run(stage)[0].segments] for _ in range(3)] == [[1, 2, 3], [4], [5]]
+
+
+def test_prompts_are_not_kept_waiting_by_decode_segments_that_come_again_and_again() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 2)))
+    _run(stage)
+    ran: list[list[int]] = []
+    for seq_id in (2, 3):
+        stage.receive(_hidden((seq_id, 0, 9)))
+    for position in range(2, 6):
+        stage.receive(_hidden((1, position, 1)))
+        ran.append([s.seq_id for s in _run(stage)[0].segments])
+    assert ran == [[1], [2], [1], [3]]
+
+
+def test_without_prompts_decode_segments_are_taken_up_to_the_cap() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 1), (2, 0, 1), (3, 0, 1)))
+    _run(stage)
+    stage.receive(_hidden((1, 1, 1), (2, 1, 1), (3, 1, 1), cap=2))
+    assert [len(_run(stage)[0].segments) for _ in range(2)] == [2, 1]
+
+
+def test_a_batch_of_prompts_holds_no_more_tokens_than_the_frames_say() -> None:
+    stage = _stage()
+    stage.receive(Frame(EPOCH, FrameKind.HIDDEN, (Segment(SeqId(1), 0, 5),), TokenIds((0,) * 5), 8, 6))
+    stage.receive(Frame(EPOCH, FrameKind.HIDDEN, (Segment(SeqId(2), 0, 5),), TokenIds((0,) * 5), 8, 6))
+    batch, frames = _run(stage)
+    assert batch.num_tokens == 5
+    assert frames[0].chunk_tokens == 6, "it tells the next Stage"
+
+
+def test_a_prompt_that_ends_with_a_chunk_of_one_token_keeps_its_order() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 9)))
+    stage.receive(_hidden((1, 9, 1)))
+    assert [_run(stage)[0].segments[0].start for _ in range(2)] == [0, 9]
+    stage.receive(_hidden((1, 10, 1)))
+    stage.receive(_hidden((2, 0, 9)))
+    stage.receive(_hidden((1, 11, 4)))
+    assert [str(_run(stage)[0].segments[0]) for _ in range(3)] == ["1[10:11]", "2[0:9]", "1[11:15]"]
+
+
+def test_no_release_passes_a_first_segment_of_a_lower_id() -> None:
+    """At the next Stage it would bar that Sequence, whose first Segment would be taken for a late one."""
+    stage, following = _stage(), _stage()
+    stage.receive(_hidden((1, 0, 2), (2, 0, 2), (3, 0, 2), cap=1))
+    stage.receive(_release(3))
+    kinds: list[FrameKind] = []
+    while stage.has_work:
+        _, frames = _run(stage)
+        for frame in frames:
+            kinds.append(frame.kind)
+            assert following.receive(frame).duplicates == 0
+    assert kinds == [FrameKind.HIDDEN, FrameKind.HIDDEN, FrameKind.RELEASE]
+
+
+def test_a_probe_passes_at_once_and_changes_nothing() -> None:
+    stage = _stage()
+    probe = Frame(EPOCH, FrameKind.PROBE, (Segment(SeqId(7), 0, 0),))
+    assert stage.receive(probe) == Receipt(passes=True)
+    assert not stage.has_work
+    assert stage.receive(_hidden((1, 0, 1))) == Receipt(queued=1)
+    assert stage.receive(Frame(Epoch(2), FrameKind.PROBE, probe.segments)).passes is False

@@ -27,3 +27,10 @@ def test_a_ring_spec_with_counts_below_one_is_refused() -> None:
     for caps in ((), (1, 0)):
         with pytest.raises(ValueError, match="caps"):
             RingSpec(2, 10, 10, caps=caps)
+        with pytest.raises(ValueError, match="shared_chunks"):
+            RingSpec(2, 10, 10, shared_chunks=caps)
+
+
+def test_the_last_shared_chunk_holds_for_more_sequences() -> None:
+    spec = RingSpec(2, 10, 10, shared_chunks=(64, 32))
+    assert [spec.shared_chunk(num_live) for num_live in (0, 1, 2, 9)] == [64, 64, 32, 32]

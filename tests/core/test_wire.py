@@ -16,6 +16,7 @@ from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 KEY = bytes(range(32))
 LIMITS = WireLimits(max_width=64, max_context=1_000, max_segments=20, max_tokens=100)
+WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
 GOLDEN = Path(__file__).parent.parent / "golden" / "wire_v1.txt"
 
 
@@ -42,20 +43,21 @@ def frames(draw: st.DrawFn) -> Frame:
     seq_ids = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12, unique=True))
     segments = tuple(
         Segment(SeqId(seq_id), 0, 0)
-        if kind is FrameKind.RELEASE
+        if kind in WITHOUT_TOKENS
         else Segment(SeqId(seq_id), draw(st.integers(0, 990)), draw(st.integers(1, 8)), draw(st.booleans()))
         for seq_id in seq_ids
     )
-    frame = Frame(Epoch(draw(st.integers(1, 2**32 - 1))), kind, segments, NO_ROWS, draw(st.integers(1, 2**16 - 1)))
-    if kind is FrameKind.RELEASE or (not frame.num_rows and draw(st.booleans())):
+    epoch, cap = Epoch(draw(st.integers(1, 2**32 - 1))), draw(st.integers(1, 2**16 - 1))
+    frame = Frame(epoch, kind, segments, NO_ROWS, cap, 16 * draw(st.integers(0, 255)))
+    if kind in WITHOUT_TOKENS or (not frame.num_rows and draw(st.booleans())):
         return frame
     dtype = draw(st.sampled_from(["f32", "bf16", "i8"]))
     payload = Rows(frame.num_rows, draw(st.integers(1, 16)), dtype, draw(st.integers(1, 3)))
-    return Frame(frame.epoch, kind, segments, payload, frame.cap)
+    return Frame(epoch, kind, segments, payload, cap, frame.chunk_tokens)
 
 
 def _frame(kind: FrameKind = FrameKind.HIDDEN, num_segments: int = 2, width: int = 4) -> Frame:
-    if kind is FrameKind.RELEASE:
+    if kind in WITHOUT_TOKENS:
         return Frame(Epoch(7), kind, tuple(Segment(SeqId(i), 0, 0) for i in range(num_segments)), NO_ROWS, 3)
     segments = tuple(Segment(SeqId(300 + i), 10 * i, i + 1, wants_logits=i % 2 == 1) for i in range(num_segments))
     num_rows = Frame(Epoch(7), kind, segments).num_rows
@@ -92,6 +94,7 @@ def _reason(parts: list[bytes], limits: WireLimits = LIMITS) -> str:
 def test_a_frame_comes_back_as_it_was(frame: Frame) -> None:
     back = wire.decode(wire.encode(frame, KEY), KEY, WireLimits())
     assert (back.epoch, back.kind, back.segments, back.cap) == (frame.epoch, frame.kind, frame.segments, frame.cap)
+    assert back.chunk_tokens == frame.chunk_tokens
     assert back.payload.num_rows == back.num_rows == frame.num_rows
     dtype, width, buffers = frame.payload.parts()
     back_dtype, back_width, back_buffers = back.payload.parts()
@@ -189,15 +192,15 @@ def test_sizes_are_refused_before_the_tag_is_looked_at() -> None:
     ("offset", "layout", "values", "reason"),
     [
         (3, "B", (0,), "kind"),
-        (3, "B", (4,), "kind"),
+        (3, "B", (5,), "kind"),
         (3, "B", (FrameKind.RELEASE,), "dtype"),
+        (3, "B", (FrameKind.PROBE,), "dtype"),
         (3, "B", (FrameKind.HEAD,), "payload"),
         (4, "I", (0,), "epoch"),
         (8, "H", (0,), "cap"),
         (10, "B", (0,), "width"),
         (10, "B", (2,), "payload"),
         (10, "B", (99,), "dtype"),
-        (11, "B", (1,), "reserved"),
         (12, "I", (0,), "width"),
         (12, "I", (65,), "width"),
         (12, "I", (2**32 - 1,), "width"),

@@ -107,6 +107,7 @@ class Ring:
         settings: RingSettings,
         spec: RingSpec,
         make_engine: MakeEngine | None,
+        plan_pace: Callable[[float], RingSpec] | None = None,
     ) -> None:
         self.sources, self.sinks = sources, sinks
         self.endpoints: list[str] = []
@@ -126,6 +127,7 @@ class Ring:
             self.engines[0],
             self._source(0) if size > 1 else None,
             self._sink(0) if size > 1 else None,
+            plan_pace=plan_pace,
             **self._common(0),
         )
         services: list[StageService] = []
@@ -218,7 +220,7 @@ def open_ring() -> OpenRing:
     """``async with open_ring(num_stages, kind)`` gives a Ring; kind is "memory" or "sockets".
 
     copies: the faults of all memory links; kv_tokens, caps: of the RingSpec; make_engine: makes the engines of the
-    Stages behind the Starter.
+    Stages behind the Starter; plan_pace: of the Starter, which measures the Hops for it.
     """
 
     @asynccontextmanager
@@ -231,13 +233,14 @@ def open_ring() -> OpenRing:
         kv_tokens: int = 4_096,
         caps: tuple[int, ...] = (1, 1, 2, 4),
         make_engine: MakeEngine | None = None,
+        plan_pace: Callable[[float], RingSpec] | None = None,
     ) -> AsyncIterator[Ring]:
         spec = RingSpec(num_stages, kv_tokens, context_tokens=256, caps=caps)
         ring_settings = settings or RingSettings(chunk_tokens=4, prefill_tokens=16)
         if kind == "memory":
             links = [MemoryLink(copies=copies) for _ in range(num_stages)]
             sinks = [links[(i + 1) % num_stages] for i in range(num_stages)]
-            ring = Ring(links, sinks, settings=ring_settings, spec=spec, make_engine=make_engine)
+            ring = Ring(links, sinks, settings=ring_settings, spec=spec, make_engine=make_engine, plan_pace=plan_pace)
             try:
                 yield ring
             finally:
@@ -250,7 +253,7 @@ def open_ring() -> OpenRing:
             RecordingSink(await PushSink.connect(context, endpoints[(i + 1) % num_stages])) for i in range(num_stages)
         ]
         watched = [WatchedSource(source) for source in bound]
-        ring = Ring(watched, pushed, settings=ring_settings, spec=spec, make_engine=make_engine)
+        ring = Ring(watched, pushed, settings=ring_settings, spec=spec, make_engine=make_engine, plan_pace=plan_pace)
         ring.endpoints = endpoints
         try:
             yield ring

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Sequence as AbstractSequence
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from mdiq.core.frame import Batch, Buffer
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason
-from mdiq.core.types import LayerRange, SeqId
+from mdiq.core.types import LayerRange, RingSpec, SeqId
 from mdiq.errors import CapacityError, EngineError, RingError, RingStalledError
 from tests.fakes import ChainEngine, ChainRows
 from tests.runtime.conftest import OpenRing, make_sequence, right_answer
@@ -228,3 +229,26 @@ async def test_meters_count_compute_time_and_bytes(open_ring: OpenRing) -> None:
         assert all(worker.meter.busy_s > 0 for worker in ring.workers)
         for i in range(3):
             assert ring.sources[(i + 1) % 3].bytes_in == ring.sinks[i].bytes_out > 0
+
+
+@pytest.mark.parametrize("kind", ["memory", "sockets"])
+async def test_the_starter_measures_the_hops_and_goes_on_at_the_pace_that_follows(
+    open_ring: OpenRing, kind: str
+) -> None:
+    spec = RingSpec(3, 4_096, 256)
+    told: list[float] = []
+    was_told = asyncio.Event()
+
+    def plan_pace(hops_s: float) -> RingSpec:
+        told.append(hops_s)
+        was_told.set()
+        return replace(spec, caps=(9,), shared_chunks=(32,))
+
+    async with open_ring(3, kind, plan_pace=plan_pace) as ring:
+        async with asyncio.timeout(10.0):
+            await was_told.wait()
+        assert told[0] > 0
+        assert ring.starter.hops_s is not None
+        await ring.check(*(make_sequence(i) for i in range(4)))
+        caps = {stage._cap for stage in ring.stages}
+        assert caps == {9}

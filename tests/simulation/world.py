@@ -117,7 +117,6 @@ class World:
             RingSettings(
                 chunk_tokens=self.rng.choice([2, 3, 7, 64]),
                 prefill_tokens=self.rng.choice([4, 16, 64]),
-                max_live=self.rng.choice([1, 3, 8]),
                 lap_timeout_s=3.0,
                 token_timeout_s=0.05,
                 max_replays=6,
@@ -356,6 +355,10 @@ class World:
             context_tokens=CONTEXT,
             caps=self.rng.choice([(1,), (1, 1, 2), (1, 2, 3, 4, 8)]),
             kv_block_tokens=self.rng.choice([1, 4]),
+            max_live=self.rng.choice([1, 3, 8]),
+            pass_tokens=self.rng.choice([0.0, 16.0]),
+            shared_chunks=self.rng.choice([(1,), (64, 4, 2), (16,)]),
+            num_chunks=self.rng.choice([1, 3, 64]),
         )
         ready: set[int] = set()
 
