@@ -2,9 +2,13 @@
 
 A Sequence gets neighbouring KvBlocks where it can, since attention then reads its keys as one view of the pool; where
 it cannot, they are gathered. Pages of the pool that no Sequence has touched take no memory.
+
+A Sequence may begin with whole KvBlocks of another. They are full, so nobody writes to them again, and they are taken
+back when the last Sequence that holds them ends.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -66,6 +70,7 @@ class KvCache:
         self._device = device
         self._tables: dict[SeqId, _Table] = {}
         self._is_free = bytearray(b"\1" * self._num_blocks)
+        self._num_holders = [0] * self._num_blocks
         self._num_free = self._num_blocks
 
     @property
@@ -98,12 +103,31 @@ class KvCache:
         slots = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=self._device)).flatten()[:stop]
         return Placement(slots[start:], slots)
 
+    def fork(self, seq_id: SeqId, parent: SeqId, num_tokens: int) -> None:
+        """Have a new Sequence begin with the first ``num_tokens`` of another.
+
+        Raises:
+            EngineError: the Sequence is known, its parent has not so many tokens, or they are not whole KvBlocks.
+        """
+        source = self._tables.get(parent) or _Table()
+        if seq_id in self._tables or num_tokens > source.num_tokens or num_tokens % BLOCK_TOKENS:
+            raise EngineError(
+                f"sequence {seq_id}: it cannot begin with {num_tokens} of the {source.num_tokens} tokens of {parent}"
+            )
+        blocks = source.blocks[: num_tokens // BLOCK_TOKENS]
+        for block in blocks:
+            self._num_holders[block] += 1
+        is_run = all(following == block + 1 for block, following in pairwise(blocks))
+        self._tables[seq_id] = _Table(blocks, num_tokens, is_run)
+
     def free(self, seq_id: SeqId) -> None:
-        """Take a Sequence's KvBlocks back; one that is unknown is ignored."""
+        """Take back the KvBlocks that only this Sequence holds; one that is unknown is ignored."""
         if (table := self._tables.pop(seq_id, None)) is not None:
             for block in table.blocks:
-                self._is_free[block] = 1
-            self._num_free += len(table.blocks)
+                self._num_holders[block] -= 1
+                if not self._num_holders[block]:
+                    self._is_free[block] = 1
+                    self._num_free += 1
 
     def reset(self) -> None:
         """Take every KvBlock back."""
@@ -118,6 +142,7 @@ class KvCache:
                 block = self._roomiest()
                 table.is_run = table.is_run and not table.blocks
             self._is_free[block] = 0
+            self._num_holders[block] = 1
             self._num_free -= 1
             table.blocks.append(block)
 

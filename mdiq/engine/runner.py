@@ -140,6 +140,8 @@ class StageRunner:
         spans: list[Span] = []
         first = 0
         for segment in batch.segments:
+            if segment.parent is not None:
+                self._cache.fork(segment.seq_id, segment.parent, segment.start)
             placement = self._cache.extend(segment.seq_id, segment.start, segment.length)
             spans.append(Span(first, segment.length, segment.start, placement))
             first += segment.length
