@@ -132,7 +132,7 @@ class World:
         self.ends: dict[int, FinishReason] = {}
         self.happened: Counter[str] = Counter()
         self.num_forks = 0
-        self._beginnings = [self._random_tokens(length) for length in (9, 24)]
+        self._beginnings = [self._random_tokens(length) for length in (6, 16)]
         self._polled_for: float | None = None
 
     # -- running ----------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ class World:
             beginning = rng.choice([(), *self._beginnings])
         sequence = Sequence(
             index=index,
-            prompt=(*beginning, *self._random_tokens(rng.choice([1, 1, 2, 5, 8 if beginning else 20]))),
+            prompt=(*beginning, *self._random_tokens(rng.choice([1, 1, 2, 5, 5 if beginning else 20]))),
             params=SamplingParams(max_tokens=rng.randint(1, 10)),
             eos_token_ids=frozenset({rng.randrange(VOCAB)}) if rng.random() < 0.3 else frozenset(),
             deadline=self.now + rng.random() * 4.0 if rng.random() < self.faults.deadline else None,
@@ -214,7 +214,8 @@ class World:
         self.ends[index] = reason
         sequence = next(sequence for sequence in self.sequences if sequence.index == index)
         # The next turn of a chat begins with all of this one.
-        if sequence.num_tokens < MOST_HISTORY and self.rng.random() < 0.4:
+        is_answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if is_answered and sequence.num_tokens < MOST_HISTORY and self.rng.random() < 0.4:
             history = sequence.tokens(0, sequence.num_tokens)
             self._at(self.rng.random() * 0.5, partial(self._submit, FOLLOW_UP + index, history))
 
