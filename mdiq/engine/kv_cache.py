@@ -118,7 +118,28 @@ class KvCache:
         for block in blocks:
             self._num_holders[block] += 1
         is_run = all(following == block + 1 for block, following in pairwise(blocks))
+        if is_run:
+            self._clear_the_way(source, len(blocks))
         self._tables[seq_id] = _Table(blocks, num_tokens, is_run)
+
+    def _clear_the_way(self, parent: _Table, num_shared: int) -> None:
+        """Move the parent's last KvBlock if it alone lies behind the shared ones, so that the fork can grow as a run.
+
+        The usual parent is the last turn of a chat: it has ended, and nobody reads that block. Without the move every
+        token of the fork gathers its keys: 36 ms instead of 24 in 30 layers of SmolLM2 at 1,000 tokens, f32, one core.
+        """
+        tail = parent.blocks[num_shared:]
+        to = self._is_free.rfind(1)
+        if not num_shared or len(tail) != 1 or tail[0] != parent.blocks[num_shared - 1] + 1 or to < 0:
+            return
+        if self._num_holders[tail[0]] > 1:
+            return
+        source, target = (slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS) for block in (tail[0], to))
+        for pool in (*self.keys, *self.values):
+            pool[target] = pool[source]
+        parent.blocks[-1], parent.is_run = to, False
+        self._is_free[tail[0]], self._is_free[to] = 1, 0
+        self._num_holders[tail[0]], self._num_holders[to] = 0, 1
 
     def free(self, seq_id: SeqId) -> None:
         """Take back the KvBlocks that only this Sequence holds; one that is unknown is ignored."""
