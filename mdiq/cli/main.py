@@ -85,6 +85,9 @@ def run(
     base_port: Annotated[
         int, typer.Option(min=0, max=65000, help="Node i listens on this port + i; 0: any free ones.")
     ] = 0,
+    no_prefix_reuse: Annotated[
+        bool, typer.Option("--no-prefix-reuse", help="Compute every prompt whole, also one that begins like another.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout, a summary last.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
@@ -123,6 +126,7 @@ def run(
         pin=pin,
         kv_tokens=kv_tokens,
         base_port=base_port,
+        prefix_reuse=not no_prefix_reuse,
         as_json=as_json,
         trace=trace,
         log_level=log_level.value,

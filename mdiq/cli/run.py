@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
+from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.runtime.options import RingOptions
@@ -49,6 +50,7 @@ class RunOptions:
     pin: bool
     kv_tokens: int | None
     base_port: int
+    prefix_reuse: bool
     as_json: bool
     trace: Path | None
     log_level: str
@@ -97,6 +99,7 @@ def execute(options: RunOptions) -> int:
             base_port=options.base_port,
             trace=options.trace is not None,
             log_level=options.log_level,
+            ring=RingSettings(prefix_tokens=None if options.prefix_reuse else 0),
         )
         run = _Run(options, ring_options, tokenizer, todo, console, results_file)
         return _run_until_signal(run)
@@ -184,6 +187,7 @@ class _Run:
             result.finish_reason, result.finished_s = FinishReason.ERROR, self._now()
             result.error = str(error)
             self._console.print(f"mdiq: request {sequence.index}: {error}", markup=False, highlight=False)
+        result.cached_prompt_tokens = sequence.cached_prompt_tokens
         self._printer.finished(result)
 
     async def _finish(self, ring: "LocalRing") -> None:
@@ -201,6 +205,7 @@ class _Run:
             results=self._results,
             nodes=ring.figures(),
             counts=ring.service.ring.counts,
+            prefill=ring.service.ring.prefill,
             overlap=overlap,
         )
         self._printer.summary(summary)

@@ -52,6 +52,7 @@ MODELS = {
         LlamaConfig(**{**_SHAPE, "num_key_value_heads": 6}, tie_word_embeddings=False),
     ),
     "llama-gqa-tied": (LlamaForCausalLM, LlamaConfig(**_SHAPE, tie_word_embeddings=True)),
+    "llama-long": (LlamaForCausalLM, LlamaConfig(**{**_SHAPE, "max_position_embeddings": 2048})),
     "llama-3.1-rope": (LlamaForCausalLM, LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE)),
     "llama-linear-rope": (
         LlamaForCausalLM,
