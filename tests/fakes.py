@@ -1,7 +1,7 @@
 """Fakes that several tests share: the chain engine, whose tokens tell of any lost, doubled, swapped or stale Frame."""
 
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from mdiq.core.frame import Batch, Buffer, Payload, TokenIds
@@ -40,34 +40,67 @@ def chain_token(row: bytes) -> int:
     return int.from_bytes(row, "little") % VOCAB
 
 
-class ChainEngine:
-    """A Stage's layers as hashes. A layer's state per Sequence plays the KV cache: all that came before is in it."""
+@dataclass(slots=True)
+class ChainCache:
+    """What a Stage caches of a Sequence: a state of every layer for each position, and the blocks that they take."""
 
-    def __init__(self, layers: LayerRange, *, is_last: bool) -> None:
+    states: list[list[bytes]] = field(default_factory=list)
+    blocks: list[object] = field(default_factory=list)
+
+
+class ChainEngine:
+    """A Stage's layers as hashes. A layer's state per Sequence plays the KV cache: all that came before is in it.
+
+    kv_tokens, block_tokens: its capacity, and what Sequences take at once and may share; None is no limit.
+    """
+
+    def __init__(
+        self, layers: LayerRange, *, is_last: bool, kv_tokens: int | None = None, block_tokens: int = 1
+    ) -> None:
         self._layers = layers
         self._is_last = is_last
-        self.states: dict[SeqId, list[bytes]] = {}
-        self.positions: dict[SeqId, int] = {}
+        self._kv_tokens = kv_tokens
+        self._block_tokens = block_tokens
+        self.states: dict[SeqId, ChainCache] = {}
+        self.num_forks = 0
 
     def reset(self) -> None:
         self.states.clear()
-        self.positions.clear()
 
     def forward(self, batch: Batch) -> ChainRows:
         for seq_id in batch.releases:
             self.states.pop(seq_id, None)
-            self.positions.pop(seq_id, None)
         if len({segment.seq_id for segment in batch.segments}) != len(batch.segments):
             raise EngineError("the chain engine was given two Segments of a Sequence in one Batch")
         out: list[bytes] = []
         for segment, payload in zip(batch.segments, batch.payloads, strict=True):
-            if self.positions.get(segment.seq_id, 0) != segment.start:
-                raise EngineError(f"{segment}: the chain engine holds {self.positions.get(segment.seq_id, 0)} tokens")
-            states = self.states.setdefault(segment.seq_id, [b""] * len(self._layers))
-            rows = [self._row(states, hidden, segment.start + offset) for offset, hidden in enumerate(_rows(payload))]
-            self.positions[segment.seq_id] = segment.stop
+            if segment.parent is not None:
+                self._fork(segment.seq_id, segment.parent, segment.start)
+            cache = self.states.setdefault(segment.seq_id, ChainCache())
+            if len(cache.states) != segment.start:
+                raise EngineError(f"{segment}: the chain engine holds {len(cache.states)} tokens")
+            states = list(cache.states[-1]) if cache.states else [b""] * len(self._layers)
+            rows = []
+            for offset, hidden in enumerate(_rows(payload)):
+                rows.append(self._row(states, hidden, segment.start + offset))
+                cache.states.append(list(states))
+            self._take_blocks(cache)
             out += rows if not self._is_last else rows[-1:] if segment.wants_logits else []
         return ChainRows(b"".join(out))
+
+    def _fork(self, seq_id: SeqId, parent: SeqId, num_tokens: int) -> None:
+        source = self.states.get(parent, ChainCache())
+        if seq_id in self.states or len(source.states) < num_tokens or num_tokens % self._block_tokens:
+            raise EngineError(f"{seq_id} cannot begin with {num_tokens} of the {len(source.states)} tokens of {parent}")
+        blocks = source.blocks[: num_tokens // self._block_tokens]
+        self.states[seq_id] = ChainCache(source.states[:num_tokens], blocks)
+        self.num_forks += 1
+
+    def _take_blocks(self, cache: ChainCache) -> None:
+        cache.blocks += [object() for _ in range(-(-len(cache.states) // self._block_tokens) - len(cache.blocks))]
+        num_blocks = len({block for cache in self.states.values() for block in cache.blocks})
+        if self._kv_tokens is not None and num_blocks * self._block_tokens > self._kv_tokens:
+            raise EngineError(f"the chain engine holds {num_blocks} blocks of {self._block_tokens} tokens")
 
     def _row(self, states: list[bytes], hidden: bytes, position: int) -> bytes:
         for i, layer in enumerate(self._layers):

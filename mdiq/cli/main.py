@@ -106,6 +106,9 @@ def run(
     max_live: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Requests in the ring at once. [default: what fills it]")
     ] = None,
+    no_prefix_reuse: Annotated[
+        bool, typer.Option("--no-prefix-reuse", help="Compute every prompt whole, also one that begins like another.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout, a summary last.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
@@ -149,6 +152,7 @@ def run(
         base_port=base_port,
         decode_wait_ms=decode_wait,
         max_live=max_live,
+        prefix_reuse=not no_prefix_reuse,
         as_json=as_json,
         trace=trace,
         log_level=log_level.value,

@@ -26,6 +26,7 @@ class Result:
     error: str | None = None
     first_token_s: float | None = None
     finished_s: float = 0.0
+    cached_prompt_tokens: int = 0
 
     def as_json(self) -> str:
         """Return the line of `--json` and of a results file."""
@@ -35,6 +36,7 @@ class Result:
             "token_ids": self.token_ids,
             "text": self.text,
             "finish_reason": self.finish_reason,
+            "cached_prompt_tokens": self.cached_prompt_tokens,
             "timings": self._timings(),
         }
         if self.error is not None:
@@ -57,6 +59,7 @@ class Summary:
     """The figures of a whole run.
 
     wall_s: from the first submission to the last token.
+    counts: what the Ring ignored or mended; prefill: what became of prompts; see RingProtocol.
     overlap: per Node, the share of its compute time in which a neighbour computed too; None without a trace.
     """
 
@@ -68,6 +71,7 @@ class Summary:
     counts: Mapping[str, int]
     pace: PaceFigures
     overlap: Mapping[str, float] | None = None
+    prefill: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -116,7 +120,7 @@ class Summary:
             "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 4),
             "pace": self._pace(),
             "nodes": nodes,
-            "counts": dict(self.counts),
+            "counts": {**self.counts, **self.prefill},
         }
         return json.dumps({"summary": summary})
 
@@ -169,6 +173,10 @@ def print_table(console: Console, summary: Summary) -> None:
             "overlap: share of a node's compute time in which a neighbour computed too; "
             "work waited: share of the run in which frames waited while the node did not compute",
             style="dim",
+        )
+    if cached := summary.prefill.get("prefix_tokens"):
+        console.print(
+            f"prompts: {summary.prefill['prefill_tokens']} tokens computed, {cached} found in the KV cache", style="dim"
         )
     mended = {name: count for name, count in summary.counts.items() if count}
     if mended:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
 from mdiq.cli.signals import run_until_signal
+from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.pace import PaceSettings
@@ -54,6 +55,7 @@ class RunOptions:
     base_port: int
     decode_wait_ms: float
     max_live: int | None
+    prefix_reuse: bool
     as_json: bool
     trace: Path | None
     log_level: str
@@ -107,6 +109,7 @@ def execute(options: RunOptions) -> int:
             pace=PaceSettings(decode_wait_s=options.decode_wait_ms / 1_000, max_live=options.max_live),
             trace=options.trace is not None,
             log_level=options.log_level,
+            ring=RingSettings(prefix_tokens=None if options.prefix_reuse else 0),
         )
         run = _Run(options, ring_options, tokenizer, todo, console, results_file)
         return run_until_signal(run.main())
@@ -194,6 +197,7 @@ class _Run:
             result.finish_reason, result.finished_s = FinishReason.ERROR, self._now()
             result.error = str(error)
             self._console.print(f"mdiq: request {sequence.index}: {error}", markup=False, highlight=False)
+        result.cached_prompt_tokens = sequence.cached_prompt_tokens
         self._printer.finished(result)
 
     async def _finish(self, ring: "LocalRing") -> None:
@@ -212,6 +216,7 @@ class _Run:
             nodes=ring.figures(),
             counts=ring.service.ring.counts,
             pace=ring.pace(),
+            prefill=ring.service.ring.prefill,
             overlap=overlap,
         )
         self._printer.summary(summary)

@@ -1,6 +1,7 @@
 """Which of the waiting Segments the next Batch takes. The cap comes from the Plan, see plan/micro_batches.py."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mdiq.core.frame import Payload, Segment
@@ -19,25 +20,32 @@ class Queued:
     is_first: bool = False
 
 
-def coalesce(waiting: deque[Queued], cap: int, token_budget: int) -> list[Queued]:
+def coalesce(
+    waiting: deque[Queued], cap: int, token_budget: int, is_ready: Callable[[Segment], bool] = lambda _: True
+) -> list[Queued]:
     """Remove from ``waiting`` what the next Batch runs, oldest first, and return it.
 
     At most ``cap`` Segments, one of each Sequence, so that the order within a Sequence stays that of arrival; at most
-    ``token_budget`` tokens, but always one Segment when any waits. Segments that are left behind keep their order.
+    ``token_budget`` tokens, but always one Segment when any is ready. Segments that are left behind keep their order.
+    A first Segment that is not ready holds back those behind it: the next Stage knows first Segments by their order.
     """
     taken: list[Queued] = []
     skipped: list[Queued] = []
     sequences: set[SeqId] = set()
     num_tokens = 0
+    holds_firsts = False
     while waiting and len(taken) < cap:
         queued = waiting[0]
-        if queued.segment.seq_id in sequences:
+        segment = queued.segment
+        holds_firsts = holds_firsts or not is_ready(segment)
+        if segment.seq_id in sequences or (holds_firsts and segment.is_first):
+            sequences.add(segment.seq_id)
             skipped.append(waiting.popleft())
             continue
-        if taken and num_tokens + queued.segment.length > token_budget:
+        if taken and num_tokens + segment.length > token_budget:
             break
         taken.append(waiting.popleft())
-        sequences.add(queued.segment.seq_id)
-        num_tokens += queued.segment.length
+        sequences.add(segment.seq_id)
+        num_tokens += segment.length
     waiting.extendleft(reversed(skipped))
     return taken

@@ -87,19 +87,28 @@ class Segment:
     """Consecutive tokens of one Sequence: positions ``start`` to ``stop - 1``.
 
     wants_logits: the last token of the Segment completes what is known of the Sequence, so its row goes to the head.
+    parent: on the first Segment of a Sequence that begins with another's KV cache, that other; the first ``start``
+    tokens are the same in both.
     """
 
     seq_id: SeqId
     start: int
     length: int
     wants_logits: bool = False
+    parent: SeqId | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing of the Sequence came before under this id."""
+        return self.start == 0 or self.parent is not None
 
     @property
     def stop(self) -> int:
         return self.start + self.length
 
     def __str__(self) -> str:
-        return f"{self.seq_id}[{self.start}:{self.stop}]{'*' if self.wants_logits else ''}"
+        origin = "" if self.parent is None else f"<{self.parent}"
+        return f"{self.seq_id}{origin}[{self.start}:{self.stop}]{'*' if self.wants_logits else ''}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,14 @@
 
 A token takes at most one slot in every Stage, so the Ring's capacity is the least over its Stages, and what the ledger
 grants no Stage can lack. A Sequence reserves all that it may grow to when it enters: nothing has to be preempted later.
+
+Sequences that begin alike may share their first KvBlocks: each is counted once and comes back when the last Sequence
+that holds it is gone from every Stage. So the ledger numbers KvBlocks; a Stage chooses its own.
 """
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import count
 
 from mdiq.core.types import SeqId
 from mdiq.errors import LocalProtocolError
@@ -14,31 +21,105 @@ class KvLedger:
     def __init__(self, capacity_tokens: int, block_tokens: int = 1) -> None:
         self._block_tokens = block_tokens
         self.capacity_tokens = capacity_tokens // block_tokens * block_tokens
-        self._reserved: dict[SeqId, int] = {}
-        self.reserved_tokens = 0
+        self._blocks: dict[SeqId, list[int]] = {}
+        self._holders: Counter[int] = Counter()  # of each block: Sequences that hold it
+        self._staying: Counter[int] = Counter()  # of these, Sequences that are not on their way out
+        self._leaving: set[SeqId] = set()
+        self._new_blocks = count()
 
-    def fits(self, num_tokens: int) -> bool:
-        """Tell whether ``num_tokens`` can be reserved now."""
-        return self.reserved_tokens + self._rounded(num_tokens) <= self.capacity_tokens
+    @property
+    def reserved_tokens(self) -> int:
+        return len(self._holders) * self._block_tokens
+
+    def fits(self, num_tokens: int, shared_tokens: int = 0) -> bool:
+        """Tell whether ``num_tokens`` can be reserved now, the first ``shared_tokens`` of them in another's blocks."""
+        return self._num_blocks(num_tokens - shared_tokens) + len(self._holders) <= self._capacity_blocks
 
     def fits_ever(self, num_tokens: int) -> bool:
         """Tell whether ``num_tokens`` could be reserved in an empty Ring."""
-        return self._rounded(num_tokens) <= self.capacity_tokens
+        return self._num_blocks(num_tokens) <= self._capacity_blocks
 
-    def reserve(self, seq_id: SeqId, num_tokens: int) -> None:
-        """Promise ``num_tokens`` to a Sequence.
+    def reserve(self, seq_id: SeqId, num_tokens: int, parent: SeqId | None = None, shared_tokens: int = 0) -> None:
+        """Promise ``num_tokens`` to a Sequence, the first ``shared_tokens`` of them in its parent's blocks.
 
         Raises:
             LocalProtocolError: it does not fit, or the Sequence has a reservation already.
         """
-        if seq_id in self._reserved or not self.fits(num_tokens):
+        if seq_id in self._blocks or not self.fits(num_tokens, shared_tokens):
             raise LocalProtocolError(f"KvLedger: {num_tokens} tokens for sequence {seq_id} cannot be reserved")
-        self._reserved[seq_id] = self._rounded(num_tokens)
-        self.reserved_tokens += self._reserved[seq_id]
+        shared = [] if parent is None else self._first_blocks(parent, shared_tokens)
+        blocks = [*shared, *(next(self._new_blocks) for _ in range(self._num_blocks(num_tokens) - len(shared)))]
+        self._hold(blocks)
+        self._blocks[seq_id] = blocks
+
+    def share(self, seq_id: SeqId, parent: SeqId, shared_tokens: int) -> None:
+        """Put the parent's blocks in place of a Sequence's first ones, which no Stage has given it yet."""
+        shared = self._first_blocks(parent, shared_tokens)
+        blocks = self._blocks[seq_id]
+        replaced, blocks[: len(shared)] = blocks[: len(shared)], shared
+        self._hold(shared)
+        self._drop(replaced, self._staying, self._holders)
+
+    def shrink(self, seq_id: SeqId, num_tokens: int) -> None:
+        """Take back what a Sequence did not grow to: no Stage has given it more than ``num_tokens``."""
+        blocks = self._blocks[seq_id]
+        keep = self._num_blocks(num_tokens)
+        self._drop(blocks[keep:], self._staying, self._holders)
+        del blocks[keep:]
+
+    def leave(self, seq_id: SeqId) -> None:
+        """Note that a Sequence is to be released: its room will come back."""
+        if seq_id in self._blocks and seq_id not in self._leaving:
+            self._leaving.add(seq_id)
+            self._drop(self._blocks[seq_id], self._staying)
 
     def release(self, seq_id: SeqId) -> None:
         """Take a promise back; one that is unknown is ignored, since a RELEASE may come round twice."""
-        self.reserved_tokens -= self._reserved.pop(seq_id, 0)
+        self.leave(seq_id)
+        self._leaving.discard(seq_id)
+        self._drop(self._blocks.pop(seq_id, ()), self._holders)
 
-    def _rounded(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens) * self._block_tokens
+    def to_give_up(self, num_tokens: int, candidates: Iterable[SeqId], shared_tokens: int = 0) -> list[SeqId] | None:
+        """Return the first of ``candidates`` without which ``num_tokens`` will fit, or None if all would not do.
+
+        None of them is needed when room enough is on its way back already.
+        """
+        lacking = self._num_blocks(num_tokens - shared_tokens) + len(self._staying) - self._capacity_blocks
+        chosen: list[SeqId] = []
+        num_chosen: Counter[int] = Counter()
+        for seq_id in candidates:
+            if lacking <= 0:
+                break
+            chosen.append(seq_id)
+            for block in self._blocks[seq_id]:
+                num_chosen[block] += 1
+                lacking -= num_chosen[block] == self._staying[block]
+        return chosen if lacking <= 0 else None
+
+    @property
+    def _capacity_blocks(self) -> int:
+        return self.capacity_tokens // self._block_tokens
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
+    def _first_blocks(self, seq_id: SeqId, num_tokens: int) -> list[int]:
+        num_blocks = num_tokens // self._block_tokens
+        blocks = self._blocks[seq_id][:num_blocks]
+        assert (
+            len(blocks) == num_blocks and num_tokens % self._block_tokens == 0
+        )  # only whole, cached blocks are shared
+        return blocks
+
+    def _hold(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._holders[block] += 1
+            self._staying[block] += 1
+
+    @staticmethod
+    def _drop(blocks: Iterable[int], *counters: Counter[int]) -> None:
+        for block in blocks:
+            for counter in counters:
+                counter[block] -= 1
+                if not counter[block]:
+                    del counter[block]

@@ -7,14 +7,22 @@ tokens are history and never sampled twice, and draws depend on (seed, position)
 text. RELEASE travels behind the last Segment of a Sequence, and its KV reservation returns when it has made its Lap; a
 lost one is sent again.
 
+A Sequence whose first tokens are in the KV cache already begins behind them, with the cache of the one that holds them
+(its parent): one in the Ring that has sent them, or an ended one that is retained for this (prefix_index.py). Stages
+keep the order of arrival, so the parent's Segments need not be back yet. What goes wrong with a parent costs time only:
+the Sequence begins again. A Replay computes all its tokens itself.
+
     state of a Sequence    event                              next
     waiting                room in ledger and Ring            in flight (prompt chunks)
     in flight              row for its newest token is back   sampling
     sampling               token, goes on                     in flight (one token)
-    sampling               token, last one                    ended; RELEASE goes round
+    sampling               token, last one                    ended; retained, or RELEASE goes round
+    retained               its room is wanted                 RELEASE goes round
     in flight              overdue, or gap reported           waiting, RELEASE of the old id goes round
     in flight              the same, too often                ended with RingStalledError
     any                    cancelled, deadline, failed        ended; RELEASE goes round if it was in flight
+    first Segment in       its parent leaves the Ring by one  waiting, RELEASE of the old id goes round
+      flight or unsent       of the two lines above
     any but ended          new Epoch                          waiting
 """
 
@@ -24,6 +32,7 @@ from dataclasses import dataclass
 
 from mdiq.core.frame import NO_ROWS, Frame, FrameKind, Payload, Segment, TokenIds
 from mdiq.core.kv_ledger import KvLedger
+from mdiq.core.prefix_index import PrefixIndex
 from mdiq.core.scheduler import Entry, Scheduler
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.stage import NO_EPOCH
@@ -38,6 +47,8 @@ class RingSettings:
     chunk_tokens, prefill_tokens: see Scheduler.
     lap_timeout_s: a Lap may take this long, and token_timeout_s more for every token in flight.
     max_replays: a Sequence that has been replayed so often without a new token ends with an error.
+    prefix_tokens: most tokens that ended Sequences keep cached for others that begin alike; they never hold up a
+    Sequence. None: all that is free; 0: nothing is reused, not even from Sequences in the Ring.
     """
 
     chunk_tokens: int = 256
@@ -45,6 +56,7 @@ class RingSettings:
     lap_timeout_s: float = 60.0
     token_timeout_s: float = 0.1
     max_replays: int = 5
+    prefix_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,9 @@ class HeadRow:
 class RingProtocol:
     """Owns every Sequence from submission to end.
 
-    counts: what was ignored or mended, for the metrics: stale, unknown, duplicates, replays, overdue.
+    counts: what was ignored or mended, for the metrics: stale, unknown, duplicates, replays, overdue, restarts.
+    prefill: what became of prompts, Replays included: prefill_tokens were computed, prefix_tokens found in the cache,
+    by prefix_hits Sequences.
     decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
     most_live: the most Sequences that were in the Ring at once.
     """
@@ -99,6 +113,7 @@ class RingProtocol:
         self._num_arrived = 0
         self._spec: RingSpec | None = None
         self._ledger = KvLedger(0)
+        self._prefixes = PrefixIndex(1)
         self._releasing: dict[SeqId, float | None] = {}  # due time of the RELEASE under way; None: not sent yet
         self._actions: list[Action] = []
         self.epoch = NO_EPOCH
@@ -106,6 +121,7 @@ class RingProtocol:
         self.decode_gap_s = 0.0
         self.most_live = 0
         self._prompt_at = float("-inf")  # when a prompt was last known to be in the Ring
+        self.prefill: Counter[str] = Counter()
 
     @property
     def num_live(self) -> int:
@@ -125,6 +141,11 @@ class RingProtocol:
     @property
     def kv_reserved_tokens(self) -> int:
         return self._ledger.reserved_tokens
+
+    @property
+    def num_retained(self) -> int:
+        """Ended Sequences whose cache is kept for others."""
+        return len(self._prefixes.retained)
 
     def submit(self, sequence: Sequence, now: float) -> None:
         """Take a Sequence in; it enters the Ring at a later ``poll``.
@@ -159,6 +180,7 @@ class RingProtocol:
         self.epoch = epoch
         self._spec = self._scheduler.spec = spec
         self._ledger = KvLedger(spec.kv_tokens, spec.kv_block_tokens)
+        self._prefixes = PrefixIndex(spec.kv_block_tokens, self._settings.prefix_tokens)
         self._releasing.clear()
         for entry in list(self._scheduler.live.values()):
             self._leave_ring(entry)
@@ -217,14 +239,17 @@ class RingProtocol:
         if reason is None and sequence.num_tokens >= entry.most_tokens:
             reason = FinishReason.LENGTH  # the context is full
         if reason is not None:
-            self._forget(entry, reason)
+            self._end_with_token(entry, reason)
         return TokenEvent(sequence.index, token, position, reason)
 
     def fault(self, seq_ids: Iterable[SeqId]) -> None:
         """Replay Sequences of which a Stage reports a gap; ids that are not live are ignored."""
         for seq_id in seq_ids:
             if entry := self._scheduler.live.get(seq_id):
+                parent = entry.parent
                 self._replay(entry)
+                # A parent that a Stage does not know would give a gap to the next one as well.
+                self._give_up([other for other in self._prefixes.to_give_up(self._pinned()) if other == parent])
 
     def fail(self, seq_ids: Iterable[SeqId], error: Exception) -> None:
         """End Sequences with an error: a Stage could not compute them."""
@@ -237,12 +262,16 @@ class RingProtocol:
         for entry in list(self._entries.values()):
             self._end(entry, FinishReason.ERROR, error)
 
+    def drop_prefixes(self) -> None:
+        """Give up the cache of every ended Sequence; what is in use stays."""
+        self._give_up(self._prefixes.to_give_up(self._pinned()))
+
     def poll(self, now: float) -> list[Action]:
         """Return what is to be done now. Call it after every other call, and when ``next_deadline`` has come."""
         if self._spec is not None:
             self._check_deadlines(now)
+            self._scheduler.admit(self._ledger, self._finds_room)
             self._inject_releases(now)
-            self._scheduler.admit(self._ledger)
             self.most_live = max(self.most_live, self.num_live)
             self._inject_segments(now)
             if self._scheduler.has_prompt:
@@ -284,6 +313,7 @@ class RingProtocol:
         while entry.in_flight and entry.in_flight[0][0] <= segment.stop:
             entry.in_flight.popleft()
         entry.num_back = segment.stop
+        entry.parent = None
         entry.is_sampling = segment.wants_logits and segment.stop == entry.sequence.num_tokens
         return entry.is_sampling
 
@@ -309,10 +339,11 @@ class RingProtocol:
             self._actions.append(Inject(self._frame(FrameKind.RELEASE, segments)))
 
     def _inject_segments(self, now: float) -> None:
-        segments = self._scheduler.take_segments()
+        segments = self._scheduler.take_segments(self._enter)
         in_flight = sum(entry.num_sent - entry.num_back for entry in self._scheduler.live.values())
         due = now + self._settings.lap_timeout_s + self._settings.token_timeout_s * in_flight
         for entry, segment in segments:
+            self._count(entry, segment)
             entry.in_flight.append((segment.stop, due))
             payload = TokenIds(entry.sequence.tokens(segment.start, segment.stop))
             self._actions.append(Inject(self._frame(FrameKind.HIDDEN, (segment,), payload)))
@@ -323,6 +354,59 @@ class RingProtocol:
         # The wire counts chunks in steps, in one byte.
         shared = (self._scheduler.shared_chunk_tokens or 0) // CHUNK_STEP * CHUNK_STEP
         return Frame(self.epoch, kind, segments, payload, cap, min(shared, 255 * CHUNK_STEP))
+
+    def _count(self, entry: Entry, segment: Segment) -> None:
+        self.prefill["prefill_tokens"] += max(min(segment.stop, entry.num_known) - segment.start, 0)
+        if segment.start == entry.num_shared:
+            if not entry.sequence.generated:
+                entry.sequence.cached_prompt_tokens = entry.num_shared
+            if entry.num_shared:
+                self.prefill.update(prefix_hits=1, prefix_tokens=entry.num_shared)
+
+    def _finds_room(self, entry: Entry) -> bool:
+        """Tell whether a waiting Sequence fits, and have it begin behind what is cached of it.
+
+        If it does not, ended Sequences give up what they hold, as far as it helps. Their room is back after a Lap.
+        """
+        parent, num_shared = self._longest_prefix(entry)
+        if self._ledger.fits(entry.most_tokens, num_shared):
+            entry.begin_behind(parent, num_shared)
+            return True
+        pinned = self._pinned()
+        others = self._prefixes.to_give_up({*pinned, parent})
+        seq_ids = self._ledger.to_give_up(entry.most_tokens, others, num_shared)
+        if seq_ids is None:
+            seq_ids = self._ledger.to_give_up(entry.most_tokens, self._prefixes.to_give_up(pinned))
+        self._give_up(seq_ids or [])
+        return False
+
+    def _enter(self, entry: Entry) -> None:
+        """Have a Sequence begin behind what is cached of it by now, which may be more than when it was let in."""
+        assert entry.seq_id is not None  # it is live
+        parent, num_shared = self._longest_prefix(entry)
+        if parent is not None and num_shared > entry.num_shared:
+            self._ledger.share(entry.seq_id, parent, num_shared)
+            entry.begin_behind(parent, num_shared)
+
+    def _longest_prefix(self, entry: Entry) -> tuple[SeqId | None, int]:
+        for seq_id, live in self._scheduler.live.items():
+            if live.has_entered:
+                self._prefixes.extend(seq_id, live.sequence, live.num_sent)
+        found = None if entry.num_replays else self._prefixes.longest(entry.sequence)
+        if found is None:
+            return None, 0
+        self._prefixes.touch(found[0])
+        return found
+
+    def _pinned(self) -> set[SeqId]:
+        """Return whose cache a Sequence is about to begin with, at some Stage at least."""
+        return {entry.parent for entry in self._scheduler.live.values() if entry.parent is not None}
+
+    def _give_up(self, seq_ids: Iterable[SeqId]) -> None:
+        """Release ended Sequences that were retained."""
+        for seq_id in seq_ids:
+            self._prefixes.remove(seq_id)
+            self._release(seq_id)
 
     def _replay(self, entry: Entry) -> None:
         self.counts["replays"] += 1
@@ -343,6 +427,23 @@ class RingProtocol:
         sequence = entry.sequence
         self._actions.append(Ended(TokenEvent(sequence.index, None, sequence.num_tokens, reason, error)))
 
+    def _end_with_token(self, entry: Entry, reason: FinishReason) -> None:
+        """End a Sequence with its newest token, which no Stage has seen; keep what is cached of the others."""
+        assert entry.seq_id is not None  # it was live when the token was drawn
+        seq_id, num_sent = entry.seq_id, entry.num_sent
+        self._prefixes.extend(seq_id, entry.sequence, num_sent)
+        if not self._prefixes.retain(seq_id):
+            self._forget(entry, reason)
+            return
+        entry.sequence.finish_reason = reason
+        del self._entries[entry.sequence.index], self._scheduler.live[seq_id]
+        self._ledger.shrink(seq_id, num_sent)
+        pinned = self._pinned()
+        self._give_up([other for other in self._prefixes.covered(seq_id) if other not in pinned])
+        for oldest in self._prefixes.to_give_up(pinned):
+            if self._prefixes.is_over:
+                self._give_up([oldest])
+
     def _forget(self, entry: Entry, reason: FinishReason, error: Exception | None = None) -> None:
         entry.sequence.finish_reason = reason
         entry.sequence.error = error
@@ -354,10 +455,20 @@ class RingProtocol:
 
     def _leave_ring(self, entry: Entry, *, release: bool = False) -> None:
         assert entry.seq_id is not None  # only live entries leave the Ring
-        del self._scheduler.live[entry.seq_id]
-        if release and entry.num_sent:
-            self._releasing[entry.seq_id] = None
+        seq_id = entry.seq_id
+        del self._scheduler.live[seq_id]
+        self._prefixes.remove(seq_id)
+        if release and entry.has_entered:
+            self._release(seq_id)
         elif release:
             # No Stage knows the id, and a RELEASE would bar lower ids that have not been sent yet either.
-            self._ledger.release(entry.seq_id)
+            self._ledger.release(seq_id)
         entry.leave_ring()
+        for child in [child for child in self._scheduler.live.values() if release and child.parent == seq_id]:
+            self.counts["restarts"] += 1
+            self._leave_ring(child, release=True)
+            self._scheduler.wait(child)
+
+    def _release(self, seq_id: SeqId) -> None:
+        self._releasing[seq_id] = None
+        self._ledger.leave(seq_id)

@@ -18,6 +18,7 @@ First Segments enter in the order of their ids, always: a Stage tells a late fir
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -34,7 +35,10 @@ class Entry:
     arrival: its place in the order of submission, kept over Replays.
     most_tokens: tokens that it may grow to, prompt included; within the context.
     seq_id: its id on the wire, or None while it waits.
-    num_sent: tokens injected under that id; num_back: tokens whose Lap is done.
+    num_shared: tokens at its beginning that it finds in the cache and does not send.
+    parent: whose cache that is, until the first Segment has made its Lap; None when the Ring no longer needs to know.
+    num_known: tokens known when it entered, its prompt in this Ring.
+    num_sent: tokens injected under that id, the shared ones included; num_back: tokens whose Lap is done, likewise.
     in_flight: Segments on their Lap, oldest first: where each stops and when it is overdue.
     is_sampling: its newest row is with the sampler.
     num_replays: Replays since its last token.
@@ -46,6 +50,9 @@ class Entry:
     arrival: int
     most_tokens: int
     seq_id: SeqId | None = None
+    num_shared: int = 0
+    parent: SeqId | None = None
+    num_known: int = 0
     num_sent: int = 0
     num_back: int = 0
     in_flight: deque[tuple[int, float]] = field(default_factory=deque)
@@ -59,10 +66,20 @@ class Entry:
         """Known tokens that the Ring has not been sent."""
         return self.sequence.num_tokens - self.num_sent
 
+    @property
+    def has_entered(self) -> bool:
+        """Whether its first Segment has been sent."""
+        return self.num_sent > self.num_shared
+
+    def begin_behind(self, parent: SeqId | None, num_shared: int) -> None:
+        """Send the Sequence from ``num_shared`` on: what comes before is in the parent's cache."""
+        self.parent = parent
+        self.num_shared = self.num_sent = self.num_back = num_shared
+
     def leave_ring(self) -> None:
         """Forget what the Ring held: the Sequence begins again under a new id."""
         self.seq_id = None
-        self.num_sent = self.num_back = 0
+        self.begin_behind(None, 0)
         self.in_flight.clear()
         self.is_sampling = False
         self.token_at = None
@@ -89,19 +106,24 @@ class Scheduler:
         """Queue a Sequence by its arrival: a replayed one goes before those that came after it."""
         insort(self.waiting, entry, key=lambda e: e.arrival)
 
-    def admit(self, ledger: KvLedger) -> None:
-        """Let Sequences in, in order, while there is room; each gets a new wire id and reserves its KV cache."""
-        while self.waiting and len(self.live) < self.spec.max_live and ledger.fits(self.waiting[0].most_tokens):
+    def admit(self, ledger: KvLedger, finds_room: Callable[[Entry], bool] | None = None) -> None:
+        """Let Sequences in, in order, while there is room; each gets a new wire id and reserves its KV cache.
+
+        finds_room: tells whether a Sequence fits, having it begin behind what is cached of it.
+        """
+        finds_room = finds_room or (lambda entry: ledger.fits(entry.most_tokens))
+        while self.waiting and len(self.live) < self.spec.max_live and finds_room(self.waiting[0]):
             entry = self.waiting.pop(0)
             entry.seq_id = SeqId(self._next_id)
             self._next_id += 1
-            ledger.reserve(entry.seq_id, entry.most_tokens)
+            entry.num_known = entry.sequence.num_tokens
+            ledger.reserve(entry.seq_id, entry.most_tokens, entry.parent, entry.num_shared)
             self.live[entry.seq_id] = entry
 
     @property
     def has_prompt(self) -> bool:
         """Whether tokens of a prompt are in the Ring."""
-        return any(entry.num_sent and self._is_prefill(entry) for entry in self.live.values())
+        return any(entry.has_entered and self._is_prefill(entry) for entry in self.live.values())
 
     @property
     def shared_chunk_tokens(self) -> int | None:
@@ -109,8 +131,11 @@ class Scheduler:
         num_sequences = len(self.live) + len(self.waiting)
         return self.spec.shared_chunk(num_sequences) if num_sequences > 1 else None
 
-    def take_segments(self) -> list[tuple[Entry, Segment]]:
-        """Return the Segments to inject now, decoding Sequences first, and count them as sent."""
+    def take_segments(self, enter: Callable[[Entry], None] = lambda _: None) -> list[tuple[Entry, Segment]]:
+        """Return the Segments to inject now, decoding Sequences first, and count them as sent.
+
+        enter: called before the first Segment of a Sequence; it may have more of it begin behind what is cached.
+        """
         decoding = [(entry, self._send(seq_id, entry, 1)) for seq_id, entry in self._next_groups()]
         prompts: list[tuple[Entry, Segment]] = []
         most = min(self._chunk_tokens, self.shared_chunk_tokens or self._chunk_tokens)
@@ -121,6 +146,8 @@ class Scheduler:
         )
         has_budget = True
         for seq_id, entry in self.live.items():
+            if has_budget and not entry.has_entered:
+                enter(entry)
             while has_budget and entry.num_unsent and self._is_prefill(entry):
                 length = min(self._chunk(entry), most, entry.num_unsent)
                 has_budget = length <= budget or budget == most_in_flight
@@ -156,10 +183,10 @@ class Scheduler:
     @staticmethod
     def _is_prefill(entry: Entry) -> bool:
         """Whether its first Segment, or more than its newest token, is on its way or still to be sent."""
-        return entry.num_sent == 0 or entry.sequence.num_tokens - entry.num_back > 1
+        return not entry.has_entered or entry.sequence.num_tokens - entry.num_back > 1
 
     @staticmethod
     def _send(seq_id: SeqId, entry: Entry, length: int) -> Segment:
-        start = entry.num_sent
+        start, parent = entry.num_sent, None if entry.has_entered else entry.parent
         entry.num_sent += length
-        return Segment(seq_id, start, length, wants_logits=entry.num_unsent == 0)
+        return Segment(seq_id, start, length, wants_logits=entry.num_unsent == 0, parent=parent)

@@ -116,6 +116,7 @@ class Sequence:
     prompt: token ids of the prompt, at least one.
     eos_token_ids: the model's own end tokens.
     deadline: the time on the caller's clock at which it ends unfinished, or None.
+    cached_prompt_tokens: tokens of the prompt that were found in the KV cache and not computed.
     """
 
     index: int
@@ -126,6 +127,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    cached_prompt_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -6,11 +6,16 @@ dropped; one that starts behind it is a gap, which the Starter hears of and mend
 Frames of an older Ring, and ids that only grow filter those of Sequences that have ended. Nothing else is remembered
 of a Sequence, and all of it can be rebuilt: that is what *stateless stage* means here.
 
+A Sequence may begin with the cache of another, its parent, whose first tokens are the same: its first Segment starts
+behind them. It waits until the parent's Segments before that place have run.
+
     event                          known, start == expected    start < expected    start > expected
     HIDDEN                         queue                       duplicate           gap
     HIDDEN, unknown, newest id     queue (start 0)             -                   gap
     HIDDEN, unknown, older id      duplicate (start 0)         -                   gap
-    RELEASE                        drop what is queued, free the cache with the next Batch, send on
+    HIDDEN with a parent, unknown  newest id: queue if the parent is known up to start, else gap; older id: duplicate
+    RELEASE                        drop what is queued, free the cache with the next Batch, send on;
+                                   drop what is queued to begin with that cache: gap
     any of another Epoch           stale
 
 Decode Segments and prompts wait in queues of their own and are not mixed in a Batch. When both wait they take turns,
@@ -20,7 +25,7 @@ Stage.
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mdiq.core.coalesce import Queued, coalesce
 from mdiq.core.frame import MOST_SEGMENTS, Batch, Frame, FrameKind, Payload, Segment
@@ -57,6 +62,7 @@ class StageProtocol:
         self._is_last = False
         self._cap = 1
         self._num_expected: dict[SeqId, int] = {}
+        self._num_run: dict[SeqId, int] = {}  # tokens whose Batch is done
         self._newest_id = SeqId(-1)
         self._chunk_tokens = 0
         self._decoding: deque[Queued] = deque()
@@ -84,6 +90,7 @@ class StageProtocol:
         self._num_expected.clear()
         self._decoding.clear()
         self._prompts.clear()
+        self._num_run.clear()
         self._releases.clear()
 
     @property
@@ -112,9 +119,9 @@ class StageProtocol:
         self._cap = frame.cap
         self._chunk_tokens = frame.chunk_tokens
         if frame.kind is FrameKind.RELEASE:
-            for segment in frame.segments:
-                self._release(segment.seq_id)
-            return Receipt()
+            gaps = tuple(seq_id for segment in frame.segments for seq_id in self._release(segment.seq_id))
+            self.counts.update(gaps=len(gaps))
+            return Receipt(gaps=gaps)
         return self._queue(frame)
 
     def take(self) -> Batch | None:
@@ -140,10 +147,15 @@ class StageProtocol:
         self._stop_running(batch)
         if batch.epoch != self.epoch:
             return []
+        for segment in batch.segments:
+            if segment.seq_id in self._num_expected:  # not released in the meantime
+                self._num_run[segment.seq_id] = segment.stop
         frames = self._release_frames(batch)
         if batch.segments:
-            kind = FrameKind.HEAD if self._is_last else FrameKind.HIDDEN
-            frame = Frame(batch.epoch, kind, batch.segments, output, self._cap, self._chunk_tokens)
+            kind, segments = FrameKind.HIDDEN, batch.segments
+            if self._is_last:
+                kind, segments = FrameKind.HEAD, tuple(replace(segment, parent=None) for segment in batch.segments)
+            frame = Frame(batch.epoch, kind, segments, output, self._cap, self._chunk_tokens)
             if frame.num_rows != output.num_rows:
                 raise LocalProtocolError(f"{frame}: the engine gave {output.num_rows} rows, not {frame.num_rows}")
             frames.append(frame)
@@ -152,25 +164,28 @@ class StageProtocol:
     def fail(self, batch: Batch) -> tuple[tuple[SeqId, ...], list[Frame]]:
         """Give up a Batch whose forward failed: return its Sequences, for the Starter to hear of, and Frames to send.
 
-        What else is queued of those Sequences is dropped; their cache is freed when the Starter's RELEASE comes.
+        What else is queued of those Sequences is dropped, and what was to begin with their cache: the Starter begins
+        those again. Cache is freed when its RELEASE comes.
         """
         self._stop_running(batch)
         if batch.epoch != self.epoch:
             return (), []
         seq_ids = tuple(segment.seq_id for segment in batch.segments)
-        self._drop_queued(seq_ids)
-        for seq_id in seq_ids:
-            self._num_expected.pop(seq_id, None)
+        self._forget(set(seq_ids))
         return seq_ids, self._release_frames(batch)
 
     def _take_segments(self) -> list[Queued]:
+        is_prompts_turn = bool(self._prompts) and not (self._decoding and self._was_prompt)
+        taken: list[Queued] = []
+        if is_prompts_turn:
+            chunk_tokens = min(self._chunk_tokens or self._token_budget, self._token_budget)
+            taken = coalesce(self._prompts, min(self._cap, MOST_SEGMENTS), chunk_tokens, self._is_ready)
+        self._was_prompt = bool(taken)
+        if taken:
+            return taken
+        # Also where the prompts that wait begin with what a decode Segment has still to compute.
         most = MOST_SEGMENTS if self._prompts else min(self._cap, MOST_SEGMENTS)
-        if self._decoding and (self._was_prompt or not self._prompts):
-            self._was_prompt = False
-            return coalesce(self._decoding, most, self._token_budget)
-        self._was_prompt = bool(self._prompts)
-        chunk_tokens = min(self._chunk_tokens or self._token_budget, self._token_budget)
-        return coalesce(self._prompts, min(self._cap, MOST_SEGMENTS), chunk_tokens)
+        return coalesce(self._decoding, most, self._token_budget)
 
     def _queue_for(self, segment: Segment, *, is_first: bool) -> deque[Queued]:
         """Return the queue of a Segment: that of its Sequence, if any of it waits, so that none passes its own."""
@@ -178,12 +193,6 @@ class StageProtocol:
             if any(queued.segment.seq_id == segment.seq_id for queued in queue):
                 return queue
         return self._prompts if is_first or segment.length > 1 else self._decoding
-
-    def _drop_queued(self, seq_ids: tuple[SeqId, ...]) -> None:
-        for queue in (self._prompts, self._decoding):
-            kept = [queued for queued in queue if queued.segment.seq_id not in seq_ids]
-            queue.clear()
-            queue.extend(kept)
 
     def _queue(self, frame: Frame) -> Receipt:
         queued = duplicates = row = 0
@@ -193,10 +202,10 @@ class StageProtocol:
             row += segment.length
             expected = self._num_expected.get(segment.seq_id)
             if expected is None:
-                is_new = segment.seq_id > self._newest_id and segment.start == 0
-                is_old = segment.seq_id <= self._newest_id and segment.start == 0
+                is_new = segment.seq_id > self._newest_id and self._can_begin(segment)
+                is_old = segment.seq_id <= self._newest_id and segment.is_first
             else:
-                is_new = segment.start == expected
+                is_new = segment.start == expected and segment.parent is None
                 is_old = segment.start < expected
             if is_new:
                 self._newest_id = max(self._newest_id, segment.seq_id)
@@ -210,12 +219,40 @@ class StageProtocol:
         self.counts.update(queued=queued, duplicates=duplicates, gaps=len(gaps))
         return Receipt(queued=queued, duplicates=duplicates, gaps=tuple(gaps))
 
-    def _release(self, seq_id: SeqId) -> None:
-        if self._num_expected.pop(seq_id, None) is not None:
-            self._drop_queued((seq_id,))
+    def _can_begin(self, segment: Segment) -> bool:
+        """Whether the tokens before a Sequence's first Segment are here, or there are none."""
+        if segment.parent is None:
+            return segment.start == 0
+        return self._num_expected.get(segment.parent, -1) >= segment.start
+
+    def _is_ready(self, segment: Segment) -> bool:
+        return segment.parent is None or self._num_run.get(segment.parent, -1) >= segment.start
+
+    def _forget(self, seq_ids: set[SeqId]) -> list[SeqId]:
+        """Forget Sequences and drop what waits of them; return those that waited to begin with their cache."""
+        children: list[SeqId] = []
+        for queue in (self._prompts, self._decoding):
+            kept: list[Queued] = []
+            for queued in queue:
+                segment = queued.segment
+                if segment.parent in seq_ids and segment.seq_id not in seq_ids:
+                    children.append(segment.seq_id)
+                    seq_ids = {*seq_ids, segment.seq_id}
+                if segment.seq_id not in seq_ids:
+                    kept.append(queued)
+            queue.clear()
+            queue.extend(kept)
+        for seq_id in seq_ids:
+            self._num_expected.pop(seq_id, None)
+            self._num_run.pop(seq_id, None)
+        return children
+
+    def _release(self, seq_id: SeqId) -> list[SeqId]:
+        children = self._forget({seq_id}) if seq_id in self._num_expected else []
         # A Sequence that was never seen here is barred as well: its first Frame may be late.
         self._newest_id = max(self._newest_id, seq_id)
         self._releases[seq_id] = None
+        return children
 
     def _release_frames(self, batch: Batch) -> list[Frame]:
         segments = [Segment(seq_id, 0, 0) for seq_id in batch.releases]

@@ -11,7 +11,8 @@ Version 1. A Frame is one part, the header, or two, header and payload; all numb
     11      1     most prompt tokens of a Batch, in steps of 16; 0 leaves it to the Stage
     12      4     width: elements of a payload row
     16      2     number of Segments, at least 1
-    18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits)
+    18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits, bit 1: parent)
+    ...     8     of each Segment with bit 1, in their order: its parent u64, an older id; HIDDEN alone, start over 0
     end-16  16    tag: BLAKE2b keyed with the hop's key, over the header before it and the payload
 
 What comes from a peer is hostile: sizes are checked first, then the tag, then every field, each before it is used.
@@ -39,7 +40,9 @@ _PROTOCOL = b"MQ"
 _MAGIC = _PROTOCOL + b"%d" % VERSION
 _HEADER = struct.Struct("<3sBIHBBIH")
 _SEGMENT = struct.Struct("<QIIB")
+_PARENT = struct.Struct("<Q")
 _WANTS_LOGITS = 1
+_HAS_PARENT = 2
 _NAMES = {code: name for name, (code, _, _) in DTYPES.items()}
 _KINDS = {int(kind): kind for kind in FrameKind}
 _WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
@@ -78,7 +81,8 @@ class WireLimits:
     @property
     def max_frame_bytes(self) -> int:
         """Bytes that no part of a legal Frame exceeds."""
-        return max(_header_bytes(self.max_segments), self.max_tokens * _widest_row_bytes(self.max_width))
+        header_bytes = _header_bytes(self.max_segments, self.max_segments)
+        return max(header_bytes, self.max_tokens * _widest_row_bytes(self.max_width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +151,8 @@ def encode(frame: Frame, key: bytes) -> list[Buffer]:
             width,
             len(frame.segments),
         )
-        fields += b"".join(
-            _SEGMENT.pack(s.seq_id, s.start, s.length, _WANTS_LOGITS if s.wants_logits else 0) for s in frame.segments
-        )
+        fields += b"".join(_SEGMENT.pack(s.seq_id, s.start, s.length, _flags(s)) for s in frame.segments)
+        fields += b"".join(_PARENT.pack(s.parent) for s in frame.segments if s.parent is not None)
     except struct.error as error:
         raise LocalProtocolError(f"{frame}: a field does not fit the wire: {error}") from None
     if not payload_bytes:
@@ -188,11 +191,13 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
         _refuse("dtype", f"a {kind.name} of dtype {dtype}; it has no payload")
     if width > limits.max_width or (width == 0) != (dtype == "none"):
         _refuse("width", f"width {width} of dtype {dtype}; this model has at most {limits.max_width}")
+    split = _HEADER.size + num_segments * _SEGMENT.size
+    records = _checked_segments(fields[_HEADER.size : split], kind, limits)
+    parents = _checked_parents(fields[split:], records, kind)
     segments = tuple(
-        Segment(SeqId(seq_id), start, length, bool(flags & _WANTS_LOGITS))
-        for seq_id, start, length, flags in _checked_segments(fields[_HEADER.size :], kind, limits)
+        Segment(SeqId(seq_id), start, length, bool(flags & _WANTS_LOGITS), parents.get(seq_id))
+        for seq_id, start, length, flags in records
     )
-    assert len(segments) == num_segments  # the header's size was checked
     frame = Frame(Epoch(epoch), kind, segments, _payload(dtype, width, payload), cap, chunk_steps * CHUNK_STEP)
     if payload.nbytes != frame.num_rows * row_bytes(dtype, width) or (frame.num_rows and dtype == "none"):
         _refuse("payload", f"{frame}: {payload.nbytes} bytes are not {frame.num_rows} rows of {width} {dtype}")
@@ -214,7 +219,8 @@ def _check_sizes(header: memoryview, payload: memoryview, limits: WireLimits) ->
     num_segments: int = _HEADER.unpack_from(header)[-1]
     if not 1 <= num_segments <= limits.max_segments:
         _refuse("segments", f"{num_segments} segments; a frame has 1 to {limits.max_segments}")
-    if header.nbytes != _header_bytes(num_segments):
+    parent_bytes = header.nbytes - _header_bytes(num_segments)
+    if parent_bytes % _PARENT.size or not 0 <= parent_bytes <= num_segments * _PARENT.size:
         _refuse("length", f"a header of {header.nbytes} bytes for {num_segments} segments")
     if payload.nbytes > limits.max_frame_bytes:
         _refuse("length", f"a payload of {payload.nbytes} bytes; the most is {limits.max_frame_bytes}")
@@ -225,7 +231,7 @@ def _checked_segments(data: memoryview, kind: FrameKind, limits: WireLimits) -> 
     segments = list(_SEGMENT.iter_unpack(data))
     num_tokens = 0
     for seq_id, start, length, flags in segments:
-        if flags & ~_WANTS_LOGITS:
+        if flags & ~(_WANTS_LOGITS | _HAS_PARENT):
             _refuse("segments", f"sequence {seq_id}: flags {flags:#x} are unknown")
         if kind in _WITHOUT_TOKENS and (start or length or flags):
             _refuse("segments", f"sequence {seq_id}: a {kind.name} has no tokens")
@@ -243,12 +249,31 @@ def _checked_segments(data: memoryview, kind: FrameKind, limits: WireLimits) -> 
     return segments
 
 
+def _checked_parents(data: memoryview, records: list[tuple[int, int, int, int]], kind: FrameKind) -> dict[int, SeqId]:
+    """Return the parent of each Sequence that names one."""
+    children = [(seq_id, start) for seq_id, start, _, flags in records if flags & _HAS_PARENT]
+    if len(data) != len(children) * _PARENT.size:
+        _refuse("parents", f"{len(data)} bytes of parents for {len(children)} segments with one")
+    parents: dict[int, SeqId] = {}
+    for (seq_id, start), (parent,) in zip(children, _PARENT.iter_unpack(data), strict=True):
+        if kind is not FrameKind.HIDDEN or not start:
+            _refuse("parents", f"sequence {seq_id}: a parent where nothing is taken over")
+        if parent >= seq_id:
+            _refuse("parents", f"sequence {seq_id}: its parent {parent} is not an older one")
+        parents[seq_id] = SeqId(parent)
+    return parents
+
+
+def _flags(segment: Segment) -> int:
+    return _WANTS_LOGITS * segment.wants_logits | _HAS_PARENT * (segment.parent is not None)
+
+
 def _payload(dtype: str, width: int, data: memoryview) -> Payload:
     return NO_ROWS if dtype == "none" else WirePayload(dtype, width, data)
 
 
-def _header_bytes(num_segments: int) -> int:
-    return _HEADER.size + num_segments * _SEGMENT.size + TAG_BYTES
+def _header_bytes(num_segments: int, num_parents: int = 0) -> int:
+    return _HEADER.size + num_segments * _SEGMENT.size + num_parents * _PARENT.size + TAG_BYTES
 
 
 def _widest_row_bytes(width: int) -> int:

@@ -161,6 +161,10 @@ class StageRunner:
         spans: list[Span] = []
         first = 0
         for segment in batch.segments:
+            # All forks come first: one may move its parent's last KvBlock.
+            if segment.parent is not None:
+                self._cache.fork(segment.seq_id, segment.parent, segment.start)
+        for segment in batch.segments:
             placement = self._cache.extend(segment.seq_id, segment.start, segment.length)
             spans.append(Span(first, segment.length, segment.start, placement))
             first += segment.length

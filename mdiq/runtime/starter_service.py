@@ -312,15 +312,19 @@ class StarterService:
             stream.events.put_nowait(StreamEvent(step, text, self._clock()))
 
     def _poll(self) -> None:
+        gaps: list[SeqId] = []
         for action in self._ring.poll(self._clock()):
             match action:
                 case Inject(frame):
-                    self._stage.receive(frame)
+                    gaps += self._stage.receive(frame).gaps
                 case Ended(step):
                     if stream := self._streams.get(step.index):
                         stream.events.put_nowait(StreamEvent(step, stream.pipe.finish(), self._clock()))
                 case Suspect(epoch):
                     log.warning("lap_overdue", epoch=epoch)
+        if gaps:
+            self._ring.fault(gaps)
+            self._poll()
         if self._stage.has_work:
             self._worker.work_waits()
             self._wake.set()

@@ -54,3 +54,29 @@ def test_every_segment_is_run_once_and_in_the_order_of_its_sequence(
     for seq_id in {s.seq_id for s in ran}:
         starts = [s.start for s in ran if s.seq_id == seq_id]
         assert starts == sorted(starts)
+
+
+def test_a_first_segment_that_is_not_ready_holds_back_those_behind_it_and_nothing_else() -> None:
+    waiting = deque(
+        Queued(segment, NO_ROWS)
+        for segment in (
+            Segment(SeqId(1), 4, 4),
+            Segment(SeqId(1), 8, 4),
+            Segment(SeqId(3), 12, 1, parent=SeqId(1)),
+            Segment(SeqId(3), 13, 1),
+            Segment(SeqId(4), 0, 1),
+            Segment(SeqId(2), 7, 1),
+        )
+    )
+    ready = False
+
+    def is_ready(segment: Segment) -> bool:
+        return ready or segment.parent is None
+
+    assert _ids(coalesce(waiting, 8, 99, is_ready)) == [1, 2]
+    assert [str(q.segment) for q in waiting] == ["1[8:12]", "3<1[12:13]", "3[13:14]", "4[0:1]"]
+    assert _ids(coalesce(waiting, 8, 99, is_ready)) == [1]
+    assert coalesce(waiting, 8, 99, is_ready) == []
+    ready = True
+    assert _ids(coalesce(waiting, 8, 99, is_ready)) == [3, 4]
+    assert [str(q.segment) for q in waiting] == ["3[13:14]"]

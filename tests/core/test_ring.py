@@ -12,7 +12,9 @@ from mdiq.errors import CapacityError, ContextLengthError, LocalProtocolError, M
 
 EPOCH = Epoch(1)
 SPEC = RingSpec(num_stages=2, kv_tokens=64, context_tokens=32, caps=(1, 2))
-SETTINGS = RingSettings(chunk_tokens=4, prefill_tokens=64, lap_timeout_s=10.0, token_timeout_s=0.0, max_replays=2)
+SETTINGS = RingSettings(
+    chunk_tokens=4, prefill_tokens=64, lap_timeout_s=10.0, token_timeout_s=0.0, max_replays=2, prefix_tokens=0
+)
 
 
 def _ring(spec: RingSpec = SPEC) -> RingProtocol:
@@ -359,3 +361,203 @@ def test_a_gap_between_tokens_counts_when_a_prompt_was_in_the_ring_meanwhile() -
     assert ring.decode_gap_s == 2.0
     ring.sampled(SeqId(1), 50, now=7.0)
     assert ring.decode_gap_s == 2.0, "a first token has no gap before it"
+
+
+BLOCKS = RingSpec(num_stages=2, kv_tokens=64, context_tokens=32, caps=(1, 2), kv_block_tokens=4)
+
+
+def _reusing_ring(
+    kv_tokens: int = 64, *, chunk_tokens: int = 4, prefill_tokens: int = 64, prefix_tokens: int | None = None
+) -> RingProtocol:
+    ring = RingProtocol(
+        replace(SETTINGS, chunk_tokens=chunk_tokens, prefill_tokens=prefill_tokens, prefix_tokens=prefix_tokens)
+    )
+    ring.begin_epoch(EPOCH, replace(BLOCKS, kv_tokens=kv_tokens))
+    return ring
+
+
+def _chat(index: int, *tokens: int, max_tokens: int = 2) -> Sequence:
+    return Sequence(index, tokens, SamplingParams(max_tokens=max_tokens))
+
+
+def _answered(ring: RingProtocol, sequence: Sequence) -> list[str]:
+    """Run a Sequence to its end; return the Segments that went round."""
+    ring.submit(sequence, 0.0)
+    sent: list[str] = []
+    while sequence.finish_reason is None:
+        for frame in _injected(ring):
+            sent += [str(segment) for segment in frame.segments]
+            if frame.kind is FrameKind.RELEASE:
+                ring.returned(frame)
+                continue
+            for row in ring.returned(_head(*frame.segments)):
+                ring.sampled(row.seq_id, 40 + row.sequence.num_tokens)
+    return sent
+
+
+def test_the_next_turn_of_a_chat_sends_its_new_tokens_alone() -> None:
+    ring = _reusing_ring()
+    first = _chat(0, *range(7))
+    assert _answered(ring, first) == ["0[0:4]", "0[4:7]*", "0[7:8]*"]
+    assert (ring.is_quiet, ring.num_retained, ring.kv_reserved_tokens) == (True, 1, 8)
+    second = _chat(1, *range(7), *first.generated, 9, 9)
+    assert _answered(ring, second) == ["1<0[8:11]*", "1[11:12]*"]
+    assert (first.cached_prompt_tokens, second.cached_prompt_tokens) == (0, 8)
+    assert ring.prefill == {"prefill_tokens": 10, "prefix_hits": 1, "prefix_tokens": 8}
+    assert not ring.counts
+    # The first one holds nothing that the second does not: it goes.
+    assert [str(frame) for frame in _injected(ring)] == ["RELEASE epoch 1 [0[0:0]]"]
+    assert (ring.num_retained, ring.kv_reserved_tokens) == (1, 12)
+
+
+def test_the_last_token_of_a_prompt_is_always_computed() -> None:
+    ring = _reusing_ring()
+    _answered(ring, _chat(0, *range(8)))
+    assert _answered(ring, _chat(1, *range(8), max_tokens=1)) == ["1<0[4:8]*"]
+    assert _answered(ring, _chat(2, *range(9), max_tokens=1)) == ["0[0:0]", "2<1[8:9]*"]
+
+
+def test_a_prompt_that_differs_early_shares_what_comes_before() -> None:
+    ring = _reusing_ring()
+    _answered(ring, _chat(0, *range(12)))
+    assert _answered(ring, _chat(1, *range(5), 30, 31, 32, 33, max_tokens=1)) == ["1<0[4:8]", "1[8:9]*"]
+    assert _answered(ring, _chat(2, 9, *range(11), max_tokens=1))[0] == "2[0:4]"
+
+
+def test_sequences_that_arrive_together_share_the_prompt_of_the_first_while_it_is_under_way() -> None:
+    ring = _reusing_ring(kv_tokens=48)
+    for index in (0, 1, 2):
+        ring.submit(_chat(index, *range(8), 20 + index, max_tokens=4), 0.0)
+    assert [str(frame.segments[0]) for frame in _injected(ring)] == [
+        "0[0:4]",
+        "0[4:8]",
+        "0[8:9]*",
+        "1<0[8:9]*",
+        "2<0[8:9]*",
+    ]
+    assert ring.kv_reserved_tokens == 16 + 8 + 8
+
+
+def test_what_is_sent_between_admission_and_entry_is_shared_too() -> None:
+    ring = _reusing_ring(prefill_tokens=4)
+    ring.submit(_chat(0, *range(8), 20), 0.0)
+    ring.submit(_chat(1, *range(8), 21), 0.0)
+    sent = []
+    for _ in range(4):
+        frames = _injected(ring)
+        sent += [str(frame.segments[0]) for frame in frames]
+        for frame in frames:
+            ring.returned(_head(*frame.segments))
+    assert sent == ["0[0:4]", "0[4:8]", "0[8:9]*", "1<0[8:9]*"]
+
+
+def test_no_reuse_is_no_reuse() -> None:
+    ring = _reusing_ring(prefix_tokens=0)
+    _answered(ring, _chat(0, *range(8)))
+    assert _answered(ring, _chat(1, *range(9), max_tokens=1)) == ["0[0:0]", "1[0:4]", "1[4:8]", "1[8:9]*"]
+    assert ring.prefill == {"prefill_tokens": 17}
+
+
+def test_retained_prefixes_keep_within_their_limit_and_the_least_recently_used_goes() -> None:
+    ring = _reusing_ring(prefix_tokens=8)
+    for index, first in enumerate((10, 20)):
+        _answered(ring, _chat(index, *range(first, first + 5), max_tokens=1))
+    _answered(ring, _chat(2, *range(10, 15), max_tokens=1))  # used again; takes the place of its double
+    _answered(ring, _chat(3, *range(30, 35), max_tokens=1))
+    assert ring.num_retained == 2
+    assert _answered(ring, _chat(4, *range(10, 15), max_tokens=1))[-1] == "4<2[4:5]*"
+    assert _answered(ring, _chat(5, *range(20, 25), max_tokens=1))[-2:] == ["5[0:4]", "5[4:5]*"]
+
+
+def test_retained_prefixes_make_room_for_a_sequence_that_waits_but_not_for_nothing() -> None:
+    ring = _reusing_ring(kv_tokens=32)
+    for index, first in enumerate((10, 20)):
+        _answered(ring, _chat(index, *range(first, first + 8), max_tokens=1))
+    ring.submit(_chat(2, *range(4), max_tokens=12), 0.0)  # all that is free
+    (frame,) = _injected(ring)
+    ring.submit(_chat(3, *range(20, 29), max_tokens=23), 0.0)
+    assert _injected(ring) == []
+    assert ring.num_retained == 2, "their room would not do"
+    (row,) = ring.returned(_head(*frame.segments))
+    ring.sampled(row.seq_id, 1)
+    ring.cancel(2)
+    kinds = [str(action.frame) for action in ring.poll(0.0) if isinstance(action, Inject)]
+    assert kinds == ["RELEASE epoch 1 [2[0:0] 0[0:0]]"]
+    ring.returned(Frame(EPOCH, FrameKind.RELEASE, (Segment(SeqId(2), 0, 0), Segment(SeqId(0), 0, 0))))
+    assert [str(f.segments[0]) for f in _injected(ring)] == ["3<1[8:9]*"]
+    assert ring.kv_reserved_tokens == 32
+
+
+def test_a_prefix_is_given_up_by_the_sequence_that_would_use_it_if_there_is_no_room_for_both() -> None:
+    ring = _reusing_ring(kv_tokens=32)
+    _answered(ring, _chat(0, *range(20), max_tokens=1))
+    ring.submit(_chat(1, *range(4), *range(20, 25), max_tokens=23), 0.0)
+    (release,) = _injected(ring)
+    assert release.kind is FrameKind.RELEASE
+    ring.returned(release)
+    assert str(_injected(ring)[0].segments[0]) == "1[0:4]"
+
+
+def test_a_parent_is_not_given_up_before_the_first_segment_behind_it_is_back() -> None:
+    ring = _reusing_ring()
+    _answered(ring, _chat(0, *range(8)))
+    ring.submit(_chat(1, *range(9)), 0.0)
+    (frame,) = _injected(ring)
+    ring.drop_prefixes()
+    assert _injected(ring) == []
+    ring.returned(_head(*frame.segments))
+    ring.drop_prefixes()
+    assert [str(release) for release in _injected(ring)] == ["RELEASE epoch 1 [0[0:0]]"]
+
+
+def test_a_gap_behind_a_retained_parent_gives_it_up_and_the_replay_computes_all() -> None:
+    ring = _reusing_ring()
+    _answered(ring, _chat(0, *range(8)))
+    ring.submit(_chat(1, *range(9)), 0.0)
+    ring.poll(0.0)
+    ring.fault([SeqId(1)])
+    release, *replay = _injected(ring)
+    assert str(release) == "RELEASE epoch 1 [1[0:0] 0[0:0]]"
+    assert [str(frame.segments[0]) for frame in replay] == ["2[0:4]", "2[4:8]", "2[8:9]*"]
+    assert ring.counts == {"replays": 1}
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed", "gap"])
+def test_a_parent_that_leaves_the_ring_has_those_that_were_to_begin_with_its_cache_begin_again(how: str) -> None:
+    ring = _reusing_ring(prefill_tokens=10)
+    for index in (0, 1, 2):
+        ring.submit(_chat(index, *range(8), 20 + index), 0.0)
+    ring.poll(0.0)  # the third one is let in behind the same prefix, and not sent yet
+    assert ring.num_live == 3
+    if how == "cancelled":
+        ring.cancel(0)
+    elif how == "failed":
+        ring.fail([SeqId(0)], MdiqError("out of memory"))
+    else:
+        ring.fault([SeqId(0)])
+    frames = [action.frame for action in ring.poll(0.0) if isinstance(action, Inject)]
+    assert str(frames[0]) == "RELEASE epoch 1 [0[0:0] 1[0:0]]"
+    assert {str(frame.segments[0]).partition("[")[0] for frame in frames[1:]} == {"3", "4<3"}
+    assert ring.counts["restarts"] == 2
+    assert ring.counts["replays"] == (how == "gap")
+
+
+def test_a_parent_that_ends_is_kept_for_those_that_begin_with_its_cache() -> None:
+    ring = _reusing_ring()
+    ring.submit(_chat(0, *range(9), max_tokens=1), 0.0)
+    ring.submit(_chat(1, *range(10), max_tokens=1), 0.0)
+    *frames, behind = _injected(ring)
+    (row,) = ring.returned(_head(*(segment for frame in frames for segment in frame.segments)))
+    ring.sampled(row.seq_id, 40)
+    ring.drop_prefixes()
+    assert (_injected(ring), ring.num_retained, ring.counts) == ([], 1, {})
+    assert len(ring.returned(_head(*behind.segments))) == 1
+
+
+def test_a_new_epoch_knows_no_prefixes() -> None:
+    ring = _reusing_ring()
+    _answered(ring, _chat(0, *range(8)))
+    ring.begin_epoch(Epoch(2), BLOCKS)
+    assert (ring.num_retained, ring.kv_reserved_tokens) == (0, 0)
+    ring.submit(_chat(1, *range(9)), 0.0)
+    assert str(_injected(ring)[0].segments[0]) == "1[0:4]"

@@ -272,3 +272,79 @@ def test_a_probe_passes_at_once_and_changes_nothing() -> None:
     assert not stage.has_work
     assert stage.receive(_hidden((1, 0, 1))) == Receipt(queued=1)
     assert stage.receive(Frame(Epoch(2), FrameKind.PROBE, probe.segments)).passes is False
+
+
+def _fork(seq_id: int, parent: int, start: int, length: int = 1, wants_logits: bool = False) -> Frame:
+    segment = Segment(SeqId(seq_id), start, length, wants_logits, SeqId(parent))
+    return Frame(EPOCH, FrameKind.HIDDEN, (segment,), TokenIds(tuple(range(length))), cap=8)
+
+
+def test_a_sequence_begins_with_the_cache_of_another_once_that_has_run() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 4)))
+    stage.receive(_hidden((1, 4, 4)))
+    assert stage.receive(_fork(2, parent=1, start=8)) == Receipt(queued=1)
+    assert stage.receive(_hidden((2, 9, 1))) == Receipt(queued=1)
+    ran = [[str(segment) for segment in _run(stage)[0].segments] for _ in range(4)]
+    assert ran == [["1[0:4]"], ["1[4:8]"], ["2<1[8:9]"], ["2[9:10]"]]
+    assert stage.receive(_fork(3, parent=2, start=4)) == Receipt(queued=1)
+    assert str(_run(stage)[1][0]) == "HIDDEN epoch 3 [3<2[4:5]]"
+
+
+def test_the_head_is_told_nothing_of_parents() -> None:
+    stage = _stage(is_last=True)
+    stage.receive(_hidden((1, 0, 4)))
+    batch = stage.take()
+    assert batch is not None
+    stage.complete(batch, NO_ROWS)
+    stage.receive(_fork(2, parent=1, start=4, wants_logits=True))
+    assert str(_run(stage)[1][0]) == "HEAD epoch 3 [2[4:5]*]"
+
+
+def test_a_parent_that_is_unknown_or_too_short_is_a_gap() -> None:
+    stage = _stage()
+    assert stage.receive(_fork(2, parent=1, start=4)) == Receipt(gaps=(SeqId(2),))
+    stage.receive(_hidden((3, 0, 3)))
+    assert stage.receive(_fork(4, parent=3, start=4)) == Receipt(gaps=(SeqId(4),))
+    assert stage.receive(_fork(3, parent=2, start=3)) == Receipt(gaps=(SeqId(3),)), "it has begun without a parent"
+
+
+def test_a_second_or_late_first_segment_behind_a_parent_is_a_duplicate() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 4)))
+    stage.receive(_fork(3, parent=1, start=4))
+    assert stage.receive(_fork(3, parent=1, start=4)) == Receipt(duplicates=1)
+    assert stage.receive(_fork(2, parent=1, start=4)) == Receipt(duplicates=1)
+
+
+def test_a_release_drops_what_waits_to_begin_with_that_cache_as_a_gap() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 4)))
+    stage.receive(_fork(2, parent=1, start=4))
+    stage.receive(_fork(3, parent=2, start=4))
+    stage.receive(_hidden((3, 5, 1), (4, 0, 1)))
+    assert stage.receive(_release(1)) == Receipt(gaps=(SeqId(2), SeqId(3)))
+    assert [str(segment) for segment in _run(stage)[0].segments] == ["4[0:1]"]
+    assert stage.receive(_hidden((3, 6, 1))) == Receipt(gaps=(SeqId(3),))
+    assert stage.counts["gaps"] == 3
+
+
+def test_a_parent_released_while_it_runs_leaves_nothing_behind() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 4)))
+    batch = stage.take()
+    stage.receive(_release(1))
+    assert batch is not None
+    stage.complete(batch, TokenIds((0,) * 4))
+    assert stage.receive(_fork(2, parent=1, start=4)) == Receipt(gaps=(SeqId(2),))
+
+
+def test_a_failed_batch_gives_up_what_waits_to_begin_with_its_cache() -> None:
+    stage = _stage()
+    stage.receive(_hidden((1, 0, 4)))
+    stage.receive(_fork(2, parent=1, start=4))
+    batch = stage.take()
+    assert batch is not None
+    assert stage.fail(batch) == ((SeqId(1),), [])
+    assert stage.num_waiting == 0
+    assert stage.receive(_hidden((2, 5, 1))) == Receipt(gaps=(SeqId(2),))

@@ -2,6 +2,7 @@
 
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ KEY = bytes(range(32))
 LIMITS = WireLimits(max_width=64, max_context=1_000, max_segments=20, max_tokens=100)
 WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
 GOLDEN = Path(__file__).parent.parent / "golden" / "wire_v1.txt"
+GOLDEN_PARENTS = GOLDEN.with_name("wire_v1_parents.txt")
 
 
 class Rows:
@@ -47,6 +49,13 @@ def frames(draw: st.DrawFn) -> Frame:
         else Segment(SeqId(seq_id), draw(st.integers(0, 990)), draw(st.integers(1, 8)), draw(st.booleans()))
         for seq_id in seq_ids
     )
+    if kind is FrameKind.HIDDEN:
+        segments = tuple(
+            replace(s, parent=SeqId(draw(st.integers(0, s.seq_id - 1))))
+            if s.start and s.seq_id and draw(st.booleans())
+            else s
+            for s in segments
+        )
     epoch, cap = Epoch(draw(st.integers(1, 2**32 - 1))), draw(st.integers(1, 2**16 - 1))
     frame = Frame(epoch, kind, segments, NO_ROWS, cap, 16 * draw(st.integers(0, 255)))
     if kind in WITHOUT_TOKENS or (not frame.num_rows and draw(st.booleans())):
@@ -62,6 +71,16 @@ def _frame(kind: FrameKind = FrameKind.HIDDEN, num_segments: int = 2, width: int
     segments = tuple(Segment(SeqId(300 + i), 10 * i, i + 1, wants_logits=i % 2 == 1) for i in range(num_segments))
     num_rows = Frame(Epoch(7), kind, segments).num_rows
     return Frame(Epoch(7), kind, segments, Rows(num_rows, width), 3)
+
+
+def _forked() -> Frame:
+    """Return a Frame of three Segments; the second and the third have parents."""
+    segments = (
+        Segment(SeqId(300), 0, 1),
+        Segment(SeqId(301), 32, 1, wants_logits=True, parent=SeqId(300)),
+        Segment(SeqId(302), 64, 2, parent=SeqId(7)),
+    )
+    return Frame(Epoch(7), FrameKind.HIDDEN, segments, Rows(4, 4), 3)
 
 
 def _bytes(frame: Frame, key: bytes = KEY) -> list[bytes]:
@@ -138,6 +157,43 @@ def test_bytes_of_version_1_stay_what_they_are() -> None:
         assert str(wire.decode(parts, KEY, LIMITS)) == str(_frame(kind))
 
 
+def test_parents_lie_behind_the_segments_and_their_bytes_stay_what_they_are() -> None:
+    parts = [bytes.fromhex(part) for part in GOLDEN_PARENTS.read_text(encoding="ascii").split()]
+    assert _bytes(_forked()) == parts
+    assert wire.decode(parts, KEY, LIMITS).segments == _forked().segments
+    assert len(parts[0]) == len(_bytes(_frame(num_segments=3))[0]) + 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("offset", "layout", "values", "reason"),
+    [
+        (34, "B", (2,), "parents"),  # one parent too few
+        (51, "B", (0,), "parents"),  # one too many
+        (43, "I", (0,), "parents"),  # nothing is taken over
+        (69, "Q", (301,), "parents"),  # its own parent
+        (77, "Q", (303,), "parents"),  # a younger one
+        (69, "Q", (2**64 - 1,), "parents"),
+        (3, "B", (FrameKind.RELEASE,), "dtype"),
+    ],
+)
+def test_every_parent_is_checked(offset: int, layout: str, values: tuple[int, ...], reason: str) -> None:
+    assert _reason(_patched(_forked(), offset, layout, *values)) == reason
+
+
+def test_parents_are_for_activations_between_stages_alone() -> None:
+    for kind in (FrameKind.HEAD, FrameKind.RELEASE):
+        segment = Segment(SeqId(2), 32, 1, parent=SeqId(1)) if kind is FrameKind.HEAD else Segment(SeqId(2), 0, 0)
+        frame = Frame(Epoch(1), kind, (replace(segment, parent=SeqId(1)),))
+        assert _reason(_bytes(frame)) == ("parents" if kind is FrameKind.HEAD else "segments")
+
+
+def test_the_size_of_the_parents_is_refused_before_the_tag_is_looked_at() -> None:
+    header, payload = _bytes(_frame())
+    assert _reason([header + bytes(16), payload]) == "tag"
+    assert _reason([header + bytes(12), payload]) == "length"
+    assert _reason([header + bytes(24), payload]) == "length"
+
+
 def test_a_payload_of_another_size_than_its_rows_is_our_own_bug() -> None:
     frame = Frame(Epoch(1), FrameKind.HIDDEN, (Segment(SeqId(1), 0, 3),), Rows(2, 4))
     with pytest.raises(LocalProtocolError, match="is not 3 rows of 4 f32"):
@@ -209,7 +265,8 @@ def test_sizes_are_refused_before_the_tag_is_looked_at() -> None:
         (26, "II", (2**32 - 1, 2**32 - 1), "segments"),
         (30, "I", (0,), "segments"),
         (30, "I", (101,), "segments"),
-        (34, "B", (2,), "segments"),
+        (34, "B", (2,), "parents"),
+        (34, "B", (4,), "segments"),
         (35, "Q", (300,), "segments"),  # the other Segment's Sequence
     ],
 )
@@ -268,7 +325,8 @@ def test_random_fields_with_a_right_tag_are_refused_or_make_a_legal_frame() -> N
     rng = random.Random(21)
     num_legal = 0
     for _ in range(10_000):
-        header, *rest = _bytes(_frame(rng.choice(list(FrameKind)), num_segments=rng.randint(1, 3)))
+        frame = rng.choice([_forked(), _frame(rng.choice(list(FrameKind)), num_segments=rng.randint(1, 3))])
+        header, *rest = _bytes(frame)
         fields = bytearray(header[: -wire.TAG_BYTES])
         for _ in range(rng.randint(1, 3)):
             fields[rng.randrange(3, len(fields))] = rng.choice([0, 1, 2, 3, 255, rng.randrange(256)])
@@ -279,6 +337,7 @@ def test_random_fields_with_a_right_tag_are_refused_or_make_a_legal_frame() -> N
         num_legal += 1
         assert frame.payload.num_rows == frame.num_rows
         assert all(segment.stop <= LIMITS.max_context for segment in frame.segments)
+        assert all(s.parent is None or (s.parent < s.seq_id and s.start) for s in frame.segments)
     assert 0 < num_legal < 9_000
 
 

@@ -1,4 +1,4 @@
-"""The KV cache: KvBlocks given as Sequences grow, taken back when they end, never shared, gathered when scattered."""
+"""The KV cache: KvBlocks given as Sequences grow, taken back when they end, shared on a fork alone."""
 
 import random
 
@@ -71,6 +71,89 @@ def test_a_segment_out_of_order_is_an_error() -> None:
     with pytest.raises(EngineError, match="0 tokens are cached"):
         cache.extend(SeqId(2), 3, 1)
     assert cache.tokens_in_use == BLOCK_TOKENS
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000))
+def test_a_fork_reads_its_parents_slots_and_writes_to_its_own(seed: int) -> None:
+    rng = random.Random(seed)
+    cache = _cache(16)
+    held: dict[SeqId, list[int]] = {}
+    for step in range(60):
+        seq_id = SeqId(step)
+        if held and rng.random() < 0.3:
+            ended = rng.choice(list(held))
+            cache.free(ended)
+            del held[ended]
+        known: list[int] = []
+        if held and rng.random() < 0.7:
+            parent = rng.choice(list(held))
+            shared = rng.randint(0, len(held[parent]) // BLOCK_TOKENS) * BLOCK_TOKENS
+            before = cache.keys[0][held[parent]].clone()
+            cache.fork(seq_id, parent, shared)
+            held[parent] = _slots(cache, cache.extend(parent, len(held[parent]), 0).read)  # it may have moved
+            assert torch.equal(cache.keys[0][held[parent]], before)
+            known = held[parent][:shared]
+        for length in (rng.choice([1, 7, 50]), 1):
+            try:
+                placement = cache.extend(seq_id, len(known), length)
+            except CapacityError:
+                cache.free(seq_id)
+                break
+            slots, written = _slots(cache, placement.read), _slots(cache, placement.write)
+            assert slots == [*known, *written]
+            others = {slot for other, slots in held.items() if other != seq_id for slot in slots}
+            assert not others & set(written)
+            cache.keys[0][placement.write] = float(step)
+            held[seq_id] = known = slots
+        else:
+            assert cache.tokens_in_use == BLOCK_TOKENS * len(
+                {slot // BLOCK_TOKENS for slots in held.values() for slot in slots}
+            )
+            continue
+        held.pop(seq_id, None)
+    for seq_id in held:
+        cache.free(seq_id)
+    assert cache.tokens_in_use == 0
+
+
+def test_a_fork_that_the_parent_does_not_reach_further_than_reads_one_view() -> None:
+    cache = _cache(6)
+    cache.extend(SeqId(1), 0, 2 * BLOCK_TOKENS)
+    cache.fork(SeqId(2), SeqId(1), 2 * BLOCK_TOKENS)
+    assert isinstance(cache.extend(SeqId(2), 2 * BLOCK_TOKENS, 1).read, slice)
+    cache.fork(SeqId(3), SeqId(1), 2 * BLOCK_TOKENS)
+    assert isinstance(cache.extend(SeqId(3), 2 * BLOCK_TOKENS, 1).read, torch.Tensor)
+
+
+def test_the_next_turn_of_a_chat_reads_one_view_though_the_last_one_ended_within_a_block() -> None:
+    cache = _cache(6)
+    first = cache.extend(SeqId(1), 0, 2 * BLOCK_TOKENS + 5)
+    assert isinstance(first.read, slice)
+    cache.keys[0][:] = torch.arange(cache.capacity_tokens)[:, None, None]
+    cache.fork(SeqId(2), SeqId(1), 2 * BLOCK_TOKENS)
+    assert cache.tokens_in_use == 3 * BLOCK_TOKENS
+    assert isinstance(cache.extend(SeqId(2), 2 * BLOCK_TOKENS, 2 * BLOCK_TOKENS).read, slice)
+    moved = cache.extend(SeqId(1), 2 * BLOCK_TOKENS + 5, 1)
+    assert cache.keys[0][moved.read][:-1, 0, 0].tolist() == list(range(2 * BLOCK_TOKENS + 5))
+    cache.free(SeqId(1))
+    cache.free(SeqId(2))
+    assert cache.tokens_in_use == 0
+
+
+def test_a_fork_of_what_is_not_there_is_an_error() -> None:
+    cache = _cache(4)
+    cache.extend(SeqId(1), 0, BLOCK_TOKENS + 1)
+    cache.extend(SeqId(2), 0, 1)
+    for seq_id, parent, num_tokens in (
+        (3, 9, BLOCK_TOKENS),
+        (3, 1, 2 * BLOCK_TOKENS),
+        (3, 1, BLOCK_TOKENS + 1),
+        (2, 1, BLOCK_TOKENS),
+    ):
+        with pytest.raises(EngineError, match=f"cannot begin with {num_tokens} of"):
+            cache.fork(SeqId(seq_id), SeqId(parent), num_tokens)
+    assert cache.tokens_in_use == 3 * BLOCK_TOKENS
 
 
 def test_memory_that_cannot_be_had_is_a_capacity_error() -> None:

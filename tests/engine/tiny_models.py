@@ -1,5 +1,6 @@
 """Tiny random models of every family, written by transformers as safetensors, and what transformers says of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ MODELS = {
         LlamaConfig(**{**_SHAPE, "num_key_value_heads": 6}, tie_word_embeddings=False),
     ),
     "llama-gqa-tied": (LlamaForCausalLM, LlamaConfig(**_SHAPE, tie_word_embeddings=True)),
+    "llama-long": (LlamaForCausalLM, LlamaConfig(**{**_SHAPE, "max_position_embeddings": 2048})),
     "llama-3.1-rope": (LlamaForCausalLM, LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE)),
     "llama-linear-rope": (
         LlamaForCausalLM,
@@ -120,9 +122,16 @@ class Chain:
             start += size
         return cls(stages)
 
-    def forward(self, pieces: list[tuple[int, int, list[int]]]) -> list[int]:
-        """Run (sequence, start, tokens) pieces in one Batch; return the next token of each."""
-        segments = tuple(Segment(SeqId(s), start, len(tokens), wants_logits=True) for s, start, tokens in pieces)
+    def forward(self, pieces: list[tuple[int, int, list[int]]], parents: Mapping[int, int] | None = None) -> list[int]:
+        """Run (sequence, start, tokens) pieces in one Batch; return the next token of each.
+
+        parents: whose cache a Sequence begins with, by Sequence.
+        """
+        parent_ids = {s: SeqId(parent) for s, parent in (parents or {}).items()}
+        segments = tuple(
+            Segment(SeqId(s), start, len(tokens), wants_logits=True, parent=parent_ids.get(s))
+            for s, start, tokens in pieces
+        )
         payloads: tuple[Payload, ...] = tuple(TokenIds(tuple(tokens)) for _, _, tokens in pieces)
         for stage in self.stages:
             output = stage.forward(Batch(Epoch(1), segments, payloads))

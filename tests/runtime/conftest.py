@@ -170,6 +170,9 @@ class Ring:
         """Wait until the Ring has nothing left to do, and see that no Stage holds anything."""
         async with asyncio.timeout(10.0):
             await self.protocol.quiet.wait()
+            self.protocol.drop_prefixes()
+            self.starter.cancel(-1)  # has the Starter look at what is to be done
+            await self.protocol.quiet.wait()
         assert self.protocol.kv_reserved_tokens == 0
         assert [engine.states for engine in self.engines] == [{}] * len(self.engines)
 

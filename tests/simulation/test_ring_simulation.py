@@ -18,7 +18,7 @@ SEEDS_THAT_ONCE_FAILED: tuple[int, ...] = ()
 
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_A_TEST))
 def test_every_schedule_ends_in_the_single_process_tokens_or_a_typed_error(first: int) -> None:
-    exact = total = 0
+    exact = total = num_forks = cached = 0
     happened: Counter[str] = Counter()
     for seed in range(first, first + SEEDS_A_TEST):
         world = World(seed)
@@ -28,12 +28,17 @@ def test_every_schedule_ends_in_the_single_process_tokens_or_a_typed_error(first
         except Exception as error:
             raise AssertionError(f"seed {seed} with {world.faults}: {error}") from error
         happened += world.happened
+        num_forks += world.num_forks
+        cached += sum(sequence.cached_prompt_tokens for sequence in world.sequences)
         total += len(world.ends)
         exact += sum(reason in (FinishReason.STOP, FinishReason.LENGTH) for reason in world.ends.values())
-    # Most requests survive: a protocol that only ever answers with errors would pass the checks above.
-    assert exact > 0.8 * total, f"only {exact} of {total} sequences were answered"
+    # Most requests survive: a protocol that only ever answers with errors would pass the checks above. Those that begin
+    # with the cache of another share its losses, and these schedules lose far more than a real ring.
+    assert exact > 0.7 * total, f"only {exact} of {total} sequences were answered"
     # ... and so would one that never met a fault.
     assert happened.keys() == EVERY_FAULT, f"never happened: {EVERY_FAULT - happened.keys()}"
+    # ... and a cache of prefixes that never found anything.
+    assert num_forks > SEEDS_A_TEST and cached > 10 * SEEDS_A_TEST
 
 
 @pytest.mark.parametrize("seed", SEEDS_THAT_ONCE_FAILED)
@@ -71,8 +76,8 @@ def test_the_simulation_notices_a_stage_that_runs_a_frame_twice() -> None:
 
 def test_the_simulation_notices_a_stage_that_believes_frames_of_an_older_epoch() -> None:
     def played(make_stage: type[StageProtocol]) -> World:
-        # In seed 29 the first Frame of a Sequence comes after its Ring has ended, before the first of the next.
-        world = World(29, Faults(num_crashes=3, late=0.5, jitter_s=0.3))
+        # In seed 17 the first Frame of a Sequence comes after its Ring has ended, before the first of the next.
+        world = World(17, Faults(num_crashes=3, late=0.5, jitter_s=0.3))
         for node in world.nodes:
             node.stage = make_stage()
         world.run()

@@ -16,11 +16,13 @@ from mdiq.core.ring import Ended, Inject, RingProtocol, RingSettings, Suspect
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, LayerRange, RingSpec, SeqId
-from mdiq.errors import EngineError, MdiqError, RemoteProtocolError
+from mdiq.errors import CapacityError, EngineError, MdiqError, RemoteProtocolError
 from tests.fakes import ROW_BYTES, VOCAB, ChainEngine, chain_answer, chain_token
 
 RING_KEY = b"simulated ring k"
 CONTEXT = 64
+MOST_HISTORY = 30
+FOLLOW_UP = 100
 MOST_EVENTS = 60_000
 MOST_SECONDS = 4_000.0
 REORDER_S = 1.0  # a Frame that waits for another to overtake it waits no longer
@@ -120,6 +122,7 @@ class World:
                 lap_timeout_s=3.0,
                 token_timeout_s=0.05,
                 max_replays=6,
+                prefix_tokens=self.rng.choice([None, None, None, 12, 0]),
             )
         )
         self.epoch = Epoch(0)
@@ -127,6 +130,8 @@ class World:
         self.told: dict[int, list[int]] = {}
         self.ends: dict[int, FinishReason] = {}
         self.happened: Counter[str] = Counter()
+        self.num_forks = 0
+        self._beginnings = [self._random_tokens(length) for length in (6, 16)]
         self._polled_for: float | None = None
 
     # -- running ----------------------------------------------------------------------------------------------
@@ -138,6 +143,12 @@ class World:
             self._at(self.rng.random() * 3.0, partial(self._submit, index))
         for _ in range(self.faults.num_crashes):
             self._at(self.rng.random() * 4.0, self._crash)
+        self._play()
+        self.ring.drop_prefixes()
+        self._poll()
+        self._play()
+
+    def _play(self) -> None:
         while self._events and self._num_events < MOST_EVENTS and self.now < MOST_SECONDS:
             self.now, _, event = heapq.heappop(self._events)
             self._num_events += 1
@@ -162,6 +173,7 @@ class World:
                 assert self.faults.can_fail
         for node in self.ring_nodes:
             assert node.engine is not None and not node.engine.states, f"node {node.name} leaks KV cache"
+            self.num_forks += node.engine.num_forks
 
     def _at(self, delay: float, event: Callable[[], None]) -> None:
         self._at_time(self.now + delay, event)
@@ -172,21 +184,39 @@ class World:
 
     # -- the user ---------------------------------------------------------------------------------------------
 
-    def _submit(self, index: int) -> None:
+    def _random_tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self.rng.randrange(VOCAB) for _ in range(count))
+
+    def _submit(self, index: int, beginning: tuple[int, ...] | None = None) -> None:
+        """Submit a Sequence that begins with ``beginning``, or as others do, or as none."""
         rng = self.rng
+        if beginning is None:
+            beginning = rng.choice([(), *self._beginnings])
         sequence = Sequence(
             index=index,
-            prompt=tuple(rng.randrange(VOCAB) for _ in range(rng.choice([1, 1, 2, 5, 20]))),
+            prompt=(*beginning, *self._random_tokens(rng.choice([1, 1, 2, 5, 5 if beginning else 20]))),
             params=SamplingParams(max_tokens=rng.randint(1, 10)),
             eos_token_ids=frozenset({rng.randrange(VOCAB)}) if rng.random() < 0.3 else frozenset(),
             deadline=self.now + rng.random() * 4.0 if rng.random() < self.faults.deadline else None,
         )
+        try:
+            self.ring.submit(sequence, self.now)
+        except CapacityError:
+            return
         self.sequences.append(sequence)
         self.told[index] = []
-        self.ring.submit(sequence, self.now)
         if rng.random() < self.faults.cancel:
             self._at(rng.random() * 3.0, lambda: self._cancel(index))
         self._poll()
+
+    def _ended(self, index: int, reason: FinishReason) -> None:
+        self.ends[index] = reason
+        sequence = next(sequence for sequence in self.sequences if sequence.index == index)
+        # The next turn of a chat begins with all of this one.
+        is_answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if is_answered and sequence.num_tokens < MOST_HISTORY and self.rng.random() < 0.4:
+            history = sequence.tokens(0, sequence.num_tokens)
+            self._at(self.rng.random() * 0.5, partial(self._submit, FOLLOW_UP + index, history))
 
     def _cancel(self, index: int) -> None:
         self.ring.cancel(index)
@@ -201,7 +231,7 @@ class World:
                     self._arrive(self.nodes[0], frame)
                 case Ended(event):
                     assert event.finish_reason is not None
-                    self.ends[event.index] = event.finish_reason
+                    self._ended(event.index, event.finish_reason)
                     self.happened["cancel"] += event.finish_reason is FinishReason.CANCELLED
                     self.happened["deadline"] += event.finish_reason is FinishReason.DEADLINE
                 case Suspect():
@@ -226,7 +256,7 @@ class World:
             assert event.token is not None
             self.told[event.index].append(event.token)
             if event.finish_reason:
-                self.ends[event.index] = event.finish_reason
+                self._ended(event.index, event.finish_reason)
         self._poll()
 
     # -- the nodes --------------------------------------------------------------------------------------------
@@ -351,7 +381,7 @@ class World:
         cuts = sorted(self.rng.sample(range(1, self.num_layers), len(ring) - 1))
         spec = RingSpec(
             num_stages=len(ring),
-            kv_tokens=self.rng.choice([32, 64, 400]),
+            kv_tokens=self.rng.choice([48, 64, 400]),
             context_tokens=CONTEXT,
             caps=self.rng.choice([(1,), (1, 1, 2), (1, 2, 3, 4, 8)]),
             kv_block_tokens=self.rng.choice([1, 4]),
@@ -369,7 +399,9 @@ class World:
             is_last = place == len(ring) - 1
             following = self.nodes[0] if is_last else ring[place + 1]
             node.stage.assign(epoch, is_last=is_last)
-            node.engine = ChainEngine(layers, is_last=is_last)
+            node.engine = ChainEngine(
+                layers, is_last=is_last, kv_tokens=spec.kv_tokens, block_tokens=spec.kv_block_tokens
+            )
             receive = self._returned if is_last else lambda frame: self._arrive(following, frame)
             node.hop = Hop(receive, is_network=len(ring) > 1)
             ready.add(place)
