@@ -73,7 +73,7 @@ async def test_every_user_gets_the_tokens_asked_for_in_shared_batches(books: Pat
     users, rss = await make_peer().run(2, load)
     assert [len(user.tokens_s) for user in users] == [4, 4, 4]
     assert all(user.submitted_s <= user.tokens_s[0] for user in users)
-    assert rss > 0
+    assert 0 < rss < 200 << 20  # its own alone: this process, with torch, has more
     context, *lines = read(books)
     assert context == {"n_ctx": 3 * 256, "n_seq_max": 3, "n_threads": 2}
     # What was warmed up is forgotten; then one batch of all prompts and one for each further token of all users.
