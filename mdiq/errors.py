@@ -84,3 +84,10 @@ class RingStalledError(RingError):
 
 class NodeDiedError(RingError):
     """A process of the ring ended while it was needed."""
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Return the first error that a group holds, however deep, or the error itself: users are told one at a time."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -18,6 +18,7 @@ from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
 from mdiq.bench.workload import Cell, grid
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
+from mdiq.core.ring import RingSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import LEAST_CPU, check_quota
 from mdiq.runtime.options import RingOptions, parse_wires
@@ -147,6 +148,8 @@ def _bench(
                 wires=parse_wires(options.wire, 1),
                 link=link,
                 cpu=options.cpu,
+                # Every round asks the same prompts: each is to be computed each time.
+                ring=RingSettings(prefix_tokens=0),
             )
         )
 

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 
-from mdiq.errors import ConfigError, MdiqError
+from mdiq.errors import ConfigError, MdiqError, first_of
 from mdiq.runtime.placement import pin_to_core, set_threads
 
 MOST_KEY_CHARACTERS = 128
@@ -26,10 +26,7 @@ def serve_node(name: str, control: str, listen: str, threads: int, pin: int | No
     try:
         asyncio.run(NodeProcess(NodeOptions(name, control, listen, control_key, threads)).run())
     except* MdiqError as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise first_of(group) from None
     return 0
 
 

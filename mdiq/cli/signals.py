@@ -7,6 +7,8 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from mdiq.errors import first_of
+
 T = TypeVar("T")
 
 
@@ -38,7 +40,4 @@ def run_until_signal(main: Coroutine[Any, Any, T]) -> T:
         # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
         os._exit(128 + received[0] if received else 1)
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise first_of(group) from None

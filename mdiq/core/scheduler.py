@@ -173,7 +173,7 @@ class Scheduler:
 
     def _chunk(self, entry: Entry) -> int:
         """Return the length of the chunks in which a prompt is fastest when it has the Ring to itself."""
-        num_tokens = entry.sequence.num_tokens
+        num_tokens = entry.sequence.num_tokens - entry.num_shared
         if self.spec.num_stages == 1:
             return num_tokens
         best = sqrt(self.spec.pass_tokens * num_tokens / (self.spec.num_stages - 1))

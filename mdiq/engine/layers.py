@@ -117,7 +117,6 @@ def attend(
     num_kv_heads, head_dim = k.shape[1], k.shape[2]
     groups = q.shape[1] // num_kv_heads
     keys[writes], values[writes] = k, v
-    all_keys, all_values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # [1, Hkv, slots, D]
     found: list[torch.Tensor] = []
     for span in spans:
         read = span.placement.read
@@ -126,7 +125,9 @@ def attend(
                 read = slice(read.stop - window, read.stop) if isinstance(read, slice) else read[-window:]
             # The query heads of a group read the same keys: they pass as rows of one head, and need no mask.
             one = functional.scaled_dot_product_attention(
-                q[span.first].view(1, num_kv_heads, groups, head_dim), all_keys[:, :, read], all_values[:, :, read]
+                q[span.first].view(1, num_kv_heads, groups, head_dim),
+                _seen(keys, read)[None],
+                _seen(values, read)[None],
             )  # [1, Hkv, G, D]
             found.append(one.reshape(1, -1))
             continue
@@ -136,13 +137,19 @@ def attend(
             q[span.first : span.first + span.length]
             .view(span.length, num_kv_heads, groups, head_dim)
             .permute(1, 2, 0, 3),  # [Hkv, G, L, D]
-            all_keys[0, :, read][:, None].expand(-1, groups, -1, -1),  # [Hkv, G, n, D], no copy
-            all_values[0, :, read][:, None].expand(-1, groups, -1, -1),
+            _seen(keys, read)[:, None].expand(-1, groups, -1, -1),  # [Hkv, G, n, D], no copy
+            _seen(values, read)[:, None].expand(-1, groups, -1, -1),
             attn_mask=mask,
             is_causal=is_plain,
         )
         found.append(many.permute(2, 0, 1, 3).reshape(span.length, -1))
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _seen(pool: torch.Tensor, read: Slots) -> torch.Tensor:
+    """Return some slots of a pool: [Hkv, n, D], a view where they are neighbours."""
+    # index_select gathers rows in half the time that indexing with a tensor takes.
+    return (pool[read] if isinstance(read, slice) else pool.index_select(0, read)).transpose(0, 1)
 
 
 def run_layer(

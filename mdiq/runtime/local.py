@@ -21,7 +21,7 @@ from mdiq.engine.device import rss_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import measure_cost
 from mdiq.engine.runner import StageRunner
-from mdiq.errors import MdiqError
+from mdiq.errors import MdiqError, first_of
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
 from mdiq.runtime.cpu_quota import CpuQuota
@@ -183,7 +183,7 @@ class LocalRing:
                 loading = tasks.create_task(self._worker.run_uncounted(load), name="load")
                 starting = tasks.create_task(self._stages.start(), name="stages") if self._stages else None
         except* MdiqError as group:
-            raise _first_of(group) from None
+            raise first_of(group) from None
         self._runner = loading.result()
         if starting is not None:
             others = list(starting.result())
@@ -241,11 +241,3 @@ class LocalRing:
 def _digest(model: Path) -> str:
     with open_checkpoint(model) as checkpoint:
         return checkpoint.digest
-
-
-def _first_of(group: BaseExceptionGroup[MdiqError]) -> MdiqError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, MdiqError)  # the group was split by that type
-    return error
