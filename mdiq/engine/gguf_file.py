@@ -106,7 +106,9 @@ class GgufFile:
             data = data.reshape(shape[0], -1)[start:stop].reshape(-1)
             shape = (len(range(*slice(start, stop).indices(shape[0]))), *shape[1:])
         if tensor.type in _PLAIN:
-            return data.view(_PLAIN[tensor.type]).reshape(shape).astype(np.float32)
+            plain = data.view(_PLAIN[tensor.type]).reshape(shape).astype(np.float32)
+            self._drop_pages(tensor)
+            return plain
         columns = shape[-1]
         num_rows = int(np.prod(shape[:-1], dtype=np.int64))
         rows = data.reshape(num_rows, -1)
@@ -119,7 +121,13 @@ class GgufFile:
             raise ModelError(
                 f"{self.path}: tensor {name}: type {tensor.type.name} cannot be dequantized; use another quantization"
             ) from None
+        self._drop_pages(tensor)
         return out.reshape(shape)
+
+    def _drop_pages(self, tensor: GgufTensor) -> None:
+        """Let the tensor's pages go: they would count as this process's memory until the file is closed."""
+        first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.num_bytes - first)
 
     def sample(self, name: str, num_bytes: int) -> bytes:
         """Return the first bytes of a tensor as stored, for a fingerprint of the file."""
