@@ -22,7 +22,7 @@ from mdiq.core.ring import RingSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import LEAST_CPU, check_quota
 from mdiq.runtime.options import RingOptions, parse_wires
-from mdiq.runtime.placement import pin_to_core, set_threads, usable_cores
+from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores
 from mdiq.transport.link_shape import LinkShape, parse_link
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
@@ -86,7 +86,7 @@ def execute(options: BenchOptions) -> int:
         config = checkpoint.config
     _check_model(options, cells, config, model)
     if options.pin:
-        pin_to_core(0)
+        bind_to_core(core_of(0))
     peer_threads = _peer_threads(options, nodes, threads)
     with console.status("starting") as status:
         bench = _bench(options, cells, model, config, threads, peer_threads, cores, status.update)

@@ -6,7 +6,7 @@ import sys
 import threading
 
 from mdiq.errors import ConfigError, MdiqError, first_of
-from mdiq.runtime.placement import pin_to_core, set_threads
+from mdiq.runtime.placement import bind_to_core, set_threads
 
 MOST_KEY_CHARACTERS = 128
 
@@ -19,7 +19,7 @@ def serve_node(name: str, control: str, listen: str, threads: int, pin: int | No
     _end_with_stdin()
     set_threads(threads)
     if pin is not None:
-        pin_to_core(pin)
+        bind_to_core(pin)
     # Behind set_threads: torch reads the thread count when it is imported.
     from mdiq.runtime.node import NodeOptions, NodeProcess
 

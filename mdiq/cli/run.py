@@ -20,7 +20,7 @@ from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.options import RingOptions, parse_wires
-from mdiq.runtime.placement import pin_to_core, set_threads, usable_cores
+from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
 if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads
@@ -73,7 +73,7 @@ def execute(options: RunOptions) -> int:
     if options.pin:
         if not options.in_process and num_nodes > usable_cores():
             raise ConfigError(f"--pin: {num_nodes} nodes need as many cores; there are {usable_cores()}")
-        pin_to_core(0)
+        bind_to_core(core_of(0))
     with _results_file(options, finished) as results_file:
         todo = [line for line in lines if line.index not in finished]
         if not todo:

@@ -5,6 +5,7 @@ import os
 from mdiq.errors import ConfigError
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_CORES = tuple(sorted(os.sched_getaffinity(0)))  # before this process binds itself to one of them
 
 
 def set_threads(threads: int) -> None:
@@ -13,18 +14,33 @@ def set_threads(threads: int) -> None:
         os.environ[variable] = str(threads)
 
 
-def pin_to_core(core: int) -> None:
-    """Bind this process and the threads it will start to one core.
+def core_of(node: int) -> int:
+    """Return the core that Node ``node`` of a ring on this machine is bound to: the i-th that this process may use.
+
+    Raises:
+        ConfigError: it may use fewer.
+    """
+    if node >= len(_CORES):
+        raise ConfigError(
+            f"--pin: node {node} has no core: {len(_CORES)} are usable; use fewer nodes or leave --pin out"
+        )
+    return _CORES[node]
+
+
+def bind_to_core(core: int) -> None:
+    """Bind this process, and the threads and processes that it will start, to one core.
+
+    A process that a bound one starts inherits the binding and may change it.
 
     Raises:
         ConfigError: there is no such core for this process.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    if core not in cores:
-        raise ConfigError(f"--pin: there is no core {core} here (cores: {cores}); use fewer nodes or leave --pin out")
-    os.sched_setaffinity(0, {core})
+    try:
+        os.sched_setaffinity(0, {core})
+    except OSError:
+        raise ConfigError(f"--pin: there is no core {core} for this process; leave --pin out") from None
 
 
 def usable_cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(_CORES)

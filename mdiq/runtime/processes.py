@@ -22,6 +22,7 @@ from mdiq.core.wire import hop_key
 from mdiq.errors import MdiqError, NodeDiedError
 from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.options import NodeFigures, RingOptions
+from mdiq.runtime.placement import core_of
 from mdiq.telemetry.trace import Span
 from mdiq.transport.push_pull import PullSource, PushSink
 from mdiq.transport.relay import RelayProcess
@@ -190,7 +191,7 @@ class ProcessStages:
         command += ["--listen", _listen(options, i), "--threads", str(options.threads), "--stdin-key"]
         command += ["--log-level", options.log_level]
         if options.pin:
-            command += ["--pin", str(i)]
+            command += ["--pin", str(core_of(i))]
         if options.cpu is not None:
             self._quotas.append(CpuQuota.create(node, options.cpu))
         child = await asyncio.create_subprocess_exec(
