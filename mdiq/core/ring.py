@@ -234,6 +234,8 @@ class RingProtocol:
         entry.num_replays = 0
         if now is not None and entry.token_at is not None and self._prompt_at >= entry.token_at:
             self.decode_gap_s = max(self.decode_gap_s, now - entry.token_at)
+        if now is not None and position > entry.num_known:
+            self._scheduler.lap_s = now - entry.sent_at
         entry.token_at = now
         reason = sequence.append(token, stop_matched=stop_matched)
         if reason is None and sequence.num_tokens >= entry.most_tokens:
@@ -282,6 +284,8 @@ class RingProtocol:
     def next_deadline(self) -> float | None:
         """Return the time of the next ``poll`` that is needed if nothing else happens, or None."""
         dues = [entry.in_flight[0][1] for entry in self._scheduler.live.values() if entry.in_flight]
+        if self._scheduler.look_again_at is not None:
+            dues.append(self._scheduler.look_again_at)
         dues += [due for due in self._releasing.values() if due is not None]
         dues += [e.sequence.deadline for e in self._entries.values() if e.sequence.deadline is not None]
         return min(dues, default=None)
@@ -307,14 +311,15 @@ class RingProtocol:
             self.counts["unknown"] += 1
             return False
         # Stages check positions, so a Segment that is back vouches for those before it.
-        if not any(stop == segment.stop for stop, _ in entry.in_flight):
+        is_newest = segment.stop == entry.sequence.num_tokens
+        if segment.wants_logits != is_newest or not any(stop == segment.stop for stop, _ in entry.in_flight):
             self.counts["duplicates"] += 1
             return False
         while entry.in_flight and entry.in_flight[0][0] <= segment.stop:
             entry.in_flight.popleft()
         entry.num_back = segment.stop
         entry.parent = None
-        entry.is_sampling = segment.wants_logits and segment.stop == entry.sequence.num_tokens
+        entry.is_sampling = is_newest
         return entry.is_sampling
 
     def _check_deadlines(self, now: float) -> None:
@@ -339,12 +344,13 @@ class RingProtocol:
             self._actions.append(Inject(self._frame(FrameKind.RELEASE, segments)))
 
     def _inject_segments(self, now: float) -> None:
-        segments = self._scheduler.take_segments(self._enter)
+        segments = self._scheduler.take_segments(self._enter, now)
         in_flight = sum(entry.num_sent - entry.num_back for entry in self._scheduler.live.values())
         due = now + self._settings.lap_timeout_s + self._settings.token_timeout_s * in_flight
         for entry, segment in segments:
             self._count(entry, segment)
             entry.in_flight.append((segment.stop, due))
+            entry.sent_at = now
             payload = TokenIds(entry.sequence.tokens(segment.start, segment.stop))
             self._actions.append(Inject(self._frame(FrameKind.HIDDEN, (segment,), payload)))
 

@@ -27,6 +27,9 @@ from mdiq.core.kv_ledger import KvLedger
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import CHUNK_STEP, RingSpec, SeqId
 
+_PATIENCE_LAPS = 4
+_LEAST_PATIENCE_S = 0.5  # while no Lap has been timed, and where they are short
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -42,6 +45,7 @@ class Entry:
     in_flight: Segments on their Lap, oldest first: where each stops and when it is overdue.
     is_sampling: its newest row is with the sampler.
     num_replays: Replays since its last token.
+    sent_at: when its newest Segment was sent.
     token_at: when its newest token came; None before that, and after a Replay.
     group: the group of decode Segments that it was sent in last.
     """
@@ -58,6 +62,7 @@ class Entry:
     in_flight: deque[tuple[int, float]] = field(default_factory=deque)
     is_sampling: bool = False
     num_replays: int = 0
+    sent_at: float = 0.0
     token_at: float | None = None
     group: int = 0
 
@@ -91,6 +96,8 @@ class Scheduler:
     chunk_tokens: most tokens of one prompt Segment.
     prefill_tokens: most prompt tokens in flight, over all Sequences (one chunk may exceed it alone).
     spec: what the Plan says of the Ring; it may be replaced at any time.
+    lap_s: how long the newest decode Lap took; 0 before the first.
+    look_again_at: when decoding Sequences that wait for those under way wait no longer; None when none waits.
     """
 
     def __init__(self, *, chunk_tokens: int, prefill_tokens: int, spec: RingSpec) -> None:
@@ -99,6 +106,8 @@ class Scheduler:
         self.spec = spec
         self._next_id = 0
         self._newest_group = 0
+        self.lap_s = 0.0
+        self.look_again_at: float | None = None
         self.waiting: list[Entry] = []
         self.live: dict[SeqId, Entry] = {}
 
@@ -131,12 +140,14 @@ class Scheduler:
         num_sequences = len(self.live) + len(self.waiting)
         return self.spec.shared_chunk(num_sequences) if num_sequences > 1 else None
 
-    def take_segments(self, enter: Callable[[Entry], None] = lambda _: None) -> list[tuple[Entry, Segment]]:
+    def take_segments(
+        self, enter: Callable[[Entry], None] = lambda _: None, now: float = 0.0
+    ) -> list[tuple[Entry, Segment]]:
         """Return the Segments to inject now, decoding Sequences first, and count them as sent.
 
         enter: called before the first Segment of a Sequence; it may have more of it begin behind what is cached.
         """
-        decoding = [(entry, self._send(seq_id, entry, 1)) for seq_id, entry in self._next_groups()]
+        decoding = [(entry, self._send(seq_id, entry, 1)) for seq_id, entry in self._next_groups(now)]
         prompts: list[tuple[Entry, Segment]] = []
         most = min(self._chunk_tokens, self.shared_chunk_tokens or self._chunk_tokens)
         # More chunks than keep the Stages at work would only stand in the way of who comes next.
@@ -156,15 +167,22 @@ class Scheduler:
                     prompts.append((entry, self._send(seq_id, entry, length)))
         return decoding + prompts
 
-    def _next_groups(self) -> list[tuple[SeqId, Entry]]:
+    def _next_groups(self, now: float) -> list[tuple[SeqId, Entry]]:
         """Return the decoding Sequences to send now, those first that were sent longest ago."""
         decoding = [(seq_id, entry) for seq_id, entry in self.live.items() if not self._is_prefill(entry)]
         ready = [(seq_id, entry) for seq_id, entry in decoding if entry.num_unsent and not entry.is_sampling]
         ready.sort(key=lambda item: item[1].group)
         cap = self.spec.cap(len(self.live))
+        self.look_again_at = None
         if not self.has_prompt:
-            under_way = {entry.group for _, entry in decoding if entry.num_sent > entry.num_back}
+            # A group that has been on its Lap for very long is lost, or its Stage is: others do not wait for it.
+            patience_s = max(_PATIENCE_LAPS * self.lap_s, _LEAST_PATIENCE_S)
+            out = [entry for _, entry in decoding if entry.num_sent > entry.num_back]
+            out = [entry for entry in out if now - entry.sent_at < patience_s]
+            under_way = {entry.group for entry in out}
             num_free = max(-(-len(self.live) // cap) - len(under_way), 0)
+            if len(ready) > num_free * cap:
+                self.look_again_at = min(entry.sent_at for entry in out) + patience_s
             ready = ready[: num_free * cap]
         for i, (_, entry) in enumerate(ready):
             entry.group = self._newest_group + 1 + i // cap

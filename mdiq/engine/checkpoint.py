@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mdiq.engine.families import GGUF_NAMES
+from mdiq.engine.families import GGUF_NAMES, LLAMA
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.engine.model_config import ModelConfig, config_from_gguf, config_from_hf
 from mdiq.errors import ModelError
@@ -103,7 +103,9 @@ class Checkpoint:
 
         It tells models apart that differ by mistake; it is no proof against forgery.
         """
-        digest = hashlib.sha256(repr(self.config).encode())
+        # The family by its name: the order in which a frozenset prints differs from process to process.
+        shape = replace(self.config, family=LLAMA, windowed_layers=frozenset())
+        digest = hashlib.sha256(f"{self.config.family.name} {sorted(self.config.windowed_layers)} {shape!r}".encode())
         for name in self._source.names():
             digest.update(name.encode() + b"\0" + self._source.describe(name))
         return digest.hexdigest()

@@ -41,8 +41,10 @@ class KernelChoice:
         self._exact = exact
         self._path = folder / "kernels.json"
         self._known: dict[str, Times] = {}
+        kernels = " ".join(sorted(kernel.name for kernel in KERNELS if kernel.is_available()))
         self._key = "|".join(
             (
+                kernels,
                 _cpu_name(),
                 f"torch {torch.__version__}",
                 f"mdiq {mdiq.__version__}",
@@ -98,7 +100,9 @@ def _measured(weights: str, shape: tuple[int, int], *, exact: bool) -> Iterator[
                 linear: Linear = kernel(PackedFile(path), "w", exact=exact)
                 warm: Linear = kernel(PackedFile(small), "w", exact=exact)
                 yield kernel.name, [_median_s(linear, warm, rows, shape[1], flush) for rows in BATCH_CLASSES]
-            except RuntimeError:
+            except RuntimeError as error:
+                if "allocate memory" in str(error):  # torch has no class for it on the CPU
+                    raise MemoryError(str(error)) from None
                 continue  # a kernel that does not take this shape, or that this CPU lacks
 
 
@@ -122,7 +126,9 @@ def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tens
     if weights == "int8":
         return {"w.q": torch.randint(-127, 128, shape, dtype=torch.int8), "w.scale": torch.full((num_out,), 0.01)}
     blocks = (num_out, num_in // BLOCK)
+    # With offsets, as most matrices have them: some kernels pay for them.
     return {
+        "w.offset": torch.full(blocks, 0.01, dtype=torch.bfloat16),
         "w.nibbles": torch.randint(0, 256, (*blocks, BLOCK // 2), dtype=torch.uint8),
         "w.scale": torch.full(blocks, 0.01),
     }
@@ -157,14 +163,15 @@ def _is_complete(times: object) -> bool:
 def _read(path: Path) -> dict[str, dict[str, Times]]:
     try:
         kept = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return kept if isinstance(kept, dict) and all(isinstance(value, dict) for value in kept.values()) else {}
 
 
 def _write(path: Path, kept: dict[str, dict[str, Times]]) -> None:
-    own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_text(json.dumps(kept, indent=1))
-        own.replace(path)
+        handle, own = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            json.dump(kept, file, indent=1)
+        Path(own).replace(path)

@@ -14,6 +14,8 @@ from torch.nn import functional
 from mdiq.engine.device import drop_pages
 from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
 
+_ALIGNMENT = 64  # bytes: what the widest loads want
+
 
 class Linear(Protocol):
     """y = x W^T + bias, with W kept in the kernel's own format."""
@@ -108,8 +110,8 @@ class FbgemmInt8:
 class TorchInt8:
     """int8 weights as they lie in the file, two kernels of torch: bf16 activations, or for many rows int8 ones.
 
-    The second passes every row twice in exact mode, as FbgemmInt8 does, but with 8 bits each. Both are batch-invariant,
-    yet they differ from each other: in exact mode one of them serves all batches.
+    Both are batch-invariant, yet they differ from each other: in exact mode the first serves all batches, since it
+    keeps the activations' precision. Results are rounded to bf16.
 
     most_rows: the largest batch that the first kernel serves in fast mode.
     """
@@ -119,7 +121,14 @@ class TorchInt8:
     _LEVELS = 127
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool, most_rows: int = 16) -> None:
-        self._q = file.tensor(f"{role}.q")  # stays in the mapped file
+        q = file.tensor(f"{role}.q")
+        # torch's kernels check neither, and read past rows and with aligned loads.
+        if q.shape[1] % 16:
+            raise RuntimeError(f"{q.shape[1]} columns are no multiple of 16")
+        self._q = q  # stays in the mapped file
+        if q.data_ptr() % _ALIGNMENT:
+            self._q = q.clone()
+            drop_pages(q)
         self._scale = file.tensor(f"{role}.scale").clone()
         bias = file.find(f"{role}.bias")
         self._bias = None if bias is None else bias.clone()
@@ -136,7 +145,7 @@ class TorchInt8:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] <= self._most_rows:
-            y = torch._weight_int8pack_mm(x.to(torch.bfloat16), self._q, self._ones).float()
+            y = torch._weight_int8pack_mm(_aligned(x.to(torch.bfloat16)), self._q, self._ones).float()
         else:
             step = x.abs().amax(1, keepdim=True).float().clamp_min_(1e-30).div_(self._LEVELS)
             rounded = (x / step).round_().to(torch.int8)
@@ -159,7 +168,10 @@ class OrtInt4:
         self._out, num_blocks, half = file.tensor(f"{role}.nibbles").shape
         self._in = num_blocks * half * 2
         self._offsets = _Offsets(file, role)
-        self._session: Any = _matmul_session(file, role, self._out, self._in, torch.get_num_threads())
+        try:
+            self._session: Any = _matmul_session(file, role, self._out, self._in, torch.get_num_threads())
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise RuntimeError(f"onnxruntime: {error}") from error
 
     @staticmethod
     def is_available() -> bool:
@@ -180,7 +192,11 @@ class OrtInt4:
         num_rows = wide.shape[0]
         if num_rows == 1 and self._exact:
             wide = torch.cat((wide, torch.zeros_like(wide)))
-        y = torch.from_numpy(self._session.run(None, {"x": wide.numpy()})[0])[:num_rows]
+        try:
+            found = self._session.run(None, {"x": wide.numpy()})[0]
+        except Exception as error:  # as above
+            raise RuntimeError(f"onnxruntime: {error}") from error
+        y = torch.from_numpy(found)[:num_rows]
         return self._offsets.add_to(y, wide[:num_rows]).to(x.dtype)
 
 
@@ -211,7 +227,9 @@ class TorchInt4:
         return self._packed.nbytes + self._scales_and_zeros.nbytes + bias_bytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self._packed, BLOCK, self._scales_and_zeros)
+        y = torch._weight_int4pack_mm_for_cpu(
+            _aligned(x.to(torch.bfloat16)), self._packed, BLOCK, self._scales_and_zeros
+        )
         return (y if self._bias is None else y.float().add_(self._bias)).to(x.dtype)
 
 
@@ -285,6 +303,11 @@ class PackedEmbedding:
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         return (self._q[token_ids].float() * self._scale[token_ids][:, None]).to(self._dtype)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return x in memory that aligned loads may read: a view of another tensor may begin anywhere."""
+    return x if x.is_contiguous() and not x.data_ptr() % _ALIGNMENT else x.clone(memory_format=torch.contiguous_format)
 
 
 def make_linear(

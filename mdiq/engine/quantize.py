@@ -109,7 +109,10 @@ class PackedModel:
     def __init__(self, checkpoint: Checkpoint, weights: str, folder: Path) -> None:
         self._checkpoint = checkpoint
         self._weights = weights
-        self._folder = folder / f"{checkpoint.digest[:16]}-{weights}-v{_VERSION}"
+        # The digest samples; a file that was changed in place has another time.
+        source = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / "model.safetensors"
+        stamp = source.stat().st_mtime_ns if source.exists() else 0
+        self._folder = folder / f"{checkpoint.digest[:16]}-{stamp:x}-{weights}-v{_VERSION}"
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +149,9 @@ class PackedModel:
             return PackedFile(path)
         tensors = pack()
         # Several Nodes of one machine may pack the same file: each writes its own, and the last one stays.
-        own = self._folder / f"{name}.{os.getpid()}.tmp"
+        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f"{name}.", suffix=".tmp")
+        os.close(handle)
+        own = Path(temporary)
         try:
             save_file(tensors, own)
             own.replace(path)

@@ -90,7 +90,11 @@ class StageRunner:
                     device=torch_device,
                     progress=progress,
                 )
-            except (MemoryError, torch.OutOfMemoryError):
+            except (MemoryError, RuntimeError) as error:
+                # torch has a class for it on GPUs only.
+                is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+                if not is_memory:
+                    raise
                 raise CapacityError(
                     f"{path}: no memory for layers {layers}; use more nodes or --weights int8"
                 ) from None

@@ -58,7 +58,8 @@ class PackedRows:
 
     def tensor(self) -> torch.Tensor:
         """Return the activations: f32 [num_rows, width]."""
-        scale = self.data[:, -_SCALE_BYTES:].contiguous().view(torch.float32)  # [num_rows, 1]
+        # A copy always: bytes of a row may lie where no float may begin.
+        scale = self.data[:, -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return self.data[:, :-_SCALE_BYTES].view(torch.int8).float() * scale
 
 

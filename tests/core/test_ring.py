@@ -561,3 +561,29 @@ def test_a_new_epoch_knows_no_prefixes() -> None:
     assert (ring.num_retained, ring.kv_reserved_tokens) == (0, 0)
     ring.submit(_chat(1, *range(9)), 0.0)
     assert str(_injected(ring)[0].segments[0]) == "1[0:4]"
+
+
+def test_a_lost_decode_segment_does_not_hold_back_a_healthy_sequence() -> None:
+    """Those that wait for a group under way wait for a few Laps, and not until it is overdue."""
+    ring = RingProtocol(SETTINGS)
+    ring.begin_epoch(EPOCH, replace(SPEC, caps=(1, 2)))
+    for index in (0, 1):
+        ring.submit(_sequence(index, max_tokens=9), now=0.0)
+    first, second = _lap(ring, now=0.0)
+    ring.sampled(first.seq_id, 40, now=0.1)
+    assert len(_injected(ring, now=0.1)) == 1  # and it never returns
+    ring.sampled(second.seq_id, 50, now=0.2)
+    assert _injected(ring, now=0.2) == [], "one group is under way, and one is all that the Plan wants"
+    again_at = ring.next_deadline()
+    assert again_at is not None and 0.2 < again_at < 1.0
+    assert [frame.segments[0].seq_id for frame in _injected(ring, now=again_at)] == [second.seq_id]
+
+
+def test_a_returned_segment_that_denies_its_row_is_left_to_the_deadline() -> None:
+    ring = _ring()
+    ring.submit(_sequence(), now=0.0)
+    (frame,) = _injected(ring)
+    wrong = tuple(replace(segment, wants_logits=False) for segment in frame.segments)
+    assert ring.returned(Frame(EPOCH, FrameKind.HEAD, wrong)) == []
+    assert ring.counts["duplicates"] == 1
+    assert ring.next_deadline() is not None, "it is still under way"

@@ -1,6 +1,9 @@
 """Every family row gives the tokens that transformers gives for the same weights."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,25 @@ def test_a_stage_reads_only_its_own_layers(tmp_path: Path) -> None:
     StageRunner.load(tmp_path, LayerRange(1, 3), is_last=False, **arguments)
     with pytest.raises(ModelError, match=r"layers\.0\..* has shape \[1\]"):
         StageRunner.load(tmp_path, LayerRange(0, 3), is_last=False, **arguments)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_every_process_finds_the_same_digest(name: str, tmp_path: Path) -> None:
+    """Sets print in another order in every process, as strings are hashed with another seed."""
+    make_model(name).save_pretrained(tmp_path)
+    code = "import sys, pathlib; from mdiq.engine.checkpoint import open_checkpoint; "
+    code += "print(open_checkpoint(pathlib.Path(sys.argv[1])).digest)"
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(digests) == 1
 
 
 def test_another_model_than_the_starters_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
-from mdiq.engine.kernels import KERNELS, PackedEmbedding
+from mdiq.engine.kernels import KERNELS, PackedEmbedding, TorchInt8
 from mdiq.engine.quantize import BLOCK, PackedFile, quantize_int4, quantize_int8, unpack_int4
 from mdiq.errors import EngineError
 
@@ -80,6 +80,21 @@ def test_one_pass_of_7_bits_is_much_less_precise_than_two(tmp_path: Path) -> Non
     x = _activations()
     exact, fast = (kernel(file, "w", exact=mode)(x) - x.double() @ weight.t() for mode in (True, False))
     assert fast.norm() > 20 * exact.norm()
+
+
+@pytest.mark.parametrize("num_in", [33, 36, 100])
+def test_a_width_that_a_kernel_cannot_read_is_left_to_another(num_in: int, tmp_path: Path) -> None:
+    """torch's int8 kernel reads past the end of such rows, and the process dies of it."""
+    weight = _random(OUT, num_in)
+    q, scale = quantize_int8(weight)
+    save_file({"w.q": q, "w.scale": scale}, tmp_path / "odd.safetensors")
+    file = PackedFile(tmp_path / "odd.safetensors")
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        TorchInt8(file, "w", exact=True)
+    if any(kernel.name == "fbgemm" for kernel in AVAILABLE):
+        linear = KernelChoice(exact=True, folder=tmp_path).load(file, "w")
+        x = _random(8, num_in, seed=6)
+        assert torch.allclose(linear(x), x @ (q * scale[:, None]).t(), atol=2e-2)
 
 
 def test_the_embedding_gives_rows_of_its_matrix(tmp_path: Path) -> None:

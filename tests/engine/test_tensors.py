@@ -36,6 +36,14 @@ def test_no_rows_make_no_bytes(wire: str) -> None:
     assert to_wire(torch.empty(0, 48), wire).parts()[2] == (b"",)
 
 
+def test_rows_of_a_width_that_is_no_multiple_of_four_can_be_taken_apart() -> None:
+    hidden = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    payload = to_wire(hidden, "i8")
+    whole = to_tensor(payload, 6, torch.float32, CPU)
+    for i in range(3):
+        assert torch.equal(to_tensor(payload.rows(i, i + 1), 6, torch.float32, CPU), whole[i : i + 1])
+
+
 def test_rows_of_another_width_or_format_are_refused() -> None:
     payload = _received(to_wire(torch.ones(2, 48), "i8"))
     with pytest.raises(EngineError, match="width 48, the model has 64"):

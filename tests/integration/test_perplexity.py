@@ -1,0 +1,32 @@
+"""What packed weights cost on the real model and a real text."""
+
+import json
+import subprocess
+
+import pytest
+
+from tests.integration.conftest import mdiq_command, run_mdiq
+
+
+def test_packed_weights_in_exact_mode_keep_the_bounds() -> None:
+    done = subprocess.run(
+        mdiq_command("perplexity", "--tokens", "1024", "--json"), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["weights"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows["int8"]["ratio"] <= 1.01 and rows["int4"]["ratio"] <= 1.04
+    assert rows["int4"]["weight_bytes"] < rows["int8"]["weight_bytes"] < 0.4 * rows["f32"]["weight_bytes"]
+    # A text this regular is predicted far better than by chance (49,152 tokens), and far worse than by heart.
+    assert 5 < rows["f32"]["perplexity"] < 50
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_ring_of_packed_weights_gives_the_tokens_of_one_node(weights: str) -> None:
+    """A prompt of one chunk: the same bits on every ring, as long as no hop rounds."""
+    arguments = ("--weights", weights, "--wire", "f32", "--max-tokens", "24", "--ignore-eos", "--raw", "--json")
+    answers = [
+        run_mdiq("run", "The capital of France is", "--nodes", nodes, *arguments).results[0]["token_ids"]
+        for nodes in ("1", "2", "3")
+    ]
+    assert len(answers[0]) == 24
+    assert answers[0] == answers[1] == answers[2]

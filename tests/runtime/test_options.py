@@ -1,0 +1,35 @@
+"""What flags of a ring mean, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from mdiq.core.types import LayerRange
+from mdiq.errors import ConfigError
+from mdiq.runtime.options import RingOptions, parse_wires
+
+
+def test_one_format_serves_all_hops_and_a_list_each() -> None:
+    assert parse_wires("i8", 3) == ("i8",)
+    assert parse_wires("bf16,i8,f32", 3) == ("bf16", "i8", "f32")
+    assert parse_wires("bf16", 1) == ("bf16",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is not a format; use one of f32, bf16, i8"),
+        ("int8", "'int8' is not a format"),
+        ("bf16,", "'' is not a format"),
+        ("bf16,i8", "2 formats for 3 hops; give one, or one for each"),
+    ],
+)
+def test_other_formats_and_numbers_of_them_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"--wire {text}: {message}"):
+        parse_wires(text, 3)
+
+
+def test_a_hop_has_the_format_of_its_place_and_a_ring_of_one_has_none(tmp_path: Path) -> None:
+    two = RingOptions(tmp_path, (LayerRange(0, 1), LayerRange(1, 2)), wires=("bf16", "i8"))
+    assert [two.wire(i) for i in (0, 1)] == ["bf16", "i8"]
+    assert RingOptions(tmp_path, (LayerRange(0, 2),)).wire(0) is None
