@@ -178,7 +178,7 @@ class Scheduler:
             # A group that has been on its Lap for very long is lost, or its Stage is: others do not wait for it.
             patience_s = max(_PATIENCE_LAPS * self.lap_s, _LEAST_PATIENCE_S)
             out = [entry for _, entry in decoding if entry.num_sent > entry.num_back]
-            out = [entry for entry in out if now - entry.sent_at < patience_s]
+            out = [entry for entry in out if entry.sent_at + patience_s > now]
             under_way = {entry.group for entry in out}
             num_free = max(-(-len(self.live) // cap) - len(under_way), 0)
             if len(ready) > num_free * cap:
