@@ -4,7 +4,7 @@ from collections import deque
 
 WINDOW = 5
 NEWS = 0.2  # a change by this share, and by LEAST_NEWS_S, is worth a new pace
-LEAST_NEWS_S = 5e-4
+LEAST_NEWS_S = 2e-3
 _MOST_UNDER_WAY = 16
 
 

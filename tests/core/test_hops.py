@@ -34,7 +34,7 @@ def test_a_shorter_way_is_news_at_once_and_a_trifle_is_none() -> None:
     assert meter.returned(meter.send(0.0), 0.09) is None
     assert meter.returned(meter.send(0.0), 0.05) == 0.05
     short = HopMeter()
-    short.returned(short.send(0.0), 0.0004)
+    short.returned(short.send(0.0), 0.0019)
     assert short.returned(short.send(0.0), 0.0001) is None
 
 
