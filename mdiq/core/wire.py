@@ -36,6 +36,9 @@ LEAST_KEY_BYTES = 16
 DTYPES = {"none": (0, 0, 0), "f32": (1, 4, 0), "bf16": (2, 2, 0), "i8": (3, 1, 4)}
 """Name of a payload's dtype -> its code, bytes per element, extra bytes per row (i8: the row's scale, one f32)."""
 
+WIRES = tuple(name for name in DTYPES if name != "none")
+"""Formats of activations on a Hop."""
+
 _PROTOCOL = b"MQ"
 _MAGIC = _PROTOCOL + b"%d" % VERSION
 _HEADER = struct.Struct("<3sBIHBBIH")

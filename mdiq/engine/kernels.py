@@ -65,8 +65,7 @@ class FbgemmInt8:
         q = file.tensor(f"{role}.q")
         self._shape = q.shape
         self._scale = file.tensor(f"{role}.scale").clone()
-        bias = file.find(f"{role}.bias")
-        self._bias = None if bias is None else bias.clone()
+        self._bias = _bias(file, role)
         self._exact = exact
         ones, zeros = torch.ones(q.shape[0], dtype=torch.float64), torch.zeros(q.shape[0], dtype=torch.int64)
         with warnings.catch_warnings():  # torch calls its quantized tensors deprecated; TorchInt8 stands by
@@ -130,8 +129,7 @@ class TorchInt8:
             self._q = q.clone()
             drop_pages(q)
         self._scale = file.tensor(f"{role}.scale").clone()
-        bias = file.find(f"{role}.bias")
-        self._bias = None if bias is None else bias.clone()
+        self._bias = _bias(file, role)
         self._ones = torch.ones(self._q.shape[0], dtype=torch.bfloat16)
         self._most_rows = 1 << 30 if exact else most_rows
 
@@ -214,8 +212,7 @@ class TorchInt4:
         scale = scale.to(torch.bfloat16)
         offset = torch.zeros_like(scale) if offset is None else offset
         self._scales_and_zeros = torch.stack((scale.t(), offset.t()), dim=-1).contiguous()  # [in / BLOCK, out, 2]
-        bias = file.find(f"{role}.bias")
-        self._bias = None if bias is None else bias.clone()
+        self._bias = _bias(file, role)
 
     @staticmethod
     def is_available() -> bool:
@@ -237,9 +234,9 @@ class _Offsets:
     """What bias and offsets add to a matmul: of each block, its offset times the sum of its activations."""
 
     def __init__(self, file: PackedFile, role: str) -> None:
-        offset, bias = file.find(f"{role}.offset"), file.find(f"{role}.bias")
+        offset = file.find(f"{role}.offset")
         self._offset = None if offset is None else offset.float()  # [out, in / BLOCK]
-        self._bias = None if bias is None else bias.clone()
+        self._bias = _bias(file, role)
 
     @property
     def num_bytes(self) -> int:
@@ -303,6 +300,12 @@ class PackedEmbedding:
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         return (self._q[token_ids].float() * self._scale[token_ids][:, None]).to(self._dtype)
+
+
+def _bias(file: PackedFile, role: str) -> torch.Tensor | None:
+    """Return a copy of a bias, [out]: a view would keep the whole file mapped."""
+    bias = file.find(f"{role}.bias")
+    return None if bias is None else bias.clone()
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mdiq.core.types import SeqId
-from mdiq.engine.kv_cache import KvCache
+from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
 from mdiq.engine.stage_model import StageModel
 
@@ -32,7 +32,14 @@ def perplexity(
     """
     config, dtype, device = model.config, torch.float32, torch.device("cpu")
     window = min(window, len(token_ids), config.context_tokens)
-    cache = KvCache(config.num_layers, -(-window // 32) * 32, config.num_kv_heads, config.head_dim, dtype, device)
+    cache = KvCache(
+        config.num_layers,
+        -(-window // BLOCK_TOKENS) * BLOCK_TOKENS,
+        config.num_kv_heads,
+        config.head_dim,
+        dtype,
+        device,
+    )
     positions = torch.arange(window)
     starts = range(0, len(token_ids) - window + 1, window)
     loss, count = 0.0, 0

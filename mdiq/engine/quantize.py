@@ -67,7 +67,7 @@ def unpack_int4(nibbles: torch.Tensor) -> torch.Tensor:
 
 
 class PackedFile:
-    """Tensors of one file, mapped into memory. ``close`` unmaps it when no tensor of it is in use any more."""
+    """Tensors of one file, mapped into memory until none of them is in use any more."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,7 +100,7 @@ class PackedFile:
 class PackedModel:
     """A checkpoint's weights in one of FORMATS, a file for each Layer and one for embedding, final norm and head.
 
-    folder: where the files are kept; without one that can be written they live in a temporary folder until ``close``.
+    folder: where the files are kept; without one that can be written they are temporary.
 
     Tensor names in a file: "<role>.q" and "<role>.scale" of int8, "<role>.nibbles", "<role>.scale" and maybe
     "<role>.offset" of int4, "<role>.bias", and norms by their role.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from mdiq.core.frame import Buffer, Payload
+from mdiq.core.wire import WIRES
+from mdiq.engine.quantize import quantize_int8
 from mdiq.errors import EngineError
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-WIRES = (*DTYPES, "i8")
-"""Formats of activations on a Hop."""
 _SCALE_BYTES = 4
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -69,10 +69,8 @@ def to_wire(hidden: torch.Tensor, wire: str) -> TensorRows | PackedRows:
         return TensorRows(hidden.to(DTYPES[wire]))
     if not hidden.numel():
         return PackedRows(torch.empty(0, hidden.shape[1] + _SCALE_BYTES, dtype=torch.uint8))
-    wide = hidden.float().cpu()
-    scale = wide.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / 127  # [n, 1]
-    q = (wide / scale).round_().to(torch.int8)
-    return PackedRows(torch.cat((q.view(torch.uint8), scale.view(torch.uint8)), dim=1))
+    q, scale = quantize_int8(hidden.cpu())
+    return PackedRows(torch.cat((q.view(torch.uint8), scale[:, None].view(torch.uint8)), dim=1))
 
 
 def to_tensor(payload: Payload, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

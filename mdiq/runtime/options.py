@@ -5,11 +5,10 @@ from pathlib import Path
 
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange
+from mdiq.core.wire import WIRES
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
 from mdiq.transport.link_shape import LinkShape
-
-WIRES = ("f32", "bf16", "i8")
 
 
 def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
