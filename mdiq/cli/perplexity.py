@@ -51,7 +51,8 @@ def measure(options: PerplexityOptions) -> int:
     from mdiq.core.types import LayerRange
     from mdiq.engine.checkpoint import open_checkpoint
     from mdiq.engine.model_source import cache_directory, find_model
-    from mdiq.engine.perplexity import perplexity, sample_text
+    from mdiq.engine.perplexity import perplexity
+    from mdiq.engine.sample_text import sample_text
     from mdiq.engine.stage_model import StageModel, WeightSettings
     from mdiq.engine.tokenizer import Tokenizer
 

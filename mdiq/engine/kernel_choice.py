@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import mdiq
 from mdiq.engine.kernels import KERNELS, Linear
-from mdiq.engine.quantize import BLOCK, PackedFile
+from mdiq.engine.quantize import BLOCK, VERSION, PackedFile, num_hot
 from mdiq.errors import EngineError
 
 BATCH_CLASSES = (1, 8, 64)
@@ -49,6 +49,7 @@ class KernelChoice:
                 f"torch {torch.__version__}",
                 f"mdiq {mdiq.__version__}",
                 f"{torch.get_num_threads()} threads",
+                f"packing {VERSION}",
             )
         )
 
@@ -124,7 +125,14 @@ def _median_s(linear: Linear, warm: Linear, num_rows: int, num_in: int, flush: t
 def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     num_out, num_in = shape
     if weights == "int8":
-        return {"w.q": torch.randint(-127, 128, shape, dtype=torch.int8), "w.scale": torch.full((num_out,), 0.01)}
+        num_columns = num_hot(num_in)
+        hot = {
+            "w.hot": torch.arange(num_columns),
+            "w.hot.q": torch.randint(-60, 61, (num_out, num_columns), dtype=torch.int8),
+            "w.hot.scale": torch.full((num_out,), 0.01),
+        }
+        wide = {"w.q": torch.randint(-60, 61, shape, dtype=torch.int8), "w.scale": torch.full((num_out,), 0.01)}
+        return wide | (hot if num_columns else {})
     blocks = (num_out, num_in // BLOCK)
     # With offsets, as most matrices have them: some kernels pay for them.
     return {

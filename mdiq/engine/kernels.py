@@ -6,6 +6,7 @@ matrix on this device is kernel_choice.py's to measure.
 """
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 from mdiq.engine.device import drop_pages
 from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
 
+_LEVELS = 127  # of an activation rounded to 8 bits, above and below 0
 _ALIGNMENT = 64  # bytes: what the widest loads want
 
 
@@ -49,31 +51,28 @@ class PlainLinear:
 
 
 class FbgemmInt8:
-    """int8 weights in FBGEMM's packing, int8 activations with one scale per row. x86 only.
+    """int8 weights in FBGEMM's packing, int8 activations with one scale per row, another one for hot columns. x86 only.
 
-    Exact mode passes each row twice: rounded to 7 bits, and what that rounding left, at 1/126 of the step. That gives
-    13 bits, costs nothing while the matmul waits for memory (up to about 4 rows), and keeps the perplexity; one pass,
-    the fast mode, loses several percent. Seven bits, since without VNNI two products of 8 x 8 bits overflow the 16 bits
-    that they are added in.
+    The sums are of integers, so it is batch-invariant and exact mode is no different.
     """
 
     name = "fbgemm"
     formats = ("int8",)
-    _LEVELS = 63
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
-        q = file.tensor(f"{role}.q")
-        self._shape = q.shape
-        self._scale = file.tensor(f"{role}.scale").clone()
+        del exact
+        self._parts = _int8_parts(file, role)
+        self._num_bytes = sum(part.q.nbytes + part.scale.nbytes for part in self._parts)
+        self._packed = [_fbgemm_packed(part.q, part.scale) for part in self._parts]
         self._bias = _bias(file, role)
-        self._exact = exact
-        ones, zeros = torch.ones(q.shape[0], dtype=torch.float64), torch.zeros(q.shape[0], dtype=torch.int64)
-        with warnings.catch_warnings():  # torch calls its quantized tensors deprecated; TorchInt8 stands by
-            warnings.simplefilter("ignore")
-            torch.backends.quantized.engine = "fbgemm"
-            quantized = torch._make_per_channel_quantized_tensor(q, ones, zeros, 0)
-            self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
-        drop_pages(q)
+        self._columns = [part.columns for part in self._parts]
+        self._is_cold: torch.Tensor | None = None
+        if len(self._parts) > 1:
+            self._is_cold = torch.ones(self._parts[0].q.shape[1])
+            self._is_cold[self._columns[1]] = 0.0
+        for part in self._parts:
+            drop_pages(part.q)
+        del self._parts
 
     @staticmethod
     def is_available() -> bool:
@@ -83,26 +82,22 @@ class FbgemmInt8:
 
     @property
     def num_bytes(self) -> int:
-        return self._shape.numel() + self._scale.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        return self._num_bytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        num_rows, levels = x.shape[0], self._LEVELS
-        step = x.abs().amax(1, keepdim=True).float().clamp_min_(1e-30).div_(levels)
-        if not self._exact:
-            y = self._matmul(x / step)
-        else:
-            scaled = x / step
-            both = torch.empty(2 * num_rows, x.shape[1])
-            torch.round(scaled, out=both[:num_rows])
-            torch.sub(scaled, both[:num_rows], out=both[num_rows:]).mul_(2 * levels)
-            y = self._matmul(both)
-            y = torch.add(y[:num_rows], y[num_rows:], alpha=1 / (2 * levels))
-        y = y.mul_(step).mul_(self._scale)
+        wide = x.float()
+        step = _step(wide if self._is_cold is None else wide * self._is_cold)
+        # Hot columns are cut to 8 bits here, and meet weights of 0.
+        y = self._matmul(0, wide / step).mul_(step)
+        if (hot := self._columns[-1]) is not None:
+            few = wide.index_select(1, hot)
+            step = _step(few)
+            y.addcmul_(self._matmul(1, few / step), step)
         return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
 
-    def _matmul(self, x: torch.Tensor) -> torch.Tensor:
+    def _matmul(self, part: int, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(  # type: ignore[no-any-return]
-            x, 1.0, self._LEVELS + 1, self._packed
+            x, 1.0, _LEVELS + 1, self._packed[part]
         )
 
 
@@ -117,20 +112,11 @@ class TorchInt8:
 
     name = "torch-int8"
     formats = ("int8",)
-    _LEVELS = 127
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool, most_rows: int = 16) -> None:
-        q = file.tensor(f"{role}.q")
-        # torch's kernels check neither, and read past rows and with aligned loads.
-        if q.shape[1] % 16:
-            raise RuntimeError(f"{q.shape[1]} columns are no multiple of 16")
-        self._q = q  # stays in the mapped file
-        if q.data_ptr() % _ALIGNMENT:
-            self._q = q.clone()
-            drop_pages(q)
-        self._scale = file.tensor(f"{role}.scale").clone()
+        self._parts = [_Int8Part(_mapped(part.q), part.scale, part.columns) for part in _int8_parts(file, role)]
         self._bias = _bias(file, role)
-        self._ones = torch.ones(self._q.shape[0], dtype=torch.bfloat16)
+        self._ones = torch.ones(self._parts[0].q.shape[0], dtype=torch.bfloat16)
         self._most_rows = 1 << 30 if exact else most_rows
 
     @staticmethod
@@ -139,17 +125,24 @@ class TorchInt8:
 
     @property
     def num_bytes(self) -> int:
-        return self._q.nbytes + self._scale.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        weight_bytes = sum(part.q.nbytes + part.scale.nbytes for part in self._parts)
+        return weight_bytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] <= self._most_rows:
-            y = torch._weight_int8pack_mm(_aligned(x.to(torch.bfloat16)), self._q, self._ones).float()
-        else:
-            step = x.abs().amax(1, keepdim=True).float().clamp_min_(1e-30).div_(self._LEVELS)
-            rounded = (x / step).round_().to(torch.int8)
-            y = torch._int_mm(rounded, self._q.t()).float().mul_(step)
-        y = y.mul_(self._scale)
+        y = self._matmul(self._parts[0], x)
+        for part in self._parts[1:]:
+            y.add_(self._matmul(part, x))
         return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+
+    def _matmul(self, part: "_Int8Part", x: torch.Tensor) -> torch.Tensor:
+        if part.columns is not None:
+            x = x.index_select(1, part.columns)
+        if x.shape[0] <= self._most_rows:
+            y = torch._weight_int8pack_mm(_aligned(x.to(torch.bfloat16)), part.q, self._ones).float()
+        else:
+            step = _step(x.float())
+            y = torch._int_mm((x / step).round_().to(torch.int8), part.q.t()).float().mul_(step)
+        return y.mul_(part.scale)
 
 
 class OrtInt4:
@@ -292,14 +285,62 @@ class PackedEmbedding:
     def __init__(self, file: PackedFile, dtype: torch.dtype) -> None:
         self._q = file.tensor("embedding.q")
         self._scale = file.tensor("embedding.scale").clone()
+        self._hot = _int8_parts(file, "embedding")[1:]
         self._dtype = dtype
 
     @property
     def num_bytes(self) -> int:
-        return self._q.nbytes + self._scale.nbytes
+        hot_bytes = sum(part.q.nbytes + part.scale.nbytes for part in self._hot)
+        return self._q.nbytes + self._scale.nbytes + hot_bytes
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return (self._q[token_ids].float() * self._scale[token_ids][:, None]).to(self._dtype)
+        rows = self._q[token_ids].float() * self._scale[token_ids][:, None]
+        for part in self._hot:
+            assert part.columns is not None  # hot columns have numbers
+            rows[:, part.columns] = part.q[token_ids].float() * part.scale[token_ids][:, None]
+        return rows.to(self._dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Int8Part:
+    """Some columns of a matrix; see quantize_columns. columns: their numbers, or None for all that are not hot."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    columns: torch.Tensor | None
+
+
+def _int8_parts(file: PackedFile, role: str) -> list[_Int8Part]:
+    """Return the wide part, and the hot one where the file has it."""
+    parts = [_Int8Part(file.tensor(f"{role}.q"), file.tensor(f"{role}.scale").clone(), None)]
+    if (columns := file.find(f"{role}.hot")) is not None:
+        parts.append(_Int8Part(file.tensor(f"{role}.hot.q"), file.tensor(f"{role}.hot.scale").clone(), columns.clone()))
+    return parts
+
+
+def _fbgemm_packed(q: torch.Tensor, scale: torch.Tensor) -> Any:
+    with warnings.catch_warnings():  # torch calls its quantized tensors deprecated; TorchInt8 stands by
+        warnings.simplefilter("ignore")
+        torch.backends.quantized.engine = "fbgemm"
+        zeros = torch.zeros(q.shape[0], dtype=torch.int64)
+        quantized = torch._make_per_channel_quantized_tensor(q, scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def _step(x: torch.Tensor) -> torch.Tensor:
+    """Return what one of _LEVELS stands for in each row: f32, [n, 1]."""
+    return x.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(_LEVELS)
+
+
+def _mapped(q: torch.Tensor) -> torch.Tensor:
+    """Return q where it lies in the mapped file if torch's kernels, which check nothing, can read it there."""
+    if q.shape[1] % 16:  # they read past such rows
+        raise RuntimeError(f"{q.shape[1]} columns are no multiple of 16")
+    if not q.data_ptr() % _ALIGNMENT:
+        return q
+    copy = q.clone()
+    drop_pages(q)
+    return copy
 
 
 def _bias(file: PackedFile, role: str) -> torch.Tensor | None:

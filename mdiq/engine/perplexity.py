@@ -1,7 +1,6 @@
 """How well a model in some format predicts a real text: the measure of what packing its weights costs."""
 
 import math
-import pydoc_data.topics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,12 +9,6 @@ from mdiq.core.types import SeqId
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
 from mdiq.engine.stage_model import StageModel
-
-
-def sample_text() -> str:
-    """Return real English that every Python carries: the language reference, about 700 kB."""
-    topics = pydoc_data.topics.topics
-    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def perplexity(

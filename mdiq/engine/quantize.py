@@ -1,6 +1,8 @@
 """Weights in 8 and 4 bits: the arithmetic of packing, and the files that keep the result. Matmuls are kernels.py's.
 
-int8: one scale per row of the matrix, w = scale * q with q in -127..127.
+int8: one scale per row of the matrix, w = scale * q with q in -127..127. Hot columns (see hot_columns.py) are a narrow
+matrix of their own. Where activations pass as unsigned bytes, x86 without VNNI adds two products in 16 bits: in the
+wide matrix no two neighbours of a row exceed what these hold, so that every device gives the same sums.
 int4: blocks of 32 columns. w = scale * (q - 8) + offset with q in 0..15; as in GGUF's Q4_0 (no offsets) or Q4_1, so
 weights that come from such a file keep their values (Q4_1's offsets rounded to bf16).
 
@@ -9,6 +11,7 @@ So no more than one layer is ever held in f32, and a restart reads no weights th
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import struct
@@ -21,13 +24,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from mdiq.engine.checkpoint import Checkpoint
 from mdiq.errors import ModelError
 
 FORMATS = ("int8", "int4")
 BLOCK = 32
-_VERSION = 1  # of the files' layout
+VERSION = 2
+"""Of the files' layout."""
+_HOT_SHARE = 0.02  # of a matrix's columns
+_HOT_STEP = 32  # columns: what the kernels take
+_MOST_PAIR = 127.4  # steps: rounding may add 1, and 255 * 128 is the most that 16 bits hold
 _ROWS = 4_096  # of the vocabulary, packed at a time: a whole one in f32 may be larger than a layer
 _SYMMETRIC_ERROR = 1e-3  # of a scale: below it a block came from a format without offsets
 
@@ -36,6 +44,38 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return q: int8 [out, in], and scale: f32 [out], for weight: [out, in]."""
     wide = weight.float()
     scale = wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
+def num_hot(num_in: int) -> int:
+    """Return how many columns of a matrix with ``num_in`` are packed apart: none of a very narrow one."""
+    return 0 if num_in < 4 * _HOT_STEP else -(-int(_HOT_SHARE * num_in) // _HOT_STEP) * _HOT_STEP or _HOT_STEP
+
+
+def quantize_columns(weight: torch.Tensor, hot: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return a matrix [out, in] in int8, its hot columns apart.
+
+    hot: numbers of those columns, i64 [k], or None.
+
+    Returns q: int8 [out, in], 0 in hot columns; scale: f32 [out]; and where there are hot columns "hot": their numbers,
+    "hot.q": int8 [out, k] and "hot.scale": f32 [out].
+    """
+    if hot is None or not len(hot):
+        q, scale = _quantize_pairs(weight)
+        return {"q": q, "scale": scale}
+    cold = weight.float().index_fill(1, hot, 0.0)
+    q, scale = _quantize_pairs(cold)
+    hot_q, hot_scale = _quantize_pairs(weight[:, hot])
+    return {"q": q, "scale": scale, "hot": hot, "hot.q": hot_q, "hot.scale": hot_scale}
+
+
+def _quantize_pairs(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do as quantize_int8, with a step that keeps every pair of neighbours within _MOST_PAIR."""
+    wide = weight.float()
+    pairs = functional.pad(wide, (0, wide.shape[1] % 2)).view(wide.shape[0], -1, 2)
+    # Activations are 0 to 255: the worst that a pair can add up to is its positive part, or its negative one.
+    most = torch.maximum(pairs.clamp_min(0).sum(-1), pairs.clamp_max(0).sum(-1).neg_()).amax(1)
+    scale = torch.maximum(wide.abs().amax(1) / 127, most / _MOST_PAIR).clamp_min_(torch.finfo(torch.float32).tiny)
     return (wide / scale[:, None]).round_().to(torch.int8), scale
 
 
@@ -101,18 +141,25 @@ class PackedModel:
     """A checkpoint's weights in one of FORMATS, a file for each Layer and one for embedding, final norm and head.
 
     folder: where the files are kept; without one that can be written they are temporary.
+    find_hot: finds the hot columns; called once for a model.
 
-    Tensor names in a file: "<role>.q" and "<role>.scale" of int8, "<role>.nibbles", "<role>.scale" and maybe
-    "<role>.offset" of int4, "<role>.bias", and norms by their role.
+    Tensor names in a file: "<role>." and the names of quantize_columns for int8, "<role>.nibbles", "<role>.scale" and
+    maybe "<role>.offset" of int4, "<role>.bias", and norms by their role.
     """
 
-    def __init__(self, checkpoint: Checkpoint, weights: str, folder: Path) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, weights: str, folder: Path, find_hot: Callable[[], dict[str, torch.Tensor]]
+    ) -> None:
         self._checkpoint = checkpoint
         self._weights = weights
+        self._find_hot = find_hot
+        self._hot: PackedFile | None = None
         # The digest samples; a file that was changed in place has another time.
         source = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / "model.safetensors"
         stamp = source.stat().st_mtime_ns if source.exists() else 0
-        self._folder = folder / f"{checkpoint.digest[:16]}-{stamp:x}-{weights}-v{_VERSION}"
+        name = f"{checkpoint.digest[:16]}-{stamp:x}"
+        self._folder = folder / f"{name}-{weights}-v{VERSION}"
+        self._hot_path = folder / f"{name}-hot-v{VERSION}.safetensors"  # the same for all formats
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +168,7 @@ class PackedModel:
         except OSError:
             self._temporary = tempfile.TemporaryDirectory(prefix="mdiq-")
             self._folder = Path(self._temporary.name)
+            self._hot_path = self._folder / "hot.safetensors"
 
     def __enter__(self) -> "PackedModel":
         return self
@@ -137,30 +185,20 @@ class PackedModel:
         Raises:
             ModelError: the checkpoint lacks something, or the disk is full.
         """
-        return self._file(f"layer-{i:03}", lambda: self._pack_layer(i))
+        return _kept(self._folder / f"layer-{i:03}.safetensors", lambda: self._pack_layer(i))
 
     def ends(self) -> PackedFile:
         """Return embedding ("embedding", int8 also in int4 models), "positions", "final_norm" and "head"."""
-        return self._file("ends", self._pack_ends)
+        return _kept(self._folder / "ends.safetensors", self._pack_ends)
 
-    def _file(self, name: str, pack: Callable[[], dict[str, torch.Tensor]]) -> PackedFile:
-        path = self._folder / f"{name}.safetensors"
-        with contextlib.suppress(SafetensorError, OSError):
-            return PackedFile(path)
-        tensors = pack()
-        # Several Nodes of one machine may pack the same file: each writes its own, and the last one stays.
-        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f"{name}.", suffix=".tmp")
-        os.close(handle)
-        own = Path(temporary)
-        try:
-            save_file(tensors, own)
-            own.replace(path)
-            return PackedFile(path)
-        except (SafetensorError, OSError) as error:
-            own.unlink(missing_ok=True)
-            raise ModelError(
-                f"{path}: packed weights cannot be written ({str(error)[:120]}); free space there or set MDIQ_CACHE"
-            ) from None
+    def _hot_columns(self, name: str) -> torch.Tensor | None:
+        """Return a matrix's hot columns, found now if they never were."""
+        if self._hot is None:
+            # Nodes of one machine start together: one of them finds the columns, and the others wait for it.
+            with self._hot_path.with_suffix(".lock").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._hot = _kept(self._hot_path, self._find_hot)
+        return self._hot.find(name)
 
     def _pack_layer(self, i: int) -> dict[str, torch.Tensor]:
         layer = self._checkpoint.layer(i)
@@ -173,29 +211,55 @@ class PackedModel:
                 if offset is not None:
                     packed[f"{role}.offset"] = offset
             else:
-                packed[f"{role}.q"], packed[f"{role}.scale"] = quantize_int8(matrix)
+                columns = quantize_columns(matrix, self._hot_columns(f"layer-{i:03}.{role}"))
+                packed |= {f"{role}.{name}": tensor for name, tensor in columns.items()}
         return packed
 
     def _pack_ends(self) -> dict[str, torch.Tensor]:
         checkpoint = self._checkpoint
         packed = {name: tensor.float() for name, tensor in checkpoint.final_norm().items()}
-        packed["embedding.q"], packed["embedding.scale"] = self._in_parts(checkpoint.embedding)
+        hot = self._hot_columns("head")
+        # Tied, one matrix is both; the embedding alone is only looked up.
+        packed |= self._in_parts("embedding", checkpoint.embedding, hot if checkpoint.config.is_tied else None)
         if (positions := checkpoint.positions()) is not None:
             packed["positions"] = positions.float()
         if not checkpoint.config.is_tied:
-            packed["head.q"], packed["head.scale"] = self._in_parts(checkpoint.head)
+            packed |= self._in_parts("head", checkpoint.head, hot)
         return packed
 
-    def _in_parts(self, read: Callable[[int, int], torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return q and scale of a matrix with one row for each token id."""
-        config = self._checkpoint.config
-        q = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.int8)
-        scale = torch.empty(config.vocab_size)
-        for start in range(0, config.vocab_size, _ROWS):
-            part = read(start, min(start + _ROWS, config.vocab_size))
+    def _in_parts(
+        self, role: str, read: Callable[[int, int], torch.Tensor | None], hot: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Return a matrix with one row for each token id, as quantize_columns does."""
+        parts: list[dict[str, torch.Tensor]] = []
+        for start in range(0, self._checkpoint.config.vocab_size, _ROWS):
+            part = read(start, min(start + _ROWS, self._checkpoint.config.vocab_size))
             assert part is not None  # asked for only where there is one
-            q[start : start + _ROWS], scale[start : start + _ROWS] = quantize_int8(part)
-        return q, scale
+            parts.append(quantize_columns(part, hot))
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "hot"}
+        if "hot" in parts[0]:
+            whole["hot"] = parts[0]["hot"]
+        return {f"{role}.{name}": tensor for name, tensor in whole.items()}
+
+
+def _kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> PackedFile:
+    """Return the file at ``path``, made now if there is none."""
+    with contextlib.suppress(SafetensorError, OSError):
+        return PackedFile(path)
+    tensors = make()
+    # Several Nodes of one machine may make the same file: each writes its own, and the last one stays.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp")
+    os.close(handle)
+    own = Path(temporary)
+    try:
+        save_file(tensors, own)
+        own.replace(path)
+        return PackedFile(path)
+    except (SafetensorError, OSError) as error:
+        own.unlink(missing_ok=True)
+        raise ModelError(
+            f"{path}: packed weights cannot be written ({str(error)[:120]}); free space there or set MDIQ_CACHE"
+        ) from None
 
 
 def _nibbles(q: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """A Stage's part of the model: its Layers, and on the Starter the embedding, the final norm and the head."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ import torch
 from mdiq.core.types import LayerRange
 from mdiq.engine.checkpoint import Checkpoint, Tensors
 from mdiq.engine.device import return_free_memory
+from mdiq.engine.hot_columns import hot_columns
 from mdiq.engine.kernel_choice import KernelChoice
 from mdiq.engine.kernels import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
 from mdiq.engine.kv_cache import KvCache
+from mdiq.engine.layer_loading import ROLES, make_norm, packed_layer, plain_layer
 from mdiq.engine.layers import LayerWeights, Norm, Rope, Span, run_layer, write_slots
-from mdiq.engine.quantize import FORMATS, PackedFile, PackedModel
+from mdiq.engine.quantize import FORMATS, PackedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,9 @@ class StageModel:
         with ExitStack() as stack:
             packed = None
             if weights.format in FORMATS:
-                packed = stack.enter_context(PackedModel(checkpoint, weights.format, weights.folder / "packed"))
+                packed = stack.enter_context(
+                    PackedModel(checkpoint, weights.format, weights.folder / "packed", partial(hot_columns, checkpoint))
+                )
             if owns_embedding_and_head:
                 if packed is None:
                     self._load_ends(checkpoint)
@@ -84,11 +89,12 @@ class StageModel:
                 progress(1, total)
             for layer in layers:
                 loaded = (
-                    self._load_layer(checkpoint, layer)
+                    plain_layer(checkpoint, layer, dtype, device)
                     if packed is None
-                    else self._load_packed_layer(packed.layer(layer), choice)
+                    else packed_layer(config, packed.layer(layer), choice, dtype, device)
                 )
                 self._weights.append(loaded)
+                self.weight_bytes += _num_bytes(loaded)
                 return_free_memory()
                 progress(total - (layers.stop - 1 - layer), total)
 
@@ -123,7 +129,7 @@ class StageModel:
         self._embedding = PlainEmbedding(matrix)
         self.weight_bytes += self._embedding.num_bytes
         self._set_positions(checkpoint.positions())
-        self._final_norm = self._norm(checkpoint.final_norm(), "final_norm")
+        self._final_norm = self._norm(checkpoint.final_norm())
         if (head := checkpoint.head()) is None:
             self._head = make_linear(matrix, None, self._dtype, self._device)
         else:
@@ -133,45 +139,29 @@ class StageModel:
     def _load_packed_ends(self, packed: PackedModel, choice: KernelChoice) -> None:
         file = packed.ends()
         norms = {name: file.tensor(name) for name in file.names if name.startswith("final_norm")}
-        self._final_norm = self._norm(norms, "final_norm")
+        self._final_norm = self._norm(norms)
         self._set_positions(file.find("positions"))
         self._head = choice.load(file, "embedding" if self.config.is_tied else "head")
         # Another mapping: the pages that packing the head has read go with the first one.
         self._embedding = PackedEmbedding(packed.ends(), self._dtype)
         self.weight_bytes += self._head.num_bytes + self._embedding.num_bytes
 
-    def _load_packed_layer(self, file: PackedFile, choice: KernelChoice) -> LayerWeights:
-        linears = {role: choice.load(file, role) for role in ("qkv", "o", "gate_up", "down")}
-        return self._layer({name: file.tensor(name) for name in file.names if "norm" in name}, linears)
-
-    def _load_layer(self, checkpoint: Checkpoint, layer: int) -> LayerWeights:
-        tensors = checkpoint.layer(layer)
-        linears: dict[str, Linear] = {
-            role: make_linear(matrix, tensors.biases.get(role), self._dtype, self._device)
-            for role, matrix in tensors.matrices.items()
-        }
-        return self._layer(tensors.norms, linears)
-
-    def _layer(self, norms: Tensors, linears: Mapping[str, Linear]) -> LayerWeights:
-        self.weight_bytes += sum(linear.num_bytes for linear in linears.values())
-        has_qk_norm = self.config.family.has_qk_norm
-        return LayerWeights(
-            attn_norm=self._norm(norms, "attn_norm"),
-            mlp_norm=self._norm(norms, "mlp_norm"),
-            q_norm=self._norm(norms, "q_norm") if has_qk_norm else None,
-            k_norm=self._norm(norms, "k_norm") if has_qk_norm else None,
-            **linears,
-        )
-
     def _set_positions(self, positions: torch.Tensor | None) -> None:
         if positions is not None:
             self._positions = positions.to(device=self._device, dtype=self._dtype, copy=True)
             self.weight_bytes += self._positions.nbytes
 
-    def _norm(self, tensors: Tensors, role: str) -> Norm:
-        # Copies: a view of a mapped file would keep all of it mapped.
-        weight = tensors[role].to(device=self._device, dtype=self._dtype, copy=True)
-        bias = tensors.get(f"{role}.bias")
-        bias = None if bias is None else bias.to(device=self._device, dtype=self._dtype, copy=True)
-        self.weight_bytes += weight.nbytes + (0 if bias is None else bias.nbytes)
-        return Norm(weight, bias, self.config.norm_eps)
+    def _norm(self, tensors: Tensors) -> Norm:
+        norm = make_norm(tensors, "final_norm", self.config.norm_eps, self._dtype, self._device)
+        self.weight_bytes += _norm_bytes(norm)
+        return norm
+
+
+def _num_bytes(layer: LayerWeights) -> int:
+    norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+    matrices = sum(getattr(layer, role).num_bytes for role in ROLES)
+    return int(matrices) + sum(_norm_bytes(norm) for norm in norms if norm is not None)
+
+
+def _norm_bytes(norm: Norm) -> int:
+    return norm.weight.nbytes + (0 if norm.bias is None else norm.bias.nbytes)

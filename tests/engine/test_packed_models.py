@@ -8,8 +8,9 @@ import torch
 from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.perplexity import perplexity, sample_text
+from mdiq.engine.perplexity import perplexity
 from mdiq.engine.runner import StageRunner
+from mdiq.engine.sample_text import sample_text
 from mdiq.engine.stage_model import StageModel, WeightSettings
 from mdiq.errors import ConfigError
 from tests.engine.tiny_models import make_model
