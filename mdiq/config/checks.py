@@ -104,29 +104,26 @@ def _addresses(nodes: _Numbered) -> Iterator[Problem]:
 
 
 def _ports(topology: "Topology", nodes: _Numbered) -> Iterator[Problem]:
-    taken: dict[tuple[str, int], tuple[Loc, str]] = {}
-
-    def take(machine: str, port: int, loc: Loc, others: Sequence[Loc], owner: str) -> Iterator[Problem]:
-        if (machine, port) not in taken:
-            taken[machine, port] = (loc, owner)
-            return
-        first, first_owner = taken[machine, port]
-        free = next(n for n in range(port + 1, 1 << 17) if (machine, n) not in taken)
-        advice = f"write another port, for example {free}" if free <= 65535 else "write another port"
-        text = f"port {port} at {machine} is {first_owner} ({OTHER_PLACE}) already; {advice}"
-        yield Problem(loc, text, (first, *others))
-
+    starters = [(i, node) for i, node in nodes if node.is_starter][:1]  # a second one is a Problem of its own
+    claims: list[tuple[str, int, Loc, tuple[Loc, ...], str]] = []
     others: tuple[Loc, ...]
     for i, node in nodes:
-        machine = machine_of(node.address)
-        for key in ("data_port", "control_port", "weights_port")[: 3 if node.is_starter else 1]:
+        for key in ("data_port", "control_port", "weights_port")[: 3 if (i, node) in starters else 1]:
             others = (_at(i, "address"), _at(i, "name"), _at(i, "role"))
-            yield from take(machine, getattr(node, key), _at(i, key), others, f"{node.name}'s {key}")
-    for i, node in nodes:
+            claims.append((machine_of(node.address), getattr(node, key), _at(i, key), others, f"{node.name}'s {key}"))
+    for i, node in starters:
         # The API listens on the Starter's machine, on whatever address: the port is to be one of its own there.
-        if node.is_starter:
-            others = (_at(i, "address"), _at(i, "role"))
-            yield from take(machine_of(node.address), topology.api.port, ("api", "port"), others, "the API's")
+        others = (_at(i, "address"), _at(i, "role"))
+        claims.append((machine_of(node.address), topology.api.port, ("api", "port"), others, "the API's port"))
+    taken = {(machine, port) for machine, port, *_ in claims}
+    first_of: dict[tuple[str, int], tuple[Loc, tuple[Loc, ...], str]] = {}
+    for machine, port, loc, others, owner in claims:
+        first, first_others, first_owner = first_of.setdefault((machine, port), (loc, others, owner))
+        if first != loc:
+            free = next(n for n in range(port + 1, 1 << 17) if (machine, n) not in taken)
+            advice = f"write another port, for example {free}" if free <= 65535 else "write another port"
+            text = f"port {port} at {machine} is {first_owner} ({OTHER_PLACE}) already; {advice}"
+            yield Problem(loc, text, (first, *first_others, *others))
 
 
 def _layers(nodes: _Numbered) -> Iterator[Problem]:
@@ -186,7 +183,7 @@ def _hops(topology: "Topology") -> Iterator[Problem]:
             yield Problem((*place, key), f"no node is named {shown(name)}; {advice}", names)
         if unknown:
             continue
-        at_nodes = tuple(_at(numbers[name], key) for _, name in ends for key in ("name", "spare", "role"))
+        at_nodes = tuple(_at(n, key) for n in numbers.values() for key in ("name", "spare", "role"))
         spare = [(key, name) for key, name in ends if topology.node(name).spare]
         if spare:
             key, name = spare[0]
@@ -278,7 +275,8 @@ def _plain_text(topology: "Topology") -> Iterator[Problem]:
 
 def _narrow(topology: "Topology", nodes: _Numbered) -> Iterator[Problem]:
     if len(topology.ring_nodes) == 1:
-        yield Problem(("nodes",), "one node alone holds the whole model; add a node to share it")
+        others = tuple(_at(i, "spare") for i, _ in nodes)
+        yield Problem(("nodes",), "one node alone holds the whole model; add a node to share it", others)
     for i, node in nodes:
         if node.memory_bytes is not None and node.memory_bytes < SMALL_MEMORY_BYTES:
             text = (
@@ -304,9 +302,8 @@ def _shared_machines(nodes: _Numbered) -> Iterator[Problem]:
                     f"{node.name} and {nodes[unset[0]][1].name} ({OTHER_PLACE}) share {machine}, and auto gives each "
                     f"all of its {what}; write {key} at each of them"
                 )
-                yield Problem(
-                    _at(unset[1], key), text, (_at(unset[0]), _at(unset[0], "address"), _at(unset[1], "address"))
-                )
+                others = tuple(_at(i, name) for i in unset[:2] for name in ("address", "name", key))
+                yield Problem(_at(unset[1], key), text, (_at(unset[0]), *others))
 
 
 def _slow(topology: "Topology") -> Iterator[Problem]:

@@ -236,9 +236,11 @@ class _Builder:
                 loc,
                 f"YAML reads {shown(raw)} as {int(raw, 8)}, an octal number; write {raw.lstrip('0') or 0}, {quoted}",
             )
-        return self._refuse(
-            loc, f"{shown(raw)} is written in an unusual way; write the number with digits alone, {quoted}"
-        )
+        if len(raw) > 18:
+            return self._refuse(loc, f"{shown(raw)} is larger than any number here; write a smaller one, {quoted}")
+        # 0x and 0b, signs and underscores.
+        number = int(raw.replace("_", ""), 0)
+        return self._refuse(loc, f"YAML reads {shown(raw)} as {number}; write {number}, {quoted}")
 
     def _refuse(self, loc: Loc, message: str) -> object:
         """Tell why a value is refused, and return what stands for it."""
@@ -271,7 +273,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, 
     problem, context = error.problem or "", error.context or ""
     here = error.problem_mark or error.context_mark
     before = error.context_mark or here
-    line, first = (mark.line + 1 if mark else 1 for mark in (here, before))
+    line, first = (min(mark.line, len(source) - 1) + 1 if mark else 1 for mark in (here, before))
 
     def text(number: int) -> str:
         return source[number - 1] if 0 < number <= len(source) else ""
@@ -296,7 +298,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, 
     if "flow" in context:
         opened = "[" if "sequence" in context else "{"
         closed = "]" if opened == "[" else "}"
-        if "expected ','" in problem:
+        if "expected ','" in problem and "stream end" not in problem:
             return line, f"`{opened}` of line {first} is not closed, or a comma is missing; add {closed} or a comma"
         return first, f"`{opened}` opens here and never closes; add {closed}"
     if "undefined alias" in problem or "alias" in context or "anchor" in context or "tag" in context:
@@ -308,5 +310,8 @@ def _syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, 
     if "block scalar" in context:
         return line, f"a value that begins with > or | means something else to YAML; {_IN_QUOTES}"
     if "block" in context or "block" in problem or "document start" in problem:
-        return line, "the indentation does not fit the lines above; keys of one thing begin in the same column"
+        return (
+            line,
+            "the indentation does not fit the lines above; the keys of one node or section begin in the same column",
+        )
     return line, f"it is no YAML: {problem}; compare with the examples in configs/"

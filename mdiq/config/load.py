@@ -20,6 +20,7 @@ from mdiq.config.document import MOST_BYTES, Document, read_document
 from mdiq.config.findings import OTHER_PLACE, Finding, Loc, Problem, path_of
 from mdiq.config.topology import (
     MOST_NODES,
+    UNCHECKED,
     VERSION,
     WITHOUT_KEYS,
     Api,
@@ -47,6 +48,15 @@ SECTIONS: dict[Loc, type[BaseModel]] = {
 """Keys without list indices -> the model that reads what stands there."""
 
 _NOUNS: dict[Loc, str] = {(): "the file", ("nodes",): "a node", ("links", "hops"): "a hop"}
+_SECRETS = {
+    "private_key": "make a new key with `mdiq keys`",
+    "secret_key": "make a new key with `mdiq keys`",
+    "secret": "make a new key with `mdiq keys`",
+    "api_key": "write it into the file that api.keys_file names",
+    "api_keys": "write them into the file that api.keys_file names",
+    "password": "see security in configs/README.md",
+    "token": "write it into the file that api.keys_file names",
+}
 _MEANT = {
     "ip": "address",
     "host": "address",
@@ -65,7 +75,6 @@ _MEANT = {
     "pubkey": "public_key",
     "hosts": "nodes",
     "devices": "nodes",
-    "api_key": "keys_file",
     "bandwidth": "transfer_limit",
     "quantization": "weights",
     "file": "path",
@@ -151,7 +160,6 @@ class _Check:
 
     def report(self, file: Path) -> Report:
         data = self._document.data
-        topology = None
         if not isinstance(data, Mapping):
             found = f"it holds {_noun(data)}" if data is not None else "it holds no keys"
             message = f"{found}, and a topology is made of keys such as `nodes:`; compare with the examples in configs/"
@@ -162,9 +170,7 @@ class _Check:
         except ValidationError as error:
             self._values(error)
             topology = self._together(data)
-        warnings: list[Finding] = []
-        if topology is not None:
-            warnings = [self._finding(problem) for problem in find_warnings(topology) if self._is_sound(problem)]
+        warnings = [self._finding(problem) for problem in find_warnings(topology) if self._is_sound(problem)]
         return Report(
             file, None if self._errors else topology, tuple(sorted(set(self._errors))), tuple(sorted(set(warnings)))
         )
@@ -191,7 +197,7 @@ class _Check:
             self._bad.add(loc)
             self._errors.append(self._located(loc, _message(details, self._document.raw.get(loc))))
 
-    def _together(self, data: Mapping[Any, Any]) -> Topology | None:
+    def _together(self, data: Mapping[Any, Any]) -> Topology:
         """Return a Topology without the values that failed, and tell what is wrong between the others."""
         repaired = _Repair(self._bad).section((), data)
         try:
@@ -201,7 +207,7 @@ class _Check:
                 problems = details.get("ctx", {}).get("error")
                 assert isinstance(problems, TopologyValueError), f"a repaired topology: {details}"
                 self._errors += [self._finding(problem) for problem in problems.problems if self._is_sound(problem)]
-        return None
+        return Topology.model_validate(repaired, context=UNCHECKED)
 
     def _is_sound(self, problem: Problem) -> bool:
         """Return whether a Problem depends on nothing that was repaired."""
@@ -360,6 +366,8 @@ def _meant_by(loc: Loc) -> Loc | None:
 
 def _unknown_key(loc: Loc) -> str:
     *parents, last = loc
+    if (secret := str(last).lower()) in _SECRETS:
+        return f"a secret does not belong into this file, which others read; remove it, and {_SECRETS[secret]}"
     inside = _without_indices(tuple(parents))
     key = str(last)
     known = _keys_of(inside)

@@ -99,6 +99,8 @@ def shown(value: object) -> str:
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
+    if value == "":
+        return "an empty text"
     text = "".join(character if character.isprintable() else "?" for character in str(value))
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
