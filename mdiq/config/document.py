@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from mdiq.config.findings import Finding, Loc, path_of
+from mdiq.config.syntax import syntax_error
 from mdiq.config.units import shown
 
 MOST_BYTES = 256 * 1024
@@ -27,13 +28,15 @@ class Document:
     """What a file holds.
 
     data: dicts, tuples and scalars; a value that was refused is left out. lines: where each value stands.
-    refused: places of the values that are left out, each with a finding. raw: scalars as they are written.
+    refused: places of the values that are left out, each with a finding. incomplete: places of mappings with a key that
+    was left out, likewise. raw: scalars as they are written.
     """
 
     data: object = None
     lines: dict[Loc, int] = field(default_factory=dict)
     raw: dict[Loc, str] = field(default_factory=dict)
     refused: set[Loc] = field(default_factory=set)
+    incomplete: set[Loc] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
     is_readable: bool = True
 
@@ -58,7 +61,7 @@ def read_document(data: bytes) -> Document:
         document.findings.append(Finding(error.line, "", error.message))
         document.is_readable = False
     except yaml.MarkedYAMLError as error:
-        line, message = _syntax_error(error, text.splitlines())
+        line, message = syntax_error(error, text.splitlines())
         document.findings.append(Finding(line, "", message))
         document.is_readable = False
     except yaml.reader.ReaderError as error:
@@ -112,6 +115,7 @@ class _Builder:
     def __init__(self, document: Document, source: list[str]) -> None:
         self._document = document
         self._source = source
+        self._resolver = yaml.SafeLoader("")
         self._num_values = 0
         self._open: set[int] = set()  # ids of the nodes that are being built: an alias to one has no end
 
@@ -172,11 +176,11 @@ class _Builder:
             self._find(
                 line, loc, "a {...} or [...] stands where a key should; is it a template that was not filled in?"
             )
-            self._document.refused.add(loc)
+            self._document.incomplete.add(loc)
             return None
         if node.tag == _TAG + "merge":
             self._find(line, loc, "`<<` is not read here; write the keys out at each place")
-            self._document.refused.add(loc)  # what it would bring cannot be missing
+            self._document.incomplete.add(loc)  # what it would bring is not missing
             return None
         if node.tag != _TAG + "str":
             self._find(
@@ -184,12 +188,17 @@ class _Builder:
                 loc,
                 f"YAML reads the key {shown(node.value)} as {_kind(node)}; a key is text, see configs/README.md",
             )
+            self._document.incomplete.add(loc)
             return None
         return str(node.value)
 
     def _scalar(self, node: yaml.ScalarNode, loc: Loc) -> object:
         self._document.raw[loc] = raw = node.value
         kind = node.tag.removeprefix(_TAG)
+        is_plain = node.style is None
+        implied = self._resolver.resolve(yaml.ScalarNode, raw, (is_plain, not is_plain))  # type: ignore[no-untyped-call]
+        if node.tag != implied:
+            return self._refuse(loc, f"the tag {shown(_tag_text(node.tag))} is not read here; remove it")
         if kind == "null":
             source = self._source[node.start_mark.line] if node.start_mark.line < len(self._source) else ""
             if not raw and re.search(r":\s+#", source) and "public_key" in source:
@@ -208,9 +217,7 @@ class _Builder:
             return self._number(raw, kind, loc)
         if kind == "timestamp":
             return self._refuse(loc, f'YAML reads {shown(raw)} as a date; put it in quotes: "{shown(raw)}"')
-        if kind == "value":
-            return self._refuse(loc, "a lone = is not a value; remove it, or put it in quotes")
-        return self._refuse(loc, f"the tag {shown(_tag_text(node.tag))} is not read here; remove it")
+        return self._refuse(loc, f"a lone {shown(raw)} is not a value; remove it, or put it in quotes")  # = and <<
 
     def _number(self, raw: str, kind: str, loc: Loc) -> object:
         if kind == "float":
@@ -223,23 +230,23 @@ class _Builder:
         if re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", raw):
             return int(raw)
         quoted = f'or "{shown(raw)}" in quotes if it is a text'
+        if len(raw) > 18:
+            return self._refuse(loc, f"{shown(raw)} is larger than any number here; write a smaller one, {quoted}")
         if ":" in raw:
             number = 0
-            for digits in raw.lstrip("+-").replace("_", "").split(":"):
-                number = number * 60 + int(digits)
+            for part in raw.lstrip("+-").replace("_", "").split(":"):
+                number = number * 60 + int(part)
             return self._refuse(
                 loc,
                 f"YAML reads {shown(raw)} as {shown(number)}, a number to the base of 60; write the number, {quoted}",
             )
-        if re.fullmatch(r"0[0-7]+", raw):
+        digits = raw.replace("_", "")
+        if re.fullmatch(r"[-+]?0[0-7]+", digits):
+            number = int(digits, 8)
             return self._refuse(
-                loc,
-                f"YAML reads {shown(raw)} as {int(raw, 8)}, an octal number; write {raw.lstrip('0') or 0}, {quoted}",
+                loc, f"YAML reads {shown(raw)} as {number}, an octal number; write {int(digits)}, {quoted}"
             )
-        if len(raw) > 18:
-            return self._refuse(loc, f"{shown(raw)} is larger than any number here; write a smaller one, {quoted}")
-        # 0x and 0b, signs and underscores.
-        number = int(raw.replace("_", ""), 0)
+        number = int(digits, 0)  # 0x and 0b
         return self._refuse(loc, f"YAML reads {shown(raw)} as {number}; write {number}, {quoted}")
 
     def _refuse(self, loc: Loc, message: str) -> object:
@@ -263,55 +270,3 @@ def _kind(node: yaml.ScalarNode) -> str:
 
 def _tag_text(tag: str) -> str:
     return tag.replace(_TAG, "!!")
-
-
-_IN_QUOTES = "put the text in quotes"
-
-
-def _syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, str]:
-    """Return line and message for what the parser says of a file that is no YAML."""
-    problem, context = error.problem or "", error.context or ""
-    here = error.problem_mark or error.context_mark
-    before = error.context_mark or here
-    line, first = (min(mark.line, len(source) - 1) + 1 if mark else 1 for mark in (here, before))
-
-    def text(number: int) -> str:
-        return source[number - 1] if 0 < number <= len(source) else ""
-
-    for number in (line, first):
-        if match := re.search(r"public_key:\s*([^\s\"'].*)", text(number)):
-            value = match[1].split(" #")[0].rstrip(" }")
-            return (
-                number,
-                f'a key without quotes, and its signs mean something to YAML; write public_key: "{shown(value)}"',
-            )
-    if "'\\t'" in problem or re.match(r" *\t", text(line)):
-        return line, "a tab at the beginning of the line or of a value; YAML allows blanks only: replace it by blanks"
-    if "mapping values are not allowed" in problem:
-        if len(re.findall(r": ", text(line))) > 1:
-            return line, "a second `: ` in the line; put the text with the colon in quotes"
-        return line, "the line is indented deeper than the one above; begin it under the first letter of the key above"
-    if "could not find expected ':'" in problem:
-        return first, "a line without `key: value`; is the colon missing, or the blank behind it?"
-    if "quoted scalar" in context:
-        return first, "a quote opens here and never closes; close it"
-    if "flow" in context:
-        opened = "[" if "sequence" in context else "{"
-        closed = "]" if opened == "[" else "}"
-        if "expected ','" in problem and "stream end" not in problem:
-            return line, f"`{opened}` of line {first} is not closed, or a comma is missing; add {closed} or a comma"
-        return first, f"`{opened}` opens here and never closes; add {closed}"
-    if "undefined alias" in problem or "alias" in context or "anchor" in context or "tag" in context:
-        return line, f"a value that begins with *, & or ! means something else to YAML; {_IN_QUOTES}"
-    if "cannot start any token" in problem:
-        return line, f"a value cannot begin with this sign; {_IN_QUOTES}"
-    if "single document" in context or "single document" in problem:
-        return line, "a second document begins here (---); a topology is one document: remove the line"
-    if "block scalar" in context:
-        return line, f"a value that begins with > or | means something else to YAML; {_IN_QUOTES}"
-    if "block" in context or "block" in problem or "document start" in problem:
-        return (
-            line,
-            "the indentation does not fit the lines above; the keys of one node or section begin in the same column",
-        )
-    return line, f"it is no YAML: {problem}; compare with the examples in configs/"

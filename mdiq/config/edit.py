@@ -38,6 +38,6 @@ def _changes(text: str, node: yaml.MappingNode, public_keys: Mapping[str, str]) 
         return [(name.end_mark.index,) * 2 + (f", public_key: {quoted}",)]
     line_end = text.find("\n", name.end_mark.index)
     line_end = len(text) if line_end < 0 else line_end
-    newline = "\r\n" if text[line_end - 1 : line_end] == "\r" else "\n"
-    place = line_end - len(newline) + 1
+    place = line_end - 1 if text[line_end - 1] == "\r" else line_end
+    newline = "\r\n" if "\r\n" in text else "\n"
     return [(place, place, f"{newline}{' ' * name_key.start_mark.column}public_key: {quoted}")]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdiq.config.document import MOST_BYTES
-from mdiq.config.load import SECTIONS, check_bytes, check_file, load_topology
+from mdiq.config.load import check_bytes, check_file, load_topology
+from mdiq.config.messages import SECTIONS
 from mdiq.errors import ConfigError, TopologyError
 from tests.config.generated import BROKEN, CONFIGS, told
 
@@ -81,6 +82,16 @@ def test_one_mistake_hides_no_other() -> None:
     assert [line.split(" ")[1] for line in lines_of(text)] == ["nodes[2].memory:", "nodes[3].layers:"]
 
 
+def test_a_key_that_cannot_be_read_hides_only_what_is_missing_beside_it() -> None:
+    text = "on: 1\nmodel: {path: m, {{ weights }}: x, mode: slow}\nlinks: {wire: x}\n"
+    assert [line.split(": ")[0] for line in lines_of(text)] == [
+        "t.yaml:1",
+        "t.yaml:2 model",
+        "t.yaml:2 model.mode",
+        "t.yaml:3 links.wire",
+    ]
+
+
 def test_what_depends_on_a_wrong_value_is_not_told() -> None:
     # Without a name that can be read, nobody knows whether the hop's ends are neighbours.
     text = GOOD.replace("name: pi", "name: Pi")
@@ -113,6 +124,22 @@ def test_what_depends_on_a_wrong_value_is_not_told() -> None:
             "t.yaml:1 journal: 123456789012345678901234567890 is larger than any",
         ),
         ("journal: !!binary aGk=\n", "t.yaml:1 journal: the tag !!binary is not read here"),
+        ("journal: !!int abc\n", "t.yaml:1 journal: the tag !!int is not read here"),
+        ("journal: !!bool maybe\n", "t.yaml:1 journal: the tag !!bool is not read here"),
+        ("journal: -0_700\n", "t.yaml:1 journal: YAML reads -0_700 as -448, an octal number; write -700"),
+        ("journal: +5\n", "t.yaml:1 journal: YAML reads +5 as a number"),
+        ("journal: 0b11\n", "t.yaml:1 journal: YAML reads 0b11 as 3; write 3"),
+        ("journal: 1_0:30\n", "t.yaml:1 journal: YAML reads 1_0:30 as 630, a number to the base of 60"),
+        (
+            f"journal: {'59:' * 5000}59\n",
+            "t.yaml:1 journal: 59:59:59:59:59:59:59:59:59:59:59:59:59:5... is larger than",
+        ),
+        (
+            f"journal: {'9' * 5000}.0\n",
+            "t.yaml:1 journal: YAML reads 9999999999999999999999999999999999999999... as a number",
+        ),
+        ("journal: <<\n", "t.yaml:1 journal: a lone << is not a value"),
+        ("<<: {a: 1}\n", "t.yaml:1: `<<` is not read here"),
         ("journal: !!set {a}\n", "t.yaml:1 journal: the tag !!set is not read here"),
         ('journal: ""\n', "t.yaml:1 journal: it is empty; write a path"),
         ("journal: [a]\n", "t.yaml:1 journal: it is a list, and a text belongs here"),
@@ -197,7 +224,7 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=8))
 def test_no_values_are_too_strange_to_be_told(value: dict[str, object]) -> None:
     text = yaml.safe_dump(value, allow_unicode=True)
@@ -234,7 +261,7 @@ _TOPOLOGY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(_TOPOLOGY)
 def test_a_topology_that_is_let_through_fits_together(value: dict[str, object]) -> None:
     report = check_bytes(yaml.safe_dump(value).encode(), FILE)
@@ -253,7 +280,7 @@ def test_a_topology_that_is_let_through_fits_together(value: dict[str, object]) 
         assert topology.is_on_loopback or topology.security.insecure or all(node.public_key for node in topology.nodes)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, len(GOOD)),
     st.integers(0, 30),
