@@ -3,6 +3,7 @@
     MdiqError                       exit code 1: something failed
     ├── UsageError                  exit code 2: what the user asked for cannot be
     │   ├── ConfigError             a flag, a field of a prompts file, a sampling value
+    │   │   └── TopologyError       a topology file: all that is wrong with it
     │   ├── PlanError               a layer split that does not fit the model
     │   └── ModelError              a model that is missing, truncated or of an unsupported kind
     ├── CapacityError               no memory, or a prompt longer than the context
@@ -16,8 +17,10 @@
         ├── RingStalledError        one Sequence made no progress in spite of its replays
         └── NodeDiedError           a process of the ring ended
 
-A message says where, what, and what to do, in one line.
+A message says where, what, and what to do, in one line; a TopologyError in one line for each mistake.
 """
+
+from collections.abc import Sequence
 
 
 class MdiqError(Exception):
@@ -34,6 +37,14 @@ class UsageError(MdiqError):
 
 class ConfigError(UsageError):
     """A flag, a file's field or a sampling value is out of range."""
+
+
+class TopologyError(ConfigError):
+    """A topology file cannot be used. lines: one for each mistake."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
 
 
 class PlanError(UsageError):

@@ -270,6 +270,41 @@ def bench(
     raise typer.Exit(execute(options))
 
 
+@app.command()
+def init(
+    node: Annotated[
+        list[str] | None,
+        typer.Option(help="A device: name=address, and after commas memory=700M,threads=1; the Starter first. Repeat."),
+    ] = None,
+    spare: Annotated[list[str] | None, typer.Option(help="Likewise a device that steps in when another fails.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
+    ] = None,
+    weights: Annotated[Weights, typer.Option(help="Weights in memory.")] = Weights.INT8,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Plain text in the network, without keys.")] = False,
+    out: Annotated[Path, typer.Option(help="File to write; its schema lies beside it.")] = Path("topology.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,
+) -> None:
+    """Write an annotated topology file from flags, or from questions on a terminal."""
+    from mdiq.cli.init import InitOptions
+    from mdiq.cli.init import init as execute
+
+    options = InitOptions(tuple(node or ()), tuple(spare or ()), model, weights.value, insecure, out, force)
+    raise typer.Exit(execute(options))
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="The topology file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Tell everything that is wrong with a topology file, and what will hurt."""
+    from mdiq.cli.check import check as execute
+
+    raise typer.Exit(execute(file, as_json=as_json))
+
+
 @app.command(hidden=True)
 def relay(link: Annotated[str, typer.Option(help="How the link is: delay=20ms,bandwidth=10mbit,jitter=5ms.")]) -> None:
     """Stand in front of every hop of a ring (started by mdiq bench)."""
@@ -302,7 +337,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except MdiqError as error:
-        sys.stderr.write(f"mdiq: {error}\n")
+        sys.stderr.writelines(f"mdiq: {line}\n" for line in str(error).splitlines())
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("mdiq: interrupted\n")

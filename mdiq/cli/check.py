@@ -1,0 +1,48 @@
+"""`mdiq check`: everything that is wrong with a topology file, and what will hurt."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from mdiq.config.load import Report, check_file
+from mdiq.config.topology import Topology
+
+
+def check(file: Path, *, as_json: bool) -> int:
+    """Print what was found; return the exit code: 2 if the file cannot be used."""
+    report = check_file(file)
+    if as_json:
+        value = {
+            "file": str(file),
+            "ok": report.topology is not None,
+            "errors": [asdict(finding) for finding in report.errors],
+            "warnings": [asdict(finding) for finding in report.warnings],
+        }
+        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    else:
+        print_findings(report)
+        if report.topology is not None:
+            sys.stdout.write(f"{file}: {_summary(report.topology)}{_count(', ', report.warnings, 'warning')}\n")
+        else:
+            counts = _count("", report.errors, "error") + _count(", ", report.warnings, "warning")
+            sys.stderr.write(f"mdiq: {file}: {counts}\n")
+    return 0 if report.topology is not None else 2
+
+
+def print_findings(report: Report) -> None:
+    """Print errors, then warnings, on stderr."""
+    for line in report.lines():
+        sys.stderr.write(f"mdiq: {line}\n")
+    for line in report.warning_lines():
+        sys.stderr.write(f"mdiq: warning: {line}\n")
+
+
+def _summary(topology: Topology) -> str:
+    nodes = f"{len(topology.ring_nodes)} node{'s' if len(topology.ring_nodes) > 1 else ''}"
+    spares = f" and {len(topology.spares)} spare" if topology.spares else ""
+    return f"ok, {nodes}{spares}, {'plain text' if topology.is_plain_text else 'encrypted'}"
+
+
+def _count(before: str, findings: tuple[object, ...], noun: str) -> str:
+    return f"{before}{len(findings)} {noun}{'s' if len(findings) > 1 else ''}" if findings else ""

@@ -1,0 +1,206 @@
+"""A topology file to a Topology. All that is wrong with it is told at once, each with its line; see check_file.
+
+Three passes: the document (config/document.py), each value alone (pydantic), the values together (config/checks.py). A
+value that failed an earlier pass is replaced by a harmless one for the later passes, and nothing that depends on it is
+told: so one mistake is one message, and it hides no other.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mdiq.config.checks import TopologyValueError, find_warnings
+from mdiq.config.document import MOST_BYTES, Document, read_document
+from mdiq.config.findings import OTHER_PLACE, Finding, Loc, Problem, path_of
+from mdiq.config.messages import SECTIONS, meant_by, noun_of, value_message, without_indices
+from mdiq.config.topology import UNCHECKED, VERSION, WITHOUT_KEYS, Topology
+from mdiq.errors import TopologyError
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found in a file, by line. topology: None if there are errors."""
+
+    file: Path
+    topology: Topology | None
+    errors: tuple[Finding, ...]
+    warnings: tuple[Finding, ...]
+
+    def lines(self) -> list[str]:
+        """Return the errors as an operator reads them."""
+        return [finding.render(str(self.file)) for finding in self.errors]
+
+    def warning_lines(self) -> list[str]:
+        return [finding.render(str(self.file)) for finding in self.warnings]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTopology:
+    """A Topology and where it came from."""
+
+    topology: Topology
+    file: Path
+    warnings: tuple[str, ...]
+
+    def path(self, text: str) -> Path:
+        """Return a path that the file names; a relative one begins beside the file."""
+        return self.file.parent / Path(text).expanduser()
+
+
+def load_topology(file: Path, *, without_keys: bool = False) -> LoadedTopology:
+    """Return the Topology of a file. without_keys: public keys that are missing are no error, for who makes them.
+
+    Raises:
+        TopologyError: something is wrong with it; all of it is told.
+    """
+    report = check_file(file, without_keys=without_keys)
+    if report.topology is None:
+        raise TopologyError(report.lines())
+    return LoadedTopology(report.topology, file, tuple(report.warning_lines()))
+
+
+def check_file(file: Path, *, without_keys: bool = False) -> Report:
+    """Return everything that is wrong with a file, and what will hurt.
+
+    Raises:
+        TopologyError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise TopologyError([f"{file}: no such file; `mdiq init` writes one, and configs/ has examples"]) from None
+    except OSError as error:
+        raise TopologyError([f"{file}: {error.strerror}; give a topology file that can be read"]) from None
+    return check_bytes(data, file, without_keys=without_keys)
+
+
+def check_bytes(data: bytes, file: Path, *, without_keys: bool = False) -> Report:
+    """Return the same for what a file holds; ``file`` is what messages call it."""
+    document = read_document(data)
+    if not document.is_readable:
+        return Report(file, None, tuple(document.findings), ())
+    return _Check(document, without_keys).report(file)
+
+
+class _Check:
+    """The passes over one document."""
+
+    def __init__(self, document: Document, without_keys: bool) -> None:
+        self._document = document
+        self._context = WITHOUT_KEYS if without_keys else None
+        self._errors = list(document.findings)
+        self._bad = document.refused | document.incomplete
+
+    def report(self, file: Path) -> Report:
+        data = self._document.data
+        if not isinstance(data, Mapping):
+            found = f"it holds {noun_of(data)}" if data is not None else "it holds no keys"
+            message = f"{found}, and a topology is made of keys such as `nodes:`; compare with the examples in configs/"
+            self._errors.append(Finding(self._document.line_of(()), "", message))
+            return Report(file, None, tuple(self._errors), ())
+        try:
+            topology = Topology.model_validate(data, context=self._context)
+        except ValidationError as error:
+            self._values(error)
+            topology = self._together(data)
+        warnings = [self._finding(problem) for problem in find_warnings(topology) if self._is_sound(problem)]
+        return Report(
+            file, None if self._errors else topology, tuple(sorted(set(self._errors))), tuple(sorted(set(warnings)))
+        )
+
+    def _values(self, error: ValidationError) -> None:
+        """Tell what is wrong with each value alone."""
+        found = error.errors(include_url=False)
+        meant = {meant_by(details["loc"]) for details in found if details["type"] == "extra_forbidden"}
+        for details in found:
+            loc: Loc = details["loc"]
+            if isinstance(details.get("ctx", {}).get("error"), TopologyValueError):
+                continue  # comes again when values that failed alone are out of the way
+            if details["type"] == "missing" and loc in meant:
+                self._bad.add(loc)  # it is there under a wrong name
+                continue
+            is_told = loc in self._bad or details["type"] == "missing" and loc[:-1] in self._document.incomplete
+            self._bad.add(loc)
+            if not is_told:
+                self._errors.append(self._located(loc, value_message(details, self._document.raw.get(loc))))
+
+    def _together(self, data: Mapping[Any, Any]) -> Topology:
+        """Return a Topology without the values that failed, and tell what is wrong between the others."""
+        repaired = _Repair(self._bad).section((), data)
+        try:
+            return Topology.model_validate(repaired, context=self._context)
+        except ValidationError as error:
+            for details in error.errors(include_url=False):
+                problems = details.get("ctx", {}).get("error")
+                assert isinstance(problems, TopologyValueError), f"a repaired topology: {details}"
+                self._errors += [self._finding(problem) for problem in problems.problems if self._is_sound(problem)]
+        return Topology.model_validate(repaired, context=UNCHECKED)
+
+    def _is_sound(self, problem: Problem) -> bool:
+        """Return whether a Problem depends on nothing that was repaired."""
+        return not any(_touches(loc, bad) for loc in (problem.loc, *problem.others) for bad in self._bad)
+
+    def _finding(self, problem: Problem) -> Finding:
+        text = problem.text
+        if problem.others:
+            text = text.replace(OTHER_PLACE, f"line {self._document.line_of(problem.others[0])}")
+        return self._located(problem.loc, text)
+
+    def _located(self, loc: Loc, message: str) -> Finding:
+        return Finding(self._document.line_of(loc), path_of(loc), message)
+
+
+def _touches(loc: Loc, bad: Loc) -> bool:
+    """Return whether one place is the other, or lies in it."""
+    return loc[: len(bad)] == bad
+
+
+class _Repair:
+    """Makes data that pass, value by value: what failed is left out, and what must be there is made up."""
+
+    def __init__(self, bad: set[Loc]) -> None:
+        self._bad = bad
+
+    def section(self, loc: Loc, data: object) -> dict[str, object]:
+        """Return a section; its keys are known and its values passed alone."""
+        model = SECTIONS[without_indices(loc)]
+        values: dict[str, object] = {}
+        for name, field in model.model_fields.items():
+            key = field.alias or name
+            place = (*loc, key)
+            given = isinstance(data, Mapping) and key in data and place not in self._bad
+            if given:
+                assert isinstance(data, Mapping)
+                values[key] = self._value(place, data[key])
+            elif field.is_required():
+                values[key] = self._made_up(place)
+        return values
+
+    def _value(self, loc: Loc, value: object) -> object:
+        if without_indices(loc) not in SECTIONS:
+            return value
+        if isinstance(value, tuple):
+            return tuple(self.section((*loc, i), item) for i, item in enumerate(value))
+        return self.section(loc, value)
+
+    def _made_up(self, loc: Loc) -> object:
+        """Return a value that disturbs nothing; Problems that depend on it are not told."""
+        made: dict[str, object] = {
+            "version": VERSION,
+            "path": "model",
+            "name": f"made-up-{loc[1] if len(loc) > 1 else 0}",
+            "address": "127.0.0.1",
+            "from": "made-up",
+            "to": "made-up",
+            "wire": "auto",
+        }
+        key = loc[-1]
+        if key == "model":
+            return self.section(loc, {})
+        if key == "nodes":
+            return (self.section((*loc, 0), {"role": "starter"}),)
+        return made[str(key)]

@@ -1,0 +1,100 @@
+"""A Topology as values: what follows from it, and what is refused when it does not come from a file."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mdiq.config.topology import MOST_NODES, WITHOUT_KEYS, Topology
+from mdiq.core.types import LayerRange
+
+KEYS = ["0" * 40, "1" * 40, "2" * 40]
+
+
+def topology(*nodes: dict[str, Any], **more: Any) -> Topology:
+    context = more.pop("context", None)
+    return Topology.model_validate({"version": 1, "model": {"path": "m"}, "nodes": nodes, **more}, context=context)
+
+
+STARTER = {"name": "desk", "role": "starter", "address": "10.0.0.1", "public_key": KEYS[0]}
+WORKER = {"name": "pi1", "address": "fd00::11", "public_key": KEYS[1], "memory": "700M", "threads": 2}
+SPARE = {"name": "pi2", "address": "pi2.lan", "public_key": KEYS[2], "spare": True}
+
+
+def test_values_come_in_units_that_their_names_say() -> None:
+    value = topology(STARTER, WORKER, links={"transfer_limit": "20mbit"}, ring={"decode_wait": "1.5s", "max_live": 8})
+    node = value.node("pi1")
+    assert (node.memory_bytes, node.threads, node.layers) == (700 << 20, 2, None)
+    assert value.links.transfer_limit_bit_per_s == 2e7
+    assert (value.ring.decode_wait_s, value.ring.max_live) == (1.5, 8)
+
+
+def test_what_the_file_leaves_out_has_its_default() -> None:
+    value = topology(STARTER, WORKER)
+    node = value.starter
+    assert (node.data_port, node.control_port, node.weights_port) == (7400, 7401, 7402)
+    assert (node.device, node.threads, node.memory_bytes, node.layers, node.spare) == ("cpu", None, None, None, False)
+    assert (value.model.weights, value.model.mode, value.model.dtype) == ("int8", "exact", "f32")
+    assert (value.links.wire, value.links.hops, value.links.transfer_limit_bit_per_s) == ("auto", (), None)
+    assert (value.security.keys, value.security.insecure) == ("keys", False)
+    assert (value.api.host, value.api.port, value.api.keys_file) == ("127.0.0.1", 8080, None)
+    assert (value.ring.decode_wait_s, value.ring.max_live, value.ring.prefix_reuse) == (0.2, None, True)
+    assert value.journal is None
+
+
+def test_the_ring_has_the_nodes_in_order_without_the_spare_ones() -> None:
+    value = topology(STARTER, SPARE, WORKER)
+    assert [node.name for node in value.ring_nodes] == ["desk", "pi1"]
+    assert [node.name for node in value.spares] == ["pi2"]
+    assert value.starter.is_starter and not value.node("pi1").is_starter
+    with pytest.raises(KeyError):
+        value.node("pi3")
+
+
+def test_endpoints_are_those_of_the_receiver() -> None:
+    value = topology(STARTER, WORKER)
+    assert value.starter.control_endpoint == "tcp://10.0.0.1:7401"
+    assert value.starter.weights_endpoint == "tcp://10.0.0.1:7402"
+    assert value.node("pi1").data_endpoint == "tcp://[fd00::11]:7400"
+
+
+def test_a_hop_has_its_own_format_or_that_of_all() -> None:
+    value = topology(STARTER, WORKER, links={"wire": "bf16", "hops": ({"from": "pi1", "to": "desk", "wire": "i8"},)})
+    assert value.wire_of("pi1", "desk") == "i8"
+    assert value.wire_of("desk", "pi1") == "bf16"
+
+
+def test_layers_are_half_open_ranges() -> None:
+    value = topology(STARTER | {"layers": "0-11"}, WORKER | {"layers": "12-29"})
+    assert [node.layers for node in value.nodes] == [LayerRange(0, 12), LayerRange(12, 30)]
+
+
+def test_plain_text_is_on_loopback_or_said() -> None:
+    local = topology({"name": "a", "role": "starter", "address": "127.0.0.1"})
+    assert local.is_on_loopback and local.is_plain_text
+    assert not topology(STARTER, WORKER).is_plain_text
+    assert topology(STARTER, WORKER, security={"insecure": True}).is_plain_text
+    keyless = {key: value for key, value in STARTER.items() if key != "public_key"}
+    assert topology(keyless, context=WITHOUT_KEYS).is_plain_text
+    with pytest.raises(ValidationError, match="no node has a public_key"):
+        topology(keyless)
+
+
+def test_values_that_do_not_fit_are_refused_all_at_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        topology(STARTER, WORKER | {"name": "desk"}, api={"host": "0.0.0.0"})
+    text = str(caught.value)
+    assert "nodes[1].name: desk is the name of another node (nodes[0].name) too" in text
+    assert "api.host: 0.0.0.0 lets other machines ask" in text
+
+
+def test_a_topology_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        topology(STARTER).journal = "x"  # type: ignore[misc]
+
+
+def test_there_are_no_more_nodes_than_a_ring_takes() -> None:
+    workers = [{"name": f"n{i}", "address": f"10.0.1.{i}", "public_key": f"{i:040}"} for i in range(1, MOST_NODES)]
+    assert len(topology(STARTER | {"public_key": "a" * 40}, *workers).nodes) == MOST_NODES
+    with pytest.raises(ValidationError, match="these are 65 nodes, and a ring has up to 64"):
+        topology(STARTER | {"public_key": "a" * 40}, *workers, SPARE | {"public_key": "b" * 40})
