@@ -69,12 +69,12 @@ def hot_columns(
             write_slots(spans, device),
             angles,
         )
-        found |= {f"layer-{i:03}.{role}": _hottest(linear.largest) for role, linear in watched.items()}
+        found |= {f"layer-{i:03}.{role}": _hottest(linear.largest, role) for role, linear in watched.items()}
         del weights, watched
         return_free_memory()
         progress(i + 1, config.num_layers)
     norm = make_norm(checkpoint.final_norm(), "final_norm", config.norm_eps, torch.float32, device)
-    found[_HEAD] = _hottest(_relative(norm(hidden)))
+    found[_HEAD] = _hottest(_relative(norm(hidden)), _HEAD)
     return found
 
 
@@ -97,8 +97,8 @@ def _relative(x: torch.Tensor) -> torch.Tensor:
     return (x.abs() / rms).amax(0)
 
 
-def _hottest(largest: torch.Tensor) -> torch.Tensor:
-    return largest.topk(num_hot(len(largest))).indices.sort().values
+def _hottest(largest: torch.Tensor, role: str) -> torch.Tensor:
+    return largest.topk(num_hot(len(largest), role)).indices.sort().values
 
 
 def _token_ids(checkpoint: Checkpoint) -> list[int]:

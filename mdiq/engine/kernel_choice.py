@@ -125,7 +125,7 @@ def _median_s(linear: Linear, warm: Linear, num_rows: int, num_in: int, flush: t
 def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     num_out, num_in = shape
     if weights == "int8":
-        num_columns = num_hot(num_in)
+        num_columns = num_hot(num_in, "qkv")
         hot = {
             "w.hot": torch.arange(num_columns),
             "w.hot.q": torch.randint(-60, 61, (num_out, num_columns), dtype=torch.int8),

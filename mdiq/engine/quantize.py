@@ -33,7 +33,8 @@ FORMATS = ("int8", "int4")
 BLOCK = 32
 VERSION = 2
 """Of the files' layout."""
-_HOT_SHARE = 0.02  # of a matrix's columns
+_HOT_SHARE = 0.03  # of a matrix's columns
+_HOT_SHARES = {"down": 0.08}  # its activations are products, and spread the most
 _HOT_STEP = 32  # columns: what the kernels take
 _MOST_PAIR = 127.4  # steps: rounding may add 1, and 255 * 128 is the most that 16 bits hold
 _ROWS = 4_096  # of the vocabulary, packed at a time: a whole one in f32 may be larger than a layer
@@ -47,9 +48,11 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (wide / scale[:, None]).round_().to(torch.int8), scale
 
 
-def num_hot(num_in: int) -> int:
+def num_hot(num_in: int, role: str) -> int:
     """Return how many columns of a matrix with ``num_in`` are packed apart: none of a very narrow one."""
-    return 0 if num_in < 4 * _HOT_STEP else -(-int(_HOT_SHARE * num_in) // _HOT_STEP) * _HOT_STEP or _HOT_STEP
+    if num_in < 4 * _HOT_STEP:
+        return 0
+    return max(round(_HOT_SHARES.get(role, _HOT_SHARE) * num_in / _HOT_STEP), 1) * _HOT_STEP
 
 
 def quantize_columns(weight: torch.Tensor, hot: torch.Tensor | None) -> dict[str, torch.Tensor]:
