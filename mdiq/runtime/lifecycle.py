@@ -54,8 +54,6 @@ class Notifier:
         # systemd writes the NUL of an abstract name as @.
         self._address = "\0" + address[1:] if address[0] == "@" else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        # READY must not be lost to a queue that is full for a moment, and nothing may wait for a dead manager.
-        self._socket.settimeout(_SEND_TIMEOUT_S)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Notifier":
@@ -120,6 +118,8 @@ class Notifier:
     def _send(self, message: str) -> None:
         if self._socket is None:
             return
+        # READY must not be lost to a queue that is full for a moment; a manager that does not read is waited for once.
+        self._socket.settimeout(0.0 if self._is_lost else _SEND_TIMEOUT_S)
         try:
             self._socket.sendto(message.encode(), self._address)
         except OSError as error:

@@ -158,6 +158,14 @@ def test_a_manager_that_is_gone_is_reported_once_and_does_not_end_the_service(
     assert (captured.out + captured.err).count("notify_failed") == 1
 
 
+def test_a_manager_that_listens_again_hears_the_next_report(manager: Manager, notifier: Notifier) -> None:
+    for _ in range(1000):  # more than a socket's queue holds
+        notifier.feed_watchdog()
+    assert manager.heard()
+    notifier.ready("serving")
+    assert manager.heard() == ["READY=1\nSTATUS=serving"]
+
+
 def test_ready_is_said_when_the_last_condition_is_met(manager: Manager, notifier: Notifier) -> None:
     readiness = Readiness(notifier, ["weights", "previous node", "next node"], "serving layers 0-11")
     readiness.met("next node")
@@ -264,7 +272,7 @@ def test_work_that_comes_after_a_long_rest_is_not_late(clock: Clock, loop_and_wa
 
 
 def test_steady_progress_under_endless_work_feeds_the_watchdog(
-    clock: Clock, loop_and_watchdog: tuple[Loop, Watchdog]
+    manager: Manager, clock: Clock, loop_and_watchdog: tuple[Loop, Watchdog]
 ) -> None:
     loop, watchdog = loop_and_watchdog
     loop.has_work = True
@@ -272,6 +280,7 @@ def test_steady_progress_under_endless_work_feeds_the_watchdog(
         clock.now += 15.0
         loop.progress_s = clock.now - 1.0
         assert watchdog.look()
+        assert manager.heard() == ["WATCHDOG=1"]
 
 
 async def test_the_watchdog_runs_by_itself_and_a_stuck_worker_starves_it(
