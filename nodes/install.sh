@@ -84,9 +84,14 @@ is_changed=false
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 
+changed() { # what runs is not what is installed, until the unit was restarted: also when this run is cut off
+  is_changed=true
+  run touch "$home/.changed"
+}
+
 put() { # MODE SOURCE TARGET: install a file if it differs; contents are never shown
   if cmp -s "$2" "$3"; then return; fi
-  is_changed=true
+  changed
   say "installs $3"
   # Beside its place first: a reader never sees half of it.
   run install -D -m "$1" "$2" "$3.new"
@@ -194,9 +199,10 @@ restart() {
     say "is installed; start it with: systemctl start mdiq-$role"
   elif [ ! -e "$etc/topology.yaml" ] && ! $is_dry; then
     say "is installed; put the topology in $etc/topology.yaml, then: systemctl start mdiq-$role"
-  elif $is_changed || ! is_up; then
+  elif [ -e "$home/.changed" ] || $is_changed || ! is_up; then
     # A node is ready when its ring is: nobody waits for that here.
     run systemctl restart --no-block "mdiq-$role"
+    run rm -f "$home/.changed"
     say "starts mdiq-$role; systemctl status mdiq-$role shows how far it is"
   else
     say "mdiq-$role runs, and nothing has changed"
@@ -212,7 +218,7 @@ switch() {
   if [ "$role" = starter ]; then other=node; fi
   former=$(release_of current)
   if [ "$former" != "$release" ]; then
-    is_changed=true
+    changed
     [ -z "$former" ] || link "$former" previous
     link "$release" current
   fi
@@ -257,7 +263,7 @@ rollback() {
   if [ -e "$units/mdiq-starter.service" ]; then role=starter; fi
   link "$former" previous
   link "$release" current
-  is_changed=true
+  changed
   put_units "$home/$release/nodes/systemd"
   restart
   say "went back from $former to $release; topology and key are as they were"

@@ -37,6 +37,7 @@ SHORT_STAGE_S = 120.0
 START_S = 90.0
 """Within this a unit says its first status; Python and torch take a while on a small device."""
 SETTLE_S = 3.0
+POLL_S = 1.0
 MOST_ERROR_LINES = 12
 _CHUNK_BYTES = 256 * 1024
 
@@ -423,7 +424,7 @@ async def check(plan: Plan, device: Device) -> str:
             )
         if pid != "0" and status_since_s is not None and now - status_since_s > SETTLE_S:
             break
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(POLL_S)
     version = await run_there(plan, device, "/opt/mdiq/current/bin/mdiq --version", timeout_s=SHORT_STAGE_S)
     return f"{version.strip()}, {state['ActiveState']}: {state['StatusText']}"
 
@@ -470,7 +471,7 @@ async def wait_until_ready(plan: Plan, device: Device) -> str:
         if status != told:
             told = status
             say(device.name, "ready", status)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(POLL_S)
 
 
 Stage = Callable[[Plan, Device], Awaitable[str]]

@@ -215,6 +215,14 @@ def test_a_device_that_lost_its_power_boots_and_its_service_waits_for_the_ring(
     shelf.wait("pi2", "systemctl is-active --quiet mdiq-node")
 
 
+def test_the_unit_starts_with_the_drop_in_for_accelerators(operator: Operator, shelf: Shelf) -> None:
+    target = "/etc/systemd/system/mdiq-node.service.d/accelerator.conf"
+    shelf.sh("pi2", f"install -D -m 0644 /opt/mdiq/current/nodes/systemd/accelerator.conf {target}")
+    shelf.sh("pi2", "systemctl daemon-reload && systemctl restart --no-block mdiq-node")
+    shelf.wait("pi2", "systemctl is-active --quiet mdiq-node")
+    assert shelf.unit("pi2", "PrivateDevices", "DevicePolicy") == ["no", "closed"]
+
+
 def test_a_stop_drains_and_is_no_failure(operator: Operator, shelf: Shelf) -> None:
     shelf.sh("pi2", "systemctl stop mdiq-node")
     assert shelf.unit("pi2", "ActiveState", "Result", "ExecMainStatus") == ["inactive", "success", "0"]

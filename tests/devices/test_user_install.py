@@ -13,12 +13,10 @@ NAME, USER = "desk", "op"
 def desk(shelf: Shelf, wheels: Path) -> Shelf:
     shelf.up(NAME, 1.0, "1G")
     # The devices have no logind that would set this up at a login.
-    shelf.sh(
-        NAME,
-        f"useradd --create-home --uid 1000 --shell /bin/bash {USER} && mkdir -p /run/systemd/system/user@1000.service.d && "
-        "printf '[Service]\\nEnvironment=XDG_RUNTIME_DIR=/run/user/1000\\n' >/run/systemd/system/user@1000.service.d/x.conf "
-        "&& systemctl daemon-reload && systemctl start user@1000",
-    )
+    drop_in = b"[Service]\nEnvironment=XDG_RUNTIME_DIR=/run/user/1000\n"
+    shelf.write(NAME, "/run/systemd/system/user@1000.service.d/50-test.conf", drop_in)
+    shelf.sh(NAME, f"useradd --create-home --uid 1000 --shell /bin/bash {USER}")
+    shelf.sh(NAME, "systemctl daemon-reload && systemctl start user@1000")
     for file in (ROOT / "nodes").rglob("*"):
         if file.is_file():
             shelf.write(NAME, f"/home/{USER}/nodes/{file.relative_to(ROOT / 'nodes')}", file.read_bytes())
