@@ -96,7 +96,8 @@ class Shelf:
         return self.try_sh(name, "journalctl --no-pager -o cat -n 60 -u mdiq-node").stdout
 
     def down(self) -> None:
-        must(run(self.tool, "down"))
+        # Each device has gigabytes to remove.
+        must(run(self.tool, "down", timeout=UP_S))
 
 
 @pytest.fixture(scope="session")
