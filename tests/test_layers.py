@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mdiq"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted((PACKAGE.parent / "nodes").glob("*.py"))
 
 MAY_USE = {
     "errors": set(),
@@ -20,6 +21,7 @@ MAY_USE = {
     "control": {"control", "transport", "telemetry.trace", "plan", "core", "errors"},
     "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
     "bench": {"bench", "runtime", "engine", "transport", "core", "errors"},
+    "nodes": {"cli", "config", "errors"},
     "cli": {
         "cli",
         "bench",
@@ -86,6 +88,11 @@ def test_imports_go_downward_only(module: Path) -> None:
     assert _wrong_imports(_room(module), module.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_the_operators_scripts_use_command_line_and_configuration_only(script: Path) -> None:
+    assert _wrong_imports("nodes", script.read_text(encoding="utf-8")) == []
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
 def test_only_the_command_line_prints(module: Path) -> None:
     tree = ast.parse(module.read_text(encoding="utf-8"))
@@ -116,6 +123,7 @@ def test_every_room_has_its_place() -> None:
         ("runtime", "from mdiq.bench.runner import Bench"),
         ("bench", "from mdiq.cli.main import app"),
         ("cli", "import pickle"),
+        ("nodes", "from mdiq.runtime.lifecycle import Notifier"),
     ],
 )
 def test_a_wrong_import_is_noticed(room: str, source: str) -> None:

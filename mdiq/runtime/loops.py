@@ -51,7 +51,22 @@ class Worker:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="mdiq-compute", initializer=initialize)
         self._work_since: float | None = None
         self._is_running = False
+        self._last_progress_s = clock()
         self.meter = Meter()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits for the worker or runs in it."""
+        return self._is_running or self._work_since is not None
+
+    @property
+    def last_progress_s(self) -> float:
+        """When, by the clock, a job last ended or told of its progress."""
+        return self._last_progress_s
+
+    def note_progress(self) -> None:
+        """Say from within a long job that it goes on; for a watchdog it is no stuck one then. From any thread."""
+        self._last_progress_s = self._clock()
 
     def work_waits(self) -> None:
         """Note that there is work: from now on an idle worker is one that lets work wait."""
@@ -98,6 +113,7 @@ class Worker:
             return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
         finally:
             self._is_running = False
+            self.note_progress()
 
 
 async def receive_frames(

@@ -1,0 +1,281 @@
+#!/usr/bin/env bash
+# Installs mdiq on this device as a service. Run it again at any time: what is there already is left alone.
+#
+#   install.sh --name NAME [--wheels DIR] [--topology FILE] [--key FILE]    install a node, or bring it up to date
+#   install.sh --role starter ...                                           the same for the Starter
+#   install.sh --rollback                                                   back to the release before
+#
+#   --name NAME      name of this device in the topology
+#   --role ROLE      node (default) or starter
+#   --wheels DIR     install from the wheels in DIR, without network; else from this checkout, with network
+#   --topology FILE  install FILE as topology.yaml
+#   --key FILE       install FILE as this device's private key; - reads it from standard input
+#   --user           for this user only, without root: ~/.local/lib/mdiq, ~/.config/mdiq, a unit of the user's systemd
+#   --prepare        only put the release beside the one that runs; nothing that runs changes
+#   --no-start       install, but start nothing
+#   --python PYTHON  Python 3.11 to 3.13 to use (default: python3)
+#   --dry-run        say what would be done, change nothing
+#
+# Releases lie side by side: /opt/mdiq/VERSION-DIGEST, with `current` and `previous` as links to them. The digest is that
+# of all wheels and units, so a rebuilt wheel of the same version is a release of its own.
+set -euo pipefail
+umask 022
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+role=node name='' wheels='' topology='' key='' python=python3
+is_user=false is_dry=false only_prepare=false no_start=false is_rollback=false
+
+say() { echo "install.sh: $*"; }
+die() {
+  echo "install.sh: $*" >&2
+  exit "${status:-2}"
+}
+run() {
+  if $is_dry; then
+    echo "would run: $*"
+  else
+    "$@" || status=1 die "failed: $*"
+  fi
+}
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name | --role | --wheels | --topology | --key | --python)
+      [ $# -ge 2 ] || die "$1 needs a value"
+      option=${1#--}
+      printf -v "$option" '%s' "$2"
+      shift
+      ;;
+    --user) is_user=true ;;
+    --dry-run) is_dry=true ;;
+    --prepare) only_prepare=true ;;
+    --no-start) no_start=true ;;
+    --rollback) is_rollback=true ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *) die "unknown option $1; see install.sh --help" ;;
+  esac
+  shift
+done
+
+case $role in node | starter) ;; *) die "--role $role: node or starter" ;; esac
+[[ -z $name || $name =~ ^[a-z0-9-]{1,63}$ ]] || die "--name $name: a to z, 0 to 9 and -, at most 63 characters"
+
+if $is_user; then
+  config=${XDG_CONFIG_HOME:-$HOME/.config}
+  home=$HOME/.local/lib/mdiq etc=$config/mdiq units=$config/systemd/user
+  systemctl() { command systemctl --user "$@"; }
+else
+  home=/opt/mdiq etc=/etc/mdiq units=/etc/systemd/system
+  $is_dry || [ "$(id -u)" = 0 ] || die "needs root; or give --user"
+fi
+
+# Where systemd has no LoadCredential yet, the key is a file of the service's user instead.
+systemd=$(command systemctl --version 2>/dev/null | sed -n '1s/^systemd \([0-9]*\).*/\1/p') || systemd=
+[ -n "$systemd" ] || $is_dry || $only_prepare || die "this system has no systemd; start mdiq by hand instead"
+has_credentials=true
+if [ "${systemd:-0}" -lt 247 ]; then has_credentials=false; fi
+
+is_changed=false
+stage=$(mktemp -d)
+trap 'rm -rf "$stage"' EXIT
+
+changed() { # what runs is not what is installed, until the unit was restarted: also when this run is cut off
+  is_changed=true
+  run touch "$home/.changed"
+}
+
+put() { # MODE SOURCE TARGET: install a file if it differs; contents are never shown
+  if cmp -s "$2" "$3"; then return; fi
+  changed
+  say "installs $3"
+  # Beside its place first: a reader never sees half of it.
+  run install -D -m "$1" "$2" "$3.new"
+  run mv -f "$3.new" "$3"
+}
+
+link() { # TARGET NAME: point a link at a release, in one step
+  run ln -sfn "$1" "$home/$2.new"
+  run mv -fT "$home/$2.new" "$home/$2"
+}
+
+release_of() { [ ! -L "$home/$1" ] || readlink "$home/$1"; }
+
+find_release() { # sets release and source
+  local version
+  if [ -n "$wheels" ]; then
+    local found=("$wheels"/mdiq-*.whl)
+    [ -e "${found[0]}" ] || die "--wheels $wheels: no mdiq-*.whl there; see nodes/README.md for how to fill it"
+    [ ${#found[@]} = 1 ] || die "--wheels $wheels: ${#found[@]} wheels of mdiq; leave one"
+    version=${found[0]##*/mdiq-}
+    version=${version%%-*}
+    source=(--no-index --find-links "$wheels" "${found[0]}")
+  else
+    [ -e "$here/../pyproject.toml" ] || die "this is no checkout of mdiq: give --wheels DIR"
+    version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$here/../mdiq/__init__.py")
+    source=("$here/..")
+  fi
+  release=$version-$(digest)
+}
+
+digest() {
+  if [ -n "$wheels" ]; then (cd "$wheels" && sha256sum -- *.whl); else
+    (cd "$here/.." && find mdiq pyproject.toml -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum)
+  fi >"$stage/sums"
+  (cd "$here" && sha256sum -- install.sh README.md systemd/*) >>"$stage/sums"
+  sha256sum <"$stage/sums" | cut -c 1-8
+}
+
+prepare() {
+  if [ -e "$home/$release/.complete" ]; then
+    say "release $release is there already"
+    return
+  fi
+  "$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null ||
+    die "$python is not Python 3.11 to 3.13 with venv; on Debian: apt install python3-venv, or give --python"
+  say "installs release $release in $home; this takes some minutes on a small device"
+  run mkdir -p "$home"
+  local free_kb
+  free_kb=$(df -Pk "$home" 2>/dev/null | awk 'NR==2{print $4}') || free_kb=
+  [ "${free_kb:-2000000}" -ge 2000000 ] ||
+    status=1 die "$home: $((free_kb / 1024)) MB are free, and a release needs 2000; make room"
+  run rm -rf "${home:?}/$release"
+  run "$python" -m venv "$home/$release"
+  run "$home/$release/bin/pip" install --quiet --disable-pip-version-check --no-input "${source[@]}"
+  run "$home/$release/bin/mdiq" --version
+  run mkdir -p "$home/$release/nodes"
+  run cp -r "$here/install.sh" "$here/README.md" "$here/systemd" "$home/$release/nodes/"
+  # Only now is it a release: whatever was cut off before this line is made anew.
+  run touch "$home/$release/.complete"
+}
+
+unit_files() { # FOLDER: write the units of $role for this kind of install into $stage/units
+  rm -rf "$stage/units"
+  mkdir -p "$stage/units"
+  if $is_user; then
+    # A user's systemd may not drop privileges that it does not have, and has no boot to hold up.
+    sed -e '/^# Only where root/,/^\[Install\]/{/^\[Install\]/!d}' -e "s#/opt/mdiq#$home#" \
+      -e 's/^Also=.*/WantedBy=default.target/' -e '/network-online.target/d' \
+      "$1/mdiq-$role.service" >"$stage/units/mdiq-$role.service"
+  else
+    cp "$1/mdiq-$role.service" "$1/mdiq-$role.timer" "$stage/units/"
+  fi
+}
+
+put_units() { # FOLDER
+  local unit
+  unit_files "$1"
+  local was=$is_changed
+  is_changed=false
+  for unit in "$stage/units"/*; do put 0644 "$unit" "$units/${unit##*/}"; done
+  if $is_changed; then run systemctl daemon-reload; else is_changed=$was; fi
+}
+
+put_key() {
+  local target=$etc/node.key file=$key
+  if [ "$key" = - ]; then
+    file=$stage/key
+    (umask 077 && cat >"$file")
+  fi
+  if $has_credentials || $is_user; then
+    if [ -n "$key" ]; then put 0600 "$file" "$target"; fi
+    # The unit loads the file in any case; mdiq itself says what is missing.
+    if [ ! -e "$target" ] && [ -z "$key" ]; then put 0600 /dev/null "$target"; fi
+    return
+  fi
+  [ -n "$key" ] || return 0
+  [ -n "$name" ] || die "systemd $systemd knows no credentials: give --name, for the key's place in $etc/keys"
+  id -u mdiq >/dev/null 2>&1 || run useradd --system --no-create-home --shell /usr/sbin/nologin mdiq
+  put 0600 "$file" "$etc/keys/$name.key"
+  run chown -R mdiq: "$etc/keys"
+}
+
+restart() {
+  if $no_start; then
+    say "is installed; start it with: systemctl start mdiq-$role"
+  elif [ ! -e "$etc/topology.yaml" ] && ! $is_dry; then
+    say "is installed; put the topology in $etc/topology.yaml, then: systemctl start mdiq-$role"
+  elif [ -e "$home/.changed" ] || $is_changed || ! is_up; then
+    # A node is ready when its ring is: nobody waits for that here.
+    run systemctl restart --no-block "mdiq-$role"
+    run rm -f "$home/.changed"
+    say "starts mdiq-$role; systemctl status mdiq-$role shows how far it is"
+  else
+    say "mdiq-$role runs, and nothing has changed"
+  fi
+}
+
+is_up() { # also while it waits for its ring
+  case $(systemctl is-active "mdiq-$role") in active | activating | reloading) ;; *) false ;; esac
+}
+
+switch() {
+  local other=starter former
+  if [ "$role" = starter ]; then other=node; fi
+  former=$(release_of current)
+  if [ "$former" != "$release" ]; then
+    changed
+    [ -z "$former" ] || link "$former" previous
+    link "$release" current
+  fi
+  if [ -n "$name" ]; then
+    echo "MDIQ_NAME=$name" >"$stage/node.env"
+    put 0644 "$stage/node.env" "$etc/node.env"
+  elif [ "$role" = node ] && [ ! -e "$etc/node.env" ]; then
+    die "give --name NAME: the name of this device in the topology"
+  fi
+  [ -z "$topology" ] || put 0644 "$topology" "$etc/topology.yaml"
+  put_key
+  put_units "$here/systemd"
+  if [ -e "$units/mdiq-$other.service" ]; then
+    run systemctl disable --now "mdiq-$other"
+    run rm -f "$units/mdiq-$other.service" "$units/mdiq-$other.timer"
+  fi
+  [ -L "$(wanted)" ] || run systemctl enable --quiet "mdiq-$role"
+  restart
+  prune
+}
+
+wanted() { # the link that makes systemd start it
+  if $is_user; then echo "$units/default.target.wants/mdiq-$role.service"; else
+    echo "$units/multi-user.target.wants/mdiq-$role.timer"
+  fi
+}
+
+prune() { # releases that neither runs nor is the one before
+  local folder
+  for folder in "$home"/*/; do
+    folder=${folder%/}
+    case ${folder##*/} in
+      current | previous | push | "$(release_of current)" | "$(release_of previous)" | '*') ;;
+      *) run rm -rf "$folder" ;;
+    esac
+  done
+}
+
+rollback() {
+  local former=$1 release=$2
+  [ -e "$home/${release:-none}/.complete" ] || status=1 die "there is no release before ${former:-this one}"
+  if [ -e "$units/mdiq-starter.service" ]; then role=starter; fi
+  link "$former" previous
+  link "$release" current
+  changed
+  put_units "$home/$release/nodes/systemd"
+  restart
+  say "went back from $former to $release; topology and key are as they were"
+}
+
+if $is_rollback; then
+  rollback "$(release_of current)" "$(release_of previous)"
+  exit
+fi
+[ -z "$topology" ] || [ -r "$topology" ] || die "--topology $topology: cannot be read"
+[ -z "$key" ] || [ "$key" = - ] || [ -r "$key" ] || die "--key $key: cannot be read"
+[ -z "$wheels" ] || wheels=$(cd "$wheels" 2>/dev/null && pwd) || die "--wheels: no such folder"
+find_release
+prepare
+$only_prepare || switch

@@ -1,0 +1,598 @@
+"""Brings mdiq to every device of a topology over ssh, from the operator's machine.
+
+    python nodes/provision.py topology.yaml --wheels wheels --canary pi1
+    python nodes/provision.py topology.yaml --rollback
+
+Five stages, each for all devices at once: reach, push, prepare, switch, check. When a stage fails on one device, no
+device enters the next, so nothing that runs has changed until everything lies ready everywhere. A second run sends only
+what changed. What is done on a device is done by install.sh; this program only carries and asks.
+
+A device's private key goes to that device alone, through ssh's standard input: never in an argument, a log, or a file
+of any other place.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import os
+import re
+import shlex
+import stat
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+PUSHED = "/opt/mdiq/push"
+"""Where wheels and scripts lie on a device; of root."""
+CONNECT_TIMEOUT_S = 15
+SHORT_STAGE_S = 120.0
+START_S = 90.0
+"""Within this a unit says its first status; Python and torch take a while on a small device."""
+SETTLE_S = 3.0
+POLL_S = 1.0
+MOST_ERROR_LINES = 12
+_CHUNK_BYTES = 256 * 1024
+
+_ADVICE: Sequence[tuple[str, str]] = (
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its host key is another than before: find out why; a device that was set "
+        "up anew is forgotten with: ssh-keygen -R {address}",
+    ),
+    (
+        "Host key verification failed",
+        "its host key is not known here: log in once by hand ({login}) and compare the "
+        "fingerprint, or give --accept-new-host-keys",
+    ),
+    (
+        "Permission denied",
+        "it refuses the login: copy your key there (ssh-copy-id {login}), or give --user or --identity",
+    ),
+    ("Could not resolve", "its address has no entry in DNS or /etc/hosts: correct `address` in the topology"),
+    ("Connection refused", "it is up, but no ssh server answers: apt install openssh-server there, or give --port"),
+    ("No route to host", "the network does not know it: is it on, and in this network?"),
+    ("timed out", "it does not answer: is it on, and its cable plugged in?"),
+)
+"""Text in ssh's complaint -> what to do about it."""
+
+
+class ProvisionError(Exception):
+    """What went wrong on a device or with the operator's files, in one line. ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of the topology. key: its private key file here, or None in an insecure ring."""
+
+    name: str
+    address: str
+    role: str
+    key: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ssh:
+    """How devices are reached. control: folder for the sockets of connections that are kept open."""
+
+    user: str
+    port: int
+    identity: Path | None
+    known_hosts: Path | None
+    accept_new: bool
+    control: Path
+
+    def command(self, device: Device, remote: str) -> list[str]:
+        """Return the argument vector that runs a shell command on a device, as root."""
+        as_root = remote if self.user == "root" else f"sudo -n sh -c {shlex.quote(remote)}"
+        return [*self._ssh(), "--", device.address, as_root]
+
+    def hang_up(self, device: Device) -> list[str]:
+        """Return the argument vector that ends the connection which is kept open to a device."""
+        return [*self._ssh(), "-O", "exit", "--", device.address]
+
+    def _ssh(self) -> list[str]:
+        options = {
+            "BatchMode": "yes",
+            "ConnectTimeout": str(CONNECT_TIMEOUT_S),
+            "ServerAliveInterval": "10",
+            "ControlMaster": "auto",
+            "ControlPath": str(self.control / "%C"),
+            "ControlPersist": "60",
+            "StrictHostKeyChecking": "accept-new" if self.accept_new else "yes",
+        }
+        if self.known_hosts is not None:
+            options["UserKnownHostsFile"] = str(self.known_hosts)
+        arguments = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+        if self.identity is not None:
+            arguments += ["-i", str(self.identity), "-o", "IdentitiesOnly=yes"]
+        return ["ssh", *arguments, "-p", str(self.port), "-l", self.user]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the run is to do, and what it has learnt."""
+
+    topology: Path
+    wheels: Path
+    ssh: Ssh
+    ready_within_s: float
+    prepare_within_s: float
+    is_dry: bool
+    machines: dict[str, str] = field(default_factory=dict)
+
+
+def say(device: str, stage: str, text: str) -> None:
+    """Show a line of progress."""
+    sys.stdout.write(f"{device:<12} {stage:<8} {text}\n")
+    sys.stdout.flush()
+
+
+# --- the operator's files -------------------------------------------------------------------------------------------
+
+
+def read_devices(path: Path) -> list[Device]:
+    """Return the devices of a topology file: of it all only what provisioning needs.
+
+    Raises:
+        ProvisionError: the file or a key is missing or of no use.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        security = document.get("security") or {}
+        keys = path.parent / security.get("keys", "keys")
+        is_secure = not security.get("insecure", False)
+        devices = [
+            Device(
+                str(node["name"]),
+                str(node["address"]),
+                str(node.get("role", "worker")),
+                keys / f"{node['name']}.key" if is_secure else None,
+            )
+            for node in document["nodes"]
+        ]
+    except OSError as error:
+        raise ProvisionError(f"{path}: {error.strerror}; give the topology's file", code=2) from None
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ProvisionError(f"{path}: not a topology ({error!r}); run mdiq check {path}", code=2) from None
+    for device in devices:
+        if not re.fullmatch(r"[a-z0-9-]{1,63}", device.name) or device.address.startswith("-"):
+            raise ProvisionError(f"{path}: node {device.name!r}: bad name or address; run mdiq check {path}", code=2)
+    return devices
+
+
+def check_keys(devices: Iterable[Device]) -> None:
+    """See that every device's private key is there and nobody else's to read.
+
+    Raises:
+        ProvisionError: one is not.
+    """
+    for device in devices:
+        if device.key is None:
+            continue
+        try:
+            mode = device.key.stat().st_mode
+        except OSError:
+            raise ProvisionError(f"{device.key}: missing; make it with: mdiq keys", code=2) from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ProvisionError(f"{device.key}: others may read it; run: chmod 600 {device.key}", code=2)
+
+
+def wheels_for(folder: Path, machine: str) -> list[Path]:
+    """Return the wheels of a folder that a machine ("x86_64", "aarch64") can use.
+
+    Raises:
+        ProvisionError: there is no wheel of mdiq, or none of torch for that machine.
+    """
+    wheels = sorted(folder.glob("*.whl"))
+    fitting = [wheel for wheel in wheels if wheel.stem.endswith(("-any", f"_{machine}"))]
+    for needed in ("mdiq", "torch"):
+        if not any(wheel.name.startswith(f"{needed}-") for wheel in fitting):
+            raise ProvisionError(
+                f"{folder}: no wheel of {needed} for {machine}; nodes/README.md says how to fill the folder", code=2
+            )
+    return fitting
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_to_push(plan: Plan, machine: str) -> dict[str, Path]:
+    """Return name below PUSHED -> file here, of all that a device of that machine needs but its key."""
+    files = {f"wheels/{wheel.name}": wheel for wheel in wheels_for(plan.wheels, machine)}
+    for script in [HERE / "install.sh", HERE / "README.md", *sorted((HERE / "systemd").iterdir())]:
+        files[f"nodes/{script.relative_to(HERE)}"] = script
+    files["topology.yaml"] = plan.topology
+    return files
+
+
+# --- a command on a device ------------------------------------------------------------------------------------------
+
+
+async def run_there(
+    plan: Plan, device: Device, remote: str, *, send: AsyncIterator[bytes] | None = None, timeout_s: float
+) -> str:
+    """Run a shell command on a device as root and return its output; ``send`` goes to its standard input.
+
+    Raises:
+        ProvisionError: the device does not answer, or the command fails or takes too long.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *plan.ssh.command(device, remote),
+        stdin=asyncio.subprocess.DEVNULL if send is None else asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, out, err = await asyncio.gather(_feed(process, send), _all(process.stdout), _all(process.stderr))
+            code = await process.wait()
+    except TimeoutError:
+        raise ProvisionError(f"took longer than {timeout_s:.0f} s; look at the device and run this again") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if code == 0:
+        return out
+    raise ProvisionError(_explain(plan, device, code, err or out))
+
+
+async def _feed(process: asyncio.subprocess.Process, chunks: AsyncIterator[bytes] | None) -> None:
+    if chunks is None or process.stdin is None:
+        return
+    # A device that has gone says why on stderr; the broken pipe says less.
+    with suppress(BrokenPipeError, ConnectionResetError):
+        async for chunk in chunks:
+            process.stdin.write(chunk)
+            await process.stdin.drain()
+    process.stdin.close()
+
+
+async def _hang_up(plan: Plan, device: Device) -> None:
+    """End the connection that ssh keeps open for the next command."""
+    process = await asyncio.create_subprocess_exec(
+        *plan.ssh.hang_up(device), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+    )
+    await process.wait()
+
+
+async def _all(stream: asyncio.StreamReader | None) -> str:
+    return "" if stream is None else (await stream.read()).decode(errors="replace")
+
+
+def _explain(plan: Plan, device: Device, code: int, complaint: str) -> str:
+    """Return one line of what failed and what to do, from what a command left on stderr."""
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    last = "; ".join(lines[-3:]) or f"exit code {code}"
+    if code == 255:  # ssh itself
+        for text, advice in _ADVICE:
+            if text in complaint:
+                login = f"{plan.ssh.user}@{device.address}"
+                return f"{device.address}: {advice.format(address=device.address, login=login)}"
+        return f"{device.address}: ssh failed: {last}"
+    if "sudo:" in complaint:
+        return f"sudo asks for a password: let {plan.ssh.user} use sudo without one there, or give --user root ({last})"
+    return last
+
+
+# --- the stages -----------------------------------------------------------------------------------------------------
+
+
+async def reach(plan: Plan, device: Device) -> str:
+    """See that the device answers and can run mdiq; learn its machine."""
+    answer = await run_there(
+        plan,
+        device,
+        "uname -m && systemctl --version | head -n 1 && tar --version >/dev/null && "
+        "python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' || "
+        "{ echo 'needs systemd, tar and python3 >= 3.11 with venv: apt install python3-venv' >&2; exit 1; }",
+        timeout_s=SHORT_STAGE_S,
+    )
+    machine, systemd = answer.splitlines()[:2]
+    plan.machines[device.name] = machine
+    wheels_for(plan.wheels, machine)
+    return f"{device.address}: {machine}, {' '.join(systemd.split()[:2])}"
+
+
+async def push(plan: Plan, device: Device) -> str:
+    """Send the files that the device does not have yet, by digest, and remove wheels that are no longer wanted."""
+    files = files_to_push(plan, plan.machines[device.name])
+    wanted = {name: await asyncio.to_thread(_sha256, path) for name, path in files.items()}
+    there = await _digests_there(plan, device)
+    missing = [name for name in files if there.get(name) != wanted[name]]
+    total = sum(files[name].stat().st_size for name in missing)
+    if plan.is_dry:
+        return f"would send {len(missing)} of {len(files)} files, {_size(total)}"
+    if missing:
+        await run_there(
+            plan,
+            device,
+            # A file that is cut off has another digest: the next run sends it again.
+            f"umask 022 && mkdir -p {PUSHED} && tar -x -C {PUSHED} --no-same-owner",
+            send=_archive(device, {name: files[name] for name in missing}, total),
+            timeout_s=plan.prepare_within_s,
+        )
+    stale = [name for name in there if name not in files]
+    if stale:
+        await run_there(
+            plan, device, f"cd {PUSHED} && rm -f -- {' '.join(map(shlex.quote, stale))}", timeout_s=SHORT_STAGE_S
+        )
+    if missing and await _digests_there(plan, device) != wanted:
+        raise ProvisionError("what arrived is not what was sent; run this again, and check the device's disk")
+    return f"{len(missing)} of {len(files)} files sent, {_size(total)}"
+
+
+async def _digests_there(plan: Plan, device: Device) -> dict[str, str]:
+    lines = await run_there(
+        plan,
+        device,
+        f"cd {PUSHED} 2>/dev/null || exit 0; find . -type f -exec sha256sum {{}} +",
+        timeout_s=plan.prepare_within_s,
+    )
+    return {line[66:].removeprefix("./"): line[:64] for line in lines.splitlines()}
+
+
+async def _archive(device: Device, files: Mapping[str, Path], total: int) -> AsyncIterator[bytes]:
+    """Yield a tar archive of the files, and tell every tenth of it."""
+    sent, told = 0, 0
+    for name, path in files.items():
+        info = tarfile.TarInfo(name)
+        info.size = path.stat().st_size
+        info.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+        info.mtime = int(path.stat().st_mtime)
+        yield info.tobuf(tarfile.PAX_FORMAT)
+        with path.open("rb") as file:
+            while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+                sent += len(chunk)
+                yield chunk
+                if total > 10 * _CHUNK_BYTES and sent * 10 // total > told:
+                    told = sent * 10 // total
+                    say(device.name, "push", f"{told * 10} % of {_size(total)}")
+        yield bytes(-info.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def _install(device: Device, *arguments: str) -> str:
+    role = "starter" if device.role == "starter" else "node"
+    options = ["--role", role, "--name", device.name, "--wheels", f"{PUSHED}/wheels", *arguments]
+    return f"{PUSHED}/nodes/install.sh {shlex.join(options)}"
+
+
+async def prepare(plan: Plan, device: Device) -> str:
+    """Install the release beside the one that runs."""
+    if plan.is_dry:
+        return "would install the release beside the one that runs"
+    out = await run_there(plan, device, _install(device, "--prepare"), timeout_s=plan.prepare_within_s)
+    return out.strip().splitlines()[-1].removeprefix("install.sh: ")
+
+
+async def switch(plan: Plan, device: Device) -> str:
+    """Make the release the one that runs, with topology and key, and restart the unit if anything changed."""
+    if plan.is_dry:
+        return "would install topology, key and units, and restart what changed"
+    arguments = ["--topology", f"{PUSHED}/topology.yaml"]
+    if device.key is None:
+        send = None
+    else:
+        arguments += ["--key", "-"]
+        send = _once(device.key.read_bytes())
+    out = await run_there(plan, device, _install(device, *arguments), send=send, timeout_s=SHORT_STAGE_S)
+    return out.strip().splitlines()[-1].removeprefix("install.sh: ")
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+async def check(plan: Plan, device: Device) -> str:
+    """See that the unit comes up and stays: it serves, or waits for the rest of its ring, and is not restarted."""
+    if plan.is_dry:
+        return "would watch the unit"
+    started_s, pid, status_since_s = time.monotonic(), "0", None
+    while True:
+        now = time.monotonic()
+        state = await _unit_state(plan, device)
+        is_over = state.get("ActiveState") == "failed" or state.get("SubState") == "auto-restart"
+        if state.get("ActiveState") != "deactivating" and not is_over:
+            is_over = pid not in ("0", state.get("MainPID"))
+            pid = state.get("MainPID", "0")
+        if state.get("StatusText") and status_since_s is None:
+            status_since_s = now
+        if is_over or now - started_s > START_S:
+            raise ProvisionError(
+                f"{_unit(device)} does not come up ({state.get('ActiveState')}, {state.get('Result')}); its journal "
+                f"ends:\n{await _journal(plan, device)}\n  --rollback brings the release before back"
+            )
+        if pid != "0" and status_since_s is not None and now - status_since_s > SETTLE_S:
+            break
+        await asyncio.sleep(POLL_S)
+    version = await run_there(plan, device, "/opt/mdiq/current/bin/mdiq --version", timeout_s=SHORT_STAGE_S)
+    return f"{version.strip()}, {state['ActiveState']}: {state['StatusText']}"
+
+
+def _unit(device: Device) -> str:
+    return "mdiq-starter" if device.role == "starter" else "mdiq-node"
+
+
+async def _unit_state(plan: Plan, device: Device) -> dict[str, str]:
+    names = "ActiveState,SubState,Result,MainPID,StatusText"
+    lines = await run_there(plan, device, f"systemctl show --property={names} {_unit(device)}", timeout_s=SHORT_STAGE_S)
+    return dict(line.split("=", 1) for line in lines.splitlines() if "=" in line)
+
+
+async def _journal(plan: Plan, device: Device) -> str:
+    lines = await run_there(
+        plan, device, f"journalctl --no-pager -o cat -n {MOST_ERROR_LINES} -u {_unit(device)}", timeout_s=SHORT_STAGE_S
+    )
+    return "\n".join(f"  {line}" for line in lines.splitlines())
+
+
+async def rollback(plan: Plan, device: Device) -> str:
+    """Go back to the release before."""
+    if plan.is_dry:
+        return "would go back to the release before"
+    out = await run_there(plan, device, "/opt/mdiq/current/nodes/install.sh --rollback", timeout_s=SHORT_STAGE_S)
+    return out.strip().splitlines()[-1].removeprefix("install.sh: ")
+
+
+async def wait_until_ready(plan: Plan, device: Device) -> str:
+    """Wait until the unit says that it serves, which needs the whole ring."""
+    deadline = time.monotonic() + plan.ready_within_s
+    told = ""
+    while True:
+        state = await _unit_state(plan, device)
+        status = state.get("StatusText", "")
+        if state.get("ActiveState") == "active":
+            return status or "ready"
+        if state.get("ActiveState") == "failed" or time.monotonic() > deadline:
+            raise ProvisionError(
+                f"{_unit(device)} is {state.get('ActiveState')} ({status or 'no status'}); its journal ends:\n"
+                + await _journal(plan, device)
+            )
+        if status != told:
+            told = status
+            say(device.name, "ready", status)
+        await asyncio.sleep(POLL_S)
+
+
+Stage = Callable[[Plan, Device], Awaitable[str]]
+
+
+async def run_stage(name: str, stage: Stage, plan: Plan, devices: Sequence[Device]) -> None:
+    """Run a stage on all devices at once.
+
+    Raises:
+        ProvisionError: it failed on at least one; each has its line by then, and the others were let finish.
+    """
+
+    async def on(device: Device) -> bool:
+        try:
+            say(device.name, name, await stage(plan, device))
+        except ProvisionError as error:
+            say(device.name, name, f"FAILED: {error}")
+            return False
+        return True
+
+    results = await asyncio.gather(*(on(device) for device in devices))
+    failed = [device.name for device, is_good in zip(devices, results, strict=True) if not is_good]
+    if failed:
+        raise ProvisionError(f"stopped at {name}: it failed on {', '.join(failed)}; mend that and run this again")
+
+
+async def provision(plan: Plan, devices: Sequence[Device], canary: str | None, *, is_rollback: bool) -> None:
+    """Take all devices through all stages, the canary before the others.
+
+    Raises:
+        ProvisionError: a stage failed; the ones behind it were not begun.
+    """
+    try:
+        await _run_stages(plan, devices, canary, is_rollback=is_rollback)
+    finally:
+        await asyncio.gather(*(_hang_up(plan, device) for device in devices))
+
+
+async def _run_stages(plan: Plan, devices: Sequence[Device], canary: str | None, *, is_rollback: bool) -> None:
+    first = [device for device in devices if device.name == canary]
+    groups = [first, [device for device in devices if device.name != canary]] if first else [list(devices)]
+    stages: dict[str, Stage] = {"reach": reach, "push": push, "prepare": prepare, "switch": switch, "check": check}
+    if is_rollback:
+        stages = {"rollback": rollback, "check": check}
+    for group in groups:
+        for name, stage in stages.items():
+            if group:
+                await run_stage(name, stage, plan, group)
+    if plan.ready_within_s and not plan.is_dry:
+        await run_stage("ready", wait_until_ready, plan, devices)
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="provision.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("topology", type=Path, help="the topology's YAML")
+    parser.add_argument("--wheels", type=Path, default=Path("wheels"), help="folder of wheels (default: wheels)")
+    parser.add_argument("--canary", metavar="NAME", help="take this device through all stages before the others")
+    parser.add_argument("--only", metavar="NAME", action="append", help="this device alone; may be repeated")
+    parser.add_argument("--rollback", action="store_true", help="go back to the release before")
+    parser.add_argument(
+        "--ready-within", metavar="S", type=float, default=0.0, help="then wait for the ring (default: 0, do not)"
+    )
+    parser.add_argument(
+        "--prepare-within", metavar="S", type=float, default=1800.0, help="for pushing, for installing (default: 1800)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="reach and compare, change nothing")
+    parser.add_argument("--user", default="root", help="login; another than root needs sudo without a password")
+    parser.add_argument("--port", type=int, default=22)
+    parser.add_argument("--identity", type=Path, help="private ssh key")
+    parser.add_argument("--known-hosts", type=Path, help="file of host keys (default: ssh's own)")
+    parser.add_argument("--accept-new-host-keys", action="store_true", help="trust a host key that is seen first")
+    return parser.parse_args(argv)
+
+
+def _chosen(devices: Sequence[Device], only: Sequence[str] | None, canary: str | None) -> list[Device]:
+    names = {device.name for device in devices}
+    for name in [*(only or []), *([canary] if canary else [])]:
+        if name not in names:
+            raise ProvisionError(f"no node {name} in the topology; it has {', '.join(sorted(names))}", code=2)
+    if only and canary and canary not in only:
+        raise ProvisionError(f"--canary {canary} is not among --only", code=2)
+    return [device for device in devices if not only or device.name in only]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = _arguments(argv)
+    # Short: the path of a Unix socket has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="mdiq-") as control:
+        try:
+            devices = _chosen(read_devices(arguments.topology), arguments.only, arguments.canary)
+            if not arguments.rollback:
+                check_keys(devices)
+            ssh = Ssh(
+                arguments.user,
+                arguments.port,
+                arguments.identity,
+                arguments.known_hosts,
+                arguments.accept_new_host_keys,
+                Path(control),
+            )
+            plan = Plan(
+                arguments.topology,
+                arguments.wheels,
+                ssh,
+                arguments.ready_within,
+                arguments.prepare_within,
+                arguments.dry_run,
+            )
+            asyncio.run(provision(plan, devices, arguments.canary, is_rollback=arguments.rollback))
+        except ProvisionError as error:
+            sys.stderr.write(f"provision.py: {error}\n")
+            return error.code
+        except KeyboardInterrupt:
+            sys.stderr.write("provision.py: interrupted; run it again to go on\n")
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""nodes/install.sh in its dry run: what it would do, and what it refuses. Booted devices run it for real."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+INSTALL = Path(__file__).parent.parent.parent / "nodes" / "install.sh"
+KEY = "a private key of forty characters, oh!!!"
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "mdiq-1.2.3-py3-none-any.whl").write_bytes(b"mdiq")
+    (folder / "torch-2.13.0-cp311-cp311-linux_x86_64.whl").write_bytes(b"torch")
+    return folder
+
+
+def install(*arguments: str | Path, home: Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    return subprocess.run([INSTALL, *map(str, arguments)], capture_output=True, text=True, env=environment, input=stdin)
+
+
+def _release(done: "subprocess.CompletedProcess[str]") -> str:
+    return next(line.split()[3] for line in done.stdout.splitlines() if "installs release" in line)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run(["shellcheck", INSTALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_dry_run_says_each_step_and_writes_nothing(wheels: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    done = install("--user", "--name", "pi1", "--wheels", wheels, "--dry-run", home=home)
+    assert done.returncode == 0, done.stderr
+    for step in ("-m venv", "--no-index --find-links", "current.new", "node.env", "daemon-reload", "enable"):
+        assert step in done.stdout
+    assert list(home.iterdir()) == []
+
+
+def test_with_wheels_pip_asks_no_network(wheels: Path, tmp_path: Path) -> None:
+    done = install("--user", "--name", "pi1", "--wheels", wheels, "--dry-run", home=tmp_path)
+    pip = next(line for line in done.stdout.splitlines() if "/bin/pip install" in line)
+    assert f"--no-index --find-links {wheels} {wheels}/mdiq-1.2.3-py3-none-any.whl" in pip
+
+
+def test_a_rebuilt_wheel_of_the_same_version_is_another_release(wheels: Path, tmp_path: Path) -> None:
+    arguments = ("--user", "--name", "pi1", "--wheels", wheels, "--dry-run")
+    first, again = (_release(install(*arguments, home=tmp_path)) for _ in range(2))
+    (wheels / "mdiq-1.2.3-py3-none-any.whl").write_bytes(b"mdiq, rebuilt")
+    rebuilt = _release(install(*arguments, home=tmp_path))
+    assert first == again
+    assert first.startswith("1.2.3-")
+    assert rebuilt.startswith("1.2.3-")
+    assert rebuilt != first
+
+
+@pytest.mark.parametrize("arguments", [("--key", "-"), ("--key", "FILE")])
+def test_a_key_is_never_shown(arguments: tuple[str, str], wheels: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    key = tuple(str(tmp_path / "key") if part == "FILE" else part for part in arguments)
+    common = ("--user", "--name", "pi1", "--wheels", wheels, "--dry-run")
+    done = install(*common, *key, home=tmp_path, stdin=KEY)
+    assert "-m 0600" in done.stdout
+    assert KEY not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--name", "Pi 1"), "a to z, 0 to 9"),
+        (("--role", "boss"), "node or starter"),
+        (("--frobnicate",), "unknown option --frobnicate"),
+        (("--name",), "--name needs a value"),
+        (("--name", "pi1", "--wheels", "/does/not/exist"), "--wheels"),
+        (("--name", "pi1", "--topology", "/does/not/exist"), "cannot be read"),
+        (("--name", "pi1", "--python", "/bin/false"), "python3-venv"),
+        ((), "give --name NAME"),
+    ],
+)
+def test_bad_usage_is_refused_with_advice(
+    arguments: tuple[str, ...], complaint: str, wheels: Path, tmp_path: Path
+) -> None:
+    given = arguments if "--wheels" in arguments else ("--wheels", str(wheels), *arguments)
+    done = install("--user", "--dry-run", *given, home=tmp_path)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_two_wheels_of_mdiq_are_refused(wheels: Path, tmp_path: Path) -> None:
+    (wheels / "mdiq-1.2.4-py3-none-any.whl").touch()
+    done = install("--user", "--name", "pi1", "--wheels", wheels, "--dry-run", home=tmp_path)
+    assert (done.returncode, "leave one" in done.stderr) == (2, True)
+
+
+def test_there_is_no_way_back_before_the_first_release(tmp_path: Path) -> None:
+    done = install("--user", "--rollback", "--dry-run", home=tmp_path)
+    assert done.returncode == 1
+    assert "no release before" in done.stderr
+
+
+def test_the_help_names_every_option(tmp_path: Path) -> None:
+    out = install("--help", home=tmp_path).stdout
+    source = INSTALL.read_text()
+    for option in ("--name", "--role", "--wheels", "--topology", "--key", "--user", "--prepare", "--rollback"):
+        assert option in out
+        assert option in source
+
+
+@pytest.mark.parametrize(("version", "has_credentials"), [("245 (245.4-4ubuntu3)", False), ("252 (252.39-1)", True)])
+def test_where_systemd_knows_no_credentials_the_key_is_a_file_of_a_user_of_its_own(
+    version: str, has_credentials: bool, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    systemctl = tmp_path / "bin" / "systemctl"
+    systemctl.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "systemd {version}"\n')
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{systemctl.parent}{os.pathsep}{os.environ['PATH']}")
+    done = install("--name", "pi1", "--wheels", wheels, "--key", "-", "--dry-run", home=tmp_path, stdin=KEY)
+    assert done.returncode == 0, done.stderr
+    assert ("/etc/mdiq/node.key.new" in done.stdout) is has_credentials
+    assert ("useradd --system" in done.stdout) is not has_credentials
+    assert ("/etc/mdiq/keys/pi1.key.new" in done.stdout) is not has_credentials
