@@ -8,7 +8,8 @@ needs t_i(b) seconds for b Sequences, and hops of h seconds in all,
 
 since every Stage serves every micro-batch once a Lap, and a Lap cannot be shorter than its parts. A Hop whose bytes
 take time counts as one more Stage, with the seconds that its line is busy; its delay is part of h. |x, y| is a
-maximum with a rounded corner: times vary, and where both parts are equally long each waits for the other. G is the
+maximum with a rounded corner: times vary, and where both parts are equally long each waits for the other. A single
+micro-batch waits for nobody: its rate is S / Lap. G is the
 number in flight: with equal Stages and a long way it comes to N (1 + delay / stage time), so delay costs latency and
 not throughput, as long as there are Sequences enough. tests/core/test_convoy.py compares the cap that follows with
 taking one and taking all in a simulated Ring.
@@ -98,6 +99,8 @@ class Grouping:
 
     def rate(self, busy_s: float, lap_s: float) -> float:
         """Return the tokens per second of a Ring whose slowest Stage is busy for ``busy_s`` a Lap of ``lap_s``."""
+        if self.num_batches == 1:  # it waits for nobody
+            return self.num_live / max(lap_s, _LEAST_S)
         return self.num_live / max(float((busy_s**_CORNER + lap_s**_CORNER) ** (1 / _CORNER)), _LEAST_S)
 
 
@@ -147,7 +150,8 @@ class _Times:
     def best(self, num_live: int) -> tuple[Grouping, float]:
         """Return the Grouping with the highest rate; of equal ones that with the largest cap: fewer, larger Frames."""
         if self._is_alone:  # nobody waits for anybody
-            return Grouping(1, num_live, 0), num_live / max(self._slowest[0][num_live - 1], _LEAST_S)
+            alone = Grouping(1, num_live, 0)
+            return alone, alone.rate(0.0, self._laps_s[num_live - 1])
 
         def rate(grouping: Grouping) -> float:
             busy_s = max(grouping.busy_s(row[grouping.size - 1], row[grouping.largest - 1]) for row in self._slowest)

@@ -4,7 +4,7 @@ The Ring's order is the order in which the Nodes are given, the Starter first; w
 the search. Layers are alike, so a split is a count per Node, and a Stage's time is a line in that count.
 
 latency: one user's Lap is the sum of all Stages and Hops. The least sum comes from a dynamic program over Nodes and
-Layers: done[i][l] is the least time in which the Nodes up to i have run l Layers, i being the last of them.
+Layers: the least time in which l Layers are done and Node i was the last one, for every i and l.
 
 throughput: the rate of plan/micro_batches.py for the best number of micro-batches. It falls with two figures: what the
 slowest Stage or line is busy for in a Lap, and what a Lap takes. The dynamic program gives the shortest Lap in which
@@ -44,12 +44,14 @@ class Goal:
     """What the operator wants of the Plan.
 
     num_users: Sequences that are live at once; a Plan for latency is made for one.
-    kv_tokens: least KV capacity. context_tokens: context of a Sequence for which the times are predicted.
+    kv_tokens: least KV capacity; most_kv_tokens: most of it, though there is more room, None for all that there is.
+    context_tokens: context of a Sequence for which the times are predicted.
     """
 
     objective: Objective = Objective.THROUGHPUT
     num_users: int = 4
     kv_tokens: int = 2_048
+    most_kv_tokens: int | None = None
     context_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -68,19 +70,10 @@ def best_split(
     alone: Split | None = None
     if most[0] == model.num_layers and not (all_nodes and len(nodes) > 1):
         alone = (model.num_layers, *[0] * (len(nodes) - 1))
-    latency = goal.objective is Objective.LATENCY
-    ways = groupings(1 if latency else goal.num_users)
+    ways = groupings(1 if goal.objective is Objective.LATENCY else goal.num_users)
     searches = [_Search(model, nodes, links, goal, way, most, all_nodes=all_nodes) for way in ways]
-    best, best_rate = alone, 0.0
-    if alone:
-        alone_s = searches[0].alone_s()
-        best_rate = ways[0].num_live / alone_s if alone_s else _NEVER
-    if len(nodes) == 1:
-        return best
-    if latency:
-        split = searches[0].shortest_lap(_NEVER)
-        return split if split is not None and 1 / searches[0].figures(split)[1] > best_rate * (1 + _BETTER) else best
-    return _search(searches, best, best_rate)
+    # The first way is a single micro-batch, and alone the Starter has no other.
+    return _search(searches, alone, ways[0].rate(0.0, searches[0].alone_s()) if alone else 0.0)
 
 
 def _search(searches: Sequence["_Search"], best: Split | None, best_rate: float) -> Split | None:

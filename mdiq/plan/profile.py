@@ -121,6 +121,10 @@ class HopProfile:
         if self.delay_s < 0 or not self.bytes_per_s > 0:
             raise ValueError(f"{self}: it needs a delay of at least 0 and a rate above 0")
 
+    def send_curve(self, model: ModelShape) -> Curve:
+        """Return how long a Frame keeps the line busy, by rows."""
+        return Curve(tuple((rows, self.send_s(1, rows, model)) for rows in (1, 2)))
+
     def send_s(self, num_frames: int, num_rows: int, model: ModelShape) -> float:
         """Return how long Frames with these rows keep the line busy."""
         row_bytes = SEGMENT_BYTES + (model.row_bytes if self.row_bytes is None else self.row_bytes)
@@ -158,3 +162,12 @@ class Links:
             return measured
         a, b = (self._best.get(name, self.unknown) for name in (sender, receiver))
         return HopProfile(max(a.delay_s, b.delay_s), min(a.bytes_per_s, b.bytes_per_s))
+
+    def with_twin(self, node: NodeId, twin: NodeId) -> "Links":
+        """Return these Hops and those of one more Node, ``twin``, which are as good as those of ``node``."""
+        renamed = {(_swap(a, node, twin), _swap(b, node, twin)): hop for (a, b), hop in self.hops.items()}
+        return Links({**renamed, **self.hops}, self.unknown)
+
+
+def _swap(name: NodeId, node: NodeId, twin: NodeId) -> NodeId:
+    return twin if name == node else name
