@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mdiq.core.types import NodeId
-from mdiq.errors import PlanError
 from mdiq.plan.fixed_tables import mdi_split
 from mdiq.plan.partition import Goal, Objective, Split, best_split
 from mdiq.plan.plan import LeftOut, LimitKind, Plan, Why, make_plan, plan_split
 from mdiq.plan.profile import Links, ModelShape, NodeProfile
-from mdiq.plan.room import format_bytes, held_layers, least_nodes
+from mdiq.plan.room import count_layers, format_bytes, held_layers, least_nodes
 from mdiq.plan.split import split_layers
 
 _SAME = 0.005  # a rate that differs by less is the same
@@ -107,12 +106,14 @@ def _splits(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal:
     table = mdi_split(model.num_layers, len(nodes))
     if table is not None:
         fixed.append(("MDI-LLM's table", table))
+    held = held_layers(model, nodes, goal.kv_tokens)
     for name, split in fixed:
         full_name = f"{name} {','.join(map(str, split))}"
-        try:
+        too_small = [f"{node.name} holds {most}" for node, n, most in zip(nodes, split, held, strict=True) if n > most]
+        if too_small:
+            yield WhatIf(full_name, None, f"does not fit: {', '.join(too_small)} at most")
+        else:
             yield WhatIf(full_name, plan_split(model, nodes, links, goal, split).value)
-        except PlanError as error:
-            yield WhatIf(full_name, None, str(error))
 
 
 def _one_more(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> Iterator[WhatIf]:
@@ -130,7 +131,7 @@ def _what_if(name: str, model: ModelShape, nodes: Sequence[NodeProfile], links: 
     if split is None:
         missing = model.num_layers - sum(held_layers(model, nodes, goal.kv_tokens))
         missing_bytes = missing * (model.layer_bytes + goal.kv_tokens * model.kv_bytes)
-        return WhatIf(name, None, f"{missing} layers or {format_bytes(missing_bytes)} would not fit")
+        return WhatIf(name, None, f"{count_layers(missing)} or {format_bytes(missing_bytes)} would not fit")
     return WhatIf(name, plan_split(model, nodes, links, goal, split).value)
 
 
@@ -194,8 +195,9 @@ def _limit(plan: Plan) -> str:
         LimitKind.MEMORY: f"the memory of {limit.where}: with more of it, more layers would go there",
     }[limit.kind]
     if limit.is_waiting:
-        return f"the way round: {plan.goal.num_users} users do not fill the ring; most of it is {where}"
-    return where
+        return f"the way round: {plan.goal.num_users} users do not fill the ring; the longest part of it is {where}"
+    line = next((hop for hop in plan.hops if str(hop) == limit.where and hop.send.seconds(1) > hop.delay_s), None)
+    return where if line is None else f"{where}, whose line is busy for {100 * line.busy:.0f} % of the time"
 
 
 def _kv(plan: Plan) -> str:
@@ -213,8 +215,9 @@ def _memory(explanation: Explanation) -> Iterator[str]:
         held = ", ".join(f"{name} {layers}" for name, layers in explanation.held)
         yield (
             f"memory       {model.num_layers} layers with {goal.kv_tokens:,} tokens of KV cache need at least "
-            f"{explanation.num_needed} of these nodes; layers that fit: {held}"
+            f"{explanation.num_needed} of these nodes;"
         )
+        yield f"             layers that fit: {held}"
 
 
 def _reason(plan: Plan, left_out: LeftOut) -> str:

@@ -189,11 +189,10 @@ class _Search:
     def shortest_lap(self, most_busy_s: float) -> Split | None:
         """Return the split with the shortest Lap in which nobody is busy for longer, or None when there is none."""
         caps = self._caps(most_busy_s)
-        filled = self._filled(caps)
-        if filled is None:
-            return None
         if self._all_nodes:
             # The Hops are given, and Layers go where they are fastest.
+            filled = self._filled(caps)
+            assert filled is not None  # the search begins with the first bound under which there is room
             return filled if self.figures(filled)[0] <= most_busy_s * (1 + _ROUNDING) else None
         return self._shortest_lap(caps, most_busy_s)
 
@@ -202,7 +201,7 @@ class _Search:
         caps: list[int] = []
         for fixed_s, layer_s, most in zip(self._busy_fixed, self._busy_layer, self._most, strict=True):
             layers = (most_busy_s - fixed_s) / layer_s if layer_s > 0 else math.copysign(_NEVER, most_busy_s - fixed_s)
-            caps.append(max(int(min(layers + _ROUNDING, most)), 0))
+            caps.append(int(max(min(layers + _ROUNDING, most), 0)))
         return caps
 
     def _filled(self, caps: Sequence[int]) -> Split | None:

@@ -17,6 +17,11 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / _GIB:.1f} GiB" if abs(num_bytes) >= _GIB else f"{num_bytes / _MIB:.0f} MiB"
 
 
+def count_layers(num_layers: int) -> str:
+    """Return "1 layer" or "8 layers"."""
+    return "1 layer" if num_layers == 1 else f"{num_layers} layers"
+
+
 def check_room(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal, spares: Sequence[NodeProfile] = ()) -> None:
     """Check that the Nodes, the Starter first, can hold the model with the KV capacity that is wanted.
 
@@ -41,7 +46,7 @@ def check_room(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal, spar
         )
         raise PlanError(
             f"plan: {model.num_layers} layers of {format_bytes(layer_bytes)} each with {kv} do not fit; the nodes hold "
-            f"{held}; {missing} layers or {format_bytes(missing * layer_bytes)} are missing: "
+            f"{held}; {count_layers(missing)} or {format_bytes(missing * layer_bytes)} too many: "
             + ", or ".join(_advice(model, nodes, goal, spares, missing * layer_bytes))
         )
 
