@@ -14,7 +14,7 @@ MODEL = ModelShape(32, 40 * MIB, 120 * MIB, 8_192, 4_100, 60 * MIB, weights="int
 """32 Layers of 40 MiB; with 2,048 tokens of KV cache a Layer takes 56 MiB."""
 
 BARE = {"layer_decode": Curve(((1, 0.02), (2, 0.04))), "head": Curve(((1, 0.0),))}
-"""Of a Node whose head costs nothing, and each Segment of a Batch as much as the first: more Nodes are always better."""
+"""Of a Node whose head costs nothing, and each Segment of a Batch as much as the first: more Nodes are better."""
 
 
 def times(points: tuple[tuple[int, float], ...], factor: float) -> Curve:
