@@ -3,7 +3,7 @@
     MdiqError                       exit code 1: something failed
     ├── UsageError                  exit code 2: what the user asked for cannot be
     │   ├── ConfigError             a flag, a field of a prompts file, a sampling value
-    │   ├── PlanError               a layer split that does not fit the model
+    │   ├── PlanError               a layer split that does not fit the model, a model that does not fit the nodes
     │   └── ModelError              a model that is missing, truncated or of an unsupported kind
     ├── CapacityError               no memory, or a prompt longer than the context
     │   └── ContextLengthError
@@ -37,7 +37,7 @@ class ConfigError(UsageError):
 
 
 class PlanError(UsageError):
-    """A layer split does not fit the model or the nodes."""
+    """A layer split does not fit the model, or the model does not fit the nodes."""
 
 
 class ModelError(UsageError):
