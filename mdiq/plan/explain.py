@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mdiq.core.types import NodeId
 from mdiq.plan.fixed_tables import mdi_split
-from mdiq.plan.partition import Goal, Objective, Split, best_split
+from mdiq.plan.partition import Goal, Objective, Split, find_split
 from mdiq.plan.plan import LeftOut, LimitKind, Plan, Why, make_plan, plan_split
 from mdiq.plan.profile import Links, ModelShape, NodeProfile
 from mdiq.plan.room import count_layers, format_bytes, held_layers, least_nodes
@@ -127,12 +127,12 @@ def _one_more(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goa
 
 
 def _what_if(name: str, model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> WhatIf:
-    split = best_split(model, nodes, links, goal)
-    if split is None:
+    found = find_split(model, nodes, links, goal)
+    if found is None:
         missing = model.num_layers - sum(held_layers(model, nodes, goal.kv_tokens))
         missing_bytes = missing * (model.layer_bytes + goal.kv_tokens * model.kv_bytes)
         return WhatIf(name, None, f"{count_layers(missing)} or {format_bytes(missing_bytes)} would not fit")
-    return WhatIf(name, plan_split(model, nodes, links, goal, split).value)
+    return WhatIf(name, found[1])
 
 
 def render(explanation: Explanation) -> str:

@@ -16,7 +16,7 @@ import heapq
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate, pairwise
@@ -66,18 +66,44 @@ def best_split(
 
     all_nodes: nobody is left out.
     """
+    found = find_split(model, nodes, links, goal, all_nodes=all_nodes)
+    return None if found is None else found[0]
+
+
+def find_split(
+    model: ModelShape,
+    nodes: Sequence[NodeProfile],
+    links: Links,
+    goal: Goal,
+    *,
+    all_nodes: bool = False,
+    above: float = 0.0,
+) -> tuple[Split, float] | None:
+    """Return the best split and its rate by the goal; None when there is none with a rate ``above`` this one."""
+    layer_s = {
+        size: [node.layer_s(size, goal.context_tokens) for node in nodes]
+        for size in {size for way in _ways(goal) for size in (way.size, way.largest)}
+    }
     most = [node.most_layers(model, goal.kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
-    alone: Split | None = None
+    searches = [_Search(model, nodes, links, way, layer_s, most, all_nodes=all_nodes) for way in _ways(goal)]
+    best: tuple[Split, float] | None = None
     if most[0] == model.num_layers and not (all_nodes and len(nodes) > 1):
-        alone = (model.num_layers, *[0] * (len(nodes) - 1))
-    ways = groupings(1 if goal.objective is Objective.LATENCY else goal.num_users)
-    searches = [_Search(model, nodes, links, goal, way, most, all_nodes=all_nodes) for way in ways]
-    # The first way is a single micro-batch, and alone the Starter has no other.
-    return _search(searches, alone, ways[0].rate(0.0, searches[0].alone_s()) if alone else 0.0)
+        # The first way is a single micro-batch, and alone the Starter has no other.
+        rate = searches[0].rate(0.0, searches[0].alone_s())
+        if rate > above:
+            best = (model.num_layers, *[0] * (len(nodes) - 1)), rate
+    return _search(searches, best, above)
 
 
-def _search(searches: Sequence["_Search"], best: Split | None, best_rate: float) -> Split | None:
-    """Return the best split of all Groupings; see the module's text."""
+def _ways(goal: Goal) -> list[Grouping]:
+    return groupings(1 if goal.objective is Objective.LATENCY else goal.num_users)
+
+
+def _search(
+    searches: Sequence["_Search"], best: tuple[Split, float] | None, above: float
+) -> tuple[Split, float] | None:
+    """Return the best split of all Groupings and its rate; see the module's text."""
+    best_rate = above if best is None else best[1]
     # (minus the best rate that is possible, Grouping, first and last of the bounds that are left, least Lap)
     queue = [
         (-search.rate(search.least_busy_s, search.least_lap_s), i, -1, -1, 0.0) for i, search in enumerate(searches)
@@ -97,7 +123,7 @@ def _search(searches: Sequence["_Search"], best: Split | None, best_rate: float)
             busy_s, split_lap_s = search.figures(split)
             rate = search.rate(busy_s, split_lap_s)
             if rate > best_rate * (1 + _BETTER):
-                best, best_rate = split, rate
+                best, best_rate = (split, rate), rate
             left.append((low, bisect_left(search.bounds, busy_s * (1 - _ROUNDING)) - 1, split_lap_s))
         for first, last, least_lap_s in left:
             if first <= last:
@@ -114,8 +140,8 @@ class _Search:
         model: ModelShape,
         nodes: Sequence[NodeProfile],
         links: Links,
-        goal: Goal,
         way: Grouping,
+        layer_s: Mapping[int, Sequence[float]],
         most: Sequence[int],
         *,
         all_nodes: bool,
@@ -125,17 +151,11 @@ class _Search:
         self._most = most
         self._all_nodes = all_nodes
         # Of a Node: what its Layers and the rest take in a Lap, for all micro-batches and for the largest one.
-        self._busy_layer: list[float] = []
-        self._busy_fixed: list[float] = []
-        self._lap_layer: list[float] = []
-        self._lap_fixed: list[float] = []
-        for i, node in enumerate(nodes):
-            layer_s = [node.layer_s(size, goal.context_tokens) for size in (way.size, way.largest)]
-            fixed_s = [node.fixed_s(size, is_starter=not i) for size in (way.size, way.largest)]
-            self._busy_layer.append(way.busy_s(*layer_s))
-            self._busy_fixed.append(way.busy_s(*fixed_s))
-            self._lap_layer.append(layer_s[1])
-            self._lap_fixed.append(fixed_s[1])
+        self._lap_layer = layer_s[way.largest]
+        self._busy_layer = [way.busy_s(*s) for s in zip(layer_s[way.size], layer_s[way.largest], strict=True)]
+        fixed_s = [[node.fixed_s(n, is_starter=not i) for i, node in enumerate(nodes)] for n in (way.size, way.largest)]
+        self._lap_fixed = fixed_s[1]
+        self._busy_fixed = [way.busy_s(*s) for s in zip(*fixed_s, strict=True)]
         self._by_speed = sorted(range(len(nodes)), key=lambda i: self._lap_layer[i])
 
         def hop(sender: int, receiver: int) -> tuple[float, float]:

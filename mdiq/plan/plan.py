@@ -12,7 +12,7 @@ from mdiq.core.types import LayerRange, NodeId
 from mdiq.errors import PlanError
 from mdiq.plan.micro_batches import Curve, best_grouping
 from mdiq.plan.pace import StageCost
-from mdiq.plan.partition import Goal, Objective, Split, best_split
+from mdiq.plan.partition import Goal, Objective, Split, best_split, find_split
 from mdiq.plan.profile import Links, ModelShape, NodeProfile
 from mdiq.plan.room import check_room, format_bytes
 
@@ -286,10 +286,8 @@ def _left_out(
     if not nodes[node].most_layers(model, goal.kv_tokens, is_starter=False):
         return LeftOut(name, Why.NO_ROOM)
     ring = [profile for i, profile in enumerate(nodes) if split[i] or i == node]
-    with_it = best_split(model, ring, links, goal, all_nodes=True)
-    if with_it is None:
-        return LeftOut(name, Why.NO_LAYER)
-    return LeftOut(name, Why.SLOWER, _plan(model, ring, links, goal, with_it).value)
+    with_it = find_split(model, ring, links, goal, all_nodes=True)
+    return LeftOut(name, Why.NO_LAYER) if with_it is None else LeftOut(name, Why.SLOWER, with_it[1])
 
 
 def _full_node(
@@ -300,11 +298,10 @@ def _full_node(
     if not any(n == cap < model.num_layers for n, cap in zip(split, most, strict=True)):
         return None
     roomy = [replace(node, memory_bytes=_NO_LIMIT_BYTES) for node in nodes]
-    free = best_split(model, roomy, links, goal)
-    assert free is not None  # where it fits with limits, it fits without
-    if _plan(model, roomy, links, goal, free).value < _HELD_BACK * value:
+    faster = find_split(model, roomy, links, goal, above=_HELD_BACK * value)
+    if faster is None:
         return None
-    gains = {i: free[i] - n for i, n in enumerate(split) if n == most[i]}
+    gains = {i: faster[0][i] - n for i, n in enumerate(split) if n == most[i]}
     return nodes[max(gains, key=lambda i: gains[i])].name
 
 
