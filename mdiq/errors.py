@@ -4,7 +4,7 @@
     ├── UsageError                  exit code 2: what the user asked for cannot be
     │   ├── ConfigError             a flag, a field of a prompts file, a sampling value
     │   │   └── TopologyError       a topology file: all that is wrong with it
-    │   ├── PlanError               a layer split that does not fit the model
+    │   ├── PlanError               a layer split that does not fit the model, a model that does not fit the nodes
     │   └── ModelError              a model that is missing, truncated or of an unsupported kind
     ├── CapacityError               no memory, or a prompt longer than the context
     │   └── ContextLengthError
@@ -48,7 +48,7 @@ class TopologyError(ConfigError):
 
 
 class PlanError(UsageError):
-    """A layer split does not fit the model or the nodes."""
+    """A layer split does not fit the model, or the model does not fit the nodes."""
 
 
 class ModelError(UsageError):

@@ -4,10 +4,12 @@ If every Stage takes all that waits, the live Sequences clump into one Batch: on
 the clump never breaks. With S Sequences in G micro-batches of sizes b (some S // G, the others one more), a Stage that
 needs t_i(b) seconds for b Sequences, and hops of h seconds in all,
 
-    rate(G) = S / |sum_b max_i t_i(b), sum_i t_i(max b) + h|
+    rate(G) = S / |max_i sum_b t_i(b), sum_i t_i(max b) + h|
 
-since the slowest Stage serves every micro-batch once a Lap, and a Lap cannot be shorter than its parts. |x, y| is a
-maximum with a rounded corner: times vary, and where both parts are equally long each waits for the other. G is the
+since every Stage serves every micro-batch once a Lap, and a Lap cannot be shorter than its parts. A Hop whose bytes
+take time counts as one more Stage, with the seconds that its line is busy; its delay is part of h. |x, y| is a
+maximum with a rounded corner: times vary, and where both parts are equally long each waits for the other. A single
+micro-batch waits for nobody: its rate is S / Lap. G is the
 number in flight: with equal Stages and a long way it comes to N (1 + delay / stage time), so delay costs latency and
 not throughput, as long as there are Sequences enough. tests/core/test_convoy.py compares the cap that follows with
 taking one and taking all in a simulated Ring.
@@ -73,37 +75,90 @@ class MicroBatches:
     max_live: int
 
 
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Sequences in ``num_batches`` micro-batches: ``num_larger`` of them hold one more than ``size``."""
+
+    num_batches: int
+    size: int
+    num_larger: int
+
+    @property
+    def num_live(self) -> int:
+        """All Sequences."""
+        return self.num_batches * self.size + self.num_larger
+
+    @property
+    def largest(self) -> int:
+        """Sequences of the largest micro-batch: the cap."""
+        return self.size + (self.num_larger > 0)
+
+    def busy_s(self, size_s: float, largest_s: float) -> float:
+        """Return what all micro-batches take together, from what one of ``size`` and one of ``largest`` take."""
+        return (self.num_batches - self.num_larger) * size_s + self.num_larger * largest_s
+
+    def rate(self, busy_s: float, lap_s: float) -> float:
+        """Return the tokens per second of a Ring whose slowest Stage is busy for ``busy_s`` a Lap of ``lap_s``."""
+        if self.num_batches == 1:  # it waits for nobody
+            return self.num_live / max(lap_s, _LEAST_S)
+        return self.num_live / max(float((busy_s**_CORNER + lap_s**_CORNER) ** (1 / _CORNER)), _LEAST_S)
+
+
+def groupings(num_live: int) -> list[Grouping]:
+    """Return the ways to group so many Sequences: every cap once, the largest first."""
+    caps = sorted({-(-num_live // g) for g in range(1, num_live + 1)}, reverse=True)
+    batches = [-(-num_live // cap) for cap in caps]
+    return [Grouping(num, *divmod(num_live, num)) for num in batches]
+
+
+def best_grouping(costs: Sequence[Curve], hops_s: float, num_live: int) -> tuple[Grouping, float]:
+    """Return how Sequences are best grouped in a Ring with these costs, and the rate; see plan_micro_batches."""
+    return _Times(costs, hops_s, num_live).best(num_live)
+
+
 def plan_micro_batches(costs: Sequence[Curve], hops_s: float, max_live: int | None = None) -> MicroBatches:
     """Return the caps for Stages with these costs of a decode Batch; ``hops_s`` is the sum over the Ring.
 
     max_live: lets so many Sequences in, whatever the Ring needs.
     """
     most = max_live or MOST_LIVE
-    if len(costs) == 1:  # nobody waits for anybody
-        rates = [live / max(costs[0].seconds(live), _LEAST_S) for live in range(1, most + 1)]
-        return MicroBatches(tuple(range(1, most + 1)), (1,) * most, tuple(rates), max_live or _full(rates))
-    times_s = [[curve.seconds(size) for curve in costs] for size in range(1, most + 1)]
-    slowest_s = [max(row) for row in times_s]
-    sums_s = [sum(row) for row in times_s]
+    times = _Times(costs, hops_s, most)
+    best = [times.best(num_live) for num_live in range(1, most + 1)]
+    rates = [rate for _, rate in best]
+    return MicroBatches(
+        tuple(grouping.largest for grouping, _ in best),
+        tuple(grouping.num_batches for grouping, _ in best),
+        tuple(rates),
+        max_live or _full(rates),
+    )
 
-    def rate(num_live: int, num_batches: int) -> float:
-        size, num_larger = divmod(num_live, num_batches)
-        busy_s = (num_batches - num_larger) * slowest_s[size - 1] + (num_larger and num_larger * slowest_s[size])
-        lap_s = sums_s[size - (not num_larger)] + hops_s
-        return num_live / max(float((busy_s**_CORNER + lap_s**_CORNER) ** (1 / _CORNER)), _LEAST_S)
 
-    caps: list[int] = []
-    in_flight: list[int] = []
-    best_rates: list[float] = []
-    for num_live in range(1, most + 1):
-        # Every cap once; of equal rates the largest one: fewer and larger Frames.
-        candidates = sorted({-(-num_live // g) for g in range(1, num_live + 1)}, reverse=True)
-        batches = [-(-num_live // cap) for cap in candidates]
-        best = max(batches, key=lambda g: rate(num_live, g))
-        caps.append(-(-num_live // best))
-        in_flight.append(best)
-        best_rates.append(rate(num_live, best))
-    return MicroBatches(tuple(caps), tuple(in_flight), tuple(best_rates), max_live or _full(best_rates))
+class _Times:
+    """What a Ring's Stages take, by size - 1: all of them together, and each that is the slowest somewhere."""
+
+    def __init__(self, costs: Sequence[Curve], hops_s: float, most: int) -> None:
+        rows = [tuple(curve.seconds(size) for size in range(1, most + 1)) for curve in costs]
+        self._is_alone = len(costs) == 1
+        self._laps_s = [sum(column) + hops_s for column in zip(*rows, strict=True)]
+        different = set(rows)
+        self._slowest = [
+            row
+            for row in different
+            if not any(all(a >= b for a, b in zip(other, row, strict=True)) for other in different if other is not row)
+        ]
+
+    def best(self, num_live: int) -> tuple[Grouping, float]:
+        """Return the Grouping with the highest rate; of equal ones that with the largest cap: fewer, larger Frames."""
+        if self._is_alone:  # nobody waits for anybody
+            alone = Grouping(1, num_live, 0)
+            return alone, alone.rate(0.0, self._laps_s[num_live - 1])
+
+        def rate(grouping: Grouping) -> float:
+            busy_s = max(grouping.busy_s(row[grouping.size - 1], row[grouping.largest - 1]) for row in self._slowest)
+            return grouping.rate(busy_s, self._laps_s[grouping.largest - 1])
+
+        best = max(groupings(num_live), key=rate)
+        return best, rate(best)
 
 
 def _full(rates: Sequence[float]) -> int:

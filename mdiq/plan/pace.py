@@ -52,10 +52,13 @@ class PaceSettings:
 
 
 def paced(
-    spec: RingSpec, costs: Sequence[StageCost], hops_s: float, settings: PaceSettings
+    spec: RingSpec, costs: Sequence[StageCost], hops_s: float, settings: PaceSettings, sends: Sequence[Curve] = ()
 ) -> tuple[RingSpec, MicroBatches]:
-    """Return the RingSpec with the pace that follows from costs and hops (their sum), and the prediction behind it."""
-    micro_batches = plan_micro_batches([cost.decode for cost in costs], hops_s, settings.max_live)
+    """Return the RingSpec with the pace that follows from costs and hops (their sum), and the prediction behind it.
+
+    sends: for how long a Frame keeps a Hop's line busy, by rows, where that is known.
+    """
+    micro_batches = plan_micro_batches([*(cost.decode for cost in costs), *sends], hops_s, settings.max_live)
     return (
         replace(
             spec,

@@ -42,7 +42,8 @@ class TimedRing:
     """A Ring of Stages with these costs.
 
     head: what the Starter's head takes by rows; the plan is told of it as part of the Starter's decode cost.
-    hop_s: of every Hop, one way; jitter: times vary by this share.
+    hop_s: of every Hop, one way, or one for each; jitter: times vary by this share.
+    sends: for how long a Frame keeps each Hop's line busy, by rows; the plan knows of it.
     growth: a Batch takes by this share longer for every 1,000 tokens of context; the plan knows nothing of it.
     """
 
@@ -51,7 +52,8 @@ class TimedRing:
         costs: Sequence[StageCost],
         *,
         head: Curve = NO_HEAD,
-        hop_s: float = 2e-4,
+        hop_s: float | Sequence[float] = 2e-4,
+        sends: Sequence[Curve] = (),
         jitter: float = 0.0,
         growth: float = 0.0,
         settings: PaceSettings | None = None,
@@ -59,7 +61,9 @@ class TimedRing:
     ) -> None:
         self._costs = costs
         self._head = head
-        self._hop_s = hop_s
+        self._hops_s = [hop_s] * len(costs) if isinstance(hop_s, float) else list(hop_s)
+        self._sends = sends
+        self._line_free_at = [0.0] * len(costs)
         self._jitter = jitter
         self._growth = growth
         self._rng = random.Random(seed)
@@ -75,10 +79,10 @@ class TimedRing:
         starter = Curve(tuple((n, costs[0].decode.seconds(n) + head.seconds(n)) for n in sizes))
         known = [StageCost(starter, costs[0].prompt), *costs[1:]]
         hops = HopMeter()  # the product measures the Hops with probes; so does this Ring
-        measured_s = hops.returned(hops.send(0.0), hop_s * len(costs) if len(costs) > 1 else 0.0)
+        measured_s = hops.returned(hops.send(0.0), sum(self._hops_s) if len(costs) > 1 else 0.0)
         assert measured_s is not None
         spec = RingSpec(len(costs), kv_tokens=1_000_000, context_tokens=CONTEXT)
-        self.spec, self.prediction = paced(spec, known, measured_s, settings or PaceSettings())
+        self.spec, self.prediction = paced(spec, known, measured_s, settings or PaceSettings(), sends)
         self.ring = RingProtocol(RingSettings(lap_timeout_s=1e6))
         for i, stage in enumerate(self._stages):
             stage.assign(EPOCH, is_last=i == len(costs) - 1)
@@ -153,8 +157,12 @@ class TimedRing:
         self._is_busy[place] = False
         num_rows = sum(s.wants_logits for s in batch.segments) if is_last else batch.num_tokens
         for frame in stage.complete(batch, Rows(num_rows)):
-            hop_s = self._hop_s if len(self._stages) > 1 else 0.0
-            self._at(self.now + hop_s, partial(self._arrive, place + 1, frame))
+            sent_at = max(self.now, self._line_free_at[place])
+            if self._sends:
+                sent_at += self._vary(self._sends[place].seconds(frame.num_rows))
+            self._line_free_at[place] = sent_at
+            hop_s = self._hops_s[place] if len(self._stages) > 1 else 0.0
+            self._at(sent_at + hop_s, partial(self._arrive, place + 1, frame))
         self._work(place)
 
     def _seconds(self, place: int, batch: Batch) -> float:

@@ -1,0 +1,244 @@
+"""A Plan as a table that one can argue with: its figures, those of other splits, and what a Node more or less would do.
+
+explain() gives plain values, render() a text of them; colours and JSON are the command line's.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mdiq.core.types import NodeId
+from mdiq.plan.fixed_tables import mdi_split
+from mdiq.plan.partition import Goal, Objective, Split, find_split
+from mdiq.plan.plan import LeftOut, LimitKind, Plan, Why, make_plan, plan_split
+from mdiq.plan.profile import Links, ModelShape, NodeProfile
+from mdiq.plan.room import count_layers, format_bytes, held_layers, least_nodes
+from mdiq.plan.split import split_layers
+
+_SAME = 0.005  # a rate that differs by less is the same
+_MIB = 1 << 20
+_HEADINGS = ("node", "layers", "at most", "share %", "stage ms", "busy %", "weights MiB", "KV MiB", "free MiB")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A Stage in the table; share: of the model's Layers; most_layers: that its memory permits."""
+
+    node: NodeId
+    layers: str
+    most_layers: int
+    share: float
+    batch_s: float
+    busy: float
+    weight_bytes: int
+    kv_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """Another Ring and its rate, by the goal's objective; None where it cannot be, and then ``why``."""
+
+    name: str
+    rate: float | None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All that is said of a Plan.
+
+    num_needed: Nodes that the memory limits make necessary, the Starter among them. held: Layers that each could hold.
+    splits: other ways to share the Layers. one_more: a further device of a Node's kind. without: a Node less.
+    """
+
+    plan: Plan
+    rows: tuple[Row, ...]
+    num_needed: int
+    held: tuple[tuple[NodeId, int], ...]
+    splits: tuple[WhatIf, ...]
+    one_more: tuple[WhatIf, ...]
+    without: tuple[WhatIf, ...]
+
+
+def explain(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> Explanation:
+    """Return the best Plan for these Nodes, the Starter first, and what there is to say of it.
+
+    Raises:
+        PlanError: the model does not fit.
+    """
+    plan = make_plan(model, nodes, links, goal)
+    usable = [node for i, node in enumerate(nodes) if not (i and node.is_spare)]
+    held = held_layers(model, usable, goal.kv_tokens)
+    return Explanation(
+        plan=plan,
+        rows=tuple(_rows(plan)),
+        num_needed=least_nodes(model, usable, goal.kv_tokens),
+        held=tuple((node.name, layers) for node, layers in zip(usable, held, strict=True)),
+        splits=tuple(_splits(model, usable, links, goal)),
+        one_more=tuple(_one_more(model, usable, links, goal)),
+        without=tuple(
+            _what_if(node.name, model, [other for other in usable if other is not node], links, goal)
+            for node in usable[1:]
+            if plan.layers(node.name)
+        ),
+    )
+
+
+def _rows(plan: Plan) -> Iterator[Row]:
+    for stage in plan.stages:
+        yield Row(
+            node=stage.node,
+            layers=str(stage.layers),
+            most_layers=stage.most_layers,
+            share=len(stage.layers) / plan.model.num_layers,
+            batch_s=stage.batch_s,
+            busy=stage.busy,
+            weight_bytes=stage.weight_bytes,
+            kv_bytes=stage.kv_bytes,
+            free_bytes=stage.free_bytes,
+        )
+
+
+def _splits(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> Iterator[WhatIf]:
+    fixed: list[tuple[str, Split]] = []
+    if 1 < len(nodes) <= model.num_layers:
+        fixed.append(("equal split", tuple(map(len, split_layers(model.num_layers, len(nodes))))))
+    table = mdi_split(model.num_layers, len(nodes))
+    if table is not None:
+        fixed.append(("MDI-LLM's table", table))
+    held = held_layers(model, nodes, goal.kv_tokens)
+    for name, split in fixed:
+        full_name = f"{name} {','.join(map(str, split))}"
+        too_small = [f"{node.name} holds {most}" for node, n, most in zip(nodes, split, held, strict=True) if n > most]
+        if too_small:
+            yield WhatIf(full_name, None, f"does not fit: {', '.join(too_small)} at most")
+        else:
+            yield WhatIf(full_name, plan_split(model, nodes, links, goal, split).value)
+
+
+def _one_more(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> Iterator[WhatIf]:
+    seen: list[NodeProfile] = []
+    for node in nodes:
+        kind = replace(node, name=NodeId(""))
+        if kind not in seen:
+            seen.append(kind)
+            twin = replace(node, name=NodeId(f"{node.name} (2)"))
+            yield _what_if(node.name, model, [*nodes, twin], links.with_twin(node.name, twin.name), goal)
+
+
+def _what_if(name: str, model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> WhatIf:
+    found = find_split(model, nodes, links, goal)
+    if found is None:
+        missing = model.num_layers - sum(held_layers(model, nodes, goal.kv_tokens))
+        missing_bytes = missing * (model.layer_bytes + goal.kv_tokens * model.kv_bytes)
+        return WhatIf(name, None, f"{count_layers(missing)} or {format_bytes(missing_bytes)} would not fit")
+    return WhatIf(name, found[1])
+
+
+def render(explanation: Explanation) -> str:
+    """Return the explanation as a text of at most 120 columns, but for long names."""
+    plan = explanation.plan
+    goal, model = plan.goal, plan.model
+    users = "1 user" if goal.num_users == 1 else f"{goal.num_users} users"
+    weights = f"{model.weights} weights, " if model.weights else ""
+    total_bytes = model.stage_bytes(model.num_layers, is_starter=True)
+    lines = [
+        f"{model.num_layers} layers, {weights}{format_bytes(total_bytes)}, planned for "
+        + (f"{goal.objective}: one user's" if goal.objective is Objective.LATENCY else f"{goal.objective}: {users}'")
+        + " tokens per second",
+        "",
+        *_table(explanation.rows),
+        "",
+        f"predicted    {plan.rate:.1f} tokens/s for {users} in micro-batches of {plan.cap}; "
+        f"{plan.rate_one:.1f} for one alone; long prompts at {plan.prompt_rate:.0f} tokens/s",
+        f"limited by   {_limit(plan)}",
+        f"KV cache     {_kv(plan)}",
+        *_memory(explanation),
+        *(f"left out     {_reason(plan, left_out)}" for left_out in plan.left_out),
+    ]
+    for title, what_ifs in (
+        ("other splits", explanation.splits),
+        ("with one more device like", explanation.one_more),
+        ("without", explanation.without),
+    ):
+        if what_ifs:
+            lines += ["", title, *_what_ifs(plan.value, what_ifs)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    cells = [
+        (
+            row.node,
+            row.layers,
+            f"{row.most_layers}",
+            f"{100 * row.share:.0f}",
+            f"{1_000 * row.batch_s:.1f}",
+            f"{100 * row.busy:.0f}",
+            f"{row.weight_bytes / _MIB:.0f}",
+            f"{row.kv_bytes / _MIB:.0f}",
+            f"{row.free_bytes / _MIB:.0f}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(row[i]) for row in (_HEADINGS, *cells)) for i in range(len(_HEADINGS))]
+    for name, *figures in (_HEADINGS, *cells):
+        padded = (figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True))
+        yield "  ".join([name.ljust(widths[0]), *padded])
+
+
+def _limit(plan: Plan) -> str:
+    limit = plan.limit
+    where = {
+        LimitKind.COMPUTE: f"the computing of {limit.where}",
+        LimitKind.HOP: f"the hop {limit.where}",
+        LimitKind.MEMORY: f"the memory of {limit.where}: with more of it, more layers would go there",
+    }[limit.kind]
+    if limit.is_waiting:
+        return f"the way round: {plan.goal.num_users} users do not fill the ring; the longest part of it is {where}"
+    line = next((hop for hop in plan.hops if str(hop) == limit.where and hop.send.seconds(1) > hop.delay_s), None)
+    return where if line is None else f"{where}, whose line is busy for {100 * line.busy:.0f} % of the time"
+
+
+def _kv(plan: Plan) -> str:
+    least = min(plan.stages, key=lambda stage: stage.free_bytes / len(stage.layers))
+    text = f"room for {plan.kv_tokens:,} tokens"
+    if plan.kv_tokens == plan.goal.most_kv_tokens:
+        return f"{text}, as many as are wanted"
+    return f"{text}; the memory of {least.node} is full first"
+
+
+def _memory(explanation: Explanation) -> Iterator[str]:
+    """Say why a Ring is needed, where one Node could not do it."""
+    model, goal = explanation.plan.model, explanation.plan.goal
+    if explanation.num_needed > 1:
+        held = ", ".join(f"{name} {layers}" for name, layers in explanation.held)
+        yield (
+            f"memory       {model.num_layers} layers with {goal.kv_tokens:,} tokens of KV cache need at least "
+            f"{explanation.num_needed} of these nodes;"
+        )
+        yield f"             layers that fit: {held}"
+
+
+def _reason(plan: Plan, left_out: LeftOut) -> str:
+    match left_out.why:
+        case Why.SPARE:
+            return f"{left_out.node}: it is spare"
+        case Why.NO_ROOM:
+            return f"{left_out.node}: its memory does not hold a layer with {plan.goal.kv_tokens:,} tokens of KV cache"
+        case Why.NO_LAYER:
+            return f"{left_out.node}: there is no layer for it beside the other nodes'"
+    assert left_out.rate_with is not None  # it is left out because of its rate
+    return f"{left_out.node}: {left_out.rate_with:.1f} tokens/s with it, {plan.value:.1f} without"
+
+
+def _what_ifs(value: float, what_ifs: Sequence[WhatIf]) -> Iterator[str]:
+    width = max(len(what_if.name) for what_if in what_ifs)
+    for what_if in what_ifs:
+        name = what_if.name.ljust(width)
+        if what_if.rate is None:
+            yield f"  {name}  {what_if.why}"
+        else:
+            change = what_if.rate / value - 1
+            much = "the same" if abs(change) < _SAME else f"{100 * change:+.0f} %"
+            yield f"  {name}  {what_if.rate:.1f} tokens/s, {much}"

@@ -1,0 +1,173 @@
+"""What the planner is told: what Nodes measured of themselves, the Hops between them, and what the model weighs.
+
+All values are per Layer where a Node's share of the model is not known yet; plan/partition.py decides that share.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mdiq.core.types import NodeId
+from mdiq.plan.micro_batches import Curve
+from mdiq.plan.pace import StageCost
+
+FRAME_BYTES = 120
+"""Of a Frame beside its Segments: its header and tag, and the headers of ZeroMQ and TCP/IP (see core/wire.py)."""
+SEGMENT_BYTES = 17
+"""Of a Segment beside its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model weighs in one format of weights; bytes.
+
+    layer_bytes: of a Layer's weights. ends_bytes: of embedding, final norm and head, which the Starter holds.
+    kv_bytes: of K and V of one token in one Layer. row_bytes: of a token's hidden state on the wire.
+    activation_bytes: what a forward of the largest Batch takes beside weights and KV cache, on any Node.
+    weights: the format's name. smaller: the same model in formats that take less, for advice.
+    """
+
+    num_layers: int
+    layer_bytes: int
+    ends_bytes: int
+    kv_bytes: int
+    row_bytes: int
+    activation_bytes: int = 0
+    weights: str = ""
+    smaller: tuple["ModelShape", ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.num_layers, self.layer_bytes, self.kv_bytes, self.row_bytes) < 1:
+            raise ValueError(f"{self}: layers and their bytes must be at least 1")
+
+    def stage_bytes(self, num_layers: int, *, is_starter: bool) -> int:
+        """Return the bytes of a Stage's weights."""
+        return num_layers * self.layer_bytes + (self.ends_bytes if is_starter else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProfile:
+    """What a Node measured.
+
+    memory_bytes: most that mdiq may take there; process_bytes: what it takes before any weights (mostly torch).
+    layer_decode, layer_prompt: seconds of a Layer by Segments of one token, and by tokens of a prompt.
+    head: seconds of embedding and head by rows; the Starter needs it.
+    context_s: what a Layer takes longer for each Segment and token of its context.
+    forward_s: what a forward takes whatever its Layers: Frames, dispatch.
+    is_spare: it takes over from another Node and holds nothing before.
+    """
+
+    name: NodeId
+    memory_bytes: int
+    layer_decode: Curve
+    layer_prompt: Curve
+    head: Curve | None = None
+    context_s: float = 0.0
+    forward_s: float = 0.0
+    process_bytes: int = 0
+    is_spare: bool = False
+
+    def layer_s(self, size: int, context_tokens: int) -> float:
+        """Return the seconds of a Layer for ``size`` Segments of one token."""
+        return self.layer_decode.seconds(size) + size * context_tokens * self.context_s
+
+    def fixed_s(self, size: int, *, is_starter: bool) -> float:
+        """Return the seconds of a forward beside its Layers.
+
+        Raises:
+            ValueError: it is to be the Starter and has not measured the head.
+        """
+        if not is_starter:
+            return self.forward_s
+        if self.head is None:
+            raise ValueError(f"{self.name}: the Starter needs the head's cost")
+        return self.forward_s + self.head.seconds(size)
+
+    def stage_cost(self, num_layers: int, context_tokens: int, *, is_starter: bool) -> StageCost:
+        """Return what a forward of ``num_layers`` Layers takes here."""
+        curves = [self.layer_decode, *([self.head] if self.head is not None else [])]
+        sizes = sorted({1, 2, *(size for curve in curves for size, _ in curve.points)})
+        decode = tuple(
+            (n, num_layers * self.layer_s(n, context_tokens) + self.fixed_s(n, is_starter=is_starter)) for n in sizes
+        )
+        one_row_s = self.fixed_s(1, is_starter=is_starter)
+        prompt = tuple((n, num_layers * time_s + one_row_s) for n, time_s in self.layer_prompt.points)
+        return StageCost.of(decode, prompt)
+
+    def room_bytes(self, model: ModelShape, *, is_starter: bool) -> int:
+        """Return the bytes that are left for Layers and their KV cache; negative when not even the rest fits."""
+        return (
+            self.memory_bytes
+            - self.process_bytes
+            - model.activation_bytes
+            - model.stage_bytes(0, is_starter=is_starter)
+        )
+
+    def most_layers(self, model: ModelShape, kv_tokens: int, *, is_starter: bool) -> int:
+        """Return how many Layers fit with a KV cache of ``kv_tokens``."""
+        room_bytes = self.room_bytes(model, is_starter=is_starter)
+        return min(max(room_bytes // (model.layer_bytes + kv_tokens * model.kv_bytes), 0), model.num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class HopProfile:
+    """What was measured from one Node to another; row_bytes: on this Hop's wire, None for the model's."""
+
+    delay_s: float
+    bytes_per_s: float = math.inf
+    row_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.delay_s < 0 or not self.bytes_per_s > 0:
+            raise ValueError(f"{self}: it needs a delay of at least 0 and a rate above 0")
+
+    def send_curve(self, model: ModelShape) -> Curve:
+        """Return how long a Frame keeps the line busy, by rows."""
+        return Curve(tuple((rows, self.send_s(1, rows, model)) for rows in (1, 2)))
+
+    def send_s(self, num_frames: int, num_rows: int, model: ModelShape) -> float:
+        """Return how long Frames with these rows keep the line busy."""
+        row_bytes = SEGMENT_BYTES + (model.row_bytes if self.row_bytes is None else self.row_bytes)
+        return (num_frames * FRAME_BYTES + num_rows * row_bytes) / self.bytes_per_s
+
+
+UNKNOWN_HOP = HopProfile(delay_s=5e-4, bytes_per_s=12.5e6)
+"""A cable of 100 Mbit/s and a switch: taken for Nodes of which no Hop was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The Hops that were measured, and what follows from them for those that were not.
+
+    A Ring that leaves a Node out has a Hop that nobody measured. A Node's best Hop tells how good its own line is, so
+    such a Hop is taken to be as bad as the worse of the two Nodes' best ones.
+    """
+
+    hops: Mapping[tuple[NodeId, NodeId], HopProfile] = field(default_factory=dict)
+    unknown: HopProfile = UNKNOWN_HOP
+    _best: dict[NodeId, HopProfile] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        best: dict[NodeId, HopProfile] = {}
+        for ends, hop in self.hops.items():
+            for name in ends:
+                known = best.get(name, hop)
+                best[name] = HopProfile(min(known.delay_s, hop.delay_s), max(known.bytes_per_s, hop.bytes_per_s))
+        object.__setattr__(self, "_best", best)
+
+    def between(self, sender: NodeId, receiver: NodeId) -> HopProfile:
+        """Return the Hop as it was measured, or what is to be expected of it."""
+        measured = self.hops.get((sender, receiver))
+        if measured is not None:
+            return measured
+        a, b = (self._best.get(name, self.unknown) for name in (sender, receiver))
+        return HopProfile(max(a.delay_s, b.delay_s), min(a.bytes_per_s, b.bytes_per_s))
+
+    def with_twin(self, node: NodeId, twin: NodeId) -> "Links":
+        """Return these Hops and those of one more Node, ``twin``, which are as good as those of ``node``."""
+        renamed = {(_swap(a, node, twin), _swap(b, node, twin)): hop for (a, b), hop in self.hops.items()}
+        return Links({**renamed, **self.hops}, self.unknown)
+
+
+def _swap(name: NodeId, node: NodeId, twin: NodeId) -> NodeId:
+    return twin if name == node else name

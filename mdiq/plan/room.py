@@ -1,0 +1,90 @@
+"""Whether the model has room on the Nodes, and what would help when it has not."""
+
+from collections.abc import Sequence
+
+from mdiq.errors import PlanError
+from mdiq.plan.partition import Goal
+from mdiq.plan.profile import ModelShape, NodeProfile
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+_STEP_BYTES = 256 * _MIB  # memory of a device to look for
+_KV_STEP = 32  # of advised KV capacities: tokens of a KvBlock
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return "812 MiB" or "1.5 GiB"."""
+    return f"{num_bytes / _GIB:.1f} GiB" if abs(num_bytes) >= _GIB else f"{num_bytes / _MIB:.0f} MiB"
+
+
+def count_layers(num_layers: int) -> str:
+    """Return "1 layer" or "8 layers"."""
+    return "1 layer" if num_layers == 1 else f"{num_layers} layers"
+
+
+def check_room(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal, spares: Sequence[NodeProfile] = ()) -> None:
+    """Check that the Nodes, the Starter first, can hold the model with the KV capacity that is wanted.
+
+    Raises:
+        PlanError: they cannot; it says what each can hold, what is missing, and what would help.
+    """
+    starter = nodes[0]
+    layer_bytes = model.layer_bytes + goal.kv_tokens * model.kv_bytes
+    kv = f"{goal.kv_tokens:,} tokens of KV cache"
+    starter_bytes = starter.memory_bytes - starter.room_bytes(model, is_starter=True) + layer_bytes
+    if starter_bytes > starter.memory_bytes:
+        raise PlanError(
+            f"{starter.name}: as the Starter it needs {format_bytes(starter_bytes)}, of which embedding and head take "
+            f"{format_bytes(model.ends_bytes)} and one layer with {kv} {format_bytes(layer_bytes)}, and it may take "
+            f"{format_bytes(starter.memory_bytes)}; raise its memory or make a larger node the starter"
+        )
+    missing = model.num_layers - sum(held_layers(model, nodes, goal.kv_tokens))
+    if missing > 0:
+        held = ", ".join(
+            f"{node.name} {layers} (of {format_bytes(node.memory_bytes)})"
+            for node, layers in zip(nodes, held_layers(model, nodes, goal.kv_tokens), strict=True)
+        )
+        raise PlanError(
+            f"plan: {model.num_layers} layers of {format_bytes(layer_bytes)} each with {kv} do not fit; the nodes hold "
+            f"{held}; {count_layers(missing)} or {format_bytes(missing * layer_bytes)} too many: "
+            + ", or ".join(_advice(model, nodes, goal, spares, missing * layer_bytes))
+        )
+
+
+def held_layers(model: ModelShape, nodes: Sequence[NodeProfile], kv_tokens: int) -> list[int]:
+    """Return how many Layers each Node can hold, the Starter first."""
+    return [node.most_layers(model, kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
+
+
+def least_nodes(model: ModelShape, nodes: Sequence[NodeProfile], kv_tokens: int) -> int:
+    """Return how many Nodes are needed at least, the Starter among them, where all together can hold the model."""
+    starter, *others = held_layers(model, nodes, kv_tokens)
+    num_nodes, held = 1, starter
+    for layers in sorted(others, reverse=True):
+        if held >= model.num_layers:
+            break
+        num_nodes, held = num_nodes + 1, held + layers
+    return num_nodes
+
+
+def _advice(
+    model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal, spares: Sequence[NodeProfile], missing_bytes: int
+) -> list[str]:
+    device_bytes = missing_bytes + max(node.process_bytes for node in nodes) + model.activation_bytes
+    steps = -(-device_bytes // _STEP_BYTES)
+    advice = [f"add one device that gives {steps * _STEP_BYTES / _GIB:g} GiB"]
+    if spares and _fits(model, [*nodes, *spares], goal.kv_tokens):
+        advice.append(f"let {', '.join(spare.name for spare in spares)} take part (spare: false)")
+    advice += [f"weights {smaller.weights}" for smaller in model.smaller if _fits(smaller, nodes, goal.kv_tokens)]
+    least, most = 0, goal.kv_tokens // _KV_STEP + 1  # steps of KV cache: with the least of them the model fits
+    while most - least > 1:
+        fitting = (least + most) // 2
+        least, most = (fitting, most) if _fits(model, nodes, fitting * _KV_STEP) else (least, fitting)
+    if least:
+        advice.append(f"take {least * _KV_STEP:,} tokens of KV cache")
+    return advice
+
+
+def _fits(model: ModelShape, nodes: Sequence[NodeProfile], kv_tokens: int) -> bool:
+    held = held_layers(model, nodes, kv_tokens)
+    return held[0] > 0 and sum(held) >= model.num_layers

@@ -1,0 +1,93 @@
+"""The explanation of a Plan, as values and as a text (tests/golden/plan_*.txt)."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mdiq.core.types import NodeId
+from mdiq.errors import PlanError
+from mdiq.plan.explain import WhatIf, explain, render
+from mdiq.plan.partition import Goal, Objective
+from mdiq.plan.plan import plan_split
+from mdiq.plan.profile import HopProfile, Links, NodeProfile
+from tests.plan.profiles import BARE, MODEL, node
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+USERS = Goal(num_users=8)
+CASES: dict[str, tuple[list[NodeProfile], Links, Goal]] = {
+    # One is far too slow, one has no room, one is spare.
+    "unlike": (
+        [
+            node("desk"),
+            node("pi1", 2.0),
+            node("pi2", 2.0),
+            node("old", 60.0),
+            node("watch", 3.0, 380),
+            node("jetson", is_spare=True),
+        ],
+        Links(),
+        USERS,
+    ),
+    # The model exceeds the memory of each.
+    "small": ([node("desk", 1.0, 1_100), node("pi1", 1.0, 1_050), node("pi2", 2.0, 1_000)], Links(), Goal(num_users=8)),
+    "equal": ([node("desk"), node("box1"), node("box2")], Links(), replace(USERS, most_kv_tokens=8_192)),
+    "one_user": ([node("desk", 2.0), node("pi1", 4.0), node("box1")], Links(), Goal(Objective.LATENCY, num_users=1)),
+    "far": (
+        [node("desk"), node("box1")],
+        Links({(NodeId("desk"), NodeId("box1")): HopProfile(0.3), (NodeId("box1"), NodeId("desk")): HopProfile(0.3)}),
+        replace(USERS, num_users=4, kv_tokens=20_000),
+    ),
+    "thin": (
+        [node("desk"), node("box1", 0.25), node("box2", 0.25)],
+        Links(unknown=HopProfile(0.001, 2e5)),
+        replace(USERS, num_users=16),
+    ),
+    "few_layers": ([replace(node(name), **BARE) for name in ("desk", "box1", "box2")], Links(), USERS),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_text_is_the_golden_one(case: str) -> None:
+    model = replace(MODEL, num_layers=2, weights="") if case == "few_layers" else MODEL
+    text = render(explain(model, *CASES[case]))
+    assert text == (GOLDEN / f"plan_{case}.txt").read_text(encoding="utf-8")
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_rows_hold_the_plans_figures() -> None:
+    explanation = explain(MODEL, *CASES["unlike"])
+    assert sum(row.share for row in explanation.rows) == pytest.approx(1)
+    for row, stage in zip(explanation.rows, explanation.plan.stages, strict=True):
+        assert (row.node, row.layers) == (stage.node, str(stage.layers))
+        assert (row.busy, row.free_bytes) == (stage.busy, stage.free_bytes)
+
+
+def test_other_splits_are_predicted_as_the_plan_is() -> None:
+    nodes, links, goal = CASES["equal"]
+    explanation = explain(MODEL, nodes, links, goal)
+    assert explanation.splits == (
+        WhatIf("equal split 10,11,11", plan_split(MODEL, nodes, links, goal, (10, 11, 11)).rate),
+        WhatIf("MDI-LLM's table 8,12,12", plan_split(MODEL, nodes, links, goal, (8, 12, 12)).rate),
+    )
+
+
+def test_a_device_more_and_a_device_less_are_plans_of_their_own() -> None:
+    explanation = explain(MODEL, *CASES["equal"])
+    (more,) = explanation.one_more  # all three are of one kind
+    assert more.rate is not None
+    assert more.rate > explanation.plan.rate
+    assert [what_if.name for what_if in explanation.without] == ["box1", "box2"]
+    assert all(what_if.rate is not None and what_if.rate < explanation.plan.rate for what_if in explanation.without)
+
+
+def test_a_node_that_cannot_be_spared_says_what_would_not_fit() -> None:
+    explanation = explain(MODEL, *CASES["small"])
+    assert explanation.num_needed == 3
+    assert explanation.without[0] == WhatIf("pi1", None, "10 layers or 560 MiB would not fit")
+    assert explanation.splits[0].rate is not None
+
+
+def test_a_model_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(PlanError, match="too many"):
+        explain(MODEL, [node("desk", memory_mib=600)], Links(), USERS)
