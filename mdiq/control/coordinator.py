@@ -101,9 +101,9 @@ class Coordinator:
         await self._send(node, burst)
         return await sent
 
-    async def burst_arrived(self, node: NodeId, number: int) -> control.BurstArrived:
-        """Wait until a burst has arrived at a Node and return what it saw; raises as ``begin`` does."""
-        return await self._await(node, control.BurstArrived, number)
+    def burst_arrived(self, node: NodeId, number: int) -> "asyncio.Future[control.BurstArrived]":
+        """Return a future of what a Node sees of a burst that it receives; raises as ``begin`` does."""
+        return self._await(node, control.BurstArrived, number)
 
     async def drain(self, deadline_s: float) -> None:
         """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
@@ -116,8 +116,9 @@ class Coordinator:
 
     def fail(self, node: NodeId, error: MdiqError) -> None:
         """Note that a Node is gone or cannot do its part: whoever waits for it gets the error."""
-        awaited = [future for (whom, _, _), future in self._awaited.items() if whom == node]
-        for future in (self._joined[node], self._ready[node], *awaited):
+        futures: list[asyncio.Future[Any]] = [self._joined[node], self._ready[node]]
+        futures += [future for (whom, _, _), future in self._awaited.items() if whom == node]
+        for future in futures:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # it is also told to on_lost: not an error that nobody looked at

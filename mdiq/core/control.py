@@ -128,7 +128,10 @@ class BurstSent:
 
 @dataclass(frozen=True, slots=True)
 class BurstArrived:
-    """A burst is here, whole: when its first and its last Frame came, on this Node's clock, and bytes after the first."""
+    """A burst is here, whole.
+
+    first_s, last_s: when its first and its last Frame came, on this Node's clock; later_bytes: those behind the first.
+    """
 
     epoch: int
     number: int

@@ -109,7 +109,7 @@ async def test_a_hop_is_measured_and_an_epoch_begun_over_the_control_channel(pla
     plane.agent("node-1", begin=begin_on_one)
     two, _ = plane.agent("node-2")
     await plane.coordinator.all_joined()
-    arriving = asyncio.create_task(plane.coordinator.burst_arrived(TWO, 4))
+    arriving = plane.coordinator.burst_arrived(TWO, 4)
     sent = await plane.coordinator.send_burst(ONE, control.SendBurst(1, 4, 16, 128))
     assert sent == control.BurstSent(1, 4, 7.5)
     two.burst_arrived(control.BurstArrived(1, 3, 0.0, 1.0, 9))  # of a burst that nobody waits for
@@ -126,7 +126,7 @@ async def test_whoever_waits_for_a_node_that_is_lost_gets_the_error(plane: Plane
     plane.agent("node-1", begin=fails)
     plane.agent("node-2")
     await plane.coordinator.all_joined()
-    waiting = asyncio.create_task(plane.coordinator.burst_arrived(ONE, 1))
+    waiting = plane.coordinator.burst_arrived(ONE, 1)
     with pytest.raises(EngineError, match="node-1: no such epoch"):
         await plane.coordinator.begin({TWO: control.Begin(2, "bf16"), ONE: control.Begin(2, "bf16")})
     with pytest.raises(EngineError, match="node-1: no such epoch"):
@@ -320,9 +320,7 @@ async def test_the_same_over_real_sockets() -> None:
 
     hello = control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION)
     agent = asyncio.create_task(
-        Agent(
-            link, KEY, hello, load=load, send_burst=send_burst, begin=begin, heartbeat=heartbeat, spans=list
-        ).run()
+        Agent(link, KEY, hello, load=load, send_burst=send_burst, begin=begin, heartbeat=heartbeat, spans=list).run()
     )
     assert set(await coordinator.all_joined()) == {ONE}
     assert (await coordinator.assign({ONE: assignment()}))[ONE] == ready()
