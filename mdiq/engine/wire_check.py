@@ -8,14 +8,14 @@ from mdiq.engine.perplexity import sample_text
 from mdiq.engine.tokenizer import Tokenizer
 from mdiq.errors import ModelError
 
-_MOST_CHARACTERS = 2_000
+_TEXT = slice(1_000, 3_000)  # characters of the sample text, behind its first headings
 _STRIDE = 7_919  # a prime: neighbours are far apart in any vocabulary
 
 
 def check_tokens(model: Path, count: int, vocab_size: int) -> list[int]:
     """Return ``count`` tokens of real English, or of the whole vocabulary where the model has no tokenizer."""
     try:
-        tokens = Tokenizer.load(model).encode(sample_text()[:_MOST_CHARACTERS])
+        tokens = Tokenizer.load(model).encode(sample_text()[_TEXT])
     except ModelError:
         tokens = []
     return tokens[:count] if len(tokens) >= count else [i * _STRIDE % vocab_size for i in range(count)]

@@ -13,10 +13,11 @@ from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.runtime.engine_worker import TorchStarter
 from mdiq.runtime.starter_service import StarterService
 
-NUM_PIECES = 4
-PIECE_TOKENS = 16
-ANSWER_TOKENS = 4
-"""Of each piece, its last tokens: as many rows of logits come of it."""
+NUM_PIECES = 2
+PIECE_TOKENS = 32
+ANSWER_TOKENS = 8
+"""Of each piece, its last tokens: as many rows of logits come of it. Those of the first tokens tell less: a model leans
+on the very first one, whose row is rounded most."""
 NUM_TOKENS = NUM_PIECES * PIECE_TOKENS
 
 
