@@ -10,6 +10,7 @@ from collections.abc import Sequence as AbstractSequence
 import torch
 
 from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.errors import MdiqError, first_of
 from mdiq.runtime.engine_worker import TorchStarter
 from mdiq.runtime.starter_service import StarterService
 
@@ -53,6 +54,8 @@ async def rehearse(service: StarterService, engine: TorchStarter, tokens: Abstra
             for index, piece in enumerate(pieces):
                 sequence = Sequence(index, tuple(piece[:-ANSWER_TOKENS]), params)
                 tasks.create_task(_finish(service, sequence), name=f"rehearsal-{index}")
+    except* MdiqError as group:
+        raise first_of(group) from None
     finally:
         engine.script = None
     return script.logits()
