@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from mdiq.bench.figures import LoadFigures, Scaling, median_figures, median_ratio, scalings
 from mdiq.bench.runner import CellRun, Measurements, NodeShare, PeerCell
 from mdiq.bench.workload import Cell
+from mdiq.runtime.options import HopFigures
 
 VERSION = 1
 WHY_FIXED_TOTAL_IS_LOWER = (
@@ -18,12 +19,16 @@ WHY_FIXED_TOTAL_IS_LOWER = (
 
 @dataclass(frozen=True, slots=True)
 class CellReport:
-    """A cell: medians of its repeats, and every repeat."""
+    """A cell: medians of its repeats, and every repeat.
+
+    hops: medians of what was measured, with the formats of the last repeat (``--wire auto`` may choose otherwise).
+    """
 
     cell: Cell
     figures: LoadFigures
     nodes: tuple[NodeShare, ...]
     repeats: tuple[LoadFigures, ...]
+    hops: tuple[HopFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,9 @@ def make_report(measured: Measurements, *, machine: Mapping[str, str | int], set
         machine=machine,
         settings=settings,
         cells=tuple(
-            CellReport(cell, median_figures(runs[cell]), _median_shares(cell_runs), tuple(runs[cell]))
+            CellReport(
+                cell, median_figures(runs[cell]), _median_shares(cell_runs), tuple(runs[cell]), _median_hops(cell_runs)
+            )
             for cell, cell_runs in measured.cells.items()
         ),
         scaling=tuple(scalings(runs)),
@@ -112,3 +119,15 @@ def _median_shares(runs: Sequence[CellRun]) -> tuple[NodeShare, ...]:
         )
         for node in zip(*(run.nodes for run in runs), strict=True)
     )
+
+
+def _median_hops(runs: Sequence[CellRun]) -> tuple[HopFigures, ...]:
+    return tuple(
+        HopFigures(hop[-1].wire, _median([h.delay_s for h in hop]), _median([h.bytes_per_s for h in hop]))
+        for hop in zip(*(run.hops for run in runs), strict=True)
+    )
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    """Return the median of those that were measured."""
+    return statistics.median(known) if (known := [value for value in values if value is not None]) else None

@@ -17,7 +17,7 @@ from mdiq.bench.workload import Cell, Load
 from mdiq.core.sequence import SamplingParams, TokenEvent
 from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.errors import RingError
-from mdiq.runtime.options import NodeFigures
+from mdiq.runtime.options import HopFigures, NodeFigures
 from mdiq.transport.link_shape import LinkShape
 
 WARM_UP_TOKENS = 4
@@ -48,6 +48,10 @@ class LoadedRing(Protocol):
         """Return what every Node did so far, in ring order."""
         ...
 
+    def hops(self) -> list[HopFigures]:
+        """Return what every Hop is like, in ring order; none in a ring of one Node."""
+        ...
+
 
 OpenRing = Callable[[int, LinkShape | None], AbstractAsyncContextManager[LoadedRing]]
 """Starts a ring of so many Nodes, over such links."""
@@ -76,6 +80,7 @@ class CellRun:
 
     figures: LoadFigures
     nodes: tuple[NodeShare, ...] = ()
+    hops: tuple[HopFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -166,7 +171,8 @@ class Bench:
             users = await run_load(ring, load, self.vocab_size, index)
             index += load.users
             await asyncio.sleep(rest_s)
-            run = CellRun(load_figures(users), node_shares(before, ring.figures(), load, users))
+            shares = node_shares(before, ring.figures(), load, users)
+            run = CellRun(load_figures(users), shares, tuple(ring.hops()))
             result.cells.setdefault(cell, []).append(run)
 
     def _load(self, users: int, prompt_tokens: int) -> Load:

@@ -292,7 +292,7 @@ def _write(path: Path, report: Report) -> None:
 def print_report(console: Console, report: Report) -> None:
     """Print the tables: cells, how they scale, the peer and the ratios."""
     for link in dict.fromkeys(r.cell.link for r in report.cells):
-        columns = ["nodes", "users", "prompt", *_FIGURES, "busy", "work waited", "bytes/token"]
+        columns = ["nodes", "users", "prompt", *_FIGURES, "busy", "work waited", "wire", "bytes/token"]
         table = _table(f"mdiq, {report.settings['model']}" + (f", every hop {link}" if link else ""), columns)
         for r in report.cells:
             if r.cell.link == link:
@@ -304,6 +304,7 @@ def print_report(console: Console, report: Report) -> None:
                     *_figures(r.figures),
                     busy,
                     f"{waited:.1%}",
+                    " ".join(dict.fromkeys(hop.wire for hop in r.hops)) or "-",
                     f"{num_bytes:.0f}" if num_bytes else "-",
                 )
         console.print(table)

@@ -87,7 +87,7 @@ def run(
         bool, typer.Option("--exact/--fast", help="Packed weights: keep the precision of activations, or not.")
     ] = True,
     wire: Annotated[
-        str, typer.Option(help="Activations on the hops: f32, bf16 or i8; or one for each hop: bf16,i8.")
+        str, typer.Option(help="Activations on the hops: f32, bf16, i8 or auto; or one for each hop: bf16,auto.")
     ] = "bf16",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
     threads: Annotated[
@@ -207,7 +207,7 @@ def bench(
     exact: Annotated[
         bool, typer.Option("--exact/--fast", help="Packed weights: keep the precision of activations, or not.")
     ] = True,
-    wire: Annotated[str, typer.Option(help="Activations on the hops: f32, bf16 or i8.")] = "bf16",
+    wire: Annotated[str, typer.Option(help="Activations on the hops: f32, bf16, i8 or auto.")] = "bf16",
     dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
     threads: Annotated[

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdiq.core.sequence import FinishReason
-from mdiq.runtime.options import NodeFigures, PaceFigures
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures
 
 
 @dataclass(slots=True)
@@ -60,6 +60,7 @@ class Summary:
 
     wall_s: from the first submission to the last token.
     counts: what the Ring ignored or mended; prefill: what became of prompts; see RingProtocol.
+    hops: in ring order; wire_check_nats: see LocalRing.
     overlap: per Node, the share of its compute time in which a neighbour computed too; None without a trace.
     """
 
@@ -72,6 +73,8 @@ class Summary:
     pace: PaceFigures
     overlap: Mapping[str, float] | None = None
     prefill: Mapping[str, int] = field(default_factory=dict)
+    hops: Sequence[HopFigures] = ()
+    wire_check_nats: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +122,15 @@ class Summary:
             "tokens_per_s": round(self.tokens_per_s, 3),
             "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 4),
             "pace": self._pace(),
+            "wires": [hop.wire for hop in self.hops],
+            "hops": [
+                {
+                    "delay_s": None if hop.delay_s is None else round(hop.delay_s, 6),
+                    "bytes_per_s": None if hop.bytes_per_s is None else round(hop.bytes_per_s),
+                }
+                for hop in self.hops
+            ],
+            "wire_check_nats": None if self.wire_check_nats is None else round(self.wire_check_nats, 6),
             "nodes": nodes,
             "counts": {**self.counts, **self.prefill},
         }

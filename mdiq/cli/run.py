@@ -216,6 +216,8 @@ class _Run:
             nodes=ring.figures(),
             counts=ring.service.ring.counts,
             pace=ring.pace(),
+            hops=ring.hops(),
+            wire_check_nats=ring.wire_check_nats,
             prefill=ring.service.ring.prefill,
             overlap=overlap,
         )

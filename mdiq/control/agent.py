@@ -23,7 +23,7 @@ SPANS_PER_CHUNK = 2_000
 class Agent:
     """Serves one Node until the Starter drains it.
 
-    load: does what an Assign says and returns what it gave.
+    load: does what an Assign says and returns what it gave; send_burst and begin, likewise.
     heartbeat: returns the figures of now.
     spans: returns the trace so far.
     """
@@ -35,6 +35,8 @@ class Agent:
         hello: control.Hello,
         *,
         load: Callable[[control.Assign], Awaitable[control.Ready]],
+        send_burst: Callable[[control.SendBurst], Awaitable[control.BurstSent]],
+        begin: Callable[[control.Begin], Awaitable[control.Begun]],
         heartbeat: Callable[[], control.Heartbeat],
         spans: Callable[[], Sequence[Span]],
     ) -> None:
@@ -42,6 +44,8 @@ class Agent:
         self._key = key
         self._hello = hello
         self._load = load
+        self._send_burst = send_burst
+        self._begin = begin
         self._heartbeat = heartbeat
         self._spans = spans
         self._outgoing: asyncio.Queue[control.Message] = asyncio.Queue(maxsize=1_000)
@@ -71,6 +75,10 @@ class Agent:
         """Report progress of loading, in tensors or any other unit."""
         self._post(control.Loading(done, total))
 
+    def burst_arrived(self, arrived: control.BurstArrived) -> None:
+        """Report a burst that came over the Hop into this Stage."""
+        self._post(arrived)
+
     def gaps(self, epoch: Epoch, seq_ids: tuple[SeqId, ...]) -> None:
         """Report Sequences whose Frames were lost on the way here."""
         self._post(control.Fault(epoch, tuple(seq_ids), "gap", ""))
@@ -87,19 +95,30 @@ class Agent:
             except RemoteProtocolError as error:
                 log.warning("control_message_dropped", error=str(error))
                 continue
-            match message:
-                case control.Assign():
-                    try:
-                        ready = await self._load(message)
-                    except MdiqError as error:
-                        await self._send(control.Failed(type(error).__name__, str(error)))
-                        raise
-                    await self._send(ready)
-                case control.Drain():
-                    await self._say_goodbye()
-                    return
-                case _:
-                    log.warning("control_message_dropped", error=f"{type(message).__name__}: not for an agent")
+            if isinstance(message, control.Drain):
+                await self._say_goodbye()
+                return
+            try:
+                answer = await self._do(message)
+            except MdiqError as error:
+                await self._send(control.Failed(type(error).__name__, str(error)))
+                raise
+            if answer is None:
+                log.warning("control_message_dropped", error=f"{type(message).__name__}: not for an agent")
+            else:
+                await self._send(answer)
+
+    async def _do(self, message: control.Message) -> control.Message | None:
+        """Do what a message says and return the answer, or None where it says nothing to an Agent."""
+        match message:
+            case control.Assign():
+                return await self._load(message)
+            case control.SendBurst():
+                return await self._send_burst(message)
+            case control.Begin():
+                return await self._begin(message)
+            case _:
+                return None
 
     async def _say_goodbye(self) -> None:
         spans = self._spans()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import structlog
 
@@ -14,6 +15,8 @@ from mdiq.telemetry.trace import Span
 from mdiq.transport.base import ControlServer
 
 log = structlog.get_logger()
+
+A = TypeVar("A", control.Begun, control.BurstSent, control.BurstArrived)
 
 
 class Coordinator:
@@ -51,6 +54,7 @@ class Coordinator:
         self._joined: dict[NodeId, asyncio.Future[control.Hello]] = {name: loop.create_future() for name in names}
         self._ready: dict[NodeId, asyncio.Future[control.Ready]] = {name: loop.create_future() for name in names}
         self._gone: dict[NodeId, asyncio.Future[None]] = {name: loop.create_future() for name in names}
+        self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
         self.heartbeats: dict[NodeId, control.Heartbeat] = {}
         self.spans: dict[NodeId, list[Span]] = {name: [] for name in names}
 
@@ -79,6 +83,28 @@ class Coordinator:
             await self._send(node, assignment)
         return {node: await self._ready[node] for node in assignments}
 
+    async def begin(self, begins: Mapping[NodeId, control.Begin]) -> None:
+        """Tell the Nodes to begin an Epoch and wait until all have.
+
+        Raises:
+            MdiqError: one of them failed or died; see ``fail``.
+        """
+        begun = [self._await(node, control.Begun, message.epoch) for node, message in begins.items()]
+        for node, message in begins.items():
+            await self._send(node, message)
+        for future in begun:
+            await future
+
+    async def send_burst(self, node: NodeId, burst: control.SendBurst) -> control.BurstSent:
+        """Have a Node send a burst and return when it did; raises as ``begin`` does."""
+        sent = self._await(node, control.BurstSent, burst.number)
+        await self._send(node, burst)
+        return await sent
+
+    def burst_arrived(self, node: NodeId, number: int) -> "asyncio.Future[control.BurstArrived]":
+        """Return a future of what a Node sees of a burst that it receives; raises as ``begin`` does."""
+        return self._await(node, control.BurstArrived, number)
+
     async def drain(self, deadline_s: float) -> None:
         """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
         for node in self._identities:
@@ -90,7 +116,9 @@ class Coordinator:
 
     def fail(self, node: NodeId, error: MdiqError) -> None:
         """Note that a Node is gone or cannot do its part: whoever waits for it gets the error."""
-        for future in (self._joined[node], self._ready[node]):
+        futures: list[asyncio.Future[Any]] = [self._joined[node], self._ready[node]]
+        futures += [future for (whom, _, _), future in self._awaited.items() if whom == node]
+        for future in futures:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # it is also told to on_lost: not an error that nobody looked at
@@ -120,6 +148,10 @@ class Coordinator:
                 self._members.ready(node)
                 if not self._ready[node].done():
                     self._ready[node].set_result(message)
+            case control.BurstSent() | control.BurstArrived():
+                self._answered((node, type(message), message.number), message)
+            case control.Begun():
+                self._answered((node, control.Begun, message.epoch), message)
             case control.Heartbeat():
                 self.heartbeats[node] = message
             case control.Fault():
@@ -151,6 +183,22 @@ class Coordinator:
             self._on_lost(node, mismatch)
         elif not self._joined[node].done():
             self._joined[node].set_result(hello)
+
+    def _await(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
+        """Return a future of the answer of this kind and number; what nobody waits for is ignored."""
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        key = (node, kind, number)
+        self._awaited[key] = future
+        future.add_done_callback(lambda done: self._awaited.pop(key, None))
+        if self._gone[node].done():
+            future.set_exception(NodeDiedError(f"{node}: it is gone; see the log"))
+            future.exception()  # its caller may wait for another one first
+        return future
+
+    def _answered(self, key: tuple[NodeId, type[control.Message], int], answer: control.Message) -> None:
+        future = self._awaited.get(key)
+        if future is not None and not future.done():
+            future.set_result(answer)
 
     async def _watch_leases(self) -> None:
         while True:

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
 
-from mdiq.core.wire import LEAST_KEY_BYTES, TAG_BYTES, make_tag
+from mdiq.core.wire import LEAST_KEY_BYTES, TAG_BYTES, WIRES, make_tag
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 VERSION = 1
@@ -21,6 +21,8 @@ MOST_TEXT = 4_096
 """Characters of a string."""
 MOST_ITEMS = 16_384
 """Items of a sequence or a map."""
+MOST_BURST_FRAMES = 64
+MOST_BURST_FRAME_BYTES = 2**20
 _TYPE = "type"
 
 
@@ -100,8 +102,73 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class SendBurst:
+    """Measure the Hop out of this Stage: send so many BURST Frames of about so many bytes. ``number`` names them."""
+
+    epoch: int
+    number: int
+    num_frames: int
+    frame_bytes: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.num_frames <= MOST_BURST_FRAMES and 1 <= self.frame_bytes <= MOST_BURST_FRAME_BYTES):
+            raise ValueError(
+                f"a burst has 1 to {MOST_BURST_FRAMES} frames of at most {MOST_BURST_FRAME_BYTES} bytes each"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class BurstSent:
+    """A burst has left. ``sent_s``: when its first Frame did, on this Node's clock."""
+
+    epoch: int
+    number: int
+    sent_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BurstArrived:
+    """A burst is here, whole.
+
+    first_s, last_s: when its first and its last Frame came, on this Node's clock; later_bytes: those behind the first.
+    """
+
+    epoch: int
+    number: int
+    first_s: float
+    last_s: float
+    later_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.last_s < self.first_s:
+            raise ValueError("its last frame came before its first")
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Serve in a new Epoch with the same layers: forget every Sequence, and count anew.
+
+    wire: format of the Hop out of this Stage from now on.
+    """
+
+    epoch: int
+    wire: str
+
+    def __post_init__(self) -> None:
+        if self.epoch < 1 or self.wire not in WIRES:
+            raise ValueError(f"it needs an epoch of at least 1 and one of the formats {', '.join(WIRES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A Node serves in this Epoch."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A Node lives; its figures since its assignment.
+    """A Node lives; its figures since it began to serve.
 
     frames_dropped: Frames that it refused, by reason.
     queue_depth: Segments that wait.
@@ -159,7 +226,23 @@ class TraceChunk:
     spans: tuple[tuple[str, str, float, float], ...]
 
 
-Message = Hello | Assign | Loading | Ready | Heartbeat | Fault | Failed | Drain | Goodbye | TraceChunk
+Message = (
+    Hello
+    | Assign
+    | Loading
+    | Ready
+    | SendBurst
+    | BurstSent
+    | BurstArrived
+    | Begin
+    | Begun
+    | Heartbeat
+    | Fault
+    | Failed
+    | Drain
+    | Goodbye
+    | TraceChunk
+)
 
 
 def encode(message: Message, key: bytes) -> bytes:

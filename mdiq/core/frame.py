@@ -80,6 +80,9 @@ class FrameKind(IntEnum):
     """Segments of length 0: their Sequences have ended, free their KV cache. Makes a full Lap."""
     PROBE = 4
     """One Segment of length 0, whose id numbers the probe. Every Stage sends it on at once: its Lap is all Hops."""
+    BURST = 5
+    """Bytes that measure one Hop and go no further. One Segment: its id numbers the burst, ``start`` counts the Frames
+    of the burst that follow, and the payload is ``length`` rows that mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class Frame:
 
     def rows_of(self, segment: Segment) -> int:
         """Return how many payload rows belong to one Segment of this Frame."""
-        if self.kind is FrameKind.HIDDEN:
+        if self.kind in (FrameKind.HIDDEN, FrameKind.BURST):
             return segment.length
         return 1 if self.kind is FrameKind.HEAD and segment.wants_logits else 0
 

@@ -195,6 +195,12 @@ class RingProtocol:
         """Go on in the same Ring at another pace: the measurements behind it have changed."""
         self._spec = self._scheduler.spec = spec
 
+    def reset_counts(self) -> None:
+        """Begin all figures anew: what came before was a rehearsal."""
+        self.counts.clear()
+        self.prefill.clear()
+        self.decode_gap_s, self.most_live = 0.0, 0
+
     def returned(self, frame: Frame) -> list[HeadRow]:
         """Take in a Frame from the last Hop; return the rows to make tokens of, each for ``sampled`` later."""
         if frame.epoch != self.epoch:

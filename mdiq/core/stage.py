@@ -111,6 +111,8 @@ class StageProtocol:
         """
         if frame.kind is FrameKind.HEAD:
             raise RemoteProtocolError(f"{frame}: rows for the head came to a stage; check the order of the ring's hops")
+        if frame.kind is FrameKind.BURST:
+            raise RemoteProtocolError(f"{frame}: a burst measures a hop and is none of the protocol's")
         if frame.epoch != self.epoch:
             self.counts["stale"] += len(frame.segments)
             return Receipt(stale=len(frame.segments))

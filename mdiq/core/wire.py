@@ -4,13 +4,13 @@ Version 1. A Frame is one part, the header, or two, header and payload; all numb
 
     offset  size  field
     0       3     magic "MQ1": protocol and version
-    3       1     kind: 1 HIDDEN, 2 HEAD, 3 RELEASE, 4 PROBE
+    3       1     kind: 1 HIDDEN, 2 HEAD, 3 RELEASE, 4 PROBE, 5 BURST
     4       4     epoch, at least 1
     8       2     cap, at least 1
     10      1     dtype of the payload, see DTYPES
     11      1     most prompt tokens of a Batch, in steps of 16; 0 leaves it to the Stage
     12      4     width: elements of a payload row
-    16      2     number of Segments, at least 1
+    16      2     number of Segments, at least 1; of PROBE and BURST 1
     18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits, bit 1: parent)
     ...     8     of each Segment with bit 1, in their order: its parent u64, an older id; HIDDEN alone, start over 0
     end-16  16    tag: BLAKE2b keyed with the hop's key, over the header before it and the payload
@@ -49,6 +49,7 @@ _HAS_PARENT = 2
 _NAMES = {code: name for name, (code, _, _) in DTYPES.items()}
 _KINDS = {int(kind): kind for kind in FrameKind}
 _WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
+_OF_ONE_SEGMENT = (FrameKind.PROBE, FrameKind.BURST)
 
 
 def hop_key(ring_key: bytes, receiver: int) -> bytes:
@@ -112,6 +113,11 @@ def row_bytes(dtype: str, width: int) -> int:
     """Return the bytes of one payload row."""
     _, element_bytes, extra_bytes = DTYPES[dtype]
     return width * element_bytes + extra_bytes
+
+
+def frame_bytes(num_segments: int, payload_bytes: int) -> int:
+    """Return the bytes of a Frame without parents, before the transport's own framing."""
+    return _header_bytes(num_segments) + payload_bytes
 
 
 def make_tag(key: bytes, *parts: Buffer) -> bytes:
@@ -232,12 +238,16 @@ def _check_sizes(header: memoryview, payload: memoryview, limits: WireLimits) ->
 
 def _checked_segments(data: memoryview, kind: FrameKind, limits: WireLimits) -> list[tuple[int, int, int, int]]:
     segments = list(_SEGMENT.iter_unpack(data))
+    if kind in _OF_ONE_SEGMENT and len(segments) != 1:
+        _refuse("segments", f"{len(segments)} segments in a {kind.name}; it has 1")
     num_tokens = 0
     for seq_id, start, length, flags in segments:
         if flags & ~(_WANTS_LOGITS | _HAS_PARENT):
             _refuse("segments", f"sequence {seq_id}: flags {flags:#x} are unknown")
         if kind in _WITHOUT_TOKENS and (start or length or flags):
             _refuse("segments", f"sequence {seq_id}: a {kind.name} has no tokens")
+        if kind is FrameKind.BURST and flags:
+            _refuse("segments", f"burst {seq_id}: flags {flags:#x}; its rows are nobody's")
         if kind not in _WITHOUT_TOKENS and not length:
             _refuse("segments", f"sequence {seq_id}: a segment without tokens")
         if start + length > limits.max_context:

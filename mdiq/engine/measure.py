@@ -1,4 +1,7 @@
-"""What a Stage costs on this device: seconds of a forward, by Segments of one token and by tokens of a prompt."""
+"""What a Stage costs on this device: seconds of a forward, by Segments of one token and by tokens of a prompt.
+
+And what packing rows for a Hop costs.
+"""
 
 import statistics
 import time
@@ -10,12 +13,13 @@ from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, SeqId
 from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.runner import StageRunner
-from mdiq.engine.tensors import TensorRows
+from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 
 DECODE_SIZES = (1, 2, 4, 8, 16)
 PROMPT_SIZES = (16, 64, 192)
+PACKING_SIZES = (1, 8, 64)
 REPEATS = 3
 ENOUGH_S = 1.0  # larger sizes are left out when a forward takes as long: the curve's last line goes on
 
@@ -32,6 +36,26 @@ def measure_cost(runner: StageRunner) -> StageCost:
             lambda n, i: _batch(runner, 1, n, 0, seq_id=i),
         ),
     )
+
+
+def measure_packing(width: int) -> Curve:
+    """Return the seconds that rows of a Hop take more in i8 than in bf16, made at one end and read at the other."""
+    cpu = torch.device("cpu")
+
+    def median_s(rows: torch.Tensor, wire: str) -> float:
+        times = []
+        for _ in range(2 * REPEATS + 1):
+            start_s = time.perf_counter()
+            to_tensor(to_wire(rows, wire), width, torch.float32, cpu)
+            times.append(time.perf_counter() - start_s)
+        return statistics.median(times[1:])
+
+    with torch.inference_mode():
+        points = [
+            (size, max(median_s(rows, "i8") - median_s(rows, "bf16"), 0.0))
+            for size, rows in ((size, torch.randn(size, width)) for size in PACKING_SIZES)
+        ]
+    return Curve(tuple(points))
 
 
 def _curve(runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch]) -> Curve:

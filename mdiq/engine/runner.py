@@ -130,6 +130,10 @@ class StageRunner:
         """Forget every Sequence."""
         self._cache.reset()
 
+    def set_wire(self, wire: str) -> None:
+        """Give the rows of later Batches this format: another one for the Hop out of this Stage."""
+        self._wire = wire
+
     def forward(self, batch: Batch) -> Payload:
         """Run a Batch; see core's Engine.
 

@@ -1,6 +1,7 @@
 """Where torch meets the loops: the worker's settings, the Starter's engine, and limits that follow from the model."""
 
 from collections.abc import Sequence as AbstractSequence
+from typing import Protocol
 
 import torch
 
@@ -27,11 +28,23 @@ def wire_limits(runner: StageRunner) -> wire.WireLimits:
     return wire.WireLimits(max_width=runner.config.hidden_size, max_context=runner.config.context_tokens)
 
 
+class Script(Protocol):
+    """Knows the tokens before they are drawn."""
+
+    def take(self, logits: torch.Tensor, sequences: AbstractSequence[Sequence]) -> list[int]:
+        """Return the next token of each Sequence; logits: [n, vocab_size], what they would have been drawn from."""
+        ...
+
+
 class TorchStarter:
-    """The Starter's engine: a StageRunner that owns embedding and head, and the sampler."""
+    """The Starter's engine: a StageRunner that owns embedding and head, and the sampler.
+
+    script: draws the tokens instead of the sampler, while there is one.
+    """
 
     def __init__(self, runner: StageRunner) -> None:
         self._runner = runner
+        self.script: Script | None = None
 
     def forward(self, batch: Batch) -> Payload:
         return self._runner.forward(batch)
@@ -41,6 +54,9 @@ class TorchStarter:
 
     def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[int]:
         """Return the next token of each Sequence; see starter_service.StarterEngine."""
+        logits = self._runner.logits(rows)
+        if self.script is not None:
+            return self.script.take(logits, sequences)
         sample_rows = [
             SampleRow(
                 sequence.params,
@@ -50,4 +66,4 @@ class TorchStarter:
             )
             for sequence in sequences
         ]
-        return sample(self._runner.logits(rows), sample_rows)
+        return sample(logits, sample_rows)

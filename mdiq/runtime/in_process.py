@@ -45,6 +45,7 @@ class InProcessStages:
         self._tracers = [Tracer(is_on=options.trace) for _ in options.layers[1:]]
         self._workers: list[Worker] = []
         self._runners: list[StageRunner] = []
+        self._stages: list[StageProtocol] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.source = self._links[0]
         self.sink = self._links[1]
@@ -60,6 +61,7 @@ class InProcessStages:
             worker.reset_meter()
             stage = StageProtocol()
             stage.assign(Epoch(1), is_last=i == self._options.num_nodes - 1)
+            self._stages.append(stage)
             service = StageService(
                 stage,
                 runner,
@@ -73,6 +75,7 @@ class InProcessStages:
                 tracer=self._tracers[i - 1],
                 report_gaps=lambda epoch, seq_ids: self._on_fault(control.Fault(epoch, seq_ids, "gap", "")),
                 report_failure=self._report_failure,
+                report_burst=lambda _: None,
             )
             self._tasks.append(asyncio.create_task(self._serve(service), name=f"node-{i}"))
             ready.append(
@@ -87,6 +90,15 @@ class InProcessStages:
                 )
             )
         return ready
+
+    async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
+        """Have every Stage serve in a new Epoch; ``wires[i]`` is the format of the Hop out of Stage i."""
+        last = len(self._stages)
+        for i, (stage, runner, worker) in enumerate(zip(self._stages, self._runners, self._workers, strict=True), 1):
+            stage.assign(epoch, is_last=i == last)
+            runner.set_wire(wires[i])
+            await worker.run_uncounted(runner.reset)
+            worker.reset_meter()
 
     async def drain(self) -> None:
         """Nothing is buffered elsewhere: figures and Spans are complete as they are."""

@@ -9,8 +9,11 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+import structlog
+
 from mdiq.control.coordinator import error_from
 from mdiq.core import control
+from mdiq.core.hop_survey import HopLink
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import Sequence
 from mdiq.core.stage import StageProtocol
@@ -19,20 +22,26 @@ from mdiq.core.wire import hop_key
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.device import rss_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
-from mdiq.engine.measure import measure_cost
+from mdiq.engine.measure import measure_cost, measure_packing
 from mdiq.engine.runner import StageRunner
+from mdiq.engine.wire_check import check_tokens, divergence_nats
 from mdiq.errors import MdiqError, first_of
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
+from mdiq.plan.wire_choice import AUTO, USUAL, WireCosts, choose_wires
 from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.engine_worker import TorchStarter, make_worker, wire_limits
 from mdiq.runtime.in_process import InProcessStages
-from mdiq.runtime.options import NodeFigures, PaceFigures, RingOptions
+from mdiq.runtime.link_survey import survey_hops
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.processes import ProcessStages
+from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
 from mdiq.runtime.starter_service import NoText, StarterService, StreamEvent, TextPipe
 from mdiq.telemetry.trace import Span, Tracer
 
-FIRST_EPOCH = Epoch(1)
+log = structlog.get_logger()
+
+FIRST_EPOCH = Epoch(1)  # in which Nodes load and Hops are measured
 LOOPBACK_HOP_S = 2e-4  # until the first probe is back: a frame over loopback, both event loops included
 STARTER = "node-0"
 
@@ -42,6 +51,7 @@ class LocalRing:
 
     make_pipe: gives each Sequence the TextPipe that turns its tokens into text.
     on_loading: told (node, done, total) while weights load.
+    wire_check_nats: what i8 would cost on the Hops that it was chosen for; None where it was not in question.
     """
 
     def __init__(
@@ -66,6 +76,11 @@ class LocalRing:
         self._spec: RingSpec | None = None
         self._costs: list[StageCost] = []
         self._micro_batches: MicroBatches | None = None
+        self._epoch = FIRST_EPOCH
+        self._links: tuple[HopLink | None, ...] = ()
+        self._wires: tuple[str, ...] = ()
+        self._bytes_before = (0, 0)  # in and out, when the Ring began to serve
+        self.wire_check_nats: float | None = None
 
     async def __aenter__(self) -> "LocalRing":
         try:
@@ -104,7 +119,7 @@ class LocalRing:
 
     def figures(self) -> list[NodeFigures]:
         """Return what every Node did, in ring order, the Starter first."""
-        stages, meter = self._stages, self._worker.meter
+        stages, meter, (bytes_in, bytes_out) = self._stages, self._worker.meter, self._bytes_before
         own = NodeFigures(
             name=STARTER,
             layers=self._options.layers[0],
@@ -112,8 +127,8 @@ class LocalRing:
             weight_bytes=self._runner.weight_bytes if self._runner else 0,
             busy_s=meter.busy_s,
             waiting_s=meter.waiting_s,
-            bytes_in=stages.source.bytes_in if stages and stages.source else 0,
-            bytes_out=stages.sink.bytes_out if stages and stages.sink else 0,
+            bytes_in=stages.source.bytes_in - bytes_in if stages and stages.source else 0,
+            bytes_out=stages.sink.bytes_out - bytes_out if stages and stages.sink else 0,
             dropped=dict(meter.dropped),
         )
         return [own, *(stages.figures() if stages else [])]
@@ -132,6 +147,14 @@ class LocalRing:
             chunk_tokens=self._spec.shared_chunk(num_live),
             decode_gap_s=ring.decode_gap_s,
         )
+
+    def hops(self) -> list[HopFigures]:
+        """Return what every Hop is like, the one out of the Starter first; none in a Ring of one Node."""
+        links = self._links or (None,) * len(self._wires)
+        return [
+            HopFigures(wire, None, None) if link is None else HopFigures(wire, link.delay_s, link.bytes_per_s)
+            for wire, link in zip(self._wires, links, strict=True)
+        ]
 
     def spans(self) -> Mapping[str, list[Span]]:
         """Return every Node's Spans, in ring order."""
@@ -199,11 +222,11 @@ class LocalRing:
             context_tokens=self._runner.config.context_tokens,
             kv_block_tokens=BLOCK_TOKENS,
         )
-        self._worker.reset_meter()
-        self._service = StarterService(
+        engine = TorchStarter(self._runner)
+        self._service = service = StarterService(
             RingProtocol(options.ring),
             StageProtocol(),
-            TorchStarter(self._runner),
+            engine,
             self._stages.source if self._stages else None,
             self._stages.sink if self._stages else None,
             receive_key=hop_key(self._ring_key, 0),
@@ -215,8 +238,56 @@ class LocalRing:
             make_pipe=self._make_pipe,
             plan_pace=self._plan_pace,
         )
-        self._service.begin_epoch(FIRST_EPOCH, self._plan_pace(LOOPBACK_HOP_S * options.num_nodes))
-        self._serving = asyncio.create_task(self._service.run(), name="starter")
+        self._serving = asyncio.create_task(service.run(), name="starter")
+        if isinstance(self._stages, ProcessStages):
+            self._links = await survey_hops(service, self._stages, self._epoch, options.num_nodes, self._clock)
+        delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
+        self._plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * options.num_nodes)
+        await self._begin_epoch(await self._choose_wires(engine))
+
+    async def _choose_wires(self, engine: TorchStarter) -> tuple[str, ...]:
+        """Return the format of each Hop; where i8 is in question, try it first."""
+        options = self._options
+        first = tuple(options.wire(i) or USUAL for i in range(options.num_nodes)) if options.num_nodes > 1 else ()
+        if not self._links or AUTO not in options.wanted_wires:
+            return first
+        assert self._runner is not None and self._spec is not None  # the Ring is loaded and paced
+        config = self._runner.config
+        packing = await self._worker.run_uncounted(partial(measure_packing, config.hidden_size))
+        costs = WireCosts(config.hidden_size, self._costs, self._spec.cap(self._spec.max_live), packing)
+        choose = partial(choose_wires, options.wanted_wires, self._links, costs)
+        wires = choose()
+        if wires == first:
+            return wires
+        tokens = await self._worker.run_uncounted(partial(check_tokens, options.model, NUM_TOKENS, config.vocab_size))
+        logits = []
+        for tried in (first, wires):
+            await self._begin_epoch(tried)
+            logits.append(await rehearse(self.service, engine, tokens))
+        self.wire_check_nats = divergence_nats(*logits)
+        if self.wire_check_nats <= options.most_divergence_nats:
+            return wires
+        log.warning(
+            "i8_refused", divergence_nats=round(self.wire_check_nats, 4), most_nats=options.most_divergence_nats
+        )
+        return choose(avoid_small=True)
+
+    async def _begin_epoch(self, wires: tuple[str, ...]) -> None:
+        """Have every Stage serve in a new Epoch with these formats; figures count from here on."""
+        assert self._runner is not None and self._spec is not None  # the Ring is loaded and paced
+        self._epoch = Epoch(self._epoch + 1)
+        self._wires = wires
+        if self._stages is not None:
+            await self._stages.begin(self._epoch, wires)
+            self._runner.set_wire(wires[0])
+        await self._worker.run_uncounted(self._runner.reset)
+        self.service.begin_epoch(self._epoch, self._spec)
+        self.service.ring.reset_counts()
+        self._worker.reset_meter()
+        self._tracer.clear()
+        if self._stages is not None and self._stages.source is not None and self._stages.sink is not None:
+            self._bytes_before = self._stages.source.bytes_in, self._stages.sink.bytes_out
+        log.info("epoch_began", epoch=self._epoch, wires=wires)
 
     def _plan_pace(self, hops_s: float) -> RingSpec:
         assert self._spec is not None  # the Ring is known before it is paced

@@ -14,7 +14,9 @@ from typing import TypeVar
 import structlog
 
 from mdiq.core import wire
+from mdiq.core.control import SendBurst
 from mdiq.core.frame import Frame
+from mdiq.core.hop_survey import burst_frames
 from mdiq.errors import RemoteProtocolError
 from mdiq.telemetry.trace import COMPUTE, Tracer
 from mdiq.transport.base import FrameSink, FrameSource
@@ -149,3 +151,12 @@ async def send_frames(queue: "asyncio.Queue[Frame]", sink: FrameSink, key: bytes
         start_s = clock()
         await sink.send(wire.encode(frame, key))
         tracer.add("send", f"{len(frame.segments)} segments", start_s, clock())
+
+
+async def queue_burst(burst: SendBurst, limits: wire.WireLimits, queue: "asyncio.Queue[Frame]", clock: Clock) -> float:
+    """Queue the Frames of a burst; return when the first of them was on its way to the send loop."""
+    frames = burst_frames(burst, limits)
+    sent_s = clock()
+    for frame in frames:
+        await queue.put(frame)
+    return sent_s

@@ -58,6 +58,9 @@ class NodeProcess:
         self._context = zmq.asyncio.Context()
         self._source: PullSource | None = None
         self._agent: Agent | None = None
+        self._service: StageService | None = None
+        self._is_last = False
+        self._bytes_before = (0, 0)  # in and out, when this Node began to serve
 
     async def run(self) -> None:
         """Serve until the Starter drains this Node.
@@ -75,6 +78,8 @@ class NodeProcess:
                 self._options.control_key,
                 hello,
                 load=self._load,
+                send_burst=self._send_burst,
+                begin=self._begin,
                 heartbeat=self._heartbeat,
                 spans=lambda: self._tracer.spans,
             )
@@ -133,7 +138,8 @@ class NodeProcess:
         self._sink = await PushSink.connect(self._context, assign.next_endpoint)
         self._worker.reset_meter()
         self._stage.assign(Epoch(assign.epoch), is_last=assign.is_last)
-        service = StageService(
+        self._is_last = assign.is_last
+        self._service = StageService(
             self._stage,
             runner,
             self._source,
@@ -146,8 +152,9 @@ class NodeProcess:
             tracer=self._tracer,
             report_gaps=agent.gaps,
             report_failure=agent.failure,
+            report_burst=agent.burst_arrived,
         )
-        self._serving = asyncio.create_task(service.run(), name="stage")
+        self._serving = asyncio.create_task(self._service.run(), name="stage")
         log.info("stage_ready", epoch=assign.epoch, layers=str(layers), kv_tokens=runner.kv_capacity_tokens)
         return control.Ready(
             epoch=assign.epoch,
@@ -159,15 +166,34 @@ class NodeProcess:
             prompt_s=cost.prompt.points,
         )
 
+    async def _send_burst(self, burst: control.SendBurst) -> control.BurstSent:
+        if self._service is None:
+            raise LocalProtocolError("burst: there is no hop before an assignment; restart the ring")
+        return control.BurstSent(burst.epoch, burst.number, await self._service.send_burst(burst))
+
+    async def _begin(self, begin: control.Begin) -> control.Begun:
+        runner = self._runner
+        if runner is None or self._source is None or self._sink is None:
+            raise LocalProtocolError("begin: there is nothing to serve before an assignment; restart the ring")
+        self._stage.assign(Epoch(begin.epoch), is_last=self._is_last)
+        runner.set_wire(begin.wire)
+        # In the worker's turn: a Batch of the old Epoch may still run.
+        await self._worker.run_uncounted(runner.reset)
+        self._worker.reset_meter()
+        self._tracer.clear()
+        self._bytes_before = self._source.bytes_in, self._sink.bytes_out
+        log.info("epoch_began", epoch=begin.epoch, wire=begin.wire)
+        return control.Begun(begin.epoch)
+
     def _heartbeat(self) -> control.Heartbeat:
-        meter = self._worker.meter
+        meter, (bytes_in, bytes_out) = self._worker.meter, self._bytes_before
         return control.Heartbeat(
             epoch=self._stage.epoch or NO_EPOCH,
             rss_bytes=rss_bytes(),
             busy_s=meter.busy_s,
             waiting_s=meter.waiting_s,
-            bytes_in=self._source.bytes_in if self._source else 0,
-            bytes_out=self._sink.bytes_out if self._sink else 0,
+            bytes_in=self._source.bytes_in - bytes_in if self._source else 0,
+            bytes_out=self._sink.bytes_out - bytes_out if self._sink else 0,
             frames_dropped=dict(meter.dropped),
             kv_tokens_in_use=self._runner.kv_tokens_in_use if self._runner else 0,
             queue_depth=self._stage.num_waiting,

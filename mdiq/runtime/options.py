@@ -8,19 +8,20 @@ from mdiq.core.types import LayerRange
 from mdiq.core.wire import WIRES
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
+from mdiq.plan.wire_choice import AUTO, MOST_DIVERGENCE_NATS, USUAL
 from mdiq.transport.link_shape import LinkShape
 
 
 def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
-    """Return the formats that "bf16" (all Hops) or "bf16,i8" (each Hop) names.
+    """Return the formats that "bf16" (all Hops) or "bf16,auto" (each Hop) names.
 
     Raises:
         ConfigError: a format is unknown, or there are more or fewer of them than Hops.
     """
     wires = tuple(text.split(","))
     for wire in wires:
-        if wire not in WIRES:
-            raise ConfigError(f"--wire {text}: {wire!r} is not a format; use one of {', '.join(WIRES)}")
+        if wire not in (*WIRES, AUTO):
+            raise ConfigError(f"--wire {text}: {wire!r} is not a format; use one of {', '.join((*WIRES, AUTO))}")
     if len(wires) not in (1, num_nodes):
         raise ConfigError(f"--wire {text}: {len(wires)} formats for {num_nodes} hops; give one, or one for each")
     return wires
@@ -34,7 +35,9 @@ class RingOptions:
     layers: one range a Node, in ring order; the first is the Starter's.
     dtype: "f32" or "bf16", of activations, KV cache, and weights unless those are packed.
     weights: "plain" (the dtype), "int8" or "int4". exact: batch-invariant kernels; see engine/kernels.py.
-    wires: format of each Hop's activations, "f32", "bf16" or "i8"; Hop i leaves Stage i. One entry serves all.
+    wires: format of each Hop's activations, "f32", "bf16", "i8", or "auto": the Ring chooses when it has measured the
+    Hop. Hop i leaves Stage i. One entry serves all.
+    most_divergence_nats: what i8 may cost where the Ring chose it; see plan/wire_choice.py.
     device: "cpu", "cuda", "cuda:0" or "auto".
     threads: torch threads of each Node.
     pin: bind Node i to core i.
@@ -53,6 +56,7 @@ class RingOptions:
     weights: str = "plain"
     exact: bool = True
     wires: tuple[str, ...] = ("bf16",)
+    most_divergence_nats: float = MOST_DIVERGENCE_NATS
     device: str = "cpu"
     threads: int = 1
     pin: bool = False
@@ -70,9 +74,18 @@ class RingOptions:
     def num_nodes(self) -> int:
         return len(self.layers)
 
+    @property
+    def wanted_wires(self) -> tuple[str, ...]:
+        """The format of each Hop, "auto" where the Ring is to choose; none where there are no Hops."""
+        return () if self.num_nodes == 1 else tuple(self.wires[i % len(self.wires)] for i in range(self.num_nodes))
+
     def wire(self, stage: int) -> str | None:
-        """Return the format of the Hop out of a Stage, or None where there are no Hops."""
-        return None if self.num_nodes == 1 else self.wires[stage % len(self.wires)]
+        """Return the format that the Hop out of a Stage begins with, or None where there are no Hops."""
+        if self.num_nodes == 1:
+            return None
+        # Inside one process rows are handed over as they are.
+        usual = self.dtype if self.in_process else USUAL
+        return usual if self.wanted_wires[stage] == AUTO else self.wanted_wires[stage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +127,15 @@ class PaceFigures:
     predicted_tokens_per_s: float
     chunk_tokens: int
     decode_gap_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HopFigures:
+    """One Hop as it is used, and as it was measured before the Ring served; None where it was not.
+
+    delay_s: one way, of a small Frame; bytes_per_s: what it carries.
+    """
+
+    wire: str
+    delay_s: float | None
+    bytes_per_s: float | None

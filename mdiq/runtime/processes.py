@@ -17,7 +17,7 @@ import zmq.asyncio
 import mdiq
 from mdiq.control.coordinator import Coordinator
 from mdiq.core import control
-from mdiq.core.types import NodeId
+from mdiq.core.types import Epoch, NodeId
 from mdiq.core.wire import hop_key
 from mdiq.errors import MdiqError, NodeDiedError
 from mdiq.runtime.cpu_quota import CpuQuota
@@ -108,6 +108,27 @@ class ProcessStages:
         ready = await coordinator.assign(assignments)
         self._ready = dict(ready)
         return [ready[node] for node in self._names]
+
+    async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
+        """Have every Stage serve in a new Epoch; ``wires[i]`` is the format of the Hop out of Stage i.
+
+        Raises:
+            MdiqError: a Node is gone.
+        """
+        assert self._coordinator is not None  # start has run
+        await self._coordinator.begin(
+            {node: control.Begin(epoch, wire) for node, wire in zip(self._names, wires[1:], strict=True)}
+        )
+
+    async def send_burst(self, stage: int, burst: control.SendBurst) -> control.BurstSent:
+        """Have a Node measure its Hop; see Coordinator."""
+        assert self._coordinator is not None  # start has run
+        return await self._coordinator.send_burst(self._names[stage - 1], burst)
+
+    def burst_arrived(self, stage: int, number: int) -> "asyncio.Future[control.BurstArrived]":
+        """Return a future of what a Node sees of a burst; see Coordinator."""
+        assert self._coordinator is not None  # start has run
+        return self._coordinator.burst_arrived(self._names[stage - 1], number)
 
     async def drain(self) -> None:
         """Ask the processes to end and take their last figures; those that do not answer are killed by ``aclose``."""

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import structlog
 
-from mdiq.core import wire
-from mdiq.core.frame import Engine, Frame
+from mdiq.core import control, wire
+from mdiq.core.frame import Engine, Frame, FrameKind
+from mdiq.core.hop_survey import BurstMeter
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, SeqId
 from mdiq.errors import EngineError, MdiqError
-from mdiq.runtime.loops import Clock, Worker, receive_frames, send_frames
+from mdiq.runtime.loops import Clock, Worker, queue_burst, receive_frames, send_frames
 from mdiq.telemetry.trace import Tracer
 from mdiq.transport.base import FrameSink, FrameSource
 
@@ -18,6 +19,7 @@ log = structlog.get_logger()
 
 GapReport = Callable[[Epoch, tuple[SeqId, ...]], None]
 FailureReport = Callable[[Epoch, tuple[SeqId, ...], MdiqError], None]
+BurstReport = Callable[[control.BurstArrived], None]
 
 
 class StageService:
@@ -25,6 +27,7 @@ class StageService:
 
     report_gaps: told of Sequences whose Frames were lost on the way here.
     report_failure: told of Sequences that the engine could not compute.
+    report_burst: told of bursts that came over the Hop into this Stage.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class StageService:
         tracer: Tracer,
         report_gaps: GapReport,
         report_failure: FailureReport,
+        report_burst: BurstReport,
     ) -> None:
         self._stage = stage
         self._engine = engine
@@ -55,6 +59,8 @@ class StageService:
         self._tracer = tracer
         self._report_gaps = report_gaps
         self._report_failure = report_failure
+        self._report_burst = report_burst
+        self._bursts = BurstMeter()
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=64)
         self._wake = asyncio.Event()
 
@@ -72,7 +78,16 @@ class StageService:
                 send_frames(self._outgoing, self._sink, self._send_key, self._clock, self._tracer), name="send"
             )
 
+    async def send_burst(self, burst: control.SendBurst) -> float:
+        """Send a burst over the Hop out of this Stage; return when it began to leave."""
+        return await queue_burst(burst, self._limits, self._outgoing, self._clock)
+
     def _accept(self, frame: Frame) -> None:
+        if frame.kind is FrameKind.BURST:
+            arrived = self._bursts.arrived(frame, self._clock()) if frame.epoch == self._stage.epoch else None
+            if arrived is not None:
+                self._report_burst(arrived)
+            return
         receipt = self._stage.receive(frame)
         if receipt.passes and not self._outgoing.full():
             self._outgoing.put_nowait(frame)

@@ -9,15 +9,16 @@ from typing import Protocol
 
 import structlog
 
-from mdiq.core import wire
+from mdiq.core import control, wire
 from mdiq.core.frame import Engine, Frame, FrameKind, Payload, Segment
+from mdiq.core.hop_survey import BurstMeter
 from mdiq.core.hops import WINDOW, HopMeter
 from mdiq.core.ring import Ended, HeadRow, Inject, RingProtocol, Suspect
 from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, RingSpec, SeqId
 from mdiq.errors import MdiqError, RingError
-from mdiq.runtime.loops import Clock, Worker, receive_frames, send_frames
+from mdiq.runtime.loops import Clock, Worker, queue_burst, receive_frames, send_frames
 from mdiq.runtime.stage_service import compute_batch
 from mdiq.telemetry.trace import Tracer
 from mdiq.transport.base import FrameSink, FrameSource
@@ -129,6 +130,8 @@ class StarterService:
         self._rearm = asyncio.Event()
         self._armed_for: float | None = None
         self._streams: dict[int, _Stream] = {}
+        self._bursts = BurstMeter()
+        self._awaited_bursts: dict[int, asyncio.Future[control.BurstArrived]] = {}
         self._ended: BaseException | None = None
 
     async def run(self) -> None:
@@ -190,6 +193,16 @@ class StarterService:
             self._streams.pop(sequence.index, None)
             self.cancel(sequence.index)
 
+    async def send_burst(self, burst: control.SendBurst) -> float:
+        """Send a burst over the first Hop; return when it began to leave."""
+        return await queue_burst(burst, self._limits, self._outgoing, self._clock)
+
+    def burst_arrived(self, number: int) -> "asyncio.Future[control.BurstArrived]":
+        """Return a future of what comes of a burst over the last Hop; it fails when the Ring is gone."""
+        self._awaited_bursts[number] = future = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: self._awaited_bursts.pop(number, None))
+        return future
+
     def cancel(self, index: int) -> None:
         """End a Sequence; one that has ended is left alone."""
         self._ring.cancel(index)
@@ -211,6 +224,10 @@ class StarterService:
         """End every Sequence, and refuse new ones: the Ring is gone."""
         if self._ended is None:
             self._ended = error
+            for future in list(self._awaited_bursts.values()):
+                if not future.done():
+                    future.set_exception(error)
+                    future.exception()  # the survey may not wait for it yet
             self._ring.fail_all(error)
             self._poll()
 
@@ -231,7 +248,7 @@ class StarterService:
             if self._ring.epoch and not self._outgoing.full():
                 number = SeqId(self._hops.send(self._clock()))
                 self._outgoing.put_nowait(Frame(self._ring.epoch, FrameKind.PROBE, (Segment(number, 0, 0),)))
-            num_sent += 1
+                num_sent += 1
             await asyncio.sleep(FIRST_PROBES_S if num_sent < WINDOW else PROBE_S)
 
     def _probe_returned(self, frame: Frame) -> None:
@@ -241,9 +258,18 @@ class StarterService:
             self._ring.pace(self._plan_pace(hops_s))
             self._poll()
 
+    def _burst_frame_came(self, frame: Frame) -> None:
+        arrived = self._bursts.arrived(frame, self._clock())
+        awaited = None if arrived is None else self._awaited_bursts.get(arrived.number)
+        if arrived is not None and awaited is not None and not awaited.done():
+            awaited.set_result(arrived)
+
     def _accept(self, frame: Frame) -> None:
         if frame.kind is FrameKind.PROBE:
             self._probe_returned(frame)
+            return
+        if frame.kind is FrameKind.BURST:
+            self._burst_frame_came(frame)
             return
         if frame.kind is FrameKind.HIDDEN:
             # Only the last Stage sends here, and it sends rows for the head.

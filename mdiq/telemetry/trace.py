@@ -36,6 +36,10 @@ class Tracer:
                 del self.spans[: self._most_spans // 10]
             self.spans.append(Span(loop, label, start_s, stop_s))
 
+    def clear(self) -> None:
+        """Forget what there is: it was not yet the work that is to be shown."""
+        self.spans.clear()
+
 
 def write_trace(path: Path, spans: Mapping[str, Sequence[Span]]) -> None:
     """Write the Spans of every Node as Chrome trace events: one process a Node, one thread a loop.

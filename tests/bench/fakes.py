@@ -9,7 +9,7 @@ from mdiq.bench.workload import Cell
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
 from mdiq.errors import MdiqError
-from mdiq.runtime.options import NodeFigures
+from mdiq.runtime.options import HopFigures, NodeFigures
 from mdiq.transport.link_shape import LinkShape
 
 
@@ -56,6 +56,9 @@ class FakeRing:
             for i in range(self.nodes)
         ]
 
+    def hops(self) -> list[HopFigures]:
+        return [HopFigures("bf16", 0.01, 1e6)] * self.nodes if self.nodes > 1 else []
+
 
 def make_measurements(links: tuple[LinkShape | None, ...] = (None,), nodes: tuple[int, ...] = (1, 2)) -> Measurements:
     """Return made-up measurements of one and two users, with the peer's."""
@@ -65,8 +68,10 @@ def make_measurements(links: tuple[LinkShape | None, ...] = (None,), nodes: tupl
             for users in (1, 2):
                 figures = LoadFigures(8.0 * users, 10.0 * users * count, 0.5, 0.6, 0.1, 0.2)
                 share = NodeShare("node-0", "0-3", 10**9, 10**8, 0.5, 0.01, 130.0)
-                run = CellRun(figures, (share,) * count)
-                measured.cells[Cell(count, users, 8, link if count > 1 else None)] = [run, run]
+                measured.cells[Cell(count, users, 8, link if count > 1 else None)] = [
+                    CellRun(figures, (share,) * count, (HopFigures(wire, delay_s, rate),) * count if count > 1 else ())
+                    for wire, delay_s, rate in (("bf16", 0.01, 1e6), ("i8", 0.03, None))
+                ]
     for users in (1, 2):
         figures = LoadFigures(4.0 * users, 5.0 * users, 0.5, 0.6, 0.1, 0.2)
         measured.peer[PeerCell(1, users, 8)] = [PeerRun(figures, 7), PeerRun(figures, 9)]

@@ -2,6 +2,7 @@ import json
 
 from mdiq.bench.report import Ratio, make_report
 from mdiq.bench.workload import Cell
+from mdiq.runtime.options import HopFigures
 from mdiq.transport.link_shape import LinkShape
 from tests.bench.fakes import make_measurements
 
@@ -11,6 +12,8 @@ def test_a_report_has_medians_scaling_and_ratios() -> None:
     assert [r.cell for r in report.cells] == [Cell(1, 1, 8), Cell(1, 2, 8), Cell(2, 1, 8), Cell(2, 2, 8)]
     assert report.cells[3].figures.decode_tokens_per_s == 40.0
     assert len(report.cells[3].nodes) == 2
+    assert report.cells[0].hops == ()
+    assert report.cells[3].hops == (HopFigures("i8", 0.02, 1e6),) * 2
     assert [peer.rss_bytes for peer in report.peer] == [9, 9]
     assert report.ratios[3] == Ratio(Cell(2, 2, 8), 1, 4.0, 2.0)
     assert (report.scaling[1].same_per_node, report.scaling[1].fixed_total) == (4.0, 2.0)

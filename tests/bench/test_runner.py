@@ -88,3 +88,5 @@ async def test_rounds_go_over_all_rings_and_the_peer_in_turn() -> None:
     assert [(len(s.prompt), s.params.max_tokens) for s in asked[:3]] == [(5, WARM_UP_TOKENS)] * 3
     assert [sequence.index for sequence in asked] == list(range(8))
     assert measured.cells[Cell(2, 2, 5)][0].nodes[1].rss_bytes == 100
+    assert [hop.wire for hop in measured.cells[Cell(2, 2, 5)][0].hops] == ["bf16", "bf16"]
+    assert measured.cells[Cell(1, 2, 5)][0].hops == ()

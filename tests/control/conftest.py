@@ -70,6 +70,14 @@ def heartbeat(busy_s: float = 0.0) -> control.Heartbeat:
     )
 
 
+async def send_burst(burst: control.SendBurst) -> control.BurstSent:
+    return control.BurstSent(burst.epoch, burst.number, 7.5)
+
+
+async def begin(message: control.Begin) -> control.Begun:
+    return control.Begun(message.epoch)
+
+
 class Heartbeats(dict[NodeId, control.Heartbeat]):
     """The Coordinator's table, which also tells whose heartbeat came."""
 
@@ -114,11 +122,12 @@ class Plane:
         name: str,
         *,
         load: Load | None = None,
+        begin: Callable[[control.Begin], Awaitable[control.Begun]] = begin,
         key: bytes = KEY,
         version: str = VERSION,
         identity: bytes | None = None,
     ) -> "tuple[Agent, asyncio.Task[None]]":
-        """Start an Agent; ``load`` is what it does with an Assign."""
+        """Start an Agent; ``load`` is what it does with an Assign, ``begin`` with a Begin."""
 
         async def loads(_: control.Assign) -> control.Ready:
             return ready()
@@ -128,6 +137,8 @@ class Plane:
             key,
             control.Hello(name, f"tcp://127.0.0.1:600{name[-1]}", 1, version),
             load=load or loads,
+            send_burst=send_burst,
+            begin=begin,
             heartbeat=heartbeat,
             spans=lambda: self.spans,
         )

@@ -15,7 +15,17 @@ from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError
 from mdiq.telemetry.trace import Span
 from mdiq.transport.memory import MemoryControlServer
 from mdiq.transport.router_dealer import DealerLink, RouterServer
-from tests.control.conftest import KEY, LEASE_S, VERSION, Plane, assignment, heartbeat, ready
+from tests.control.conftest import (
+    KEY,
+    LEASE_S,
+    VERSION,
+    Plane,
+    assignment,
+    begin,
+    heartbeat,
+    ready,
+    send_burst,
+)
 
 ONE, TWO = NodeId("node-1"), NodeId("node-2")
 
@@ -87,6 +97,42 @@ async def test_a_second_process_of_a_name_does_not_take_the_place_of_the_first(p
     await plane.coordinator.drain(10.0)
     await asyncio.gather(*plane.tasks[:2])
     assert not plane.tasks[2].done()
+
+
+async def test_a_hop_is_measured_and_an_epoch_begun_over_the_control_channel(plane: Plane) -> None:
+    told: list[control.Begin] = []
+
+    async def begin_on_one(message: control.Begin) -> control.Begun:
+        told.append(message)
+        return control.Begun(message.epoch)
+
+    plane.agent("node-1", begin=begin_on_one)
+    two, _ = plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    arriving = plane.coordinator.burst_arrived(TWO, 4)
+    sent = await plane.coordinator.send_burst(ONE, control.SendBurst(1, 4, 16, 128))
+    assert sent == control.BurstSent(1, 4, 7.5)
+    two.burst_arrived(control.BurstArrived(1, 3, 0.0, 1.0, 9))  # of a burst that nobody waits for
+    two.burst_arrived(control.BurstArrived(1, 4, 1.0, 2.0, 99))
+    assert await arriving == control.BurstArrived(1, 4, 1.0, 2.0, 99)
+    await plane.coordinator.begin({ONE: control.Begin(2, "i8"), TWO: control.Begin(2, "bf16")})
+    assert told == [control.Begin(2, "i8")]
+
+
+async def test_whoever_waits_for_a_node_that_is_lost_gets_the_error(plane: Plane) -> None:
+    async def fails(_: control.Begin) -> control.Begun:
+        raise EngineError("no such epoch")
+
+    plane.agent("node-1", begin=fails)
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    waiting = plane.coordinator.burst_arrived(ONE, 1)
+    with pytest.raises(EngineError, match="node-1: no such epoch"):
+        await plane.coordinator.begin({TWO: control.Begin(2, "bf16"), ONE: control.Begin(2, "bf16")})
+    with pytest.raises(EngineError, match="node-1: no such epoch"):
+        await waiting
+    with pytest.raises(NodeDiedError, match="node-1: it is gone"):
+        await plane.coordinator.send_burst(ONE, control.SendBurst(1, 4, 16, 128))
 
 
 async def test_faults_and_failures_reach_the_starter_as_they_were(plane: Plane) -> None:
@@ -234,6 +280,8 @@ async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pyte
         KEY,
         control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION),
         load=lambda _: asyncio.get_running_loop().create_future(),
+        send_burst=send_burst,
+        begin=begin,
         heartbeat=breaks,
         spans=list,
     )
@@ -271,7 +319,9 @@ async def test_the_same_over_real_sockets() -> None:
         return ready()
 
     hello = control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION)
-    agent = asyncio.create_task(Agent(link, KEY, hello, load=load, heartbeat=heartbeat, spans=list).run())
+    agent = asyncio.create_task(
+        Agent(link, KEY, hello, load=load, send_burst=send_burst, begin=begin, heartbeat=heartbeat, spans=list).run()
+    )
     assert set(await coordinator.all_joined()) == {ONE}
     assert (await coordinator.assign({ONE: assignment()}))[ONE] == ready()
     await coordinator.drain(10.0)

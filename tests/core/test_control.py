@@ -51,6 +51,16 @@ MESSAGES: st.SearchStrategy[control.Message] = st.one_of(
     ),
     st.builds(control.Loading, COUNTS, COUNTS),
     st.builds(control.Ready, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, CURVES, CURVES),
+    st.builds(control.SendBurst, COUNTS, COUNTS, st.integers(1, 64), st.integers(1, 2**20)),
+    st.builds(control.BurstSent, COUNTS, COUNTS, FLOATS),
+    st.builds(
+        lambda number, times, size: control.BurstArrived(1, number, *sorted(times), size),
+        COUNTS,
+        st.tuples(FLOATS, FLOATS),
+        COUNTS,
+    ),
+    st.builds(control.Begin, st.integers(1, 2**64 - 1), st.sampled_from(["f32", "bf16", "i8"])),
+    st.builds(control.Begun, COUNTS),
     st.builds(
         control.Heartbeat,
         COUNTS,
@@ -261,3 +271,20 @@ def test_a_message_that_no_peer_would_take_is_our_own_bug(make: Any) -> None:
 def test_costs_that_are_no_curve_are_refused(points: tuple[tuple[int, float], ...]) -> None:
     with pytest.raises(RemoteProtocolError, match="Ready: its costs need sizes that grow"):
         control.decode(_message(_ready(prompt_s=points)), KEY)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"type": "SendBurst", "epoch": 1, "number": 1, "num_frames": 0, "frame_bytes": 1}, "1 to 64 frames"),
+        ({"type": "SendBurst", "epoch": 1, "number": 1, "num_frames": 65, "frame_bytes": 1}, "1 to 64 frames"),
+        ({"type": "SendBurst", "epoch": 1, "number": 1, "num_frames": 1, "frame_bytes": 2**20 + 1}, "at most 1048576"),
+        ({"type": "BurstArrived", "epoch": 1, "number": 1, "first_s": 2.0, "last_s": 1.0, "later_bytes": 0}, "before"),
+        ({"type": "Begin", "epoch": 0, "wire": "bf16"}, "epoch of at least 1"),
+        ({"type": "Begin", "epoch": 1, "wire": "auto"}, "f32, bf16, i8"),
+        ({"type": "Begin", "epoch": 1, "wire": "none"}, "f32, bf16, i8"),
+    ],
+)
+def test_what_would_flood_a_hop_or_make_no_sense_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=f"{values['type']}: .*{message}"):
+        control.decode(_message(values), KEY)

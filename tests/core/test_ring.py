@@ -587,3 +587,15 @@ def test_a_returned_segment_that_denies_its_row_is_left_to_the_deadline() -> Non
     assert ring.returned(Frame(EPOCH, FrameKind.HEAD, wrong)) == []
     assert ring.counts["duplicates"] == 1
     assert ring.next_deadline() is not None, "it is still under way"
+
+
+def test_figures_begin_anew_behind_a_rehearsal() -> None:
+    ring = _ring()
+    ring.submit(_sequence(max_tokens=1), now=0.0)
+    (row,) = _lap(ring)
+    ring.sampled(row.seq_id, 4, now=0.1)
+    ring.fault([SeqId(99)])
+    ring.returned(_head(Segment(SeqId(99), 0, 1)))
+    assert (ring.most_live, ring.prefill["prefill_tokens"], ring.counts["unknown"]) == (1, 3, 1)
+    ring.reset_counts()
+    assert (ring.most_live, ring.decode_gap_s, dict(ring.prefill), dict(ring.counts)) == (0, 0.0, {}, {})

@@ -99,6 +99,11 @@ def test_rows_for_the_head_are_refused() -> None:
         _stage().receive(Frame(EPOCH, FrameKind.HEAD, ()))
 
 
+def test_a_burst_that_measures_a_hop_is_nothing_to_compute() -> None:
+    with pytest.raises(RemoteProtocolError, match="measures a hop"):
+        _stage().receive(Frame(EPOCH, FrameKind.BURST, (Segment(SeqId(1), 0, 1),)))
+
+
 def test_a_release_drops_what_waits_frees_the_cache_and_goes_on() -> None:
     stage = _stage()
     stage.receive(_hidden((1, 0, 3), (2, 0, 1)))

@@ -18,6 +18,7 @@ from mdiq.errors import LocalProtocolError, RemoteProtocolError
 KEY = bytes(range(32))
 LIMITS = WireLimits(max_width=64, max_context=1_000, max_segments=20, max_tokens=100)
 WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
+OF_ONE_SEGMENT = (FrameKind.PROBE, FrameKind.BURST)
 GOLDEN = Path(__file__).parent.parent / "golden" / "wire_v1.txt"
 GOLDEN_PARENTS = GOLDEN.with_name("wire_v1_parents.txt")
 
@@ -42,11 +43,17 @@ class Rows:
 @st.composite
 def frames(draw: st.DrawFn) -> Frame:
     kind = draw(st.sampled_from(FrameKind))
-    seq_ids = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12, unique=True))
+    most = 1 if kind in OF_ONE_SEGMENT else 12
+    seq_ids = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=most, unique=True))
     segments = tuple(
         Segment(SeqId(seq_id), 0, 0)
         if kind in WITHOUT_TOKENS
-        else Segment(SeqId(seq_id), draw(st.integers(0, 990)), draw(st.integers(1, 8)), draw(st.booleans()))
+        else Segment(
+            SeqId(seq_id),
+            draw(st.integers(0, 990)),
+            draw(st.integers(1, 8)),
+            draw(st.booleans()) and kind is not FrameKind.BURST,
+        )
         for seq_id in seq_ids
     )
     if kind is FrameKind.HIDDEN:
@@ -66,6 +73,11 @@ def frames(draw: st.DrawFn) -> Frame:
 
 
 def _frame(kind: FrameKind = FrameKind.HIDDEN, num_segments: int = 2, width: int = 4) -> Frame:
+    """Return a Frame; those of kinds with one Segment have one, whatever is asked for."""
+    if kind in OF_ONE_SEGMENT:
+        num_segments = 1
+    if kind is FrameKind.BURST:
+        return Frame(Epoch(7), kind, (Segment(SeqId(300), 2, 3),), Rows(3, width), 3)
     if kind in WITHOUT_TOKENS:
         return Frame(Epoch(7), kind, tuple(Segment(SeqId(i), 0, 0) for i in range(num_segments)), NO_ROWS, 3)
     segments = tuple(Segment(SeqId(300 + i), 10 * i, i + 1, wants_logits=i % 2 == 1) for i in range(num_segments))
@@ -248,7 +260,8 @@ def test_sizes_are_refused_before_the_tag_is_looked_at() -> None:
     ("offset", "layout", "values", "reason"),
     [
         (3, "B", (0,), "kind"),
-        (3, "B", (5,), "kind"),
+        (3, "B", (6,), "kind"),
+        (3, "B", (FrameKind.BURST,), "segments"),
         (3, "B", (FrameKind.RELEASE,), "dtype"),
         (3, "B", (FrameKind.PROBE,), "dtype"),
         (3, "B", (FrameKind.HEAD,), "payload"),
@@ -283,6 +296,43 @@ def test_a_segment_may_reach_the_end_of_the_context() -> None:
 @pytest.mark.parametrize(("offset", "layout"), [(26, "I"), (30, "I"), (34, "B")])
 def test_a_release_carries_sequence_ids_alone(offset: int, layout: str) -> None:
     assert _reason(_patched(_frame(FrameKind.RELEASE), offset, layout, 1)) == "segments"
+
+
+def test_a_probe_has_one_segment() -> None:
+    segments = (Segment(SeqId(1), 0, 0), Segment(SeqId(2), 0, 0))
+    assert _reason(_bytes(Frame(Epoch(1), FrameKind.PROBE, segments))) == "segments"
+
+
+@pytest.mark.parametrize(
+    ("offset", "layout", "values", "reason"),
+    [
+        (30, "I", (0,), "segments"),  # no rows
+        (30, "I", (101,), "segments"),
+        (26, "I", (998,), "segments"),
+        (34, "B", (1,), "segments"),  # it wants logits
+        (34, "B", (2,), "segments"),  # a parent, of which there are no bytes either
+        (10, "B", (0,), "width"),
+        (12, "I", (5,), "payload"),
+        (12, "I", (65,), "width"),
+    ],
+)
+def test_a_burst_is_rows_within_the_limits_and_nothing_more(
+    offset: int, layout: str, values: tuple[int, ...], reason: str
+) -> None:
+    assert _reason(_patched(_frame(FrameKind.BURST), offset, layout, *values)) == reason
+
+
+def test_a_burst_has_one_segment_and_no_parent() -> None:
+    segments = (Segment(SeqId(1), 0, 1), Segment(SeqId(2), 0, 1))
+    assert _reason(_bytes(Frame(Epoch(1), FrameKind.BURST, segments, Rows(2, 4)))) == "segments"
+    child = Segment(SeqId(2), 32, 1, parent=SeqId(1))
+    assert _reason(_bytes(Frame(Epoch(1), FrameKind.BURST, (child,), Rows(1, 4)))) == "segments"
+
+
+def test_the_size_of_a_frame_is_known_before_it_is_made() -> None:
+    for num_segments in (1, 3):
+        frame = _frame(num_segments=num_segments)
+        assert wire.frame_bytes(num_segments, frame.num_rows * 16) == sum(map(len, _bytes(frame)))
 
 
 def test_a_release_with_a_payload_is_refused() -> None:

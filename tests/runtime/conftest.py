@@ -11,6 +11,7 @@ import pytest
 import zmq.asyncio
 
 from mdiq.core import wire
+from mdiq.core.control import BurstArrived
 from mdiq.core.frame import Buffer
 from mdiq.core.ring import Action, RingProtocol, RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
@@ -111,6 +112,7 @@ class Ring:
     ) -> None:
         self.sources, self.sinks = sources, sinks
         self.endpoints: list[str] = []
+        self.bursts: asyncio.Queue[tuple[int, BurstArrived]] = asyncio.Queue()  # with the Stage that they came to
         self.protocol = WatchedRing(settings)
         size = spec.num_stages
         cuts = [NUM_LAYERS * i // size for i in range(size + 1)]
@@ -130,10 +132,10 @@ class Ring:
             plan_pace=plan_pace,
             **self._common(0),
         )
-        services: list[StageService] = []
+        self.services: list[StageService] = []
         for i in range(1, size):
             self.stages[i].assign(Epoch(1), is_last=i == size - 1)
-            services.append(
+            self.services.append(
                 StageService(
                     self.stages[i],
                     self.engines[i],
@@ -141,11 +143,12 @@ class Ring:
                     self._sink(i),
                     report_gaps=self.starter.report_gaps,
                     report_failure=self.starter.report_failure,
+                    report_burst=lambda arrived, stage=i: self.bursts.put_nowait((stage, arrived)),
                     **self._common(i),
                 )
             )
         self.starter.begin_epoch(Epoch(1), spec)
-        self.tasks = [asyncio.create_task(service.run()) for service in (self.starter, *services)]
+        self.tasks = [asyncio.create_task(service.run()) for service in (self.starter, *self.services)]
 
     async def stream(self, sequence: Sequence, on_event: Callable[[StreamEvent], None] | None = None) -> list[int]:
         """Run a Sequence to its end and return its tokens."""

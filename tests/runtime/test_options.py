@@ -13,12 +13,14 @@ def test_one_format_serves_all_hops_and_a_list_each() -> None:
     assert parse_wires("i8", 3) == ("i8",)
     assert parse_wires("bf16,i8,f32", 3) == ("bf16", "i8", "f32")
     assert parse_wires("bf16", 1) == ("bf16",)
+    assert parse_wires("auto", 2) == ("auto",)
+    assert parse_wires("auto,i8", 2) == ("auto", "i8")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not a format; use one of f32, bf16, i8"),
+        ("", "'' is not a format; use one of f32, bf16, i8, auto"),
         ("int8", "'int8' is not a format"),
         ("bf16,", "'' is not a format"),
         ("bf16,i8", "2 formats for 3 hops; give one, or one for each"),
@@ -33,3 +35,15 @@ def test_a_hop_has_the_format_of_its_place_and_a_ring_of_one_has_none(tmp_path: 
     two = RingOptions(tmp_path, (LayerRange(0, 1), LayerRange(1, 2)), wires=("bf16", "i8"))
     assert [two.wire(i) for i in (0, 1)] == ["bf16", "i8"]
     assert RingOptions(tmp_path, (LayerRange(0, 2),)).wire(0) is None
+
+
+def test_a_hop_that_is_left_open_begins_with_bf16_or_with_what_one_process_has(tmp_path: Path) -> None:
+    layers = (LayerRange(0, 1), LayerRange(1, 2))
+    ring = RingOptions(tmp_path, layers, wires=("auto", "i8"))
+    assert [ring.wire(i) for i in (0, 1)] == ["bf16", "i8"]
+    assert ring.wanted_wires == ("auto", "i8")
+    assert [RingOptions(tmp_path, layers, d, wires=("auto",), in_process=True).wire(0) for d in ("f32", "bf16")] == [
+        "f32",
+        "bf16",
+    ]
+    assert RingOptions(tmp_path, (LayerRange(0, 2),), wires=("auto",)).wanted_wires == ()

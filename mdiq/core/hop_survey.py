@@ -1,0 +1,150 @@
+"""How long each Hop takes and how much it carries, from bursts of Frames that Nodes time on their own clocks. No I/O.
+
+A Hop is one way, so nothing can be sent back on it, and clocks of Nodes have nothing to do with each other. But every
+Node answers the Starter over the control channel: a request that leaves at a, is answered with a Node's time t, and
+whose answer is here at b, tells that this clock runs ahead by t - (a + b) / 2, wrong by (b - a) / 2 at most. With the
+clocks so known, the way of a Frame is its arrival less its departure. Round the Ring the errors cancel: the sum of the
+delays is that of the Hops, however far the clocks are off.
+
+One Frame at a time gives the delay: the least of several, since whatever a Frame waits for only adds to it. Bursts give
+the bandwidth: what came behind the first Frame over the time that it took. Only the receiver's clock counts, so what a
+sender's buffers swallow does not. Bursts grow until one takes long enough to be seen behind what lies in buffers.
+"""
+
+from dataclasses import dataclass
+
+from mdiq.core.control import BurstArrived, SendBurst
+from mdiq.core.frame import Frame, FrameKind, Segment
+from mdiq.core.types import Epoch, SeqId
+from mdiq.core.wire import WireLimits, WirePayload, frame_bytes
+
+NUM_SINGLE = 5
+SINGLE_BYTES = 64
+BURST_FRAMES = 16
+FIRST_FRAME_BYTES = 128
+MOST_FRAME_BYTES = 128 * 1024
+GROWTH = 4
+ENOUGH_S = 0.1  # the next burst may take GROWTH times as long: a slow link is measured within a second
+_LEAST_S = 1e-6  # finer than clocks can tell on such a way
+_ELEMENT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class HopLink:
+    """What a Hop is like, one way. delay_s: of a small Frame, the loops at both ends included."""
+
+    delay_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BurstReport:
+    """What became of a burst.
+
+    asked_s, answered_s: when the sender was asked and its answer was here, on the Starter's clock.
+    sent_s: when its first Frame left, on the sender's clock. arrived: what the receiver saw, on its own.
+    """
+
+    asked_s: float
+    answered_s: float
+    sent_s: float
+    arrived: BurstArrived
+
+
+class HopSurvey:
+    """Says which burst is to be sent next, one Hop after the other, and what follows of all that came.
+
+    Hop i leaves Stage i; the last one returns to the Starter, whose clock is the measure of the others.
+    """
+
+    def __init__(self, epoch: Epoch, num_hops: int) -> None:
+        self._epoch = epoch
+        self._num_hops = num_hops
+        self._hop = 0
+        self._num_singles = 0
+        self._frame_bytes = FIRST_FRAME_BYTES
+        self._number = 0
+        self._ways_s: dict[int, float] = {}  # by Hop, from one clock to another
+        self._rates: dict[int, float] = {}
+        self._clocks: dict[int, tuple[float, float]] = {0: (0.0, 0.0)}  # by Stage: (how sure, seconds ahead)
+
+    def next_burst(self) -> tuple[int, SendBurst] | None:
+        """Return the Hop to measure and what its sender is to do, or None when all are measured."""
+        if self._hop == self._num_hops:
+            return None
+        self._number += 1
+        if self._num_singles < NUM_SINGLE:
+            return self._hop, SendBurst(self._epoch, self._number, 1, SINGLE_BYTES)
+        return self._hop, SendBurst(self._epoch, self._number, BURST_FRAMES, self._frame_bytes)
+
+    def reported(self, report: BurstReport) -> None:
+        """Take in what became of the newest burst."""
+        hop, arrived = self._hop, report.arrived
+        if hop:
+            doubt_s = report.answered_s - report.asked_s
+            ahead_s = report.sent_s - (report.asked_s + report.answered_s) / 2
+            self._clocks[hop] = min(self._clocks.get(hop, (doubt_s, ahead_s)), (doubt_s, ahead_s))
+        if self._num_singles < NUM_SINGLE:
+            self._num_singles += 1
+            way_s = arrived.first_s - report.sent_s
+            self._ways_s[hop] = min(self._ways_s.get(hop, way_s), way_s)
+            return
+        seconds = max(arrived.last_s - arrived.first_s, _LEAST_S)
+        self._rates[hop] = arrived.later_bytes / seconds
+        if seconds >= ENOUGH_S or self._frame_bytes >= MOST_FRAME_BYTES:
+            self._go_on()
+        else:
+            self._frame_bytes = min(self._frame_bytes * GROWTH, MOST_FRAME_BYTES)
+
+    def missed(self) -> None:
+        """Give this Hop up: the newest burst did not arrive."""
+        self._rates.pop(self._hop, None)
+        self._go_on()
+
+    def links(self) -> tuple[HopLink | None, ...]:
+        """Return what is known of each Hop; None where it was given up, or the clock of one of its ends is unknown."""
+        return tuple(self._link(hop) for hop in range(self._num_hops))
+
+    def _go_on(self) -> None:
+        self._hop += 1
+        self._num_singles = 0
+        self._frame_bytes = FIRST_FRAME_BYTES
+
+    def _link(self, hop: int) -> HopLink | None:
+        sender, receiver = self._clocks.get(hop), self._clocks.get((hop + 1) % self._num_hops)
+        if hop not in self._rates or sender is None or receiver is None:
+            return None
+        return HopLink(max(self._ways_s[hop] + sender[1] - receiver[1], 0.0), self._rates[hop])
+
+
+def burst_frames(burst: SendBurst, limits: WireLimits) -> list[Frame]:
+    """Return the Frames of a burst, of about the size that it asks for and within the Ring's limits."""
+    width = min(max(burst.frame_bytes // _ELEMENT_BYTES, 1), limits.max_width)
+    most_rows = min(limits.max_tokens, limits.max_context - burst.num_frames)
+    num_rows = max(min(burst.frame_bytes // (_ELEMENT_BYTES * width), most_rows), 1)
+    payload = WirePayload("f32", width, memoryview(bytes(num_rows * width * _ELEMENT_BYTES)))
+    return [
+        Frame(Epoch(burst.epoch), FrameKind.BURST, (Segment(SeqId(burst.number), left, num_rows),), payload)
+        for left in reversed(range(burst.num_frames))
+    ]
+
+
+class BurstMeter:
+    """Times what arrives of a burst at the far end of a Hop. A burst that is not complete is forgotten."""
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._first_s = 0.0
+        self._later_bytes = 0
+
+    def arrived(self, frame: Frame, now: float) -> BurstArrived | None:
+        """Take a Frame of a burst in; return what is to be reported when it was the last one."""
+        (segment,) = frame.segments
+        if segment.seq_id != self._number:
+            self._number, self._first_s, self._later_bytes = segment.seq_id, now, 0
+        else:
+            self._later_bytes += frame_bytes(1, len(frame.payload.parts()[2][0]))
+        if segment.start:
+            return None
+        self._number = -1
+        return BurstArrived(frame.epoch, segment.seq_id, self._first_s, now, self._later_bytes)

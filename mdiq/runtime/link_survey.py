@@ -1,0 +1,77 @@
+"""Measures every Hop before the Ring serves: asks Nodes for bursts and hands what they report to core/hop_survey.py."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Protocol
+
+import structlog
+
+from mdiq.core import control
+from mdiq.core.hop_survey import BurstReport, HopLink, HopSurvey
+from mdiq.core.types import Epoch
+from mdiq.runtime.loops import Clock
+from mdiq.runtime.starter_service import StarterService
+
+log = structlog.get_logger()
+
+BURST_TIMEOUT_S = 15.0
+
+
+class Nodes(Protocol):
+    """The Nodes behind the Starter, by their Stage; see Coordinator."""
+
+    async def send_burst(self, stage: int, burst: control.SendBurst) -> control.BurstSent:
+        """Have a Node send a burst."""
+        ...
+
+    def burst_arrived(self, stage: int, number: int) -> "asyncio.Future[control.BurstArrived]":
+        """Return a future of what a Node sees of a burst."""
+        ...
+
+
+async def survey_hops(
+    starter: StarterService,
+    nodes: Nodes,
+    epoch: Epoch,
+    num_hops: int,
+    clock: Clock,
+    *,
+    timeout_s: float = BURST_TIMEOUT_S,
+) -> tuple[HopLink | None, ...]:
+    """Return what each Hop is like, the first one out of the Starter first; None where a burst did not arrive.
+
+    Raises:
+        MdiqError: a Node is gone.
+    """
+    survey = HopSurvey(epoch, num_hops)
+    while (wanted := survey.next_burst()) is not None:
+        hop, burst = wanted
+        receiver = (hop + 1) % num_hops
+        arriving = nodes.burst_arrived(receiver, burst.number) if receiver else starter.burst_arrived(burst.number)
+        try:
+            async with asyncio.timeout(timeout_s):
+                survey.reported(await _run(starter, nodes, hop, burst, arriving, clock))
+        except TimeoutError:
+            log.warning("hop_not_measured", hop=hop, timeout_s=timeout_s)
+            survey.missed()
+        finally:
+            arriving.cancel()
+    links = survey.links()
+    for hop, link in enumerate(links):
+        if link is not None:
+            log.info("hop_measured", hop=hop, delay_s=round(link.delay_s, 6), bytes_per_s=round(link.bytes_per_s))
+    return links
+
+
+async def _run(
+    starter: StarterService,
+    nodes: Nodes,
+    hop: int,
+    burst: control.SendBurst,
+    arriving: Awaitable[control.BurstArrived],
+    clock: Clock,
+) -> BurstReport:
+    asked_s = clock()
+    sent_s = (await nodes.send_burst(hop, burst)).sent_s if hop else await starter.send_burst(burst)
+    answered_s = clock()
+    return BurstReport(asked_s, answered_s, sent_s, await arriving)
