@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mdiq.engine.perplexity import sample_text
+from mdiq.engine.sample_text import sample_text
 from mdiq.engine.tokenizer import Tokenizer
 from mdiq.errors import ModelError
 

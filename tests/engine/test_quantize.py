@@ -5,13 +5,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.quantize import BLOCK, PackedModel, quantize_int4, quantize_int8, unpack_int4
+from mdiq.engine.checkpoint import Checkpoint, open_checkpoint
+from mdiq.engine.quantize import (
+    BLOCK,
+    PackedModel,
+    num_hot,
+    quantize_columns,
+    quantize_int4,
+    quantize_int8,
+    unpack_int4,
+)
 from tests.engine.tiny_models import make_model
 
 
 def _matrix(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+def _no_hot() -> dict[str, torch.Tensor]:
+    return {}
+
+
+def _model(checkpoint: Checkpoint, weights: str, folder: Path) -> PackedModel:
+    return PackedModel(checkpoint, weights, folder, _no_hot)
 
 
 def _from_int4(nibbles: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
@@ -24,6 +40,33 @@ def test_int8_is_within_half_a_step_of_every_weight() -> None:
     q, scale = quantize_int8(weight)
     assert q.abs().amax() == 127
     assert ((q.float() * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("num_in", [64, 63])
+def test_no_pair_of_neighbours_can_overflow_16_bits(num_in: int) -> None:
+    q = quantize_columns(_matrix(200, num_in).pow(3), None)["q"].int()
+    pairs = torch.nn.functional.pad(q, (0, num_in % 2)).view(200, -1, 2)
+    assert 255 * pairs.clamp_min(0).sum(-1).amax() < 2**15
+    assert 255 * pairs.clamp_max(0).sum(-1).amin() >= -(2**15)
+    assert pairs.clamp_min(0).sum(-1).amax() > 120  # and no range is given away
+
+
+def test_hot_columns_are_a_matrix_of_their_own() -> None:
+    weight, hot = _matrix(12, 64), torch.tensor([3, 40])
+    weight[:, hot] *= 50
+    columns = quantize_columns(weight, hot)
+    assert not columns["q"][:, hot].any()
+    found = columns["q"].float() * columns["scale"][:, None]
+    found[:, hot] = columns["hot.q"].float() * columns["hot.scale"][:, None]
+    is_hot = torch.zeros(64, dtype=torch.bool).index_fill(0, hot, True)
+    for part in (is_hot, ~is_hot):
+        error = (found - weight)[:, part].abs().amax(1)
+        assert (error <= weight[:, part].abs().amax(1) / 127).all()
+
+
+def test_hot_columns_are_few_and_come_in_steps() -> None:
+    assert [num_hot(num_in, "qkv") for num_in in (64, 576, 2048, 8192)] == [0, 32, 64, 256]
+    assert [num_hot(num_in, "down") for num_in in (64, 1536, 5632)] == [0, 128, 448]
 
 
 def test_int4_is_within_half_a_step_of_every_weight() -> None:
@@ -57,15 +100,17 @@ def test_a_matrix_of_zeros_stays_one() -> None:
 
 def test_a_layer_is_packed_once_and_read_from_its_file_later(tmp_path: Path) -> None:
     make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
-    with open_checkpoint(tmp_path / "model") as checkpoint, PackedModel(checkpoint, "int8", tmp_path) as packed:
+    with open_checkpoint(tmp_path / "model") as checkpoint, _model(checkpoint, "int8", tmp_path) as packed:
         first = packed.layer(1)
-        assert torch.equal(first.tensor("o.q"), quantize_int8(checkpoint.layer(1).matrices["o"])[0])
+        assert torch.equal(first.tensor("o.q"), quantize_columns(checkpoint.layer(1).matrices["o"], None)["q"])
         stamp = first.path.stat().st_mtime_ns
         assert packed.layer(1).path.stat().st_mtime_ns == stamp
         offset, count = first.place("o.scale")
         assert first.path.read_bytes()[offset : offset + count] == first.tensor("o.scale").numpy().tobytes()
         first.path.write_bytes(first.path.read_bytes()[:100])  # as a full disk leaves it
-        assert torch.equal(packed.layer(1).tensor("o.q"), quantize_int8(checkpoint.layer(1).matrices["o"])[0])
+        assert torch.equal(
+            packed.layer(1).tensor("o.q"), quantize_columns(checkpoint.layer(1).matrices["o"], None)["q"]
+        )
 
 
 def test_the_vocabulary_is_packed_in_parts_with_the_same_result(
@@ -73,12 +118,12 @@ def test_the_vocabulary_is_packed_in_parts_with_the_same_result(
 ) -> None:
     monkeypatch.setattr("mdiq.engine.quantize._ROWS", 10)
     make_model("llama-mha-untied").save_pretrained(tmp_path / "model")
-    with open_checkpoint(tmp_path / "model") as checkpoint, PackedModel(checkpoint, "int4", tmp_path) as packed:
+    with open_checkpoint(tmp_path / "model") as checkpoint, _model(checkpoint, "int4", tmp_path) as packed:
         ends = packed.ends()
         head = checkpoint.head()
         assert head is not None
-        assert torch.equal(ends.tensor("head.q"), quantize_int8(head)[0])
-        assert torch.equal(ends.tensor("embedding.q"), quantize_int8(checkpoint.embedding())[0])
+        assert torch.equal(ends.tensor("head.q"), quantize_columns(head, None)["q"])
+        assert torch.equal(ends.tensor("embedding.q"), quantize_columns(checkpoint.embedding(), None)["q"])
 
 
 def test_without_a_folder_that_can_be_written_the_files_are_temporary(tmp_path: Path) -> None:
@@ -86,7 +131,25 @@ def test_without_a_folder_that_can_be_written_the_files_are_temporary(tmp_path: 
     blocked = tmp_path / "a-file"
     blocked.write_text("")
     with open_checkpoint(tmp_path / "model") as checkpoint:
-        with PackedModel(checkpoint, "int8", blocked) as packed:
+        with _model(checkpoint, "int8", blocked) as packed:
             path = packed.layer(0).path
             assert path.is_file()
         assert not path.exists()
+
+
+def test_hot_columns_are_found_once_for_both_formats(tmp_path: Path) -> None:
+    make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
+    calls: list[int] = []
+
+    def find() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        return {"layer-000.o": torch.tensor([1, 5]), "head": torch.tensor([2, 4])}
+
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        for weights in ("int8", "int8", "int4"):
+            with PackedModel(checkpoint, weights, tmp_path / "packed", find) as packed:
+                assert torch.equal(packed.ends().tensor("embedding.hot"), torch.tensor([2, 4]))
+                if weights == "int8":
+                    assert torch.equal(packed.layer(0).tensor("o.hot"), torch.tensor([1, 5]))
+                    assert packed.layer(0).find("down.hot") is None
+    assert calls == [1]
