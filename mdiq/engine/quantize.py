@@ -110,8 +110,8 @@ class PackedModel:
         self._checkpoint = checkpoint
         self._weights = weights
         # The digest samples; a file that was changed in place has another time.
-        source = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / "model.safetensors"
-        stamp = source.stat().st_mtime_ns if source.exists() else 0
+        sources = [checkpoint.path] if checkpoint.path.is_file() else list(checkpoint.path.glob("*.safetensors"))
+        stamp = max(source.stat().st_mtime_ns for source in sources)
         self._folder = folder / f"{checkpoint.digest[:16]}-{stamp:x}-{weights}-v{_VERSION}"
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
