@@ -92,8 +92,10 @@ async def test_three_nodes_fetch_at_once_and_compute_what_the_whole_model_does(
     for i, (fetched, layers) in enumerate(zip(many, STAGES, strict=True)):
         own = starter.held_bytes(layers, with_ends=i == 0)
         stat = fetched.path.stat()
-        assert stat.st_size == real_model.stat().st_size
-        assert stat.st_blocks * 512 <= own < 0.75 * stat.st_size, "something outside its own ranges is on the disk"
+        assert stat.st_size == starter.weights.files[0][1]
+        assert stat.st_blocks * 512 < own + 2**16 < 0.75 * stat.st_size, (
+            "something outside its own ranges is on the disk"
+        )
         with open_checkpoint(fetched.path) as copy:
             assert copy.digest == starter.weights.digest
     assert starter.server.most_outstanding_bytes <= len(STAGES) * CREDIT_CHUNKS * CHUNK_BYTES
@@ -136,12 +138,12 @@ async def test_a_transfer_that_is_cut_five_times_ends_with_the_right_digest(star
     assert fetched.num_fetched == len(starter.weights.manifest(layers, with_ends=False).chunks())
     with open_checkpoint(fetched.path) as copy:
         assert copy.digest == starter.weights.digest
-    num_served = starter.server.num_chunks
+    num_served, starter.port = starter.server.num_chunks, starter.server_port
     again = await starter.fetch("node", layers)
     assert again.num_fetched == 0 and starter.server.num_chunks == num_served, "a second start transfers nothing"
 
 
 async def _until(is_so: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
-        while not is_so():  # noqa: ASYNC110: progress has no event
+        while not is_so():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
