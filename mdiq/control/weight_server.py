@@ -24,7 +24,7 @@ from mdiq.transport.base import ControlServer
 
 log = structlog.get_logger()
 
-WEIGHTS_HWM = 64
+WEIGHTS_HWM = 128
 """Messages that may wait for one Node: the Pieces of its open questions, and some that are small."""
 MOST_PEERS = 256
 FORGET_S = 60.0  # a Node that is silent for so long asks for the Manifest again

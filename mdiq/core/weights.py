@@ -29,7 +29,7 @@ MOST_BYTES = 2**20
 CHUNK_BYTES = 2**20
 """Bytes that are hashed together, and most that one chunk may have."""
 LEAST_CHUNK_BYTES = 4_096
-PIECE_BYTES = 2**17  # on 1 Mbit/s a second: ZeroMQ gives up a link on which nothing arrives for 6 s
+PIECE_BYTES = 2**16  # on 0.1 Mbit/s five seconds: ZeroMQ gives up a link on which nothing arrives for 6 s
 CREDIT_CHUNKS = 4
 SHA256_BYTES = 32
 PART_SUFFIX = ".mdiq-part"
