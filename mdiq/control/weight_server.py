@@ -108,7 +108,7 @@ class WeightServer:
             case messages.Done():
                 if task is not None:
                     task.cancel()
-                tasks.create_task(asyncio.to_thread(self._save_hashes), name="hashes")
+                    tasks.create_task(asyncio.to_thread(self._save_hashes), name="hashes")
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__}: a node may not send this")
 
