@@ -1,29 +1,17 @@
-"""The messages of the control channel, and their bytes. Who sends which when is control/; sockets are transport/.
+"""The messages of the control channel. Their bytes are codec.py's; who sends which when is control/."""
 
-A message is a version byte, a msgpack map with its type's name and its fields, and a tag keyed with the control key.
-Every field is checked against its annotation, so a message that decodes has the types that mypy believes it has.
-"""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
 
-import hmac
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_args, get_origin, get_type_hints
-
-import msgpack
-
-from mdiq.core.wire import LEAST_KEY_BYTES, TAG_BYTES, WIRES, make_tag
-from mdiq.errors import LocalProtocolError, RemoteProtocolError
+from mdiq.core.codec import MOST_ITEMS as MOST_ITEMS
+from mdiq.core.codec import MOST_TEXT, Codec
+from mdiq.core.wire import LEAST_KEY_BYTES, WIRES
 
 VERSION = 1
 MOST_BYTES = 2**20
-MOST_TEXT = 4_096
-"""Characters of a string."""
-MOST_ITEMS = 16_384
-"""Items of a sequence or a map."""
 MOST_BURST_FRAMES = 64
 MOST_BURST_FRAME_BYTES = 2**20
-_TYPE = "type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,21 +233,16 @@ Message = (
 )
 
 
+_CODEC = Codec[Message]("control message", VERSION, get_args(Message), most_bytes=MOST_BYTES, most_blob_bytes=MOST_TEXT)
+
+
 def encode(message: Message, key: bytes) -> bytes:
     """Return the bytes of a message.
 
     Raises:
         LocalProtocolError: a field is out of bounds, or the whole is too long.
     """
-    name = type(message).__name__
-    try:
-        values = {field: check(getattr(message, field), field) for field, check in _CHECKS[name].items()}
-        body: bytes = bytes([VERSION]) + msgpack.packb({_TYPE: name, **values})
-    except ValueError as error:
-        raise LocalProtocolError(f"{name}: {error}") from None
-    if len(body) + TAG_BYTES > MOST_BYTES:
-        raise LocalProtocolError(f"{name}: {len(body)} bytes; a control message has at most {MOST_BYTES}")
-    return body + make_tag(key, body)
+    return _CODEC.encode(message, key)
 
 
 def decode(data: bytes, key: bytes) -> Message:
@@ -268,128 +251,9 @@ def decode(data: bytes, key: bytes) -> Message:
     Raises:
         RemoteProtocolError: it is no message of a holder of ``key``, or a field is missing or of the wrong type.
     """
-    if not 1 + TAG_BYTES < len(data) <= MOST_BYTES:
-        raise RemoteProtocolError(f"control message: {len(data)} bytes; it has more than 17 and at most {MOST_BYTES}")
-    if data[0] != VERSION:
-        raise RemoteProtocolError(
-            f"control message: version {data[0]} came and this is version {VERSION}; install the same mdiq everywhere"
-        )
-    body = data[:-TAG_BYTES]
-    if not hmac.compare_digest(make_tag(key, body), data[-TAG_BYTES:]):
-        raise RemoteProtocolError("control message: the tag does not match; the sender has another key")
-    values = _unpack(body[1:])
-    name = values.get(_TYPE)
-    if not isinstance(name, str) or name not in _TYPES:
-        raise RemoteProtocolError("control message: its type is missing or unknown")
-    try:
-        checked = {field: check(values.get(field, MISSING), field) for field, check in _CHECKS[name].items()}
-        return _TYPES[name](**checked)
-    except ValueError as error:
-        raise RemoteProtocolError(f"{name}: {error}") from None
-
-
-def _unpack(body: bytes) -> dict[str, object]:
-    try:
-        values = msgpack.unpackb(
-            body,
-            strict_map_key=True,
-            use_list=False,
-            max_str_len=4 * MOST_TEXT,
-            max_bin_len=MOST_TEXT,
-            max_array_len=MOST_ITEMS,
-            max_map_len=MOST_ITEMS,
-            max_ext_len=0,
-        )
-    except (ValueError, msgpack.UnpackException) as error:
-        raise RemoteProtocolError(f"control message: not msgpack: {type(error).__name__}") from None
-    if not isinstance(values, dict):
-        raise RemoteProtocolError("control message: not a map")
-    return values
+    return _CODEC.decode(data, key)
 
 
 def _clipped(text: str) -> str:
     """Return a text that can be sent: a cut-off error message is better than none."""
     return text[:MOST_TEXT].encode("utf-8", "replace").decode()
-
-
-Check = Callable[[object, str], Any]
-"""Returns the value as its annotation has it, or raises ValueError; the text names the field."""
-
-
-def _check_int(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{where} is not an integer")
-    if not 0 <= value < 2**64:
-        raise ValueError(f"{where} is out of range")
-    return int(value)
-
-
-def _check_float(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where} is not a finite number")
-    return float(value)
-
-
-def _check_bool(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{where} is not true or false")
-    return value
-
-
-def _check_str(value: object, where: str) -> str:
-    if not isinstance(value, str) or len(value) > MOST_TEXT:
-        raise ValueError(f"{where} is not a text of at most {MOST_TEXT} characters")
-    return value
-
-
-def _check_bytes(value: object, where: str) -> bytes:
-    if not isinstance(value, bytes) or len(value) > MOST_TEXT:
-        raise ValueError(f"{where} is not at most {MOST_TEXT} bytes")
-    return value
-
-
-_SCALARS: dict[object, Check] = {
-    int: _check_int,
-    float: _check_float,
-    bool: _check_bool,
-    str: _check_str,
-    bytes: _check_bytes,
-}
-
-
-def _check_of(annotation: Any) -> Check:
-    """Return the check that an annotation calls for."""
-    if annotation in _SCALARS:
-        return _SCALARS[annotation]
-    items = [_check_of(argument) for argument in get_args(annotation) if argument is not ...]
-    if get_origin(annotation) is Mapping:
-        key, item = items
-        return lambda value, where: _checked_map(value, where, key, item)
-    if ... in get_args(annotation):
-        return lambda value, where: _checked_list(value, where, items[0])
-    return lambda value, where: _checked_record(value, where, items)
-
-
-def _checked_map(value: object, where: str, key: Check, item: Check) -> dict[Any, Any]:
-    if not isinstance(value, Mapping) or len(value) > MOST_ITEMS:
-        raise ValueError(f"{where} is not a map of at most {MOST_ITEMS} items")
-    return {key(name, where): item(number, where) for name, number in value.items()}
-
-
-def _checked_list(value: object, where: str, item: Check) -> tuple[Any, ...]:
-    if not isinstance(value, tuple) or len(value) > MOST_ITEMS:
-        raise ValueError(f"{where} is not a list of at most {MOST_ITEMS} items")
-    return tuple(item(entry, where) for entry in value)
-
-
-def _checked_record(value: object, where: str, items: list[Check]) -> tuple[Any, ...]:
-    if not isinstance(value, tuple) or len(value) != len(items):
-        raise ValueError(f"{where} is not {len(items)} values")
-    return tuple(check(entry, where) for check, entry in zip(items, value, strict=True))
-
-
-_TYPES: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
-_CHECKS: dict[str, dict[str, Check]] = {
-    name: {field.name: _check_of(get_type_hints(kind)[field.name]) for field in fields(kind)}
-    for name, kind in _TYPES.items()
-}

@@ -1,14 +1,17 @@
 """Weights from disk, one layer at a time: safetensors directories and GGUF files behind one interface.
 
-A Checkpoint reads only what it is asked for. Names, transpositions and permutations end here: what leaves has the
+A Checkpoint reads only what it is asked for, and a partial copy (a note of core/weights.py's lies beside it) gives
+nothing but what it holds. Names, transpositions and permutations end here: what leaves has the
 roles of ``families.py`` and the shape [out, in].
 """
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,14 +19,17 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mdiq.core.weights import PART_SUFFIX, SHA256_BYTES, Manifest, decode
 from mdiq.engine.families import GGUF_NAMES, LLAMA
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.engine.model_config import ModelConfig, config_from_gguf, config_from_hf
-from mdiq.errors import ModelError
+from mdiq.errors import ModelError, RemoteProtocolError
 
 _SAMPLE_BYTES = 4096
 _MOST_CONFIG_BYTES = 1 << 20
 _NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm")
+_ENDS = ("embedding", "positions", "final_norm", "head")
+_ROPE_FACTORS = "rope_freqs.weight"
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -41,6 +47,15 @@ class LayerTensors:
     matrices: Tensors
     biases: Tensors
     norms: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a tensor lie: in the file of that name."""
+
+    file: str
+    offset: int
+    num_bytes: int
 
 
 class Source(Protocol):
@@ -62,8 +77,16 @@ class Source(Protocol):
         """Return the names of all tensors, sorted."""
         ...
 
-    def describe(self, name: str) -> bytes:
-        """Return shape, type and first bytes of a tensor, for the digest."""
+    def fingerprint(self, name: str) -> bytes:
+        """Return a SHA-256 of shape, type and first bytes of a tensor, for the digest."""
+        ...
+
+    def place(self, name: str) -> Place:
+        """Return where a tensor lies."""
+        ...
+
+    def headers(self) -> Mapping[str, int]:
+        """Return the files that hold tensors, by name, and the bytes in front of the tensors of each."""
         ...
 
     def close(self) -> None:
@@ -101,14 +124,51 @@ class Checkpoint:
     def digest(self) -> str:
         """A fingerprint of the model: every tensor's name, shape, type and first 4 KiB, hashed.
 
-        It tells models apart that differ by mistake; it is no proof against forgery.
+        It tells models apart that differ by mistake; it is no proof against forgery. In a partial copy the fingerprints
+        of the tensors that it lacks are what its note says.
         """
         # The family by its name: the order in which a frozenset prints differs from process to process.
         shape = replace(self.config, family=LLAMA, windowed_layers=frozenset())
         digest = hashlib.sha256(f"{self.config.family.name} {sorted(self.config.windowed_layers)} {shape!r}".encode())
         for name in self._source.names():
-            digest.update(name.encode() + b"\0" + self._source.describe(name))
+            digest.update(name.encode() + b"\0" + self._source.fingerprint(name))
         return digest.hexdigest()
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it lies beside a note that says what of it is there."""
+        return isinstance(self._source, _PartialSource)
+
+    @property
+    def headers(self) -> Mapping[str, int]:
+        """The files that hold tensors, by name, and the bytes in front of the tensors of each."""
+        return self._source.headers()
+
+    def fingerprints(self) -> bytes:
+        """Return what the digest is made of: 32 bytes of each tensor, in the order of their names."""
+        return b"".join(map(self._source.fingerprint, self._source.names()))
+
+    def shared_places(self) -> list[Place]:
+        """Return where the tensors lie that every Stage reads."""
+        return [self._source.place(_ROPE_FACTORS)] if self._source.has(_ROPE_FACTORS) else []
+
+    def end_places(self) -> list[Place]:
+        """Return where the tensors of the Starter's ends lie: embedding, positions, final norm and head."""
+        names = [self._name(role, 0, part) for role in _ENDS if role in self._names for part in ("weight", "bias")]
+        return [self._source.place(name) for name in names if self._source.has(name)]
+
+    def layer_places(self) -> list[list[Place]]:
+        """Return where the tensors of each Layer lie."""
+        # Every family's layers are numbered behind one word, which some checkpoints of GPT-2 shorten.
+        prefix = self._names["attn_norm"].partition("{i}")[0]
+        places: list[list[Place]] = [[] for _ in range(self.config.num_layers)]
+        for name in self._source.names():
+            for word in (prefix, prefix.removeprefix("transformer.")):
+                number = name.removeprefix(word).partition(".")[0] if name.startswith(word) else ""
+                if number.isdecimal() and int(number) < len(places):
+                    places[int(number)].append(self._source.place(name))
+                    break
+        return places
 
     def embedding(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return the token embedding: [vocab_size, hidden_size], or some rows of it."""
@@ -130,8 +190,8 @@ class Checkpoint:
 
     def rope_factors(self) -> torch.Tensor | None:
         """Return what each rotary frequency is divided by, [head_dim / 2], where a GGUF file stores it (Llama 3.1)."""
-        if self._is_gguf and self._source.has("rope_freqs.weight"):
-            return self._source.read("rope_freqs.weight")
+        if self._is_gguf and self._source.has(_ROPE_FACTORS):
+            return self._source.read(_ROPE_FACTORS)
         return None
 
     def layer(self, i: int) -> LayerTensors:
@@ -227,16 +287,82 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ModelError: missing, truncated, malformed, or of an unsupported kind.
     """
+    note = _read_note(path)
     if path.is_dir():
         where = path / "config.json"
         config = config_from_hf(_read_json(where), str(where))
-        return Checkpoint(path, config, _SafetensorsSource(path), is_gguf=False)
+        shards = _SafetensorsSource(path)
+        return Checkpoint(path, config, shards if note is None else _PartialSource(shards, note, path), is_gguf=False)
     file = GgufFile(path)
     try:
-        return Checkpoint(path, config_from_gguf(file), _GgufSource(file), is_gguf=True)
+        tensors = _GgufSource(file)
+        source = tensors if note is None else _PartialSource(tensors, note, path)
+        return Checkpoint(path, config_from_gguf(file), source, is_gguf=True)
     except ModelError:
         file.close()
         raise
+
+
+def _read_note(path: Path) -> Manifest | None:
+    """Return what is there of a partial copy, or None of a whole model."""
+    where = path.with_name(path.name + PART_SUFFIX)
+    try:
+        note = decode(where.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, RemoteProtocolError) as error:
+        raise ModelError(f"{where}: cannot be read ({str(error)[:100]}); delete it and fetch the model again") from None
+    if not isinstance(note, Manifest):
+        raise ModelError(f"{where}: it does not say what of the model is there; delete it and fetch the model again")
+    return note
+
+
+class _PartialSource:
+    """Another Source, of which only some ranges of bytes are there: the rest of its files are holes."""
+
+    def __init__(self, source: Source, note: Manifest, path: Path) -> None:
+        self._source = source
+        self._note = note
+        self._path = path
+        self._files = {name: i for i, (name, _, _) in enumerate(note.files)}
+        names = source.names()
+        if len(note.fingerprints) != len(names) * SHA256_BYTES:
+            raise ModelError(f"{path}: its note is about another model; delete both and fetch the model again")
+        self._order = {name: i for i, name in enumerate(names)}
+
+    def has(self, name: str) -> bool:
+        return self._source.has(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        if self.has(name) and not self._holds(name):
+            raise ModelError(f"{self._path}: tensor {name} was not fetched to this node; fetch its layer first")
+        return self._source.read(name, start, stop)
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def fingerprint(self, name: str) -> bytes:
+        if self._holds(name):
+            return self._source.fingerprint(name)
+        at = self._order[name] * SHA256_BYTES
+        return self._note.fingerprints[at : at + SHA256_BYTES]
+
+    def place(self, name: str) -> Place:
+        return self._source.place(name)
+
+    def headers(self) -> Mapping[str, int]:
+        return self._source.headers()
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _holds(self, name: str) -> bool:
+        place, chunk_bytes = self._source.place(name), self._note.chunk_bytes
+        file = self._files.get(place.file) if self._note.is_directory else 0
+        return any(
+            i == file and first * chunk_bytes <= place.offset and place.offset + place.num_bytes <= stop * chunk_bytes
+            for i, first, stop in self._note.ranges
+        )
 
 
 class _GgufSource:
@@ -252,9 +378,17 @@ class _GgufSource:
     def names(self) -> list[str]:
         return sorted(self._file.tensors)
 
-    def describe(self, name: str) -> bytes:
+    def fingerprint(self, name: str) -> bytes:
         tensor = self._file.tensors[name]
-        return f"{tensor.shape} {tensor.type.name} ".encode() + self._file.sample(name, _SAMPLE_BYTES)
+        description = f"{tensor.shape} {tensor.type.name} ".encode() + self._file.sample(name, _SAMPLE_BYTES)
+        return hashlib.sha256(description).digest()
+
+    def place(self, name: str) -> Place:
+        tensor = self._file.tensors[name]
+        return Place(self._file.path.name, tensor.offset, tensor.num_bytes)
+
+    def headers(self) -> Mapping[str, int]:
+        return {self._file.path.name: self._file.header_bytes}
 
     def close(self) -> None:
         self._file.close()
@@ -293,12 +427,35 @@ class _SafetensorsSource:
     def names(self) -> list[str]:
         return sorted(self._files)
 
-    def describe(self, name: str) -> bytes:
+    def fingerprint(self, name: str) -> bytes:
         view = self._files[name].get_slice(name)
         shape = view.get_shape()
         sample = view[:1] if shape else self.read(name).reshape(1)
         data = sample.contiguous().reshape(-1)[: _SAMPLE_BYTES // sample.element_size()]
-        return f"{shape} {view.get_dtype()} ".encode() + data.view(torch.uint8).numpy().tobytes()
+        description = f"{shape} {view.get_dtype()} ".encode() + data.view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(description).digest()
+
+    def place(self, name: str) -> Place:
+        return self._index[0][name]
+
+    def headers(self) -> Mapping[str, int]:
+        return self._index[1]
+
+    @cached_property
+    def _index(self) -> tuple[dict[str, Place], dict[str, int]]:
+        """Where the tensors lie, and the bytes in front of those of each file; safetensors tells neither."""
+        places: dict[str, Place] = {}
+        headers: dict[str, int] = {}
+        for shard in _shard_names(self._path):
+            with (self._path / shard).open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size))  # safe_open has checked it
+            headers[shard] = 8 + size
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, stop = entry["data_offsets"]
+                    places[name] = Place(shard, 8 + size + start, stop - start)
+        return places, headers
 
     def close(self) -> None:
         self._files.clear()

@@ -41,6 +41,7 @@ class GgufFile:
 
     fields: metadata by key; arrays are lists (of str) or numpy arrays (of numbers).
     tensors: where each tensor lies, by name, in the file's order.
+    header_bytes: what lies in front of the tensors.
 
     Raises:
         ModelError: the file is missing, truncated, malformed or of an unsupported version.
@@ -155,7 +156,7 @@ class GgufFile:
         if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment}")
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        data_start = -(-self._at // alignment) * alignment
+        self.header_bytes = data_start = min(-(-self._at // alignment) * alignment, len(self._map))
         self.tensors: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in infos:
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

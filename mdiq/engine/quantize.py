@@ -158,8 +158,8 @@ class PackedModel:
         self._find_hot = find_hot
         self._hot: PackedFile | None = None
         # The digest samples; a file that was changed in place has another time.
-        source = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / "model.safetensors"
-        stamp = source.stat().st_mtime_ns if source.exists() else 0
+        sources = [checkpoint.path] if checkpoint.path.is_file() else list(checkpoint.path.glob("*.safetensors"))
+        stamp = max(source.stat().st_mtime_ns for source in sources)
         name = f"{checkpoint.digest[:16]}-{stamp:x}"
         self._folder = folder / f"{name}-{weights}-v{VERSION}"
         self._hot_path = folder / f"{name}-hot-v{VERSION}.safetensors"  # the same for all formats

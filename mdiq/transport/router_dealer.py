@@ -24,8 +24,10 @@ class RouterServer(SocketEnd):
         self.num_dropped = 0
 
     @classmethod
-    async def bind(cls, context: zmq.asyncio.Context, endpoint: str) -> "RouterServer":
+    async def bind(cls, context: zmq.asyncio.Context, endpoint: str, *, hwm: int = CONTROL_HWM) -> "RouterServer":
         """Listen on ``endpoint``; port 0 lets the system choose, and the server's ``endpoint`` tells which.
+
+        hwm: messages that may wait for one peer; for a peer that does not take them ``send`` then fails.
 
         Raises:
             TransportError: the address cannot be used.
@@ -34,7 +36,7 @@ class RouterServer(SocketEnd):
             context,
             zmq.ROUTER,
             endpoint,
-            hwm=CONTROL_HWM,
+            hwm=hwm,
             most_bytes=MOST_CONTROL_BYTES,
             linger_ms=CONTROL_LINGER_MS,
         )
