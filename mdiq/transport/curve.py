@@ -34,23 +34,23 @@ Clock = Callable[[], float]
 
 
 class Refusals:
-    """Logs who was refused: each address and reason once an hour, in bounded memory, however many there are."""
+    """Logs who was refused: each address once an hour for its key, and once for what else it did, in bounded memory."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._noted: dict[tuple[str, str, str], float] = {}
+        self._noted: dict[tuple[str, str, bool], float] = {}
         self._is_full = False
         self.num_refused = 0
 
-    def note(self, domain: str, address: str, reason: str, **fields: str) -> None:
-        """Count a refused peer, and log it unless that was done already."""
+    def note(self, domain: str, address: str, reason: str, *, public_key: str | None = None) -> None:
+        """Count a refused peer, and log it unless that was done already. public_key: the one that it has shown."""
         self.num_refused += 1
         now = self._clock()
         # The oldest stand first.
         while self._noted and now - next(iter(self._noted.values())) >= FORGET_S:
             del self._noted[next(iter(self._noted))]
             self._is_full = False
-        key = (domain, address, reason)
+        key = (domain, address, public_key is not None)  # a stranger can show ever new ones
         if key in self._noted:
             return
         if len(self._noted) >= MOST_REFUSALS:
@@ -59,7 +59,8 @@ class Refusals:
             self._is_full = True
             return
         self._noted[key] = now
-        log.warning("peer_refused", plane=domain, address=address, reason=reason, **fields)
+        shown = {} if public_key is None else {"public_key": public_key}
+        log.warning("peer_refused", plane=domain, address=address, reason=reason, **shown)
 
     def forget(self, domain: str) -> None:
         """Log again what is refused on this plane: its list has changed."""
@@ -162,8 +163,7 @@ class Gate:
         if mechanism == b"CURVE" and len(credentials) == 1 and len(credentials[0]) == 32:
             name = self._lists.get(domain, {}).get(credentials[0])
         if name is None:
-            # Under a reason of its own no stranger could fill the log by showing ever new keys.
-            key = z85.encode(credentials[0]).decode() if len(credentials) == 1 and len(credentials[0]) == 32 else ""
+            key = z85.encode(credentials[0]).decode() if len(credentials) == 1 and len(credentials[0]) == 32 else None
             self.refusals.note(domain, address, "its key is not listed for this plane", public_key=key)
             return [b"1.0", request_id, b"400", b"key not listed", b"", b""]
         self._entered.setdefault(domain, set()).add(credentials[0])

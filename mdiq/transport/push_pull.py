@@ -71,15 +71,17 @@ class SocketEnd:
         Raises:
             TransportError: the address cannot be used.
         """
-        if security is not None:
-            self._watch = ServerWatch(self._socket, security.domain, security.gate.refusals)
-            self._watch.start()
-        try:
+        if security is None:
             self.endpoint = bind_socket(self._socket, self.endpoint)
-        except TransportError:
-            await self.aclose()
-            raise
-        if security is not None:
+        else:
+            self._watch = watch = ServerWatch(self._socket, security.domain, security.gate.refusals)
+            watch.start()
+            try:
+                self.endpoint = bind_socket(self._socket, self.endpoint)
+            except TransportError:
+                await self.aclose()
+                raise
+            watch.listening()
             self._server_security = security
             security.gate.add_renewal(security.domain, self.renew)
 

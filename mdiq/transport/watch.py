@@ -11,6 +11,7 @@ A ClientWatch connects anew where libzmq does not: after a refusal, or bytes tha
 import array
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import socket as sockets
@@ -46,6 +47,7 @@ _HOLD_BACK = [
     (0x06, 0, 0, 0),  # drop
 ]
 _REASONS = {
+    0x10000000: "its handshake is out of order, or its bytes are replayed",  # ZMTP_UNSPECIFIED
     0x11000001: "it has the wrong key of ours, or its bytes are forged or replayed",  # ZMTP_CRYPTOGRAPHIC
     0x11000002: "it does not speak CURVE",  # ZMTP_MECHANISM_MISMATCH
 }
@@ -82,12 +84,20 @@ class Watch:
                 if not await monitor.poll(self._wait_ms()):
                     self._time_is_up()
                     continue
-                head, _ = await monitor.recv_multipart()
-                event, value = struct.unpack("=Hi", head)
-                self._handle(event, value)
+                self._take_in()
         except Exception as error:
             log.error("watch_failed", error=repr(error))
             raise
+
+    def _take_in(self) -> None:
+        """Handle the events that have come so far."""
+        assert self._monitor is not None, "start comes first"
+        plain = zmq.Socket.shadow(self._monitor.underlying)
+        with contextlib.suppress(zmq.Again):
+            while True:
+                head, _ = plain.recv_multipart(zmq.NOBLOCK)
+                event, value = struct.unpack("=Hi", head)
+                self._handle(event, value)
 
     def _wait_ms(self) -> int | None:
         return None
@@ -115,10 +125,15 @@ class ServerWatch(Watch):
         super().__init__(socket)
         self._domain = domain
         self._refusals = refusals
-        self._shaking: dict[int, str] = {}  # connections whose handshake goes on: their descriptor and peer
+        self._addresses: dict[int, str] = {}  # of every connection, by its descriptor
+        self._shaking: set[int] = set()  # those whose handshake goes on
         self._num_succeeded = 0  # of these; libzmq does not say which
         self._reason: str | None = None
         self._closed = asyncio.Event()
+
+    def listening(self) -> None:
+        """Call it as soon as the socket is bound: no peer shall come in between."""
+        self._take_in()
 
     async def rebind(self, endpoint: str) -> None:
         """End every connection of the socket and listen again; peers connect anew by themselves.
@@ -127,13 +142,16 @@ class ServerWatch(Watch):
             TransportError: the port cannot be had again.
         """
         self._closed.clear()
-        self._shaking.clear()
-        self._num_succeeded = 0
         try:
             self._socket.unbind(endpoint)  # the connections belong to the listener, and end with it
             async with asyncio.timeout(CLOSE_S):
                 await self._closed.wait()
+            # libzmq does not tell of each one's end.
+            self._addresses.clear()
+            self._shaking.clear()
+            self._num_succeeded = 0
             self._socket.bind(endpoint)
+            self.listening()
         except (zmq.ZMQError, TimeoutError) as error:
             raise TransportError(f"{endpoint}: cannot listen again behind a revocation: {error}; restart") from None
 
@@ -142,7 +160,8 @@ class ServerWatch(Watch):
             case zmq.EVENT_LISTENING:
                 _hold_back(value)
             case zmq.EVENT_ACCEPTED:
-                self._shaking[value] = _let_go(value)
+                self._addresses[value] = _let_go(value)
+                self._shaking.add(value)
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._num_succeeded += 1
                 if self._num_succeeded >= len(self._shaking):
@@ -150,20 +169,29 @@ class ServerWatch(Watch):
                     self._num_succeeded = 0
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._reason = _REASONS.get(value, f"it broke the protocol (0x{value:08x})")
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value == errno.EFAULT:
+                # The connection ends when the time for its handshake does.
+                log.error("gate_not_running", plane=self._domain, error="nobody is let in; restart the node")
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                self._reason = f"the handshake did not end well ({os.strerror(value)})"
+                why = "in time" if value == errno.EAGAIN else f"({os.strerror(value)})"
+                self._reason = f"it did not finish the handshake {why}"
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._reason = ""  # logged by the Gate
             case zmq.EVENT_DISCONNECTED:
-                # libzmq tells of a failure and of the end of its connection in a row, and of junk only of the end.
-                address = self._shaking.pop(value, None)
-                reason, self._reason = self._reason, None
-                if reason is None and address is not None and not self._num_succeeded:
-                    reason = "it does not speak ZMTP"
-                if reason:
-                    self._refusals.note(self._domain, address or UNKNOWN, reason)
+                self._disconnected(value)
             case zmq.EVENT_CLOSED:
                 self._closed.set()
+
+    def _disconnected(self, connection: int) -> None:
+        """Log the peer if it was refused: libzmq tells of a failure and the end in a row, and of junk only the end."""
+        address = self._addresses.pop(connection, UNKNOWN)
+        reason, self._reason = self._reason, None
+        if connection in self._shaking:
+            self._shaking.discard(connection)
+            if reason is None and not self._num_succeeded:
+                reason = "it does not speak ZMTP"
+        if reason:
+            self._refusals.note(self._domain, address, reason)
 
 
 class ClientWatch(Watch):
@@ -198,7 +226,7 @@ class ClientWatch(Watch):
     def _handle(self, event: int, value: int) -> None:
         match event:
             case zmq.EVENT_DISCONNECTED:
-                self._retry_at = time.monotonic() + self._retry_s  # unless libzmq says that it tries itself
+                self._retry_soon()  # unless libzmq says that it tries itself
             case zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CONNECTED:
                 self._retry_at = None
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -207,8 +235,13 @@ class ClientWatch(Watch):
                 self._tell("refused_by_peer", "our public key is not listed there for this plane; mdiq reload there")
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._tell("peer_not_trusted", _REASONS.get(value, f"it broke the protocol (0x{value:08x})"))
+                # Behind garbled bytes the connection hangs (libzmq 4.3.5 loses the error by telling it).
+                self._retry_soon()
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._tell("peer_not_trusted", "it ended the handshake; is its public_key in the topology its own?")
+
+    def _retry_soon(self) -> None:
+        self._retry_at = time.monotonic() + self._retry_s
 
     def _tell(self, event: str, error: str) -> None:
         if not self._is_told:
