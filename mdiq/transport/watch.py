@@ -129,6 +129,7 @@ class ServerWatch(Watch):
         self._shaking: set[int] = set()  # those whose handshake goes on
         self._num_succeeded = 0  # of these; libzmq does not say which
         self._reason: str | None = None
+        self._is_gate_missing = False
         self._closed = asyncio.Event()
 
     def listening(self) -> None:
@@ -163,6 +164,7 @@ class ServerWatch(Watch):
                 self._addresses[value] = _let_go(value)
                 self._shaking.add(value)
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._is_gate_missing = False
                 self._num_succeeded += 1
                 if self._num_succeeded >= len(self._shaking):
                     self._shaking.clear()
@@ -171,7 +173,9 @@ class ServerWatch(Watch):
                 self._reason = _REASONS.get(value, f"it broke the protocol (0x{value:08x})")
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value == errno.EFAULT:
                 # The connection ends when the time for its handshake does.
-                log.error("gate_not_running", plane=self._domain, error="nobody is let in; restart the node")
+                if not self._is_gate_missing:
+                    log.error("gate_not_running", plane=self._domain, error="nobody is let in; restart the node")
+                self._is_gate_missing = True
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 why = "in time" if value == errno.EAGAIN else f"({os.strerror(value)})"
                 self._reason = f"it did not finish the handshake {why}"
