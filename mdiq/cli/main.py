@@ -305,6 +305,20 @@ def check(
     raise typer.Exit(execute(file, as_json=as_json))
 
 
+@app.command()
+def keys(
+    file: Annotated[Path, typer.Argument(help="The topology.")],
+    rotate: Annotated[
+        list[str] | None, typer.Option(help="Make a new pair for this node; may be repeated.", metavar="NAME")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+) -> None:
+    """Make a key pair for every node of a topology that has none, and write the public keys into the file."""
+    from mdiq.cli.keys import execute
+
+    raise typer.Exit(execute(file, rotate or (), dry_run=dry_run))
+
+
 @app.command(hidden=True)
 def relay(link: Annotated[str, typer.Option(help="How the link is: delay=20ms,bandwidth=10mbit,jitter=5ms.")]) -> None:
     """Stand in front of every hop of a ring (started by mdiq bench)."""

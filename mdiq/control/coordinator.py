@@ -20,7 +20,7 @@ A = TypeVar("A", control.Begun, control.BurstSent, control.BurstArrived)
 
 
 class Coordinator:
-    """Talks to the Agents of the Nodes named ``expected``.
+    """Talks to the Agents of the Nodes named ``expected``. On a secured link each speaks for itself alone.
 
     on_fault: told of Faults; on_loading: told of a Node's progress; on_lost: told of Nodes whose Lease has ended.
     """
@@ -129,17 +129,19 @@ class Coordinator:
         while True:
             identity, data = await self._server.receive()
             try:
-                self._handle(identity, control.decode(data, self._key))
+                self._handle(identity, self._server.sender, control.decode(data, self._key))
             except RemoteProtocolError as error:
                 log.warning("control_message_dropped", error=str(error))
 
-    def _handle(self, identity: bytes, message: control.Message) -> None:
+    def _handle(self, identity: bytes, sender: str | None, message: control.Message) -> None:
         if isinstance(message, control.Hello):
-            self._join(identity, message)
+            self._join(identity, sender, message)
             return
         node = self._nodes.get(identity)
         if node is None:
             raise RemoteProtocolError(f"{type(message).__name__} from a peer that has not joined")
+        if sender not in (None, node):
+            raise RemoteProtocolError(f"{type(message).__name__} for {node!r} came with the key of {sender!r}")
         self._members.heard(node, self._clock())
         match message:
             case control.Loading():
@@ -168,11 +170,16 @@ class Coordinator:
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__}: an agent may not send this")
 
-    def _join(self, identity: bytes, hello: control.Hello) -> None:
+    def _join(self, identity: bytes, sender: str | None, hello: control.Hello) -> None:
         node = NodeId(hello.node)
         if node not in self._joined:
             raise RemoteProtocolError(f"Hello from {hello.node!r}, which is not a node of this ring")
+        if sender not in (None, node):
+            raise RemoteProtocolError(f"Hello for {hello.node!r} came with the key of {sender!r}")
+        if self._nodes.get(identity, node) != node:
+            raise RemoteProtocolError(f"Hello for {hello.node!r} from a peer that is {self._nodes[identity]!r}")
         self._members.joined(node, self._clock())
+        self._nodes.pop(self._identities.get(node, identity), None)  # where it spoke from before a restart
         self._identities[node] = identity
         self._nodes[identity] = node
         if hello.mdiq_version != self._version:

@@ -63,6 +63,11 @@ class ControlLink(Protocol):
 class ControlServer(Protocol):
     """The Coordinator's end of the control channel: a peer is whoever has sent something under an identity."""
 
+    @property
+    def sender(self) -> str | None:
+        """The Node whose key sent what ``receive`` returned last; None where the link has no security."""
+        ...
+
     async def receive(self) -> tuple[bytes, bytes]:
         """Wait for the next message and return its sender's identity and the message."""
         ...

@@ -55,18 +55,23 @@ class MemoryControlServer:
     def __init__(self, most_waiting: int = 1_000, *, copies: Copies = once) -> None:
         self._most_waiting = most_waiting
         self._copies = copies
-        self._waiting: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue(most_waiting)
+        self._waiting: asyncio.Queue[tuple[bytes, bytes, str | None]] = asyncio.Queue(most_waiting)
         self._links: dict[bytes, MemoryControlLink] = {}
+        self.sender: str | None = None
 
-    def connect(self, identity: bytes) -> "MemoryControlLink":
-        """Return an Agent's end. Like a ROUTER socket the server knows it at once, and keeps the first of a name."""
-        link = MemoryControlLink(self, identity, self._most_waiting)
+    def connect(self, identity: bytes, *, sender: str | None = None) -> "MemoryControlLink":
+        """Return an Agent's end. Like a ROUTER socket the server knows it at once, and keeps the first of a name.
+
+        sender: the Node whose key the Agent would have on a secured link.
+        """
+        link = MemoryControlLink(self, identity, self._most_waiting, sender)
         self._links.setdefault(identity, link)
         return link
 
     async def receive(self) -> tuple[bytes, bytes]:
         """Wait for the next message and return its sender's identity and the message."""
-        return await self._waiting.get()
+        identity, data, self.sender = await self._waiting.get()
+        return identity, data
 
     async def send(self, identity: bytes, data: bytes) -> None:
         """Send one message to a peer, without waiting for it.
@@ -87,9 +92,9 @@ class MemoryControlServer:
         """Forget every peer."""
         self._links.clear()
 
-    async def _take(self, identity: bytes, data: bytes) -> None:
+    async def _take(self, identity: bytes, data: bytes, sender: str | None) -> None:
         for _ in range(self._copies((data,))):
-            await self._waiting.put((identity, data))
+            await self._waiting.put((identity, data, sender))
 
     def _disconnect(self, identity: bytes, link: "MemoryControlLink") -> None:
         if self._links.get(identity) is link:
@@ -99,9 +104,10 @@ class MemoryControlServer:
 class MemoryControlLink:
     """An Agent's end of a control channel inside one process."""
 
-    def __init__(self, server: MemoryControlServer, identity: bytes, most_waiting: int) -> None:
+    def __init__(self, server: MemoryControlServer, identity: bytes, most_waiting: int, sender: str | None) -> None:
         self._server = server
         self._identity = identity
+        self._sender = sender
         self.waiting: asyncio.Queue[bytes] = asyncio.Queue(most_waiting)
 
     async def receive(self) -> bytes:
@@ -110,7 +116,7 @@ class MemoryControlLink:
 
     async def send(self, data: bytes) -> None:
         """Send one message to the Coordinator."""
-        await self._server._take(self._identity, data)
+        await self._server._take(self._identity, data, self._sender)
 
     async def aclose(self) -> None:
         """Leave: the server does not know the identity any more."""

@@ -4,8 +4,8 @@ PULL binds and PUSH connects: the receivers are the stable addresses. Delivery i
 what was queued; nothing here acknowledges or repeats.
 
 What a peer may cost: the length of a part is bounded by libzmq (MAXMSGSIZE), the number of parts that are handed up by
-PartReader. libzmq itself collects the parts of a message until the last has come and has no bound for that, so a port
-must be reachable by trusted peers only.
+PartReader. libzmq itself collects the parts of a message until the last has come and has no bound for that, so without
+security (curve.py) a port must be reachable by trusted peers only.
 """
 
 import asyncio
@@ -18,6 +18,8 @@ import zmq.asyncio
 
 from mdiq.core.frame import Buffer
 from mdiq.errors import TransportError
+from mdiq.transport.curve import ClientSecurity, Security, ServerSecurity, check_plain_text
+from mdiq.transport.watch import ClientWatch, ServerWatch
 
 MOST_FRAME_BYTES = 32 * 2**20
 """Most bytes of one part unless the caller knows better: a full Batch of 512 tokens of 16,384 f32."""
@@ -42,16 +44,84 @@ class SocketEnd:
     def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
         self._socket = socket
         self.endpoint = endpoint
+        self._server_security: ServerSecurity | None = None
+        self._watch: ServerWatch | ClientWatch | None = None
 
     async def aclose(self) -> None:
         """Close the socket; what is queued still goes out for the socket's linger time, within ``Context.term``."""
+        if self._server_security is not None:
+            self._server_security.gate.remove_renewal(self._server_security.domain, self.renew)
+            self._server_security = None
+        if self._watch is not None:
+            await self._watch.aclose()
         self._socket.close()
+
+    async def renew(self) -> None:
+        """End every connection of an end that listens with security; peers that are still let in come back.
+
+        Raises:
+            TransportError: the port cannot be had again.
+        """
+        if isinstance(self._watch, ServerWatch):
+            await self._watch.rebind(self.endpoint)
+
+    async def _bind(self, security: ServerSecurity | None) -> None:
+        """Listen on ``endpoint``; with security, under the eyes of its Gate.
+
+        Raises:
+            TransportError: the address cannot be used.
+        """
+        if security is None:
+            self.endpoint = bind_socket(self._socket, self.endpoint)
+        else:
+            self._watch = watch = ServerWatch(self._socket, security.domain, security.gate.refusals)
+            watch.start()
+            try:
+                self.endpoint = bind_socket(self._socket, self.endpoint)
+            except TransportError:
+                await self.aclose()
+                raise
+            watch.listening()
+            self._server_security = security
+            security.gate.add_renewal(security.domain, self.renew)
+
+    async def _connect(self, security: ClientSecurity | None) -> None:
+        """Connect to ``endpoint``.
+
+        Raises:
+            TransportError: the endpoint is no address.
+        """
+        if security is not None:
+            self._watch = ClientWatch(self._socket, self.endpoint)
+            self._watch.start()
+        try:
+            connect_socket(self._socket, self.endpoint)
+        except TransportError:
+            await self.aclose()
+            raise
 
 
 def make_socket(
-    context: zmq.asyncio.Context, kind: int, endpoint: str, *, hwm: int, most_bytes: int, linger_ms: int
+    context: zmq.asyncio.Context,
+    kind: int,
+    endpoint: str,
+    *,
+    hwm: int,
+    most_bytes: int,
+    linger_ms: int,
+    security: Security | None = None,
+    insecure: bool = False,
 ) -> zmq.asyncio.Socket:
-    """Return a socket with the options that all sockets of mdiq have; the caller binds or connects it."""
+    """Return a socket with the options that all sockets of mdiq have; the caller binds or connects it.
+
+    insecure: permit plain text beyond loopback where there is no ``security``.
+
+    Raises:
+        TransportError: the link would leave this machine in plain text.
+        ConfigError: a key is none.
+    """
+    if security is None:
+        check_plain_text(endpoint, insecure=insecure)
     socket = context.socket(kind)
     socket.set_hwm(hwm)
     options = {
@@ -70,6 +140,12 @@ def make_socket(
         options[zmq.IPV6] = 1
     for option, value in options.items():
         socket.setsockopt(option, value)
+    if security is not None:
+        try:
+            security.apply(socket)
+        except BaseException:
+            socket.close(linger=0)
+            raise
     return socket
 
 
@@ -101,16 +177,36 @@ def connect_socket(socket: zmq.asyncio.Socket, endpoint: str) -> None:
 
 
 class PartReader:
-    """Reads whole messages off a socket, of which a peer chose sizes and number of parts."""
+    """Reads whole messages off a socket, of which a peer chose sizes and number of parts.
 
-    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+    security: messages of senders that it does not admit (any longer) are dropped.
+    """
+
+    def __init__(self, socket: zmq.asyncio.Socket, security: ServerSecurity | None = None) -> None:
         self._socket = socket
+        self._security = security
         self._plain: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)  # the same socket without futures
         self._num_ready = 0
         self.bytes_in = 0
+        self.num_refused = 0
+        self.sender: str | None = None
 
     async def read(self) -> list[Buffer]:
-        """Wait for the next message and return its parts, at most MOST_PARTS; further ones are thrown away."""
+        """Wait for the next message and return its parts, at most MOST_PARTS; further ones are thrown away.
+
+        With security, ``sender`` names who sent it.
+        """
+        while True:
+            try:
+                parts, sender = await self._read()
+            except zmq.Again:
+                continue  # of a connection that ended, nothing was left when we came to it
+            if self._security is None or (sender is not None and self._security.admits(sender)):
+                self.sender = sender
+                return parts
+            self.num_refused += 1
+
+    async def _read(self) -> tuple[list[Buffer], str | None]:
         receiving = self._socket.recv(copy=False)
         # zmq.asyncio gives a future, done at once when a message was here already.
         if asyncio.isfuture(receiving) and receiving.done():
@@ -128,7 +224,7 @@ class PartReader:
                 parts.append(_content(frame))
             else:
                 await self._give_way()
-        return parts
+        return parts, _sender(frame) if self._security is not None else None
 
     async def _give_way(self) -> None:
         """Let other tasks run now and then: a future that is done does not, and a flood would hold up the loop."""
@@ -141,25 +237,46 @@ class PartReader:
 class PullSource(SocketEnd):
     """The receiving end of a Hop: a FrameSource over a PULL socket."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, security: ServerSecurity | None = None) -> None:
         super().__init__(socket, endpoint)
-        self._reader = PartReader(socket)
+        self._reader = PartReader(socket, security)
 
     @classmethod
     async def bind(
-        cls, context: zmq.asyncio.Context, endpoint: str, *, max_frame_bytes: int = MOST_FRAME_BYTES
+        cls,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        *,
+        max_frame_bytes: int = MOST_FRAME_BYTES,
+        security: ServerSecurity | None = None,
+        insecure: bool = False,
     ) -> "PullSource":
         """Listen on ``endpoint``; port 0 lets the system choose, and the source's ``endpoint`` tells which.
 
         max_frame_bytes: a peer that sends a longer part is disconnected; see WireLimits.max_frame_bytes.
+        insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
             TransportError: the address cannot be used.
         """
         socket = make_socket(
-            context, zmq.PULL, endpoint, hwm=FRAME_HWM, most_bytes=max_frame_bytes, linger_ms=FRAME_LINGER_MS
+            context,
+            zmq.PULL,
+            endpoint,
+            hwm=FRAME_HWM,
+            most_bytes=max_frame_bytes,
+            linger_ms=FRAME_LINGER_MS,
+            security=security,
+            insecure=insecure,
         )
-        return cls(socket, bind_socket(socket, endpoint))
+        source = cls(socket, endpoint, security)
+        await source._bind(security)
+        return source
+
+    @property
+    def sender(self) -> str | None:
+        """The Node that sent what ``receive`` returned last; None without security."""
+        return self._reader.sender
 
     @property
     def bytes_in(self) -> int:
@@ -181,22 +298,38 @@ class PushSink(SocketEnd):
 
     @classmethod
     async def connect(
-        cls, context: zmq.asyncio.Context, endpoint: str, *, max_frame_bytes: int = MOST_FRAME_BYTES
+        cls,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        *,
+        max_frame_bytes: int = MOST_FRAME_BYTES,
+        security: ClientSecurity | None = None,
+        insecure: bool = False,
     ) -> "PushSink":
         """Connect to the next Stage's ``endpoint``; it may begin to listen later.
 
         max_frame_bytes: what the next Stage's source takes.
+        insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
             TransportError: the endpoint is no address.
+            ConfigError: the next Stage's key is none.
         """
         socket = make_socket(
-            context, zmq.PUSH, endpoint, hwm=FRAME_HWM, most_bytes=max_frame_bytes, linger_ms=FRAME_LINGER_MS
+            context,
+            zmq.PUSH,
+            endpoint,
+            hwm=FRAME_HWM,
+            most_bytes=max_frame_bytes,
+            linger_ms=FRAME_LINGER_MS,
+            security=security,
+            insecure=insecure,
         )
         # Frames wait for a connection here, not in a queue of libzmq, which would keep stale ones over a cut.
         socket.setsockopt(zmq.IMMEDIATE, 1)
-        connect_socket(socket, endpoint)
-        return cls(socket, endpoint, max_frame_bytes)
+        sink = cls(socket, endpoint, max_frame_bytes)
+        await sink._connect(security)
+        return sink
 
     async def send(self, parts: Sequence[Buffer]) -> None:
         """Send one message; wait while the peer is away or behind. Parts must not change afterwards.
@@ -213,12 +346,30 @@ class PushSink(SocketEnd):
             )
         copy = largest < ZERO_COPY_BYTES
         # With copy=False pyzmq still copies the parts of a message that are below its copy_threshold of 64 KiB.
-        await self._socket.send_multipart(parts, copy=copy)
+        await send_whole(self._socket, parts, copy=copy)
         self.bytes_out += sum(map(_wire_size, sizes))
+
+
+async def send_whole(socket: zmq.asyncio.Socket, parts: Sequence[Buffer], *, copy: bool = True) -> None:
+    """Send one message, however often its connection ends meanwhile; wait while there is none."""
+    while True:
+        try:
+            await socket.send_multipart(parts, copy=copy)
+            return
+        except zmq.Again:
+            continue  # the connection ended just then: libzmq has taken back the parts that it had
 
 
 def _content(frame: zmq.Frame) -> Buffer:
     return frame.bytes if len(frame) < ZERO_COPY_BYTES else frame.buffer
+
+
+def _sender(frame: zmq.Frame) -> str | None:
+    """Return the name that the Gate gave to a message's sender, or None: it came in without one."""
+    try:
+        return str(frame.get("User-Id")) or None
+    except zmq.ZMQError:
+        return None
 
 
 def _wire_size(size: int) -> int:

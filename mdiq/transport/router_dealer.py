@@ -1,12 +1,15 @@
 """The control channel as ZeroMQ sockets: a ROUTER at the Starter, a DEALER at every Node. Messages: core/control.py."""
 
+import secrets
+
 import structlog
 import zmq
 import zmq.asyncio
 
 from mdiq.core.control import MOST_BYTES
 from mdiq.errors import TransportError
-from mdiq.transport.push_pull import PartReader, SocketEnd, bind_socket, connect_socket, make_socket
+from mdiq.transport.curve import ClientSecurity, ServerSecurity
+from mdiq.transport.push_pull import PartReader, SocketEnd, make_socket, send_whole
 
 log = structlog.get_logger()
 
@@ -18,16 +21,25 @@ MOST_CONTROL_BYTES = MOST_BYTES + 4_096  # a message that is a little too long i
 class RouterServer(SocketEnd):
     """The Coordinator's end: a ControlServer over a ROUTER socket."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, security: ServerSecurity | None = None) -> None:
         super().__init__(socket, endpoint)
-        self._reader = PartReader(socket)
+        self._reader = PartReader(socket, security)
         self.num_dropped = 0
 
     @classmethod
-    async def bind(cls, context: zmq.asyncio.Context, endpoint: str, *, hwm: int = CONTROL_HWM) -> "RouterServer":
+    async def bind(
+        cls,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        *,
+        hwm: int = CONTROL_HWM,
+        security: ServerSecurity | None = None,
+        insecure: bool = False,
+    ) -> "RouterServer":
         """Listen on ``endpoint``; port 0 lets the system choose, and the server's ``endpoint`` tells which.
 
         hwm: messages that may wait for one peer; for a peer that does not take them ``send`` then fails.
+        insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
             TransportError: the address cannot be used.
@@ -39,11 +51,20 @@ class RouterServer(SocketEnd):
             hwm=hwm,
             most_bytes=MOST_CONTROL_BYTES,
             linger_ms=CONTROL_LINGER_MS,
+            security=security,
+            insecure=insecure,
         )
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A second peer of a name is ignored by libzmq: it cannot take over what the first one is sent.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
-        return cls(socket, bind_socket(socket, endpoint))
+        server = cls(socket, endpoint, security)
+        await server._bind(security)
+        return server
+
+    @property
+    def sender(self) -> str | None:
+        """The Node that sent what ``receive`` returned last, by its key; None without security."""
+        return self._reader.sender
 
     async def receive(self) -> tuple[bytes, bytes]:
         """Wait for the next message of one part and return its sender's identity and the message."""
@@ -80,11 +101,22 @@ class DealerLink(SocketEnd):
         self.num_dropped = 0
 
     @classmethod
-    async def connect(cls, context: zmq.asyncio.Context, endpoint: str, *, identity: str) -> "DealerLink":
+    async def connect(
+        cls,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        *,
+        identity: str,
+        security: ClientSecurity | None = None,
+        insecure: bool = False,
+    ) -> "DealerLink":
         """Connect to the Coordinator's ``endpoint`` under the Node's name; it may begin to listen later.
+
+        insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
             TransportError: the endpoint is no address, or the name none that a peer can have.
+            ConfigError: the Coordinator's key is none.
         """
         socket = make_socket(
             context,
@@ -93,14 +125,22 @@ class DealerLink(SocketEnd):
             hwm=CONTROL_HWM,
             most_bytes=MOST_CONTROL_BYTES,
             linger_ms=CONTROL_LINGER_MS,
+            security=security,
+            insecure=insecure,
         )
+        if security is not None:
+            # Messages wait for a peer that has been let in; libzmq forgets those that are queued when it is refused.
+            socket.setsockopt(zmq.IMMEDIATE, 1)
+            # The key says who we are. A name that others cannot guess is one that they cannot occupy before us.
+            identity = f"{identity}.{secrets.token_hex(8)}"
         try:
             socket.setsockopt(zmq.ROUTING_ID, identity.encode())
         except zmq.ZMQError:
             socket.close(linger=0)
             raise TransportError(f"node name {identity!r}: it must have 1 to 255 bytes") from None
-        connect_socket(socket, endpoint)
-        return cls(socket, endpoint)
+        link = cls(socket, endpoint)
+        await link._connect(security)
+        return link
 
     async def receive(self) -> bytes:
         """Wait for the next message of one part and return it."""
@@ -114,4 +154,4 @@ class DealerLink(SocketEnd):
 
     async def send(self, data: bytes) -> None:
         """Send one message to the Coordinator; wait while very many are queued."""
-        await self._socket.send(data)
+        await send_whole(self._socket, [data])

@@ -81,7 +81,7 @@ async def test_an_address_that_cannot_be_bound_is_named_with_advice(
     context: zmq.asyncio.Context, endpoint: str, advice: str
 ) -> None:
     with pytest.raises(TransportError) as caught:
-        await PullSource.bind(context, endpoint)
+        await PullSource.bind(context, endpoint, insecure=True)
     assert str(caught.value).startswith(f"{endpoint}: cannot listen there: ")
     assert advice in str(caught.value)
 
@@ -149,7 +149,8 @@ async def test_a_sink_refuses_a_part_that_its_peer_would_hang_up_for(context: zm
 async def test_bytes_that_are_no_zmtp_reach_nobody(context: zmq.asyncio.Context) -> None:
     source = await PullSource.bind(context, ANY_PORT)
     address = ("127.0.0.1", int(source.endpoint.rpartition(":")[2]))
-    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, b"\0" * 100, b"\x01\x00" * 50):
+    # Not b"\x01\x00" * 50: that is ZMTP 1.0, whose empty messages libzmq hands up where a link has no security.
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, b"\0" * 100):
         with socket.create_connection(address) as raw:
             raw.sendall(junk)
     # The right greeting, and then a frame whose length nobody has the memory for.

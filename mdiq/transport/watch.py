@@ -1,0 +1,289 @@
+"""What libzmq does in the background of a secured socket: who was refused, and connections that it gives up.
+
+A ServerWatch learns the addresses of peers that fail before the Gate is asked. libzmq does not tell them, and has often
+closed such a connection before anybody can look. So a filter in the kernel holds back what a new peer sends until its
+address is read; TCP then sends it again, which takes a new connection about 0.2 s. Without the filter (a kernel that
+refuses it) all works but for addresses.
+
+A ClientWatch connects anew where libzmq does not: after a refusal, or bytes that somebody garbled, its session is over.
+"""
+
+import array
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import socket as sockets
+import struct
+import time
+
+import structlog
+import zmq
+import zmq.asyncio
+
+from mdiq.errors import TransportError
+from mdiq.transport.curve import Refusals
+
+log = structlog.get_logger()
+
+RETRY_S = 2.0
+CLOSE_S = 5.0
+UNKNOWN = "unknown"
+_NUMBERS = itertools.count()
+_FAILURES = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; Python has no names for them
+# Classic BPF, run on each TCP segment from its header on: keep those that are no longer than their header.
+_HOLD_BACK = [
+    (0x80, 0, 0, 0),  # A = length of the segment
+    (0x02, 0, 0, 0),  # M[0] = A
+    (0x30, 0, 0, 12),  # A = byte 12 of the header
+    (0x74, 0, 0, 4),  # A >>= 4: the header's length in words
+    (0x64, 0, 0, 2),  # A <<= 2
+    (0x07, 0, 0, 0),  # X = A
+    (0x60, 0, 0, 0),  # A = M[0]
+    (0x1D, 0, 1, 0),  # if A == X go on, else skip one
+    (0x06, 0, 0, 0xFFFFFFFF),  # keep
+    (0x06, 0, 0, 0),  # drop
+]
+_REASONS = {
+    0x10000000: "its handshake is out of order, or its bytes are replayed",  # ZMTP_UNSPECIFIED
+    0x11000001: "it has the wrong key of ours, or its bytes are forged or replayed",  # ZMTP_CRYPTOGRAPHIC
+    0x11000002: "it does not speak CURVE",  # ZMTP_MECHANISM_MISMATCH
+}
+
+
+class Watch:
+    """Reads the events of one socket in a task of its own, from ``start`` to ``aclose``."""
+
+    _EVENTS = 0
+
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+        self._socket = socket
+        self._monitor: zmq.asyncio.Socket | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to watch; before the socket binds or connects."""
+        self._monitor = self._socket.get_monitor_socket(self._EVENTS, f"inproc://mdiq-watch-{next(_NUMBERS)}")
+        self._task = asyncio.create_task(self._run(self._monitor), name="watch")
+
+    async def aclose(self) -> None:
+        """Stop watching; the socket can be closed then."""
+        if self._task is not None and self._monitor is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            if not self._socket.closed:
+                self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+
+    async def _run(self, monitor: zmq.asyncio.Socket) -> None:
+        try:
+            while True:
+                # Polling, unlike receiving, loses nothing when its time is up.
+                if not await monitor.poll(self._wait_ms()):
+                    self._time_is_up()
+                    continue
+                self._take_in()
+        except Exception as error:
+            log.error("watch_failed", error=repr(error))
+            raise
+
+    def _take_in(self) -> None:
+        """Handle the events that have come so far."""
+        assert self._monitor is not None, "start comes first"
+        plain: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor.underlying)
+        with contextlib.suppress(zmq.Again):
+            while True:
+                head, _ = plain.recv_multipart(zmq.NOBLOCK)
+                event, value = struct.unpack("=Hi", head)
+                self._handle(event, value)
+
+    def _wait_ms(self) -> int | None:
+        return None
+
+    def _time_is_up(self) -> None:
+        """Nothing to do unless ``_wait_ms`` gives a time."""
+
+    def _handle(self, event: int, value: int) -> None:
+        raise NotImplementedError
+
+
+class ServerWatch(Watch):
+    """Logs peers that fail in the handshake, and tells when the port is free again behind an unbind."""
+
+    _EVENTS = (
+        zmq.EVENT_LISTENING
+        | zmq.EVENT_ACCEPTED
+        | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_DISCONNECTED
+        | zmq.EVENT_CLOSED
+        | _FAILURES
+    )
+
+    def __init__(self, socket: zmq.asyncio.Socket, domain: str, refusals: Refusals) -> None:
+        super().__init__(socket)
+        self._domain = domain
+        self._refusals = refusals
+        self._addresses: dict[int, str] = {}  # of every connection, by its descriptor
+        self._shaking: set[int] = set()  # those whose handshake goes on
+        self._num_succeeded = 0  # of these; libzmq does not say which
+        self._reason: str | None = None
+        self._is_gate_missing = False
+        self._closed = asyncio.Event()
+
+    def listening(self) -> None:
+        """Call it as soon as the socket is bound: no peer shall come in between."""
+        self._take_in()
+
+    async def rebind(self, endpoint: str) -> None:
+        """End every connection of the socket and listen again; peers connect anew by themselves.
+
+        Raises:
+            TransportError: the port cannot be had again.
+        """
+        self._closed.clear()
+        try:
+            self._socket.unbind(endpoint)  # the connections belong to the listener, and end with it
+            async with asyncio.timeout(CLOSE_S):
+                await self._closed.wait()
+            # libzmq does not tell of each one's end.
+            self._addresses.clear()
+            self._shaking.clear()
+            self._num_succeeded = 0
+            self._socket.bind(endpoint)
+            self.listening()
+        except (zmq.ZMQError, TimeoutError) as error:
+            raise TransportError(f"{endpoint}: cannot listen again behind a revocation: {error}; restart") from None
+
+    def _handle(self, event: int, value: int) -> None:
+        match event:
+            case zmq.EVENT_LISTENING:
+                _hold_back(value)
+            case zmq.EVENT_ACCEPTED:
+                self._addresses[value] = _let_go(value)
+                self._shaking.add(value)
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._is_gate_missing = False
+                self._num_succeeded += 1
+                if self._num_succeeded >= len(self._shaking):
+                    self._shaking.clear()
+                    self._num_succeeded = 0
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self._reason = _REASONS.get(value, f"it broke the protocol (0x{value:08x})")
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value == errno.EFAULT:
+                # The connection ends when the time for its handshake does.
+                if not self._is_gate_missing:
+                    log.error("gate_not_running", plane=self._domain, error="nobody is let in; restart the node")
+                self._is_gate_missing = True
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                why = "in time" if value == errno.EAGAIN else f"({os.strerror(value)})"
+                self._reason = f"it did not finish the handshake {why}"
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._reason = ""  # logged by the Gate
+            case zmq.EVENT_DISCONNECTED:
+                self._disconnected(value)
+            case zmq.EVENT_CLOSED:
+                self._closed.set()
+
+    def _disconnected(self, connection: int) -> None:
+        """Log the peer if it was refused: libzmq tells of a failure and the end in a row, and of junk only the end."""
+        address = self._addresses.pop(connection, UNKNOWN)
+        reason, self._reason = self._reason, None
+        if connection in self._shaking:
+            self._shaking.discard(connection)
+            if reason is None and not self._num_succeeded:
+                reason = "it does not speak ZMTP"
+        if reason:
+            self._refusals.note(self._domain, address, reason)
+
+
+class ClientWatch(Watch):
+    """Connects a socket anew when libzmq has given up, and says once why a peer is not reached."""
+
+    _EVENTS = (
+        zmq.EVENT_CONNECTED
+        | zmq.EVENT_CONNECT_DELAYED
+        | zmq.EVENT_CONNECT_RETRIED
+        | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_DISCONNECTED
+        | _FAILURES
+    )
+
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, retry_s: float = RETRY_S) -> None:
+        super().__init__(socket)
+        self._endpoint = endpoint
+        self._retry_s = retry_s
+        self._retry_at: float | None = None
+        self._is_told = False
+
+    def _wait_ms(self) -> int | None:
+        return None if self._retry_at is None else max(0, round((self._retry_at - time.monotonic()) * 1e3))
+
+    def _time_is_up(self) -> None:
+        if self._retry_at is not None and time.monotonic() >= self._retry_at:
+            self._retry_at = None
+            with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
+                self._socket.disconnect(self._endpoint)
+            self._socket.connect(self._endpoint)
+
+    def _handle(self, event: int, value: int) -> None:
+        match event:
+            case zmq.EVENT_DISCONNECTED:
+                self._retry_soon()  # unless libzmq says that it tries itself
+            case zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CONNECTED:
+                self._retry_at = None
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._is_told = False
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._tell("refused_by_peer", "our public key is not listed there for this plane; mdiq reload there")
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self._tell("peer_not_trusted", _REASONS.get(value, f"it broke the protocol (0x{value:08x})"))
+                # Behind garbled bytes the connection hangs (libzmq 4.3.5 loses the error by telling it).
+                self._retry_soon()
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._tell("peer_not_trusted", "it ended the handshake; is its public_key in the topology its own?")
+
+    def _retry_soon(self) -> None:
+        self._retry_at = time.monotonic() + self._retry_s
+
+    def _tell(self, event: str, error: str) -> None:
+        if not self._is_told:
+            self._is_told = True
+            log.warning(event, endpoint=self._endpoint, error=error)
+
+
+def _hold_back(listener: int) -> None:
+    """Have new connections of a listener deliver nothing before ``_let_go``; they inherit its filter."""
+    code = array.array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in _HOLD_BACK))
+    program = struct.pack("@HP", len(_HOLD_BACK), code.buffer_info()[0])
+    try:
+        with _socket_of(listener) as socket:
+            socket.setsockopt(sockets.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+    except OSError as error:
+        log.info("addresses_may_be_unknown", error=error.strerror)
+
+
+def _let_go(connection: int) -> str:
+    """Let a new connection deliver, and return its peer's address."""
+    # libzmq owns the descriptor and may have closed it: then it is nothing, or another socket, which this cannot harm.
+    try:
+        with _socket_of(connection) as socket:
+            try:
+                peer = socket.getpeername()
+            finally:
+                with contextlib.suppress(OSError):  # there was no filter
+                    socket.setsockopt(sockets.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+            is_tcp = socket.family in (sockets.AF_INET, sockets.AF_INET6)
+        return str(peer[0]) if is_tcp else UNKNOWN
+    except OSError:
+        return UNKNOWN
+
+
+def _socket_of(descriptor: int) -> sockets.socket:
+    duplicate = os.dup(descriptor)
+    try:
+        return sockets.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
