@@ -9,7 +9,8 @@ Layers: the least time in which l Layers are done and Node i was the last one, f
 throughput: the rate of plan/micro_batches.py for the best number of micro-batches. It falls with two figures: what the
 slowest Stage or line is busy for in a Lap, and what a Lap takes. The dynamic program gives the shortest Lap in which
 nobody is busy for longer than some bound; the search narrows that bound down, best first, among all values that it can
-have, and stops when no interval can hold a better split than the one it has. The result is the optimum.
+have, and stops when no interval can hold a better split than the one it has: from its least busy time and a Lap that
+none of its splits can be shorter than follows a rate that none exceeds. The result is the optimum.
 """
 
 import heapq
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from mdiq.plan.micro_batches import MOST_LIVE, Grouping, groupings
@@ -114,7 +116,8 @@ def _search(
         search = searches[i]
         if low < 0:
             low, high = search.first_bound(), len(search.bounds) - 1
-            middle = high  # without a bound: the shortest Lap of all
+            middle = high if search.is_single else (low + high) // 2
+            lap_s = search.least_lap_s
         else:
             middle = (low + high) // 2
         split = search.shortest_lap(search.bounds[middle]) if low <= high else None
@@ -127,6 +130,7 @@ def _search(
             left.append((low, bisect_left(search.bounds, busy_s * (1 - _ROUNDING)) - 1, split_lap_s))
         for first, last, least_lap_s in left:
             if first <= last:
+                least_lap_s = max(least_lap_s, search.least_lap(search.bounds[last]))
                 possible = search.rate(search.bounds[first], least_lap_s)
                 heapq.heappush(queue, (-possible, i, first, last, least_lap_s))
     return best
@@ -148,6 +152,7 @@ class _Search:
     ) -> None:
         self._num_layers = model.num_layers
         self._way = way
+        self.is_single = way.num_batches == 1
         self._most = most
         self._all_nodes = all_nodes
         # Of a Node: what its Layers and the rest take in a Lap, for all micro-batches and for the largest one.
@@ -172,6 +177,11 @@ class _Search:
         relaxed = self._filled(list(most))
         self.least_lap_s = sum(n * self._lap_layer[i] for i, n in enumerate(relaxed or ())) + self._lap_fixed[0]
         self.least_busy_s = self._busy_fixed[0] + self._busy_layer[0] if relaxed else _NEVER
+
+    @cached_property
+    def _least_hops(self) -> list[float]:
+        """The shortest Hop to each Node."""
+        return [min((self._hop_s(a, b)[1] for a in self._before(b)), default=0.0) for b in range(len(self._most))]
 
     @property
     def bounds(self) -> Sequence[float]:
@@ -205,6 +215,26 @@ class _Search:
     def first_bound(self) -> int:
         """Return the index of the least bound under which the Layers have room, Hops aside."""
         return bisect_left(self.bounds, True, key=lambda bound: self._filled(self._caps(bound)) is not None)
+
+    def least_lap(self, most_busy_s: float) -> float:
+        """Return what no Lap is shorter than, if nobody is busy for longer.
+
+        A Node's own part is spread over the Layers that it can have, as if it came with each of them.
+        """
+        if self._all_nodes:
+            return 0.0
+        caps = self._caps(most_busy_s)
+        own_s = [fixed_s + hop_s for fixed_s, hop_s in zip(self._lap_fixed, self._least_hops, strict=True)]
+        costs = (
+            (layer_s + (own_s[i] / cap if i else 0.0), cap)
+            for i, (layer_s, cap) in enumerate(zip(self._lap_layer, caps, strict=True))
+            if cap
+        )
+        left, lap_s = self._num_layers, own_s[0]
+        for cost_s, cap in sorted(costs):
+            lap_s += min(cap, left) * cost_s
+            left -= min(cap, left)
+        return lap_s
 
     def shortest_lap(self, most_busy_s: float) -> Split | None:
         """Return the split with the shortest Lap in which nobody is busy for longer, or None when there is none."""
@@ -261,11 +291,15 @@ class _Search:
             low, high = max(num_layers - rest[i], 1), min(before, num_layers - 1)
             if caps[i] and low <= high:
                 times_s = [_NEVER] * (high - low + 1)
+                # Many Hops are alike; min() over many rows is faster than one row after the other.
+                rows: dict[float, list[list[float]]] = {}
                 for j, row in done.items():
                     busy_s, hop_s = self._hop_s(j, i)
                     if busy_s <= most_busy_s:
-                        found = row[low : high + 1]
-                        times_s = [a if a <= (b := t + hop_s) else b for a, t in zip(times_s, found, strict=True)]
+                        rows.setdefault(hop_s, [times_s]).append(row[low : high + 1])
+                for hop_s, alike in rows.items():
+                    fastest = map(min, *alike)
+                    times_s = [a if a <= (b := t + hop_s) else b for a, t in zip(times_s, fastest, strict=True)]
                 entered[i] = [_NEVER] * low + times_s + [_NEVER] * (num_layers - high)
                 done[i] = self._run(i, caps[i], entered[i], low, high)
             before += caps[i]

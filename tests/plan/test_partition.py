@@ -142,17 +142,26 @@ def test_a_goal_that_cannot_be_is_refused(wishes: dict[str, int]) -> None:
         Goal(**wishes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("goal", [Goal(Objective.LATENCY), Goal(num_users=4), Goal(num_users=32)])
-def test_the_largest_ring_is_split_in_no_time(goal: Goal) -> None:
-    model, nodes, links = make_case(random.Random(3), 64, 126, range(40, 200))
-    nodes[0] = replace(nodes[0], memory_bytes=400)
-    goal = replace(goal, kv_tokens=4)
+def _largest(kind: str) -> Case:
+    """Return 64 Nodes and 126 Layers."""
+    rng = random.Random(3)
+    if kind == "thin lines":
+        model, nodes, links = make_case(rng, 64, 126, range(40_000, 200_000))
+        return replace(model, layer_bytes=8_000), [replace(nodes[0], memory_bytes=400_000), *nodes[1:]], links
+    nodes = [node(f"n{i}", rng.uniform(1, 4), rng.randint(600, 2_000)) for i in range(64)]
+    return replace(MODEL, num_layers=126), nodes, Links()
+
+
+@pytest.mark.parametrize("kind", ["thin lines", "fast lines"])
+@pytest.mark.parametrize("goal", [Goal(Objective.LATENCY), Goal(num_users=2), Goal(num_users=8)])
+def test_the_largest_ring_is_split_in_no_time(kind: str, goal: Goal) -> None:
+    model, nodes, links = _largest(kind)
     start_s = time.process_time()
     split = best_split(model, nodes, links, goal)
     assert time.process_time() - start_s < 1.0
     assert split is not None
     assert sum(split) == 126
     assert all(
-        n <= profile.most_layers(model, 4, is_starter=not i)
+        n <= profile.most_layers(model, goal.kv_tokens, is_starter=not i)
         for i, (n, profile) in enumerate(zip(split, nodes, strict=True))
     )
