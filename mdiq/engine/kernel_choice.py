@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -100,14 +99,14 @@ def _measured(weights: str, shape: tuple[int, int], *, exact: bool) -> Iterator[
             try:
                 linear: Linear = kernel(PackedFile(path), "w", exact=exact)
                 warm: Linear = kernel(PackedFile(small), "w", exact=exact)
-                yield kernel.name, [_median_s(linear, warm, rows, shape[1], flush) for rows in BATCH_CLASSES]
+                yield kernel.name, [_least_s(linear, warm, rows, shape[1], flush) for rows in BATCH_CLASSES]
             except RuntimeError as error:
                 if "allocate memory" in str(error):  # torch has no class for it on the CPU
                     raise MemoryError(str(error)) from None
                 continue  # a kernel that does not take this shape, or that this CPU lacks
 
 
-def _median_s(linear: Linear, warm: Linear, num_rows: int, num_in: int, flush: torch.Tensor) -> float:
+def _least_s(linear: Linear, warm: Linear, num_rows: int, num_in: int, flush: torch.Tensor) -> float:
     """Return seconds of a matmul whose weights come from memory, while code and activations are in the cache."""
     x = torch.randn(num_rows, num_in)
     linear(x)
@@ -119,7 +118,7 @@ def _median_s(linear: Linear, warm: Linear, num_rows: int, num_in: int, flush: t
         start_s = time.perf_counter()
         linear(x)
         times.append(time.perf_counter() - start_s)
-    return statistics.median(times)
+    return min(times)  # a device that is busy with other things slows some runs, and speeds none up
 
 
 def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:

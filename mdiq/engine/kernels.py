@@ -6,6 +6,7 @@ matrix on this device is kernel_choice.py's to measure.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,9 +69,7 @@ class FbgemmInt8:
         self._num_bytes = sum(part.q.nbytes + part.scale.nbytes for part in parts)
         self._packed = [_fbgemm_packed(part.q, part.scale) for part in parts]
         self._hot = parts[-1].columns
-        self._is_cold: torch.Tensor | None = None  # [in], 0 or 1
-        if self._hot is not None:
-            self._is_cold = torch.ones(parts[0].q.shape[1]).index_fill_(0, self._hot, 0.0)
+        self._is_cold = _is_cold(parts)
         for part in parts:
             drop_pages(part.q)
 
@@ -124,6 +123,7 @@ class TorchInt8:
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool, most_rows: int = 16) -> None:
         self._parts = [_Int8Part(_mapped(part.q), part.scale, part.columns) for part in _int8_parts(file, role)]
+        self._is_cold = _is_cold(self._parts)
         self._bias = _bias(file, role)
         self._ones = torch.ones(self._parts[0].q.shape[0], dtype=torch.bfloat16)
         self._most_rows = 1 << 30 if exact else most_rows
@@ -149,8 +149,11 @@ class TorchInt8:
         if x.shape[0] <= self._most_rows:
             y = torch._weight_int8pack_mm(_aligned(x.to(torch.bfloat16)), part.q, self._ones).float()
         else:
-            step = _step(x.float())
-            y = torch._int_mm((x / step).round_().to(torch.int8), part.q.t()).float().mul_(step)
+            wide = x.float()
+            if part.columns is None and self._is_cold is not None:
+                wide = wide * self._is_cold
+            step = _step(wide)
+            y = torch._int_mm((wide / step).round_().to(torch.int8), part.q.t()).float().mul_(step)
         return y.mul_(part.scale)
 
 
@@ -325,6 +328,12 @@ def _int8_parts(file: PackedFile, role: str) -> list[_Int8Part]:
     if (columns := file.find(f"{role}.hot")) is not None:
         parts.append(_Int8Part(file.tensor(f"{role}.hot.q"), file.tensor(f"{role}.hot.scale").clone(), columns.clone()))
     return parts
+
+
+def _is_cold(parts: Sequence[_Int8Part]) -> torch.Tensor | None:
+    """Return 1 for each column of the matrix that is not hot, and 0 for the others: f32, [in]. None without any."""
+    hot = parts[-1].columns
+    return None if hot is None else torch.ones(parts[0].q.shape[1]).index_fill_(0, hot, 0.0)
 
 
 def _fbgemm_packed(q: torch.Tensor, scale: torch.Tensor) -> Any:
