@@ -1,4 +1,4 @@
-"""The columns of each matrix that meet the largest activations: packing keeps them apart from the others.
+"""The columns of each matrix that meet the largest activations: packing for fast mode keeps them apart.
 
 A few columns of a model's activations are 10 to 40 times as large as the rest, the same ones in every text (Dettmers et
 al. 2022, LLM.int8()). Rounded to 8 bits together, they leave the rest few bits: fast mode would cost SmolLM2 4 % of

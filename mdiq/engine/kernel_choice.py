@@ -90,8 +90,8 @@ class KernelChoice:
 def _measured(weights: str, shape: tuple[int, int], *, exact: bool) -> Iterator[tuple[str, list[float]]]:
     with tempfile.TemporaryDirectory(prefix="mdiq-") as folder, torch.inference_mode():
         path, small = Path(folder) / "matrix.safetensors", Path(folder) / "small.safetensors"
-        save_file(_random_matrix(weights, shape), path)
-        save_file(_random_matrix(weights, (64, shape[1])), small)
+        save_file(_random_matrix(weights, shape, exact=exact), path)
+        save_file(_random_matrix(weights, (64, shape[1]), exact=exact), small)
         flush = torch.zeros(_FLUSH_BYTES // 8, dtype=torch.int64)
         for kernel in KERNELS:
             if weights not in kernel.formats or not kernel.is_available():
@@ -121,10 +121,10 @@ def _least_s(linear: Linear, warm: Linear, num_rows: int, num_in: int, flush: to
     return min(times)  # a device that is busy with other things slows some runs, and speeds none up
 
 
-def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+def _random_matrix(weights: str, shape: tuple[int, int], *, exact: bool) -> dict[str, torch.Tensor]:
     num_out, num_in = shape
     if weights == "int8":
-        num_columns = num_hot(num_in, "qkv")
+        num_columns = 0 if exact else num_hot(num_in, "qkv")
         hot = {
             "w.hot": torch.arange(num_columns),
             "w.hot.q": torch.randint(-60, 61, (num_out, num_columns), dtype=torch.int8),

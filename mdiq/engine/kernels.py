@@ -17,6 +17,7 @@ from mdiq.engine.device import drop_pages
 from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
 
 _LEVELS = 127  # of an activation rounded to 8 bits, above and below 0
+_EXACT_LEVELS = 63  # of each of two passes
 _ALIGNMENT = 64  # bytes: what the widest loads want
 
 
@@ -54,9 +55,12 @@ class PlainLinear:
 class FbgemmInt8:
     """int8 weights in FBGEMM's packing, int8 activations with one scale per row, another one for hot columns. x86 only.
 
-    Exact mode passes each row twice: rounded to 8 bits, and what that rounding left, at 1/254 of the step. That gives
-    15 bits and costs nothing while the matmul waits for memory (up to about 4 rows); from 8 rows on it doubles the
-    work. Fast mode passes once. Both are batch-invariant: what is summed are integers.
+    Exact mode passes each row twice: rounded to 7 bits, and what that rounding left, at 1/126 of the step. That gives
+    13 bits and costs nothing while the matmul waits for memory (up to about 4 rows); from 8 rows on it doubles the
+    work. Seven bits, since without VNNI two products of 8 x 8 bits overflow the 16 bits that they are added in.
+
+    Fast mode passes each row once, with 8 bits: its weights are packed so that they cannot overflow. Both modes are
+    batch-invariant: what is summed are integers.
     """
 
     name = "fbgemm"
@@ -64,6 +68,7 @@ class FbgemmInt8:
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         self._exact = exact
+        self._levels = _EXACT_LEVELS if exact else _LEVELS
         self._bias = _bias(file, role)
         parts = _int8_parts(file, role)
         self._num_bytes = sum(part.q.nbytes + part.scale.nbytes for part in parts)
@@ -92,20 +97,20 @@ class FbgemmInt8:
 
     def _matmul(self, part: int, x: torch.Tensor) -> torch.Tensor:
         """Return [n, out] for rows [n, columns of the part], both f32."""
-        step = _step(x)
+        step = _step(x, self._levels)
         scaled = x.div(step)
         if not self._exact:
             return self._sums(part, scaled).mul_(step)
         num_rows = x.shape[0]
         both = torch.empty(2 * num_rows, x.shape[1])
         torch.round(scaled, out=both[:num_rows])
-        torch.sub(scaled, both[:num_rows], out=both[num_rows:]).mul_(2 * _LEVELS)
+        torch.sub(scaled, both[:num_rows], out=both[num_rows:]).mul_(2 * self._levels)
         sums = self._sums(part, both)
-        return torch.add(sums[:num_rows], sums[num_rows:], alpha=1 / (2 * _LEVELS)).mul_(step)
+        return torch.add(sums[:num_rows], sums[num_rows:], alpha=1 / (2 * self._levels)).mul_(step)
 
     def _sums(self, part: int, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(  # type: ignore[no-any-return]
-            x, 1.0, _LEVELS + 1, self._packed[part]
+            x, 1.0, self._levels + 1, self._packed[part]
         )
 
 
@@ -152,7 +157,7 @@ class TorchInt8:
             wide = x.float()
             if part.columns is None and self._is_cold is not None:
                 wide = wide * self._is_cold
-            step = _step(wide)
+            step = _step(wide, _LEVELS)
             y = torch._int_mm((wide / step).round_().to(torch.int8), part.q.t()).float().mul_(step)
         return y.mul_(part.scale)
 
@@ -345,9 +350,9 @@ def _fbgemm_packed(q: torch.Tensor, scale: torch.Tensor) -> Any:
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-def _step(x: torch.Tensor) -> torch.Tensor:
-    """Return what one of _LEVELS stands for in each row: f32, [n, 1]."""
-    return x.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(_LEVELS)
+def _step(x: torch.Tensor, levels: int) -> torch.Tensor:
+    """Return what one of ``levels`` stands for in each row: f32, [n, 1]."""
+    return x.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(levels)
 
 
 def _mapped(q: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Weights in 8 and 4 bits: the arithmetic of packing, and the files that keep the result. Matmuls are kernels.py's.
 
-int8: one scale per row of the matrix, w = scale * q with q in -127..127. Hot columns (see hot_columns.py) are a narrow
-matrix of their own. Where activations pass as unsigned bytes, x86 without VNNI adds two products in 16 bits: in the
-wide matrix no two neighbours of a row exceed what these hold, so that every device gives the same sums.
+int8: one scale per row of the matrix, w = scale * q with q in -127..127. For fast mode hot columns (see hot_columns.py)
+are a narrow matrix of their own, and no two neighbours of a row may exceed what 16 bits hold of their products with
+activations in 8 bits: x86 without VNNI adds two products in so many.
 int4: blocks of 32 columns. w = scale * (q - 8) + offset with q in 0..15; as in GGUF's Q4_0 (no offsets) or Q4_1, so
 weights that come from such a file keep their values (Q4_1's offsets rounded to bf16).
 
@@ -56,7 +56,7 @@ def num_hot(num_in: int, role: str) -> int:
 
 
 def quantize_columns(weight: torch.Tensor, hot: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Return a matrix [out, in] in int8, its hot columns apart.
+    """Return a matrix [out, in] in int8 for fast mode, its hot columns apart.
 
     hot: numbers of those columns, i64 [k], or None.
 
@@ -144,14 +144,18 @@ class PackedModel:
     """A checkpoint's weights in one of FORMATS, a file for each Layer and one for embedding, final norm and head.
 
     folder: where the files are kept; without one that can be written they are temporary.
-    find_hot: finds the hot columns; called once for a model.
+    find_hot: packs for fast mode, and finds the hot columns; called once for a model. None packs for exact mode.
 
     Tensor names in a file: "<role>." and the names of quantize_columns for int8, "<role>.nibbles", "<role>.scale" and
     maybe "<role>.offset" of int4, "<role>.bias", and norms by their role.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, weights: str, folder: Path, find_hot: Callable[[], dict[str, torch.Tensor]]
+        self,
+        checkpoint: Checkpoint,
+        weights: str,
+        folder: Path,
+        find_hot: Callable[[], dict[str, torch.Tensor]] | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._weights = weights
@@ -161,7 +165,7 @@ class PackedModel:
         sources = [checkpoint.path] if checkpoint.path.is_file() else list(checkpoint.path.glob("*.safetensors"))
         stamp = max(source.stat().st_mtime_ns for source in sources)
         name = f"{checkpoint.digest[:16]}-{stamp:x}"
-        self._folder = folder / f"{name}-{weights}-v{VERSION}"
+        self._folder = folder / f"{name}-{weights}{'-fast' if find_hot else ''}-v{VERSION}"
         self._hot_path = folder / f"{name}-hot-v{VERSION}.safetensors"  # the same for all formats
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
@@ -195,7 +199,9 @@ class PackedModel:
         return _kept(self._folder / "ends.safetensors", self._pack_ends)
 
     def _hot_columns(self, name: str) -> torch.Tensor | None:
-        """Return a matrix's hot columns, found now if they never were."""
+        """Return a matrix's hot columns, found now if they never were; None where there are none."""
+        if self._find_hot is None:
+            return None
         if self._hot is None:
             # Nodes of one machine start together: one of them finds the columns, and the others wait for it.
             with self._hot_path.with_suffix(".lock").open("wb") as lock:
@@ -214,7 +220,7 @@ class PackedModel:
                 if offset is not None:
                     packed[f"{role}.offset"] = offset
             else:
-                columns = quantize_columns(matrix, self._hot_columns(f"layer-{i:03}.{role}"))
+                columns = self._quantized(matrix, self._hot_columns(f"layer-{i:03}.{role}"))
                 packed |= {f"{role}.{name}": tensor for name, tensor in columns.items()}
         return packed
 
@@ -230,15 +236,21 @@ class PackedModel:
             packed |= self._in_parts("head", checkpoint.head, hot)
         return packed
 
+    def _quantized(self, matrix: torch.Tensor, hot: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        if self._find_hot is not None:
+            return quantize_columns(matrix, hot)
+        q, scale = quantize_int8(matrix)
+        return {"q": q, "scale": scale}
+
     def _in_parts(
         self, role: str, read: Callable[[int, int], torch.Tensor | None], hot: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Return a matrix with one row for each token id, as quantize_columns does."""
+        """Return a matrix with one row for each token id, by "<role>." and the names of quantize_columns."""
         parts: list[dict[str, torch.Tensor]] = []
         for start in range(0, self._checkpoint.config.vocab_size, _ROWS):
             part = read(start, min(start + _ROWS, self._checkpoint.config.vocab_size))
             assert part is not None  # asked for only where there is one
-            parts.append(quantize_columns(part, hot))
+            parts.append(self._quantized(part, hot))
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "hot"}
         if "hot" in parts[0]:
             whole["hot"] = parts[0]["hot"]

@@ -78,8 +78,9 @@ class StageModel:
         with ExitStack() as stack:
             packed = None
             if weights.format in FORMATS:
+                find_hot = None if weights.exact else partial(hot_columns, checkpoint)
                 packed = stack.enter_context(
-                    PackedModel(checkpoint, weights.format, weights.folder / "packed", partial(hot_columns, checkpoint))
+                    PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot)
                 )
             if owns_embedding_and_head:
                 if packed is None:

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, PackedEmbedding, TorchInt8
-from mdiq.engine.quantize import BLOCK, PackedFile, quantize_columns, quantize_int4, unpack_int4
+from mdiq.engine.quantize import BLOCK, PackedFile, quantize_columns, quantize_int4, quantize_int8, unpack_int4
 from mdiq.errors import EngineError
 
 OUT, IN = 160, 192
 # Relative to the norm of the result: what the rounding of activations leaves, in exact mode.
-TOLERANCE = {"fbgemm": 2e-3, "torch-int8": 6e-3, "ort-int4": 2e-2, "torch-int4": 6e-3}
+TOLERANCE = {"fbgemm": 3e-3, "torch-int8": 6e-3, "ort-int4": 2e-2, "torch-int4": 6e-3}
 AVAILABLE = [kernel for kernel in KERNELS if kernel.is_available()]
 
 
@@ -27,17 +27,19 @@ NO_COLUMNS = torch.arange(0)
 
 
 def _packed(
-    tmp_path: Path, weights: str, *, bias: bool = True, hot: torch.Tensor = HOT
+    tmp_path: Path, weights: str, *, bias: bool = True, hot: torch.Tensor | None = None
 ) -> tuple[PackedFile, torch.Tensor]:
     """Return a matrix "w" in a file, and the f64 matrix that it stands for."""
     weight = _random(OUT, IN) * 0.05 + 0.01
     tensors = {"w.bias": _random(OUT, seed=2)} if bias else {}
     if weights == "int8":
-        columns = quantize_columns(weight, hot)
+        columns = dict(zip(("q", "scale"), quantize_int8(weight), strict=True))
+        if hot is not None:
+            columns = quantize_columns(weight, hot)
         tensors |= {f"w.{name}": tensor for name, tensor in columns.items()}
         wide = columns["q"].double() * columns["scale"][:, None]
         if "hot" in columns:
-            wide[:, hot] = columns["hot.q"].double() * columns["hot.scale"][:, None]
+            wide[:, columns["hot"]] = columns["hot.q"].double() * columns["hot.scale"][:, None]
     else:
         nibbles, scale, offset = quantize_int4(weight)
         assert offset is not None
@@ -80,6 +82,19 @@ def test_in_exact_mode_a_row_does_not_depend_on_its_neighbours(kernel: type, tmp
         assert torch.equal(linear(x[start:stop]), together[start:stop])
 
 
+def test_in_fast_mode_fbgemm_does_not_depend_on_the_neighbours_either(tmp_path: Path) -> None:
+    kernel = next((kernel for kernel in AVAILABLE if kernel.name == "fbgemm"), None)
+    if kernel is None:
+        pytest.skip("FBGEMM is there on x86 only")
+    file, weight = _packed(tmp_path, "int8", bias=False, hot=HOT)
+    linear, x = kernel(file, "w", exact=False), _activations()
+    together = linear(x)
+    for start, stop in ((0, 1), (3, 4), (5, 16)):
+        assert torch.equal(linear(x[start:stop]), together[start:stop])
+    expected = x.double() @ weight.t()
+    assert ((together - expected).norm(dim=1) / expected.norm(dim=1)).max() < 2e-2
+
+
 @pytest.mark.parametrize("kernel", [k for k in AVAILABLE if "int8" in k.formats], ids=lambda kernel: kernel.name)
 def test_hot_columns_leave_their_bits_to_the_others(kernel: type, tmp_path: Path) -> None:
     x = _activations().repeat(2, 1)  # more rows than torch's kernel for few takes
@@ -102,7 +117,7 @@ def test_sums_of_the_largest_activations_and_weights_do_not_overflow(tmp_path: P
     for sign in (1.0, -1.0):
         columns = quantize_columns(torch.full((OUT, IN), sign), None)
         save_file({f"w.{name}": tensor for name, tensor in columns.items()}, tmp_path / "most.safetensors")
-        linear = kernel(PackedFile(tmp_path / "most.safetensors"), "w", exact=True)
+        linear = kernel(PackedFile(tmp_path / "most.safetensors"), "w", exact=False)
         assert torch.allclose(linear(torch.ones(3, IN)), torch.full((3, OUT), sign * IN), rtol=1e-2)
 
 
@@ -110,16 +125,15 @@ def test_sums_of_the_largest_activations_and_weights_do_not_overflow(tmp_path: P
 def test_a_width_that_a_kernel_cannot_read_is_left_to_another(num_in: int, tmp_path: Path) -> None:
     """torch's int8 kernel reads past the end of such rows, and the process dies of it."""
     weight = _random(OUT, num_in)
-    columns = quantize_columns(weight, None)
-    save_file({f"w.{name}": tensor for name, tensor in columns.items()}, tmp_path / "odd.safetensors")
+    q, scale = quantize_int8(weight)
+    save_file({"w.q": q, "w.scale": scale}, tmp_path / "odd.safetensors")
     file = PackedFile(tmp_path / "odd.safetensors")
     with pytest.raises(RuntimeError, match="multiple of 16"):
         TorchInt8(file, "w", exact=True)
     if any(kernel.name == "fbgemm" for kernel in AVAILABLE):
         linear = KernelChoice(exact=True, folder=tmp_path).load(file, "w")
         x = _random(8, num_in, seed=6)
-        expected = x @ (columns["q"] * columns["scale"][:, None]).t()
-        assert (linear(x) - expected).norm() < 0.02 * expected.norm()
+        assert torch.allclose(linear(x), x @ (q * scale[:, None]).t(), atol=2e-2)
 
 
 def test_the_embedding_gives_rows_of_its_matrix(tmp_path: Path) -> None:

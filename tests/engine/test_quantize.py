@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdiq.engine.checkpoint import Checkpoint, open_checkpoint
+from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.quantize import (
     BLOCK,
     PackedModel,
@@ -20,14 +20,6 @@ from tests.engine.tiny_models import make_model
 
 def _matrix(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
-
-
-def _no_hot() -> dict[str, torch.Tensor]:
-    return {}
-
-
-def _model(checkpoint: Checkpoint, weights: str, folder: Path) -> PackedModel:
-    return PackedModel(checkpoint, weights, folder, _no_hot)
 
 
 def _from_int4(nibbles: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
@@ -100,17 +92,15 @@ def test_a_matrix_of_zeros_stays_one() -> None:
 
 def test_a_layer_is_packed_once_and_read_from_its_file_later(tmp_path: Path) -> None:
     make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
-    with open_checkpoint(tmp_path / "model") as checkpoint, _model(checkpoint, "int8", tmp_path) as packed:
+    with open_checkpoint(tmp_path / "model") as checkpoint, PackedModel(checkpoint, "int8", tmp_path) as packed:
         first = packed.layer(1)
-        assert torch.equal(first.tensor("o.q"), quantize_columns(checkpoint.layer(1).matrices["o"], None)["q"])
+        assert torch.equal(first.tensor("o.q"), quantize_int8(checkpoint.layer(1).matrices["o"])[0])
         stamp = first.path.stat().st_mtime_ns
         assert packed.layer(1).path.stat().st_mtime_ns == stamp
         offset, count = first.place("o.scale")
         assert first.path.read_bytes()[offset : offset + count] == first.tensor("o.scale").numpy().tobytes()
         first.path.write_bytes(first.path.read_bytes()[:100])  # as a full disk leaves it
-        assert torch.equal(
-            packed.layer(1).tensor("o.q"), quantize_columns(checkpoint.layer(1).matrices["o"], None)["q"]
-        )
+        assert torch.equal(packed.layer(1).tensor("o.q"), quantize_int8(checkpoint.layer(1).matrices["o"])[0])
 
 
 def test_the_vocabulary_is_packed_in_parts_with_the_same_result(
@@ -118,12 +108,12 @@ def test_the_vocabulary_is_packed_in_parts_with_the_same_result(
 ) -> None:
     monkeypatch.setattr("mdiq.engine.quantize._ROWS", 10)
     make_model("llama-mha-untied").save_pretrained(tmp_path / "model")
-    with open_checkpoint(tmp_path / "model") as checkpoint, _model(checkpoint, "int4", tmp_path) as packed:
+    with open_checkpoint(tmp_path / "model") as checkpoint, PackedModel(checkpoint, "int4", tmp_path) as packed:
         ends = packed.ends()
         head = checkpoint.head()
         assert head is not None
-        assert torch.equal(ends.tensor("head.q"), quantize_columns(head, None)["q"])
-        assert torch.equal(ends.tensor("embedding.q"), quantize_columns(checkpoint.embedding(), None)["q"])
+        assert torch.equal(ends.tensor("head.q"), quantize_int8(head)[0])
+        assert torch.equal(ends.tensor("embedding.q"), quantize_int8(checkpoint.embedding())[0])
 
 
 def test_without_a_folder_that_can_be_written_the_files_are_temporary(tmp_path: Path) -> None:
@@ -131,7 +121,7 @@ def test_without_a_folder_that_can_be_written_the_files_are_temporary(tmp_path: 
     blocked = tmp_path / "a-file"
     blocked.write_text("")
     with open_checkpoint(tmp_path / "model") as checkpoint:
-        with _model(checkpoint, "int8", blocked) as packed:
+        with PackedModel(checkpoint, "int8", blocked) as packed:
             path = packed.layer(0).path
             assert path.is_file()
         assert not path.exists()

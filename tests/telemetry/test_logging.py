@@ -113,6 +113,7 @@ def test_python_warnings_are_log_lines(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setenv("MDIQ_LOG", "json")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        logging.captureWarnings(False)  # another test may have begun to, and lost it with its own catch_warnings
         configure()
         warnings.warn("old thing", DeprecationWarning, stacklevel=1)
     (line,) = json_lines(capsys.readouterr().err)
