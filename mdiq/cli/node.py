@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,17 +33,21 @@ def serve_topology(file: Path, name: str, *, once: bool) -> int:
     notifier = Notifier.from_environment()
     notifier.starting(f"reads {file.name}")
     loaded = load_topology(file)
-    node, threads = node_of(loaded, name)
-    peers = peers_of(loaded, name)
+    _, threads = node_of(loaded, name)
+    peers_of(loaded, name)  # a key that is wrong is told before torch is loaded
     set_threads(threads)
     notifier.starting("loads its program")
     from mdiq.core.control import CHECKSUM_KEY
     from mdiq.runtime.node import NodeOptions
 
-    control = loaded.topology.starter.control_endpoint
-    options = NodeOptions(name, control, node.data_endpoint, CHECKSUM_KEY, threads, peers)
+    def read() -> NodeOptions:
+        loaded = load_topology(file)
+        node, _ = node_of(loaded, name)
+        control = loaded.topology.starter.control_endpoint
+        return NodeOptions(name, control, node.data_endpoint, CHECKSUM_KEY, threads, peers_of(loaded, name))
+
     try:
-        asyncio.run(_Service(options, notifier, once=once).run())
+        asyncio.run(_Service(read, notifier, once=once).run())
     except BaseExceptionGroup as group:
         raise first_of(group) from None
     sys.stderr.flush()
@@ -52,10 +57,13 @@ def serve_topology(file: Path, name: str, *, once: bool) -> int:
 
 
 class _Service:
-    """One Node, ring after ring."""
+    """One Node, ring after ring. read: returns what the topology says of it now."""
 
-    def __init__(self, options: "NodeOptions", notifier: "Notifier", *, once: bool) -> None:
-        self._options = options
+    def __init__(self, read: "Callable[[], NodeOptions]", notifier: "Notifier", *, once: bool) -> None:
+        self._read = read
+        self._options = read()
+        self._running: asyncio.Task[None] | None = None
+        self._is_renewing = False
         self._notifier = notifier
         self._once = once
         self._process: NodeProcess | None = None
@@ -71,7 +79,9 @@ class _Service:
             )
             watching = asyncio.create_task(watchdog.run(), name="watchdog")
         try:
-            await serve_until_signal(self._rings(), notifier=self._notifier, drain=self._leave, drain_s=STOP_S)
+            await serve_until_signal(
+                self._rings(), notifier=self._notifier, drain=self._leave, drain_s=STOP_S, reload=self._reload
+            )
         finally:
             if watching is not None:
                 watching.cancel()
@@ -83,8 +93,13 @@ class _Service:
         log.info("waits_for_starter", control=self._options.control)
         while True:
             self._process = process = NodeProcess(self._options, self._notifier)
+            self._running = asyncio.create_task(process.run(), name="node")
             try:
-                await process.run()
+                await self._running
+            except asyncio.CancelledError:
+                if not self._is_renewing:
+                    raise
+                self._is_renewing = False
             except (MdiqError, ExceptionGroup) as group:
                 error = first_of(group)
                 if self._once or not process.is_assigned or not isinstance(error, MdiqError):
@@ -96,6 +111,12 @@ class _Service:
                 if self._once:
                     return
             await asyncio.sleep(REJOIN_S)
+
+    async def _reload(self) -> None:
+        """Read topology and keys again: for the ring that this Node waits for, or for the next one."""
+        self._options = self._read()
+        if self._running is not None and self._process is not None and not self._process.is_assigned:
+            self._is_renewing = self._running.cancel()
 
     async def _leave(self) -> None:
         if self._process is not None:
