@@ -12,6 +12,8 @@ import pytest
 
 from tests.integration.conftest import mdiq_command, run_mdiq
 
+pytestmark = pytest.mark.timeout(300)  # each node packs its layers, and several rings start
+
 PORTS = "data_port=17400,threads=1"
 RUN = ("Why is the sky blue?", "--max-tokens", "12", "--json")
 LAYERS = ("0-9", "10-19", "20-29")
