@@ -66,6 +66,12 @@ def run(
         int | None, typer.Option(min=1, max=64, help="Nodes of the ring. [default: 2]", show_default=False)
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers of each node, by hand: 10,12,8.")] = None,
+    topology: Annotated[
+        Path | None, typer.Option(help="Run on the nodes of this topology file; what it says wins over other flags.")
+    ] = None,
+    join_wait: Annotated[
+        float, typer.Option(min=1, help="Most seconds to wait for the nodes of a topology to join.")
+    ] = 120.0,
     prompts: Annotated[Path | None, typer.Option(help="File of JSON lines, one request each.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write results there as JSON lines, as they finish.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where --out stopped.")] = False,
@@ -113,7 +119,7 @@ def run(
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
 ) -> None:
-    """Run prompts on a ring of local node processes and print the answers."""
+    """Run prompts on a ring of local node processes, or of the nodes of a topology, and print the answers."""
     from mdiq.cli.run import RunOptions, execute
     from mdiq.core.sequence import SamplingParams
 
@@ -138,6 +144,8 @@ def run(
         model=model,
         nodes=nodes,
         layers=layers,
+        topology=topology,
+        join_wait_s=join_wait,
         params=params,
         raw=raw,
         in_process=in_process,
@@ -327,22 +335,32 @@ def relay(link: Annotated[str, typer.Option(help="How the link is: delay=20ms,ba
     serve(link)
 
 
-@app.command(hidden=True)
+@app.command()
 def node(
-    name: Annotated[str, typer.Option(help="The node's name.")],
-    control: Annotated[str, typer.Option(help="The starter's control endpoint, e.g. tcp://127.0.0.1:5000.")],
-    listen: Annotated[str, typer.Option(help="Where this node takes activations; port 0: any free one.")],
-    threads: Annotated[int, typer.Option(min=1, help="Threads that compute.")] = 1,
-    pin: Annotated[int | None, typer.Option(help="Bind this process to one core.")] = None,
-    stdin_key: Annotated[
-        bool, typer.Option("--stdin-key", help="Read the control key from standard input, and end when that ends.")
+    topology: Annotated[Path | None, typer.Argument(help="The topology file; the same as the Starter's.")] = None,
+    name: Annotated[
+        str, typer.Option(help="This node's name in the topology.", envvar="MDIQ_NAME", show_default=False)
+    ] = "",
+    once: Annotated[
+        bool, typer.Option("--once", help="End with the first ring, in place of joining the next.")
     ] = False,
-    log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
+    control: Annotated[str, typer.Option(hidden=True)] = "",
+    listen: Annotated[str, typer.Option(hidden=True)] = "",
+    threads: Annotated[int, typer.Option(min=1, hidden=True)] = 1,
+    pin: Annotated[int | None, typer.Option(hidden=True)] = None,
+    stdin_key: Annotated[bool, typer.Option("--stdin-key", hidden=True)] = False,
+    log_level: Annotated[
+        LogLevel | None, typer.Option(help="Least severe log line to show. [default: info]", show_default=False)
+    ] = None,
 ) -> None:
-    """Serve one node of a ring (started by mdiq run)."""
-    from mdiq.cli.node import serve_node
+    """Serve one node of a topology, ring after ring, until it is stopped."""
+    from mdiq.cli.node import serve_node, serve_topology
 
-    logging.configure(log_level.value, node=name)
+    if topology is not None:
+        logging.configure((log_level or LogLevel.INFO).value, node=name)
+        raise typer.Exit(serve_topology(topology, name, once=once))
+    # A child of `mdiq run`: control is its endpoint, listen where this node takes activations.
+    logging.configure((log_level or LogLevel.WARNING).value, node=name)
     raise typer.Exit(serve_node(name, control, listen, threads, pin, stdin_key=stdin_key))
 
 

@@ -1,20 +1,138 @@
-"""`mdiq node`: one Node as a process, ended by its parent."""
+"""`mdiq node`: one Node of a topology, as a service; or a child of `mdiq run`, ended by its parent."""
 
 import asyncio
 import os
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
 
 from mdiq.errors import ConfigError, MdiqError, first_of
 from mdiq.runtime.placement import bind_to_core, set_threads
 
+if TYPE_CHECKING:  # torch is imported behind set_threads
+    from mdiq.runtime.lifecycle import Notifier
+    from mdiq.runtime.node import NodeOptions, NodeProcess
+
+log = structlog.get_logger()
+
 MOST_KEY_CHARACTERS = 128
+REJOIN_S = 0.5
+STOP_S = 5.0
+
+
+def serve_topology(file: Path, name: str, *, once: bool) -> int:
+    """Serve ring after ring until a signal comes, or one ring; return the exit code."""
+    from mdiq.cli.ring_file import node_of, peers_of
+    from mdiq.config.load import load_topology
+    from mdiq.runtime.lifecycle import Notifier
+
+    notifier = Notifier.from_environment()
+    notifier.starting(f"reads {file.name}")
+    loaded = load_topology(file)
+    _, threads = node_of(loaded, name)
+    peers_of(loaded, name)  # a key that is wrong is told before torch is loaded
+    set_threads(threads)
+    notifier.starting("loads its program")
+    from mdiq.core.control import CHECKSUM_KEY
+    from mdiq.runtime.node import NodeOptions
+
+    def read() -> NodeOptions:
+        loaded = load_topology(file)
+        node, _ = node_of(loaded, name)
+        control = loaded.topology.starter.control_endpoint
+        return NodeOptions(name, control, node.data_endpoint, CHECKSUM_KEY, threads, peers_of(loaded, name))
+
+    try:
+        asyncio.run(_Service(read, notifier, once=once).run())
+    except BaseExceptionGroup as group:
+        raise first_of(group) from None
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
+    os._exit(0)
+
+
+class _Service:
+    """One Node, ring after ring. read: returns what the topology says of it now."""
+
+    def __init__(self, read: "Callable[[], NodeOptions]", notifier: "Notifier", *, once: bool) -> None:
+        self._read = read
+        self._options = read()
+        self._running: asyncio.Task[None] | None = None
+        self._is_renewing = False
+        self._notifier = notifier
+        self._once = once
+        self._process: NodeProcess | None = None
+
+    async def run(self) -> None:
+        """Serve until a signal comes."""
+        from mdiq.runtime.lifecycle import Watchdog, serve_until_signal, watchdog_interval_s
+
+        watching: asyncio.Task[None] | None = None
+        if (interval_s := watchdog_interval_s()) is not None:
+            watchdog = Watchdog(
+                self._notifier, interval_s, has_work=self._has_work, last_progress_s=self._last_progress_s
+            )
+            watching = asyncio.create_task(watchdog.run(), name="watchdog")
+        try:
+            await serve_until_signal(
+                self._rings(), notifier=self._notifier, drain=self._leave, drain_s=STOP_S, reload=self._reload
+            )
+        finally:
+            if watching is not None:
+                watching.cancel()
+        self._notifier.stopping("ends")
+
+    async def _rings(self) -> None:
+        from mdiq.runtime.node import NodeProcess
+
+        log.info("waits_for_starter", control=self._options.control)
+        while True:
+            self._process = process = NodeProcess(self._options, self._notifier)
+            self._running = asyncio.create_task(process.run(), name="node")
+            try:
+                await self._running
+            except asyncio.CancelledError:
+                if not self._is_renewing:
+                    raise
+                self._is_renewing = False
+            except (MdiqError, ExceptionGroup) as group:
+                error = first_of(group)
+                if self._once or not process.is_assigned or not isinstance(error, MdiqError):
+                    raise
+                # What went wrong was told to the Starter, whose next Ring may do better.
+                log.error("ring_failed", error=str(error))
+            else:
+                log.info("ring_ended")
+                if self._once:
+                    return
+            await asyncio.sleep(REJOIN_S)
+
+    async def _reload(self) -> None:
+        """Read topology and keys again: for the ring that this Node waits for, or for the next one."""
+        self._options = self._read()
+        if self._running is not None and self._process is not None and not self._process.is_assigned:
+            self._is_renewing = self._running.cancel()
+
+    async def _leave(self) -> None:
+        if self._process is not None:
+            await self._process.leave()
+
+    def _has_work(self) -> bool:
+        return self._process is not None and self._process.worker.has_work
+
+    def _last_progress_s(self) -> float:
+        return 0.0 if self._process is None else self._process.worker.last_progress_s
 
 
 def serve_node(name: str, control: str, listen: str, threads: int, pin: int | None, *, stdin_key: bool) -> int:
     """Serve until drained; return the exit code."""
     if not stdin_key:
-        raise ConfigError("mdiq node: give --stdin-key and the control key on standard input, as mdiq run does")
+        raise ConfigError("mdiq node: no topology; write for example mdiq node topology.yaml --name pi1")
     control_key = _read_key()
     _end_with_stdin()
     set_threads(threads)

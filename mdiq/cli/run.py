@@ -1,11 +1,11 @@
-"""`mdiq run`: a ring on this machine, from prompts to answers and figures."""
+"""`mdiq run`: a ring on this machine or over a topology, from prompts to answers and figures."""
 
 import asyncio
 import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -19,8 +19,9 @@ from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.pace import PaceSettings
-from mdiq.runtime.options import RingOptions, parse_wires
+from mdiq.runtime.options import RemoteRing, RingOptions, parse_wires
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores
+from mdiq.telemetry import logging
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
 if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads
@@ -41,6 +42,8 @@ class RunOptions:
     model: str | None
     nodes: int | None
     layers: str | None
+    topology: Path | None
+    join_wait_s: float
     params: SamplingParams
     raw: bool
     in_process: bool
@@ -65,6 +68,9 @@ def execute(options: RunOptions) -> int:
     """Run the command and return its exit code."""
     console = Console(stderr=True)
     lines, finished = _read_requests(options)
+    remote: RemoteRing | None = None
+    if options.topology is not None:
+        options, remote = _from_topology(options, options.topology)
     split = _hand_split(options.layers, options.nodes)
     num_nodes = len(split) if split else options.nodes or DEFAULT_NODES
     wires = parse_wires(options.wire, num_nodes)
@@ -110,6 +116,7 @@ def execute(options: RunOptions) -> int:
             trace=options.trace is not None,
             log_level=options.log_level,
             ring=RingSettings(prefix_tokens=None if options.prefix_reuse else 0),
+            remote=remote,
         )
         run = _Run(options, ring_options, tokenizer, todo, console, results_file)
         return run_until_signal(run.main())
@@ -247,6 +254,29 @@ class _TokenizerPipe:
 
     def finish(self) -> str:
         return self._stop_text.push(self._stream.finish()) + self._stop_text.finish()
+
+
+def _from_topology(options: RunOptions, file: Path) -> tuple[RunOptions, RemoteRing]:
+    """Return the options as a topology file sets them, and its Ring."""
+    from mdiq.cli.ring_file import flags_of, remote_ring
+    from mdiq.config.load import load_topology
+
+    given = {
+        "--nodes": options.nodes,
+        "--layers": options.layers,
+        "--in-process": options.in_process,
+        "--pin": options.pin,
+        "--base-port": options.base_port,
+    }
+    if wrong := [flag for flag, value in given.items() if value]:
+        raise ConfigError(f"{wrong[0]}: it is for rings on this machine; leave it out, or --topology")
+    loaded = load_topology(file)
+    remote = remote_ring(loaded, options.join_wait_s)
+    logging.configure(options.log_level, node=remote.nodes[0].name)
+    flags = flags_of(loaded)
+    if flags["layers"] is not None:
+        flags["nodes"] = None
+    return replace(options, **flags), remote
 
 
 def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:

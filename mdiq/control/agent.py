@@ -4,6 +4,7 @@ What loading means and what there is to report come as callables: torch and the 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
@@ -17,6 +18,8 @@ from mdiq.transport.base import ControlLink
 log = structlog.get_logger()
 
 HEARTBEAT_S = 1.0
+GOODBYE_S = 2.0
+MOST_WAITING = 8
 SPANS_PER_CHUNK = 2_000
 
 
@@ -71,6 +74,12 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def leave(self, error: MdiqError) -> None:
+        """Tell the Starter that this Node ends by itself."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._send(control.Failed(type(error).__name__, str(error)))
+
     def loading(self, done: int, total: int) -> None:
         """Report progress of loading, in tensors or any other unit."""
         self._post(control.Loading(done, total))
@@ -96,7 +105,9 @@ class Agent:
                 log.warning("control_message_dropped", error=str(error))
                 continue
             if isinstance(message, control.Drain):
-                await self._say_goodbye()
+                with contextlib.suppress(TimeoutError):  # the Starter may be gone by now
+                    async with asyncio.timeout(GOODBYE_S):
+                        await self._say_goodbye()
                 return
             try:
                 answer = await self._do(message)
@@ -133,7 +144,8 @@ class Agent:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            self._post(self._heartbeat())
+            if self._outgoing.qsize() < MOST_WAITING:  # while the Starter is away there is no use in more
+                self._post(self._heartbeat())
 
     async def _send_queued(self) -> None:
         while True:

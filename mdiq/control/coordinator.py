@@ -16,6 +16,8 @@ from mdiq.transport.base import ControlServer
 
 log = structlog.get_logger()
 
+MOST_STRANGERS = 256
+
 A = TypeVar("A", control.Begun, control.BurstSent, control.BurstArrived)
 
 
@@ -23,6 +25,8 @@ class Coordinator:
     """Talks to the Agents of the Nodes named ``expected``. On a secured link each speaks for itself alone.
 
     on_fault: told of Faults; on_loading: told of a Node's progress; on_lost: told of Nodes whose Lease has ended.
+    drains_strangers: a Node that speaks and has not joined still serves an earlier Starter's Ring; tell it to end, so
+    that it joins this one.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Coordinator:
         on_fault: Callable[[NodeId, control.Fault], None],
         on_loading: Callable[[NodeId, control.Loading], None],
         on_lost: Callable[[NodeId, MdiqError], None],
+        drains_strangers: bool = False,
     ) -> None:
         self._server = server
         self._key = key
@@ -46,6 +51,9 @@ class Coordinator:
         self._on_fault = on_fault
         self._on_loading = on_loading
         self._on_lost = on_lost
+        self._drains_strangers = drains_strangers
+        self._drained_strangers: set[bytes] = set()
+        self._is_draining = False
         self._members = Membership(lease_s)
         self._identities: dict[NodeId, bytes] = {}
         self._nodes: dict[bytes, NodeId] = {}
@@ -70,7 +78,13 @@ class Coordinator:
         Raises:
             MdiqError: one of them failed or died; see ``fail``.
         """
-        return {node: await future for node, future in self._joined.items()}
+        # A caller that gives up must not end the futures: they tell who is missing.
+        return {node: await asyncio.shield(future) for node, future in self._joined.items()}
+
+    @property
+    def missing(self) -> list[NodeId]:
+        """The expected Nodes that have not joined yet."""
+        return [node for node, future in self._joined.items() if not future.done()]
 
     async def assign(self, assignments: Mapping[NodeId, control.Assign]) -> Mapping[NodeId, control.Ready]:
         """Tell the Nodes what to load and wait until all have.
@@ -107,6 +121,7 @@ class Coordinator:
 
     async def drain(self, deadline_s: float) -> None:
         """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
+        self._is_draining = True
         for node in self._identities:
             if not self._gone[node].done():
                 await self._send(node, control.Drain())
@@ -129,9 +144,26 @@ class Coordinator:
         while True:
             identity, data = await self._server.receive()
             try:
-                self._handle(identity, self._server.sender, control.decode(data, self._key))
+                message = control.decode(data, self._key)
+                if self._drains_strangers and identity not in self._nodes and not isinstance(message, control.Hello):
+                    await self._drain_stranger(identity)
+                else:
+                    self._handle(identity, self._server.sender, message)
             except RemoteProtocolError as error:
                 log.warning("control_message_dropped", error=str(error))
+
+    async def _drain_stranger(self, identity: bytes) -> None:
+        """Tell a Node of an earlier Ring once to end; what else it says meanwhile is of no use."""
+        if identity in self._drained_strangers:
+            return
+        if len(self._drained_strangers) >= MOST_STRANGERS:
+            self._drained_strangers.clear()
+        self._drained_strangers.add(identity)
+        log.info("stranger_drained", peer=repr(identity))
+        try:
+            await self._server.send(identity, control.encode(control.Drain(), self._key))
+        except errors.TransportError as error:
+            log.info("control_message_not_sent", peer=repr(identity), error=str(error))
 
     def _handle(self, identity: bytes, sender: str | None, message: control.Message) -> None:
         if isinstance(message, control.Hello):
@@ -178,6 +210,8 @@ class Coordinator:
             raise RemoteProtocolError(f"Hello for {hello.node!r} came with the key of {sender!r}")
         if self._nodes.get(identity, node) != node:
             raise RemoteProtocolError(f"Hello for {hello.node!r} from a peer that is {self._nodes[identity]!r}")
+        if self._is_draining:
+            return  # it has ended with this Ring and is ready for the next one
         self._members.joined(node, self._clock())
         self._nodes.pop(self._identities.get(node, identity), None)  # where it spoke from before a restart
         self._identities[node] = identity

@@ -5,6 +5,7 @@ new connection has an identity of its own, so nothing that was meant for an earl
 """
 
 import asyncio
+import contextlib
 import os
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
@@ -132,7 +133,7 @@ class _Transfer:
 
     async def run(self, link: ControlLink) -> Fetched:
         """Fetch what is missing over one connection."""
-        await link.send(messages.encode(self._ask))
+        await self._send(link, self._ask)
         manifest = await self._receive(link)
         if not isinstance(manifest, Manifest):
             raise _InterruptedError(f"{type(manifest).__name__} came and a manifest was asked for")
@@ -162,7 +163,8 @@ class _Transfer:
             await self._fill(link, manifest, store)
         finally:
             await asyncio.shield(asyncio.wrap_future(self.worker.submit(finish)))
-        await link.send(messages.encode(messages.Done()))
+        with contextlib.suppress(_InterruptedError):  # all is here, whether the Starter hears of it or not
+            await self._send(link, messages.Done())
         return Fetched(store.path, self._num_fetched, self._num_confirmed, self._bad.total(), self._num_mended)
 
     async def _fill(self, link: ControlLink, manifest: Manifest, store: WeightStore) -> None:
@@ -178,7 +180,7 @@ class _Transfer:
             while missing and len(asked) < CREDIT_CHUNKS:
                 chunk = missing.popleft()
                 asked[chunk] = bytearray()
-                await link.send(messages.encode(messages.AskChunk(*chunk, num_taken, store.known_sha256(chunk))))
+                await self._send(link, messages.AskChunk(*chunk, num_taken, store.known_sha256(chunk)))
             piece = await self._receive(link)
             self.news_s = self._clock()
             if isinstance(piece, messages.Waiting):
@@ -218,6 +220,14 @@ class _Transfer:
                 f"{name}: chunk {chunk[1]} came with wrong bytes {MOST_TRIES} times; look at the network and at the "
                 "starter's disk"
             )
+
+    async def _send(self, link: ControlLink, message: messages.Message) -> None:
+        """Send a message; a link may hold it until its peer is there."""
+        try:
+            async with asyncio.timeout(self._silence_s):
+                await link.send(messages.encode(message))
+        except TimeoutError:
+            raise _InterruptedError(f"nobody took a question for {self._silence_s:g} s") from None
 
     async def _receive(self, link: ControlLink) -> messages.Message:
         try:

@@ -10,6 +10,10 @@ from mdiq.core.wire import LEAST_KEY_BYTES, WIRES
 
 VERSION = 1
 MOST_BYTES = 2**20
+MOST_BLOB = 64 * 1024
+"""Bytes of one field, and of one matrix's hot columns."""
+CHECKSUM_KEY = b"mdiq: no secret, a checksum only"
+"""Tags the messages of a Ring over several machines: there CURVE says who speaks, and keeps others from reading."""
 MOST_BURST_FRAMES = 64
 MOST_BURST_FRAME_BYTES = 2**20
 
@@ -33,6 +37,8 @@ class Assign:
     kv_tokens: KV capacity; 0 lets the Node choose from ``memory_share`` of its free memory.
     receive_key, send_key: tag the Frames of the Hops into this Stage and out of it; see wire.hop_key.
     trace: collect Spans.
+    hot: hot columns of packed weights, i32 little endian, by the names of engine/hot_columns.py. A Node that has a part
+    of the model cannot find them; empty where it has all of it.
     """
 
     epoch: int
@@ -52,6 +58,7 @@ class Assign:
     receive_key: bytes
     send_key: bytes
     trace: bool
+    hot: Mapping[str, bytes]
 
     def __post_init__(self) -> None:
         least = min(len(self.receive_key), len(self.send_key))
@@ -233,7 +240,7 @@ Message = (
 )
 
 
-_CODEC = Codec[Message]("control message", VERSION, get_args(Message), most_bytes=MOST_BYTES, most_blob_bytes=MOST_TEXT)
+_CODEC = Codec[Message]("control message", VERSION, get_args(Message), most_bytes=MOST_BYTES, most_blob_bytes=MOST_BLOB)
 
 
 def encode(message: Message, key: bytes) -> bytes:

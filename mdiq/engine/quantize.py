@@ -16,7 +16,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -145,6 +145,7 @@ class PackedModel:
 
     folder: where the files are kept; without one that can be written they are temporary.
     find_hot: packs for fast mode, and finds the hot columns; called once for a model. None packs for exact mode.
+    known_hot: hot columns that somebody else found; then none are looked for.
 
     Tensor names in a file: "<role>." and the names of quantize_columns for int8, "<role>.nibbles", "<role>.scale" and
     maybe "<role>.offset" of int4, "<role>.bias", and norms by their role.
@@ -156,7 +157,9 @@ class PackedModel:
         weights: str,
         folder: Path,
         find_hot: Callable[[], dict[str, torch.Tensor]] | None = None,
+        known_hot: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
+        self._known_hot = known_hot or {}
         self._checkpoint = checkpoint
         self._weights = weights
         self._find_hot = find_hot
@@ -192,16 +195,33 @@ class PackedModel:
         Raises:
             ModelError: the checkpoint lacks something, or the disk is full.
         """
-        return _kept(self._folder / f"layer-{i:03}.safetensors", lambda: self._pack_layer(i))
+        path = self._folder / f"layer-{i:03}.safetensors"
+        file = _kept(path, lambda: self._pack_layer(i))
+        if not all(self._has_known_hot(file, name) for name in file.names if name.endswith(".hot")):
+            path.unlink(missing_ok=True)  # packed for a Starter that found others
+            file = _kept(path, lambda: self._pack_layer(i))
+        return file
 
     def ends(self) -> PackedFile:
         """Return embedding ("embedding", int8 also in int4 models), "positions", "final_norm" and "head"."""
         return _kept(self._folder / "ends.safetensors", self._pack_ends)
 
+    def hot_columns(self) -> dict[str, torch.Tensor]:
+        """Return the hot columns of all matrices by name, found now if they never were."""
+        self._hot_columns("")
+        assert self._hot is not None  # they are found
+        return {name: self._hot.tensor(name) for name in self._hot.names}
+
+    def _has_known_hot(self, file: PackedFile, name: str) -> bool:
+        known = self._known_hot.get(f"{file.path.stem}.{name.removesuffix('.hot')}")
+        return known is None or torch.equal(known, file.tensor(name))
+
     def _hot_columns(self, name: str) -> torch.Tensor | None:
         """Return a matrix's hot columns, found now if they never were; None where there are none."""
         if self._find_hot is None:
             return None
+        if self._known_hot:
+            return self._known_hot.get(name)
         if self._hot is None:
             # Nodes of one machine start together: one of them finds the columns, and the others wait for it.
             with self._hot_path.with_suffix(".lock").open("wb") as lock:

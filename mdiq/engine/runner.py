@@ -1,6 +1,6 @@
 """Runs Batches on a Stage's part of the model: payloads in, rows out. No sockets; one thread calls it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from mdiq.core.frame import Batch, Payload, TokenIds
 from mdiq.core.types import LayerRange
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.device import choose_device, choose_dtype, free_bytes
+from mdiq.engine.hot_table import hot_columns_from
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
 from mdiq.engine.model_config import ModelConfig
@@ -61,6 +62,7 @@ class StageRunner:
         wire: str | None = None,
         memory_share: float = 1.0,
         digest: str = "",
+        hot: Mapping[str, bytes] | None = None,
         progress: Callable[[int, int], object] = lambda *_: None,
     ) -> "StageRunner":
         """Load Layers ``layers`` of the model at ``path`` and make room for their KV cache.
@@ -68,7 +70,7 @@ class StageRunner:
         kv_tokens: capacity in tokens, or None for what free memory allows. memory_share: the part of the machine's free
         memory that this Stage may plan with. weights, exact: see WeightSettings. wire: the format
         of the Hop out of this Stage, or None where the rows stay here. digest: refuse a model with another
-        fingerprint; empty takes any.
+        fingerprint; empty takes any. hot: hot columns of packed weights, for a part of a model; see hot_table.py.
 
         Raises:
             ModelError: the model is missing, malformed, unsupported, or another one than ``digest`` tells of.
@@ -85,7 +87,7 @@ class StageRunner:
                     checkpoint,
                     layers,
                     owns_embedding_and_head=owns_embedding_and_head,
-                    weights=WeightSettings(weights, exact, cache_directory()),
+                    weights=WeightSettings(weights, exact, cache_directory(), hot_columns_from(hot or {}, checkpoint)),
                     dtype=torch_dtype,
                     device=torch_device,
                     progress=progress,

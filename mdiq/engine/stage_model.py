@@ -1,6 +1,6 @@
 """A Stage's part of the model: its Layers, and on the Starter the embedding, the final norm and the head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +27,13 @@ class WeightSettings:
     format: "plain" (the dtype of the activations), or one of quantize.FORMATS.
     exact: use batch-invariant kernels that keep the activations' precision; see kernels.py. Not for plain ones.
     folder: where packed weights and measurements of kernels are kept.
+    hot: hot columns by name, where this Node cannot find them; see hot_table.py.
     """
 
     format: str
     exact: bool
     folder: Path
+    hot: Mapping[str, torch.Tensor] | None = None
 
 
 class StageModel:
@@ -80,7 +82,7 @@ class StageModel:
             if weights.format in FORMATS:
                 find_hot = None if weights.exact else partial(hot_columns, checkpoint)
                 packed = stack.enter_context(
-                    PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot)
+                    PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot, weights.hot)
                 )
             if owns_embedding_and_head:
                 if packed is None:

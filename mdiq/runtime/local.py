@@ -1,4 +1,4 @@
-"""A whole Ring on this machine: the Starter here, the other Stages in child processes or, if asked, in this process."""
+"""A whole Ring: the Starter here, the other Stages in child processes, in this process, or on other machines."""
 
 import asyncio
 import os
@@ -36,6 +36,8 @@ from mdiq.runtime.link_survey import survey_hops
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.processes import ProcessStages
 from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
+from mdiq.runtime.remote import RemoteStages
+from mdiq.runtime.stages import SocketStages
 from mdiq.runtime.starter_service import NoText, StarterService, StreamEvent, TextPipe
 from mdiq.telemetry.trace import Span, Tracer
 
@@ -43,7 +45,6 @@ log = structlog.get_logger()
 
 FIRST_EPOCH = Epoch(1)  # in which Nodes load and Hops are measured
 LOOPBACK_HOP_S = 2e-4  # until the first probe is back: a frame over loopback, both event loops included
-STARTER = "node-0"
 
 
 class LocalRing:
@@ -62,13 +63,14 @@ class LocalRing:
         on_loading: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
         self._options = options
+        self._name = options.node_names[0]
         self._make_pipe = make_pipe
         self._on_loading = on_loading
         self._clock = time.monotonic
         self._tracer = Tracer(is_on=options.trace)
         self._worker = make_worker(self._clock, self._tracer, options.threads)
         self._ring_key = secrets.token_bytes(32)
-        self._stages: ProcessStages | InProcessStages | None = None
+        self._stages: SocketStages | InProcessStages | None = None
         self._runner: StageRunner | None = None
         self._service: StarterService | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -121,7 +123,7 @@ class LocalRing:
         """Return what every Node did, in ring order, the Starter first."""
         stages, meter, (bytes_in, bytes_out) = self._stages, self._worker.meter, self._bytes_before
         own = NodeFigures(
-            name=STARTER,
+            name=self._name,
             layers=self._options.layers[0],
             rss_bytes=rss_bytes(),
             weight_bytes=self._runner.weight_bytes if self._runner else 0,
@@ -158,7 +160,7 @@ class LocalRing:
 
     def spans(self) -> Mapping[str, list[Span]]:
         """Return every Node's Spans, in ring order."""
-        return {STARTER: self._tracer.spans, **(self._stages.spans() if self._stages else {})}
+        return {self._name: self._tracer.spans, **(self._stages.spans() if self._stages else {})}
 
     async def aclose(self) -> None:
         """End the loops and the processes, and free what they held."""
@@ -177,7 +179,7 @@ class LocalRing:
         digest = await self._worker.run_uncounted(partial(_digest, options.model))
         others: list[control.Ready] = []
         if options.num_nodes > 1:
-            make = InProcessStages if options.in_process else ProcessStages
+            make = _kind_of_stages(options)
             self._stages = make(
                 options,
                 ring_key=self._ring_key,
@@ -198,8 +200,8 @@ class LocalRing:
             weights=options.weights,
             exact=options.exact,
             wire=options.wire(0),
-            memory_share=1 / options.num_nodes,
-            progress=lambda done, total: loop.call_soon_threadsafe(self._on_loading, STARTER, done, total),
+            memory_share=options.remote.nodes[0].memory_share if options.remote else 1 / options.num_nodes,
+            progress=lambda done, total: loop.call_soon_threadsafe(self._on_loading, self._name, done, total),
         )
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -212,7 +214,7 @@ class LocalRing:
             others = list(starting.result())
         if options.cpu is not None:
             # Behind the start of the others: a child begins in its parent's control group.
-            self._quota = CpuQuota.create(STARTER, options.cpu)
+            self._quota = CpuQuota.create(self._name, options.cpu)
             self._quota.add(os.getpid())
         own_cost = await self._worker.run_uncounted(partial(measure_cost, self._runner))
         self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in others)]
@@ -239,7 +241,7 @@ class LocalRing:
             plan_pace=self._plan_pace,
         )
         self._serving = asyncio.create_task(service.run(), name="starter")
-        if isinstance(self._stages, ProcessStages):
+        if isinstance(self._stages, SocketStages):
             self._links = await survey_hops(service, self._stages, self._epoch, options.num_nodes, self._clock)
         delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
         self._plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * options.num_nodes)
@@ -312,3 +314,9 @@ class LocalRing:
 def _digest(model: Path) -> str:
     with open_checkpoint(model) as checkpoint:
         return checkpoint.digest
+
+
+def _kind_of_stages(options: RingOptions) -> type[RemoteStages] | type[InProcessStages] | type[ProcessStages]:
+    if options.remote is not None:
+        return RemoteStages
+    return InProcessStages if options.in_process else ProcessStages

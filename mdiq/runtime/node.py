@@ -1,8 +1,14 @@
-"""One Node as a process: joins over the control channel, loads its layers, serves its Stage until it is drained."""
+"""One Node as a process: joins over the control channel, loads its layers, serves its Stage until it is drained.
+
+A child of `mdiq run` has the model beside it. A Node of another machine fetches its Layers from the Starter first, and
+every socket of it is secured by the topology's keys; see RingPeers.
+"""
 
 import asyncio
 import os
+import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,20 +18,27 @@ import zmq.asyncio
 
 import mdiq
 from mdiq.control.agent import Agent
+from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
 from mdiq.engine.device import rss_bytes
 from mdiq.engine.measure import measure_cost
+from mdiq.engine.model_source import cache_directory
 from mdiq.engine.runner import StageRunner
-from mdiq.errors import LocalProtocolError
+from mdiq.errors import EngineError, LocalProtocolError, MdiqError, NodeDiedError, first_of
 from mdiq.runtime.engine_worker import make_worker, wire_limits
+from mdiq.runtime.lifecycle import Notifier
+from mdiq.runtime.options import RingPeers
 from mdiq.runtime.stage_service import StageService
 from mdiq.telemetry.trace import Tracer
-from mdiq.transport.push_pull import PullSource, PushSink
+from mdiq.transport.curve import DATA, ClientSecurity, Gate, ServerSecurity
+from mdiq.transport.push_pull import PullSource, PushSink, listen_endpoint
 from mdiq.transport.router_dealer import DealerLink
 
 log = structlog.get_logger()
+
+TELL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +47,7 @@ class NodeOptions:
 
     control: the Starter's control endpoint; listen: where this Node takes activations, e.g. tcp://127.0.0.1:0.
     control_key: shared with the Starter; it tags every control message.
+    peers: the others, in a Ring over several machines.
     """
 
     name: str
@@ -41,16 +55,28 @@ class NodeOptions:
     listen: str
     control_key: bytes
     threads: int = 1
+    peers: RingPeers | None = None
 
 
 class NodeProcess:
-    """The parts of a Node and their order of starting and ending."""
+    """The parts of a Node and their order of starting and ending.
 
-    def __init__(self, options: NodeOptions) -> None:
+    worker: computes; for a watchdog. is_assigned: whether a Starter has told this Node what to load.
+    """
+
+    def __init__(self, options: NodeOptions, notifier: Notifier | None = None) -> None:
         self._options = options
+        self._peers = options.peers
+        self._notifier = notifier or Notifier(None)
         self._clock = time.monotonic
         self._tracer = Tracer(is_on=False)
-        self._worker = make_worker(self._clock, self._tracer, options.threads)
+        self.worker = make_worker(self._clock, self._tracer, options.threads)
+        self.is_assigned = False
+        self._waits_for = "the starter"  # or for nothing
+        self._gate: Gate | None = None
+        self._guarding: asyncio.Task[None] | None = None
+        self._layers = ""
+        self._num_links = 0
         self._stage = StageProtocol()
         self._runner: StageRunner | None = None
         self._sink: PushSink | None = None
@@ -69,9 +95,9 @@ class NodeProcess:
             MdiqError: the port or the model cannot be used, or a loop failed.
         """
         link: DealerLink | None = None
+        telling = asyncio.create_task(self._tell_what_it_waits_for(), name="telling")
         try:
-            self._source = await PullSource.bind(self._context, self._options.listen)
-            link = await DealerLink.connect(self._context, self._options.control, identity=self._options.name)
+            self._source, link = await self._open_links()
             hello = control.Hello(self._options.name, self._source.endpoint, os.getpid(), mdiq.__version__)
             self._agent = Agent(
                 link,
@@ -85,25 +111,77 @@ class NodeProcess:
             )
             await self._until_drained(self._agent)
         finally:
-            if self._serving is not None:
-                self._serving.cancel()
-                await asyncio.gather(self._serving, return_exceptions=True)
-            for part in (self._sink, self._source, link):
+            tasks = [task for task in (telling, self._serving, self._guarding) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for part in (self._sink, self._source, link, self._gate):
                 if part is not None:
                     await part.aclose()
-            self._worker.close()
+            self.worker.close()
             self._context.term()
+
+    async def leave(self) -> None:
+        """Tell the Starter, if this Node is in its Ring, that it ends because it was told to here."""
+        if self._agent is not None and self.is_assigned:
+            await self._agent.leave(NodeDiedError("it was stopped on its device"))
+
+    async def _open_links(self) -> tuple[PullSource, DealerLink]:
+        options, peers = self._options, self._peers
+        if peers is None:
+            source = await PullSource.bind(self._context, options.listen)
+            return source, await DealerLink.connect(self._context, options.control, identity=options.name)
+        entrance: ServerSecurity | None = None
+        if peers.secret is not None:
+            self._gate = gate = Gate(self._context)
+            gate.start()
+            await gate.replace(DATA, {node.public_key or "": node.name for node in peers.nodes})
+            self._guarding = asyncio.create_task(gate.run(), name="gate")
+            entrance = ServerSecurity(peers.secret, DATA, gate)
+        source = await PullSource.bind(
+            self._context, listen_endpoint(options.listen), security=entrance, insecure=peers.insecure
+        )
+        try:
+            return source, await self._connect_to_starter(peers, options.control)
+        except BaseException:
+            await source.aclose()
+            raise
+
+    async def _connect_to_starter(self, peers: RingPeers, endpoint: str) -> DealerLink:
+        # Another identity each time: nothing that was meant for an earlier link arrives on this one.
+        self._num_links += 1
+        return await DealerLink.connect(
+            self._context,
+            endpoint,
+            identity=f"{self._options.name}/{self._num_links}-{secrets.token_hex(4)}",
+            security=self._client_security(peers.nodes[0].public_key),
+            insecure=peers.insecure,
+        )
+
+    def _client_security(self, public_key: str | None) -> ClientSecurity | None:
+        secret = self._peers.secret if self._peers else None
+        return None if secret is None else ClientSecurity(secret, public_key or "")
+
+    async def _tell_what_it_waits_for(self) -> None:
+        while True:
+            # Waiting is no start that stands still; loading tells of its own progress.
+            if self._waits_for:
+                self._notifier.starting(f"waits for {self._waits_for}")
+            await asyncio.sleep(TELL_S)
 
     async def _until_drained(self, agent: Agent) -> None:
         """Run the agent; a loop of the Stage that fails ends the Node with its error."""
         obeying = asyncio.create_task(agent.run(), name="agent")
         try:
             while not obeying.done():
-                waited_for = {obeying} if self._serving is None else {obeying, self._serving}
+                loops = {task for task in (self._serving, self._guarding) if task is not None}
                 # The Stage begins to serve while the agent obeys: look again when it does.
-                done, _ = await asyncio.wait(waited_for, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-                if self._serving in done and self._serving is not None:
-                    self._serving.result()
+                done, _ = await asyncio.wait({obeying, *loops}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+                for ended in done & loops:
+                    error = first_of(ended.exception() or EngineError("a loop of the node has ended; see its log"))
+                    if self._peers is not None and isinstance(error, MdiqError):
+                        await agent.leave(error)  # nobody watches this process for the Starter
+                    ended.result()
             obeying.result()
         finally:
             obeying.cancel()
@@ -112,13 +190,16 @@ class NodeProcess:
     async def _load(self, assign: control.Assign) -> control.Ready:
         if self._serving is not None or self._agent is None or self._source is None:
             raise LocalProtocolError("assign: this version loads once; restart the node")
-        agent, loop = self._agent, asyncio.get_running_loop()
+        agent = self._agent
         layers = LayerRange(assign.layer_start, assign.layer_stop)
+        self._layers = f"layers {layers.start}-{layers.stop - 1}"
+        self.is_assigned, self._waits_for = True, ""
         self._tracer.is_on = assign.trace
-        runner = await self._worker.run_uncounted(
+        model = await self._fetch(self._peers, layers, assign.model_digest) if self._peers else Path(assign.model)
+        runner = await self.worker.run_uncounted(
             partial(
                 StageRunner.load,
-                Path(assign.model),
+                model,
                 layers,
                 is_last=assign.is_last,
                 owns_embedding_and_head=False,
@@ -130,13 +211,14 @@ class NodeProcess:
                 wire=assign.wire,
                 memory_share=assign.memory_share,
                 digest=assign.model_digest,
-                progress=lambda done, total: loop.call_soon_threadsafe(agent.loading, done, total),
+                hot=assign.hot,
+                progress=self._noting_progress(asyncio.get_running_loop()),
             )
         )
-        cost = await self._worker.run_uncounted(partial(measure_cost, runner))
+        cost = await self.worker.run_uncounted(partial(measure_cost, runner))
         self._runner = runner
-        self._sink = await PushSink.connect(self._context, assign.next_endpoint)
-        self._worker.reset_meter()
+        self._sink = await self._connect_hop(assign.next_endpoint)
+        self.worker.reset_meter()
         self._stage.assign(Epoch(assign.epoch), is_last=assign.is_last)
         self._is_last = assign.is_last
         self._service = StageService(
@@ -147,7 +229,7 @@ class NodeProcess:
             receive_key=assign.receive_key,
             send_key=assign.send_key,
             limits=wire_limits(runner),
-            worker=self._worker,
+            worker=self.worker,
             clock=self._clock,
             tracer=self._tracer,
             report_gaps=agent.gaps,
@@ -155,6 +237,7 @@ class NodeProcess:
             report_burst=agent.burst_arrived,
         )
         self._serving = asyncio.create_task(self._service.run(), name="stage")
+        self._waits_for = "the others of the ring"
         log.info("stage_ready", epoch=assign.epoch, layers=str(layers), kv_tokens=runner.kv_capacity_tokens)
         return control.Ready(
             epoch=assign.epoch,
@@ -165,6 +248,41 @@ class NodeProcess:
             decode_s=cost.decode.points,
             prompt_s=cost.prompt.points,
         )
+
+    async def _fetch(self, peers: RingPeers, layers: LayerRange, digest: str) -> Path:
+        """Return where this machine's copy of the Layers is, fetched now where it lacks some."""
+        self._progress("fetching", 0, 0)
+        fetched = await fetch_weights(
+            lambda: self._connect_to_starter(peers, peers.weights_endpoint),
+            cache_directory() / "weights",
+            layers,
+            clock=self._clock,
+            digest=digest,
+            progress=partial(self._progress, "fetching"),
+        )
+        log.info("weights_here", chunks_fetched=fetched.num_fetched, chunks_mended=fetched.num_mended)
+        return fetched.path
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        share = f": {100 * done // total} %" if total else ""
+        self._notifier.starting(f"{what} {self._layers}{share}")
+        if self._agent is not None:
+            self._agent.loading(done, total)
+
+    def _noting_progress(self, loop: asyncio.AbstractEventLoop) -> Callable[[int, int], None]:
+        """Return what the worker calls while it loads."""
+
+        def note(done: int, total: int) -> None:
+            self.worker.note_progress()
+            loop.call_soon_threadsafe(self._progress, "loading", done, total)
+
+        return note
+
+    async def _connect_hop(self, endpoint: str) -> PushSink:
+        if self._peers is None:
+            return await PushSink.connect(self._context, endpoint)
+        security = self._client_security(self._peers.public_key(endpoint))
+        return await PushSink.connect(self._context, endpoint, security=security, insecure=self._peers.insecure)
 
     async def _send_burst(self, burst: control.SendBurst) -> control.BurstSent:
         if self._service is None:
@@ -178,15 +296,17 @@ class NodeProcess:
         self._stage.assign(Epoch(begin.epoch), is_last=self._is_last)
         runner.set_wire(begin.wire)
         # In the worker's turn: a Batch of the old Epoch may still run.
-        await self._worker.run_uncounted(runner.reset)
-        self._worker.reset_meter()
+        await self.worker.run_uncounted(runner.reset)
+        self.worker.reset_meter()
         self._tracer.clear()
         self._bytes_before = self._source.bytes_in, self._sink.bytes_out
+        self._waits_for = ""
+        self._notifier.ready(f"serves {self._layers}")
         log.info("epoch_began", epoch=begin.epoch, wire=begin.wire)
         return control.Begun(begin.epoch)
 
     def _heartbeat(self) -> control.Heartbeat:
-        meter, (bytes_in, bytes_out) = self._worker.meter, self._bytes_before
+        meter, (bytes_in, bytes_out) = self.worker.meter, self._bytes_before
         return control.Heartbeat(
             epoch=self._stage.epoch or NO_EPOCH,
             rss_bytes=rss_bytes(),

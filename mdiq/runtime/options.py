@@ -28,8 +28,68 @@ def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteNode:
+    """A Node as a Ring over several machines knows it, the Starter included.
+
+    data_endpoint: where it takes Frames. public_key: of CURVE, in Z85; None in plain text.
+    memory_share: the part of its machine's free memory that it may plan with.
+    """
+
+    name: str
+    data_endpoint: str
+    public_key: str | None
+    device: str = "cpu"
+    memory_share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRing:
+    """A Ring over several machines, at the Starter.
+
+    nodes: in ring order, the Starter first. control_endpoint, weights_endpoint: of the Starter.
+    secret: the Starter's private key; None: plain text, beyond loopback only where ``insecure`` permits it.
+    join_wait_s: how long to wait for the Nodes. transfer_bytes_per_s: of weights, all together; None: no limit.
+    """
+
+    nodes: tuple[RemoteNode, ...]
+    control_endpoint: str
+    weights_endpoint: str
+    secret: bytes | None = field(default=None, repr=False)
+    insecure: bool = False
+    join_wait_s: float = 120.0
+    transfer_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RingPeers:
+    """The others of a Ring over several machines, at a worker.
+
+    nodes: in ring order, the Starter first. weights_endpoint: of the Starter. secret: this Node's private key; None:
+    plain text, beyond loopback only where ``insecure`` permits it.
+    """
+
+    nodes: tuple[RemoteNode, ...]
+    weights_endpoint: str
+    secret: bytes | None = field(default=None, repr=False)
+    insecure: bool = False
+
+    def public_key(self, data_endpoint: str) -> str | None:
+        """Return the key of the Node that takes Frames there.
+
+        Raises:
+            ConfigError: no Node of the Ring does.
+        """
+        for node in self.nodes:
+            if node.data_endpoint == data_endpoint:
+                return node.public_key
+        raise ConfigError(
+            f"{data_endpoint}: no node of this topology is there; copy the starter's topology to this device"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RingOptions:
-    """A ring of local Nodes.
+    """A ring of Nodes: on this machine, or where ``remote`` says.
 
     model: a model directory or a .gguf file.
     layers: one range a Node, in ring order; the first is the Starter's.
@@ -48,6 +108,7 @@ class RingOptions:
     link: how every hop between processes is slowed; None leaves it as it is.
     cpu: most CPU time of each Node in cores, where control groups allow it; None sets no limit.
     pace: what the operator wishes of caps and chunks.
+    remote: the Nodes of other machines; None: all are processes of this one, or Stages in this process.
     """
 
     model: Path
@@ -69,6 +130,14 @@ class RingOptions:
     cpu: float | None = None
     ring: RingSettings = field(default_factory=RingSettings)
     pace: PaceSettings = field(default_factory=PaceSettings)
+    remote: RemoteRing | None = None
+
+    @property
+    def node_names(self) -> tuple[str, ...]:
+        """The Nodes' names in ring order, the Starter first."""
+        if self.remote is not None:
+            return tuple(node.name for node in self.remote.nodes)
+        return tuple(f"node-{i}" for i in range(self.num_nodes))
 
     @property
     def num_nodes(self) -> int:

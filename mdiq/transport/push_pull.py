@@ -10,6 +10,7 @@ security (curve.py) a port must be reachable by trusted peers only.
 
 import asyncio
 import errno
+import ipaddress
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -147,6 +148,21 @@ def make_socket(
             socket.close(linger=0)
             raise
     return socket
+
+
+def listen_endpoint(endpoint: str) -> str:
+    """Return where a Node listens that others reach at ``endpoint``: there, or on all interfaces if that is a name.
+
+    What a machine's own name stands for on that machine is often another address than for others.
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if host == "localhost":
+        return f"tcp://127.0.0.1:{port}"
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return f"tcp://0.0.0.0:{port}"
+    return endpoint
 
 
 def bind_socket(socket: zmq.asyncio.Socket, endpoint: str) -> str:

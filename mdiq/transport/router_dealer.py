@@ -128,9 +128,9 @@ class DealerLink(SocketEnd):
             security=security,
             insecure=insecure,
         )
+        # Messages wait for a peer that is there and has let us in; libzmq forgets what is queued when it is refused.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
         if security is not None:
-            # Messages wait for a peer that has been let in; libzmq forgets those that are queued when it is refused.
-            socket.setsockopt(zmq.IMMEDIATE, 1)
             # The key says who we are. A name that others cannot guess is one that they cannot occupy before us.
             identity = f"{identity}.{secrets.token_hex(8)}"
         try:

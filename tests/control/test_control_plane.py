@@ -332,3 +332,53 @@ async def test_the_same_over_real_sockets() -> None:
     await link.aclose()
     await server.aclose()
     context.term()
+
+
+async def test_a_node_of_an_earlier_ring_is_told_once_to_end_and_can_join() -> None:
+    server = MemoryControlServer()
+    coordinator = Coordinator(
+        server,
+        KEY,
+        VERSION,
+        [ONE],
+        clock=lambda: 0.0,
+        lease_s=60.0,
+        on_fault=lambda *_: None,
+        on_loading=lambda *_: None,
+        on_lost=lambda *_: None,
+        drains_strangers=True,
+    )
+    running = asyncio.create_task(coordinator.run())
+    link = server.connect(b"an earlier link")
+    for _ in range(3):
+        await link.send(control.encode(heartbeat(), KEY))
+    assert isinstance(control.decode(await link.receive(), KEY), control.Drain)
+    assert coordinator.missing == [ONE]
+    new = server.connect(b"a new link")
+    await new.send(control.encode(control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION), KEY))
+    await coordinator.all_joined()
+    assert coordinator.missing == []
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await link.receive()  # it was told once
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_who_gives_up_waiting_learns_who_is_missing(plane: Plane) -> None:
+    plane.agent("node-1")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await plane.coordinator.all_joined()
+    assert plane.coordinator.missing == [TWO]
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+
+
+async def test_a_node_that_leaves_by_itself_is_lost_with_its_reason(plane: Plane) -> None:
+    agent, _ = plane.agent("node-1")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    await agent.leave(NodeDiedError("it was stopped on its device"))
+    node, error = await plane.lost.get()
+    assert (node, str(error)) == (ONE, "node-1: it was stopped on its device")

@@ -9,7 +9,7 @@ import zmq
 import zmq.asyncio
 
 from mdiq.errors import TransportError
-from mdiq.transport.push_pull import MOST_PARTS, MOST_READY, PullSource, PushSink
+from mdiq.transport.push_pull import MOST_PARTS, MOST_READY, PullSource, PushSink, listen_endpoint
 from tests.transport.conftest import Until
 
 ANY_PORT = "tcp://127.0.0.1:0"
@@ -216,3 +216,16 @@ async def test_a_source_that_comes_back_on_its_port_is_found_again(context: zmq.
     assert receiving.result() == [b"after"]
     await sink.aclose()
     await source.aclose()
+
+
+@pytest.mark.parametrize(
+    ("reached", "listens"),
+    [
+        ("tcp://192.168.1.10:7400", "tcp://192.168.1.10:7400"),
+        ("tcp://[fd00::1]:7400", "tcp://[fd00::1]:7400"),
+        ("tcp://localhost:7400", "tcp://127.0.0.1:7400"),
+        ("tcp://pi1.lan:7400", "tcp://0.0.0.0:7400"),
+    ],
+)
+def test_a_node_that_is_reached_by_name_listens_on_all_interfaces(reached: str, listens: str) -> None:
+    assert listen_endpoint(reached) == listens

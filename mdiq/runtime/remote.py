@@ -1,0 +1,194 @@
+"""Nodes on other machines, as the Starter sees them: it waits for them, gives them weights, and lets nobody else in.
+
+Each plane has its list of names (transport/curve.py): activations come from Nodes of the Ring, control messages and
+questions for weights from its workers, and everyone speaks for its own name only.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import structlog
+
+from mdiq.control.chunk_hashes import ChunkHashes
+from mdiq.control.coordinator import Coordinator
+from mdiq.control.weight_server import WEIGHTS_HWM, WeightServer
+from mdiq.core import control
+from mdiq.core.token_bucket import TokenBucket
+from mdiq.core.types import LayerRange, NodeId
+from mdiq.core.weights import PIECE_BYTES
+from mdiq.engine.hot_table import hot_table, of_layers
+from mdiq.engine.model_source import cache_directory
+from mdiq.engine.quantize import FORMATS
+from mdiq.engine.weight_map import map_weights
+from mdiq.errors import MdiqError, RingError, TransportError
+from mdiq.runtime.options import RemoteRing
+from mdiq.runtime.stages import SocketStages
+from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
+from mdiq.transport.push_pull import PullSource, PushSink, listen_endpoint
+from mdiq.transport.router_dealer import RouterServer
+
+log = structlog.get_logger()
+
+TELL_S = 5.0
+
+
+class RemoteStages(SocketStages):
+    """Every Stage but the Starter's, each a `mdiq node` that joins by itself."""
+
+    _gate: Gate | None = None
+    _weights: RouterServer | None = None
+
+    async def start(self) -> Sequence[control.Ready]:
+        """Wait for the Nodes, have them fetch and load their Layers; return what each has, in ring order.
+
+        Raises:
+            MdiqError: a port cannot be used, Nodes are missing, or one failed; the message names it.
+        """
+        ring = self._ring
+        if ring.secret is not None:
+            self._gate = await self._open_gate(ring)
+        insecure, listen = ring.insecure, listen_endpoint
+        self.source = await PullSource.bind(
+            self._context, listen(ring.nodes[0].data_endpoint), security=self._server_security(DATA), insecure=insecure
+        )
+        self._weights = await RouterServer.bind(
+            self._context,
+            listen(ring.weights_endpoint),
+            hwm=WEIGHTS_HWM,
+            security=self._server_security(WEIGHTS),
+            insecure=insecure,
+        )
+        server = await RouterServer.bind(
+            self._context, listen(ring.control_endpoint), security=self._server_security(CONTROL), insecure=insecure
+        )
+        coordinator = self._coordinate(server, control.CHECKSUM_KEY, drains_strangers=True)
+        preparing = asyncio.create_task(self._prepare(self._weights), name="prepare-weights")
+        try:
+            await self._all_joined(coordinator)
+            hot = await preparing
+        finally:
+            preparing.cancel()
+            await asyncio.gather(preparing, return_exceptions=True)
+        following = ring.nodes[1]
+        self.sink = await PushSink.connect(
+            self._context,
+            following.data_endpoint,
+            security=self._client_security(following.public_key),
+            insecure=insecure,
+        )
+        assignments = {node: self._remote_assignment(i, hot) for i, node in enumerate(self._names, 1)}
+        ready = await coordinator.assign(assignments)
+        self._ready = dict(ready)
+        return [ready[node] for node in self._names]
+
+    async def aclose(self) -> None:
+        """Send the Nodes back to waiting for a Starter, and close every socket."""
+        await self.drain()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._weights is not None:
+            await self._weights.aclose()
+        if self._gate is not None:
+            await self._gate.aclose()
+        await super().aclose()
+
+    @property
+    def _ring(self) -> RemoteRing:
+        assert self._options.remote is not None  # it is what this class is for
+        return self._options.remote
+
+    async def _open_gate(self, ring: RemoteRing) -> Gate:
+        gate = Gate(self._context)
+        gate.start()
+        keys = {node.public_key or "": node.name for node in ring.nodes}
+        workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
+        for domain, listed in ((DATA, keys), (CONTROL, workers), (WEIGHTS, workers)):
+            await gate.replace(domain, listed)
+        self._run(self._serve(gate.run(), "gate"), "gate")
+        return gate
+
+    async def _prepare(self, server: RouterServer) -> Mapping[str, bytes]:
+        """Begin to serve weights; return the hot columns for fast mode, found first if they never were."""
+        options = self._options
+        weights = await asyncio.to_thread(map_weights, options.model)
+        rate = self._ring.transfer_bytes_per_s
+        weight_server = WeightServer(
+            server,
+            weights,
+            options.model,
+            await asyncio.to_thread(ChunkHashes, cache_directory() / "hashes", options.model, weights),
+            clock=time.monotonic,
+            limit=None if rate is None else TokenBucket(rate, PIECE_BYTES),
+            may_fetch=partial(self._may_fetch, server),
+        )
+        self._run(self._serve(weight_server.run(), "weights"), "weights")
+        if options.weights not in FORMATS or options.exact:
+            return {}
+        return await asyncio.to_thread(hot_table, options.model, options.weights)
+
+    def _may_fetch(self, server: RouterServer, identity: bytes, layers: LayerRange) -> bool:
+        """Tell whether Layers are those of the Node that asks: by its key, or by what it calls itself in plain text."""
+        name = server.sender or identity.partition(b"/")[0].decode(errors="replace")
+        return dict(zip(self._options.node_names[1:], self._options.layers[1:], strict=True)).get(name) == layers
+
+    async def _all_joined(self, coordinator: Coordinator) -> None:
+        ring = self._ring
+        telling = asyncio.create_task(_tell(coordinator), name="telling")
+        try:
+            async with asyncio.timeout(ring.join_wait_s):
+                await coordinator.all_joined()
+        except TimeoutError:
+            num_refused = self._gate.refusals.num_refused if self._gate else 0
+            refused = f"; {num_refused} connections were refused here, see the log above" if num_refused else ""
+            names, them = ", ".join(coordinator.missing), "it" if len(coordinator.missing) == 1 else "them"
+            raise TransportError(
+                f"{names}: not joined within {ring.join_wait_s:g} s{refused}; see whether mdiq node runs there, "
+                f"whether {ring.control_endpoint} can be reached from {them}, and whether both have "
+                "this topology and its keys"
+            ) from None
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+
+    def _remote_assignment(self, i: int, hot: Mapping[str, bytes]) -> control.Assign:
+        ring = self._ring
+        node, following = ring.nodes[i], ring.nodes[(i + 1) % len(ring.nodes)]
+        return replace(
+            self._assignment(i, following.data_endpoint),
+            model="",
+            device=node.device,
+            memory_share=node.memory_share,
+            hot=of_layers(hot, self._options.layers[i]),
+        )
+
+    def _server_security(self, domain: str) -> ServerSecurity | None:
+        secret = self._ring.secret
+        return None if secret is None or self._gate is None else ServerSecurity(secret, domain, self._gate)
+
+    def _client_security(self, public_key: str | None) -> ClientSecurity | None:
+        secret = self._ring.secret
+        return None if secret is None else ClientSecurity(secret, public_key or "")
+
+    async def _serve(self, loop: Coroutine[Any, Any, None], what: str) -> None:
+        """Run a loop that only ends by a mistake; the Ring ends with it then."""
+        try:
+            await loop
+        except Exception as error:
+            log.error("loop_failed", loop=what, error=repr(error))
+            known = error if isinstance(error, MdiqError) else RingError(f"{what}: {error!r}; see the log")
+            self._lost(NodeId(self._options.node_names[0]), known)
+
+
+async def _tell(coordinator: Coordinator) -> None:
+    """Say which Nodes are missing, when they have been for a while and when that changes."""
+    told: list[NodeId] = []
+    while True:
+        await asyncio.sleep(TELL_S)
+        if coordinator.missing and coordinator.missing != told:
+            told = coordinator.missing
+            log.warning("waiting_for_nodes", missing=", ".join(told))
