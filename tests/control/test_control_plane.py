@@ -231,6 +231,8 @@ async def test_a_lost_node_that_joins_again_is_heard_from_its_new_connection_alo
     hello = control.encode(control.Hello("node-1", "tcp://127.0.0.1:6001", 1, VERSION), KEY)
     old, new = (plane.server.connect(identity, sender="node-1") for identity in (b"node-1.a", b"node-1.b"))
     await old.send(hello)
+    await old.send(control.encode(heartbeat(), KEY))
+    assert await plane.heartbeats.heard.get() == ONE
     plane.now = 2 * LEASE_S
     assert (await plane.lost.get())[0] == ONE
     await new.send(hello)
