@@ -30,8 +30,7 @@ ZERO_COPY_BYTES = 64 * 1024  # below, copying is cheaper than the bookkeeping of
 FRAME_HWM = 16  # a decoding Sequence has one Segment in flight: a full queue means a stalled peer, never load
 FRAME_LINGER_MS = 200
 HANDSHAKE_MS = 5_000
-HEARTBEAT_MS = 2_000
-DEAD_PEER_MS = 6_000  # without it a pulled cable is noticed after minutes
+DEAD_PEER_S = 6  # without it a pulled cable is noticed after minutes
 RECONNECT_MS = 100
 RECONNECT_MOST_MS = 2_000
 MOST_READY = 16  # messages taken in a row before other tasks run
@@ -130,10 +129,13 @@ def make_socket(
         zmq.MAXMSGSIZE: most_bytes,
         zmq.LINGER: linger_ms,
         zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
-        zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
-        zmq.HEARTBEAT_TIMEOUT: DEAD_PEER_MS,
-        zmq.HEARTBEAT_TTL: DEAD_PEER_MS,
-        zmq.TCP_MAXRT: DEAD_PEER_MS,
+        # The kernel looks after dead peers. A heartbeat of libzmq 4.3.5 (HEARTBEAT_IVL) aborts the process when it is
+        # due on a connection that has ended while we had not read all of it: stream_engine_base.cpp, out_event.
+        zmq.TCP_KEEPALIVE: 1,
+        zmq.TCP_KEEPALIVE_IDLE: DEAD_PEER_S // 3,
+        zmq.TCP_KEEPALIVE_INTVL: DEAD_PEER_S // 6,
+        zmq.TCP_KEEPALIVE_CNT: 4,
+        zmq.TCP_MAXRT: DEAD_PEER_S * 1_000,  # of data that nobody acknowledges
         zmq.RECONNECT_IVL: RECONNECT_MS,
         zmq.RECONNECT_IVL_MAX: RECONNECT_MOST_MS,
     }

@@ -55,8 +55,9 @@ class RouterServer(SocketEnd):
             insecure=insecure,
         )
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A second peer of a name is ignored by libzmq: it cannot take over what the first one is sent.
-        socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+        # A second peer of a name is ignored by libzmq: it cannot take over what the first one is sent. With security
+        # nobody else can know the name, and a peer that comes back is not to be ignored for what it left unread.
+        socket.setsockopt(zmq.ROUTER_HANDOVER, int(security is not None))
         server = cls(socket, endpoint, security)
         await server._bind(security)
         return server

@@ -6,6 +6,9 @@ address is read; TCP then sends it again, which takes a new connection about 0.2
 refuses it) all works but for addresses.
 
 A ClientWatch connects anew where libzmq does not: after a refusal, or bytes that somebody garbled, its session is over.
+
+Nobody asks for HANDSHAKE_FAILED_PROTOCOL, which would say more: libzmq 4.3.5 also tells it of a garbled message, and
+loses the error by telling it, so that the connection hangs instead of ending.
 """
 
 import array
@@ -31,7 +34,6 @@ RETRY_S = 2.0
 CLOSE_S = 5.0
 UNKNOWN = "unknown"
 _NUMBERS = itertools.count()
-_FAILURES = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; Python has no names for them
 # Classic BPF, run on each TCP segment from its header on: keep those that are no longer than their header.
 _HOLD_BACK = [
@@ -46,11 +48,6 @@ _HOLD_BACK = [
     (0x06, 0, 0, 0xFFFFFFFF),  # keep
     (0x06, 0, 0, 0),  # drop
 ]
-_REASONS = {
-    0x10000000: "its handshake is out of order, or its bytes are replayed",  # ZMTP_UNSPECIFIED
-    0x11000001: "it has the wrong key of ours, or its bytes are forged or replayed",  # ZMTP_CRYPTOGRAPHIC
-    0x11000002: "it does not speak CURVE",  # ZMTP_MECHANISM_MISMATCH
-}
 
 
 class Watch:
@@ -116,17 +113,17 @@ class ServerWatch(Watch):
         zmq.EVENT_LISTENING
         | zmq.EVENT_ACCEPTED
         | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         | zmq.EVENT_DISCONNECTED
         | zmq.EVENT_CLOSED
-        | _FAILURES
     )
 
     def __init__(self, socket: zmq.asyncio.Socket, domain: str, refusals: Refusals) -> None:
         super().__init__(socket)
         self._domain = domain
         self._refusals = refusals
-        self._addresses: dict[int, str] = {}  # of every connection, by its descriptor
-        self._shaking: set[int] = set()  # those whose handshake goes on
+        self._shaking: dict[int, str] = {}  # connections whose handshake goes on: their descriptor and peer
         self._num_succeeded = 0  # of these; libzmq does not say which
         self._reason: str | None = None
         self._is_gate_missing = False
@@ -148,7 +145,6 @@ class ServerWatch(Watch):
             async with asyncio.timeout(CLOSE_S):
                 await self._closed.wait()
             # libzmq does not tell of each one's end.
-            self._addresses.clear()
             self._shaking.clear()
             self._num_succeeded = 0
             self._socket.bind(endpoint)
@@ -161,16 +157,13 @@ class ServerWatch(Watch):
             case zmq.EVENT_LISTENING:
                 _hold_back(value)
             case zmq.EVENT_ACCEPTED:
-                self._addresses[value] = _let_go(value)
-                self._shaking.add(value)
+                self._shaking[value] = _let_go(value)
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_gate_missing = False
                 self._num_succeeded += 1
                 if self._num_succeeded >= len(self._shaking):
                     self._shaking.clear()
                     self._num_succeeded = 0
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                self._reason = _REASONS.get(value, f"it broke the protocol (0x{value:08x})")
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value == errno.EFAULT:
                 # The connection ends when the time for its handshake does.
                 if not self._is_gate_missing:
@@ -187,15 +180,14 @@ class ServerWatch(Watch):
                 self._closed.set()
 
     def _disconnected(self, connection: int) -> None:
-        """Log the peer if it was refused: libzmq tells of a failure and the end in a row, and of junk only the end."""
-        address = self._addresses.pop(connection, UNKNOWN)
+        """Log the peer if its handshake failed. libzmq tells of a failure and of the end of its connection in a row."""
+        address = self._shaking.pop(connection, None)
         reason, self._reason = self._reason, None
-        if connection in self._shaking:
-            self._shaking.discard(connection)
-            if reason is None and not self._num_succeeded:
-                reason = "it does not speak ZMTP"
+        # If others have succeeded meanwhile, this may be one of them that leaves already.
+        if reason is None and address is not None and not self._num_succeeded:
+            reason = "it speaks no CURVE, has a wrong key of ours, or sends what it has recorded"
         if reason:
-            self._refusals.note(self._domain, address, reason)
+            self._refusals.note(self._domain, address or UNKNOWN, reason)
 
 
 class ClientWatch(Watch):
@@ -206,8 +198,9 @@ class ClientWatch(Watch):
         | zmq.EVENT_CONNECT_DELAYED
         | zmq.EVENT_CONNECT_RETRIED
         | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         | zmq.EVENT_DISCONNECTED
-        | _FAILURES
     )
 
     def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, retry_s: float = RETRY_S) -> None:
@@ -223,6 +216,9 @@ class ClientWatch(Watch):
     def _time_is_up(self) -> None:
         if self._retry_at is not None and time.monotonic() >= self._retry_at:
             self._retry_at = None
+            self._tell(
+                "peer_not_trusted", "it has another key than its public_key in the topology, or bytes are garbled"
+            )
             with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
                 self._socket.disconnect(self._endpoint)
             self._socket.connect(self._endpoint)
@@ -230,22 +226,15 @@ class ClientWatch(Watch):
     def _handle(self, event: int, value: int) -> None:
         match event:
             case zmq.EVENT_DISCONNECTED:
-                self._retry_soon()  # unless libzmq says that it tries itself
+                self._retry_at = time.monotonic() + self._retry_s  # unless libzmq says that it tries itself
             case zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CONNECTED:
                 self._retry_at = None
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_told = False
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._tell("refused_by_peer", "our public key is not listed there for this plane; mdiq reload there")
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                self._tell("peer_not_trusted", _REASONS.get(value, f"it broke the protocol (0x{value:08x})"))
-                # Behind garbled bytes the connection hangs (libzmq 4.3.5 loses the error by telling it).
-                self._retry_soon()
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._tell("peer_not_trusted", "it ended the handshake; is its public_key in the topology its own?")
-
-    def _retry_soon(self) -> None:
-        self._retry_at = time.monotonic() + self._retry_s
 
     def _tell(self, event: str, error: str) -> None:
         if not self._is_told:

@@ -13,7 +13,7 @@ from mdiq.core import control
 from mdiq.core.types import Epoch, NodeId, SeqId
 from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError
 from mdiq.telemetry.trace import Span
-from mdiq.transport.memory import MemoryControlServer
+from mdiq.transport.memory import MemoryControlLink, MemoryControlServer
 from mdiq.transport.router_dealer import DealerLink, RouterServer
 from tests.control.conftest import (
     KEY,
@@ -247,6 +247,45 @@ async def test_junk_wrong_keys_and_wrong_directions_are_dropped_at_both_ends(pla
     await plane.coordinator.drain(10.0)
     await two
     assert plane.lost.empty()
+
+
+async def test_with_security_a_node_speaks_for_itself_alone(plane: Plane) -> None:
+    """node-2 has a key of the ring, and tries to join, and then to speak, as node-1."""
+    hello = control.encode(control.Hello("node-1", "tcp://127.0.0.1:6666", 1, VERSION), KEY)
+    goodbye = control.encode(control.Goodbye(), KEY)
+    beat = control.encode(heartbeat(busy_s=66.0), KEY)
+    other = plane.server.connect(b"node-1.else", sender="node-2")
+    await other.send(hello)
+    honest = plane.server.connect(b"node-1", sender="node-1")
+    await honest.send(control.encode(control.Hello("node-1", "tcp://127.0.0.1:6001", 1, VERSION), KEY))
+    # Under the identity that node-1 has joined with, as if it had got hold of that.
+    taken = MemoryControlLink(plane.server, b"node-1", 10, "node-2")
+    for message in (hello, beat, goodbye):
+        await taken.send(message)
+    # And with its own name on a connection that is node-1's already.
+    await honest.send(control.encode(control.Hello("node-2", "tcp://127.0.0.1:6666", 1, VERSION), KEY))
+    mine = plane.server.connect(b"node-2", sender="node-2")
+    await mine.send(control.encode(control.Hello("node-2", "tcp://127.0.0.1:6002", 1, VERSION), KEY))
+    hellos = await plane.coordinator.all_joined()
+    assert [hello.data_endpoint for hello in hellos.values()] == ["tcp://127.0.0.1:6001", "tcp://127.0.0.1:6002"]
+    await honest.send(control.encode(heartbeat(busy_s=1.0), KEY))
+    assert await plane.heartbeats.heard.get() == ONE
+    assert plane.heartbeats[ONE].busy_s == 1.0
+
+
+async def test_a_lost_node_that_joins_again_is_heard_from_its_new_connection_alone(plane: Plane) -> None:
+    hello = control.encode(control.Hello("node-1", "tcp://127.0.0.1:6001", 1, VERSION), KEY)
+    old, new = (plane.server.connect(identity, sender="node-1") for identity in (b"node-1.a", b"node-1.b"))
+    await old.send(hello)
+    await old.send(control.encode(heartbeat(), KEY))
+    assert await plane.heartbeats.heard.get() == ONE
+    plane.now = 2 * LEASE_S
+    assert (await plane.lost.get())[0] == ONE
+    await new.send(hello)
+    await old.send(control.encode(heartbeat(busy_s=1.0), KEY))  # late, of the process before
+    await new.send(control.encode(heartbeat(busy_s=2.0), KEY))
+    assert await plane.heartbeats.heard.get() == ONE
+    assert plane.heartbeats[ONE].busy_s == 2.0
 
 
 async def test_doubled_messages_do_no_harm() -> None:

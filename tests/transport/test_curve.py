@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import socket as sockets
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -83,8 +84,6 @@ def events() -> Iterator[Events]:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given up, and clients that try again, sooner than in earnest."""
     monkeypatch.setattr(push_pull, "HANDSHAKE_MS", 1_500)
-    monkeypatch.setattr(push_pull, "HEARTBEAT_MS", 500)
-    monkeypatch.setattr(push_pull, "DEAD_PEER_MS", 1_500)
     monkeypatch.setattr(watch.ClientWatch.__init__, "__defaults__", (0.2,))
 
 
@@ -92,6 +91,15 @@ async def happens(condition: Callable[[], object]) -> None:
     """Wait for what another task or libzmq's thread will do."""
     async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def starts(gate: Gate) -> None:
+    """Start a Gate again; libzmq frees the place of the one before a little later than it is told."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            with contextlib.suppress(TransportError):
+                return gate.start()
             await asyncio.sleep(0.01)
 
 
@@ -255,6 +263,82 @@ async def test_a_new_key_for_a_name_ends_the_connections_of_the_old_one(ward: Wa
     await server.aclose()
 
 
+async def test_peers_that_send_all_the_time_go_on_over_many_revocations(ward: Ward) -> None:
+    """Connections are cut in the middle of messages: some are lost, none is cut short, and nobody fails."""
+    source = await PullSource.bind(ward.context, ANY_PORT, security=ward.guards())
+    sinks = [
+        await PushSink.connect(ward.context, source.endpoint, security=ward.client(who)) for who in (ward.pi1, ward.pi2)
+    ]
+    listed = {ward.pi1.public: "pi1", ward.pi2.public: "pi2"}
+    came: list[tuple[str | None, bytes, int]] = []
+
+    async def send(sink: PushSink) -> None:
+        for i in itertools.count():
+            await sink.send([b"%d" % i, bytes(100_000), b"end"])
+
+    async def receive() -> None:
+        while True:
+            parts = await source.receive()
+            assert len(parts) == 3 and parts[2] == b"end"
+            came.append((source.sender, bytes(parts[0]), len(parts[1])))
+
+    tasks = [asyncio.create_task(send(sink)) for sink in sinks] + [asyncio.create_task(receive())]
+    for i in range(6):
+        before = len(came)
+        await happens(lambda before=before: {name for name, *_ in came[before:]} == {"pi1", "pi2"})
+        # A new name for the same key: as good as a revocation and at once a new listing.
+        await ward.gate.replace(DATA, {**listed, pair().public: "pi3", ward.pi2.public: f"pi2-{i}"})
+        before = len(came)
+        await happens(lambda before=before, i=i: f"pi2-{i}" in {name for name, *_ in came[before:]})
+        await ward.gate.replace(DATA, listed)
+    assert not [task for task in tasks if task.done()]
+    assert {size for *_, size in came} == {100_000}
+    for name in ("pi1", "pi2"):
+        numbers = [int(number) for who, number, _ in came if who == name]
+        assert numbers == sorted(set(numbers)), "in order, and none twice"
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for part in (*sinks, source):
+        await part.aclose()
+
+
+async def test_a_peer_that_left_much_unread_is_heard_again_behind_a_revocation(ward: Ward) -> None:
+    server = await RouterServer.bind(ward.context, ANY_PORT, security=ward.guards(CONTROL))
+    await ward.gate.replace(CONTROL, {ward.pi1.public: "pi1", ward.pi2.public: "pi2"})
+    links = [
+        await DealerLink.connect(ward.context, server.endpoint, identity=name, security=ward.client(who))
+        for name, who in (("pi1", ward.pi1), ("pi2", ward.pi2))
+    ]
+    for link in links:
+        await link.send(b"hello")
+    identities = {}
+    for _ in links:
+        identity, _ = await server.receive()
+        identities[server.sender] = identity
+    with pytest.raises(TransportError, match="does not take its messages"):
+        while True:
+            await server.send(identities["pi1"], bytes(100_000))
+    await ward.gate.replace(CONTROL, {ward.pi1.public: "pi1"})
+
+    async def read() -> None:
+        while await links[0].receive() != b"all that":
+            pass
+
+    reading = asyncio.create_task(read())  # while it does not, it does not see that its connection has ended
+    receiving = asyncio.create_task(server.receive())
+    async with asyncio.timeout(WAIT_S):
+        while not receiving.done():
+            await links[0].send(b"still here")
+            await asyncio.wait({receiving}, timeout=0.1)
+    assert receiving.result() == (identities["pi1"], b"still here")
+    await server.send(identities["pi1"], b"all that")
+    await reading
+    for part in (*links, server):
+        part._socket.setsockopt(zmq.LINGER, 0)
+        await part.aclose()
+
+
 async def test_a_list_that_takes_nobodys_place_cuts_no_connection(ward: Ward) -> None:
     server = await RouterServer.bind(ward.context, ANY_PORT, security=ward.guards(CONTROL))
     link = await DealerLink.connect(ward.context, server.endpoint, identity="pi1", security=ward.client(ward.pi1))
@@ -278,7 +362,6 @@ async def test_a_peer_without_a_key_is_refused(ward: Ward, events: Events, mecha
         bad.connect(source.endpoint)
         await happens(lambda before=before: ward.gate.refusals.num_refused > before)
         bad.close()
-    # It may be the first to see that the mechanisms differ, and leave: then libzmq knows no more than that.
     assert [event["address"] for event in refused(events)] == ["127.0.0.1"]
     sink = await PushSink.connect(ward.context, source.endpoint, security=ward.client(ward.pi1))
     await serves(source, sink)
@@ -292,9 +375,8 @@ async def test_a_peer_with_a_wrong_key_of_the_server_is_refused(ward: Ward, even
         ward.context, source.endpoint, security=ClientSecurity(ward.pi1.secret, pair().public)
     )
     await happens(lambda: refused(events) and ward.gate.refusals.num_refused >= 2)
-    assert [(event["address"], event["reason"]) for event in refused(events)] == [
-        ("127.0.0.1", "it has the wrong key of ours, or its bytes are forged or replayed")
-    ]
+    assert [event["address"] for event in refused(events)] == ["127.0.0.1"]
+    assert "wrong key of ours" in str(refused(events)[0]["reason"])
     await happens(lambda: [event for event in events if event["event"] == "peer_not_trusted"])
     await sink.aclose()
     await source.aclose()
@@ -373,7 +455,7 @@ async def test_a_handshake_that_is_replayed_is_refused(ward: Ward, events: Event
     await happens(lambda: refused(events))
     writer.close()
     assert [event["address"] for event in refused(events)] == ["127.0.0.1"]
-    assert "replayed" in str(refused(events)[0]["reason"])
+    assert "recorded" in str(refused(events)[0]["reason"])
     assert source.bytes_in == before
     assert not await source._socket.poll(200)
     await source.aclose()
@@ -387,7 +469,7 @@ async def test_a_dead_gate_refuses_everybody(ward: Ward, events: Events, fast: N
     ward.running.cancel()
     await asyncio.gather(ward.running, return_exceptions=True)
     if is_socket_left:  # as if the task hung: nobody answers
-        ward.gate.start()
+        await starts(ward.gate)
     sink = await PushSink.connect(ward.context, source.endpoint, security=ward.client(ward.pi2))
     sending = asyncio.create_task(sink.send([b"let me in"]))
     await happens(lambda: ward.gate.refusals.num_refused >= 2)
@@ -396,7 +478,7 @@ async def test_a_dead_gate_refuses_everybody(ward: Ward, events: Events, fast: N
     # Who is in stays in, and a gate that runs again lets in who waits.
     await serves(source, known)
     if not is_socket_left:
-        ward.gate.start()
+        await starts(ward.gate)
     ward.running = asyncio.create_task(ward.gate.run())
     await sending
     receiving = [bytes((await source.receive())[0])]
@@ -419,7 +501,7 @@ async def test_a_server_without_a_gate_lets_nobody_in(context: zmq.asyncio.Conte
 
 
 async def test_a_gate_that_fails_says_so_and_closes(
-    ward: Ward, events: Events, monkeypatch: pytest.MonkeyPatch
+    ward: Ward, events: Events, fast: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("broken")
@@ -430,7 +512,9 @@ async def test_a_gate_that_fails_says_so_and_closes(
     with pytest.raises(RuntimeError, match="broken"):
         await ward.running
     assert [event["event"] for event in events if event["event"] == "gate_failed"] == ["gate_failed"]
-    await happens(lambda: refused(events))
+    await happens(lambda: ward.gate.refusals.num_refused >= 2)
+    assert len([event for event in events if event["event"] == "gate_not_running"]) == 1
+    assert [event["address"] for event in refused(events)] == ["127.0.0.1"]
     await sink.aclose()
     await source.aclose()
 
