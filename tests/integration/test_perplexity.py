@@ -20,6 +20,16 @@ def test_packed_weights_in_exact_mode_keep_the_bounds() -> None:
     assert 5 < rows["f32"]["perplexity"] < 50
 
 
+def test_fast_mode_keeps_its_own_bound_and_costs_more_than_exact_mode() -> None:
+    arguments = ("perplexity", "--tokens", "1024", "--weights", "int8", "--json")
+    ratios = []
+    for mode in ("--exact", "--fast"):
+        done = subprocess.run(mdiq_command(*arguments, mode), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        ratios.append(json.loads(done.stdout)["rows"][1]["ratio"])
+    assert ratios[0] < ratios[1] <= 1.03
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_ring_of_packed_weights_gives_the_tokens_of_one_node(weights: str) -> None:
     """A prompt of one chunk: the same bits on every ring, as long as no hop rounds."""
