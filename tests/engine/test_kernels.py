@@ -111,7 +111,8 @@ def test_a_width_that_a_kernel_cannot_read_is_left_to_another(num_in: int, tmp_p
     if any(kernel.name == "fbgemm" for kernel in AVAILABLE):
         linear = KernelChoice(exact=True, folder=tmp_path).load(file, "w")
         x = _random(8, num_in, seed=6)
-        assert torch.allclose(linear(x), x @ (q * scale[:, None]).t(), atol=1e-1)
+        expected = x @ (q * scale[:, None]).t()
+        assert (linear(x) - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_the_embedding_gives_rows_of_its_matrix(tmp_path: Path) -> None:
