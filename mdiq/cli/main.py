@@ -369,6 +369,51 @@ def node(
     raise typer.Exit(serve_node(name, control, listen, threads, pin, stdin_key=stdin_key))
 
 
+_Topology = Annotated[Path, typer.Argument(help="The topology file.")]
+
+
+@app.command()
+def serve(
+    topology: _Topology,
+    log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.INFO,
+) -> None:
+    """Serve a topology on its Starter, with the HTTP API, until it is stopped."""
+    from mdiq.cli.serve import serve as execute
+
+    logging.configure(log_level.value, node="starter")
+    raise typer.Exit(execute(topology))
+
+
+@app.command()
+def status(
+    topology: _Topology, as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False
+) -> None:
+    """Show the ring that mdiq serve keeps up on this machine; exit with 1 when it does not serve."""
+    from mdiq.cli.admin import status as execute
+
+    raise typer.Exit(execute(topology, as_json=as_json))
+
+
+@app.command()
+def drain(
+    topology: _Topology,
+    node: Annotated[str, typer.Argument(help="A node of the ring.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let the node in again.")] = False,
+) -> None:
+    """Take a node out of the ring when what runs there is done; the others take its layers."""
+    from mdiq.cli.admin import drain as execute
+
+    raise typer.Exit(execute(topology, node, undo=undo))
+
+
+@app.command()
+def reload(topology: _Topology) -> None:
+    """Have mdiq serve read its topology again; a node that is not in it any more is cut off."""
+    from mdiq.cli.admin import reload as execute
+
+    raise typer.Exit(execute(topology))
+
+
 def main() -> None:
     """Run the command line; an error that mdiq raises on purpose is one line on stderr."""
     try:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
 from mdiq.cli.signals import run_until_signal
+from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
@@ -179,8 +180,8 @@ class _Run:
             raise ConfigError(f"{line.where}: the prompt is empty; give at least one token")
         return Sequence(line.index, prompt, line.params, eos_token_ids=tokenizer.eos_token_ids)
 
-    def _pipe(self, sequence: Sequence) -> "_TokenizerPipe":
-        return _TokenizerPipe(self._tokenizer, sequence.params.stop)
+    def _pipe(self, sequence: Sequence) -> TokenizerPipe:
+        return TokenizerPipe(self._tokenizer, sequence.params.stop)
 
     async def _serve(self, ring: "LocalRing", sequence: Sequence) -> None:
         result = Result(sequence.index, sequence.prompt, submitted_s=self._now())
@@ -234,26 +235,6 @@ class _Run:
 
     def _now(self) -> float:
         return time.monotonic() - self._start_s
-
-
-class _TokenizerPipe:
-    """Tokens of one Sequence to text: whole characters only, and nothing of a stop text."""
-
-    def __init__(self, tokenizer: "Tokenizer", stops: tuple[str, ...]) -> None:
-        from mdiq.core.stop_text import StopText
-
-        self._stream = tokenizer.stream()
-        self._stop_text = StopText(stops)
-
-    @property
-    def stop_matched(self) -> bool:
-        return self._stop_text.matched
-
-    def push(self, token: int) -> str:
-        return self._stop_text.push(self._stream.push(token))
-
-    def finish(self) -> str:
-        return self._stop_text.push(self._stream.finish()) + self._stop_text.finish()
 
 
 def _from_topology(options: RunOptions, file: Path) -> tuple[RunOptions, RemoteRing]:

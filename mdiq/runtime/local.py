@@ -25,7 +25,7 @@ from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import measure_cost, measure_packing
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.wire_check import check_tokens, divergence_nats
-from mdiq.errors import MdiqError, first_of
+from mdiq.errors import MdiqError, RingError, first_of
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
 from mdiq.plan.wire_choice import AUTO, USUAL, WireCosts, choose_wires
@@ -33,6 +33,7 @@ from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.engine_worker import TorchStarter, make_worker, wire_limits
 from mdiq.runtime.in_process import InProcessStages
 from mdiq.runtime.link_survey import survey_hops
+from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.processes import ProcessStages
 from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
@@ -82,6 +83,8 @@ class LocalRing:
         self._links: tuple[HopLink | None, ...] = ()
         self._wires: tuple[str, ...] = ()
         self._bytes_before = (0, 0)  # in and out, when the Ring began to serve
+        self._loss: MdiqError | None = None
+        self._is_lost = asyncio.Event()
         self.wire_check_nats: float | None = None
 
     async def __aenter__(self) -> "LocalRing":
@@ -113,6 +116,22 @@ class LocalRing:
         """Most tokens of one Sequence."""
         assert self._runner is not None  # __aenter__ has run
         return self._runner.config.context_tokens
+
+    @property
+    def worker(self) -> Worker:
+        """What computes here, for a watchdog."""
+        return self._worker
+
+    @property
+    def missing(self) -> list[str]:
+        """The Nodes that the Ring waits for, while it starts."""
+        return self._stages.missing if isinstance(self._stages, SocketStages) else []
+
+    async def until_lost(self) -> MdiqError:
+        """Wait until the Ring cannot serve any more; return why."""
+        await self._is_lost.wait()
+        assert self._loss is not None  # it is set with the event
+        return self._loss
 
     async def drain(self) -> None:
         """Have the other Stages report for the last time and end; ``figures`` and ``spans`` are complete then."""
@@ -241,6 +260,7 @@ class LocalRing:
             plan_pace=self._plan_pace,
         )
         self._serving = asyncio.create_task(service.run(), name="starter")
+        self._serving.add_done_callback(self._on_loops_ended)
         if isinstance(self._stages, SocketStages):
             self._links = await survey_hops(service, self._stages, self._epoch, options.num_nodes, self._clock)
         delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
@@ -307,8 +327,16 @@ class LocalRing:
             self._service.report_failure(epoch, seq_ids, error)
 
     def _on_lost(self, error: MdiqError) -> None:
+        if self._loss is None:
+            self._loss = error
+            self._is_lost.set()
         if self._service is not None:
             self._service.fail_all(error)
+
+    def _on_loops_ended(self, serving: "asyncio.Task[None]") -> None:
+        if not serving.cancelled() and (error := serving.exception()) is not None:
+            first = first_of(error)
+            self._on_lost(first if isinstance(first, MdiqError) else RingError(f"starter: {first!r}; see the log"))
 
 
 def _digest(model: Path) -> str:

@@ -62,6 +62,11 @@ class SocketStages(ABC):
         self.source: PullSource | None = None
         self.sink: PushSink | None = None
 
+    @property
+    def missing(self) -> list[str]:
+        """The Nodes that have not joined yet."""
+        return [*self._coordinator.missing] if self._coordinator else [*self._names]
+
     @abstractmethod
     async def start(self) -> Sequence[control.Ready]:
         """Have every Node join and load; return what each has, in ring order.

@@ -1,0 +1,78 @@
+"""`mdiq status`, `mdiq drain`, `mdiq reload`: an operator talks to the `mdiq serve` of a topology on this machine."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mdiq.runtime.admin import ask
+
+
+def status(topology: Path, *, as_json: bool) -> int:
+    """Show the ring; return 0 if it serves, else 1."""
+    found = ask(topology, {"do": "status"})
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        _print(found)
+    return 0 if found["is_serving"] else 1
+
+
+def drain(topology: Path, node: str, *, undo: bool) -> int:
+    """Take a node out of the ring, or let it in again."""
+    typer.echo(ask(topology, {"do": "drain", "node": node, "undo": undo}))
+    return 0
+
+
+def reload(topology: Path) -> int:
+    """Have the topology read again."""
+    typer.echo(ask(topology, {"do": "reload"}))
+    return 0
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    console = Console()
+    requests = found["requests"]
+    console.print(f"{found['state']}; model {found['model']}", highlight=False, markup=False)
+    console.print(
+        f"requests: {requests['running']} running, {requests['done']} done, {requests['failed']} failed; "
+        f"rings formed: {found['rings_formed']}",
+        highlight=False,
+    )
+    if found["last_error"]:
+        console.print(f"last error: {found['last_error']}", highlight=False, markup=False)
+    table = Table("node", "state", "layers", "memory", "weights", "busy", "hop out of it")
+    hops = found.get("hops", [])
+    for i, node in enumerate(found["nodes"]):
+        layers = node.get("layers")
+        table.add_row(
+            node["name"],
+            _state(node),
+            f"{layers[0]}-{layers[1] - 1}" if layers else "",
+            _megabytes(node.get("rss_bytes")),
+            _megabytes(node.get("weight_bytes")),
+            f"{node['busy_share']:.0%}" if "busy_share" in node else "",
+            _hop(hops[i]) if i < len(hops) else "",
+        )
+    console.print(table)
+
+
+def _state(node: Mapping[str, Any]) -> str:
+    if node["state"] == "loads":
+        return f"loads, {node['loaded']} of {node['to_load']}"
+    return str(node["state"])
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def _hop(hop: Mapping[str, Any]) -> str:
+    if hop["delay_s"] is None:
+        return str(hop["wire"])
+    rate = "" if hop["bytes_per_s"] is None else f", {hop['bytes_per_s'] * 8 / 1e6:.0f} Mbit/s"
+    return f"{hop['wire']}, {hop['delay_s'] * 1e3:.1f} ms{rate}"

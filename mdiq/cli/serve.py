@@ -1,0 +1,199 @@
+"""`mdiq serve`: the Starter of a topology as a service: a ring that is kept up, its API, and an operator's socket."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from mdiq.cli.ring_file import flags_of, remote_ring
+from mdiq.cli.text_pipe import TokenizerPipe
+from mdiq.config.load import LoadedTopology, load_topology
+from mdiq.core.ring import RingSettings
+from mdiq.core.sequence import Sequence
+from mdiq.core.types import LayerRange
+from mdiq.errors import ConfigError, first_of
+from mdiq.plan.pace import PaceSettings
+from mdiq.runtime.admin import AdminServer, socket_path
+from mdiq.runtime.lifecycle import Notifier, Watchdog, serve_until_signal, watchdog_interval_s
+from mdiq.runtime.options import RingOptions, parse_wires
+from mdiq.runtime.placement import set_threads
+
+if TYPE_CHECKING:  # torch is imported behind set_threads
+    from mdiq.engine.model_config import ModelConfig
+    from mdiq.engine.tokenizer import Tokenizer
+    from mdiq.runtime.ring_keeper import Form, KeeperState
+
+log = structlog.get_logger()
+
+JOIN_S = 24 * 3600.0  # a service waits for its nodes; what it waits for is in its status
+TELL_S = 5.0
+STOP_S = 25.0  # the unit's TimeoutStopSec is 30
+
+
+def serve(file: Path) -> int:
+    """Serve until a signal comes; return the exit code."""
+    notifier = Notifier.from_environment()
+    notifier.starting(f"reads {file.name}")
+    loaded = load_topology(file)
+    remote_ring(loaded, JOIN_S)  # a key that is wrong is told before torch is loaded
+    flags = flags_of(loaded)
+    threads = flags["threads"]
+    set_threads(threads)
+    notifier.starting("loads its program")
+    from mdiq.engine.checkpoint import open_checkpoint
+    from mdiq.engine.model_source import find_model
+    from mdiq.engine.tokenizer import Tokenizer
+
+    model = find_model(flags["model"], progress=lambda text: notifier.starting(text))
+    with open_checkpoint(model) as checkpoint:
+        config = checkpoint.config
+    topologies = _Topologies(file, model, config, threads)
+    try:
+        asyncio.run(_Service(file, topologies, Tokenizer.load(model), loaded, notifier).run())
+    except BaseExceptionGroup as group:
+        raise first_of(group) from None
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
+    os._exit(0)
+
+
+class _Topologies:
+    """What the topology file says, read when it is asked for; see RingKeeper."""
+
+    def __init__(self, file: Path, model: Path, config: "ModelConfig", threads: int) -> None:
+        self._file = file
+        self._model = model
+        self._config = config
+        self._threads = threads
+        self._first: LoadedTopology | None = None
+
+    def read(self) -> "Form":
+        """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
+        loaded = load_topology(self._file)
+        self._first = self._first or loaded
+        old, new = self._first.topology, loaded.topology
+        for what, before, now in (("model", old.model.path, new.model.path), ("api", old.api, new.api)):
+            if before != now:
+                raise ConfigError(f"{self._file}: {what}: a reload does not change it; restart mdiq serve")
+        form = partial(self._form, loaded)
+        form(frozenset())  # what is wrong with it is told now
+        return form
+
+    def _form(self, loaded: LoadedTopology, drained: frozenset[str]) -> RingOptions:
+        here = _without(loaded, drained)
+        flags = flags_of(here)
+        remote = remote_ring(here, JOIN_S)
+        return RingOptions(
+            model=self._model,
+            layers=self._layers(flags, len(remote.nodes)),
+            dtype=flags["dtype"],
+            weights=flags["weights"],
+            exact=flags["exact"],
+            wires=parse_wires(flags["wire"], len(remote.nodes)),
+            device=flags["device"],
+            threads=self._threads,
+            pace=PaceSettings(decode_wait_s=flags["decode_wait_ms"] / 1_000, max_live=flags["max_live"]),
+            ring=RingSettings(prefix_tokens=None if flags["prefix_reuse"] else 0),
+            remote=remote,
+        )
+
+    def _layers(self, flags: Mapping[str, Any], num_nodes: int) -> tuple[LayerRange, ...]:
+        from mdiq.plan.split import check_split, split_layers
+
+        num_layers = self._config.num_layers
+        if flags["layers"] is not None:
+            return check_split([int(number) for number in flags["layers"].split(",")], num_layers)
+        return split_layers(num_layers, num_nodes, self._config.head_layers)
+
+
+def _without(loaded: LoadedTopology, drained: frozenset[str]) -> LoadedTopology:
+    """Return a topology without these nodes."""
+    topology = loaded.topology
+    workers = [node.name for node in topology.ring_nodes[1:]]
+    for name in sorted(drained):
+        if name == topology.starter.name:
+            raise ConfigError(f"{name}: it is the Starter, and there is no ring without it; stop mdiq serve instead")
+        if name not in workers:
+            raise ConfigError(f"{name}: the ring has no such node; its workers are {', '.join(workers) or 'none'}")
+    if drained and any(node.layers is not None for node in topology.ring_nodes):
+        raise ConfigError(f"{loaded.file}: layers by hand leave none for another node; write auto to drain one")
+    nodes = tuple(node for node in topology.nodes if node.name not in drained)
+    return replace(loaded, topology=topology.model_copy(update={"nodes": nodes}))
+
+
+class _Service:
+    """The parts of a Starter's service and their order of starting and ending."""
+
+    def __init__(
+        self, file: Path, topologies: _Topologies, tokenizer: "Tokenizer", loaded: LoadedTopology, notifier: Notifier
+    ) -> None:
+        self._file = file
+        self._topologies = topologies
+        self._tokenizer = tokenizer
+        self._loaded = loaded
+        self._notifier = notifier
+
+    async def run(self) -> None:
+        """Serve until a signal comes."""
+        from mdiq.runtime.local import LocalRing
+        from mdiq.runtime.ring_keeper import RingKeeper
+
+        def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> LocalRing:
+            return LocalRing(options, make_pipe=self._pipe, on_loading=on_loading)
+
+        self._keeper = keeper = RingKeeper(self._topologies.read, open_ring, on_state=self._tell)
+        commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
+        async with AdminServer(socket_path(self._file), commands):
+            beside = [asyncio.create_task(self._keep_telling(), name="telling")]
+            if (interval_s := watchdog_interval_s()) is not None:
+                watchdog = Watchdog(
+                    self._notifier, interval_s, has_work=keeper.has_work, last_progress_s=keeper.last_progress_s
+                )
+                beside.append(asyncio.create_task(watchdog.run(), name="watchdog"))
+            try:
+                await serve_until_signal(
+                    keeper.run(), notifier=self._notifier, drain=keeper.finish, drain_s=STOP_S, reload=self._reload
+                )
+            finally:
+                for task in beside:
+                    task.cancel()
+        self._notifier.stopping("ends")
+
+    def _pipe(self, sequence: Sequence) -> TokenizerPipe:
+        return TokenizerPipe(self._tokenizer, sequence.params.stop)
+
+    def _tell(self, state: "KeeperState") -> None:
+        if state.is_serving:
+            self._notifier.ready(state.text)
+        else:
+            self._notifier.status(state.text)
+
+    async def _keep_telling(self) -> None:
+        # Waiting for nodes is no start that stands still: without this the manager would end it.
+        while True:
+            if not self._keeper.state.is_serving:
+                self._notifier.starting(self._keeper.describe())
+            await asyncio.sleep(TELL_S)
+
+    async def _status(self, _: Mapping[str, Any]) -> Any:
+        return self._keeper.status()
+
+    async def _drain(self, question: Mapping[str, Any]) -> str:
+        return await self._keeper.drain_node(str(question.get("node")), undo=question.get("undo") is True)
+
+    async def _reload_asked(self, _: Mapping[str, Any]) -> str:
+        self._notifier.reloading()
+        try:
+            return await self._keeper.reload()
+        finally:
+            self._notifier.reloaded()
+
+    async def _reload(self) -> None:
+        log.info("reload_done", result=await self._keeper.reload())

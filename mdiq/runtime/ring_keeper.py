@@ -1,0 +1,325 @@
+"""Keeps a Ring up: forms it, serves Sequences on it, and forms it again when a Node is lost or the operator says so.
+
+forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ forming
+                                 └──reload, drain──▶ draining ──nothing runs──▶ forming
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from mdiq.core.sequence import Sequence
+from mdiq.errors import MdiqError, RingError
+from mdiq.runtime.loops import Clock, Worker
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
+from mdiq.runtime.starter_service import StarterService, StreamEvent
+
+log = structlog.get_logger()
+
+RETRY_S = 5.0
+DRAIN_S = 600.0  # how long what runs may hold up a reload
+
+Form = Callable[[frozenset[str]], RingOptions]
+"""What a topology says: returns the Ring without the Nodes that are drained.
+
+Raises ConfigError when there can be none.
+"""
+OnLoading = Callable[[str, int, int], None]
+
+
+class KeptRing(Protocol):
+    """What is asked of a Ring; LocalRing is one."""
+
+    @property
+    def missing(self) -> list[str]: ...
+    @property
+    def worker(self) -> Worker: ...
+    @property
+    def service(self) -> StarterService: ...
+    async def __aenter__(self) -> Any: ...
+    async def aclose(self) -> None: ...
+    async def until_lost(self) -> MdiqError: ...
+    def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]: ...
+    def figures(self) -> list[NodeFigures]: ...
+    def hops(self) -> list[HopFigures]: ...
+    def pace(self) -> PaceFigures: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperState:
+    """Whether Sequences are taken, and what an operator reads of it."""
+
+    is_serving: bool
+    text: str
+
+
+class RingKeeper:
+    """One Ring after the other.
+
+    read: reads the topology; called at the start and at a reload. Raises ConfigError.
+    open_ring: gives a Ring that is not entered yet.
+    on_state: told at every change.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Form],
+        open_ring: Callable[[RingOptions, OnLoading], KeptRing],
+        *,
+        clock: Clock = time.monotonic,
+        on_state: Callable[[KeeperState], None] = lambda _: None,
+    ) -> None:
+        self._read = read
+        self._open_ring = open_ring
+        self._clock = clock
+        self._on_state = on_state
+        self._form = read()
+        self._drained: frozenset[str] = frozenset()
+        self._options = self._form(self._drained)
+        self._ring: KeptRing | None = None
+        self._is_entered = False  # the Ring, else it starts
+        self._loading: dict[str, tuple[int, int]] = {}
+        self._is_ending = False
+        self._renew = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._closed.set()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._changing = asyncio.Lock()
+        self._serving_since_s = 0.0
+        self._num_running = 0
+        self._num_rings = 0
+        self._num_done = 0
+        self._num_failed = 0
+        self.last_error: str | None = None
+        self.state = KeeperState(False, "starts")
+
+    @property
+    def options(self) -> RingOptions:
+        """The Ring as it is formed now."""
+        return self._options
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """The Nodes that the operator took out."""
+        return self._drained
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that are not finished."""
+        return self._num_running
+
+    async def run(self) -> None:
+        """Keep a Ring up until cancelled."""
+        while True:
+            self._renew.clear()
+            try:
+                await self._one_ring()
+            except MdiqError as error:
+                self.last_error = str(error)
+                log.error("ring_failed", error=str(error))
+                self._say(f"the ring failed: {error}")
+                await self._pause()
+
+    async def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]:
+        """Run a Sequence; see StarterService.stream.
+
+        Raises:
+            RingError: there is no Ring that takes it.
+        """
+        ring = self._ring
+        if ring is None or not self.state.is_serving:
+            raise RingError(f"the ring does not serve: {self.state.text}; ask again in a while")
+        self._num_running += 1
+        self._quiet.clear()
+        is_done = False
+        events = ring.stream(sequence)
+        try:
+            async for event in events:
+                is_done = event.step.finish_reason is not None and event.step.error is None
+                yield event
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]  # a generator: leaving it cancels the Sequence
+            self._num_running -= 1
+            self._num_done += is_done
+            self._num_failed += not is_done
+            if not self._num_running:
+                self._quiet.set()
+
+    async def drain_node(self, name: str, *, undo: bool = False) -> str:
+        """Take a Node out of the Ring when nothing runs on it any more, or let it in again; return what was done.
+
+        Raises:
+            ConfigError: there can be no Ring without it.
+        """
+        async with self._changing:
+            drained = self._drained - {name} if undo else self._drained | {name}
+            if drained == self._drained:
+                return f"{name}: it {'is not' if undo else 'is already'} drained"
+            options = self._form(drained)
+            await self._change(options, drained, f"{'lets in' if undo else 'drains'} {name}")
+            return f"{name}: {'back in the ring' if undo else 'drained'}; the ring is formed with {_names(options)}"
+
+    async def reload(self) -> str:
+        """Read the topology again; return what was done. A Node that is not in it any more is cut off at once.
+
+        Raises:
+            ConfigError: it cannot be used; nothing has changed.
+        """
+        async with self._changing:
+            form = self._read()
+            options = form(self._drained)
+            self._form = form
+            if options == self._options:
+                return "nothing that the ring depends on has changed"
+            is_revoked = bool(_members(self._options) - _members(options))
+            await self._change(options, self._drained, "reloads", at_once=is_revoked)
+            return f"the ring is formed with {_names(options)}"
+
+    async def finish(self) -> None:
+        """Take no more Sequences, and wait until those that run are done."""
+        self._is_ending = True
+        self._say("ends")
+        await self._quiet.wait()
+
+    def describe(self) -> str:
+        """Return the state in words, those of a start newly made: they change without an event."""
+        if self._ring is None or self._is_entered:
+            return self.state.text
+        loading = [f"{node} {100 * done // total} %" for node, (done, total) in self._loading.items() if total > done]
+        parts = [f"loading: {', '.join(loading)}"] if loading else []
+        if missing := self._ring.missing:
+            parts.append(f"waiting for {', '.join(missing)}")
+        return "; ".join(parts) or "measures the ring"
+
+    def has_work(self) -> bool:
+        """Tell whether anything is computed or waits to be; for a watchdog."""
+        return self._ring is not None and self._ring.worker.has_work
+
+    def last_progress_s(self) -> float:
+        """Return when a job last ended; for a watchdog."""
+        return 0.0 if self._ring is None else self._ring.worker.last_progress_s
+
+    def status(self) -> dict[str, Any]:
+        """Return what `mdiq status --json` shows."""
+        options = self._options
+        ring = self._ring if self._is_entered else None
+        since_s = self._clock() - self._serving_since_s
+        figures = {} if ring is None else {node.name: node for node in ring.figures()}
+        nodes: list[dict[str, Any]] = []
+        missing = set() if self._ring is None or ring is not None else set(self._ring.missing)
+        for name, layers in zip(options.node_names, options.layers, strict=True):
+            node: dict[str, Any] = {"name": name, "layers": [layers.start, layers.stop]}
+            if (found := figures.get(name)) is not None:
+                node |= {
+                    "state": "serves",
+                    "rss_bytes": found.rss_bytes,
+                    "weight_bytes": found.weight_bytes,
+                    "busy_share": round(min(found.busy_s / since_s, 1.0), 4) if since_s > 0 else 0.0,
+                    "bytes_in": found.bytes_in,
+                    "bytes_out": found.bytes_out,
+                    "frames_dropped": found.dropped,
+                }
+            elif name in missing:
+                node["state"] = "missing"
+            elif name in self._loading:
+                done, total = self._loading[name]
+                node |= {"state": "loads", "loaded": done, "to_load": total}
+            else:
+                node["state"] = "joined" if self._ring is not None else "unknown"
+            nodes.append(node)
+        nodes += [{"name": name, "state": "drained"} for name in sorted(self._drained)]
+        status: dict[str, Any] = {
+            "is_serving": self.state.is_serving,
+            "state": self.state.text,
+            "model": str(options.model),
+            "nodes": nodes,
+            "requests": {"running": self._num_running, "done": self._num_done, "failed": self._num_failed},
+            "rings_formed": self._num_rings,
+            "last_error": self.last_error,
+        }
+        if ring is not None:
+            status["serving_s"] = round(since_s, 1)
+            status["hops"] = [
+                {"wire": hop.wire, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s} for hop in ring.hops()
+            ]
+            pace = ring.pace()
+            status["pace"] = {"most_live": pace.num_live, "in_flight": pace.in_flight, "cap": pace.cap}
+        return status
+
+    async def _one_ring(self) -> None:
+        """Form a Ring and serve on it until it is to be renewed; raise why when it is lost."""
+        self._loading = {}
+        self._ring = ring = self._open_ring(self._options, self._note_loading)
+        self._closed.clear()
+        self._say(self.describe())
+        renewing = asyncio.create_task(self._renew.wait(), name="renew")
+        entering = asyncio.create_task(ring.__aenter__(), name="form")
+        losing: asyncio.Task[MdiqError] | None = None
+        try:
+            await asyncio.wait({entering, renewing}, return_when=asyncio.FIRST_COMPLETED)
+            if not entering.done():
+                return
+            entering.result()
+            self._is_entered = True
+            self._num_rings += 1
+            self._serving_since_s = self._clock()
+            self.last_error = None
+            losing = asyncio.create_task(ring.until_lost(), name="lost")
+            log.info("ring_formed", nodes=_names(self._options))
+            if not self._is_ending:
+                self._say(f"serves on {_names(self._options)}", is_serving=True)
+            await asyncio.wait({losing, renewing}, return_when=asyncio.FIRST_COMPLETED)
+            if losing.done():
+                raise losing.result()
+            ring.service.fail_all(RingError("the ring is formed anew; ask again"))
+        finally:
+            for task in (renewing, entering, losing):
+                if task is not None:
+                    task.cancel()
+            await asyncio.gather(*(t for t in (renewing, entering, losing) if t is not None), return_exceptions=True)
+            self._ring, self._is_entered = None, False
+            self._say("ends" if self._is_ending else "forms the ring anew")
+            await ring.aclose()
+            self._closed.set()
+
+    async def _change(self, options: RingOptions, drained: frozenset[str], what: str, *, at_once: bool = False) -> None:
+        """Form the Ring anew, when nothing runs any more or at once."""
+        self._say(what)
+        try:
+            if not at_once:
+                async with asyncio.timeout(DRAIN_S):
+                    await self._quiet.wait()
+        except TimeoutError:
+            log.warning("drain_cut_short", running=self._num_running)
+        self._options, self._drained = options, drained
+        self._renew.set()
+        await self._closed.wait()
+
+    async def _pause(self) -> None:
+        try:
+            async with asyncio.timeout(RETRY_S):
+                await self._renew.wait()
+        except TimeoutError:
+            pass
+
+    def _note_loading(self, node: str, done: int, total: int) -> None:
+        self._loading[node] = done, total
+        self._say(self.describe())
+
+    def _say(self, text: str, *, is_serving: bool = False) -> None:
+        self.state = KeeperState(is_serving, text)
+        self._on_state(self.state)
+
+
+def _names(options: RingOptions) -> str:
+    return ", ".join(options.node_names)
+
+
+def _members(options: RingOptions) -> set[tuple[str, str | None]]:
+    """Return the Ring's Nodes with their keys."""
+    return {(node.name, node.public_key) for node in options.remote.nodes} if options.remote else set()
