@@ -283,10 +283,10 @@ class LoopbackRing:
         """Return the file that a Node's process writes to."""
         return self.folder / f"{name}.log"
 
-    def start_node(self, name: str, *, program: Sequence[str] = MDIQ) -> "subprocess.Popen[Any]":
+    def start_node(self, name: str, *arguments: str, program: Sequence[str] = MDIQ) -> "subprocess.Popen[Any]":
         """Start a worker's process, with a cache and a log of its own. program: what stands for mdiq."""
         environment = {**os.environ, "MDIQ_CACHE": str(self.folder / f"cache-{name}")}
-        command = [*program, "node", str(self.file), "--name", name]
+        command = [*program, "node", str(self.file), "--name", name, *arguments]
         with self.log(name).open("ab") as log:
             process = self._popen(name, command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         self._nodes[name] = process

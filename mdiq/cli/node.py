@@ -110,6 +110,8 @@ class _Service:
                 log.info("ring_ended")
                 if self._once:
                     return
+            finally:
+                self._process = None  # there is no ring to leave until the next one
             await asyncio.sleep(REJOIN_S)
 
     async def _reload(self) -> None:

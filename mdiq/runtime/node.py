@@ -340,4 +340,4 @@ async def _guard(gate: Gate) -> None:
     try:
         await gate.run()
     except Exception as error:
-        raise TransportError(f"its gate failed, and lets nobody in any more: {error!r}; the node joins anew") from error
+        raise TransportError(f"its gate failed, and lets nobody in any more: {error!r}; see its log") from error

@@ -1,8 +1,8 @@
 """A stranger's program: tries to get in at ports of a ring, all at once, and tells which let it in.
 
-Standard input has a JSON list of attempts: source, host, port; either ``recorded`` (hexadecimal bytes to send again), or
-``secret`` and ``server`` (CURVE keys in Z85), or none of them for a peer without a key. A line of JSON comes out: for
-each attempt whether the handshake succeeded.
+Standard input has a JSON list of attempts: source, host, port, and whether a ROUTER or a PULL is there; either
+``recorded`` (hexadecimal bytes to send again), or ``secret`` and ``server`` (CURVE keys in Z85), or none of them for a
+peer without a key. A line of JSON comes out: for each attempt whether the handshake succeeded.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import socket
 import sys
 import time
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -32,8 +33,8 @@ def main() -> None:
 class _Peer:
     """A socket that tries again and again."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", attempt: dict[str, str]) -> None:
-        self._socket = socket_ = context.socket(zmq.PUSH)
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", attempt: dict[str, Any]) -> None:
+        self._socket = socket_ = context.socket(zmq.DEALER if attempt["is_router"] else zmq.PUSH)
         socket_.linger = 0
         socket_.reconnect_ivl = AGAIN_MS
         if "secret" in attempt:
@@ -54,7 +55,7 @@ class _Peer:
         return False
 
 
-def _replay(attempt: dict[str, str]) -> bool:
+def _replay(attempt: dict[str, Any]) -> bool:
     """Send what another peer has sent, waiting for the answers as it had to; return whether the end is READY."""
     recorded = bytes.fromhex(attempt["recorded"])
     assert recorded[GREETING_BYTES + 2 : GREETING_BYTES + 8] == b"\x05HELLO", "this is no handshake"

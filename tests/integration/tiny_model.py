@@ -1,4 +1,4 @@
-"""A model directory that loads at once: random weights, a token for each byte. Its texts mean nothing; rings are real."""
+"""A model directory that loads at once: random weights, a token for each byte. Its texts mean nothing."""
 
 import json
 from pathlib import Path
