@@ -86,7 +86,6 @@ class Namespaces:
     def __init__(self, addresses: Mapping[str, str]) -> None:
         self.addresses = addresses
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
-        self._num_links = 0
         try:
             self._hub = self._hold_hub()
             self._holders |= {name: self._hold(*self._unshare()) for name in addresses}
@@ -114,22 +113,21 @@ class Namespaces:
     def relay(self, link: Link, ports: Sequence[int]) -> tuple[list[str], list[list[object]]]:
         """Put a namespace in the place of a link; return the command of the relay that is to stand there, and targets.
 
-        The sender's way to the receiver's address leads into that namespace, where the relay listens at this very
-        address. It connects to the receiver from the bridge's namespace: so nobody has to know of it.
+        Connections from the sender to the receiver's ports lead into that namespace, where the relay listens at the
+        receiver's address. It goes on to the receiver from the bridge's namespace: so nobody has to know of it.
         """
         sender, receiver = self.addresses[link.sender], self.addresses[link.receiver]
         place = self._hold(*self._unshare())
-        here, there = f"hop{self._num_links}", "far"
+        here, there, table = "hop", "far", 100
         self._holders[f"{link.sender}:{link.receiver}"] = place
-        self._num_links += 1
-        self._ip(
-            self._holders[link.sender],
-            [
-                f"link add {here} type veth peer name {there} netns {place.pid}",
-                f"link set {here} up",
-                f"route add {receiver}/32 dev {here} src {sender}",
-            ],
-        )
+        mine = [f"link add {here} type veth peer name {there} netns {place.pid}", f"link set {here} up"]
+        mine += [f"route add {receiver}/32 dev {here} src {sender} table {table}"]
+        # By port: what the receiver has opened, to a port of the sender's, is answered over the bridge.
+        mine += [f"rule add to {receiver}/32 ipproto tcp dport {port} lookup {table}" for port in ports]
+        self._ip(self._holders[link.sender], mine)
+        # Answers from there come on another interface than that of the main table, which some systems do not accept.
+        settings = "; ".join(f"echo 0 >/proc/sys/net/ipv4/conf/{name}/rp_filter" for name in ("all", here))
+        subprocess.run([*self._enter(self._holders[link.sender]), "sh", "-c", settings], stderr=subprocess.DEVNULL)
         self._ip(
             place,
             [
@@ -319,7 +317,9 @@ class LoopbackRing:
         try:
             listener = socket.create_server((host, port))
         except OSError as error:
-            raise ConfigError(f"--open-api: {host}:{port}: {error.strerror}; write another api.port") from None
+            raise ConfigError(
+                f"--open-api: {host}:{port}: {os.strerror(error.errno or 0)}; write another api.port"
+            ) from None
         with listener:
             # A socket stays in the network in which it was made, whoever has it.
             relay = [*self._network.inside(self.starter), *MDIQ, "relay", "--link", "delay=0ms"]

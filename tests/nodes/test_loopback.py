@@ -1,4 +1,4 @@
-"""nodes/loopback.py without a model: networks, addresses, slow hops, the copy of the topology, and what is left behind."""
+"""nodes/loopback.py without a model: networks, addresses, slow hops, the copy of the file, and what is left behind."""
 
 import os
 import re
@@ -136,12 +136,14 @@ def test_a_slow_hop_is_slow_for_its_sender_alone_and_nobody_has_to_know(topology
         answer, seconds = ask(ring, "pi1", ring.addresses["pi2"])
         assert answer.endswith(" said hello") and seconds >= 0.12
         assert ask(ring, "desk", ring.addresses["pi2"])[0] == "192.168.1.10 said hello"  # not through the relay
+        listen(ring, "pi1")
+        assert ask(ring, "pi2", ring.addresses["pi1"])[0] == f"{ring.addresses['pi2']} said hello"
 
 
 @needs_namespaces
 def test_a_capture_holds_every_byte_between_nodes(topology: Path, tmp_path: Path) -> None:
     file = tmp_path / "ring.pcap"
-    links = parse_links(["delay=1ms"])
+    links = parse_links(["delay=1ms"])  # so that one of the two goes through a relay
     text = "what was said: " + "0123456789" * 50
     with LoopbackRing(topology, tmp_path / "ring", links=links, capture=file, without=WORKERS) as ring:
         for name in ("desk", "pi2"):
@@ -278,13 +280,12 @@ def test_the_starters_command_runs_beside_the_nodes_and_its_exit_code_is_the_scr
 
 
 def test_a_node_that_dies_is_told_with_its_last_words(topology: Path, tmp_path: Path) -> None:
-    # pi1's log is taken by a folder, so to speak: its key cannot be read.
     loopback.make_missing_keys(topology, (), dry_run=False)
     (tmp_path / "keys" / "pi1.key").chmod(0o644)
     process = script(topology, "--", sys.executable, "-c", "import sys; sys.stdin.read()", stdin=subprocess.PIPE)
     assert process.stderr is not None and process.stdin is not None
     line = next(line for line in process.stderr if "has ended" in line)
-    assert re.match(r"loopback.py: pi1 has ended with exit code 2: mdiq: .*pi1\.key: .*0600", line)
+    assert re.match(r"loopback.py: pi1 has ended with exit code 2: mdiq: .*pi1\.key: .*chmod 600", line)
     process.communicate("", timeout=WAIT_S)
     assert process.returncode == 0
 
