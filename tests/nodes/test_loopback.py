@@ -68,8 +68,12 @@ def topology(tmp_path: Path) -> Path:
     return write(tmp_path, {"desk": "192.168.1.10", "pi1": "192.168.1.11", "pi2": "pi2.lan"})
 
 
-@pytest.fixture
-def ring(topology: Path, tmp_path: Path) -> Iterator[LoopbackRing]:
+@pytest.fixture(params=["as root", "as a user"])
+def ring(
+    request: pytest.FixtureRequest, topology: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LoopbackRing]:
+    if request.param == "as a user":  # root can have a user namespace as well
+        monkeypatch.setattr(os, "getuid", lambda: 1000)
     with LoopbackRing(topology, tmp_path / "ring", without=WORKERS) as ring:
         yield ring
 
