@@ -37,7 +37,7 @@ DESK, LEFT, RIGHT, STRANGER = "starter-desk", "worker-left", "worker-right", "st
 WAIT_S = 40.0
 HERE = Path(__file__).parent
 
-# `mdiq node` whose gate hangs, or dies, at the next peer that comes once a file tells it to.
+# mdiq with a gate that hangs, or dies, at the next peer that comes once a file tells it to. Its argument: which file.
 GATE_THAT_BREAKS = """
 import asyncio, os, sys
 from mdiq.cli.main import main
@@ -46,7 +46,8 @@ from mdiq.transport.curve import Gate
 
 push_pull.HANDSHAKE_MS = 1_000
 answer, run = Gate._answer, Gate.run
-dies, hangs = (os.path.join(os.path.dirname(sys.argv[2]), f"{what}-{sys.argv[4]}") for what in ("dies", "hangs"))
+dies, hangs = (sys.argv[1] + what for what in ("-dies", "-hangs"))
+del sys.argv[1]
 
 def answering(self, request):
     if os.path.exists(dies):
@@ -97,11 +98,19 @@ class Siege:
         return [line for line in self.logs[node] if line["event"] == "peer_refused" and line["address"] == address]
 
 
+def _breakable(ring: LoopbackRing, name: str) -> list[str]:
+    return [sys.executable, "-c", GATE_THAT_BREAKS, str(ring.folder / name)]
+
+
+def _break(ring: LoopbackRing, name: str, how: str) -> None:
+    (ring.folder / f"{name}-{how}").touch()
+
+
 class Talk:
     """A Starter that answers without end; its text comes in all the time."""
 
     def __init__(self, ring: LoopbackRing, log: Path) -> None:
-        command = ["mdiq", "run", "--topology", "{topology}", PROMPT, "--raw", "--ignore-eos"]
+        command = [*_breakable(ring, DESK), "run", "--topology", "{topology}", PROMPT, "--raw", "--ignore-eos"]
         command += ["--max-tokens", "30000", "--kv-tokens", "32768"]
         with log.open("ab") as errors:
             self.process = ring.start(DESK, command, stdout=subprocess.PIPE, stderr=errors)
@@ -118,10 +127,6 @@ class Talk:
         before = len(self.text)
         happens(lambda: len(self.text) >= before + more or self.process.poll() is not None)
         assert self.process.poll() is None, "the ring has ended"
-
-    def ends(self) -> int:
-        self.process.terminate()
-        return int(self.process.wait(WAIT_S))
 
 
 def happens(condition: Callable[[], object]) -> None:
@@ -184,8 +189,7 @@ def siege(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Sie
         try:
             with _ring(folder, model, insecure=False, without=(STRANGER, LEFT, RIGHT)) as ring:
                 siege = Siege(model, folder / "ring.pcap", dict(ring.addresses))
-                program = [sys.executable, "-c", GATE_THAT_BREAKS]
-                nodes = {name: ring.start_node(name, program=program) for name in (LEFT, RIGHT)}
+                nodes = {name: ring.start_node(name, program=_breakable(ring, name)) for name in (LEFT, RIGHT)}
                 _besiege(ring, siege, folder, nodes[RIGHT])
         except ConfigError as error:
             if "--capture" not in str(error):
@@ -234,22 +238,22 @@ def _besiege(ring: LoopbackRing, siege: Siege, folder: Path, right: "subprocess.
     happens(lambda: all(_note(ring, siege, starter_log).refusals(a.node, a.source) for a in siege.attempts))
     talk.goes_on()
     # A gate that answers no more, at the left: whoever is in stays in, and nobody else comes in, whatever key it has.
-    (ring.folder / f"hangs-{LEFT}").touch()
+    _break(ring, LEFT, "hangs")
     hung = Attempt("a listed key while the gate hangs", LEFT, "data", _keys(ring, DESK, LEFT))
     _try(ring, [hung])
     happens(lambda: _note(ring, siege, starter_log).refusals(LEFT, hung.source))
     talk.goes_on()
     # And one that fails, at the right: the ring ends in words, and the node waits for the next one.
-    (ring.folder / f"dies-{RIGHT}").touch()
+    _break(ring, RIGHT, "dies")
     _try(ring, [Attempt("whoever comes then", RIGHT, "data", _keys(ring, None, RIGHT))])
-    siege.notes["code"] = talk.process.wait(WAIT_S)
-    siege.notes["last words"] = starter_log.read_text().splitlines()[-1]
+    siege.notes["end"] = talk.process.wait(WAIT_S), starter_log.read_text().splitlines()[-1]
     siege.texts.append(talk.text)
-    (ring.folder / f"hangs-{LEFT}").unlink()
+    (ring.folder / f"{LEFT}-hangs").unlink()
     siege.attempts.append(hung)
     siege.notes["refused before"] = {a.source: len(siege.refusals(a.node, a.source)) for a in siege.attempts}
 
-    talk = Talk(ring, folder / "second.log")
+    second_log = folder / "second.log"
+    talk = Talk(ring, second_log)
     talk.goes_on()
     # The key of the left one is revoked at the right one, in the midst of a ring.
     file = ring.file.read_text()
@@ -263,7 +267,10 @@ def _besiege(ring: LoopbackRing, siege: Siege, folder: Path, right: "subprocess.
     time.sleep(0.5)
     siege.notes["text behind the revocation"] = len(talk.text) - length
     siege.texts.append(talk.text)
-    siege.notes["second code"] = talk.ends()
+    # The Starter's own gate fails.
+    _break(ring, DESK, "dies")
+    _try(ring, [Attempt("whoever comes then", DESK, "control", _keys(ring, None, DESK))])
+    siege.notes["second end"] = talk.process.wait(WAIT_S), second_log.read_text().splitlines()[-1]
     siege.notes["ended"] = ring.ended()
     _note(ring, siege, starter_log)
 
@@ -450,8 +457,8 @@ def test_a_starter_with_another_key_hears_nothing_and_is_logged_once(siege: Sieg
 
 
 def test_a_gate_that_fails_ends_the_ring_in_words_and_the_next_ring_answers_the_same(siege: Siege) -> None:
-    assert siege.notes["code"] == 1
-    assert siege.notes["last words"].startswith(f"mdiq: {RIGHT}: its gate failed")
+    code, last_words = siege.notes["end"]
+    assert code == 1 and last_words.startswith(f"mdiq: {RIGHT}: its gate failed"), last_words
     first, second = siege.texts
     assert len(second) >= 20 and first[: len(second)] == second[: len(first)]
 
@@ -465,6 +472,7 @@ def test_a_key_that_is_revoked_in_the_midst_of_a_ring_ends_its_connection(siege:
 
 def test_nothing_crashes(siege: Siege) -> None:
     assert siege.notes["ended"] == {}
-    assert siege.notes["second code"] == 143
+    code, last_words = siege.notes["second end"]
+    assert code == 1 and last_words.startswith("mdiq: gate: "), last_words
     crashes = [line for lines in siege.logs.values() for line in lines if "exception" in line]
     assert crashes == []
