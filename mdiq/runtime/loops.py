@@ -33,7 +33,7 @@ class Meter:
 
     busy_s: seconds in which the worker computed.
     waiting_s: seconds in which work waited while the worker did not compute.
-    dropped: Frames that were refused, by reason.
+    dropped: Frames that were refused, by reason; since the Node began to listen.
     """
 
     busy_s: float = 0.0
@@ -96,8 +96,8 @@ class Worker:
         self._work_since = None
 
     def reset_meter(self) -> None:
-        """Begin to count anew."""
-        self.meter = Meter()
+        """Begin to count time anew. Refused Frames stay: a stranger's come at any time."""
+        self.meter = Meter(dropped=self.meter.dropped)
         self._work_since = None
 
     def close(self) -> None:

@@ -32,10 +32,13 @@ def test_fast_mode_keeps_its_own_bound_and_costs_more_than_exact_mode() -> None:
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_ring_of_packed_weights_gives_the_tokens_of_one_node(weights: str) -> None:
-    """A prompt of one chunk: the same bits on every ring, as long as no hop rounds."""
-    arguments = ("--weights", weights, "--wire", "f32", "--max-tokens", "24", "--ignore-eos", "--raw", "--json")
+    """A prompt of one chunk: the same bits on every ring, as long as no hop rounds.
+
+    With the same threads everywhere: a kernel is chosen for a number of threads, and each rounds in its own way.
+    """
+    arguments = ("--weights", weights, "--wire", "f32", "--threads", "1", "--max-tokens", "24", "--ignore-eos", "--raw")
     answers = [
-        run_mdiq("run", "The capital of France is", "--nodes", nodes, *arguments).results[0]["token_ids"]
+        run_mdiq("run", "The capital of France is", "--nodes", nodes, *arguments, "--json").results[0]["token_ids"]
         for nodes in ("1", "2", "3")
     ]
     assert len(answers[0]) == 24
