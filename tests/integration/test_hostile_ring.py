@@ -26,7 +26,8 @@ from mdiq.core.types import Epoch, LayerRange, SeqId
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.tokenizer import Tokenizer
 from mdiq.errors import ConfigError
-from nodes.loopback import LoopbackRing
+from nodes.loopback import LoopbackRing, parse_links, why_no_namespaces
+from tests.integration.conftest import finish
 from tests.integration.streams import Way, read_streams
 from tests.integration.tiny_model import HIDDEN_SIZE, NUM_LAYERS, write_tiny_model
 
@@ -106,6 +107,15 @@ def _break(ring: LoopbackRing, name: str, how: str) -> None:
     (ring.folder / f"{name}-{how}").touch()
 
 
+@dataclass(frozen=True)
+class Plain:
+    """What a ring without keys showed, as it answered the same prompt, and a careless program beside it."""
+
+    streams: Mapping[Way, bytes]
+    links: list[str]
+    summary: dict[str, Any]
+
+
 class Talk:
     """A Starter that answers without end; its text comes in all the time."""
 
@@ -176,9 +186,10 @@ def _topology(folder: Path, model: Path, *, insecure: bool) -> Path:
     return file
 
 
-def _ring(folder: Path, model: Path, *, insecure: bool, without: Sequence[str] = (STRANGER,)) -> LoopbackRing:
+def _ring(folder: Path, model: Path, *, insecure: bool, **options: Any) -> LoopbackRing:
     topology = _topology(folder, model, insecure=insecure)
-    return LoopbackRing(topology, folder / "ring", capture=folder / "ring.pcap", without=without)
+    options = {"without": (STRANGER,), **options}
+    return LoopbackRing(topology, folder / "ring", capture=folder / "ring.pcap", **options)
 
 
 @pytest.fixture(scope="module")
@@ -199,18 +210,20 @@ def siege(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Sie
 
 
 @pytest.fixture(scope="module")
-def in_plain_text(tmp_path_factory: pytest.TempPathFactory, model: Path, siege: Siege) -> Mapping[Way, bytes]:
-    """The streams of a ring without keys that answers the same prompt, and of a careless program beside it."""
+def plain(tmp_path_factory: pytest.TempPathFactory, model: Path, siege: Siege) -> Plain:
+    """A ring without keys, with slow hops where those can be had."""
     folder = tmp_path_factory.mktemp("plain")
-    with _ring(folder, model, insecure=True) as ring:
+    links = [] if why_no_namespaces() else parse_links(["delay=4ms", f"{RIGHT}:{DESK},delay=12ms"])
+    with _ring(folder, model, insecure=True, links=links) as ring:
         command = ["mdiq", "run", "--topology", "{topology}", PROMPT, "--raw", "--ignore-eos", "--max-tokens", "8"]
-        assert ring.start(DESK, command, stdout=subprocess.DEVNULL).wait(WAIT_S) == 0
+        done = finish(ring.start(DESK, [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        assert done.code == 0, done.errors
         hears = [sys.executable, "-c", CARELESS, "hears", ring.addresses[STRANGER]]
         says = [sys.executable, "-c", CARELESS, "says", ring.addresses[STRANGER], PROMPT, _token_bytes(model).hex()]
         stranger = ring.start(STRANGER, hears, stdout=subprocess.PIPE)
         assert stranger.stdout is not None and stranger.stdout.readline() == b"listens\n"
         assert ring.start(DESK, says).wait(20) == 0 and stranger.wait(20) == 0
-    return read_streams(folder / "ring.pcap")
+    return Plain(read_streams(folder / "ring.pcap"), [link.shape for link in links], done.summary)
 
 
 # In the network of the ring: a prompt and its token ids as they would be seen if they ever left the Starter.
@@ -426,12 +439,19 @@ def test_no_byte_run_of_prompt_tokens_activations_or_weights_crosses_a_wire_of_a
         assert _found(streams, runs) == 0, what
 
 
-def test_the_same_search_finds_all_of_them_in_plain_text(siege: Siege, in_plain_text: Mapping[Way, bytes]) -> None:
+def test_the_same_search_finds_all_of_them_in_plain_text(siege: Siege, plain: Plain) -> None:
     for what, runs in _secrets_of(siege.model).items():
-        assert _found(in_plain_text, runs) == len(runs), what
+        assert _found(plain.streams, runs) == len(runs), what
     # Even there, prompt and token ids never leave the Starter: they are where the careless program sent them.
-    ring = {way: stream for way, stream in in_plain_text.items() if way.target_port != 9000}
+    ring = {way: stream for way, stream in plain.streams.items() if way.target_port != 9000}
     assert _found(ring, [PROMPT.encode(), _token_bytes(siege.model)]) == 0
+
+
+def test_slow_hops_are_measured_as_they_are(plain: Plain) -> None:
+    if not plain.links:
+        pytest.skip(f"no slow hops: {why_no_namespaces()}")
+    delays_s = [hop["delay_s"] for hop in plain.summary["hops"]]
+    assert all(delay_s >= least_s for delay_s, least_s in zip(delays_s, (0.004, 0.004, 0.012), strict=True)), delays_s
 
 
 def test_nobody_gets_in_who_is_not_listed_there(siege: Siege) -> None:

@@ -18,7 +18,7 @@ from mdiq.cli.check import check
 from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
 from nodes import loopback
-from nodes.loopback import Link, LoopbackRing, Namespaces, NoNamespacesError, parse_links
+from nodes.loopback import Link, LoopbackRing, Namespaces, NoNamespacesError, parse_links, why_no_namespaces
 from tests.integration.streams import read_streams
 
 SCRIPT = Path(loopback.__file__)
@@ -41,15 +41,7 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2])), 5) as peer:
 """
 
 
-def _why_no_namespaces() -> str:
-    try:
-        Namespaces({"pi1": "10.1.1.1"}).close()
-    except NoNamespacesError as error:
-        return str(error)
-    return ""
-
-
-WHY_NOT = _why_no_namespaces()
+WHY_NOT = why_no_namespaces()
 needs_namespaces = pytest.mark.skipif(bool(WHY_NOT), reason=f"no network namespaces here: {WHY_NOT}")
 WORKERS = ("pi1", "pi2")
 
