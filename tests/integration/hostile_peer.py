@@ -1,31 +1,30 @@
 """A stranger's program: tries to get in at ports of a ring, all at once, and tells which let it in.
 
-Standard input has a JSON list of attempts: source, host, port, and whether a ROUTER or a PULL is there; either
-``recorded`` (hexadecimal bytes to send again), or ``secret`` and ``server`` (CURVE keys in Z85), or none of them for a
-peer without a key. A line of JSON comes out: for each attempt whether the handshake succeeded.
+The first line of standard input is a JSON list of attempts: source, host, port, whether a ROUTER or a PULL is there;
+either ``recorded`` (hexadecimal bytes to send again), or ``secret`` and ``server`` (CURVE keys in Z85), or none of them
+for a peer without a key. It tries again and again until standard input ends; then a line of JSON comes out: for each
+attempt whether the handshake succeeded.
 """
 
 import contextlib
 import json
 import socket
 import sys
-import time
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-TRY_S = 1.5
 AGAIN_MS = 300
 GREETING_BYTES, HELLO_BYTES = 64, 202  # of a ZMTP connection with CURVE; RFC 23 and 26
 
 
 def main() -> None:
-    attempts = json.load(sys.stdin)
+    attempts = json.loads(sys.stdin.readline())
     with zmq.Context() as context:
         peers = [None if "recorded" in attempt else _Peer(context, attempt) for attempt in attempts]
         replies = [_replay(attempt) for attempt in attempts if "recorded" in attempt]
-        time.sleep(TRY_S)
+        sys.stdin.read()
         ends = [peer.ends() if peer else replies.pop(0) for peer in peers]
     sys.stdout.write(json.dumps(ends) + "\n")
 

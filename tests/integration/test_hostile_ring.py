@@ -36,6 +36,7 @@ pytestmark = pytest.mark.timeout(300)
 PROMPT = "Ohm's law says:"  # one chunk, so that its rows are computed together here as well
 DESK, LEFT, RIGHT, STRANGER = "starter-desk", "worker-left", "worker-right", "stranger"
 WAIT_S = 40.0
+AGAIN_S = 0.3  # as hostile_peer.py has it
 HERE = Path(__file__).parent
 
 # mdiq with a gate that hangs, or dies, at the next peer that comes once a file tells it to. Its argument: which file.
@@ -132,11 +133,14 @@ class Talk:
         while data := os.read(self.process.stdout.fileno(), 65_536):
             self.text += data.decode(errors="replace")
 
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
     def goes_on(self, more: int = 20) -> None:
         """Wait for some more of the answer."""
         before = len(self.text)
-        happens(lambda: len(self.text) >= before + more or self.process.poll() is not None)
-        assert self.process.poll() is None, "the ring has ended"
+        happens(lambda: len(self.text) >= before + more or self.has_ended())
+        assert not self.has_ended(), "the ring has ended"
 
 
 def happens(condition: Callable[[], object]) -> None:
@@ -247,19 +251,21 @@ def _besiege(ring: LoopbackRing, siege: Siege, folder: Path, right: "subprocess.
     talk = Talk(ring, starter_log)
     talk.goes_on()
     siege.attempts += _strangers(ring, siege.capture)
-    _try(ring, siege.attempts)
-    happens(lambda: all(_note(ring, siege, starter_log).refusals(a.node, a.source) for a in siege.attempts))
+
+    def are_refused(*attempts: Attempt) -> bool:
+        return all(_note(ring, siege, starter_log).refusals(a.node, a.source) for a in attempts)
+
+    _try(ring, siege.attempts, lambda: are_refused(*siege.attempts))
     talk.goes_on()
     # A gate that answers no more, at the left: whoever is in stays in, and nobody else comes in, whatever key it has.
     _break(ring, LEFT, "hangs")
     hung = Attempt("a listed key while the gate hangs", LEFT, "data", _keys(ring, DESK, LEFT))
-    _try(ring, [hung])
-    happens(lambda: _note(ring, siege, starter_log).refusals(LEFT, hung.source))
+    _try(ring, [hung], lambda: are_refused(hung))
     talk.goes_on()
     # And one that fails, at the right: the ring ends in words, and the node waits for the next one.
     _break(ring, RIGHT, "dies")
-    _try(ring, [Attempt("whoever comes then", RIGHT, "data", _keys(ring, None, RIGHT))])
-    siege.notes["end"] = talk.process.wait(WAIT_S), starter_log.read_text().splitlines()[-1]
+    _try(ring, [Attempt("whoever comes then", RIGHT, "data", _keys(ring, None, RIGHT))], talk.has_ended)
+    siege.notes["end"] = talk.process.wait(), starter_log.read_text().splitlines()[-1]
     siege.texts.append(talk.text)
     (ring.folder / f"{LEFT}-hangs").unlink()
     siege.attempts.append(hung)
@@ -282,8 +288,8 @@ def _besiege(ring: LoopbackRing, siege: Siege, folder: Path, right: "subprocess.
     siege.texts.append(talk.text)
     # The Starter's own gate fails.
     _break(ring, DESK, "dies")
-    _try(ring, [Attempt("whoever comes then", DESK, "control", _keys(ring, None, DESK))])
-    siege.notes["second end"] = talk.process.wait(WAIT_S), second_log.read_text().splitlines()[-1]
+    _try(ring, [Attempt("whoever comes then", DESK, "control", _keys(ring, None, DESK))], talk.has_ended)
+    siege.notes["second end"] = talk.process.wait(), second_log.read_text().splitlines()[-1]
     siege.notes["ended"] = ring.ended()
     _note(ring, siege, starter_log)
 
@@ -337,7 +343,7 @@ def _strangers(ring: LoopbackRing, capture: Path) -> list[Attempt]:
     return attempts
 
 
-def _try(ring: LoopbackRing, attempts: Sequence[Attempt]) -> None:
+def _try(ring: LoopbackRing, attempts: Sequence[Attempt], until: Callable[[], bool]) -> None:
     """Have a stranger try it all, from an address of its own for each, so that the logs tell them apart."""
     network = "127.66" if ring.is_plain else "10.66"
     for attempt in attempts:
@@ -356,7 +362,12 @@ def _try(ring: LoopbackRing, attempts: Sequence[Attempt]) -> None:
     ]
     program = [sys.executable, str(HERE / "hostile_peer.py")]
     stranger = ring.start(STRANGER, program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    out, _ = stranger.communicate(json.dumps(told).encode(), 30)
+    assert stranger.stdin is not None  # PIPE was asked for
+    stranger.stdin.write(json.dumps(told).encode() + b"\n")
+    stranger.stdin.flush()
+    happens(until)
+    time.sleep(2 * AGAIN_S)  # they try again, and are not logged again
+    out, _ = stranger.communicate(timeout=WAIT_S)
     for attempt, is_let_in in zip(attempts, json.loads(out), strict=True):
         attempt.is_let_in = is_let_in
 
