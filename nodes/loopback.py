@@ -88,7 +88,8 @@ class Namespaces:
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
         try:
             self._hub = self._hold_hub()
-            self._holders |= {name: self._hold(*self._unshare()) for name in addresses}
+            for name in addresses:
+                self._holders[name] = self._hold(*self._unshare())
             hub = [f"link add {BRIDGE} type bridge", f"addr add {_HUB_ADDRESS}/32 dev {BRIDGE}"]
             hub += ["link set lo up", f"link set {BRIDGE} up", f"route add default dev {BRIDGE}"]
             for i, name in enumerate(addresses):
