@@ -90,7 +90,7 @@ def run(
     dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,
     weights: Annotated[Weights, typer.Option(help="Weights: as --dtype says, or packed.")] = Weights.PLAIN,
     exact: Annotated[
-        bool, typer.Option("--exact/--fast", help="Packed weights: keep the precision of activations, or not.")
+        bool, typer.Option("--exact/--fast", help="Packed weights: the same tokens alone and among others, or speed.")
     ] = True,
     wire: Annotated[
         str, typer.Option(help="Activations on the hops: f32, bf16, i8 or auto; or one for each hop: bf16,auto.")
@@ -177,7 +177,12 @@ def perplexity(
     weights: Annotated[
         list[Weights] | None, typer.Option(help="Formats beside f32; may be repeated. [default: int8 and int4]")
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact/--fast", help="Keep the precision of activations, or not.")] = True,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact/--fast", help="Kernels that give the same tokens alone and among others, or the fastest."
+        ),
+    ] = True,
     text: Annotated[Path | None, typer.Option(help="Text to read. [default: Python's own documentation]")] = None,
     tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Tokens of it.")] = 4096,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads. [default: cores]")] = None,
@@ -213,7 +218,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; medians are shown.")] = 3,
     weights: Annotated[Weights, typer.Option(help="Weights: as --dtype says, or packed.")] = Weights.PLAIN,
     exact: Annotated[
-        bool, typer.Option("--exact/--fast", help="Packed weights: keep the precision of activations, or not.")
+        bool, typer.Option("--exact/--fast", help="Packed weights: the same tokens alone and among others, or speed.")
     ] = True,
     wire: Annotated[str, typer.Option(help="Activations on the hops: f32, bf16, i8 or auto.")] = "bf16",
     dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,

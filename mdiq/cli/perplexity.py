@@ -14,10 +14,8 @@ from rich.table import Table
 from mdiq.errors import ConfigError
 from mdiq.runtime.placement import set_threads, usable_cores
 
-EXACT_BOUNDS = {"int8": 1.01, "int4": 1.04}
-"""Most that the perplexity may grow by in exact mode, as a factor."""
-FAST_BOUNDS = {"int8": 1.03, "int4": 1.05}
-"""In fast mode."""
+BOUNDS = {"int8": 1.01, "int4": 1.04}
+"""Most that the perplexity may grow by, as a factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ def measure(options: PerplexityOptions) -> int:
                 mode="exact" if options.exact else "fast",
                 perplexity=value,
                 ratio=value / rows[0].perplexity if rows else 1.0,
-                most=(EXACT_BOUNDS if options.exact else FAST_BOUNDS).get(weights),
+                most=BOUNDS.get(weights),
                 weight_bytes=model.weight_bytes,
             )
         )

@@ -197,7 +197,7 @@ class ModelChoice(_Section):
         "int8", "Weights in memory: as dtype says, or packed in 8 or 4 bits."
     )
     mode: Literal["exact", "fast"] = _key(
-        "exact", "Packed weights: keep the precision of activations, or round them to 8 bits."
+        "exact", "Packed weights: the same tokens alone and among others, or the fastest kernels."
     )
     dtype: Literal["f32", "bf16"] = _key("f32", "Number format of activations, KV cache and plain weights.")
 

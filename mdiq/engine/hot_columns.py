@@ -1,9 +1,10 @@
-"""The columns of each matrix that meet the largest activations: packing for fast mode keeps them apart.
+"""The columns of each matrix that meet the largest activations: int8 packing splits them into copies.
 
 A few columns of a model's activations are 10 to 40 times as large as the rest, the same ones in every text (Dettmers et
-al. 2022, LLM.int8()). Rounded to 8 bits together, they leave the rest few bits: fast mode would cost SmolLM2 4 % of
-perplexity, and 14 % with the 7 bits that weights of full range leave. Packed by themselves, with a scale of their own
-in each row, they bring that to about 1 % for 3 to 8 % more work.
+al. 2022, LLM.int8()). Rounded to 8 bits together, they leave the rest few bits, which would cost SmolLM2 4 % of
+perplexity. So such a column stands in the packed matrix
+several times, and each of its places takes an equal share of the activation (Zhao et al. 2019, outlier channel
+splitting).
 
 They are found once for a model, by reading a short text with weights in f32, one Layer at a time.
 """
@@ -31,7 +32,7 @@ _HEAD = "head"
 def hot_columns(
     checkpoint: Checkpoint, progress: Callable[[int, int], object] = lambda *_: None
 ) -> dict[str, torch.Tensor]:
-    """Return column numbers, i64 and sorted, by "layer-000.qkv" and the like, and "head".
+    """Return the columns to copy, i64, by "layer-000.qkv" and the like, and "head"; see quantize_columns.
 
     Raises:
         ModelError: the checkpoint lacks something.
@@ -98,7 +99,16 @@ def _relative(x: torch.Tensor) -> torch.Tensor:
 
 
 def _hottest(largest: torch.Tensor, role: str) -> torch.Tensor:
-    return largest.topk(num_hot(len(largest), role)).indices.sort().values
+    """Return the copies that leave the least largest share, for each column's largest magnitude."""
+    shares, places = largest.clone(), torch.ones_like(largest)
+    copies: list[tuple[int, int]] = []
+    for _ in range(num_hot(len(largest), role)):
+        column = int(shares.argmax())
+        copies.append((int(places[column]), column))
+        places[column] += 1
+        shares[column] = largest[column] / places[column]
+    # Second copies behind all first ones: two places of a large column side by side would cost the row bits.
+    return torch.tensor([column for _, column in sorted(copies)], dtype=torch.int64)
 
 
 def _token_ids(checkpoint: Checkpoint) -> list[int]:

@@ -12,7 +12,7 @@ from mdiq.engine.hot_columns import hot_columns
 from mdiq.engine.layer_loading import ROLES
 from mdiq.engine.model_config import ModelConfig
 from mdiq.engine.model_source import cache_directory
-from mdiq.engine.quantize import PackedModel
+from mdiq.engine.quantize import PackedModel, num_hot
 from mdiq.errors import ModelError
 
 _BYTES = 4
@@ -53,15 +53,15 @@ def hot_columns_from(table: Mapping[str, bytes], checkpoint: Checkpoint) -> dict
             raise ModelError(
                 f"hot columns: {name[:40]!r} is none of the model's matrices; install the same mdiq everywhere"
             )
-        width = _width(config, name.rpartition(".")[2])
+        role = name.rpartition(".")[2]
+        width = _width(config, role)
         columns = (
             torch.frombuffer(bytearray(data), dtype=torch.int32).long() if data else torch.zeros(0, dtype=torch.long)
         )
-        if len(columns) and not (
-            0 <= int(columns[0]) and int(columns[-1]) < width and bool((columns.diff() > 0).all())
-        ):
+        most = num_hot(width, role)
+        if len(columns) > most or bool(((columns < 0) | (columns >= width)).any()):
             raise ModelError(
-                f"hot columns of {name}: not sorted numbers below {width}; install the same mdiq everywhere"
+                f"hot columns of {name}: not {most} numbers below {width}; install the same mdiq everywhere"
             )
         found[name] = columns
     return found

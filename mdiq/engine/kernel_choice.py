@@ -61,7 +61,8 @@ class KernelChoice:
         is_int4 = f"{role}.nibbles" in file.names
         weights = "int4" if is_int4 else "int8"
         shape = file.shape(f"{role}.nibbles" if is_int4 else f"{role}.q")
-        times = self.times(weights, (shape[0], math.prod(shape[1:]) * (2 if is_int4 else 1)))
+        num_copies = file.shape(f"{role}.hot")[0] if f"{role}.hot" in file.names else 0
+        times = self.times(weights, (shape[0], math.prod(shape[1:]) * (2 if is_int4 else 1) - num_copies))
         best = min(times, key=lambda name: math.prod(times[name]))
         kernel = next(kernel for kernel in KERNELS if kernel.name == best)
         return kernel(file, role, exact=self._exact)
@@ -90,8 +91,8 @@ class KernelChoice:
 def _measured(weights: str, shape: tuple[int, int], *, exact: bool) -> Iterator[tuple[str, list[float]]]:
     with tempfile.TemporaryDirectory(prefix="mdiq-") as folder, torch.inference_mode():
         path, small = Path(folder) / "matrix.safetensors", Path(folder) / "small.safetensors"
-        save_file(_random_matrix(weights, shape, exact=exact), path)
-        save_file(_random_matrix(weights, (64, shape[1]), exact=exact), small)
+        save_file(_random_matrix(weights, shape), path)
+        save_file(_random_matrix(weights, (64, shape[1])), small)
         flush = torch.zeros(_FLUSH_BYTES // 8, dtype=torch.int64)
         for kernel in KERNELS:
             if weights not in kernel.formats or not kernel.is_available():
@@ -121,17 +122,13 @@ def _least_s(linear: Linear, warm: Linear, num_rows: int, num_in: int, flush: to
     return min(times)  # a device that is busy with other things slows some runs, and speeds none up
 
 
-def _random_matrix(weights: str, shape: tuple[int, int], *, exact: bool) -> dict[str, torch.Tensor]:
+def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     num_out, num_in = shape
     if weights == "int8":
-        num_columns = 0 if exact else num_hot(num_in, "qkv")
-        hot = {
-            "w.hot": torch.arange(num_columns),
-            "w.hot.q": torch.randint(-60, 61, (num_out, num_columns), dtype=torch.int8),
-            "w.hot.scale": torch.full((num_out,), 0.01),
-        }
-        wide = {"w.q": torch.randint(-60, 61, shape, dtype=torch.int8), "w.scale": torch.full((num_out,), 0.01)}
-        return wide | (hot if num_columns else {})
+        num_copies = num_hot(num_in, "qkv")
+        q = torch.randint(-60, 61, (num_out, num_in + num_copies), dtype=torch.int8)
+        matrix = {"w.q": q, "w.scale": torch.full((num_out,), 0.01)}
+        return matrix | ({"w.hot": torch.arange(num_copies)} if num_copies else {})
     blocks = (num_out, num_in // BLOCK)
     # With offsets, as most matrices have them: some kernels pay for them.
     return {

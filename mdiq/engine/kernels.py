@@ -6,8 +6,6 @@ matrix on this device is kernel_choice.py's to measure.
 """
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +15,6 @@ from mdiq.engine.device import drop_pages
 from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
 
 _LEVELS = 127  # of an activation rounded to 8 bits, above and below 0
-_EXACT_LEVELS = 63  # of each of two passes
 _ALIGNMENT = 64  # bytes: what the widest loads want
 
 
@@ -53,30 +50,21 @@ class PlainLinear:
 
 
 class FbgemmInt8:
-    """int8 weights in FBGEMM's packing, int8 activations with one scale per row, another one for hot columns. x86 only.
+    """int8 weights in FBGEMM's packing, int8 activations with one scale per row. x86 only.
 
-    Exact mode passes each row twice: rounded to 7 bits, and what that rounding left, at 1/126 of the step. That gives
-    13 bits and costs nothing while the matmul waits for memory (up to about 4 rows); from 8 rows on it doubles the
-    work. Seven bits, since without VNNI two products of 8 x 8 bits overflow the 16 bits that they are added in.
-
-    Fast mode passes each row once, with 8 bits: its weights are packed so that they cannot overflow. Both modes are
-    batch-invariant: what is summed are integers.
+    Batch-invariant, and so the same in both modes: what is summed are integers.
     """
 
     name = "fbgemm"
     formats = ("int8",)
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
-        self._exact = exact
-        self._levels = _EXACT_LEVELS if exact else _LEVELS
         self._bias = _bias(file, role)
-        parts = _int8_parts(file, role)
-        self._num_bytes = sum(part.q.nbytes + part.scale.nbytes for part in parts)
-        self._packed = [_fbgemm_packed(part.q, part.scale) for part in parts]
-        self._hot = parts[-1].columns
-        self._is_cold = _is_cold(parts)
-        for part in parts:
-            drop_pages(part.q)
+        q, scale = file.tensor(f"{role}.q"), file.tensor(f"{role}.scale")
+        self._num_bytes = q.nbytes + scale.nbytes
+        self._packed = _fbgemm_packed(q, scale)
+        self._split = _Split.find(file, role)
+        drop_pages(q)
 
     @staticmethod
     def is_available() -> bool:
@@ -90,35 +78,21 @@ class FbgemmInt8:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        y = self._matmul(0, wide if self._is_cold is None else wide * self._is_cold)
-        if self._hot is not None:
-            y.add_(self._matmul(1, wide.index_select(1, self._hot)))
-        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
-
-    def _matmul(self, part: int, x: torch.Tensor) -> torch.Tensor:
-        """Return [n, out] for rows [n, columns of the part], both f32."""
-        step = _step(x, self._levels)
-        scaled = x.div(step)
-        if not self._exact:
-            return self._sums(part, scaled).mul_(step)
-        num_rows = x.shape[0]
-        both = torch.empty(2 * num_rows, x.shape[1])
-        torch.round(scaled, out=both[:num_rows])
-        torch.sub(scaled, both[:num_rows], out=both[num_rows:]).mul_(2 * self._levels)
-        sums = self._sums(part, both)
-        return torch.add(sums[:num_rows], sums[num_rows:], alpha=1 / (2 * self._levels)).mul_(step)
-
-    def _sums(self, part: int, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(  # type: ignore[no-any-return]
-            x, 1.0, self._levels + 1, self._packed[part]
+        if self._split is not None:
+            wide = self._split(wide)
+        step = _step(wide)
+        y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            wide / step, 1.0, _LEVELS + 1, self._packed
         )
+        y.mul_(step)
+        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
 
 
 class TorchInt8:
     """int8 weights as they lie in the file, two kernels of torch: bf16 activations, or for many rows int8 ones.
 
-    Both are batch-invariant, yet they differ from each other: in exact mode the first serves all batches, since it
-    keeps the activations' precision. Results are rounded to bf16.
+    Both are batch-invariant, yet they differ from each other: in exact mode the first serves all batches. Results
+    are rounded to bf16.
 
     most_rows: the largest batch that the first kernel serves in fast mode.
     """
@@ -127,10 +101,11 @@ class TorchInt8:
     formats = ("int8",)
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool, most_rows: int = 16) -> None:
-        self._parts = [_Int8Part(_mapped(part.q), part.scale, part.columns) for part in _int8_parts(file, role)]
-        self._is_cold = _is_cold(self._parts)
+        self._q = _mapped(file.tensor(f"{role}.q"))
+        self._scale = file.tensor(f"{role}.scale").clone()
+        self._split = _Split.find(file, role)
         self._bias = _bias(file, role)
-        self._ones = torch.ones(self._parts[0].q.shape[0], dtype=torch.bfloat16)
+        self._ones = torch.ones(self._q.shape[0], dtype=torch.bfloat16)
         self._most_rows = 1 << 30 if exact else most_rows
 
     @staticmethod
@@ -139,27 +114,18 @@ class TorchInt8:
 
     @property
     def num_bytes(self) -> int:
-        weight_bytes = sum(part.q.nbytes + part.scale.nbytes for part in self._parts)
-        return weight_bytes + (0 if self._bias is None else self._bias.nbytes)
+        return self._q.nbytes + self._scale.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._matmul(self._parts[0], x)
-        for part in self._parts[1:]:
-            y.add_(self._matmul(part, x))
-        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
-
-    def _matmul(self, part: "_Int8Part", x: torch.Tensor) -> torch.Tensor:
-        if part.columns is not None:
-            x = x.index_select(1, part.columns)
+        split = x if self._split is None else self._split(x)
         if x.shape[0] <= self._most_rows:
-            y = torch._weight_int8pack_mm(_aligned(x.to(torch.bfloat16)), part.q, self._ones).float()
+            y = torch._weight_int8pack_mm(_aligned(split.to(torch.bfloat16)), self._q, self._ones).float()
         else:
-            wide = x.float()
-            if part.columns is None and self._is_cold is not None:
-                wide = wide * self._is_cold
-            step = _step(wide, _LEVELS)
-            y = torch._int_mm((wide / step).round_().to(torch.int8), part.q.t()).float().mul_(step)
-        return y.mul_(part.scale)
+            wide = split.float()
+            step = _step(wide)
+            y = torch._int_mm((wide / step).round_().to(torch.int8), self._q.t()).float().mul_(step)
+        y.mul_(self._scale)
+        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
 
 
 class OrtInt4:
@@ -302,43 +268,36 @@ class PackedEmbedding:
     def __init__(self, file: PackedFile, dtype: torch.dtype) -> None:
         self._q = file.tensor("embedding.q")
         self._scale = file.tensor("embedding.scale").clone()
-        self._hot = _int8_parts(file, "embedding")[1:]
+        copies = file.find("embedding.hot")  # of the head, where it is the same matrix
+        self._width = self._q.shape[1] - (0 if copies is None else len(copies))
         self._dtype = dtype
 
     @property
     def num_bytes(self) -> int:
-        hot_bytes = sum(part.q.nbytes + part.scale.nbytes for part in self._hot)
-        return self._q.nbytes + self._scale.nbytes + hot_bytes
+        return self._q.nbytes + self._scale.nbytes
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        rows = self._q[token_ids].float() * self._scale[token_ids][:, None]
-        for part in self._hot:
-            assert part.columns is not None  # hot columns have numbers
-            rows[:, part.columns] = part.q[token_ids].float() * part.scale[token_ids][:, None]
+        rows = self._q[token_ids, : self._width].float() * self._scale[token_ids][:, None]
         return rows.to(self._dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class _Int8Part:
-    """Some columns of a matrix; see quantize_columns. columns: their numbers, or None for all that are not hot."""
+class _Split:
+    """Spreads activations over the places of hot columns: each place takes an equal share; see quantize_columns."""
 
-    q: torch.Tensor
-    scale: torch.Tensor
-    columns: torch.Tensor | None
+    def __init__(self, num_in: int, hot: torch.Tensor) -> None:
+        self._columns = torch.cat((torch.arange(num_in), hot))  # what each place is of
+        places = 1 + torch.bincount(hot, minlength=num_in)
+        self._share = (1 / places)[self._columns]
 
+    @classmethod
+    def find(cls, file: PackedFile, role: str) -> "_Split | None":
+        """Return what a matrix needs, or None where it has no copies."""
+        hot = file.find(f"{role}.hot")
+        return None if hot is None else cls(file.shape(f"{role}.q")[1] - len(hot), hot.clone())
 
-def _int8_parts(file: PackedFile, role: str) -> list[_Int8Part]:
-    """Return the wide part, and the hot one where the file has it."""
-    parts = [_Int8Part(file.tensor(f"{role}.q"), file.tensor(f"{role}.scale").clone(), None)]
-    if (columns := file.find(f"{role}.hot")) is not None:
-        parts.append(_Int8Part(file.tensor(f"{role}.hot.q"), file.tensor(f"{role}.hot.scale").clone(), columns.clone()))
-    return parts
-
-
-def _is_cold(parts: Sequence[_Int8Part]) -> torch.Tensor | None:
-    """Return 1 for each column of the matrix that is not hot, and 0 for the others: f32, [in]. None without any."""
-    hot = parts[-1].columns
-    return None if hot is None else torch.ones(parts[0].q.shape[1]).index_fill_(0, hot, 0.0)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, in + copies] for x: [n, in], in x's dtype."""
+        return x.index_select(1, self._columns).mul_(self._share)
 
 
 def _fbgemm_packed(q: torch.Tensor, scale: torch.Tensor) -> Any:
@@ -350,9 +309,9 @@ def _fbgemm_packed(q: torch.Tensor, scale: torch.Tensor) -> Any:
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-def _step(x: torch.Tensor, levels: int) -> torch.Tensor:
-    """Return what one of ``levels`` stands for in each row: f32, [n, 1]."""
-    return x.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(levels)
+def _step(x: torch.Tensor) -> torch.Tensor:
+    """Return what one of _LEVELS stands for in each row: f32, [n, 1]."""
+    return x.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(_LEVELS)
 
 
 def _mapped(q: torch.Tensor) -> torch.Tensor:

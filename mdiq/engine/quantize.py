@@ -1,8 +1,8 @@
 """Weights in 8 and 4 bits: the arithmetic of packing, and the files that keep the result. Matmuls are kernels.py's.
 
-int8: one scale per row of the matrix, w = scale * q with q in -127..127. For fast mode hot columns (see hot_columns.py)
-are a narrow matrix of their own, and no two neighbours of a row may exceed what 16 bits hold of their products with
-activations in 8 bits: x86 without VNNI adds two products in so many.
+int8: one scale per row of the matrix, w = scale * q with q in -127..127. Copies of hot columns (see hot_columns.py)
+follow behind the matrix's own columns, and no two neighbours of a row may exceed what 16 bits hold of their products
+with activations in 8 bits: x86 without VNNI adds two products in so many.
 int4: blocks of 32 columns. w = scale * (q - 8) + offset with q in 0..15; as in GGUF's Q4_0 (no offsets) or Q4_1, so
 weights that come from such a file keep their values (Q4_1's offsets rounded to bf16).
 
@@ -31,9 +31,9 @@ from mdiq.errors import ModelError
 
 FORMATS = ("int8", "int4")
 BLOCK = 32
-VERSION = 2
+VERSION = 3
 """Of the files' layout."""
-_HOT_SHARE = 0.03  # of a matrix's columns
+_HOT_SHARE = 0.03  # copies, of a matrix's columns
 _HOT_SHARES = {"down": 0.08}  # its activations are products, and spread the most
 _HOT_STEP = 32  # columns: what the kernels take
 _MOST_PAIR = 127.4  # steps: rounding may add 1, and 255 * 128 is the most that 16 bits hold
@@ -41,39 +41,36 @@ _ROWS = 4_096  # of the vocabulary, packed at a time: a whole one in f32 may be 
 _SYMMETRIC_ERROR = 1e-3  # of a scale: below it a block came from a format without offsets
 
 
-def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return q: int8 [out, in], and scale: f32 [out], for weight: [out, in]."""
-    wide = weight.float()
-    scale = wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
-    return (wide / scale[:, None]).round_().to(torch.int8), scale
-
-
 def num_hot(num_in: int, role: str) -> int:
-    """Return how many columns of a matrix with ``num_in`` are packed apart: none of a very narrow one."""
+    """Return how many copies of hot columns follow a matrix with ``num_in`` columns: none in a very narrow one."""
     if num_in < 4 * _HOT_STEP:
         return 0
     return max(round(_HOT_SHARES.get(role, _HOT_SHARE) * num_in / _HOT_STEP), 1) * _HOT_STEP
 
 
+def quantize_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return q: int8 [n, width], and scale: f32 [n], for rows [n, width]."""
+    wide = rows.float()
+    scale = wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
 def quantize_columns(weight: torch.Tensor, hot: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Return a matrix [out, in] in int8 for fast mode, its hot columns apart.
+    """Return a matrix [out, in] in int8, with copies of its hot columns.
 
-    hot: numbers of those columns, i64 [k], or None.
+    hot: i64 [k], the columns to copy, one as often as copies of it are wanted; or None.
 
-    Returns q: int8 [out, in], 0 in hot columns; scale: f32 [out]; and where there are hot columns "hot": their numbers,
-    "hot.q": int8 [out, k] and "hot.scale": f32 [out].
+    Returns q: int8 [out, in + k], the copies last; scale: f32 [out]; and "hot", as given, where k > 0.
     """
     if hot is None or not len(hot):
         q, scale = _quantize_pairs(weight)
         return {"q": q, "scale": scale}
-    cold = weight.float().index_fill(1, hot, 0.0)
-    q, scale = _quantize_pairs(cold)
-    hot_q, hot_scale = _quantize_pairs(weight[:, hot])
-    return {"q": q, "scale": scale, "hot": hot, "hot.q": hot_q, "hot.scale": hot_scale}
+    q, scale = _quantize_pairs(torch.cat((weight, weight[:, hot]), dim=1))
+    return {"q": q, "scale": scale, "hot": hot}
 
 
 def _quantize_pairs(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as quantize_int8, with a step that keeps every pair of neighbours within _MOST_PAIR."""
+    """Do as quantize_int8, with a scale that keeps every pair of neighbours within _MOST_PAIR."""
     wide = weight.float()
     pairs = functional.pad(wide, (0, wide.shape[1] % 2)).view(wide.shape[0], -1, 2)
     # Activations are 0 to 255: the worst that a pair can add up to is its positive part, or its negative one.
@@ -144,7 +141,7 @@ class PackedModel:
     """A checkpoint's weights in one of FORMATS, a file for each Layer and one for embedding, final norm and head.
 
     folder: where the files are kept; without one that can be written they are temporary.
-    find_hot: packs for fast mode, and finds the hot columns; called once for a model. None packs for exact mode.
+    find_hot: finds the hot columns; called once for a model.
     known_hot: hot columns that somebody else found; then none are looked for.
 
     Tensor names in a file: "<role>." and the names of quantize_columns for int8, "<role>.nibbles", "<role>.scale" and
@@ -156,7 +153,7 @@ class PackedModel:
         checkpoint: Checkpoint,
         weights: str,
         folder: Path,
-        find_hot: Callable[[], dict[str, torch.Tensor]] | None = None,
+        find_hot: Callable[[], dict[str, torch.Tensor]],
         known_hot: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._known_hot = known_hot or {}
@@ -168,7 +165,7 @@ class PackedModel:
         sources = [checkpoint.path] if checkpoint.path.is_file() else list(checkpoint.path.glob("*.safetensors"))
         stamp = max(source.stat().st_mtime_ns for source in sources)
         name = f"{checkpoint.digest[:16]}-{stamp:x}"
-        self._folder = folder / f"{name}-{weights}{'-fast' if find_hot else ''}-v{VERSION}"
+        self._folder = folder / f"{name}-{weights}-v{VERSION}"
         self._hot_path = folder / f"{name}-hot-v{VERSION}.safetensors"  # the same for all formats
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
@@ -218,8 +215,6 @@ class PackedModel:
 
     def _hot_columns(self, name: str) -> torch.Tensor | None:
         """Return a matrix's hot columns, found now if they never were; None where there are none."""
-        if self._find_hot is None:
-            return None
         if self._known_hot:
             return self._known_hot.get(name)
         if self._hot is None:
@@ -240,7 +235,7 @@ class PackedModel:
                 if offset is not None:
                     packed[f"{role}.offset"] = offset
             else:
-                columns = self._quantized(matrix, self._hot_columns(f"layer-{i:03}.{role}"))
+                columns = quantize_columns(matrix, self._hot_columns(f"layer-{i:03}.{role}"))
                 packed |= {f"{role}.{name}": tensor for name, tensor in columns.items()}
         return packed
 
@@ -256,12 +251,6 @@ class PackedModel:
             packed |= self._in_parts("head", checkpoint.head, hot)
         return packed
 
-    def _quantized(self, matrix: torch.Tensor, hot: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        if self._find_hot is not None:
-            return quantize_columns(matrix, hot)
-        q, scale = quantize_int8(matrix)
-        return {"q": q, "scale": scale}
-
     def _in_parts(
         self, role: str, read: Callable[[int, int], torch.Tensor | None], hot: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
@@ -270,7 +259,7 @@ class PackedModel:
         for start in range(0, self._checkpoint.config.vocab_size, _ROWS):
             part = read(start, min(start + _ROWS, self._checkpoint.config.vocab_size))
             assert part is not None  # asked for only where there is one
-            parts.append(self._quantized(part, hot))
+            parts.append(quantize_columns(part, hot))
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "hot"}
         if "hot" in parts[0]:
             whole["hot"] = parts[0]["hot"]

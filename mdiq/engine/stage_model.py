@@ -25,7 +25,7 @@ class WeightSettings:
     """How weights are held.
 
     format: "plain" (the dtype of the activations), or one of quantize.FORMATS.
-    exact: use batch-invariant kernels that keep the activations' precision; see kernels.py. Not for plain ones.
+    exact: use batch-invariant kernels; see kernels.py. Not for plain weights.
     folder: where packed weights and measurements of kernels are kept.
     hot: hot columns by name, where this Node cannot find them; see hot_table.py.
     """
@@ -80,7 +80,7 @@ class StageModel:
         with ExitStack() as stack:
             packed = None
             if weights.format in FORMATS:
-                find_hot = None if weights.exact else partial(hot_columns, checkpoint)
+                find_hot = partial(hot_columns, checkpoint)
                 packed = stack.enter_context(
                     PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot, weights.hot)
                 )

@@ -113,7 +113,7 @@ class RemoteStages(SocketStages):
         return gate
 
     async def _prepare(self, server: RouterServer) -> Mapping[str, bytes]:
-        """Begin to serve weights; return the hot columns for fast mode, found first if they never were."""
+        """Begin to serve weights; return the hot columns of packed ones, found first if they never were."""
         options = self._options
         weights = await asyncio.to_thread(map_weights, options.model)
         rate = self._ring.transfer_bytes_per_s
@@ -127,7 +127,7 @@ class RemoteStages(SocketStages):
             may_fetch=partial(self._may_fetch, server),
         )
         self._run(self._serve(weight_server.run(), "weights"), "weights")
-        if options.weights not in FORMATS or options.exact:
+        if options.weights not in FORMATS:
             return {}
         return await asyncio.to_thread(hot_table, options.model, options.weights)
 

@@ -64,7 +64,7 @@ def test_packed_weights_change_logits_little(name: str, weights: str, tmp_path: 
     prompt = {0: (3, 14, 15, 92, 65, 35)}
     plain, packed = (_decode([_runner(tmp_path / "model", kind)], prompt, 1)[0] for kind in ("plain", weights))
     # Random weights are the hardest to pack; columns that are no multiple of a block stay int8.
-    assert (packed - plain).norm() / plain.norm() < (0.05 if weights == "int8" else 0.3)
+    assert (packed - plain).norm() / plain.norm() < (0.1 if weights == "int8" else 0.3)
     assert not torch.equal(packed, plain)
 
 

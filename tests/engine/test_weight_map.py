@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId
 from mdiq.core.weights import PART_SUFFIX, Manifest, Waiting, WeightMap, encode
 from mdiq.engine.checkpoint import open_checkpoint
+from mdiq.engine.hot_table import hot_table, of_layers
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.weight_map import map_weights
 from mdiq.errors import ModelError
@@ -58,8 +60,8 @@ def _copy(model: Path, weights: WeightMap, layers: LayerRange, folder: Path, *, 
     return copy
 
 
-def _logits(paths: list[Path], weights: str, digest: str) -> torch.Tensor:
-    """Return what three Stages make of a prompt, each from its own path."""
+def _logits(paths: list[Path], weights: str, digest: str, table: Mapping[str, bytes] | None = None) -> torch.Tensor:
+    """Return what three Stages make of a prompt, each from its own path; the others get the Starter's hot columns."""
     segments = (Segment(SeqId(1), 0, 5, wants_logits=True),)
     payloads: tuple[object, ...] = (TokenIds((3, 14, 15, 92, 65)),)
     runners = [
@@ -73,6 +75,7 @@ def _logits(paths: list[Path], weights: str, digest: str) -> torch.Tensor:
             kv_tokens=64,
             weights=weights,
             digest=digest,
+            hot=of_layers(table or {}, layers) if layers.start else None,
         )
         for path, layers in zip(paths, STAGES, strict=True)
     ]
@@ -95,10 +98,8 @@ def test_stages_on_partial_copies_give_the_same_bits_as_on_the_whole_model(name:
 def test_packed_weights_of_a_partial_copy_are_those_of_the_whole_model(tmp_path: Path) -> None:
     model = _model("gguf", tmp_path)
     weights = map_weights(model, chunk_bytes=CHUNK)
-    copies = [
-        _copy(model, weights, layers, tmp_path / f"node-{i}", with_ends=i == 0) for i, layers in enumerate(STAGES)
-    ]
-    packed = _logits(copies, "int8", weights.digest)
+    copies = [model, *(_copy(model, weights, STAGES[i], tmp_path / f"node-{i}", with_ends=False) for i in (1, 2))]
+    packed = _logits(copies, "int8", weights.digest, hot_table(model, "int8"))
     shutil.rmtree(tmp_path / "cache" / "packed")
     assert torch.equal(packed, _logits([model] * 3, "int8", weights.digest))
 
