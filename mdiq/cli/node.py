@@ -110,12 +110,21 @@ class _Service:
                 log.info("ring_ended")
                 if self._once:
                     return
+            finally:
+                self._process = None  # there is no ring to leave until the next one
             await asyncio.sleep(REJOIN_S)
 
     async def _reload(self) -> None:
-        """Read topology and keys again: for the ring that this Node waits for, or for the next one."""
+        """Read topology and keys again: for the ring that this Node waits for, or for the next one.
+
+        In a ring a revoked key counts at once.
+        """
         self._options = self._read()
-        if self._running is not None and self._process is not None and not self._process.is_assigned:
+        if self._running is None or self._process is None:
+            return
+        if self._process.is_assigned:
+            await self._process.renew(self._options)
+        else:
             self._is_renewing = self._running.cancel()
 
     async def _leave(self) -> None:

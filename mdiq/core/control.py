@@ -39,6 +39,7 @@ class Assign:
     trace: collect Spans.
     hot: hot columns of packed weights, i32 little endian, by the names of engine/hot_columns.py. A Node that has a part
     of the model cannot find them; empty where it has all of it.
+    previous: the Node before this one, whose key alone is let in to send Frames; empty where nobody has a key.
     """
 
     epoch: int
@@ -59,6 +60,7 @@ class Assign:
     send_key: bytes
     trace: bool
     hot: Mapping[str, bytes]
+    previous: str = ""
 
     def __post_init__(self) -> None:
         least = min(len(self.receive_key), len(self.send_key))

@@ -26,7 +26,7 @@ from mdiq.engine.device import rss_bytes
 from mdiq.engine.measure import measure_cost
 from mdiq.engine.model_source import cache_directory
 from mdiq.engine.runner import StageRunner
-from mdiq.errors import EngineError, LocalProtocolError, MdiqError, NodeDiedError, first_of
+from mdiq.errors import EngineError, LocalProtocolError, MdiqError, NodeDiedError, TransportError, first_of
 from mdiq.runtime.engine_worker import make_worker, wire_limits
 from mdiq.runtime.lifecycle import Notifier
 from mdiq.runtime.options import RingPeers
@@ -75,6 +75,7 @@ class NodeProcess:
         self._waits_for = "the starter"  # or for nothing
         self._gate: Gate | None = None
         self._guarding: asyncio.Task[None] | None = None
+        self._previous = ""  # the Node before this one; unknown before the assignment
         self._layers = ""
         self._num_links = 0
         self._stage = StageProtocol()
@@ -126,6 +127,18 @@ class NodeProcess:
         if self._agent is not None and self.is_assigned:
             await self._agent.leave(NodeDiedError("it was stopped on its device"))
 
+    async def renew(self, options: NodeOptions) -> None:
+        """Take over, in the midst of a Ring, who may send to this Node: whose key is revoked loses its connection."""
+        if self._peers is not None and options.peers is not None:
+            self._peers = options.peers
+            await self._admit()
+
+    async def _admit(self) -> None:
+        """Let in the Node before this one; while it is unknown, every Node of the topology."""
+        if self._gate is not None and self._peers is not None:
+            nodes = [node for node in self._peers.nodes if self._previous in ("", node.name)]
+            await self._gate.replace(DATA, {node.public_key or "": node.name for node in nodes})
+
     async def _open_links(self) -> tuple[PullSource, DealerLink]:
         options, peers = self._options, self._peers
         if peers is None:
@@ -135,8 +148,8 @@ class NodeProcess:
         if peers.secret is not None:
             self._gate = gate = Gate(self._context)
             gate.start()
-            await gate.replace(DATA, {node.public_key or "": node.name for node in peers.nodes})
-            self._guarding = asyncio.create_task(gate.run(), name="gate")
+            await self._admit()
+            self._guarding = asyncio.create_task(_guard(gate), name="gate")
             entrance = ServerSecurity(peers.secret, DATA, gate)
         source = await PullSource.bind(
             self._context, listen_endpoint(options.listen), security=entrance, insecure=peers.insecure
@@ -194,6 +207,8 @@ class NodeProcess:
         layers = LayerRange(assign.layer_start, assign.layer_stop)
         self._layers = f"layers {layers.start}-{layers.stop - 1}"
         self.is_assigned, self._waits_for = True, ""
+        self._previous = assign.previous
+        await self._admit()
         self._tracer.is_on = assign.trace
         model = await self._fetch(self._peers, layers, assign.model_digest) if self._peers else Path(assign.model)
         runner = await self.worker.run_uncounted(
@@ -318,3 +333,11 @@ class NodeProcess:
             kv_tokens_in_use=self._runner.kv_tokens_in_use if self._runner else 0,
             queue_depth=self._stage.num_waiting,
         )
+
+
+async def _guard(gate: Gate) -> None:
+    """Answer for keys; without that nobody is let in, so the Ring ends and the next one has a new Gate."""
+    try:
+        await gate.run()
+    except Exception as error:
+        raise TransportError(f"its gate failed, and lets nobody in any more: {error!r}; see its log") from error

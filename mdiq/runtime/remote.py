@@ -1,7 +1,7 @@
 """Nodes on other machines, as the Starter sees them: it waits for them, gives them weights, and lets nobody else in.
 
-Each plane has its list of names (transport/curve.py): activations come from Nodes of the Ring, control messages and
-questions for weights from its workers, and everyone speaks for its own name only.
+Each plane has its list of names (transport/curve.py): activations come from the Node before, control messages and
+questions for weights from the workers, and everyone speaks for its own name only.
 """
 
 import asyncio
@@ -105,9 +105,9 @@ class RemoteStages(SocketStages):
     async def _open_gate(self, ring: RemoteRing) -> Gate:
         gate = Gate(self._context)
         gate.start()
-        keys = {node.public_key or "": node.name for node in ring.nodes}
+        last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
         workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
-        for domain, listed in ((DATA, keys), (CONTROL, workers), (WEIGHTS, workers)):
+        for domain, listed in ((DATA, last), (CONTROL, workers), (WEIGHTS, workers)):
             await gate.replace(domain, listed)
         self._run(self._serve(gate.run(), "gate"), "gate")
         return gate
@@ -164,6 +164,7 @@ class RemoteStages(SocketStages):
             device=node.device,
             memory_share=node.memory_share,
             hot=of_layers(hot, self._options.layers[i]),
+            previous=ring.nodes[i - 1].name,
         )
 
     def _server_security(self, domain: str) -> ServerSecurity | None:

@@ -62,6 +62,10 @@ class Refusals:
         shown = {} if public_key is None else {"public_key": public_key}
         log.warning("peer_refused", plane=domain, address=address, reason=reason, **shown)
 
+    def has_noted_key(self, domain: str, address: str) -> bool:
+        """Return whether the log has this address with a key that is not listed."""
+        return (domain, address, True) in self._noted
+
     def forget(self, domain: str) -> None:
         """Log again what is refused on this plane: its list has changed."""
         self._noted = {key: when for key, when in self._noted.items() if key[0] != domain}

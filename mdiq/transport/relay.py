@@ -49,9 +49,17 @@ class Relay:
     """A port that leads to another one over a slow link."""
 
     def __init__(
-        self, shape: LinkShape, host: str, port: int, *, clock: Clock = time.monotonic, draw: Draw | None = None
+        self,
+        shape: LinkShape,
+        host: str,
+        port: int,
+        *,
+        listener: socket.socket | None = None,
+        clock: Clock = time.monotonic,
+        draw: Draw | None = None,
     ) -> None:
         self._shape = shape
+        self._listener = listener
         self._target = (host, port)
         self._clock = clock
         self._draw = draw or (lambda: random.uniform(-1.0, 1.0))
@@ -60,8 +68,8 @@ class Relay:
         self.port = 0
 
     async def start(self) -> None:
-        """Listen on a free port of the loopback interface."""
-        listener = socket.create_server(("127.0.0.1", 0))
+        """Listen on a free port of the loopback interface, or where the listener that was given does."""
+        listener = self._listener or socket.create_server(("127.0.0.1", 0))
         # Connections inherit it: what waits in the kernel in front of the link is not shaped, so it should be little.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, QUEUE_BYTES)
         self._server = await asyncio.start_server(self._accept, sock=listener, limit=MOST_CHUNK_BYTES)
@@ -207,7 +215,8 @@ class RelayProcess:
 def serve(link: str) -> None:
     """Be the relays' process: targets come as a line of JSON on standard input, endpoints go to standard output.
 
-    It ends when standard input does, so with its parent.
+    A target is an endpoint, or an endpoint and the descriptor of a socket that listens for it: one that this process
+    was started with, made in another network maybe. It ends when standard input does, so with its parent.
     """
     shape = parse_link(link)
     targets = json.loads(sys.stdin.readline())
@@ -216,8 +225,13 @@ def serve(link: str) -> None:
         runner.run(_serve(shape, targets))
 
 
-async def _serve(shape: LinkShape, targets: list[str]) -> None:
-    relays = [Relay(shape, *_host_and_port(target)) for target in targets]
+async def _serve(shape: LinkShape, targets: list[str | tuple[str, int]]) -> None:
+    relays = [
+        Relay(shape, *_host_and_port(target))
+        if isinstance(target, str)
+        else Relay(shape, *_host_and_port(target[0]), listener=socket.socket(fileno=target[1]))
+        for target in targets
+    ]
     for relay in relays:
         await relay.start()
     sys.stdout.write(json.dumps([f"tcp://127.0.0.1:{relay.port}" for relay in relays]) + "\n")

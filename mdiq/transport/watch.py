@@ -125,6 +125,7 @@ class ServerWatch(Watch):
         self._refusals = refusals
         self._shaking: dict[int, str] = {}  # connections whose handshake goes on: their descriptor and peer
         self._num_succeeded = 0  # of these; libzmq does not say which
+        self._num_unlisted = 0  # refused by the Gate, which has logged them, and not yet disconnected
         self._reason: str | None = None
         self._is_gate_missing = False
         self._closed = asyncio.Event()
@@ -146,7 +147,7 @@ class ServerWatch(Watch):
                 await self._closed.wait()
             # libzmq does not tell of each one's end.
             self._shaking.clear()
-            self._num_succeeded = 0
+            self._num_succeeded = self._num_unlisted = 0
             self._socket.bind(endpoint)
             self.listening()
         except (zmq.ZMQError, TimeoutError) as error:
@@ -173,16 +174,23 @@ class ServerWatch(Watch):
                 why = "in time" if value == errno.EAGAIN else f"({os.strerror(value)})"
                 self._reason = f"it did not finish the handshake {why}"
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._reason = ""  # logged by the Gate
+                self._num_unlisted += 1
             case zmq.EVENT_DISCONNECTED:
                 self._disconnected(value)
             case zmq.EVENT_CLOSED:
                 self._closed.set()
 
     def _disconnected(self, connection: int) -> None:
-        """Log the peer if its handshake failed. libzmq tells of a failure and of the end of its connection in a row."""
+        """Log the peer if its handshake failed.
+
+        libzmq tells of a failure and of the end of its connection in a row, but not for keys that the Gate has refused.
+        """
         address = self._shaking.pop(connection, None)
         reason, self._reason = self._reason, None
+        if reason is None and self._num_unlisted and address is not None:
+            if self._refusals.has_noted_key(self._domain, address):
+                self._num_unlisted -= 1
+                return
         # If others have succeeded meanwhile, this may be one of them that leaves already.
         if reason is None and address is not None and not self._num_succeeded:
             reason = "it speaks no CURVE, has a wrong key of ours, or sends what it has recorded"

@@ -49,9 +49,19 @@ def run_mdiq(*arguments: str | Path, timeout: float = 600, env: Mapping[str, str
         stdin=subprocess.DEVNULL,
         env={**os.environ, **(env or {})},
     )
-    lines = [json.loads(line) for line in done.stdout.splitlines()] if "--json" in arguments else []
+    return _read(done.returncode, done.stdout, done.stderr, as_json="--json" in arguments)
+
+
+def finish(process: "subprocess.Popen[bytes]", timeout: float = 600) -> Finished:
+    """Wait for a run with --json that was started elsewhere."""
+    out, errors = process.communicate(timeout=timeout)
+    return _read(process.returncode, out.decode(), errors.decode(), as_json=True)
+
+
+def _read(code: int, out: str, errors: str, *, as_json: bool) -> Finished:
+    lines = [json.loads(line) for line in out.splitlines()] if as_json else []
     summary = lines.pop()["summary"] if lines and "summary" in lines[-1] else {}
-    return Finished(done.returncode, {line["index"]: line for line in lines}, summary, done.stderr)
+    return Finished(code, {line["index"]: line for line in lines}, summary, errors)
 
 
 def write_prompts(path: Path, requests: Sequence[Mapping[str, object]]) -> Path:

@@ -1,16 +1,17 @@
-"""A ring over several machines, with loopback addresses in their place: joined by keys, fed with weights, run again."""
+"""A ring over several machines, each a network of this one: joined by keys, fed with weights, run again."""
 
-import os
 import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.integration.conftest import mdiq_command, run_mdiq
+from nodes.loopback import LoopbackRing
+from tests.integration.conftest import Finished, finish, run_mdiq
 
 pytestmark = pytest.mark.timeout(300)  # each node packs its layers, and several rings start
 
@@ -22,8 +23,8 @@ LAYERS = ("0-9", "10-19", "20-29")
 @pytest.fixture
 def topology(tmp_path: Path) -> Path:
     file = tmp_path / "topology.yaml"
-    starter = f"desk=127.0.0.1,{PORTS},control_port=17401,weights_port=17402,layers={LAYERS[0]}"
-    workers = (f"pi{i}=127.0.0.{i + 1},{PORTS},layers={LAYERS[i]}" for i in (1, 2))
+    starter = f"desk=192.168.1.10,{PORTS},control_port=17401,weights_port=17402,layers={LAYERS[0]}"
+    workers = (f"pi{i}=192.168.1.1{i},{PORTS},layers={LAYERS[i]}" for i in (1, 2))
     nodes = [argument for node in (starter, *workers) for argument in ("--node", node)]
     for command in (("init", *nodes, "--out", file), ("keys", file), ("check", file)):
         done = run_mdiq(*command)
@@ -32,92 +33,100 @@ def topology(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture
+def ring(topology: Path, tmp_path: Path) -> Iterator[LoopbackRing]:
+    """The machines of the topology, switched on and without a node on them."""
+    with LoopbackRing(topology, tmp_path / "ring", without=("pi1", "pi2")) as ring:
+        yield ring
+
+
 @contextmanager
-def _node(topology: Path, name: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A node in a process of its own, with a cache of its own; it is stopped in the end."""
-    folder = topology.parent
-    environment = {**os.environ, "MDIQ_CACHE": str(folder / f"cache-{name}"), "MDIQ_NAME": name}
-    with (folder / f"{name}.log").open("ab") as log:
-        with subprocess.Popen(mdiq_command("node", topology, *arguments), stderr=log, env=environment) as process:
-            try:
-                yield process
-            finally:
-                process.terminate()
-                try:
-                    process.wait(20)
-                finally:
-                    process.kill()
+def _node(ring: LoopbackRing, name: str, *arguments: str) -> "Iterator[subprocess.Popen[Any]]":
+    """A node in a process of its own; it is stopped in the end."""
+    process = ring.start_node(name, *arguments)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
-def _run(topology: Path) -> tuple[list[int], list[str]]:
-    done = run_mdiq("run", "--topology", topology, *RUN)
+def _starter(ring: LoopbackRing, *arguments: str) -> "subprocess.Popen[Any]":
+    command = ["mdiq", "run", "--topology", "{topology}", *arguments]
+    return ring.start("desk", command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _finished(ring: LoopbackRing, *arguments: str) -> Finished:
+    return finish(_starter(ring, *RUN, *arguments))
+
+
+def _run(ring: LoopbackRing) -> tuple[list[int], list[str]]:
+    done = _finished(ring)
     assert done.code == 0, done.errors
     return done.results[0]["token_ids"], [node["name"] for node in done.summary["nodes"]]
 
 
-def _fetched(topology: Path, name: str) -> list[int]:
+def _fetched(ring: LoopbackRing, name: str) -> list[int]:
     """Return how many chunks a node has fetched for each of its rings, by its log."""
-    found = re.findall(r"weights_here +chunks_fetched=(\d+)", (topology.parent / f"{name}.log").read_text())
+    found = re.findall(r"weights_here +chunks_fetched=(\d+)", ring.log(name).read_text())
     return [int(number) for number in found]
 
 
-def test_three_nodes_answer_as_three_local_ones_and_a_second_run_transfers_nothing(topology: Path) -> None:
+def test_three_nodes_answer_as_three_local_ones_and_a_second_run_transfers_nothing(ring: LoopbackRing) -> None:
     local = run_mdiq("run", *RUN, "--layers", "10,10,10", "--weights", "int8", "--threads", "1")
     assert local.code == 0, local.errors
-    with _node(topology, "pi1") as one, _node(topology, "pi2", "--once") as two:
-        tokens, names = _run(topology)
+    with _node(ring, "pi1") as one, _node(ring, "pi2", "--once") as two:
+        tokens, names = _run(ring)
         assert tokens == local.results[0]["token_ids"] and names == ["desk", "pi1", "pi2"]
         assert two.wait(20) == 0  # with --once it ends with the ring
-        with _node(topology, "pi2"):
-            assert _run(topology) == (tokens, names)
+        with _node(ring, "pi2"):
+            assert _run(ring) == (tokens, names)
         one.send_signal(signal.SIGHUP)  # it reads its file again and goes on
-        with _node(topology, "pi2"):
-            assert _run(topology)[0] == tokens
+        with _node(ring, "pi2"):
+            assert _run(ring)[0] == tokens
         one.send_signal(signal.SIGTERM)
         assert one.wait(20) == 0
     for name in ("pi1", "pi2"):
-        first, *later = _fetched(topology, name)
+        first, *later = _fetched(ring, name)
         assert first > 10 and later == [0, 0]
-        copy = next((topology.parent / f"cache-{name}" / "weights").glob("*/model.gguf")).stat()
+        copy = next((ring.folder / f"cache-{name}" / "weights").glob("*/model.gguf")).stat()
         assert copy.st_blocks * 512 < copy.st_size / 2, "it has more than its own layers"
 
 
-def test_nodes_of_a_starter_that_was_killed_join_the_next_one(topology: Path) -> None:
-    with _node(topology, "pi1"), _node(topology, "pi2"):
+def test_nodes_of_a_starter_that_was_killed_join_the_next_one(ring: LoopbackRing) -> None:
+    with _node(ring, "pi1"), _node(ring, "pi2"):
         endless = ("a long story", "--max-tokens", "4000", "--ignore-eos")
-        with subprocess.Popen(
-            mdiq_command("run", "--topology", topology, *endless), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as starter:
-            assert starter.stdout is not None and starter.stdout.read(20)  # it answers
-            starter.kill()
-        assert _run(topology)[1] == ["desk", "pi1", "pi2"]
+        starter = _starter(ring, *endless)
+        assert starter.stdout.read(20)  # type: ignore[union-attr]  # it answers
+        starter.kill()
+        assert _run(ring)[1] == ["desk", "pi1", "pi2"]
 
 
-def test_a_node_that_is_stopped_ends_the_run_with_its_name(topology: Path) -> None:
-    with _node(topology, "pi1"), _node(topology, "pi2") as two:
+def test_a_node_that_is_stopped_ends_the_run_with_its_name(ring: LoopbackRing) -> None:
+    with _node(ring, "pi1"), _node(ring, "pi2") as two:
         endless = ("a long story", "--max-tokens", "4000", "--ignore-eos")
-        with subprocess.Popen(
-            mdiq_command("run", "--topology", topology, *endless), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as starter:
-            assert starter.stdout is not None and starter.stderr is not None and starter.stdout.read(20)
-            two.terminate()
-            assert two.wait(20) == 0
-            errors = starter.stderr.read().decode()
-            assert starter.wait(20) == 1
+        starter = _starter(ring, *endless)
+        assert starter.stdout.read(20)  # type: ignore[union-attr]
+        two.terminate()
+        assert two.wait(20) == 0
+        errors = starter.communicate(timeout=20)[1].decode()
+        assert starter.returncode == 1
         assert errors.splitlines()[-1] == "mdiq: pi2: it was stopped on its device"
 
 
-def test_a_node_with_another_key_is_refused_and_named_at_the_deadline(topology: Path) -> None:
-    theirs = topology.parent / "theirs"
+def test_a_node_with_another_key_is_refused_and_named_at_the_deadline(ring: LoopbackRing) -> None:
+    theirs = ring.folder / "theirs"
     theirs.mkdir()
-    (theirs / topology.name).write_bytes(topology.read_bytes())
-    (topology.parent / "keys").rename(theirs / "keys")
-    for command in (("keys", theirs / topology.name, "--rotate", "pi2"),):
-        assert run_mdiq(*command).code == 0
-    # The Starter's file has pi2's old key, and its own and pi1's as before.
-    (topology.parent / "keys").symlink_to(theirs / "keys")
-    with _node(topology, "pi1"), _node(theirs / topology.name, "pi2"):
-        done = run_mdiq("run", "--topology", topology, *RUN, "--join-wait", "15")
+    file = theirs / "topology.yaml"
+    file.write_text(re.sub(r"keys: .*/keys", "keys: keys", ring.file.read_text()))
+    (theirs / "keys").mkdir()
+    for key in (ring.folder.parent / "keys").iterdir():
+        (theirs / "keys" / key.name).write_bytes(key.read_bytes())
+        (theirs / "keys" / key.name).chmod(0o600)
+    assert run_mdiq("keys", file, "--rotate", "pi2").code == 0  # the Starter's file has pi2's old key
+    with _node(ring, "pi1"):
+        ring.start("pi2", ["mdiq", "node", str(file), "--name", "pi2"], stderr=subprocess.DEVNULL)
+        done = _finished(ring, "--join-wait", "15")
     lines = done.errors.strip().splitlines()
     assert done.code == 1
     assert lines[-1].startswith("mdiq: pi2: not joined within 15 s; ") and "refused here" in lines[-1]

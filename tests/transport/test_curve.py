@@ -461,6 +461,31 @@ async def test_a_handshake_that_is_replayed_is_refused(ward: Ward, events: Event
     await source.aclose()
 
 
+async def test_strangers_of_all_kinds_at_once_are_each_logged_once(ward: Ward, events: Events, fast: None) -> None:
+    """Connections fail in another order than they end; none is taken for another."""
+    source = await PullSource.bind(ward.context, ANY_PORT, security=ward.guards())
+    strangers = []
+    for i in range(10, 26):
+        keys = pair()
+        options = {
+            "curve_publickey": keys.public.encode(),
+            "curve_secretkey": keys.secret,
+            "curve_serverkey": ward.server.public.encode(),
+        }
+        bad = raw_client(ward.context, **(options if i % 2 else {}))
+        bad.connect(f"tcp://127.0.0.{i}:0;127.0.0.1:{_port(source)}")
+        strangers.append(bad)
+    addresses = {f"127.0.0.{i}" for i in range(10, 26)}
+    await happens(lambda: {event["address"] for event in refused(events)} >= addresses)
+    await asyncio.sleep(0.3)  # whatever would be logged twice
+    assert sorted(str(event["address"]) for event in refused(events)) == sorted(addresses)
+    for event in refused(events):
+        assert ("public_key" in event) == (int(str(event["address"]).rpartition(".")[2]) % 2 == 1)
+    for bad in strangers:
+        bad.close()
+    await source.aclose()
+
+
 @pytest.mark.parametrize("is_socket_left", [True, False])
 async def test_a_dead_gate_refuses_everybody(ward: Ward, events: Events, fast: None, is_socket_left: bool) -> None:
     source = await PullSource.bind(ward.context, ANY_PORT, security=ward.guards())

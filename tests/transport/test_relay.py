@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator
 
@@ -51,6 +52,26 @@ async def joined(shape: LinkShape) -> AsyncIterator[Ends]:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
         server.close()
+
+
+async def test_a_relay_listens_at_a_socket_that_it_is_given() -> None:
+    """One that was made in another network, for example."""
+    far = asyncio.get_running_loop().create_future()
+    server = await asyncio.start_server(lambda *streams: far.set_result(streams), "127.0.0.1", 0)
+    listener = socket.create_server(("127.0.0.9", 0))
+    relay = Relay(LinkShape(), "127.0.0.1", server.sockets[0].getsockname()[1], listener=listener)
+    await relay.start()
+    assert relay.port == listener.getsockname()[1]
+    _, writer = await asyncio.open_connection("127.0.0.9", relay.port)
+    writer.write(b"through")
+    reader, far_writer = await far
+    assert await reader.readexactly(7) == b"through"
+    await relay.aclose()
+    for end in (writer, far_writer):
+        end.close()
+        with contextlib.suppress(OSError):
+            await end.wait_closed()
+    server.close()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,610 @@
+"""Runs a whole topology on one machine: each node a process of its own, in a network of its own where that can be had.
+
+    python nodes/loopback.py topology.yaml -- mdiq run --topology {topology} "Why is the sky blue?"
+
+Where the kernel lets us (root, or user namespaces), every node gets a network namespace with its own address, the one
+of the file if that is an IPv4 address, and a bridge joins them: nothing else is reached from there, and nothing there
+from outside. Elsewhere the nodes share loopback, each with an address of 127.0.0.0/8 of its own. The ring runs on a
+copy of the file with these addresses, and with keys made for it where the file's are not at hand.
+
+Nothing has to be cleaned up by hand: the namespaces have no names and end with the last process in them, and every
+process ends with this one, also when it is killed. Tests use LoopbackRing, a context manager.
+"""
+
+import argparse
+import contextlib
+import io
+import ipaddress
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import yaml
+
+from mdiq.cli.keys import execute as make_missing_keys
+from mdiq.config.load import load_topology
+from mdiq.errors import ConfigError, MdiqError, RingError
+
+HERE = Path(__file__).resolve().parent
+MDIQ = (sys.executable, "-m", "mdiq")
+STARTER = 'mdiq run --topology {topology} "Why is the sky blue?"'
+LINK = "FROM:TO,delay=20ms,bandwidth=10mbit,jitter=5ms"
+STOP_S = 20.0
+"""Within this a command that was told to end has ended; then it is killed."""
+POLL_S = 0.2
+BRIDGE = "br0"  # as in capture.py
+_SPACE = ipaddress.IPv4Network("10.77.0.0/24")  # addresses of nodes whose own are none that a namespace can have
+_HUB_ADDRESS = "10.77.255.254"
+_FIRST_LISTENER = 10  # descriptor of a relay's first listening socket
+_HELD = b"held\n"
+# The kernel ends them should this process be killed; behind nsenter, which would lose it.
+_DIES_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
+# Listens in the namespace of a link, then becomes its relay in that of the bridge, with the sockets that it has.
+_LISTEN_AND_BECOME = f"""
+import json, os, socket, sys
+endpoints, command = json.loads(sys.argv[1]), sys.argv[2:]
+for number, endpoint in enumerate(endpoints, {_FIRST_LISTENER}):
+    listener = socket.create_server(tuple(endpoint))
+    os.dup2(listener.fileno(), number, inheritable=True)
+os.execvp(command[0], command)
+"""
+
+
+class NoNamespacesError(Exception):
+    """The kernel does not let us; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How the Hop from one Node to the next is. shape: as `mdiq bench --link` takes it."""
+
+    sender: str
+    receiver: str
+    shape: str
+
+
+class Namespaces:
+    """A network namespace for each Node, joined by a bridge in one of their own.
+
+    Each is held by a process that does nothing but wait for the end of its standard input, so they end with this one.
+    """
+
+    def __init__(self, addresses: Mapping[str, str]) -> None:
+        self.addresses = addresses
+        self._holders: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            self._hub = self._hold_hub()
+            for name in addresses:
+                self._holders[name] = self._hold(*self._unshare())
+            hub = [f"link add {BRIDGE} type bridge", f"addr add {_HUB_ADDRESS}/32 dev {BRIDGE}"]
+            hub += ["link set lo up", f"link set {BRIDGE} up", f"route add default dev {BRIDGE}"]
+            for i, name in enumerate(addresses):
+                hub.append(f"link add v{i} type veth peer name eth0 netns {self._holders[name].pid}")
+                hub += [f"link set v{i} master {BRIDGE}", f"link set v{i} up"]
+            self._ip(self._hub, hub)
+            for name, address in addresses.items():
+                mine = ["link set lo up", f"addr add {address}/32 dev eth0", "link set eth0 up"]
+                self._ip(self._holders[name], [*mine, "route add default dev eth0"])
+        except BaseException:
+            self.close()
+            raise
+
+    def inside(self, name: str) -> list[str]:
+        """Return what stands in front of a command that is to run in a Node's network."""
+        return self._enter(self._holders[name])
+
+    def capture(self) -> tuple[list[str], list[str]]:
+        """Return what stands in front of capture.py, and its arguments behind the file."""
+        return self._enter(self._hub), []
+
+    def relay(self, link: Link, ports: Sequence[int]) -> tuple[list[str], list[list[object]]]:
+        """Put a namespace in the place of a link; return the command of the relay that is to stand there, and targets.
+
+        Connections from the sender to the receiver's ports lead into that namespace, where the relay listens at the
+        receiver's address. It goes on to the receiver from the bridge's namespace: so nobody has to know of it.
+        """
+        sender, receiver = self.addresses[link.sender], self.addresses[link.receiver]
+        place = self._hold(*self._unshare())
+        here, there, table = "hop", "far", 100
+        self._holders[f"{link.sender}:{link.receiver}"] = place
+        mine = [f"link add {here} type veth peer name {there} netns {place.pid}", f"link set {here} up"]
+        mine += [f"route add {receiver}/32 dev {here} src {sender} table {table}"]
+        # By port: what the receiver has opened, to a port of the sender's, is answered over the bridge.
+        mine += [f"rule add to {receiver}/32 ipproto tcp dport {port} lookup {table}" for port in ports]
+        self._ip(self._holders[link.sender], mine)
+        # Answers from there come on another interface than that of the main table, which some systems do not accept.
+        settings = "; ".join(f"echo 0 >/proc/sys/net/ipv4/conf/{name}/rp_filter" for name in ("all", here))
+        subprocess.run([*self._enter(self._holders[link.sender]), "sh", "-c", settings], stderr=subprocess.DEVNULL)
+        self._ip(
+            place,
+            [
+                "link set lo up",
+                f"addr add {receiver}/32 dev lo",
+                f"link set {there} up",
+                f"route add {sender}/32 dev {there}",
+            ],
+        )
+        endpoints = json.dumps([[receiver, port] for port in ports])
+        command = [*self._enter(place), sys.executable, "-S", "-c", _LISTEN_AND_BECOME, endpoints]
+        # It is in the user namespace already.
+        command += ["nsenter", "--target", str(self._hub.pid), "--net", "--"]
+        return command, [[f"tcp://{receiver}:{port}", i] for i, port in enumerate(ports, _FIRST_LISTENER)]
+
+    def close(self) -> None:
+        """End the processes that hold the namespaces."""
+        for holder in self._holders.values():
+            holder.kill()
+        for holder in self._holders.values():
+            holder.wait()
+            for pipe in (holder.stdin, holder.stdout, holder.stderr):
+                if pipe is not None:
+                    pipe.close()
+        self._holders.clear()
+
+    def _hold_hub(self) -> subprocess.Popen[bytes]:
+        """Hold a namespace that belongs to us: as root, or in a user namespace in which we are."""
+        reasons = []
+        for self._is_user in (False, True) if os.getuid() == 0 else (True,):
+            try:
+                hub = self._hold("unshare", *(["--user", "--map-root-user"] if self._is_user else []), "--net")
+            except NoNamespacesError as error:
+                reasons.append(str(error))
+                continue
+            self._holders[""] = hub
+            return hub
+        raise NoNamespacesError("; ".join(dict.fromkeys(reasons)))
+
+    def _hold(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a process that holds the namespaces which ``command`` makes, and return when they are there."""
+        try:
+            holder = subprocess.Popen(
+                [*command, "sh", "-c", "echo held; exec cat"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise NoNamespacesError(f"{command[0]}: {error.strerror}") from None
+        assert holder.stdout is not None and holder.stderr is not None  # PIPE was asked for
+        if holder.stdout.readline() == _HELD:
+            return holder
+        _, errors = holder.communicate()
+        raise NoNamespacesError(_first_line(errors))
+
+    def _unshare(self) -> list[str]:
+        return [*self._enter(self._hub), "unshare", "--net"]
+
+    def _enter(self, holder: subprocess.Popen[bytes]) -> list[str]:
+        user = ["--user", "--preserve-credentials"] if self._is_user else []
+        return ["nsenter", "--target", str(holder.pid), *user, "--net", "--"]
+
+    def _ip(self, holder: subprocess.Popen[bytes], lines: Sequence[str]) -> None:
+        done = subprocess.run(
+            [*self._enter(holder), "ip", "-batch", "-"], input="\n".join(lines).encode(), capture_output=True
+        )
+        if done.returncode:
+            raise NoNamespacesError(f"ip: {_first_line(done.stderr)}")
+
+
+def why_no_namespaces() -> str:
+    """Return why this machine lets us have no namespaces, or nothing if it does."""
+    try:
+        Namespaces({"probe": str(next(_SPACE.hosts()))}).close()
+    except NoNamespacesError as error:
+        return str(error)
+    return ""
+
+
+class Plain:
+    """Loopback for all Nodes, an address for each; several rings of one machine use different ones."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._network = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
+        self.addresses: Mapping[str, str] = {name: f"{self._network}.{i}" for i, name in enumerate(names, 1)}
+
+    def inside(self, name: str) -> list[str]:
+        """Return what stands in front of a Node's command: nothing."""
+        return []
+
+    def capture(self) -> tuple[list[str], list[str]]:
+        """Return what stands in front of capture.py, and its arguments behind the file."""
+        return [], [f"{self._network}.0/24"]
+
+    def close(self) -> None:
+        """Nothing is to be undone."""
+
+
+class LoopbackRing:
+    """The Nodes of a topology on this machine, from ``with`` to its end; the Starter's command is the caller's.
+
+    topology: the operator's file. folder: for the copy that the ring runs on (``file``), keys, logs and caches.
+    links: Hops that are slow. capture: a file for all packets between the Nodes. without: Nodes not to start yet.
+    """
+
+    def __init__(
+        self,
+        topology: Path,
+        folder: Path,
+        *,
+        links: Sequence[Link] = (),
+        capture: Path | None = None,
+        without: Sequence[str] = (),
+        plain: bool = False,
+    ) -> None:
+        self._loaded = load_topology(topology, without_keys=True)
+        self._names = [node.name for node in self._loaded.topology.nodes]
+        self._ring = [node.name for node in self._loaded.topology.ring_nodes]
+        self._links, self._capture, self._without = _all_links(links, self._ring), capture, without
+        self._network: Namespaces | Plain = Plain(self._names)
+        self._commands: list[subprocess.Popen[Any]] = []
+        self._nodes: dict[str, subprocess.Popen[Any]] = {}
+        self._relays: list[subprocess.Popen[Any]] = []
+        self._capturing: subprocess.Popen[Any] | None = None
+        self.folder = folder
+        self.file = folder / "topology.yaml"
+        self.starter = self._ring[0]
+        self.why_plain = "it was asked for" if plain else ""
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        return self._network.addresses
+
+    @property
+    def is_plain(self) -> bool:
+        """The Nodes share loopback."""
+        return isinstance(self._network, Plain)
+
+    def __enter__(self) -> "LoopbackRing":
+        """Start the Nodes; they wait for their Starter.
+
+        Raises:
+            MdiqError: a file cannot be written, or what was asked for cannot be had on this machine.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def log(self, name: str) -> Path:
+        """Return the file that a Node's process writes to."""
+        return self.folder / f"{name}.log"
+
+    def start_node(self, name: str, *arguments: str, program: Sequence[str] = MDIQ) -> "subprocess.Popen[Any]":
+        """Start a worker's process, with a cache and a log of its own. program: what stands for mdiq."""
+        environment = {**os.environ, "MDIQ_CACHE": str(self.folder / f"cache-{name}")}
+        command = [*program, "node", str(self.file), "--name", name, *arguments]
+        with self.log(name).open("ab") as log:
+            process = self._popen(name, command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        self._nodes[name] = process
+        return process
+
+    def start(self, name: str, command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+        """Start a command in a Node's network, in a session of its own; it ends with the ring at the latest.
+
+        command: ``mdiq`` in front is the one that runs now, and {topology} the ring's file.
+        """
+        command = [word.replace("{topology}", str(self.file)) for word in command]
+        if command[0] == "mdiq":
+            command = [*MDIQ, *command[1:]]
+        try:
+            process = self._popen(name, command, **options)
+        except OSError as error:
+            raise ConfigError(f"{command[0]}: {error.strerror}; give a command that can be run") from None
+        self._commands.append(process)
+        return process
+
+    def open_api(self) -> None:
+        """Let this machine's programs reach the Starter's API where the file says, if it is in a network of its own.
+
+        Raises:
+            ConfigError: the port is not free.
+        """
+        if self.is_plain:
+            return
+        host, port = "127.0.0.1", self._loaded.topology.api.port
+        try:
+            listener = socket.create_server((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"--open-api: {host}:{port}: {os.strerror(error.errno or 0)}; write another api.port"
+            ) from None
+        with listener:
+            # A socket stays in the network in which it was made, whoever has it.
+            relay = [*self._network.inside(self.starter), *MDIQ, "relay", "--link", "delay=0ms"]
+            self._start_relay(relay, [[f"tcp://{host}:{port}", listener.fileno()]], pass_fds=[listener.fileno()])
+
+    def ended(self) -> dict[str, int]:
+        """Return exit codes of Nodes that have ended; each is told once."""
+        codes = {name: code for name, node in self._nodes.items() if (code := node.poll()) is not None}
+        for name in codes:
+            del self._nodes[name]
+        return codes
+
+    def close(self) -> None:
+        """End every process, the Starter's first, and with them the networks; kill what does not end."""
+        nodes = list(self._nodes.values())
+        try:
+            _end(self._commands)
+            _end(nodes)
+            if self._capturing is not None:
+                _end([self._capturing])
+        finally:
+            for process in (*self._commands, *nodes, *self._relays, *([self._capturing] if self._capturing else [])):
+                _kill(process)
+            self._network.close()
+
+    def _start(self) -> None:
+        if not self.why_plain:
+            try:
+                self._network = Namespaces(self._own_addresses())
+            except NoNamespacesError as error:
+                self.why_plain = str(error)
+        if self._links and isinstance(self._network, Plain):
+            raise ConfigError(f"--link: it needs network namespaces, and there are none here: {self.why_plain}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_copy()
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: {error.strerror}; choose another folder") from None
+        if self._capture is not None:
+            self._start_capture(self._capture)
+        for link in self._links:
+            self._slow_down(link)
+        for name in self._names:
+            if name != self.starter and name not in self._without:
+                self.start_node(name)
+
+    def _own_addresses(self) -> dict[str, str]:
+        """Return the addresses of the file, and others for host names, loopback, IPv6, and those that two share."""
+        own: dict[str, str] = {}
+        free = (str(address) for address in _SPACE.hosts())
+        given = [node.address for node in self._loaded.topology.nodes]
+        for node in self._loaded.topology.nodes:
+            is_usable = _is_ipv4(node.address) and given.count(node.address) == 1
+            own[node.name] = node.address if is_usable else next(a for a in free if a not in given)
+        return own
+
+    def _write_copy(self) -> None:
+        loaded, topology = self._loaded, self._loaded.topology
+        data = yaml.safe_load(loaded.file.read_text(encoding="utf-8"))
+        cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().available
+        for node in data["nodes"]:
+            node["address"] = self.addresses[node["name"]]
+            # They have one machine for all of them, which auto does not know.
+            if node.get("threads", "auto") == "auto":
+                node["threads"] = max(cores // len(self._names), 1)
+            if node.get("memory", "auto") == "auto":
+                node["memory"] = f"{max(memory * 8 // 10 // len(self._names) >> 20, 64)}M"
+        if (model := loaded.path(topology.model.path)).exists():
+            data["model"]["path"] = str(model.resolve())
+        for section, key in ((data.get("api"), "keys_file"), (data, "journal")):
+            if section and section.get(key):
+                section[key] = str(loaded.path(section[key]).resolve())
+        security = data.setdefault("security", {})
+        keys = loaded.path(topology.security.keys).resolve()
+        has_keys = all(node.public_key and (keys / f"{node.name}.key").exists() for node in topology.nodes)
+        security["keys"] = str(keys if has_keys else self.folder.resolve() / "keys")
+        if not has_keys:
+            for node in data["nodes"]:
+                node.pop("public_key", None)
+        self.file.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        if not has_keys and not topology.security.insecure:
+            with contextlib.redirect_stderr(io.StringIO()):  # what it says is for who makes them by hand
+                make_missing_keys(self.file, (), dry_run=False)
+
+    def _start_capture(self, file: Path) -> None:
+        inside, arguments = self._network.capture()
+        command = [*inside, *_DIES_WITH_US, sys.executable, str(HERE / "capture.py"), str(file), *arguments]
+        self._capturing = process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        assert process.stdout is not None  # PIPE was asked for
+        if process.stdout.readline() != b"captures\n":
+            _, errors = process.communicate()
+            raise ConfigError(f"--capture {file}: {_last_line(errors)}; it needs root, and a file that can be written")
+
+    def _slow_down(self, link: Link) -> None:
+        assert isinstance(self._network, Namespaces)
+        topology = self._loaded.topology
+        receiver = topology.node(link.receiver)
+        ports = [receiver.data_port]
+        if receiver.is_starter:
+            ports += [receiver.control_port, receiver.weights_port]
+        try:
+            command, targets = self._network.relay(link, ports)
+        except NoNamespacesError as error:
+            raise ConfigError(f"--link {link}: {error}") from None
+        self._start_relay([*command, *MDIQ, "relay", "--link", link.shape], targets)
+
+    def _start_relay(self, command: Sequence[str], targets: object, **options: Any) -> None:
+        """Start a relay's process, which ends with its standard input; return when it listens."""
+        relay = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            **options,
+        )  # fmt: skip
+        self._relays.append(relay)
+        assert relay.stdin is not None and relay.stdout is not None and relay.stderr is not None  # PIPE was asked for
+        with contextlib.suppress(OSError):  # it has ended, and says why
+            relay.stdin.write(json.dumps(targets).encode() + b"\n")
+            relay.stdin.flush()
+        if not relay.stdout.readline():
+            raise RingError(f"a link's relay does not start: {_last_line(relay.stderr.read())}")
+
+    def _popen(self, name: str, command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+        return subprocess.Popen(
+            [*self._network.inside(name), *_DIES_WITH_US, *command], start_new_session=True, **options
+        )
+
+
+def parse_links(texts: Sequence[str]) -> list[Link]:
+    """Return the Links that ``--link`` describes; one without names is meant for every Hop: sender and receiver empty.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    links = []
+    for text in texts:
+        match = re.fullmatch(r"(?:([a-z0-9-]+):([a-z0-9-]+),)?([a-z]+=.+)", text)
+        if match is None:
+            raise ConfigError(f"--link {text}: write for example {LINK}; without FROM:TO, it is for every hop")
+        links.append(Link(match[1] or "", match[2] or "", match[3]))
+    return links
+
+
+def _all_links(links: Sequence[Link], ring: Sequence[str]) -> list[Link]:
+    """Return one Link a Hop; those with names go before those without.
+
+    Raises:
+        ConfigError: a Link is for no Hop of the ring.
+    """
+    hops = list(zip(ring, [*ring[1:], *ring[:1]], strict=True)) if len(ring) > 1 else []
+    for link in links:
+        if link.sender and (link.sender, link.receiver) not in hops:
+            known = ", ".join(f"{a}:{b}" for a, b in hops)
+            raise ConfigError(f"--link {link.sender}:{link.receiver}: the ring has no such hop; it has {known}")
+    shapes = {hop: link.shape for link in links if not link.sender for hop in hops}
+    shapes |= {(link.sender, link.receiver): link.shape for link in links if link.sender}
+    return [Link(*hop, shape) for hop, shape in shapes.items()]
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        return not ipaddress.IPv4Address(text).is_loopback
+    except ValueError:
+        return False
+
+
+def _end(processes: Sequence["subprocess.Popen[Any]"]) -> None:
+    """Ask processes to end, all at once, and wait until they have."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+
+
+def _kill(process: "subprocess.Popen[Any]") -> None:
+    """End a process, and what it has left in its session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _first_line(text: bytes) -> str:
+    return next(iter(text.decode(errors="replace").strip().splitlines()), "it says nothing")
+
+
+def _last_line(text: bytes) -> str:
+    return next(reversed(text.decode(errors="replace").strip().splitlines()), "it says nothing")
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+class _Signalled(BaseException):
+    """SIGINT or SIGTERM has come."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def say(text: str) -> None:
+    """Tell the operator; standard output is the Starter's."""
+    sys.stderr.write(f"loopback.py: {text}\n")
+    sys.stderr.flush()
+
+
+def run(ring: LoopbackRing, command: Sequence[str], *, opens_api: bool) -> int:
+    """Run the Starter's command to its end beside the Nodes, and return its exit code."""
+    with ring:
+        if ring.is_plain:
+            say(f"no networks of their own ({ring.why_plain}): the nodes share loopback")
+        for name, address in ring.addresses.items():
+            say(f"{name} is at {address}")
+        if opens_api:
+            ring.open_api()
+        starter = ring.start(ring.starter, command)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = starter.wait(POLL_S)
+                return code if code >= 0 else 128 - code
+            for name, code in ring.ended().items():
+                how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+                say(f"{name} has ended with {how}: {_last_line(ring.log(name).read_bytes())}")
+
+
+def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="loopback.py",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=f"The Starter's command stands behind --; {{topology}} in it is the file to use. Default: {STARTER}",
+    )
+    parser.add_argument("topology", type=Path, help="the topology's YAML")
+    parser.add_argument("--folder", type=Path, help="keep copy, keys, logs and caches there (default: nothing is kept)")
+    parser.add_argument("--link", metavar="SPEC", action="append", default=[], help=f"a slow hop, {LINK}; repeat")
+    parser.add_argument("--capture", metavar="FILE", type=Path, help="copy all packets there, for Wireshark")
+    parser.add_argument("--open-api", action="store_true", help="let this machine reach the Starter's api.port")
+    parser.add_argument("--plain", action="store_true", help="share loopback, also where networks can be had")
+    here = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:here]), list(argv[here + 1 :]) or shlex.split(STARTER)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments, command = _arguments(sys.argv[1:] if argv is None else argv)
+
+    def stop(number: int, _: object) -> None:
+        raise _Signalled(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mdiq-")))
+            ring = LoopbackRing(
+                arguments.topology,
+                folder,
+                links=parse_links(arguments.link),
+                capture=arguments.capture,
+                plain=arguments.plain,
+            )
+            return run(ring, command, opens_api=arguments.open_api)
+        except MdiqError as error:
+            for line in str(error).splitlines():
+                say(line)
+            return error.exit_code
+        except _Signalled as signalled:
+            say("interrupted")
+            return 128 + signalled.number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
