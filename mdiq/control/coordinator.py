@@ -8,7 +8,7 @@ import structlog
 
 from mdiq import errors
 from mdiq.core import control
-from mdiq.core.membership import Membership
+from mdiq.core.membership import Membership, NodeState
 from mdiq.core.types import NodeId
 from mdiq.errors import EngineError, MdiqError, NodeDiedError, RemoteProtocolError
 from mdiq.telemetry.trace import Span
@@ -16,6 +16,7 @@ from mdiq.transport.base import ControlServer
 
 log = structlog.get_logger()
 
+SILENT_S = 3.0  # three heartbeats
 MOST_STRANGERS = 256
 
 A = TypeVar("A", control.Begun, control.BurstSent, control.BurstArrived)
@@ -212,6 +213,8 @@ class Coordinator:
             raise RemoteProtocolError(f"Hello for {hello.node!r} from a peer that is {self._nodes[identity]!r}")
         if self._is_draining:
             return  # it has ended with this Ring and is ready for the next one
+        if self._identities.get(node, identity) != identity and self._took_its_place(node):
+            return
         self._members.joined(node, self._clock())
         self._nodes.pop(self._identities.get(node, identity), None)  # where it spoke from before a restart
         self._identities[node] = identity
@@ -224,6 +227,22 @@ class Coordinator:
             self._on_lost(node, mismatch)
         elif not self._joined[node].done():
             self._joined[node].set_result(hello)
+
+    def _took_its_place(self, node: NodeId) -> bool:
+        """Note that a new process says Hello in place of one that has fallen silent; return whether that ends the Ring.
+
+        A second process beside one that lives is refused: see Membership.
+        """
+        if self._members.silent_s(node, self._clock()) < SILENT_S:
+            return False
+        had_work = self._members.state(node) in (NodeState.LOADING, NodeState.READY)
+        self._members.lost(node)
+        if had_work:
+            # What it had loaded is gone. No need to wait for the end of its Lease.
+            error = NodeDiedError(f"{node}: it was started anew")
+            self.fail(node, error)
+            self._on_lost(node, error)
+        return had_work
 
     def _await(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
         """Return a future of the answer of this kind and number; what nobody waits for is ignored."""

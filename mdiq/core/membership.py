@@ -87,6 +87,11 @@ class Membership:
             self._members[node].state = NodeState.LOST
         return ended
 
+    def silent_s(self, node: NodeId, now: float) -> float:
+        """Return the seconds since a Node was last heard; 0 for one that never joined."""
+        member = self._members.get(node)
+        return 0.0 if member is None else now - (member.lease_until - self._lease_s)
+
     def state(self, node: NodeId) -> NodeState | None:
         """Return the state of a Node, or None when it never joined."""
         member = self._members.get(node)

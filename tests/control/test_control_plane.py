@@ -421,3 +421,39 @@ async def test_a_node_that_leaves_by_itself_is_lost_with_its_reason(plane: Plane
     await agent.leave(NodeDiedError("it was stopped on its device"))
     node, error = await plane.lost.get()
     assert (node, str(error)) == (ONE, "node-1: it was stopped on its device")
+
+
+async def test_a_process_in_place_of_a_silent_one_ends_the_ring_at_once(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdiq.control.coordinator.SILENT_S", LEASE_S / 2)
+    first, second = (plane.server.connect(identity, sender="node-1") for identity in (b"node-1.a", b"node-1.b"))
+    hello = control.encode(control.Hello("node-1", "tcp://127.0.0.1:6001", 1, VERSION), KEY)
+    plane.agent("node-2")
+    await first.send(hello)
+    await plane.coordinator.all_joined()
+    assigning = asyncio.create_task(plane.coordinator.assign({ONE: assignment(), TWO: assignment()}))
+    await first.receive()
+    await second.send(hello)  # beside one that was heard a moment ago: refused
+    plane.now = LEASE_S / 2
+    await second.send(hello)
+    node, error = await plane.lost.get()
+    assert node == ONE and "started anew" in str(error)
+    with pytest.raises(NodeDiedError, match="started anew"):
+        await assigning
+
+
+async def test_before_the_ring_is_formed_a_process_takes_the_place_of_a_silent_one(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdiq.control.coordinator.SILENT_S", LEASE_S / 2)
+    hello = control.encode(control.Hello("node-1", "tcp://127.0.0.1:6001", 1, VERSION), KEY)
+    await plane.server.connect(b"node-1.a", sender="node-1").send(hello)
+    while plane.coordinator.missing != [TWO]:
+        await asyncio.sleep(0)
+    plane.now = LEASE_S / 2
+    plane.agent("node-1", identity=b"node-1.b")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    assert set(await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})) == {ONE, TWO}
+    assert plane.lost.empty()

@@ -49,3 +49,11 @@ def test_what_comes_out_of_order_or_from_a_stranger_is_refused() -> None:
     members.joined(NODE, now=0.0)
     with pytest.raises(RemoteProtocolError, match="joining"):
         members.ready(NODE)
+
+
+def test_silence_counts_from_the_last_heartbeat() -> None:
+    members = Membership(lease_s=10)
+    assert members.silent_s(NODE, now=5.0) == 0.0
+    members.joined(NODE, now=0.0)
+    members.heard(NODE, now=5.0)
+    assert members.silent_s(NODE, now=7.5) == 2.5
