@@ -3,19 +3,23 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import Sequence as AbstractSequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from mdiq.api.keys import read_keys
 from mdiq.cli.ring_file import flags_of, remote_ring
 from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.ring import RingSettings
-from mdiq.core.sequence import Sequence
+from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange
 from mdiq.errors import ConfigError, first_of
 from mdiq.plan.pace import PaceSettings
@@ -27,7 +31,8 @@ from mdiq.runtime.placement import set_threads
 if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.engine.model_config import ModelConfig
     from mdiq.engine.tokenizer import Tokenizer
-    from mdiq.runtime.ring_keeper import Form, KeeperState
+    from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
+    from mdiq.runtime.starter_service import StreamEvent
 
 log = structlog.get_logger()
 
@@ -53,7 +58,7 @@ def serve(file: Path) -> int:
     model = find_model(flags["model"], progress=lambda text: notifier.starting(text))
     with open_checkpoint(model) as checkpoint:
         config = checkpoint.config
-    topologies = _Topologies(file, model, config, threads)
+    topologies = _Topologies(file, loaded.topology.model.path, model, config, threads)
     try:
         asyncio.run(_Service(file, topologies, Tokenizer.load(model), loaded, notifier).run())
     except BaseExceptionGroup as group:
@@ -67,12 +72,22 @@ def serve(file: Path) -> int:
 class _Topologies:
     """What the topology file says, read when it is asked for; see RingKeeper."""
 
-    def __init__(self, file: Path, model: Path, config: "ModelConfig", threads: int) -> None:
+    def __init__(self, file: Path, name: str, model: Path, config: "ModelConfig", threads: int) -> None:
         self._file = file
+        self._name = name
         self._model = model
         self._config = config
         self._threads = threads
         self._first: LoadedTopology | None = None
+
+    @property
+    def model_name(self) -> str:
+        """As clients name it."""
+        return self._model.stem if self._name == str(self._model) else self._name
+
+    @property
+    def context_tokens(self) -> int:
+        return self._config.context_tokens
 
     def read(self) -> "Form":
         """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
@@ -128,6 +143,43 @@ def _without(loaded: LoadedTopology, drained: frozenset[str]) -> LoadedTopology:
     return replace(loaded, topology=topology.model_copy(update={"nodes": nodes}))
 
 
+class _RingBackend:
+    """What the API sees: the ring that is up, and the tokenizer."""
+
+    def __init__(self, keeper: "RingKeeper", tokenizer: "Tokenizer", topologies: _Topologies) -> None:
+        self._keeper = keeper
+        self._tokenizer = tokenizer
+        self._numbers = count()
+        self.model_name = topologies.model_name
+        self.context_tokens = topologies.context_tokens
+        self.vocab_size = tokenizer.vocab_size
+
+    @property
+    def is_serving(self) -> bool:
+        return self._keeper.state.is_serving
+
+    @property
+    def state(self) -> str:
+        return self._keeper.describe()
+
+    @property
+    def num_running(self) -> int:
+        return self._keeper.num_running
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def chat_ids(self, messages: AbstractSequence[Mapping[str, str]]) -> list[int]:
+        return self._tokenizer.chat_ids(messages)
+
+    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> "AsyncGenerator[StreamEvent, None]":
+        sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=self._tokenizer.eos_token_ids)
+        return self._keeper.stream(sequence)
+
+    def status(self) -> Mapping[str, Any]:
+        return self._keeper.status()
+
+
 class _Service:
     """The parts of a Starter's service and their order of starting and ending."""
 
@@ -139,6 +191,8 @@ class _Service:
         self._tokenizer = tokenizer
         self._loaded = loaded
         self._notifier = notifier
+        keys_file = loaded.topology.api.keys_file
+        self._keys = [] if keys_file is None else read_keys(loaded.path(keys_file))
 
     async def run(self) -> None:
         """Serve until a signal comes."""
@@ -150,7 +204,7 @@ class _Service:
 
         self._keeper = keeper = RingKeeper(self._topologies.read, open_ring, on_state=self._tell)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
-        async with AdminServer(socket_path(self._file), commands):
+        async with AdminServer(socket_path(self._file), commands), self._api(keeper):
             beside = [asyncio.create_task(self._keep_telling(), name="telling")]
             if (interval_s := watchdog_interval_s()) is not None:
                 watchdog = Watchdog(
@@ -165,6 +219,29 @@ class _Service:
                 for task in beside:
                     task.cancel()
         self._notifier.stopping("ends")
+
+    @asynccontextmanager
+    async def _api(self, keeper: "RingKeeper") -> AsyncIterator[None]:
+        from aiohttp import web
+
+        from mdiq.api.app import Api
+
+        wanted = self._loaded.topology.api
+        backend = _RingBackend(keeper, self._tokenizer, self._topologies)
+        runner = web.AppRunner(Api(backend, self._keys).application(), handler_cancellation=True, access_log=None)
+        await runner.setup()
+        try:
+            try:
+                await web.TCPSite(runner, wanted.host, wanted.port, shutdown_timeout=1.0).start()
+            except OSError as error:
+                raise ConfigError(
+                    f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
+                    "see what listens there, or choose another port"
+                ) from None
+            log.info("api_listens", host=wanted.host, port=wanted.port, model=backend.model_name)
+            yield
+        finally:
+            await runner.cleanup()
 
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
         return TokenizerPipe(self._tokenizer, sequence.params.stop)

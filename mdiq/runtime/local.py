@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -100,7 +100,7 @@ class LocalRing:
     ) -> None:
         await self.aclose()
 
-    def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]:
+    def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]:
         """Run a Sequence; see StarterService.stream."""
         assert self._service is not None  # __aenter__ has run
         return self._service.stream(sequence)

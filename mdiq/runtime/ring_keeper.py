@@ -6,7 +6,7 @@ forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ fo
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ class KeptRing(Protocol):
     async def __aenter__(self) -> Any: ...
     async def aclose(self) -> None: ...
     async def until_lost(self) -> MdiqError: ...
-    def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]: ...
+    def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]: ...
     def figures(self) -> list[NodeFigures]: ...
     def hops(self) -> list[HopFigures]: ...
     def pace(self) -> PaceFigures: ...
@@ -125,7 +125,7 @@ class RingKeeper:
                 self._say(f"the ring failed: {error}")
                 await self._pause()
 
-    async def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]:
+    async def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]:
         """Run a Sequence; see StarterService.stream.
 
         Raises:
@@ -143,7 +143,7 @@ class RingKeeper:
                 is_done = event.step.finish_reason is not None and event.step.error is None
                 yield event
         finally:
-            await events.aclose()  # type: ignore[attr-defined]  # a generator: leaving it cancels the Sequence
+            await events.aclose()  # leaving it cancels the Sequence
             self._num_running -= 1
             self._num_done += is_done
             self._num_failed += not is_done

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -170,7 +170,7 @@ class StarterService:
         self._ring.begin_epoch(epoch, spec)
         self._poll()
 
-    async def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]:
+    async def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]:
         """Run a Sequence and yield its events; the last one carries the finish reason. Leaving early cancels it.
 
         Raises:

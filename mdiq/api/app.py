@@ -1,0 +1,300 @@
+"""Routes, errors, streams and keys of the HTTP API; what goes through it is never logged.
+
+A client that goes away cancels its Sequence: aiohttp cancels its handler, which closes the Backend's iterator.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from mdiq.api.backend import Backend
+from mdiq.api.metrics import metrics_text
+from mdiq.api.requests import ApiError, Asked, BadRequest, parse
+from mdiq.core.sequence import FinishReason
+from mdiq.errors import CapacityError, MdiqError, RingError
+from mdiq.runtime.starter_service import StreamEvent
+
+log = structlog.get_logger()
+
+MOST_BODY_BYTES = 16 << 20
+MOST_RUNNING = 512
+RETRY_AFTER_S = "5"
+SILENCE_S = 10.0  # then a comment keeps proxies from closing a stream
+_PUBLIC = ("/health",)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What a request has come to."""
+
+    num_prompt: int
+    num_tokens: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+
+    def add(self, event: StreamEvent) -> None:
+        step = event.step
+        self.num_tokens += step.token is not None
+        self.text += event.text
+        if step.finish_reason is FinishReason.ERROR:
+            raise step.error or RingError("the ring failed")
+        if step.finish_reason is not None:
+            self.finish_reason = str(step.finish_reason)
+
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": self.num_prompt + self.num_tokens,
+        }
+
+
+class Api:
+    """The application. keys: one of them must come with every request but /health; none: nothing is asked."""
+
+    def __init__(self, backend: Backend, keys: Sequence[str] = (), *, most_running: int = MOST_RUNNING) -> None:
+        self._backend = backend
+        self._keys = [key.encode() for key in keys]
+        self._most_running = most_running
+        self._created = int(time.time())
+
+    def application(self) -> web.Application:
+        """Return it with its routes."""
+        app = web.Application(client_max_size=MOST_BODY_BYTES, middlewares=[self._errors])
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
+                web.get("/v1/models", self._models),
+                web.post("/v1/chat/completions", self._chat),
+                web.post("/v1/completions", self._completions),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            if request.path not in _PUBLIC and not self._is_allowed(request):
+                raise ApiError(401, "a key of this ring's API is missing or wrong; send Authorization: Bearer KEY")
+            return await handler(request)
+        except ApiError as error:
+            return _error(error)
+        except web.HTTPException as error:
+            return _error(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
+        except CapacityError as error:
+            return _error(ApiError(400, str(error), "exceed_context_size_error"))
+        except MdiqError as error:
+            return _error(ApiError(503, str(error)))
+
+    def _is_allowed(self, request: web.Request) -> bool:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        sent = given.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
+        # All are compared: how long it takes tells nothing.
+        return not self._keys or any([hmac.compare_digest(sent, key) for key in self._keys])
+
+    async def _health(self, _: web.Request) -> web.Response:
+        if self._backend.is_serving:
+            return web.json_response({"status": "ok"})
+        raise ApiError(503, self._backend.state, code=503)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=metrics_text(self._backend.status()), content_type="text/plain", charset="utf-8")
+
+    async def _models(self, _: web.Request) -> web.Response:
+        model = {
+            "id": self._backend.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "mdiq",
+            "max_model_len": self._backend.context_tokens,
+        }
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, _Chat)
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, _Completion)
+
+    async def _answer(self, request: web.Request, shape: "type[_Shape]") -> web.StreamResponse:
+        try:
+            body = json.loads(await request.read())
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the body is not JSON ({str(error)[:80]})") from None
+        asked = parse(body, is_chat=shape is _Chat)
+        backend = self._backend
+        if asked.model is not None and asked.model != backend.model_name:
+            text = f"model {asked.model[:80]!r} is not here; this ring serves {backend.model_name!r}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        if not backend.is_serving:
+            raise ApiError(503, backend.state)
+        if backend.num_running >= self._most_running:
+            raise ApiError(429, f"{backend.num_running} requests are in work or wait; ask again in a while")
+        prompt = await self._prompt(asked)
+        params = asked.params(len(prompt), backend.context_tokens)
+        answer, out = _Answer(len(prompt)), shape(backend.model_name)
+        start_s = time.monotonic()
+        try:
+            async with aclosing(backend.answer(prompt, params)) as events:
+                if asked.is_streamed:
+                    return await _stream(request, events, out, answer, asked.wants_usage)
+                async for event in events:
+                    answer.add(event)
+        finally:
+            log.info(
+                "request_ended",
+                prompt_tokens=answer.num_prompt,
+                tokens=answer.num_tokens,
+                finish_reason=answer.finish_reason or "none",
+                seconds=round(time.monotonic() - start_s, 3),
+            )
+        return web.json_response(out.whole(answer))
+
+    async def _prompt(self, asked: Asked) -> tuple[int, ...]:
+        backend = self._backend
+        field = "messages" if asked.is_chat else "prompt"
+        if asked.token_ids is not None:
+            if any(token >= backend.vocab_size for token in asked.token_ids):
+                raise BadRequest(f"prompt: the model has {backend.vocab_size} tokens only", field)
+            return asked.token_ids
+        try:
+            # Long texts take long: others' tokens must not wait.
+            if asked.messages is not None:
+                prompt = tuple(await asyncio.to_thread(backend.chat_ids, asked.messages))
+            else:
+                prompt = tuple(await asyncio.to_thread(backend.encode, asked.text or ""))
+        except MdiqError as error:
+            raise BadRequest(str(error), field) from None
+        if not prompt:
+            raise BadRequest(f"{field}: it is empty; give at least one token", field)
+        return prompt
+
+
+class _Shape:
+    """How an answer looks to a client."""
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    prefix = ""
+    kind = ""
+    chunk_kind = ""
+
+    def whole(self, answer: _Answer) -> dict[str, Any]:
+        choice = {"index": 0, **self.text(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
+        return {**self._head, "object": self.kind, "choices": [choice], "usage": answer.usage()}
+
+    def chunk(self, text: str, finish_reason: str | None, *, is_first: bool) -> dict[str, Any]:
+        choice = {"index": 0, **self.delta(text, is_first), "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head, "object": self.chunk_kind, "choices": [choice]}
+
+    def usage(self, answer: _Answer) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": answer.usage()}
+
+    def text(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class _Chat(_Shape):
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
+        return {"delta": {**({"role": "assistant"} if is_first else {}), **({"content": text} if text else {})}}
+
+
+class _Completion(_Shape):
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
+        return {"text": text}
+
+
+async def _stream(
+    request: web.Request, events: AsyncIterator[StreamEvent], out: _Shape, answer: _Answer, wants_usage: bool
+) -> web.StreamResponse:
+    """Send events as they come. The first one decides whether it is a stream: an error before it has a status."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    with_silence = _with_silence(events, SILENCE_S)
+    async with aclosing(with_silence):
+        try:
+            async for event in with_silence:
+                if event is None:
+                    await _begun(request, response)
+                    await response.write(b": keep-alive\n\n")
+                    continue
+                answer.add(event)
+                is_first = not response.prepared
+                await _begun(request, response)
+                if event.text or answer.finish_reason or is_first:
+                    await _send(response, out.chunk(event.text, answer.finish_reason, is_first=is_first))
+            if wants_usage:
+                await _send(response, out.usage(answer))
+        except MdiqError as error:
+            if not response.prepared:
+                raise
+            await _send(response, {"error": ApiError(503, str(error)).body})
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+    return response
+
+
+async def _begun(request: web.Request, response: web.StreamResponse) -> None:
+    if not response.prepared:
+        await response.prepare(request)
+
+
+async def _send(response: web.StreamResponse, value: Mapping[str, Any]) -> None:
+    # write() waits while the client does not read: its events stay where they are, and its Sequence is bounded.
+    await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+
+async def _with_silence(
+    events: AsyncIterator[StreamEvent], silence_s: float
+) -> AsyncGenerator[StreamEvent | None, None]:
+    """Yield events, and None whenever none came for ``silence_s`` seconds."""
+    coming: asyncio.Future[StreamEvent] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(events))
+            await asyncio.wait({coming}, timeout=silence_s)
+            if not coming.done():
+                yield None
+                continue
+            try:
+                event = coming.result()
+            except StopAsyncIteration:
+                return
+            coming = None
+            yield event
+    finally:
+        if coming is not None and not coming.done():
+            coming.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, MdiqError):
+                await coming
+
+
+def _error(error: ApiError) -> web.Response:
+    headers = {"Retry-After": RETRY_AFTER_S} if error.status in (429, 503) else {"x-should-retry": "false"}
+    return web.json_response({"error": error.body}, status=error.status, headers=headers)

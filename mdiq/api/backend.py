@@ -1,0 +1,58 @@
+"""What the API needs of the ring behind it."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
+
+from mdiq.core.sequence import SamplingParams
+from mdiq.runtime.starter_service import StreamEvent
+
+
+class Backend(Protocol):
+    """A ring and its tokenizer.
+
+    model_name: as clients name it. context_tokens: of prompt and answer together. vocab_size: token ids are below it.
+    """
+
+    model_name: str
+    context_tokens: int
+    vocab_size: int
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests are taken."""
+        ...
+
+    @property
+    def state(self) -> str:
+        """In words: what it waits for, if it does not serve."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are not finished."""
+        ...
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Return a text's tokens, without a chat template. Called in a thread."""
+        ...
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
+        """Return the tokens of a chat in the model's template. Called in a thread.
+
+        Raises:
+            MdiqError: the model has no template, or it refuses these messages.
+        """
+        ...
+
+    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+        """Run a Sequence; closing the iterator cancels it.
+
+        Raises:
+            CapacityError: it can never fit.
+            RingError: there is no ring that takes it.
+        """
+        ...
+
+    def status(self) -> Mapping[str, Any]:
+        """Return what `mdiq status --json` shows."""
+        ...
