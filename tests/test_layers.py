@@ -20,10 +20,12 @@ MAY_USE = {
     "transport": {"transport", "telemetry.trace", "plan", "core", "errors"},
     "control": {"control", "transport", "telemetry.trace", "plan", "core", "errors"},
     "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
+    "api": {"api", "runtime", "core", "errors"},
     "bench": {"bench", "runtime", "engine", "transport", "core", "errors"},
     "nodes": {"cli", "config", "errors"},
     "cli": {
         "cli",
+        "api",
         "bench",
         "config",
         "runtime",
@@ -46,6 +48,7 @@ MAY_NOT_USE = {
     "engine": {"zmq", "asyncio", "pickle"},
     "transport": {"torch", "pickle"},
     "control": {"torch", "pickle"},
+    "api": {"torch", "zmq", "pickle"},
 }
 EVERYWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 
