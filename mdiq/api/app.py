@@ -98,6 +98,9 @@ class Api:
             return _error(ApiError(400, str(error), "exceed_context_size_error"))
         except MdiqError as error:
             return _error(ApiError(503, str(error)))
+        except Exception:  # of one request; the client is not told how we are made
+            log.exception("request_broke", path=request.path)
+            return _error(ApiError(500, "mdiq failed at this request; its log says how", "internal_error"))
 
     def _is_allowed(self, request: web.Request) -> bool:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")

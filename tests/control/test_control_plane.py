@@ -449,8 +449,10 @@ async def test_before_the_ring_is_formed_a_process_takes_the_place_of_a_silent_o
     monkeypatch.setattr("mdiq.control.coordinator.SILENT_S", LEASE_S / 2)
     hello = control.encode(control.Hello("node-1", "tcp://127.0.0.1:6001", 1, VERSION), KEY)
     await plane.server.connect(b"node-1.a", sender="node-1").send(hello)
-    while plane.coordinator.missing != [TWO]:
-        await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):  # node-1 has joined, node-2 not
+        async with asyncio.timeout(0.005):
+            await plane.coordinator.all_joined()
+    assert plane.coordinator.missing == [TWO]
     plane.now = LEASE_S / 2
     plane.agent("node-1", identity=b"node-1.b")
     plane.agent("node-2")

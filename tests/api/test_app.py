@@ -1,0 +1,286 @@
+"""Routes, streams, keys and errors, over real HTTP, in front of a ring that only pretends."""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from mdiq.api import app as app_module
+from mdiq.api.app import MOST_BODY_BYTES, Api
+from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
+from mdiq.errors import CapacityError, ConfigError, RingError
+from mdiq.runtime.starter_service import StreamEvent
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+Client = TestClient[web.Request, web.Application]
+
+
+@dataclass
+class FakeRing:
+    """Answers every prompt with " 0", " 1", ...; ``before`` is awaited before each token."""
+
+    before: Callable[[int], Any] = lambda _: None
+    is_serving: bool = True
+    state: str = "waits for pi2"
+    num_running: int = 0
+    model_name: str = "tiny"
+    context_tokens: int = 64
+    vocab_size: int = 100
+    asked: list[tuple[tuple[int, ...], SamplingParams]] = field(default_factory=list)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if messages[0]["role"] == "pirate":
+            raise ConfigError("the template knows no pirate")
+        return [1, *self.encode(messages[0]["content"])]
+
+    async def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+        self.asked.append((prompt, params))
+        try:
+            for i in range(params.max_tokens):
+                waiting = self.before(i)
+                if waiting is not None:
+                    await waiting
+                is_last = i == params.max_tokens - 1
+                step = TokenEvent(0, i, i, FinishReason.LENGTH if is_last else None)
+                yield StreamEvent(step, f" {i}", 0.0)
+        finally:
+            self.closed.set()
+
+    def status(self) -> Mapping[str, Any]:
+        node = {"name": "desk", "state": "serves", "busy_share": 0.5, "rss_bytes": 7}
+        return {
+            "is_serving": self.is_serving,
+            "nodes": [node, {"name": "pi1", "state": "drained"}],
+            "requests": {"running": 1, "done": 2, "failed": 3},
+            "rings_formed": 4,
+        }
+
+
+@asynccontextmanager
+async def _client(ring: FakeRing, *keys: str, most_running: int = 8) -> AsyncIterator[Client]:
+    application = Api(ring, keys, most_running=most_running).application()
+    async with TestClient(TestServer(application), timeout=aiohttp.ClientTimeout(10)) as client:
+        yield client
+
+
+async def _error(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    body = await response.json()
+    error: dict[str, Any] = body["error"]
+    assert set(error) >= {"message", "type", "param", "code"}
+    return error
+
+
+def _chunks(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+async def test_a_chat_and_a_completion_whole() -> None:
+    ring = FakeRing()
+    async with _client(ring) as client:
+        chat = await (await client.post("/v1/chat/completions", json=CHAT)).json()
+        completion = await (await client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 1})).json()
+    assert chat["object"] == "chat.completion" and chat["model"] == "tiny"
+    assert chat["choices"][0]["message"] == {"role": "assistant", "content": " 0 1 2"}
+    assert chat["choices"][0]["finish_reason"] == "length"
+    assert chat["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert completion["object"] == "text_completion" and completion["choices"][0]["text"] == " 0"
+    assert chat["id"] != completion["id"]
+    assert [prompt for prompt, _ in ring.asked] == [(1, 2), (5, 6)]
+
+
+async def test_a_chat_in_a_stream_with_its_usage() -> None:
+    async with _client(FakeRing()) as client:
+        asked = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+        response = await client.post("/v1/chat/completions", json=asked)
+        assert response.content_type == "text/event-stream"
+        *chunks, usage = _chunks(await response.text())
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": " 0"},
+        {"content": " 1"},
+        {"content": " 2"},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 3
+    assert len({chunk["id"] for chunk in (*chunks, usage)}) == 1
+
+
+async def test_a_completion_in_a_stream_without_usage() -> None:
+    async with _client(FakeRing()) as client:
+        response = await client.post("/v1/completions", json={"prompt": "a b", "max_tokens": 2, "stream": True})
+        chunks = _chunks(await response.text())
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == [" 0", " 1"]
+
+
+async def test_models_health_and_metrics() -> None:
+    ring = FakeRing()
+    async with _client(ring) as client:
+        (model,) = (await (await client.get("/v1/models")).json())["data"]
+        assert (model["id"], model["max_model_len"]) == ("tiny", 64)
+        assert (await client.get("/health")).status == 200
+        metrics = await (await client.get("/metrics")).text()
+        assert "mdiq_requests_done_total 2" in metrics.splitlines()
+        assert 'mdiq_stage_busy_ratio{node="desk"} 0.5' in metrics.splitlines()
+        assert 'node="pi1"' not in metrics
+        ring.is_serving = False
+        response = await client.get("/health")
+        assert response.status == 503
+        assert (await _error(response))["message"] == "waits for pi2"
+
+
+async def test_a_ring_that_does_not_serve_or_has_enough_to_do_says_when_to_come_again() -> None:
+    ring = FakeRing(is_serving=False)
+    async with _client(ring, most_running=2) as client:
+        for status, kind in ((503, "unavailable_error"), (429, "rate_limit_error")):
+            response = await client.post("/v1/chat/completions", json=CHAT)
+            assert response.status == status and int(response.headers["Retry-After"]) > 0
+            assert (await _error(response))["type"] == kind
+            ring.is_serving, ring.num_running = True, 2
+    assert not ring.asked
+
+
+async def test_a_key_is_asked_for_everywhere_but_at_health() -> None:
+    key = "k" * 20
+    async with _client(FakeRing(), "other" * 4, key) as client:
+        assert (await client.get("/health")).status == 200
+        for header in (None, "Bearer wrong", f"Basic {key}", "Bearer", "Bearer \u00ff"):
+            headers = {} if header is None else {"Authorization": header}
+            for path in ("/v1/models", "/metrics", "/nowhere"):
+                response = await client.get(path, headers=headers)
+                assert response.status == 401
+                assert (await _error(response))["type"] == "authentication_error"
+        for scheme in ("Bearer", "bearer"):
+            assert (await client.get("/v1/models", headers={"Authorization": f"{scheme} {key}"})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 400, "not JSON"),
+        (b"{", 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        (b"[]", 400, "no JSON object"),
+        (json.dumps({**CHAT, "model": "gpt-4"}).encode(), 404, "this ring serves 'tiny'"),
+        (json.dumps({**CHAT, "max_tokens": 100}).encode(), 400, "the model takes 64"),
+        (json.dumps({"messages": [{"role": "pirate", "content": "a"}]}).encode(), 400, "no pirate"),
+        (b" " * (MOST_BODY_BYTES + 1), 413, "Too Large"),
+    ],
+)
+async def test_what_cannot_be_served_is_told_in_json(body: bytes, status: int, words: str) -> None:
+    ring = FakeRing()
+    async with _client(ring) as client:
+        response = await client.post("/v1/chat/completions", data=io.BytesIO(body))
+        assert response.status == status
+        error = await _error(response)
+        assert words in error["message"]
+        assert response.headers["x-should-retry"] == "false"
+        assert (await client.post("/v1/chat/completions", json=CHAT)).status == 200  # and nothing is broken
+    assert len(ring.asked) == 1
+
+
+async def test_prompts_of_no_tokens_or_unknown_ones_and_paths_that_are_not_there() -> None:
+    async with _client(FakeRing()) as client:
+        for prompt, words in ((" ", "empty"), ([100], "100 tokens only")):
+            response = await client.post("/v1/completions", json={"prompt": prompt})
+            assert response.status == 400 and words in (await _error(response))["message"]
+        for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):
+            response = await client.request(method, path)
+            assert response.status == status
+            assert path in (await _error(response))["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (CapacityError("never fits"), 400, "exceed_context_size_error"),
+        (RingError("gone"), 503, "unavailable_error"),
+        (ValueError("a secret"), 500, "internal_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_error_before_the_first_token_has_its_status(
+    error: Exception, status: int, kind: str, stream: bool
+) -> None:
+    async def fails() -> None:
+        raise error
+
+    async with _client(FakeRing(before=lambda _: fails())) as client:
+        response = await client.post("/v1/chat/completions", json={**CHAT, "stream": stream})
+        assert response.status == status
+        found = await _error(response)
+    assert found["type"] == kind
+    assert (found["message"] == str(error)) == (status != 500)
+    assert "secret" not in found["message"]
+
+
+async def test_an_error_in_the_middle_of_a_stream_is_an_event_of_it() -> None:
+    async def fails() -> None:
+        raise RingError("pi2: it is gone")
+
+    async with _client(FakeRing(before=lambda i: fails() if i == 1 else None)) as client:
+        response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
+        first, last = _chunks(await response.text())
+    assert first["choices"][0]["delta"]["content"] == " 0"
+    assert last["error"]["message"] == "pi2: it is gone"
+
+
+async def test_two_streams_go_on_beside_each_other() -> None:
+    both = asyncio.Barrier(2)
+    async with _client(FakeRing(before=lambda _: both.wait())) as client:
+        asked = [client.post("/v1/chat/completions", json={**CHAT, "stream": True}) for _ in range(2)]
+        texts = [await response.text() for response in await asyncio.gather(*asked)]
+    assert all(len(_chunks(text)) == 3 for text in texts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_goes_away_ends_its_sequence(stream: bool) -> None:
+    began, never = asyncio.Event(), asyncio.Event()
+
+    async def hangs(i: int) -> None:
+        if i:
+            began.set()
+            await never.wait()
+
+    ring = FakeRing(before=hangs)
+    runner = web.AppRunner(Api(ring).application(), handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/chat/completions"
+    async with aiohttp.ClientSession() as session:
+        asking = asyncio.create_task(session.post(url, json={**CHAT, "stream": stream}))
+        await began.wait()
+        asking.cancel()
+        response = (await asyncio.gather(asking, return_exceptions=True))[0]
+        if isinstance(response, aiohttp.ClientResponse):
+            response.close()
+    async with asyncio.timeout(10):
+        await ring.closed.wait()
+    await runner.cleanup()
+
+
+async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "SILENCE_S", 0.01)
+    go_on = asyncio.Event()
+
+    async with _client(FakeRing(before=lambda i: go_on.wait() if i == 1 else None)) as client:
+        response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
+        while (await response.content.readline()) != b": keep-alive\n":
+            pass
+        go_on.set()
+        rest = await response.text()
+    assert '" 1"' in rest and rest.endswith("data: [DONE]\n\n")

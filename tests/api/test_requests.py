@@ -1,0 +1,135 @@
+"""Requests good and bad, as values."""
+
+from typing import Any
+
+import pytest
+
+from mdiq.api.requests import ApiError, BadRequest, parse
+from mdiq.core.sequence import SamplingParams
+
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+def _params(body: dict[str, Any], *, is_chat: bool = True, num_prompt: int = 10) -> SamplingParams:
+    return parse(body, is_chat=is_chat).params(num_prompt, 100)
+
+
+def test_a_chat_takes_what_the_context_holds_and_samples_at_1() -> None:
+    params = _params(HELLO)
+    assert (params.max_tokens, params.temperature, params.top_p) == (90, 1.0, 1.0)
+    assert _params(HELLO).seed != params.seed  # another answer each time
+    assert _params({**HELLO, "seed": 7}).seed == 7
+
+
+def test_a_completion_has_16_tokens_or_what_is_left() -> None:
+    assert _params({"prompt": "a"}, is_chat=False).max_tokens == 16
+    assert _params({"prompt": "a"}, is_chat=False, num_prompt=95).max_tokens == 5
+
+
+def test_the_newer_name_of_the_limit_goes_first() -> None:
+    assert _params({**HELLO, "max_tokens": 3}).max_tokens == 3
+    assert _params({**HELLO, "max_tokens": 3, "max_completion_tokens": 4}).max_tokens == 4
+
+
+def test_all_ways_to_sample_and_to_stop_arrive() -> None:
+    wishes = {"temperature": 0, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True}
+    params = _params({**HELLO, **wishes, "stop": "END", "stop_token_ids": [3], "seed": 2**63})
+    assert all(getattr(params, name) == value for name, value in wishes.items())
+    assert (params.stop, params.stop_token_ids, params.seed) == (("END",), (3,), 2**63)
+    assert _params({**HELLO, "stop": ["a", "b"]}).stop == ("a", "b")
+    assert _params({**HELLO, "stop": None, "temperature": None}).temperature == 1.0
+
+
+def test_a_prompt_is_a_text_or_token_ids_alone_or_in_a_list() -> None:
+    for prompt in ("text", ["text"]):
+        assert parse({"prompt": prompt}, is_chat=False).text == "text"
+    for ids in ([1, 2], [[1, 2]]):
+        assert parse({"prompt": ids}, is_chat=False).token_ids == (1, 2)
+
+
+def test_parts_of_a_content_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = parse({"messages": [{"role": "user", "content": parts}]}, is_chat=True)
+    assert asked.messages == ({"role": "user", "content": "ab"},)
+
+
+def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
+    asked = parse({**HELLO, "user": "me", "n": 1, "tools": [], "logprobs": False, "echo": None}, is_chat=True)
+    assert not asked.is_streamed and not asked.wants_usage
+    asked = parse({**HELLO, "stream": True, "stream_options": {"include_usage": True}}, is_chat=True)
+    assert asked.is_streamed and asked.wants_usage
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"logprobs": True}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"tools": [{}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_completion_tokens": True}, "max_completion_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"stop": 5}, "stop"),
+        ({"seed": 1.5}, "seed"),
+        ({"model": 5}, "model"),
+        ({"stream_options": []}, None),
+        ({"stream_options": [1]}, "stream_options"),
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": ["Hello"]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_its_field(change: dict[str, Any], param: str | None) -> None:
+    if param is None:  # as good as nothing
+        _params({**HELLO, **change})
+        return
+    with pytest.raises(BadRequest) as caught:
+        _params({**HELLO, **change})
+    assert caught.value.status == 400
+    assert caught.value.body["param"] == param
+    assert str(caught.value).startswith(param)
+
+
+@pytest.mark.parametrize("prompt", [None, "", [], [[]], ["a", "b"], [1, "a"], [-1], [True], {}, "\udfff"])
+def test_a_prompt_that_is_none_is_refused(prompt: object) -> None:
+    if prompt == "":  # a text, whose tokens decide
+        assert parse({"prompt": prompt}, is_chat=False).text == ""
+        return
+    with pytest.raises(BadRequest, match="^prompt"):
+        parse({"prompt": prompt}, is_chat=False)
+
+
+@pytest.mark.parametrize("body", [None, [], "text", 5])
+def test_a_body_that_is_no_object_is_refused(body: object) -> None:
+    with pytest.raises(BadRequest, match="no JSON object"):
+        parse(body, is_chat=True)
+
+
+def test_what_does_not_fit_the_context_is_told_with_both_numbers() -> None:
+    for num_prompt, wanted in ((100, None), (50, 51)):
+        with pytest.raises(BadRequest) as caught:
+            parse({**HELLO, "max_tokens": wanted}, is_chat=True).params(num_prompt, 100)
+        body = caught.value.body
+        assert body["type"] == "exceed_context_size_error"
+        assert (body["n_prompt_tokens"], body["n_ctx"]) == (num_prompt, 100)
+
+
+def test_errors_have_openais_types() -> None:
+    kinds = {status: ApiError(status, "words").body["type"] for status in (400, 401, 404, 413, 429, 503)}
+    assert kinds == {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        404: "not_found_error",
+        413: "invalid_request_error",
+        429: "rate_limit_error",
+        503: "unavailable_error",
+    }

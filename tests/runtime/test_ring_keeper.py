@@ -1,0 +1,300 @@
+"""A ring that is kept up, with rings that only pretend: lost ones, drained nodes, topologies that change."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from mdiq.core.types import LayerRange
+from mdiq.errors import ConfigError, MdiqError, NodeDiedError, RingError
+from mdiq.runtime import ring_keeper
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RemoteNode, RemoteRing, RingOptions
+from mdiq.runtime.ring_keeper import Form, OnLoading, RingKeeper
+from mdiq.runtime.starter_service import StreamEvent
+
+NODES = {"desk": "k0", "pi1": "k1", "pi2": "k2"}
+
+
+class FakeService:
+    def __init__(self, ring: "FakeRing") -> None:
+        self._ring = ring
+
+    def fail_all(self, error: MdiqError) -> None:
+        self._ring.failure = error
+        self._ring.steps.set()
+
+
+class FakeRing:
+    """A ring whose forming, loss and tokens the test decides."""
+
+    def __init__(self, options: RingOptions, on_loading: OnLoading) -> None:
+        self.options = options
+        self.on_loading = on_loading
+        self.joined = asyncio.Event()
+        self.refused: MdiqError | None = None
+        self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
+        self.steps = asyncio.Event()
+        self.failure: MdiqError | None = None
+        self.is_closed = False
+        self.service: Any = FakeService(self)
+        self.worker: Any = None
+
+    @property
+    def missing(self) -> list[str]:
+        return [] if self.joined.is_set() else list(self.options.node_names[1:])
+
+    async def __aenter__(self) -> "FakeRing":
+        await self.joined.wait()
+        if self.refused is not None:
+            raise self.refused
+        return self
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+    async def until_lost(self) -> MdiqError:
+        return await asyncio.shield(self.loss)
+
+    def lose(self, error: MdiqError) -> None:
+        self.failure = error
+        self.steps.set()
+        self.loss.set_result(error)
+
+    async def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]:
+        yield StreamEvent(TokenEvent(sequence.index, 1, 1), "a", 0.0)
+        await self.steps.wait()
+        reason = FinishReason.LENGTH if self.failure is None else FinishReason.ERROR
+        yield StreamEvent(TokenEvent(sequence.index, None, 2, reason, self.failure), "", 0.0)
+
+    def figures(self) -> list[NodeFigures]:
+        names, layers = self.options.node_names, self.options.layers
+        return [NodeFigures(n, r, 10, 5, 1.0, 0.0, 1, 2, {}) for n, r in zip(names, layers, strict=True)]
+
+    def hops(self) -> list[HopFigures]:
+        return [HopFigures("bf16", 0.001, 1e6) for _ in self.options.layers]
+
+    def pace(self) -> PaceFigures:
+        return PaceFigures(1, 2, 4, 0.01, 9.0, 16, 0.0)
+
+
+class House:
+    """A keeper, the rings that it has opened, and the topology that it reads."""
+
+    def __init__(self) -> None:
+        self.nodes = dict(NODES)
+        self.rings: list[FakeRing] = []
+        self.opened = asyncio.Event()
+        self.now = 0.0
+        self.keeper = RingKeeper(self.read, self.open, clock=lambda: self.now)
+        self.running = asyncio.create_task(self.keeper.run(), name="keeper")
+
+    def read(self) -> Form:
+        nodes = dict(self.nodes)
+        if "broken" in nodes:
+            raise ConfigError("topology.yaml:3: it is broken")
+
+        def form(drained: frozenset[str]) -> RingOptions:
+            if "desk" in drained:
+                raise ConfigError("desk: it is the Starter")
+            ring = [RemoteNode(name, f"tcp://{name}", key) for name, key in nodes.items() if name not in drained]
+            layers = tuple(LayerRange(i, i + 1) for i in range(len(ring)))
+            return RingOptions(Path("model"), layers, remote=RemoteRing(tuple(ring), "tcp://c", "tcp://w"))
+
+        return form
+
+    def open(self, options: RingOptions, on_loading: OnLoading) -> FakeRing:
+        self.rings.append(FakeRing(options, on_loading))
+        self.opened.set()
+        return self.rings[-1]
+
+    async def ring(self, number: int) -> FakeRing:
+        """Wait until the keeper has opened so many rings; return the last one."""
+        async with asyncio.timeout(5):
+            while len(self.rings) < number:
+                self.opened.clear()
+                await self.opened.wait()
+        return self.rings[number - 1]
+
+    async def serving_ring(self, number: int) -> FakeRing:
+        ring = await self.ring(number)
+        ring.joined.set()
+        async with asyncio.timeout(5):
+            while not self.keeper.state.is_serving:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        return ring
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    house = House()
+    yield house
+    house.running.cancel()
+    await asyncio.gather(house.running, return_exceptions=True)
+    assert all(ring.is_closed for ring in house.rings)
+
+
+def _sequence(index: int = 0) -> Sequence:
+    return Sequence(index, (1,), SamplingParams())
+
+
+async def _to_the_end(events: AsyncGenerator[StreamEvent, None]) -> StreamEvent:
+    return [event async for event in events][-1]
+
+
+async def _settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_nothing_is_taken_before_the_ring_is_formed_and_the_state_says_why(house: House) -> None:
+    ring = await house.ring(1)
+    with pytest.raises(RingError, match="waiting for pi1, pi2"):
+        await anext(house.keeper.stream(_sequence()))
+    ring.on_loading("pi1", 1, 4)
+    assert house.keeper.describe() == "loading: pi1 25 %; waiting for pi1, pi2"
+    states = {node["name"]: node["state"] for node in house.keeper.status()["nodes"]}
+    assert states == {"desk": "joined", "pi1": "missing", "pi2": "missing"}
+
+
+async def test_a_ring_that_serves_shows_its_figures(house: House) -> None:
+    ring = await house.serving_ring(1)
+    house.now = 4.0
+    ring.steps.set()
+    assert (await _to_the_end(house.keeper.stream(_sequence()))).step.finish_reason is FinishReason.LENGTH
+    status = house.keeper.status()
+    assert status["is_serving"] and status["state"] == "serves on desk, pi1, pi2"
+    assert status["requests"] == {"running": 0, "done": 1, "failed": 0}
+    assert status["nodes"][1]["busy_share"] == 0.25
+    assert len(status["hops"]) == 3
+
+
+async def test_a_lost_node_ends_what_runs_and_the_ring_is_formed_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_keeper, "RETRY_S", 0.0)
+    first = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    first.lose(NodeDiedError("pi1: it was started anew"))
+    assert (await _to_the_end(events)).step.error is first.failure
+    second = await house.ring(2)
+    assert first.is_closed and not house.keeper.state.is_serving
+    assert house.keeper.status()["last_error"] == "pi1: it was started anew"
+    await house.serving_ring(2)
+    assert house.keeper.status()["last_error"] is None
+    second.steps.set()
+    await _to_the_end(house.keeper.stream(_sequence(1)))
+    assert house.keeper.status()["requests"] == {"running": 0, "done": 1, "failed": 1}
+
+
+async def test_a_ring_that_cannot_be_formed_is_tried_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_keeper, "RETRY_S", 0.0)
+    ring = await house.ring(1)
+    ring.refused = NodeDiedError("pi2: no memory")
+    ring.joined.set()
+    await house.serving_ring(2)
+    assert ring.is_closed
+
+
+async def test_a_drained_node_leaves_when_nothing_runs_and_may_come_back(house: House) -> None:
+    first = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    draining = asyncio.create_task(house.keeper.drain_node("pi1"))
+    await _settle()
+    assert not draining.done() and not first.is_closed
+    with pytest.raises(RingError, match="drains pi1"):
+        await anext(house.keeper.stream(_sequence(1)))
+    first.steps.set()
+    assert (await _to_the_end(events)).step.error is None
+    assert "formed with desk, pi2" in await draining
+    second = await house.serving_ring(2)
+    assert second.options.node_names == ("desk", "pi2")
+    assert house.keeper.status()["nodes"][-1] == {"name": "pi1", "state": "drained"}
+    assert "already" in await house.keeper.drain_node("pi1")
+    assert "back" in await house.keeper.drain_node("pi1", undo=True)
+    assert (await house.serving_ring(3)).options.node_names == ("desk", "pi1", "pi2")
+
+
+async def test_a_drain_that_leaves_no_ring_is_refused_and_changes_nothing(house: House) -> None:
+    ring = await house.serving_ring(1)
+    with pytest.raises(ConfigError, match="Starter"):
+        await house.keeper.drain_node("desk")
+    assert house.keeper.state.is_serving and not ring.is_closed
+
+
+async def test_a_node_that_nobody_can_reach_can_be_drained_before_the_ring_is_formed(house: House) -> None:
+    await house.ring(1)
+    await house.keeper.drain_node("pi2")
+    assert (await house.serving_ring(2)).options.node_names == ("desk", "pi1")
+
+
+async def test_a_revoked_key_cuts_its_node_off_at_once(house: House) -> None:
+    first = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    house.nodes["pi1"] = "another key"
+    assert "formed with" in await house.keeper.reload()
+    assert first.is_closed
+    assert (await _to_the_end(events)).step.error is not None
+    assert await house.serving_ring(2) is not first
+
+
+async def test_a_new_node_is_taken_in_when_nothing_runs(house: House) -> None:
+    first = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    house.nodes["pi3"] = "k3"
+    reloading = asyncio.create_task(house.keeper.reload())
+    await _settle()
+    assert not first.is_closed
+    first.steps.set()
+    await _to_the_end(events)
+    await reloading
+    assert (await house.serving_ring(2)).options.node_names[-1] == "pi3"
+
+
+async def test_a_reload_of_the_same_or_of_a_broken_file_changes_nothing(house: House) -> None:
+    ring = await house.serving_ring(1)
+    assert "nothing" in await house.keeper.reload()
+    house.nodes["broken"] = ""
+    with pytest.raises(ConfigError, match="broken"):
+        await house.keeper.reload()
+    assert house.keeper.state.is_serving and not ring.is_closed
+
+
+async def test_work_that_never_ends_cannot_hold_up_a_reload_for_ever(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_keeper, "DRAIN_S", 0.01)
+    await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    await house.keeper.drain_node("pi1")
+    assert isinstance((await _to_the_end(events)).step.error, RingError)
+
+
+async def test_the_end_waits_for_what_runs_and_takes_nothing_new(house: House) -> None:
+    ring = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    finishing = asyncio.create_task(house.keeper.finish())
+    await _settle()
+    assert not finishing.done()
+    with pytest.raises(RingError, match="ends"):
+        await anext(house.keeper.stream(_sequence(1)))
+    ring.steps.set()
+    await _to_the_end(events)
+    await finishing
+
+
+async def test_a_caller_that_leaves_is_counted_out(house: House) -> None:
+    await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    assert house.keeper.num_running == 1
+    await events.aclose()
+    assert house.keeper.num_running == 0
