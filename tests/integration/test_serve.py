@@ -1,0 +1,184 @@
+"""`mdiq serve` over several machines, each a network of this one: answers, nodes that die and leave, keys that go."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+
+from nodes.loopback import LoopbackRing
+from tests.integration.conftest import mdiq_command, run_mdiq
+
+pytestmark = pytest.mark.timeout(400)  # a ring is formed several times
+
+API = "http://127.0.0.1:17480"
+PROMPT = {"prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
+ALL = ["desk", "pi1", "pi2"]
+
+
+class Served:
+    """A ring with its service."""
+
+    def __init__(self, ring: LoopbackRing) -> None:
+        self.ring = ring
+        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(ring.folder)}
+        with ring.log("desk").open("ab") as log:
+            command = ["mdiq", "serve", "{topology}"]
+            self.process = ring.start("desk", command, stdout=log, stderr=log, env=self.environment)
+
+    def mdiq(self, command: str, *arguments: str) -> tuple[int, str]:
+        """Ask the service as an operator does; return the exit code and what is told."""
+        done = subprocess.run(
+            mdiq_command(command, self.ring.file, *arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def status(self) -> Any:
+        code, text = self.mdiq("status", "--json")
+        assert code in (0, 1) and text.startswith("{"), text
+        return json.loads(text)
+
+    def until(self, holds: Callable[[Any], bool]) -> Any:
+        """Wait until the status is as wanted; return it."""
+        for _ in range(120):
+            assert self.process.poll() is None, self.ring.log("desk").read_text()[-2000:]
+            try:
+                status = self.status()
+            except AssertionError:
+                status = None  # it is on its way
+            if status is not None and holds(status):
+                return status
+            time.sleep(0.5)
+        raise AssertionError(f"{status}\n{self.ring.log('desk').read_text()[-2000:]}")
+
+    def until_serves(self, *names: str, rings: int = 0) -> Any:
+        def serves(status: Any) -> bool:
+            found = [node["name"] for node in status["nodes"] if node["state"] == "serves"]
+            return bool(status["is_serving"]) and found == list(names) and status["rings_formed"] >= rings
+
+        return self.until(serves)
+
+    def ask(self, *bodies: dict[str, Any]) -> list[str]:
+        """Return the texts of answers to requests that run at the same time."""
+
+        async def post(session: aiohttp.ClientSession, body: dict[str, Any]) -> str:
+            async with session.post(f"{API}/v1/completions", json=body) as response:
+                assert response.status == 200, await response.text()
+                if not body.get("stream"):
+                    return str((await response.json())["choices"][0]["text"])
+                lines = [line[6:] for line in (await response.text()).split("\n\n") if line.startswith("data: {")]
+                return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+
+        async def all_of_them() -> list[str]:
+            async with aiohttp.ClientSession() as session:
+                return list(await asyncio.gather(*(post(session, body) for body in bodies)))
+
+        return asyncio.run(all_of_them())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("serve")
+    file = folder / "topology.yaml"
+    ports = "data_port=17470,threads=1"
+    nodes = [f"desk=192.168.1.10,{ports},control_port=17471,weights_port=17472"]
+    nodes += [f"pi{i}=192.168.1.1{i},{ports}" for i in (1, 2)]
+    done = run_mdiq("init", *(word for node in nodes for word in ("--node", node)), "--out", file)
+    assert done.code == 0, done.errors
+    # Of f32 on all hops the answers do not depend on the split.
+    file.write_text(file.read_text().replace("wire: auto", "wire: f32").replace("port: 8080", "port: 17480"))
+    assert run_mdiq("keys", file).code == 0
+    with LoopbackRing(file, folder / "ring") as ring:
+        ring.open_api()
+        served = Served(ring)
+        served.until_serves(*ALL)
+        yield served
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """What one process answers."""
+    arguments = ("--weights", "int8", "--threads", "1", "--raw", "--max-tokens", "12", "--json", "--in-process")
+    done = run_mdiq("run", str(PROMPT["prompt"]), "--nodes", "1", *arguments)
+    return str(done.results[0]["text"])
+
+
+def test_users_beside_each_other_get_what_one_process_answers(served: Served, expected: str) -> None:
+    assert served.ask(PROMPT, {**PROMPT, "stream": True}, PROMPT) == [expected] * 3
+    status = served.status()
+    assert status["requests"]["running"] == 0 and status["requests"]["done"] >= 3
+    assert all(node["rss_bytes"] > 0 and node["bytes_out"] > 0 for node in status["nodes"])
+
+
+def test_a_drained_node_leaves_the_others_its_layers_and_comes_back(served: Served, expected: str) -> None:
+    code, text = served.mdiq("drain", "pi2")
+    assert code == 0 and "drained" in text
+    status = served.until_serves("desk", "pi1")
+    assert [node["layers"][1] for node in status["nodes"][:2]][-1] == 30
+    assert served.ask(PROMPT) == [expected]
+    assert served.mdiq("drain", "desk")[0] == 2  # a mistake, told in words
+    assert served.mdiq("drain", "pi2", "--undo")[0] == 0
+    served.until_serves(*ALL)
+
+
+def test_a_node_that_dies_ends_what_runs_and_the_ring_is_formed_with_its_next_process(
+    served: Served, expected: str
+) -> None:
+    rings = served.status()["rings_formed"]
+
+    async def ask_and_kill() -> str:
+        body = {**PROMPT, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        async with aiohttp.ClientSession() as session, session.post(f"{API}/v1/completions", json=body) as response:
+            await response.content.readline()
+            first = served.ring._nodes["pi1"]
+            first.kill()
+            first.wait()
+            served.ring.start_node("pi1")
+            return await response.text()
+
+    events = asyncio.run(ask_and_kill())
+    assert "pi1: it was started anew" in events and events.endswith("data: [DONE]\n\n")
+    served.until_serves(*ALL, rings=rings + 1)
+    assert served.ask(PROMPT) == [expected]
+
+
+def test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing(served: Served, expected: str) -> None:
+    file = served.ring.file
+    before = file.read_text()
+    file.write_text(before + "\nnonsense: 1\n")
+    code, text = served.mdiq("reload")
+    assert code == 2 and "nonsense" in text
+    assert served.ask(PROMPT) == [expected]
+    topology = yaml.safe_load(before)
+    next(node for node in topology["nodes"] if node["name"] == "pi2")["public_key"] = ANOTHER_KEY
+    file.write_text(yaml.safe_dump(topology))
+    code, text = served.mdiq("reload")
+    assert code == 0, text
+    served.until(lambda status: _states(status)["pi1"] == "joined" and _states(status)["pi2"] == "missing")
+    log = served.ring.log("desk").read_text()
+    refused = [line for line in log.splitlines() if "its key is not listed for this plane" in line]
+    assert refused and all("192.168.1.12" in line for line in refused)
+    file.write_text(before)
+    assert served.mdiq("reload")[0] == 0
+    served.until_serves(*ALL)
+    assert served.ask(PROMPT) == [expected]
+
+
+def _states(status: Any) -> dict[str, str]:
+    return {node["name"]: node["state"] for node in status["nodes"]}
+
+
+ANOTHER_KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"  # of libzmq's own documentation
