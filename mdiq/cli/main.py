@@ -72,6 +72,9 @@ def run(
     join_wait: Annotated[
         float, typer.Option(min=1, help="Most seconds to wait for the nodes of a topology to join.")
     ] = 120.0,
+    even_split: Annotated[
+        bool, typer.Option("--even-split", help="Share a topology's auto layers evenly, not as they are planned.")
+    ] = False,
     prompts: Annotated[Path | None, typer.Option(help="File of JSON lines, one request each.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write results there as JSON lines, as they finish.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where --out stopped.")] = False,
@@ -146,6 +149,7 @@ def run(
         layers=layers,
         topology=topology,
         join_wait_s=join_wait,
+        even_split=even_split,
         params=params,
         raw=raw,
         in_process=in_process,
@@ -372,16 +376,45 @@ def node(
 _Topology = Annotated[Path, typer.Argument(help="The topology file.")]
 
 
+class Objective(StrEnum):
+    """What a plan is best for; see plan/partition.py."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+
+
+@app.command()
+def plan(
+    topology: _Topology,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also other splits, and what a device more or less would bring.")
+    ] = False,
+    objective: Annotated[Objective, typer.Option(help="For several users, or for one.")] = Objective.THROUGHPUT,
+    users: Annotated[int, typer.Option(min=1, max=256, help="Users at once, with throughput.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Show which layers go where, and why, from what the nodes measured in an earlier ring."""
+    from mdiq.cli.plan import plan as execute
+    from mdiq.plan.partition import Objective as Wanted
+
+    raise typer.Exit(
+        execute(topology, objective=Wanted(objective.value), users=users, with_more=explain, as_json=as_json)
+    )
+
+
 @app.command()
 def serve(
     topology: _Topology,
+    even_split: Annotated[
+        bool, typer.Option("--even-split", help="Share auto layers evenly, not as they are planned.")
+    ] = False,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.INFO,
 ) -> None:
     """Serve a topology on its Starter, with the HTTP API, until it is stopped."""
     from mdiq.cli.serve import serve as execute
 
     logging.configure(log_level.value, node="starter")
-    raise typer.Exit(execute(topology))
+    raise typer.Exit(execute(topology, even_split=even_split))
 
 
 @app.command()

@@ -91,6 +91,16 @@ class Summary:
         times = [r.first_token_s - r.submitted_s for r in self.results if r.first_token_s is not None]
         return statistics.median(times) if times else None
 
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens per second of all Sequences while all of them decoded; None where that was never so."""
+        found = [(r.first_token_s, r.finished_s, len(r.token_ids)) for r in self.results if r.first_token_s is not None]
+        if len(found) < len(self.results) or not found:
+            return None
+        if max(first for first, _, _ in found) >= min(last for _, last, _ in found):
+            return None
+        return sum((count - 1) / (last - first) for first, last, count in found)
+
     def share(self, seconds: float) -> float:
         """Return seconds as a share of the wall time."""
         return seconds / self.wall_s if self.wall_s > 0 else 0.0
@@ -144,6 +154,7 @@ class Summary:
             "cap": pace.cap,
             "hops_s": None if pace.hops_s is None else round(pace.hops_s, 6),
             "predicted_tokens_per_s": round(pace.predicted_tokens_per_s, 3),
+            "measured_tokens_per_s": None if self.decode_tokens_per_s is None else round(self.decode_tokens_per_s, 3),
             "chunk_tokens": pace.chunk_tokens,
             "decode_gap_ms_max": round(pace.decode_gap_s * 1_000, 3),
         }
@@ -184,6 +195,13 @@ def print_table(console: Console, summary: Summary) -> None:
         console.print(
             "overlap: share of a node's compute time in which a neighbour computed too; "
             "work waited: share of the run in which frames waited while the node did not compute",
+            style="dim",
+        )
+    predicted, measured = summary.pace.predicted_tokens_per_s, summary.decode_tokens_per_s
+    if measured is not None and predicted > 0 and summary.pace.num_live == len(summary.results):
+        console.print(
+            f"decoding: {predicted:.1f} tokens/s predicted for {summary.pace.num_live} at once, "
+            f"{measured:.1f} measured, {100 * (measured / predicted - 1):+.0f} %",
             style="dim",
         )
     if cached := summary.prefill.get("prefix_tokens"):

@@ -103,6 +103,7 @@ def _remote_nodes(topology: Topology) -> tuple[RemoteNode, ...]:
             None if topology.is_plain_text else node.public_key,
             device=node.device,
             memory_share=1 / shares[machine_of(node.address)],
+            memory_bytes=node.memory_bytes,
         )
         for node in topology.ring_nodes
     )

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
+from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
 from mdiq.cli.signals import run_until_signal
 from mdiq.cli.text_pipe import TokenizerPipe
+from mdiq.config.load import LoadedTopology
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
@@ -45,6 +47,7 @@ class RunOptions:
     layers: str | None
     topology: Path | None
     join_wait_s: float
+    even_split: bool
     params: SamplingParams
     raw: bool
     in_process: bool
@@ -70,8 +73,9 @@ def execute(options: RunOptions) -> int:
     console = Console(stderr=True)
     lines, finished = _read_requests(options)
     remote: RemoteRing | None = None
+    loaded: LoadedTopology | None = None
     if options.topology is not None:
-        options, remote = _from_topology(options, options.topology)
+        options, remote, loaded = _from_topology(options, options.topology, console)
     split = _hand_split(options.layers, options.nodes)
     num_nodes = len(split) if split else options.nodes or DEFAULT_NODES
     wires = parse_wires(options.wire, num_nodes)
@@ -119,7 +123,7 @@ def execute(options: RunOptions) -> int:
             ring=RingSettings(prefix_tokens=None if options.prefix_reuse else 0),
             remote=remote,
         )
-        run = _Run(options, ring_options, tokenizer, todo, console, results_file)
+        run = _Run(options, ring_options, tokenizer, todo, console, results_file, loaded)
         return run_until_signal(run.main())
 
 
@@ -134,8 +138,10 @@ class _Run:
         lines: list[PromptLine],
         console: Console,
         results_file: TextIO | None,
+        loaded: LoadedTopology | None,
     ) -> None:
         self._options = options
+        self._loaded = loaded
         self._ring_options = ring_options
         self._tokenizer = tokenizer
         self._lines = lines
@@ -210,6 +216,8 @@ class _Run:
 
     async def _finish(self, ring: "LocalRing") -> None:
         wall_s = max((result.finished_s for result in self._results), default=0.0)
+        if self._loaded is not None:
+            keep_profiles(self._loaded, await ring.measured())
         await ring.drain()
         overlap: Mapping[str, float] | None = None
         if self._options.trace is not None:
@@ -237,8 +245,8 @@ class _Run:
         return time.monotonic() - self._start_s
 
 
-def _from_topology(options: RunOptions, file: Path) -> tuple[RunOptions, RemoteRing]:
-    """Return the options as a topology file sets them, and its Ring."""
+def _from_topology(options: RunOptions, file: Path, console: Console) -> tuple[RunOptions, RemoteRing, LoadedTopology]:
+    """Return the options as a topology file sets them, its Ring, and the file itself."""
     from mdiq.cli.ring_file import flags_of, remote_ring
     from mdiq.config.load import load_topology
 
@@ -252,12 +260,17 @@ def _from_topology(options: RunOptions, file: Path) -> tuple[RunOptions, RemoteR
     if wrong := [flag for flag, value in given.items() if value]:
         raise ConfigError(f"{wrong[0]}: it is for rings on this machine; leave it out, or --topology")
     loaded = load_topology(file)
-    remote = remote_ring(loaded, options.join_wait_s)
+    planned = planned_ring(loaded, None if options.even_split else read_profiles(loaded))
+    for note in planned.notes:
+        console.print(f"mdiq: {note}", markup=False, highlight=False)
+    remote = remote_ring(planned.loaded, options.join_wait_s)
     logging.configure(options.log_level, node=remote.nodes[0].name)
-    flags = flags_of(loaded)
+    flags = flags_of(planned.loaded)
+    if planned.layers is not None:
+        flags["layers"] = ",".join(map(str, planned.layers))
     if flags["layers"] is not None:
         flags["nodes"] = None
-    return replace(options, **flags), remote
+    return replace(options, **flags), remote, loaded
 
 
 def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from mdiq.api.keys import read_keys
+from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles, without
 from mdiq.cli.ring_file import flags_of, remote_ring
 from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.config.load import LoadedTopology, load_topology
@@ -22,6 +22,7 @@ from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange
 from mdiq.errors import ConfigError, first_of
+from mdiq.plan.measured import Profiles
 from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, Watchdog, serve_until_signal, watchdog_interval_s
@@ -41,7 +42,7 @@ TELL_S = 5.0
 STOP_S = 25.0  # the unit's TimeoutStopSec is 30
 
 
-def serve(file: Path) -> int:
+def serve(file: Path, *, even_split: bool = False) -> int:
     """Serve until a signal comes; return the exit code."""
     notifier = Notifier.from_environment()
     notifier.starting(f"reads {file.name}")
@@ -58,7 +59,7 @@ def serve(file: Path) -> int:
     model = find_model(flags["model"], progress=lambda text: notifier.starting(text))
     with open_checkpoint(model) as checkpoint:
         config = checkpoint.config
-    topologies = _Topologies(file, loaded.topology.model.path, model, config, threads)
+    topologies = _Topologies(file, loaded.topology.model.path, model, config, threads, even_split=even_split)
     try:
         asyncio.run(_Service(file, topologies, Tokenizer.load(model), loaded, notifier).run())
     except BaseExceptionGroup as group:
@@ -72,13 +73,17 @@ def serve(file: Path) -> int:
 class _Topologies:
     """What the topology file says, read when it is asked for; see RingKeeper."""
 
-    def __init__(self, file: Path, name: str, model: Path, config: "ModelConfig", threads: int) -> None:
+    def __init__(
+        self, file: Path, name: str, model: Path, config: "ModelConfig", threads: int, *, even_split: bool
+    ) -> None:
+        self._even_split = even_split
         self._file = file
         self._name = name
         self._model = model
         self._config = config
         self._threads = threads
         self._first: LoadedTopology | None = None
+        self._newest: LoadedTopology | None = None
 
     @property
     def model_name(self) -> str:
@@ -89,6 +94,12 @@ class _Topologies:
     def context_tokens(self) -> int:
         return self._config.context_tokens
 
+    @property
+    def loaded(self) -> LoadedTopology:
+        """What was read last."""
+        assert self._newest is not None  # read has run
+        return self._newest
+
     def read(self) -> "Form":
         """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
         loaded = load_topology(self._file)
@@ -97,17 +108,22 @@ class _Topologies:
         for what, before, now in (("model", old.model.path, new.model.path), ("api", old.api, new.api)):
             if before != now:
                 raise ConfigError(f"{self._file}: {what}: a reload does not change it; restart mdiq serve")
-        form = partial(self._form, loaded)
+        # Read now and at reloads only: what a ring measures is for the next one that somebody asks for.
+        profiles = None if self._even_split else read_profiles(loaded)
+        form = partial(self._form, loaded, profiles)
         form(frozenset())  # what is wrong with it is told now
+        self._newest = loaded
         return form
 
-    def _form(self, loaded: LoadedTopology, drained: frozenset[str]) -> RingOptions:
-        here = _without(loaded, drained)
-        flags = flags_of(here)
-        remote = remote_ring(here, JOIN_S)
+    def _form(self, loaded: LoadedTopology, profiles: Profiles | None, drained: frozenset[str]) -> RingOptions:
+        planned = planned_ring(without(loaded, drained), profiles)
+        for note in planned.notes:
+            log.info("ring_planned", note=note)
+        flags = flags_of(planned.loaded)
+        remote = remote_ring(planned.loaded, JOIN_S)
         return RingOptions(
             model=self._model,
-            layers=self._layers(flags, len(remote.nodes)),
+            layers=self._layers(planned.layers, flags, len(remote.nodes)),
             dtype=flags["dtype"],
             weights=flags["weights"],
             exact=flags["exact"],
@@ -119,28 +135,17 @@ class _Topologies:
             remote=remote,
         )
 
-    def _layers(self, flags: Mapping[str, Any], num_nodes: int) -> tuple[LayerRange, ...]:
+    def _layers(
+        self, planned: tuple[int, ...] | None, flags: Mapping[str, Any], num_nodes: int
+    ) -> tuple[LayerRange, ...]:
         from mdiq.plan.split import check_split, split_layers
 
         num_layers = self._config.num_layers
+        if planned is not None:
+            return check_split(list(planned), num_layers)
         if flags["layers"] is not None:
             return check_split([int(number) for number in flags["layers"].split(",")], num_layers)
         return split_layers(num_layers, num_nodes, self._config.head_layers)
-
-
-def _without(loaded: LoadedTopology, drained: frozenset[str]) -> LoadedTopology:
-    """Return a topology without these nodes."""
-    topology = loaded.topology
-    workers = [node.name for node in topology.ring_nodes[1:]]
-    for name in sorted(drained):
-        if name == topology.starter.name:
-            raise ConfigError(f"{name}: it is the Starter, and there is no ring without it; stop mdiq serve instead")
-        if name not in workers:
-            raise ConfigError(f"{name}: the ring has no such node; its workers are {', '.join(workers) or 'none'}")
-    if drained and any(node.layers is not None for node in topology.ring_nodes):
-        raise ConfigError(f"{loaded.file}: layers by hand leave none for another node; write auto to drain one")
-    nodes = tuple(node for node in topology.nodes if node.name not in drained)
-    return replace(loaded, topology=topology.model_copy(update={"nodes": nodes}))
 
 
 class _RingBackend:
@@ -202,7 +207,12 @@ class _Service:
         def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> LocalRing:
             return LocalRing(options, make_pipe=self._pipe, on_loading=on_loading)
 
-        self._keeper = keeper = RingKeeper(self._topologies.read, open_ring, on_state=self._tell)
+        async def keep_measured(ring: LocalRing) -> None:
+            keep_profiles(self._topologies.loaded, await ring.measured())
+
+        self._keeper = keeper = RingKeeper(
+            self._topologies.read, open_ring, on_state=self._tell, on_formed=keep_measured
+        )
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AdminServer(socket_path(self._file), commands), self._api(keeper):
             beside = [asyncio.create_task(self._keep_telling(), name="telling")]

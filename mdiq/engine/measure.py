@@ -39,6 +39,21 @@ def measure_cost(runner: StageRunner) -> StageCost:
     )
 
 
+def measure_head(runner: StageRunner) -> Curve:
+    """Return the seconds of the head by rows; the Starter's alone."""
+    row = TensorRows(torch.zeros(1, runner.config.hidden_size))
+
+    def median_s(size: int) -> float:
+        times = []
+        for _ in range(REPEATS + 1):
+            start_s = time.perf_counter()
+            runner.logits([row] * size)
+            times.append(time.perf_counter() - start_s)
+        return statistics.median(times[1:])
+
+    return Curve(tuple((size, median_s(size)) for size in DECODE_SIZES))
+
+
 def measure_packing(width: int) -> Curve:
     """Return the seconds that rows of a Hop take more in i8 than in bf16, made at one end and read at the other."""
     cpu = torch.device("cpu")

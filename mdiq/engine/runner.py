@@ -8,7 +8,7 @@ import torch
 from mdiq.core.frame import Batch, Payload, TokenIds
 from mdiq.core.types import LayerRange
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.device import choose_device, choose_dtype, free_bytes
+from mdiq.engine.device import choose_device, choose_dtype, free_bytes, rss_bytes
 from mdiq.engine.hot_table import hot_columns_from
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
@@ -61,6 +61,7 @@ class StageRunner:
         exact: bool = True,
         wire: str | None = None,
         memory_share: float = 1.0,
+        memory_bytes: int | None = None,
         digest: str = "",
         hot: Mapping[str, bytes] | None = None,
         progress: Callable[[int, int], object] = lambda *_: None,
@@ -68,9 +69,10 @@ class StageRunner:
         """Load Layers ``layers`` of the model at ``path`` and make room for their KV cache.
 
         kv_tokens: capacity in tokens, or None for what free memory allows. memory_share: the part of the machine's free
-        memory that this Stage may plan with. weights, exact: see WeightSettings. wire: the format
-        of the Hop out of this Stage, or None where the rows stay here. digest: refuse a model with another
-        fingerprint; empty takes any. hot: hot columns of packed weights, for a part of a model; see hot_table.py.
+        memory that this Stage may plan with. memory_bytes: most that this process may take, or None. weights, exact:
+        see WeightSettings. wire: the format of the Hop out of this Stage, or None where the rows stay here. digest:
+        refuse a model with another fingerprint; empty takes any. hot: hot columns of packed weights, for a part of a
+        model; see hot_table.py.
 
         Raises:
             ModelError: the model is missing, malformed, unsupported, or another one than ``digest`` tells of.
@@ -100,7 +102,7 @@ class StageRunner:
                 raise CapacityError(
                     f"{path}: no memory for layers {layers}; use more nodes or --weights int8"
                 ) from None
-            cache = _make_cache(model.config, layers, torch_dtype, torch_device, kv_tokens, memory_share)
+            cache = _make_cache(model.config, layers, torch_dtype, torch_device, kv_tokens, memory_share, memory_bytes)
         return cls(model, cache, is_last=is_last, dtype=torch_dtype, device=torch_device, wire=wire)
 
     @property
@@ -206,9 +208,12 @@ def _make_cache(
     device: torch.device,
     kv_tokens: int | None,
     memory_share: float,
+    memory_bytes: int | None,
 ) -> KvCache:
     token_bytes = config.kv_bytes_per_token(len(layers), dtype.itemsize)
     free = free_bytes(device)
+    if memory_bytes is not None:
+        free = max(min(free, memory_bytes - rss_bytes()), 0)
     if kv_tokens is None:
         kv_tokens = min(
             int(free * KV_MEMORY_SHARE * memory_share) // token_bytes, MOST_SEQUENCES * config.context_tokens

@@ -135,8 +135,11 @@ def _what_if(name: str, model: ModelShape, nodes: Sequence[NodeProfile], links: 
     return WhatIf(name, found[1])
 
 
-def render(explanation: Explanation) -> str:
-    """Return the explanation as a text of at most 120 columns, but for long names."""
+def render(explanation: Explanation, *, with_more: bool = True) -> str:
+    """Return the explanation as a text of at most 120 columns, but for long names.
+
+    with_more: also what other splits, and a Node more or less, would do.
+    """
     plan = explanation.plan
     goal, model = plan.goal, plan.model
     users = "1 user" if goal.num_users == 1 else f"{goal.num_users} users"
@@ -154,14 +157,14 @@ def render(explanation: Explanation) -> str:
         f"limited by   {_limit(plan)}",
         f"KV cache     {_kv(plan)}",
         *_memory(explanation),
-        *(f"left out     {_reason(plan, left_out)}" for left_out in plan.left_out),
+        *(f"left out     {reason(plan, left_out)}" for left_out in plan.left_out),
     ]
     for title, what_ifs in (
         ("other splits", explanation.splits),
         ("with one more device like", explanation.one_more),
         ("without", explanation.without),
     ):
-        if what_ifs:
+        if what_ifs and with_more:
             lines += ["", title, *_what_ifs(plan.value, what_ifs)]
     return "\n".join(lines) + "\n"
 
@@ -220,7 +223,8 @@ def _memory(explanation: Explanation) -> Iterator[str]:
         yield f"             layers that fit: {held}"
 
 
-def _reason(plan: Plan, left_out: LeftOut) -> str:
+def reason(plan: Plan, left_out: LeftOut) -> str:
+    """Return why a Node holds nothing, in words."""
     match left_out.why:
         case Why.SPARE:
             return f"{left_out.node}: it is spare"

@@ -20,12 +20,13 @@ from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, RingSpec, SeqId
 from mdiq.core.wire import hop_key
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.device import rss_bytes
+from mdiq.engine.device import choose_device, free_bytes, rss_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
-from mdiq.engine.measure import measure_cost, measure_packing
+from mdiq.engine.measure import measure_cost, measure_head, measure_packing
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.wire_check import check_tokens, divergence_nats
 from mdiq.errors import MdiqError, RingError, first_of
+from mdiq.plan.measured import MeasuredRing, MeasuredStage
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
 from mdiq.plan.wire_choice import AUTO, USUAL, WireCosts, choose_wires
@@ -78,6 +79,7 @@ class LocalRing:
         self._quota: CpuQuota | None = None
         self._spec: RingSpec | None = None
         self._costs: list[StageCost] = []
+        self._ready: list[control.Ready] = []  # of the others
         self._micro_batches: MicroBatches | None = None
         self._epoch = FIRST_EPOCH
         self._links: tuple[HopLink | None, ...] = ()
@@ -177,6 +179,38 @@ class LocalRing:
             for wire, link in zip(self._wires, links, strict=True)
         ]
 
+    async def measured(self) -> MeasuredRing:
+        """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
+        runner, options = self._runner, self._options
+        assert runner is not None  # __aenter__ has run
+        head = await self._worker.run_uncounted(partial(measure_head, runner))
+        own = MeasuredStage(
+            options.node_names[0],
+            len(options.layers[0]),
+            self._costs[0],
+            runner.weight_bytes,
+            runner.kv_bytes_per_token,
+            rss_bytes(),
+            free_bytes(choose_device(options.device)),
+        )
+        stages = [
+            MeasuredStage(
+                name,
+                len(layers),
+                cost,
+                ready.weight_bytes,
+                ready.kv_bytes_per_token,
+                ready.rss_bytes,
+                ready.free_bytes,
+            )
+            for name, layers, cost, ready in zip(
+                options.node_names[1:], options.layers[1:], self._costs[1:], self._ready, strict=True
+            )
+        ]
+        return MeasuredRing(
+            (own, *stages), head, runner.config.hidden_size, tuple(zip(self._wires, self._links, strict=False))
+        )
+
     def spans(self) -> Mapping[str, list[Span]]:
         """Return every Node's Spans, in ring order."""
         return {self._name: self._tracer.spans, **(self._stages.spans() if self._stages else {})}
@@ -220,6 +254,7 @@ class LocalRing:
             exact=options.exact,
             wire=options.wire(0),
             memory_share=options.remote.nodes[0].memory_share if options.remote else 1 / options.num_nodes,
+            memory_bytes=options.remote.nodes[0].memory_bytes if options.remote else None,
             progress=lambda done, total: loop.call_soon_threadsafe(self._on_loading, self._name, done, total),
         )
         try:
@@ -236,6 +271,7 @@ class LocalRing:
             self._quota = CpuQuota.create(self._name, options.cpu)
             self._quota.add(os.getpid())
         own_cost = await self._worker.run_uncounted(partial(measure_cost, self._runner))
+        self._ready = others
         self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in others)]
         self._spec = RingSpec(
             num_stages=options.num_nodes,

@@ -22,7 +22,7 @@ from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
-from mdiq.engine.device import rss_bytes
+from mdiq.engine.device import choose_device, free_bytes, rss_bytes
 from mdiq.engine.measure import measure_cost
 from mdiq.engine.model_source import cache_directory
 from mdiq.engine.runner import StageRunner
@@ -225,6 +225,7 @@ class NodeProcess:
                 exact=assign.exact,
                 wire=assign.wire,
                 memory_share=assign.memory_share,
+                memory_bytes=self._memory_bytes(),
                 digest=assign.model_digest,
                 hot=assign.hot,
                 progress=self._noting_progress(asyncio.get_running_loop()),
@@ -262,7 +263,14 @@ class NodeProcess:
             rss_bytes=rss_bytes(),
             decode_s=cost.decode.points,
             prompt_s=cost.prompt.points,
+            free_bytes=free_bytes(choose_device(assign.device)),
         )
+
+    def _memory_bytes(self) -> int | None:
+        """Return the most that this process may take, by the topology."""
+        if self._peers is None:
+            return None
+        return next((node.memory_bytes for node in self._peers.nodes if node.name == self._options.name), None)
 
     async def _fetch(self, peers: RingPeers, layers: LayerRange, digest: str) -> Path:
         """Return where this machine's copy of the Layers is, fetched now where it lacks some."""

@@ -32,7 +32,7 @@ class RemoteNode:
     """A Node as a Ring over several machines knows it, the Starter included.
 
     data_endpoint: where it takes Frames. public_key: of CURVE, in Z85; None in plain text.
-    memory_share: the part of its machine's free memory that it may plan with.
+    memory_share: the part of its machine's free memory that it may plan with. memory_bytes: most that it may take.
     """
 
     name: str
@@ -40,6 +40,7 @@ class RemoteNode:
     public_key: str | None
     device: str = "cpu"
     memory_share: float = 1.0
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ fo
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,7 +62,7 @@ class RingKeeper:
 
     read: reads the topology; called at the start and at a reload. Raises ConfigError.
     open_ring: gives a Ring that is not entered yet.
-    on_state: told at every change.
+    on_state: told at every change. on_formed: awaited with every Ring that is formed, before it serves.
     """
 
     def __init__(
@@ -72,7 +72,9 @@ class RingKeeper:
         *,
         clock: Clock = time.monotonic,
         on_state: Callable[[KeeperState], None] = lambda _: None,
+        on_formed: Callable[[Any], Awaitable[None]] | None = None,
     ) -> None:
+        self._on_formed = on_formed
         self._read = read
         self._open_ring = open_ring
         self._clock = clock
@@ -266,6 +268,8 @@ class RingKeeper:
                 return
             entering.result()
             self._is_entered = True
+            if self._on_formed is not None:
+                await self._on_formed(ring)
             self._num_rings += 1
             self._serving_since_s = self._clock()
             self.last_error = None

@@ -1,0 +1,115 @@
+"""Layers that a topology leaves to the planner, from what its nodes measured in earlier rings.
+
+The first ring of a topology is shared evenly. Its figures are kept in the cache folder, and the next one is planned
+from them.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mdiq.config.load import LoadedTopology
+from mdiq.config.topology import Topology
+from mdiq.engine.model_source import cache_directory
+from mdiq.errors import ConfigError
+from mdiq.plan.explain import reason
+from mdiq.plan.measured import MeasuredRing, Profiles, from_json, profiles_of, to_json
+from mdiq.plan.partition import Goal
+from mdiq.plan.plan import Plan, make_plan
+
+USERS = 8  # for whom a ring is planned: several, as it is chosen for
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRing:
+    """A topology with the nodes that take part, and how many layers each has; None: shared evenly.
+
+    plan: what they follow from. notes: what an operator should know of it.
+    """
+
+    loaded: LoadedTopology
+    layers: tuple[int, ...] | None = None
+    plan: Plan | None = None
+    notes: tuple[str, ...] = ()
+
+
+def planned_ring(loaded: LoadedTopology, profiles: Profiles | None) -> PlannedRing:
+    """Return the ring that the planner makes of a topology with ``auto`` layers, if it knows all of its nodes.
+
+    Raises:
+        PlanError: the model does not fit.
+    """
+    topology = loaded.topology
+    nodes = topology.ring_nodes
+    if profiles is None or len(nodes) < 2 or any(node.layers is not None for node in nodes):
+        return PlannedRing(loaded)
+    known = profiles.of([node.name for node in nodes], {node.name: node.memory_bytes for node in nodes})
+    if known is None:
+        new = ", ".join(node.name for node in nodes if node.name not in profiles.nodes)
+        return PlannedRing(
+            loaded, notes=(f"{new}: not measured yet; layers are shared evenly, and planned from the next ring on",)
+        )
+    plan = make_plan(profiles.model, known, profiles.links, Goal(num_users=USERS))
+    notes = tuple(f"left out: {reason(plan, left_out)}" for left_out in plan.left_out)
+    return PlannedRing(
+        without(loaded, [left_out.node for left_out in plan.left_out]),
+        tuple(len(stage.layers) for stage in plan.stages),
+        plan,
+        notes,
+    )
+
+
+def without(loaded: LoadedTopology, names: Collection[str]) -> LoadedTopology:
+    """Return a topology without these nodes.
+
+    Raises:
+        ConfigError: there is no ring without one of them.
+    """
+    if not names:
+        return loaded
+    topology = loaded.topology
+    workers = [node.name for node in topology.ring_nodes[1:]]
+    for name in sorted(names):
+        if name == topology.starter.name:
+            raise ConfigError(f"{name}: it is the Starter, and there is no ring without it; stop mdiq serve instead")
+        if name not in workers:
+            raise ConfigError(f"{name}: the ring has no such node; its workers are {', '.join(workers) or 'none'}")
+    if any(node.layers is not None for node in topology.ring_nodes):
+        raise ConfigError(f"{loaded.file}: layers by hand leave none for another node; write auto to drain one")
+    nodes = tuple(node for node in topology.nodes if node.name not in names)
+    return replace(loaded, topology=topology.model_copy(update={"nodes": nodes}))
+
+
+def read_profiles(loaded: LoadedTopology) -> Profiles | None:
+    """Return what earlier rings of a topology measured, or None."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return from_json(_path(loaded).read_text(encoding="utf-8"))
+    return None
+
+
+def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> None:
+    """Keep what a ring measured; where that cannot be written, the next one is shared evenly again."""
+    profiles = profiles_of(ring, loaded.topology.model.weights, read_profiles(loaded))
+    if profiles is None:
+        return
+    path = _path(loaded)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, own = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(to_json(profiles))
+        Path(own).replace(path)
+
+
+def _path(loaded: LoadedTopology) -> Path:
+    return cache_directory() / "profiles" / f"{_key(loaded.topology, loaded.file)}.json"
+
+
+def _key(topology: Topology, file: Path) -> str:
+    # A node's figures are those of one model in one format.
+    text = "|".join((str(file.resolve()), topology.model.path, topology.model.weights, topology.model.dtype))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

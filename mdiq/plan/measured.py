@@ -1,0 +1,178 @@
+"""From what the Stages of a Ring measured to what the planner is told, and to a file that keeps it.
+
+A Stage measures its forward with the Layers that it has. A Layer's cost follows from it, since Layers are alike; of the
+Starter's forward the head is taken away first, which it measures apart.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mdiq.core.hop_survey import HopLink
+from mdiq.core.types import NodeId
+from mdiq.plan.micro_batches import Curve
+from mdiq.plan.pace import StageCost
+from mdiq.plan.profile import HopProfile, Links, ModelShape, NodeProfile
+
+VERSION = 1
+_WIRE_BYTES = {"f32": 4, "bf16": 2, "i8": 1}
+_LEAST_S = 1e-7  # of a Layer: noise may make the head longer than the forward that it is a part of
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStage:
+    """A Stage as it serves. rss_bytes: of its process; free_bytes: what its device leaves beside that."""
+
+    name: str
+    num_layers: int
+    cost: StageCost
+    weight_bytes: int
+    kv_bytes_per_token: int
+    rss_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRing:
+    """A Ring as it serves: Stages in its order, the Starter first, and format and link of each Hop.
+
+    head: seconds of the Starter's head, by rows.
+    """
+
+    stages: tuple[MeasuredStage, ...]
+    head: Curve
+    hidden_size: int
+    hops: tuple[tuple[str, HopLink | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """What is known of a model and of Nodes that served it; those of Nodes that are in no Ring any more stay."""
+
+    model: ModelShape
+    nodes: Mapping[str, NodeProfile]
+    links: Links = field(default_factory=Links)
+
+    def of(self, names: Sequence[str], limits: Mapping[str, int | None]) -> list[NodeProfile] | None:
+        """Return the Profiles of these Nodes, or None when one is not known. limits: most bytes of some of them."""
+        if not all(name in self.nodes for name in names):
+            return None
+        return [
+            replace(node, memory_bytes=min(node.memory_bytes, limits.get(name) or node.memory_bytes))
+            for name in names
+            if (node := self.nodes[name])
+        ]
+
+
+def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None) -> Profiles | None:
+    """Return what a Ring tells, and what was known before; None for a Ring of one Node: it tells no Layer's weight."""
+    starter, *workers = ring.stages
+    if not workers:
+        return before
+    num_layers = sum(stage.num_layers for stage in ring.stages)
+    layer_bytes = round(sum(w.weight_bytes for w in workers) / sum(w.num_layers for w in workers))
+    model = ModelShape(
+        num_layers=num_layers,
+        layer_bytes=max(layer_bytes, 1),
+        ends_bytes=max(starter.weight_bytes - starter.num_layers * layer_bytes, 0),
+        kv_bytes=max(workers[0].kv_bytes_per_token // workers[0].num_layers, 1),
+        row_bytes=_WIRE_BYTES["bf16"] * ring.hidden_size,
+        weights=weights,
+    )
+    nodes = dict(before.nodes) if before else {}
+    for stage in ring.stages:
+        nodes[stage.name] = _node(stage, ring.head if stage is starter else None)
+    hops = dict(before.links.hops) if before else {}
+    names = [NodeId(stage.name) for stage in ring.stages]
+    for i, (wire, link) in enumerate(ring.hops):
+        if link is not None:
+            row_bytes = _WIRE_BYTES.get(wire, 2) * ring.hidden_size
+            hops[names[i], names[(i + 1) % len(names)]] = HopProfile(
+                max(link.delay_s, 0.0), link.bytes_per_s or HopProfile(0.0).bytes_per_s, row_bytes
+            )
+    return Profiles(model, nodes, Links(hops))
+
+
+def _node(stage: MeasuredStage, head: Curve | None) -> NodeProfile:
+    def per_layer(curve: Curve, of_head: Curve | None) -> Curve:
+        return Curve(
+            tuple(
+                (size, max((time_s - (of_head.seconds(size) if of_head else 0.0)) / stage.num_layers, _LEAST_S))
+                for size, time_s in curve.points
+            )
+        )
+
+    # Of a prompt only the last row goes to the head.
+    one_row = None if head is None else Curve(((1, head.seconds(1)),))
+    return NodeProfile(
+        name=NodeId(stage.name),
+        memory_bytes=stage.rss_bytes + stage.free_bytes,
+        layer_decode=per_layer(stage.cost.decode, head),
+        layer_prompt=per_layer(stage.cost.prompt, one_row),
+        head=head,
+        process_bytes=max(stage.rss_bytes - stage.weight_bytes, 0),
+    )
+
+
+def to_json(profiles: Profiles) -> str:
+    """Return a text that from_json reads."""
+    model = profiles.model
+    value = {
+        "version": VERSION,
+        "model": {name: getattr(model, name) for name in _MODEL},
+        "nodes": [
+            {
+                "name": node.name,
+                "memory_bytes": node.memory_bytes,
+                "process_bytes": node.process_bytes,
+                "layer_decode": node.layer_decode.points,
+                "layer_prompt": node.layer_prompt.points,
+                "head": node.head.points if node.head else None,
+            }
+            for node in profiles.nodes.values()
+        ],
+        "hops": [
+            {"from": a, "to": b, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s, "row_bytes": hop.row_bytes}
+            for (a, b), hop in profiles.links.hops.items()
+        ],
+    }
+    return json.dumps(value, indent=1)
+
+
+_MODEL = ("num_layers", "layer_bytes", "ends_bytes", "kv_bytes", "row_bytes", "weights")
+
+
+def from_json(text: str) -> Profiles | None:
+    """Return what to_json wrote, or None for anything else: it is measured again then."""
+    try:
+        value: Any = json.loads(text)
+        if value["version"] != VERSION:
+            return None
+        nodes = [
+            NodeProfile(
+                name=NodeId(str(node["name"])),
+                memory_bytes=int(node["memory_bytes"]),
+                layer_decode=_curve(node["layer_decode"]),
+                layer_prompt=_curve(node["layer_prompt"]),
+                head=None if node["head"] is None else _curve(node["head"]),
+                process_bytes=int(node["process_bytes"]),
+            )
+            for node in value["nodes"]
+        ]
+        hops = {
+            (NodeId(str(hop["from"])), NodeId(str(hop["to"]))): HopProfile(
+                float(hop["delay_s"]),
+                float(hop["bytes_per_s"]),
+                None if hop["row_bytes"] is None else int(hop["row_bytes"]),
+            )
+            for hop in value["hops"]
+        }
+        model = ModelShape(**{name: value["model"][name] for name in _MODEL})
+        return Profiles(model, {node.name: node for node in nodes}, Links(hops))
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return None
+
+
+def _curve(points: Any) -> Curve:
+    return Curve(tuple((int(size), float(time_s)) for size, time_s in points))

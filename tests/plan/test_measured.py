@@ -1,0 +1,115 @@
+"""What Stages measured becomes what the planner is told, and a file of it."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from mdiq.core.hop_survey import HopLink
+from mdiq.plan.measured import MeasuredRing, MeasuredStage, from_json, profiles_of, to_json
+from mdiq.plan.micro_batches import Curve
+from mdiq.plan.pace import StageCost
+
+MIB = 1 << 20
+HEAD = Curve(((1, 0.004), (4, 0.006)))
+WIRES = (("bf16", HopLink(0.001, 1e7)), ("i8", HopLink(0.002, None)), ("f32", None))
+
+
+def _stage(name: str, num_layers: int, *, extra_s: float = 0.0, ends_bytes: int = 0) -> MeasuredStage:
+    """A Stage whose Layers take 1 ms for one Segment, 2 ms for four, and 10 ms for 64 tokens of a prompt."""
+    decode = ((1, 0.001 * num_layers + extra_s), (4, 0.002 * num_layers + 1.5 * extra_s))
+    return MeasuredStage(
+        name=name,
+        num_layers=num_layers,
+        cost=StageCost.of(decode, ((64, 0.010 * num_layers + extra_s),)),
+        weight_bytes=num_layers * 3 * MIB + ends_bytes,
+        kv_bytes_per_token=num_layers * 100,
+        rss_bytes=400 * MIB,
+        free_bytes=600 * MIB,
+    )
+
+
+def _ring() -> MeasuredRing:
+    stages = (_stage("desk", 4, extra_s=0.004, ends_bytes=60 * MIB), _stage("pi1", 10), _stage("pi2", 16))
+    return MeasuredRing(stages, HEAD, 64, WIRES)
+
+
+def test_a_layers_cost_is_its_part_of_a_forward_without_the_head() -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    for node in profiles.nodes.values():
+        assert [node.layer_decode.seconds(size) for size in (1, 4)] == pytest.approx([0.001, 0.002])
+        assert node.layer_prompt.seconds(64) == pytest.approx(0.010)
+        assert node.memory_bytes == 1_000 * MIB
+        assert (node.head is not None) == (node.name == "desk")
+    assert profiles.nodes["pi1"].process_bytes == 370 * MIB
+
+
+def test_the_model_weighs_what_its_stages_say() -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    model = profiles.model
+    assert (model.num_layers, model.layer_bytes, model.ends_bytes) == (30, 3 * MIB, 60 * MIB)
+    assert (model.kv_bytes, model.row_bytes, model.weights) == (100, 128, "int8")
+
+
+def test_hops_are_kept_with_the_rows_of_their_wire() -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    hops = {ends: (hop.delay_s, hop.bytes_per_s, hop.row_bytes) for ends, hop in profiles.links.hops.items()}
+    assert hops == {("desk", "pi1"): (0.001, 1e7, 128), ("pi1", "pi2"): (0.002, math.inf, 64)}
+
+
+def test_a_head_that_seems_longer_than_its_forward_leaves_layers_some_time() -> None:
+    ring = replace(_ring(), head=Curve(((1, 1.0),)))
+    profiles = profiles_of(ring, "int8")
+    assert profiles is not None
+    assert profiles.nodes["desk"].layer_decode.seconds(1) > 0
+
+
+def test_what_was_known_before_stays_and_what_is_measured_again_is_new() -> None:
+    before = profiles_of(_ring(), "int8")
+    assert before is not None
+    slow = replace(_stage("pi1", 26), cost=StageCost.of(((1, 2.6),), ((64, 26.0),)))
+    shorter = MeasuredRing((_ring().stages[0], slow), HEAD, 64, (("bf16", HopLink(0.5, 1.0)), ("bf16", None)))
+    profiles = profiles_of(shorter, "int8", before)
+    assert profiles is not None
+    assert set(profiles.nodes) == {"desk", "pi1", "pi2"}
+    assert profiles.nodes["pi1"].layer_decode.seconds(1) == pytest.approx(0.1)
+    assert profiles.links.hops[("desk", "pi1")].delay_s == 0.5  # type: ignore[index]
+    assert ("pi1", "pi2") in profiles.links.hops
+
+
+def test_a_ring_of_one_node_tells_nothing_new() -> None:
+    before = profiles_of(_ring(), "int8")
+    alone = MeasuredRing((_stage("desk", 30),), HEAD, 64, ())
+    assert profiles_of(alone, "int8") is None
+    assert profiles_of(alone, "int8", before) is before
+
+
+def test_profiles_of_some_nodes_keep_to_their_limits() -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    found = profiles.of(["desk", "pi2"], {"desk": None, "pi2": 700 * MIB})
+    assert found is not None
+    assert [node.memory_bytes for node in found] == [1_000 * MIB, 700 * MIB]
+    assert profiles.of(["desk", "pi9"], {}) is None
+
+
+def test_a_file_gives_back_what_was_written() -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    assert from_json(to_json(profiles)) == profiles
+
+
+@pytest.mark.parametrize("part", ["model", "nodes", "hops"])
+def test_a_file_that_is_none_of_ours_is_as_good_as_none(part: str) -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    value = json.loads(to_json(profiles))
+    for junk in (None, 5, [5], {"num_layers": 0}, [{"name": "x"}]):
+        assert from_json(json.dumps({**value, part: junk})) is None
+    assert from_json(json.dumps({**value, "version": 2})) is None
+    for text in ("", "{", "[]", "[" * 100_000):
+        assert from_json(text) is None
