@@ -13,11 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
-from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
 from mdiq.cli.signals import run_until_signal
 from mdiq.cli.text_pipe import TokenizerPipe
-from mdiq.config.load import LoadedTopology
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
@@ -27,7 +25,8 @@ from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_co
 from mdiq.telemetry import logging
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
-if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads
+if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, and what reads topologies if there is one
+    from mdiq.config.load import LoadedTopology
     from mdiq.engine.tokenizer import Tokenizer
     from mdiq.runtime.local import LocalRing
 
@@ -138,7 +137,7 @@ class _Run:
         lines: list[PromptLine],
         console: Console,
         results_file: TextIO | None,
-        loaded: LoadedTopology | None,
+        loaded: "LoadedTopology | None",
     ) -> None:
         self._options = options
         self._loaded = loaded
@@ -217,6 +216,8 @@ class _Run:
     async def _finish(self, ring: "LocalRing") -> None:
         wall_s = max((result.finished_s for result in self._results), default=0.0)
         if self._loaded is not None:
+            from mdiq.cli.planned import keep_profiles
+
             keep_profiles(self._loaded, await ring.measured())
         await ring.drain()
         overlap: Mapping[str, float] | None = None
@@ -245,8 +246,11 @@ class _Run:
         return time.monotonic() - self._start_s
 
 
-def _from_topology(options: RunOptions, file: Path, console: Console) -> tuple[RunOptions, RemoteRing, LoadedTopology]:
+def _from_topology(
+    options: RunOptions, file: Path, console: Console
+) -> "tuple[RunOptions, RemoteRing, LoadedTopology]":
     """Return the options as a topology file sets them, its Ring, and the file itself."""
+    from mdiq.cli.planned import planned_ring, read_profiles
     from mdiq.cli.ring_file import flags_of, remote_ring
     from mdiq.config.load import load_topology
 

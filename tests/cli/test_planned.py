@@ -41,7 +41,7 @@ def _ring(delay_s: float = 0.0005, **layer_s: float) -> MeasuredRing:
 
     def stage(name: str) -> MeasuredStage:
         time_s = 10 * layer_s[name]
-        cost = StageCost.of(((1, time_s), (8, 1.5 * time_s)), ((64, 8 * time_s),))
+        cost = StageCost.of(((1, time_s), (8, 6 * time_s)), ((64, 8 * time_s),))
         return MeasuredStage(name, 10, cost, 10 * 4 * MIB, 10 * 1_536, 300 * MIB, 700 * MIB)
 
     link = HopLink(delay_s, 1e8)
