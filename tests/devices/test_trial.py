@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mdiq.engine.model_source import find_model
+from tests.devices.capture import Capture, payloads
 from tests.devices.conftest import UP_S, Shelf, must, run
 from tests.devices.guide import Guide
 
@@ -22,6 +24,8 @@ WORKERS = ("pi1", "pi2")
 SPARE = "pi3"
 IN_README = {"desk": "192.168.1.10", "pi1": "192.168.1.11", "pi2": "192.168.1.12", SPARE: "192.168.1.13"}
 QUESTION = "Why is the sky blue?"
+DATA_PORT = 7400
+RUN_BYTES = 16
 RUN = (QUESTION, "--max-tokens", "16", "--json")
 # Not in minutes' reach of a test: wheels for other machines, a journal that is followed for ever.
 NOT_TYPED = ("pip download -d wheels --only-binary", "ssh root@192.168.1.11 journalctl -u mdiq-node -f")
@@ -40,13 +44,7 @@ def guide(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Guide:
     return guide
 
 
-@pytest.fixture(scope="module")
-def local() -> dict[str, list[int]]:
-    """Answers of rings on this machine, by their hops' formats and weights."""
-    return {}
-
-
-def _ask(shelf: Shelf, *, weights: str = "int8") -> tuple[list[int], dict[str, Any]]:
+def _ask(shelf: Shelf) -> tuple[list[int], dict[str, Any]]:
     """Ask the ring from the Starter's device; return the answer's tokens and the run's summary."""
     return _read(shelf.sh("desk", _asking(), timeout=UP_S))
 
@@ -73,6 +71,14 @@ def _events(shelf: Shelf, name: str, event: str) -> list[dict[str, Any]]:
     lines = shelf.sh(name, "journalctl --no-pager -o cat -u mdiq-node").splitlines()
     events = [json.loads(line) for line in lines if line.startswith("{")]
     return [entry for entry in events if entry["event"] == event]
+
+
+def _provision_topology(guide: Guide, shelf: Shelf) -> str:
+    """Bring the operator's topology, which has changed, to all devices."""
+    only = " ".join(f"--only {name}" for name in (*WORKERS, SPARE))
+    out = _done(guide.run(f"python nodes/provision.py topology.yaml {only}"))
+    shelf.write("desk", "/etc/mdiq/topology.yaml", (guide.folder / "topology.yaml").read_bytes())
+    return out
 
 
 def _done(done: subprocess.CompletedProcess[str]) -> str:
@@ -197,10 +203,8 @@ def test_a_model_too_large_for_a_device_runs_over_three(guide: Guide, shelf: She
     """In f32 the model alone takes 538 MB, and mdiq more than 160 MB beside it."""
     file = guide.folder / "topology.yaml"
     file.write_text(file.read_text().replace("weights: int8", "weights: plain"))
-    only = " ".join(f"--only {name}" for name in (*WORKERS, SPARE))
-    out = _done(guide.run(f"python nodes/provision.py topology.yaml {only}"))
+    out = _provision_topology(guide, shelf)
     assert len(re.findall(r"^\w+ +push +1 of", out, re.MULTILINE)) == 3, "the topology alone is sent"
-    shelf.write("desk", "/etc/mdiq/topology.yaml", file.read_bytes())
     tokens, summary = _ask(shelf)
     assert tokens == _local_answer(summary, "plain")
     assert all(node["rss_bytes"] < 600 << 20 for node in summary["nodes"][1:])
@@ -208,6 +212,29 @@ def test_a_model_too_large_for_a_device_runs_over_three(guide: Guide, shelf: She
     shelf.write("pi2", "/root/model.gguf", guide.model.read_bytes())
     alone = shelf.try_sh("pi2", f"/opt/mdiq/current/bin/mdiq run --in-process --model /root/model.gguf '{QUESTION}'")
     assert alone.returncode != 0 and alone.stdout == "", alone
+
+
+def test_what_passes_between_devices_cannot_be_read_unless_the_ring_is_insecure(
+    guide: Guide, shelf: Shelf, tmp_path: Path
+) -> None:
+    def capture(name: str) -> bytes:
+        with Capture(shelf.tool, tmp_path / name):
+            _ask(shelf)
+        return b"".join(payloads(tmp_path / name, DATA_PORT))
+
+    secure = capture("secure")
+    file = guide.folder / "topology.yaml"
+    file.write_text(file.read_text().replace("insecure: false", "insecure: true"))
+    _provision_topology(guide, shelf)
+    open_, again = capture("open"), capture("again")
+    # Activations are the same in each run, but for tags and ids beside them.
+    runs = {open_[start : start + RUN_BYTES] for start in range(0, len(open_) - RUN_BYTES, 8 * RUN_BYTES)}
+    runs = {run_ for run_ in runs if len(set(run_)) > RUN_BYTES // 4}
+    found = sum(run_ in again for run_ in runs)
+    assert len(runs) > 50 and found > len(runs) / 2, f"of {len(runs)} runs of an insecure ring {found} come again"
+    assert len(secure) > len(open_) / 2 and b"CURVE" in secure
+    assert [run_ for run_ in runs if run_ in secure] == []
+    assert QUESTION.encode() not in secure
 
 
 def test_every_command_of_the_readme_was_typed(guide: Guide) -> None:
