@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import hashlib
 import os
-import re
 import shlex
 import stat
 import sys
@@ -27,7 +26,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
+from mdiq.config.load import load_topology
+from mdiq.errors import TopologyError
 
 HERE = Path(__file__).resolve().parent
 PUSHED = "/opt/mdiq/push"
@@ -74,12 +74,13 @@ class ProvisionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device of the topology. key: its private key file here, or None in an insecure ring."""
+    """A device of the topology. key: its private key file here, or None in a ring without keys."""
 
     name: str
     address: str
     role: str
     key: Path | None
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,30 +147,18 @@ def read_devices(path: Path) -> list[Device]:
     """Return the devices of a topology file: of it all only what provisioning needs.
 
     Raises:
-        ProvisionError: the file or a key is missing or of no use.
+        ProvisionError: the file is missing or of no use; all of its mistakes are told.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        security = document.get("security") or {}
-        keys = path.parent / security.get("keys", "keys")
-        is_secure = not security.get("insecure", False)
-        devices = [
-            Device(
-                str(node["name"]),
-                str(node["address"]),
-                str(node.get("role", "worker")),
-                keys / f"{node['name']}.key" if is_secure else None,
-            )
-            for node in document["nodes"]
-        ]
-    except OSError as error:
-        raise ProvisionError(f"{path}: {error.strerror}; give the topology's file", code=2) from None
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise ProvisionError(f"{path}: not a topology ({error!r}); run mdiq check {path}", code=2) from None
-    for device in devices:
-        if not re.fullmatch(r"[a-z0-9-]{1,63}", device.name) or device.address.startswith("-"):
-            raise ProvisionError(f"{path}: node {device.name!r}: bad name or address; run mdiq check {path}", code=2)
-    return devices
+        loaded = load_topology(path)
+    except TopologyError as error:
+        raise ProvisionError(str(error), code=2) from None
+    topology, keys = loaded.topology, loaded.path(loaded.topology.security.keys)
+    has_keys = not topology.is_plain_text
+    return [
+        Device(node.name, node.address, node.role, keys / f"{node.name}.key" if has_keys else None, node.spare)
+        for node in topology.nodes
+    ]
 
 
 def check_keys(devices: Iterable[Device]) -> None:
@@ -455,7 +444,9 @@ async def rollback(plan: Plan, device: Device) -> str:
 
 
 async def wait_until_ready(plan: Plan, device: Device) -> str:
-    """Wait until the unit says that it serves, which needs the whole ring."""
+    """Wait until the unit says that it serves, which needs the whole ring. A spare serves when another fails."""
+    if device.spare:
+        return "stands by"
     deadline = time.monotonic() + plan.ready_within_s
     told = ""
     while True:

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+import zmq
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TOOL = os.environ.get("MDIQ_DEVICES")
+HUB = "10.77.0.1"  # this machine on the devices' network
+STARTER = "desk"
 UP_S = 900.0  # the first call may build the devices' disk image
 COMMAND_S = 300.0
 
@@ -54,7 +57,7 @@ def must(done: subprocess.CompletedProcess[str]) -> str:
 
 @dataclass(slots=True)
 class Shelf:
-    """The devices of this session. ssh: options for provision.py."""
+    """The devices of a file of tests."""
 
     tool: str
     addresses: dict[str, str] = field(default_factory=dict)
@@ -79,9 +82,9 @@ class Shelf:
         self.sh(name, "sync")
         must(run(self.tool, "off", name))
 
-    def unit(self, name: str, *properties: str) -> list[str]:
-        """Return properties of mdiq-node on a device."""
-        out = self.sh(name, f"systemctl show --property={','.join(properties)} mdiq-node")
+    def unit(self, name: str, *properties: str, unit: str = "mdiq-node") -> list[str]:
+        """Return properties of a device's unit."""
+        out = self.sh(name, f"systemctl show --property={','.join(properties)} {unit}")
         values = dict(line.split("=", 1) for line in out.splitlines())
         return [values[wanted] for wanted in properties]
 
@@ -100,9 +103,9 @@ class Shelf:
         must(run(self.tool, "down", timeout=UP_S))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shelf() -> Iterator[Shelf]:
-    """The shelf, empty; whatever was booted is removed at the end, also after failures."""
+    """The shelf, empty for each file of tests; whatever was booted is removed at the end, also after failures."""
     assert TOOL is not None  # the tests are skipped without it
     shelf = Shelf(TOOL)
     running = must(run(shelf.tool, "list")).strip()
@@ -158,12 +161,19 @@ class Operator:
         self.write_topology({name: self.shelf.addresses[name] for name in names})
 
     def write_topology(self, addresses: dict[str, str]) -> None:
-        nodes = [{"name": name, "role": "worker", "address": address} for name, address in addresses.items()]
-        document = {"version": 1, "nodes": nodes, "security": {"keys": "keys", "insecure": False}}
+        """Write a topology whose Starter is this machine: provision.py is to bring up the others only."""
+        nodes = [
+            {"name": name, "address": address, "public_key": zmq.curve_keypair()[0].decode()}
+            for name, address in {STARTER: HUB, **addresses}.items()
+        ]
+        nodes[0]["role"] = "starter"
+        document = {"version": 1, "model": {"path": "smollm2-135m-instruct"}, "nodes": nodes}
         self.topology.write_text(yaml.safe_dump(document, sort_keys=False))
 
     def provision(self, *arguments: str, wheels: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """Run nodes/provision.py on the devices' network."""
+        """Run nodes/provision.py for all but the Starter, on the devices' network."""
+        workers = [node["name"] for node in yaml.safe_load(self.topology.read_text())["nodes"][1:]]
         command = [sys.executable, ROOT / "nodes" / "provision.py", self.topology, "--wheels", wheels or self.wheels]
         access = ["--identity", self.folder / "id", "--known-hosts", self.folder / "known_hosts"]
-        return run(self.shelf.tool, "hub", *command, *access, *arguments, timeout=UP_S)
+        only = [part for name in workers for part in ("--only", name)]
+        return run(self.shelf.tool, "hub", *command, *access, *only, *arguments, timeout=UP_S)

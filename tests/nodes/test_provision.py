@@ -14,6 +14,7 @@ from nodes import provision
 from nodes.provision import Device, Plan, ProvisionError, Ssh
 
 KEYS = {"pi1": "the key of pi1, which is its own secret!", "pi2": "the key of pi2, which is its own secret!"}
+PUBLIC = {"pi1": "+{#T)k[lSSo7Gq:lKB5Pn8v-(4UewXD.#FElM--3", "pi2": "/fSgr&AVHUsv&0CaeX=<9E?HS6/a}ZaMxngJPY}."}
 FAKE_SSH = """#!{python}
 # Notes arguments and standard input, and answers as a device would.
 import json, os, sys
@@ -41,7 +42,8 @@ elif "tar -x" in remote:
             digest = hashlib.sha256(archive.extractfile(member).read()).hexdigest()
             print(f"{{digest}}  ./{{member.name}}", file=state)
 elif "systemctl show" in remote:
-    print("ActiveState=activating\\nSubState=start\\nMainPID=7\\nStatusText=waiting for pi2\\nResult=success")
+    active = "active" if address == "pi1.lan" else "activating"
+    print(f"ActiveState={{active}}\\nSubState=start\\nMainPID=7\\nStatusText=waiting for pi2\\nResult=success")
 elif "--version" in remote:
     print("mdiq 1.2.3")
 else:
@@ -74,9 +76,12 @@ class World:
             (folder / "keys" / f"{name}.key").write_text(key)
             (folder / "keys" / f"{name}.key").chmod(0o600)
         self.topology = folder / "topology.yaml"
-        self.write_topology({"version": 1, "nodes": [{"name": name, "address": f"{name}.lan"} for name in KEYS]})
+        self.write_topology()
 
-    def write_topology(self, document: object) -> None:
+    def write_topology(self, **more: object) -> None:
+        nodes = [{"name": name, "address": f"{name}.lan", "public_key": public} for name, public in PUBLIC.items()]
+        nodes[0]["role"] = "starter"
+        document = {"version": 1, "model": {"path": "/var/lib/mdiq/model.gguf"}, "nodes": nodes, **more}
         self.topology.write_text(yaml.safe_dump(document))
 
     def break_at(self, broken: dict[str, list[tuple[str, str, int]]]) -> None:
@@ -124,8 +129,7 @@ def test_a_key_goes_to_its_device_alone_and_in_no_argument(world: World, capsys:
 
 
 def test_an_insecure_ring_gets_no_keys(world: World) -> None:
-    document = yaml.safe_load(world.topology.read_text()) | {"security": {"insecure": True}}
-    world.write_topology(document)
+    world.write_topology(security={"insecure": True})
     assert world.run() == 0
     assert not any("--key" in remote for remote in world.remote("pi1.lan"))
 
@@ -217,7 +221,7 @@ def test_sudo_that_asks_for_a_password_is_explained(world: World, capsys: pytest
 
 def test_a_unit_that_fails_shows_the_end_of_its_journal(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     ssh = world.folder / "bin" / "ssh"
-    ssh.write_text(ssh.read_text().replace("ActiveState=activating", "ActiveState=failed"))
+    ssh.write_text(ssh.read_text().replace('"activating"', '"failed"'))
     assert world.run() == 1
     out = capsys.readouterr().out
     assert "mdiq-node does not come up (failed, success)" in out
@@ -238,15 +242,14 @@ def test_host_keys_are_checked_unless_new_ones_are_asked_for(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("document", "complaint"),
     [
-        ("nodes: [", "not a topology"),
-        ("- a list", "not a topology"),
-        ("version: 1", "not a topology"),
-        ("nodes: [{name: pi1}]", "not a topology"),
-        ("nodes: [{name: 'pi1; reboot', address: a}]", "bad name or address"),
-        ("nodes: [{name: pi1, address: -oProxyCommand=reboot}]", "bad name or address"),
+        ("nodes: [", "topology.yaml:1"),
+        ("- a list", "a topology is made of keys"),
+        ("nodes: [{name: pi1}]", "address"),
+        ("nodes: [{name: 'pi1; reboot', address: a}]", "is not a node's name"),
+        ("nodes: [{name: pi1, address: -oProxyCommand=reboot}]", "oProxyCommand=reboot"),
     ],
 )
-def test_a_file_that_is_no_topology_is_refused(document: str, complaint: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_topology_is_refused_with_its_line(document: str, complaint: str, tmp_path: Path) -> None:
     file = tmp_path / "topology.yaml"
     file.write_text(document)
     with pytest.raises(ProvisionError, match=complaint) as caught:
@@ -254,12 +257,24 @@ def test_a_file_that_is_no_topology_is_refused(document: str, complaint: str, tm
     assert caught.value.code == 2
 
 
+def test_a_spare_is_brought_up_like_the_others_and_not_waited_for(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml.safe_load(world.topology.read_text())
+    document["nodes"][1]["spare"] = True
+    world.topology.write_text(yaml.safe_dump(document))
+    assert world.run("--ready-within", "5") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["pi2", "ready", "stands", "by"] in lines
+    assert any(line[:2] == ["pi2", "switch"] for line in lines)
+
+
 def test_a_missing_topology_and_an_unknown_name_are_bad_usage(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert provision.main([str(world.folder / "none.yaml")]) == 2
     assert world.run("--canary", "pi9") == 2
     assert world.run("--canary", "pi1", "--only", "pi2") == 2
     err = capsys.readouterr().err
-    assert "give the topology's file" in err
+    assert "no such file; `mdiq init` writes one" in err
     assert "no node pi9 in the topology; it has pi1, pi2" in err
     assert "not among --only" in err
 
