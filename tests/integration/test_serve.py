@@ -30,7 +30,7 @@ class Served:
         self.ring = ring
         self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(ring.folder)}
         with ring.log("desk").open("ab") as log:
-            command = ["mdiq", "serve", "{topology}"]
+            command = ["mdiq", "serve", "{topology}", "--even-split"]
             self.process = ring.start("desk", command, stdout=log, stderr=log, env=self.environment)
 
     def mdiq(self, command: str, *arguments: str) -> tuple[int, str]:
