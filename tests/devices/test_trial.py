@@ -27,8 +27,17 @@ QUESTION = "Why is the sky blue?"
 DATA_PORT = 7400
 RUN_BYTES = 16
 RUN = (QUESTION, "--max-tokens", "16", "--json")
-# Not in minutes' reach of a test: wheels for other machines, a journal that is followed for ever.
-NOT_TYPED = ("pip download -d wheels --only-binary", "ssh root@192.168.1.11 journalctl -u mdiq-node -f")
+# Not in minutes' reach of a test: wheels for other machines, a journal that is followed for ever. The others have tests
+# of their own: test_bring_up.py, tests/nodes.
+NOT_TYPED = (
+    "pip download -d wheels --only-binary",
+    "ssh root@192.168.1.11 journalctl -u mdiq-node -f",
+    "python nodes/provision.py topology.yaml --ready-within",
+    "python nodes/provision.py topology.yaml --rollback",
+    "python nodes/loopback.py",
+    "install -D -m 0644 accelerator.conf",
+    "systemctl daemon-reload && systemctl restart",
+)
 ON_DESK = "CREDENTIALS_DIRECTORY=/etc/mdiq MDIQ_CACHE=/var/cache/mdiq /opt/mdiq/current/bin/mdiq"
 
 
