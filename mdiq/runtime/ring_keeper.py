@@ -86,6 +86,7 @@ class RingKeeper:
         self._is_entered = False  # the Ring, else it starts
         self._loading: dict[str, tuple[int, int]] = {}
         self._is_ending = False
+        self._holds_back = False  # a change waits until nothing runs
         self._renew = asyncio.Event()
         self._closed = asyncio.Event()
         self._closed.set()
@@ -275,7 +276,7 @@ class RingKeeper:
             self.last_error = None
             losing = asyncio.create_task(ring.until_lost(), name="lost")
             log.info("ring_formed", nodes=_names(self._options))
-            if not self._is_ending:
+            if not self._is_ending and not self._holds_back:
                 self._say(f"serves on {_names(self._options)}", is_serving=True)
             await asyncio.wait({losing, renewing}, return_when=asyncio.FIRST_COMPLETED)
             if losing.done():
@@ -293,6 +294,7 @@ class RingKeeper:
 
     async def _change(self, options: RingOptions, drained: frozenset[str], what: str, *, at_once: bool = False) -> None:
         """Form the Ring anew, when nothing runs any more or at once."""
+        self._holds_back = True
         self._say(what)
         try:
             if not at_once:
@@ -300,6 +302,8 @@ class RingKeeper:
                     await self._quiet.wait()
         except TimeoutError:
             log.warning("drain_cut_short", running=self._num_running)
+        finally:
+            self._holds_back = False
         self._options, self._drained = options, drained
         self._renew.set()
         await self._closed.wait()
@@ -313,7 +317,8 @@ class RingKeeper:
 
     def _note_loading(self, node: str, done: int, total: int) -> None:
         self._loading[node] = done, total
-        self._say(self.describe())
+        if not self._is_entered:
+            self._say(self.describe())
 
     def _say(self, text: str, *, is_serving: bool = False) -> None:
         self.state = KeeperState(is_serving, text)

@@ -171,6 +171,32 @@ async def test_a_ring_that_serves_shows_its_figures(house: House) -> None:
     assert len(status["hops"]) == 3
 
 
+async def test_news_of_loading_that_come_late_change_nothing(house: House) -> None:
+    ring = await house.serving_ring(1)
+    ring.on_loading("pi1", 4, 4)
+    assert house.keeper.state.is_serving and house.keeper.state.text == "serves on desk, pi1, pi2"
+
+
+async def test_a_ring_that_is_lost_while_a_node_drains_takes_nothing_new(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_keeper, "RETRY_S", 0.0)
+    first = await house.serving_ring(1)
+    running = [house.keeper.stream(_sequence(i)) for i in range(2)]
+    for events in running:
+        await anext(events)
+    draining = asyncio.create_task(house.keeper.drain_node("pi1"))
+    await _settle()
+    first.lose(NodeDiedError("pi2: it is gone"))
+    await _to_the_end(running[0])  # the other caller has not read its end yet
+    (await house.ring(2)).joined.set()
+    await _settle()
+    assert not house.keeper.state.is_serving
+    await _to_the_end(running[1])
+    await draining
+    assert (await house.serving_ring(3)).options.node_names == ("desk", "pi2")
+
+
 async def test_a_lost_node_ends_what_runs_and_the_ring_is_formed_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
