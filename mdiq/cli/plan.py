@@ -26,15 +26,15 @@ def plan(file: Path, *, objective: Objective, users: int, with_more: bool, as_js
     nodes = loaded.topology.nodes
     profiles = read_profiles(loaded)
     ordered = sorted(nodes, key=lambda node: not node.is_starter)
-    if profiles is None or not all(node.name in profiles.nodes for node in ordered if not node.spare):
-        known = profiles.nodes if profiles else {}
-        missing = ", ".join(node.name for node in ordered if not node.spare and node.name not in known)
+    names = [node.name for node in ordered if not node.spare]
+    if profiles is None or profiles.unknown(names):
+        missing = ", ".join(profiles.unknown(names) if profiles else names)
         raise ConfigError(
             f"{file}: nothing is known of {missing} yet: nodes measure themselves when a ring is formed; run "
             f"mdiq run --topology {file} Hello on the Starter once, with mdiq node on the others"
         )
     limits = {node.name: node.memory_bytes for node in ordered}
-    found = profiles.of([node.name for node in ordered if not node.spare], limits)
+    found = profiles.of(names, limits)
     assert found is not None  # all are known
     goal = Goal(objective, 1 if objective is Objective.LATENCY else users)
     by_hand = [node.layers for node in ordered if not node.spare]

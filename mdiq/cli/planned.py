@@ -49,7 +49,7 @@ def planned_ring(loaded: LoadedTopology, profiles: Profiles | None) -> PlannedRi
         return PlannedRing(loaded)
     known = profiles.of([node.name for node in nodes], {node.name: node.memory_bytes for node in nodes})
     if known is None:
-        new = ", ".join(node.name for node in nodes if node.name not in profiles.nodes)
+        new = ", ".join(profiles.unknown([node.name for node in nodes]))
         return PlannedRing(
             loaded, notes=(f"{new}: not measured yet; layers are shared evenly, and planned from the next ring on",)
         )

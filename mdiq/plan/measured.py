@@ -5,6 +5,7 @@ Starter's forward the head is taken away first, which it measures apart.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,9 +55,21 @@ class Profiles:
     nodes: Mapping[str, NodeProfile]
     links: Links = field(default_factory=Links)
 
+    def unknown(self, names: Sequence[str]) -> list[str]:
+        """Return which of these Nodes, the Starter first, have yet to measure what a Ring of them needs to know.
+
+        A Node that becomes the Starter is one of them: it has not measured the head.
+        """
+        return [
+            name for i, name in enumerate(names) if name not in self.nodes or (i == 0 and self.nodes[name].head is None)
+        ]
+
     def of(self, names: Sequence[str], limits: Mapping[str, int | None]) -> list[NodeProfile] | None:
-        """Return the Profiles of these Nodes, or None when one is not known. limits: most bytes of some of them."""
-        if not all(name in self.nodes for name in names):
+        """Return the Profiles of these Nodes, the Starter first, or None when one is not known.
+
+        limits: most bytes of some of them.
+        """
+        if self.unknown(names):
             return None
         return [
             replace(node, memory_bytes=min(node.memory_bytes, limits.get(name) or node.memory_bytes))
@@ -120,7 +133,7 @@ def to_json(profiles: Profiles) -> str:
     model = profiles.model
     value = {
         "version": VERSION,
-        "model": {name: getattr(model, name) for name in _MODEL},
+        "model": {**{name: getattr(model, name) for name in _SIZES}, "weights": model.weights},
         "nodes": [
             {
                 "name": node.name,
@@ -140,7 +153,7 @@ def to_json(profiles: Profiles) -> str:
     return json.dumps(value, indent=1)
 
 
-_MODEL = ("num_layers", "layer_bytes", "ends_bytes", "kv_bytes", "row_bytes", "weights")
+_SIZES = ("num_layers", "layer_bytes", "ends_bytes", "kv_bytes", "row_bytes")
 
 
 def from_json(text: str) -> Profiles | None:
@@ -152,27 +165,41 @@ def from_json(text: str) -> Profiles | None:
         nodes = [
             NodeProfile(
                 name=NodeId(str(node["name"])),
-                memory_bytes=int(node["memory_bytes"]),
+                memory_bytes=_whole(node["memory_bytes"]),
                 layer_decode=_curve(node["layer_decode"]),
                 layer_prompt=_curve(node["layer_prompt"]),
                 head=None if node["head"] is None else _curve(node["head"]),
-                process_bytes=int(node["process_bytes"]),
+                process_bytes=_whole(node["process_bytes"]),
             )
             for node in value["nodes"]
         ]
         hops = {
             (NodeId(str(hop["from"])), NodeId(str(hop["to"]))): HopProfile(
-                float(hop["delay_s"]),
+                _seconds(hop["delay_s"]),
                 float(hop["bytes_per_s"]),
-                None if hop["row_bytes"] is None else int(hop["row_bytes"]),
+                None if hop["row_bytes"] is None else _whole(hop["row_bytes"]),
             )
             for hop in value["hops"]
         }
-        model = ModelShape(**{name: value["model"][name] for name in _MODEL})
+        shape: Any = value["model"]
+        sizes: Any = {name: _whole(shape[name]) for name in _SIZES}
+        model = ModelShape(**sizes, weights=str(shape["weights"]))
         return Profiles(model, {node.name: node for node in nodes}, Links(hops))
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
 
 
 def _curve(points: Any) -> Curve:
-    return Curve(tuple((int(size), float(time_s)) for size, time_s in points))
+    return Curve(tuple((_whole(size), _seconds(time_s)) for size, time_s in points))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r}: a whole number is expected")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if not 0 <= (time_s := float(value)) < math.inf:
+        raise ValueError(f"{value!r}: seconds are expected")
+    return time_s

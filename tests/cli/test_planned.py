@@ -86,6 +86,18 @@ def test_layers_by_hand_stay_and_a_new_node_waits_for_its_figures(tmp_path: Path
     assert planned.layers is None and "pi2: not measured yet" in planned.notes[0]
 
 
+def test_a_node_that_becomes_the_starter_waits_for_its_heads_figures(tmp_path: Path) -> None:
+    loaded = _topology(tmp_path)
+    keep_profiles(loaded, _ring(desk=0.002, pi1=0.002, pi2=0.006))
+    text = loaded.file.read_text().replace("name: desk, role: starter", "name: pi1, role: starter")
+    loaded.file.write_text(text.replace("{name: pi1, address", "{name: desk, address"))
+    swapped = load_topology(loaded.file)
+    planned = planned_ring(swapped, read_profiles(swapped))
+    assert planned.layers is None and planned.notes[0].startswith("pi1: not measured yet")
+    shown = CliRunner().invoke(app, ["plan", str(swapped.file)])
+    assert isinstance(shown.exception, ConfigError) and "nothing is known of pi1 yet" in str(shown.exception)
+
+
 def test_stated_limits_bind_the_plan_and_too_little_memory_is_refused_in_words(tmp_path: Path) -> None:
     figures = _ring(desk=0.001, pi1=0.02, pi2=0.02)  # by speed alone the Starter would hold everything
     keep_profiles(_topology(tmp_path), figures)

@@ -97,6 +97,14 @@ def test_profiles_of_some_nodes_keep_to_their_limits() -> None:
     assert profiles.of(["desk", "pi9"], {}) is None
 
 
+def test_a_node_that_becomes_the_starter_has_yet_to_measure_the_head() -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    assert profiles.unknown(["desk", "pi1", "pi9"]) == ["pi9"]
+    assert profiles.unknown(["pi1", "desk"]) == ["pi1"]
+    assert profiles.of(["pi1", "desk"], {}) is None
+
+
 def test_a_file_gives_back_what_was_written() -> None:
     profiles = profiles_of(_ring(), "int8")
     assert profiles is not None
@@ -113,3 +121,26 @@ def test_a_file_that_is_none_of_ours_is_as_good_as_none(part: str) -> None:
     assert from_json(json.dumps({**value, "version": 2})) is None
     for text in ("", "{", "[]", "[" * 100_000):
         assert from_json(text) is None
+
+
+@pytest.mark.parametrize("key", ["num_layers", "layer_bytes", "ends_bytes", "kv_bytes", "row_bytes"])
+@pytest.mark.parametrize("junk", [None, "1", 1.5, -1, math.nan, math.inf])
+def test_a_file_with_a_size_that_is_no_whole_number_is_as_good_as_none(key: str, junk: object) -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    value = json.loads(to_json(profiles))
+    value["model"][key] = junk
+    assert from_json(json.dumps(value)) is None
+
+
+@pytest.mark.parametrize("junk", [-1.0, math.nan, math.inf])
+def test_a_file_with_a_time_that_no_clock_gave_is_as_good_as_none(junk: float) -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    for change in ("layer_decode", "layer_prompt", "head"):
+        value = json.loads(to_json(profiles))
+        value["nodes"][0][change][0][1] = junk
+        assert from_json(json.dumps(value)) is None
+    value = json.loads(to_json(profiles))
+    value["hops"][0]["delay_s"] = junk
+    assert from_json(json.dumps(value)) is None
