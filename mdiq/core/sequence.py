@@ -77,7 +77,7 @@ class SamplingParams:
         for name in current.keys() & values.keys():
             try:
                 current[name] = _convert(name, values[name], current[name])
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ConfigError(f"{where}: {name}: {error}") from None
         try:
             return SamplingParams(**current)

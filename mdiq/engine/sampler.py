@@ -9,6 +9,10 @@ import torch
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import EngineError
 
+# Below these f32 logits overflow, and a row of infinities draws nothing: all users' tokens are drawn in one call.
+LEAST_TEMPERATURE = 1e-200  # greedy long before
+LEAST_PENALTY = 1e-30
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
@@ -52,8 +56,8 @@ def _sample_row(logits: torch.Tensor, row: SampleRow) -> int:
         logits = _penalized(logits, row.history, params.repetition_penalty)
     if params.temperature == 0:
         return int(logits.argmax())
-    # f64: a tiny temperature must not overflow, and sums of many small probabilities must not drift.
-    logits = logits.double() / params.temperature
+    # f64: a small temperature must not overflow, and sums of many small probabilities must not drift.
+    logits = logits.double() / max(params.temperature, LEAST_TEMPERATURE)
     if 0 < params.top_k < logits.numel():
         ordered, ids = logits.topk(params.top_k)
     else:
@@ -76,5 +80,7 @@ def _penalized(logits: torch.Tensor, history: Sequence[int], penalty: float) -> 
     seen = torch.tensor(sorted(set(history)))
     scores = logits[seen]
     logits = logits.clone()
-    logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    penalty = min(max(penalty, LEAST_PENALTY), 1 / LEAST_PENALTY)
+    most = torch.finfo(scores.dtype).max
+    logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty).clamp(-most, most)
     return logits

@@ -74,6 +74,7 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"max_completion_tokens": True}, "max_completion_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"stop": 5}, "stop"),
         ({"seed": 1.5}, "seed"),

@@ -23,6 +23,22 @@ def test_temperature_zero_takes_the_best_of_every_row() -> None:
     assert sample(logits, [SampleRow(SamplingParams(), (), 0)] * 2) == [0, 4]
 
 
+@pytest.mark.parametrize(
+    ("params", "history", "token"),
+    [
+        ({"temperature": 1e-320, "top_p": 0.5}, (), 0),
+        ({"temperature": 5e-324, "min_p": 0.1}, (), 0),
+        ({"temperature": 5e-324, "top_k": 2, "top_p": 0.9}, (), 0),
+        ({"temperature": 1.0, "repetition_penalty": 5e-324, "top_p": 0.5}, (1,), 1),
+        ({"temperature": 1.0, "repetition_penalty": 1e-39, "min_p": 0.5}, (1, 3), 1),
+        ({"temperature": 5e-324, "repetition_penalty": 5e-324, "top_p": 0.5}, (1,), 1),
+    ],
+)
+def test_extreme_wishes_still_draw_a_token(params: dict[str, float], history: tuple[int, ...], token: int) -> None:
+    logits = torch.tensor([[300.0, 250.0, 0.5, 0.0, -1.0]])
+    assert sample(logits, [SampleRow(SamplingParams(**params), history, 7)]) == [token]
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature: float) -> None:
     counts = _draws({"temperature": temperature})
