@@ -69,6 +69,7 @@ class Api:
         self._keys = [key.encode() for key in keys]
         self._most_running = most_running
         self._created = int(time.time())
+        self._num_taken = 0
 
     def application(self) -> web.Application:
         """Return it with its routes."""
@@ -100,7 +101,7 @@ class Api:
             return _error(ApiError(503, str(error)))
         except Exception:  # of one request; the client is not told how we are made
             log.exception("request_broke", path=request.path)
-            return _error(ApiError(500, "mdiq failed at this request; its log says how", "internal_error"))
+            return _error(_broke())
 
     def _is_allowed(self, request: web.Request) -> bool:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -144,8 +145,18 @@ class Api:
             raise ApiError(404, text, param="model", code="model_not_found")
         if not backend.is_serving:
             raise ApiError(503, backend.state)
-        if backend.num_running >= self._most_running:
-            raise ApiError(429, f"{backend.num_running} requests are in work or wait; ask again in a while")
+        # Those whose texts still become tokens are not running yet, and count too.
+        num_taken = max(self._num_taken, backend.num_running)
+        if num_taken >= self._most_running:
+            raise ApiError(429, f"{num_taken} requests are in work or wait; ask again in a while")
+        self._num_taken += 1
+        try:
+            return await self._run(request, asked, shape)
+        finally:
+            self._num_taken -= 1
+
+    async def _run(self, request: web.Request, asked: Asked, shape: "type[_Shape]") -> web.StreamResponse:
+        backend = self._backend
         prompt = await self._prompt(asked)
         params = asked.params(len(prompt), backend.context_tokens)
         answer, out = _Answer(len(prompt)), shape(backend.model_name)
@@ -258,6 +269,14 @@ async def _stream(
             if not response.prepared:
                 raise
             await _send(response, {"error": ApiError(503, str(error)).body})
+        except ConnectionError:  # the client's end of it
+            raise
+        except Exception:
+            if not response.prepared:
+                raise
+            # A second response inside of this one would leave the client waiting for its end.
+            log.exception("request_broke", path=request.path)
+            await _send(response, {"error": _broke().body})
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
     return response
@@ -296,6 +315,10 @@ async def _with_silence(
             coming.cancel()
             with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, MdiqError):
                 await coming
+
+
+def _broke() -> ApiError:
+    return ApiError(500, "mdiq failed at this request; its log says how", "internal_error")
 
 
 def _error(error: ApiError) -> web.Response:

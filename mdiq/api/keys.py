@@ -32,7 +32,7 @@ def read_keys(file: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
         raise ConfigError(f"{file}: keys are ASCII; write one a line") from None
     if mode & 0o077 and not is_credential:
         raise ConfigError(f"{file}: others can read it; run chmod 600 {file}")
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    keys = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if not keys:
         raise ConfigError(f"{file}: it holds no key; write one a line, for example from openssl rand -hex 24")
     for key in keys:

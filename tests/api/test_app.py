@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -236,6 +237,37 @@ async def test_an_error_in_the_middle_of_a_stream_is_an_event_of_it() -> None:
         first, last = _chunks(await response.text())
     assert first["choices"][0]["delta"]["content"] == " 0"
     assert last["error"]["message"] == "pi2: it is gone"
+
+
+async def test_a_mistake_of_ours_in_the_middle_of_a_stream_ends_it() -> None:
+    async def fails() -> None:
+        raise ValueError("a secret")
+
+    async with _client(FakeRing(before=lambda i: fails() if i == 1 else None)) as client:
+        response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
+        text = await response.text()
+    assert _chunks(text)[-1]["error"]["type"] == "internal_error"
+    assert "secret" not in text
+
+
+async def test_requests_whose_texts_still_become_tokens_count_too() -> None:
+    go_on = threading.Event()
+
+    class SlowTexts(FakeRing):
+        def encode(self, text: str) -> list[int]:
+            go_on.wait(10)
+            return [1]
+
+    async with _client(SlowTexts(), most_running=2) as client:
+        asked = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})) for _ in range(5)]
+        refused = 0
+        for response in asyncio.as_completed(asked):
+            if (await response).status == 429:
+                refused += 1
+            if refused == 3:
+                go_on.set()
+        assert sorted([task.result().status for task in asked]) == [200, 200, 429, 429, 429]
+        assert (await client.post("/v1/completions", json={"prompt": "a"})).status == 200
 
 
 async def test_two_streams_go_on_beside_each_other() -> None:

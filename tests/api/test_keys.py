@@ -18,7 +18,10 @@ def _file(tmp_path: Path, text: str, mode: int = 0o600) -> Path:
 
 
 def test_lines_are_keys_and_comments_are_not(tmp_path: Path) -> None:
-    assert read_keys(_file(tmp_path, f"# of the office\n\n {KEY} \n{KEY}2\n"), {}) == [KEY, KEY + "2"]
+    assert read_keys(_file(tmp_path, f"# of the office\n  #another-comment-of-one-word\n\n {KEY} \n{KEY}2\n"), {}) == [
+        KEY,
+        KEY + "2",
+    ]
 
 
 def test_systemds_credential_comes_first(tmp_path: Path) -> None:
