@@ -26,7 +26,7 @@ from mdiq.runtime.starter_service import StreamEvent
 
 log = structlog.get_logger()
 
-MOST_BODY_BYTES = 16 << 20
+MOST_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 MOST_RUNNING = 512
 RETRY_AFTER_S = "5"
 SILENCE_S = 10.0  # then a comment keeps proxies from closing a stream

@@ -8,6 +8,8 @@ from typing import Any
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
+MOST_STOPS = 16  # each costs time at every token
+MOST_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 _SAMPLING = (
     "temperature",
@@ -48,7 +50,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.body: dict[str, object] = {
-            "message": message,
+            "message": message if len(message) <= MOST_ERROR_CHARACTERS else f"{message[:MOST_ERROR_CHARACTERS]}…",
             "type": kind or _KINDS.get(status, _INVALID),
             "param": param,
             "code": None,
@@ -128,6 +130,8 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         raise BadRequest("stream_options: not an object", "stream_options")
     values = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
     if body.get("stop"):
+        if isinstance(body["stop"], list) and len(body["stop"]) > MOST_STOPS:
+            raise BadRequest(f"stop: {len(body['stop'])} texts; give at most {MOST_STOPS}", "stop")
         values["stop"] = body["stop"]
     common: dict[str, Any] = {
         "is_chat": is_chat,

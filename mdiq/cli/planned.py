@@ -37,8 +37,10 @@ class PlannedRing:
     notes: tuple[str, ...] = ()
 
 
-def planned_ring(loaded: LoadedTopology, profiles: Profiles | None) -> PlannedRing:
+def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: int | None = None) -> PlannedRing:
     """Return the ring that the planner makes of a topology with ``auto`` layers, if it knows all of its nodes.
+
+    num_layers: of the model as it is now, where that is known.
 
     Raises:
         PlanError: the model does not fit.
@@ -47,6 +49,10 @@ def planned_ring(loaded: LoadedTopology, profiles: Profiles | None) -> PlannedRi
     nodes = topology.ring_nodes
     if profiles is None or len(nodes) < 2 or any(node.layers is not None for node in nodes):
         return PlannedRing(loaded)
+    # Another model under the old name has other Layers.
+    by_name = profiles.model.num_layers
+    if num_layers is not None and by_name != num_layers:
+        return PlannedRing(loaded, notes=(f"kept figures are of a model with {by_name} layers; they are not used",))
     known = profiles.of([node.name for node in nodes], {node.name: node.memory_bytes for node in nodes})
     if known is None:
         new = ", ".join(profiles.unknown([node.name for node in nodes]))

@@ -116,7 +116,7 @@ class _Topologies:
         return form
 
     def _form(self, loaded: LoadedTopology, profiles: Profiles | None, drained: frozenset[str]) -> RingOptions:
-        planned = planned_ring(without(loaded, drained), profiles)
+        planned = planned_ring(without(loaded, drained), profiles, self._config.num_layers)
         for note in planned.notes:
             log.info("ring_planned", note=note)
         flags = flags_of(planned.loaded)

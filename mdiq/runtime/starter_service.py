@@ -17,7 +17,7 @@ from mdiq.core.ring import Ended, HeadRow, Inject, RingProtocol, Suspect
 from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, RingSpec, SeqId
-from mdiq.errors import MdiqError, RingError
+from mdiq.errors import EngineError, MdiqError, RingError
 from mdiq.runtime.loops import Clock, Worker, queue_burst, receive_frames, send_frames
 from mdiq.runtime.stage_service import compute_batch
 from mdiq.telemetry.trace import Tracer
@@ -316,8 +316,11 @@ class StarterService:
         sequences = [row.sequence for row, _ in rows]
         try:
             tokens = await self._worker.run(f"head, {len(rows)} rows", lambda: self._engine.sample(payloads, sequences))
-        except MdiqError as error:
+        except Exception as error:  # of these rows: whatever it is, the Ring of all others goes on
             if is_final:
+                if not isinstance(error, MdiqError):
+                    log.exception("sampling_broke", seq_ids=[row.seq_id for row, _ in rows])
+                    error = EngineError(f"sampling failed: {error!r}; see the log")
                 self._ring.fail([row.seq_id for row, _ in rows], error)
             return False
         for (row, _), token in zip(rows, tokens, strict=True):

@@ -77,6 +77,7 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"temperature": 10**400}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"stop": 5}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
         ({"seed": 1.5}, "seed"),
         ({"model": 5}, "model"),
         ({"stream_options": []}, None),

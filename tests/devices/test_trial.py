@@ -243,11 +243,11 @@ def test_the_starters_unit_serves_the_ring_and_forms_it_again_after_a_reboot(gui
     assert shown.startswith("StatusText=serves on desk"), shown
     first = answer()
     nodes = [node["name"] for node in served["nodes"]]
-    if "pi1" in nodes:
-        shelf.off("pi1")
-        shelf.up("pi1", *DEVICES["pi1"])
-        until_serves(served["rings_formed"] + 1)
-        assert answer() == first
+    assert "pi1" in nodes, served
+    shelf.off("pi1")
+    shelf.up("pi1", *DEVICES["pi1"])
+    until_serves(served["rings_formed"] + 1)
+    assert answer() == first
     layers = ",".join(str(node["layers"][1] - node["layers"][0]) for node in served["nodes"])
     wires = ",".join(hop["wire"] for hop in served["hops"])
     options = ["--layers", layers, "--wire", wires, "--weights", "int8", "--threads", "1"]

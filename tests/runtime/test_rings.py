@@ -149,13 +149,14 @@ async def test_an_engine_of_the_starter_that_fails_ends_only_its_sequence(open_r
         await ring.check_quiet()
 
 
-async def test_a_sampler_that_fails_on_one_row_ends_only_that_sequence(open_ring: OpenRing) -> None:
+@pytest.mark.parametrize("error", [EngineError("a row is not a number"), IndexError("a mistake of ours")])
+async def test_a_sampler_that_fails_on_one_row_ends_only_that_sequence(open_ring: OpenRing, error: Exception) -> None:
     async with open_ring(2) as ring:
         sample = ring.engines[0].sample
 
         def fails(rows, sequences):  # type: ignore[no-untyped-def]
             if any(sequence.index == 1 and len(sequence.generated) >= 3 for sequence in sequences):
-                raise EngineError("a row is not a number")
+                raise error
             return sample(rows, sequences)
 
         ring.engines[0].sample = fails  # type: ignore[method-assign]
