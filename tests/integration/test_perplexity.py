@@ -8,10 +8,10 @@ import pytest
 from tests.integration.conftest import mdiq_command, run_mdiq
 
 
-@pytest.mark.parametrize("mode", ["--exact", "--fast"])
-def test_packed_weights_keep_the_bounds(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "tokens"), [("--exact", "1024"), ("--fast", "384")])
+def test_packed_weights_keep_the_bounds(mode: str, tokens: str) -> None:
     done = subprocess.run(
-        mdiq_command("perplexity", "--tokens", "1024", "--json", mode), capture_output=True, text=True, timeout=600
+        mdiq_command("perplexity", "--tokens", tokens, "--json", mode), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     rows = {row["weights"]: row for row in json.loads(done.stdout)["rows"]}
