@@ -36,10 +36,13 @@ def expected(prompts_file: Path, reference: Reference) -> Answers:
 def test_the_ring_gives_the_reference_tokens(
     ring: tuple[str, ...], prompts_file: Path, expected: Answers, reference: Reference
 ) -> None:
-    done = run_mdiq("run", "--prompts", prompts_file, "--raw", *ring, *GREEDY)
+    # The whole length on the rings that people have; on the others the beginning of it.
+    count = COUNT if len(ring) == 2 and int(ring[1]) <= 3 else COUNT // 2
+    done = run_mdiq("run", "--prompts", prompts_file, "--raw", *ring, *GREEDY, "--max-tokens", str(count))
     assert done.code == 0, done.errors
     assert done.results.keys() == expected.keys()
-    for index, (prompt, answer) in expected.items():
+    for index, (prompt, whole) in expected.items():
+        answer = whole[:count]
         assert done.results[index]["prompt_token_ids"] == prompt
         assert done.results[index]["finish_reason"] == "length"
         reference.check(prompt, done.results[index]["token_ids"], answer, f"{' '.join(ring)}, prompt {index}")

@@ -30,7 +30,7 @@ def test_a_ring_of_packed_weights_gives_the_tokens_of_one_node(weights: str) -> 
     arguments = ("--weights", weights, "--wire", "f32", "--threads", "1", "--max-tokens", "24", "--ignore-eos", "--raw")
     answers = [
         run_mdiq("run", "The capital of France is", "--nodes", nodes, *arguments, "--json").results[0]["token_ids"]
-        for nodes in ("1", "2", "3")
+        for nodes in ("1", "3")
     ]
     assert len(answers[0]) == 24
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1]
