@@ -12,6 +12,7 @@ import typer
 
 import mdiq
 from mdiq.errors import MdiqError
+from mdiq.plan.partition import Objective
 from mdiq.telemetry import logging
 
 app = typer.Typer(
@@ -376,13 +377,6 @@ def node(
 _Topology = Annotated[Path, typer.Argument(help="The topology file.")]
 
 
-class Objective(StrEnum):
-    """What a plan is best for; see plan/partition.py."""
-
-    LATENCY = "latency"
-    THROUGHPUT = "throughput"
-
-
 @app.command()
 def plan(
     topology: _Topology,
@@ -395,11 +389,8 @@ def plan(
 ) -> None:
     """Show which layers go where, and why, from what the nodes measured in an earlier ring."""
     from mdiq.cli.plan import plan as execute
-    from mdiq.plan.partition import Objective as Wanted
 
-    raise typer.Exit(
-        execute(topology, objective=Wanted(objective.value), users=users, with_more=explain, as_json=as_json)
-    )
+    raise typer.Exit(execute(topology, objective=objective, users=users, with_more=explain, as_json=as_json))
 
 
 @app.command()

@@ -6,10 +6,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
+from mdiq.cli.signals import run_service
 from mdiq.errors import ConfigError, MdiqError, first_of
 from mdiq.runtime.placement import bind_to_core, set_threads
 
@@ -24,8 +25,8 @@ REJOIN_S = 0.5
 STOP_S = 5.0
 
 
-def serve_topology(file: Path, name: str, *, once: bool) -> int:
-    """Serve ring after ring until a signal comes, or one ring; return the exit code."""
+def serve_topology(file: Path, name: str, *, once: bool) -> NoReturn:
+    """Serve ring after ring until a signal comes, or one ring; end the process then."""
     from mdiq.cli.ring_file import node_of, peers_of
     from mdiq.config.load import load_topology
     from mdiq.runtime.lifecycle import Notifier
@@ -46,14 +47,7 @@ def serve_topology(file: Path, name: str, *, once: bool) -> int:
         control = loaded.topology.starter.control_endpoint
         return NodeOptions(name, control, node.data_endpoint, CHECKSUM_KEY, threads, peers_of(loaded, name))
 
-    try:
-        asyncio.run(_Service(read, notifier, once=once).run())
-    except BaseExceptionGroup as group:
-        raise first_of(group) from None
-    sys.stderr.flush()
-    sys.stdout.flush()
-    # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
-    os._exit(0)
+    run_service(_Service(read, notifier, once=once).run())
 
 
 class _Service:

@@ -8,7 +8,6 @@ import typer
 
 from mdiq.cli.planned import read_profiles
 from mdiq.config.load import load_topology
-from mdiq.core.types import LayerRange
 from mdiq.errors import ConfigError
 from mdiq.plan.explain import explain, render
 from mdiq.plan.partition import Goal, Objective
@@ -23,23 +22,20 @@ def plan(file: Path, *, objective: Objective, users: int, with_more: bool, as_js
         PlanError: the model does not fit.
     """
     loaded = load_topology(file)
-    nodes = loaded.topology.nodes
+    nodes = loaded.topology.ring_nodes
     profiles = read_profiles(loaded)
-    ordered = sorted(nodes, key=lambda node: not node.is_starter)
-    names = [node.name for node in ordered if not node.spare]
+    names = [node.name for node in nodes]
     if profiles is None or profiles.unknown(names):
         missing = ", ".join(profiles.unknown(names) if profiles else names)
         raise ConfigError(
             f"{file}: nothing is known of {missing} yet: nodes measure themselves when a ring is formed; run "
             f"mdiq run --topology {file} Hello on the Starter once, with mdiq node on the others"
         )
-    limits = {node.name: node.memory_bytes for node in ordered}
-    found = profiles.of(names, limits)
+    found = profiles.of(names, {node.name: node.memory_bytes for node in nodes})
     assert found is not None  # all are known
     goal = Goal(objective, 1 if objective is Objective.LATENCY else users)
-    by_hand = [node.layers for node in ordered if not node.spare]
-    if all(isinstance(layers, LayerRange) for layers in by_hand):
-        split = tuple(len(layers) for layers in by_hand if layers is not None)
+    split = tuple(len(node.layers) for node in nodes if node.layers is not None)
+    if split:  # by hand for all nodes, or for none
         typer.echo(f"by hand {','.join(map(str, split))}: ", nl=False, err=as_json)
         rate = plan_split(profiles.model, found, profiles.links, goal, split).value
         typer.echo(f"{rate:.1f} tokens/s predicted; the planner's own way follows", err=as_json)

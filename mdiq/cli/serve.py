@@ -1,27 +1,26 @@
 """`mdiq serve`: the Starter of a topology as a service: a ring that is kept up, its API, and an operator's socket."""
 
 import asyncio
-import os
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
 
 from mdiq.api.keys import read_keys
 from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles, without
 from mdiq.cli.ring_file import flags_of, remote_ring
+from mdiq.cli.signals import run_service
 from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange
-from mdiq.errors import ConfigError, first_of
+from mdiq.errors import ConfigError
 from mdiq.plan.measured import Profiles
 from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.admin import AdminServer, socket_path
@@ -42,8 +41,8 @@ TELL_S = 5.0
 STOP_S = 25.0  # the unit's TimeoutStopSec is 30
 
 
-def serve(file: Path, *, even_split: bool = False) -> int:
-    """Serve until a signal comes; return the exit code."""
+def serve(file: Path, *, even_split: bool = False) -> NoReturn:
+    """Serve until a signal comes; end the process then."""
     notifier = Notifier.from_environment()
     notifier.starting(f"reads {file.name}")
     loaded = load_topology(file)
@@ -59,36 +58,27 @@ def serve(file: Path, *, even_split: bool = False) -> int:
     model = find_model(flags["model"], progress=lambda text: notifier.starting(text))
     with open_checkpoint(model) as checkpoint:
         config = checkpoint.config
-    topologies = _Topologies(file, loaded.topology.model.path, model, config, threads, even_split=even_split)
-    try:
-        asyncio.run(_Service(file, topologies, Tokenizer.load(model), loaded, notifier).run())
-    except BaseExceptionGroup as group:
-        raise first_of(group) from None
-    sys.stderr.flush()
-    sys.stdout.flush()
-    # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
-    os._exit(0)
+    topologies = _Topologies(loaded, model, config, threads, even_split=even_split)
+    run_service(_Service(topologies, Tokenizer.load(model), notifier).run())
 
 
 class _Topologies:
     """What the topology file says, read when it is asked for; see RingKeeper."""
 
     def __init__(
-        self, file: Path, name: str, model: Path, config: "ModelConfig", threads: int, *, even_split: bool
+        self, loaded: LoadedTopology, model: Path, config: "ModelConfig", threads: int, *, even_split: bool
     ) -> None:
         self._even_split = even_split
-        self._file = file
-        self._name = name
+        self._first = self._newest = loaded
         self._model = model
         self._config = config
         self._threads = threads
-        self._first: LoadedTopology | None = None
-        self._newest: LoadedTopology | None = None
 
     @property
     def model_name(self) -> str:
         """As clients name it."""
-        return self._model.stem if self._name == str(self._model) else self._name
+        name = self._first.topology.model.path
+        return self._model.stem if name == str(self._model) else name
 
     @property
     def context_tokens(self) -> int:
@@ -97,17 +87,16 @@ class _Topologies:
     @property
     def loaded(self) -> LoadedTopology:
         """What was read last."""
-        assert self._newest is not None  # read has run
         return self._newest
 
     def read(self) -> "Form":
         """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
-        loaded = load_topology(self._file)
-        self._first = self._first or loaded
+        file = self._first.file
+        loaded = load_topology(file)
         old, new = self._first.topology, loaded.topology
         for what, before, now in (("model", old.model.path, new.model.path), ("api", old.api, new.api)):
             if before != now:
-                raise ConfigError(f"{self._file}: {what}: a reload does not change it; restart mdiq serve")
+                raise ConfigError(f"{file}: {what}: a reload does not change it; restart mdiq serve")
         # Read now and at reloads only: what a ring measures is for the next one that somebody asks for.
         profiles = None if self._even_split else read_profiles(loaded)
         form = partial(self._form, loaded, profiles)
@@ -188,15 +177,14 @@ class _RingBackend:
 class _Service:
     """The parts of a Starter's service and their order of starting and ending."""
 
-    def __init__(
-        self, file: Path, topologies: _Topologies, tokenizer: "Tokenizer", loaded: LoadedTopology, notifier: Notifier
-    ) -> None:
-        self._file = file
+    def __init__(self, topologies: _Topologies, tokenizer: "Tokenizer", notifier: Notifier) -> None:
         self._topologies = topologies
         self._tokenizer = tokenizer
-        self._loaded = loaded
         self._notifier = notifier
-        keys_file = loaded.topology.api.keys_file
+        loaded = topologies.loaded
+        self._file = loaded.file
+        self._wanted_api = loaded.topology.api  # a reload does not change it
+        keys_file = self._wanted_api.keys_file
         self._keys = [] if keys_file is None else read_keys(loaded.path(keys_file))
 
     async def run(self) -> None:
@@ -236,7 +224,7 @@ class _Service:
 
         from mdiq.api.app import Api
 
-        wanted = self._loaded.topology.api
+        wanted = self._wanted_api
         backend = _RingBackend(keeper, self._tokenizer, self._topologies)
         runner = web.AppRunner(Api(backend, self._keys).application(), handler_cancellation=True, access_log=None)
         await runner.setup()

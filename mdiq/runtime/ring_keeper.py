@@ -102,16 +102,6 @@ class RingKeeper:
         self.state = KeeperState(False, "starts")
 
     @property
-    def options(self) -> RingOptions:
-        """The Ring as it is formed now."""
-        return self._options
-
-    @property
-    def drained(self) -> frozenset[str]:
-        """The Nodes that the operator took out."""
-        return self._drained
-
-    @property
     def num_running(self) -> int:
         """Sequences that are not finished."""
         return self._num_running
