@@ -102,7 +102,7 @@ class _Service:
                 log.error("ring_failed", error=str(error))
             else:
                 log.info("ring_ended")
-                if self._once:
+                if self._once and process.has_served:
                     return
             finally:
                 self._process = None  # there is no ring to leave until the next one

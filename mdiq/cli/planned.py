@@ -1,7 +1,7 @@
-"""Layers that a topology leaves to the planner, from what its nodes measured in earlier rings.
+"""Layers that a topology leaves to the planner, from what its nodes measured.
 
-The first ring of a topology is shared evenly. Its figures are kept in the cache folder, and the next one is planned
-from them.
+Before the first ring of a topology its nodes measure a few layers each. Those figures are kept in the cache folder, as
+are those of every ring, and the next one is planned from them.
 """
 
 import contextlib
@@ -26,41 +26,44 @@ USERS = 8  # for whom a ring is planned: several, as it is chosen for
 
 @dataclass(frozen=True, slots=True)
 class PlannedRing:
-    """A topology with the nodes that take part, and how many layers each has; None: shared evenly.
+    """A topology with the nodes that take part, and how many layers each has; None: by hand, or not planned yet.
 
-    plan: what they follow from. notes: what an operator should know of it.
+    plan: what they follow from. notes: what an operator should know of it. is_unmeasured: there is no plan before
+    some of the nodes have measured themselves.
     """
 
     loaded: LoadedTopology
     layers: tuple[int, ...] | None = None
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
+    is_unmeasured: bool = False
 
 
-def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: int | None = None) -> PlannedRing:
+def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: int) -> PlannedRing:
     """Return the ring that the planner makes of a topology with ``auto`` layers, if it knows all of its nodes.
 
-    num_layers: of the model as it is now, where that is known.
+    num_layers: of the model as it is now.
 
     Raises:
         PlanError: the model does not fit.
     """
     topology = loaded.topology
     nodes = topology.ring_nodes
-    if profiles is None or len(nodes) < 2 or any(node.layers is not None for node in nodes):
+    if len(nodes) < 2 or any(node.layers is not None for node in nodes):
         return PlannedRing(loaded)
     # Another model under the old name has other Layers.
-    by_name = profiles.model.num_layers
-    if num_layers is not None and by_name != num_layers:
-        return PlannedRing(loaded, notes=(f"kept figures are of a model with {by_name} layers; they are not used",))
+    if profiles is None or profiles.model.num_layers != num_layers:
+        return PlannedRing(loaded, notes=("the nodes measure themselves first",), is_unmeasured=True)
     known = profiles.of([node.name for node in nodes], {node.name: node.memory_bytes for node in nodes})
     if known is None:
         new = ", ".join(profiles.unknown([node.name for node in nodes]))
-        return PlannedRing(
-            loaded, notes=(f"{new}: not measured yet; layers are shared evenly, and planned from the next ring on",)
-        )
+        return PlannedRing(loaded, notes=(f"{new}: not measured yet; the nodes measure first",), is_unmeasured=True)
     plan = make_plan(profiles.model, known, profiles.links, Goal(num_users=USERS))
-    notes = tuple(f"left out: {reason(plan, left_out)}" for left_out in plan.left_out)
+    layers = ", ".join(f"{stage.node} {len(stage.layers)}" for stage in plan.stages)
+    notes = (
+        f"layers as planned: {layers}; {plan.value:.1f} tokens/s predicted for {USERS} users",
+        *(f"left out: {reason(plan, left_out)}" for left_out in plan.left_out),
+    )
     return PlannedRing(
         without(loaded, [left_out.node for left_out in plan.left_out]),
         tuple(len(stage.layers) for stage in plan.stages),
@@ -97,11 +100,11 @@ def read_profiles(loaded: LoadedTopology) -> Profiles | None:
     return None
 
 
-def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> None:
-    """Keep what a ring measured; where that cannot be written, the next one is shared evenly again."""
+def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> Profiles | None:
+    """Keep what a ring measured, and return it with what was known; what cannot be written is measured again."""
     profiles = profiles_of(ring, loaded.topology.model.weights, read_profiles(loaded))
     if profiles is None:
-        return
+        return None
     path = _path(loaded)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +112,7 @@ def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(to_json(profiles))
         Path(own).replace(path)
+    return profiles
 
 
 def _path(loaded: LoadedTopology) -> Path:

@@ -20,13 +20,15 @@ from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.pace import PaceSettings
-from mdiq.runtime.options import RemoteRing, RingOptions, parse_wires
+from mdiq.runtime.options import RingOptions, parse_wires
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores
 from mdiq.telemetry import logging
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
 if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, and what reads topologies if there is one
+    from mdiq.cli.topology_ring import TopologyRings
     from mdiq.config.load import LoadedTopology
+    from mdiq.engine.model_config import ModelConfig
     from mdiq.engine.tokenizer import Tokenizer
     from mdiq.runtime.local import LocalRing
 
@@ -71,12 +73,10 @@ def execute(options: RunOptions) -> int:
     """Run the command and return its exit code."""
     console = Console(stderr=True)
     lines, finished = _read_requests(options)
-    remote: RemoteRing | None = None
     loaded: LoadedTopology | None = None
     if options.topology is not None:
-        options, remote, loaded = _from_topology(options, options.topology, console)
-    split = _hand_split(options.layers, options.nodes)
-    num_nodes = len(split) if split else options.nodes or DEFAULT_NODES
+        options, loaded = _from_topology(options, options.topology)
+    num_nodes = len(_hand_split(options) or ()) or options.nodes or DEFAULT_NODES
     wires = parse_wires(options.wire, num_nodes)
     threads = options.threads or max(usable_cores() // num_nodes, 1)
     set_threads(threads)
@@ -92,38 +92,46 @@ def execute(options: RunOptions) -> int:
         from mdiq.engine.checkpoint import open_checkpoint
         from mdiq.engine.model_source import find_model
         from mdiq.engine.tokenizer import Tokenizer
-        from mdiq.plan.split import check_split, split_layers
 
         model = find_model(options.model, progress=lambda text: console.print(text, style="dim"))
         with open_checkpoint(model) as checkpoint:
             config = checkpoint.config
-        layers = (
-            check_split(split, config.num_layers)
-            if split
-            else split_layers(config.num_layers, num_nodes, config.head_layers)
-        )
-        tokenizer = Tokenizer.load(model)
-        ring_options = RingOptions(
-            model=model,
-            layers=layers,
-            dtype=options.dtype,
-            weights=options.weights,
-            exact=options.exact,
-            wires=wires,
-            device=options.device,
-            threads=threads,
-            pin=options.pin,
-            in_process=options.in_process,
-            kv_tokens=options.kv_tokens,
-            base_port=options.base_port,
-            pace=PaceSettings(decode_wait_s=options.decode_wait_ms / 1_000, max_live=options.max_live),
-            trace=options.trace is not None,
-            log_level=options.log_level,
-            ring=RingSettings(prefix_tokens=None if options.prefix_reuse else 0),
-            remote=remote,
-        )
-        run = _Run(options, ring_options, tokenizer, todo, console, results_file, loaded)
+        rings: TopologyRings | None = None
+        if loaded is None:
+            ring_options = _local_ring(options, model, config, num_nodes, wires, threads)
+        else:
+            rings = _topology_rings(options, loaded, model, config, threads, console)
+            ring_options = rings.options()
+        run = _Run(options, ring_options, Tokenizer.load(model), todo, console, results_file, rings)
         return run_until_signal(run.main())
+
+
+def _local_ring(
+    options: RunOptions, model: Path, config: "ModelConfig", num_nodes: int, wires: tuple[str, ...], threads: int
+) -> RingOptions:
+    from mdiq.plan.split import check_split, split_layers
+
+    split = _hand_split(options)
+    return RingOptions(
+        model=model,
+        layers=check_split(split, config.num_layers)
+        if split
+        else split_layers(config.num_layers, num_nodes, config.head_layers),
+        dtype=options.dtype,
+        weights=options.weights,
+        exact=options.exact,
+        wires=wires,
+        device=options.device,
+        threads=threads,
+        pin=options.pin,
+        in_process=options.in_process,
+        kv_tokens=options.kv_tokens,
+        base_port=options.base_port,
+        pace=PaceSettings(decode_wait_s=options.decode_wait_ms / 1_000, max_live=options.max_live),
+        trace=options.trace is not None,
+        log_level=options.log_level,
+        ring=RingSettings(prefix_tokens=None if options.prefix_reuse else 0),
+    )
 
 
 class _Run:
@@ -137,10 +145,10 @@ class _Run:
         lines: list[PromptLine],
         console: Console,
         results_file: TextIO | None,
-        loaded: "LoadedTopology | None",
+        rings: "TopologyRings | None",
     ) -> None:
         self._options = options
-        self._loaded = loaded
+        self._rings = rings
         self._ring_options = ring_options
         self._tokenizer = tokenizer
         self._lines = lines
@@ -156,6 +164,18 @@ class _Run:
         from mdiq.runtime.local import LocalRing
 
         sequences = [self._sequence(line) for line in self._lines]
+        if self._ring_options.is_survey and self._rings is not None:
+            with _loading_bars(self._console) as on_loading:
+                async with LocalRing(self._ring_options, on_loading=on_loading) as ring:
+                    self._rings.keep(await ring.measured(), is_survey=True)
+            self._ring_options = self._rings.options()
+        if self._rings is not None:
+            self._ring_options = replace(
+                self._ring_options,
+                kv_tokens=self._options.kv_tokens,
+                trace=self._options.trace is not None,
+                log_level=self._options.log_level,
+            )
         with _loading_bars(self._console) as on_loading:
             ring = LocalRing(self._ring_options, make_pipe=self._pipe, on_loading=on_loading)
             await ring.__aenter__()
@@ -215,10 +235,8 @@ class _Run:
 
     async def _finish(self, ring: "LocalRing") -> None:
         wall_s = max((result.finished_s for result in self._results), default=0.0)
-        if self._loaded is not None:
-            from mdiq.cli.planned import keep_profiles
-
-            keep_profiles(self._loaded, await ring.measured())
+        if self._rings is not None:
+            self._rings.keep(await ring.measured())
         await ring.drain()
         overlap: Mapping[str, float] | None = None
         if self._options.trace is not None:
@@ -246,11 +264,8 @@ class _Run:
         return time.monotonic() - self._start_s
 
 
-def _from_topology(
-    options: RunOptions, file: Path, console: Console
-) -> "tuple[RunOptions, RemoteRing, LoadedTopology]":
-    """Return the options as a topology file sets them, its Ring, and the file itself."""
-    from mdiq.cli.planned import planned_ring, read_profiles
+def _from_topology(options: RunOptions, file: Path) -> "tuple[RunOptions, LoadedTopology]":
+    """Return the options as a topology file sets them, and the file itself."""
     from mdiq.cli.ring_file import flags_of, remote_ring
     from mdiq.config.load import load_topology
 
@@ -264,17 +279,25 @@ def _from_topology(
     if wrong := [flag for flag, value in given.items() if value]:
         raise ConfigError(f"{wrong[0]}: it is for rings on this machine; leave it out, or --topology")
     loaded = load_topology(file)
-    planned = planned_ring(loaded, None if options.even_split else read_profiles(loaded))
-    for note in planned.notes:
-        console.print(f"mdiq: {note}", markup=False, highlight=False)
-    remote = remote_ring(planned.loaded, options.join_wait_s)
-    logging.configure(options.log_level, node=remote.nodes[0].name)
-    flags = flags_of(planned.loaded)
-    if planned.layers is not None:
-        flags["layers"] = ",".join(map(str, planned.layers))
-    if flags["layers"] is not None:
-        flags["nodes"] = None
-    return replace(options, **flags), remote, loaded
+    remote_ring(loaded, options.join_wait_s)  # a key that is wrong is told before torch is loaded
+    logging.configure(options.log_level, node=loaded.topology.starter.name)
+    return replace(options, **flags_of(loaded)), loaded
+
+
+def _topology_rings(
+    options: RunOptions, loaded: "LoadedTopology", model: Path, config: "ModelConfig", threads: int, console: Console
+) -> "TopologyRings":
+    from mdiq.cli.topology_ring import TopologyRings
+
+    return TopologyRings(
+        loaded,
+        model,
+        config,
+        threads=threads,
+        join_wait_s=options.join_wait_s,
+        even_split=options.even_split,
+        on_note=lambda note: console.print(f"mdiq: {note}", markup=False, highlight=False),
+    )
 
 
 def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:
@@ -314,7 +337,13 @@ def _drop_cut_line(path: Path) -> None:
             file.truncate(data.rfind(b"\n") + 1)
 
 
-def _hand_split(layers: str | None, nodes: int | None) -> list[int] | None:
+def _hand_split(options: RunOptions) -> list[int] | None:
+    """Return the Layers of each Node by hand; None: of a ring on this machine nobody says, of a topology its file does.
+
+    Raises:
+        ConfigError: they are no numbers, or --nodes says something else.
+    """
+    layers, nodes = options.layers, options.nodes
     if layers is None:
         return None
     try:

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from contextlib import asynccontextmanager
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,25 +11,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import structlog
 
 from mdiq.api.keys import read_keys
-from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles, without
 from mdiq.cli.ring_file import flags_of, remote_ring
 from mdiq.cli.signals import run_service
 from mdiq.cli.text_pipe import TokenizerPipe
+from mdiq.cli.topology_ring import TopologyRings
 from mdiq.config.load import LoadedTopology, load_topology
-from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.core.types import LayerRange
 from mdiq.errors import ConfigError
-from mdiq.plan.measured import Profiles
-from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, Watchdog, serve_until_signal, watchdog_interval_s
-from mdiq.runtime.options import RingOptions, parse_wires
+from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import set_threads
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.engine.model_config import ModelConfig
     from mdiq.engine.tokenizer import Tokenizer
+    from mdiq.runtime.local import LocalRing
     from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
     from mdiq.runtime.starter_service import StreamEvent
 
@@ -69,10 +65,16 @@ class _Topologies:
         self, loaded: LoadedTopology, model: Path, config: "ModelConfig", threads: int, *, even_split: bool
     ) -> None:
         self._even_split = even_split
-        self._first = self._newest = loaded
+        self._first = loaded
+        self._rings: TopologyRings | None = None
         self._model = model
         self._config = config
         self._threads = threads
+
+    @property
+    def first(self) -> LoadedTopology:
+        """What was read at the start."""
+        return self._first
 
     @property
     def model_name(self) -> str:
@@ -84,11 +86,6 @@ class _Topologies:
     def context_tokens(self) -> int:
         return self._config.context_tokens
 
-    @property
-    def loaded(self) -> LoadedTopology:
-        """What was read last."""
-        return self._newest
-
     def read(self) -> "Form":
         """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
         file = self._first.file
@@ -97,44 +94,23 @@ class _Topologies:
         for what, before, now in (("model", old.model.path, new.model.path), ("api", old.api, new.api)):
             if before != now:
                 raise ConfigError(f"{file}: {what}: a reload does not change it; restart mdiq serve")
-        # Read now and at reloads only: what a ring measures is for the next one that somebody asks for.
-        profiles = None if self._even_split else read_profiles(loaded)
-        form = partial(self._form, loaded, profiles)
-        form(frozenset())  # what is wrong with it is told now
-        self._newest = loaded
-        return form
-
-    def _form(self, loaded: LoadedTopology, profiles: Profiles | None, drained: frozenset[str]) -> RingOptions:
-        planned = planned_ring(without(loaded, drained), profiles, self._config.num_layers)
-        for note in planned.notes:
-            log.info("ring_planned", note=note)
-        flags = flags_of(planned.loaded)
-        remote = remote_ring(planned.loaded, JOIN_S)
-        return RingOptions(
-            model=self._model,
-            layers=self._layers(planned.layers, flags, len(remote.nodes)),
-            dtype=flags["dtype"],
-            weights=flags["weights"],
-            exact=flags["exact"],
-            wires=parse_wires(flags["wire"], len(remote.nodes)),
-            device=flags["device"],
+        rings = TopologyRings(
+            loaded,
+            self._model,
+            self._config,
             threads=self._threads,
-            pace=PaceSettings(decode_wait_s=flags["decode_wait_ms"] / 1_000, max_live=flags["max_live"]),
-            ring=RingSettings(prefix_tokens=None if flags["prefix_reuse"] else 0),
-            remote=remote,
+            join_wait_s=JOIN_S,
+            even_split=self._even_split,
+            on_note=lambda note: log.info("ring_planned", note=note),
         )
+        rings.options()  # what is wrong with it is told now
+        self._rings = rings
+        return rings.options
 
-    def _layers(
-        self, planned: tuple[int, ...] | None, flags: Mapping[str, Any], num_nodes: int
-    ) -> tuple[LayerRange, ...]:
-        from mdiq.plan.split import check_split, split_layers
-
-        num_layers = self._config.num_layers
-        if planned is not None:
-            return check_split(list(planned), num_layers)
-        if flags["layers"] is not None:
-            return check_split([int(number) for number in flags["layers"].split(",")], num_layers)
-        return split_layers(num_layers, num_nodes, self._config.head_layers)
+    async def keep_measured(self, ring: "LocalRing") -> None:
+        """Keep what the Nodes of a Ring measured: see TopologyRings."""
+        assert self._rings is not None  # a Ring has been formed
+        self._rings.keep(await ring.measured(), is_survey=ring.is_survey)
 
 
 class _RingBackend:
@@ -181,7 +157,7 @@ class _Service:
         self._topologies = topologies
         self._tokenizer = tokenizer
         self._notifier = notifier
-        loaded = topologies.loaded
+        loaded = topologies.first
         self._file = loaded.file
         self._wanted_api = loaded.topology.api  # a reload does not change it
         keys_file = self._wanted_api.keys_file
@@ -195,11 +171,8 @@ class _Service:
         def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> LocalRing:
             return LocalRing(options, make_pipe=self._pipe, on_loading=on_loading)
 
-        async def keep_measured(ring: LocalRing) -> None:
-            keep_profiles(self._topologies.loaded, await ring.measured())
-
         self._keeper = keeper = RingKeeper(
-            self._topologies.read, open_ring, on_state=self._tell, on_formed=keep_measured
+            self._topologies.read, open_ring, on_state=self._tell, on_formed=self._topologies.keep_measured
         )
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AdminServer(socket_path(self._file), commands), self._api(keeper):

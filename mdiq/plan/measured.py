@@ -38,9 +38,10 @@ class MeasuredStage:
 class MeasuredRing:
     """A Ring as it serves: Stages in its order, the Starter first, and format and link of each Hop.
 
-    head: seconds of the Starter's head, by rows.
+    num_layers: of the model, which may be more than the Stages have. head: seconds of the Starter's head, by rows.
     """
 
+    num_layers: int
     stages: tuple[MeasuredStage, ...]
     head: Curve
     hidden_size: int
@@ -83,10 +84,11 @@ def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None
     starter, *workers = ring.stages
     if not workers:
         return before
-    num_layers = sum(stage.num_layers for stage in ring.stages)
+    if before is not None and before.model.num_layers != ring.num_layers:
+        before = None  # another model under the old name
     layer_bytes = round(sum(w.weight_bytes for w in workers) / sum(w.num_layers for w in workers))
     model = ModelShape(
-        num_layers=num_layers,
+        num_layers=ring.num_layers,
         layer_bytes=max(layer_bytes, 1),
         ends_bytes=max(starter.weight_bytes - starter.num_layers * layer_bytes, 0),
         kv_bytes=max(workers[0].kv_bytes_per_token // workers[0].num_layers, 1),

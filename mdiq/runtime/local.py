@@ -120,6 +120,11 @@ class LocalRing:
         return self._runner.config.context_tokens
 
     @property
+    def is_survey(self) -> bool:
+        """Whether this Ring only measures."""
+        return self._options.is_survey
+
+    @property
     def worker(self) -> Worker:
         """What computes here, for a watchdog."""
         return self._worker
@@ -184,6 +189,8 @@ class LocalRing:
         runner, options = self._runner, self._options
         assert runner is not None  # __aenter__ has run
         head = await self._worker.run_uncounted(partial(measure_head, runner))
+        # Nodes of one machine would each count all of its memory.
+        shares = [node.memory_share for node in options.remote.nodes] if options.remote else [1.0] * options.num_nodes
         own = MeasuredStage(
             options.node_names[0],
             len(options.layers[0]),
@@ -191,7 +198,7 @@ class LocalRing:
             runner.weight_bytes,
             runner.kv_bytes_per_token,
             rss_bytes(),
-            free_bytes(choose_device(options.device)),
+            int(shares[0] * free_bytes(choose_device(options.device))),
         )
         stages = [
             MeasuredStage(
@@ -201,14 +208,18 @@ class LocalRing:
                 ready.weight_bytes,
                 ready.kv_bytes_per_token,
                 ready.rss_bytes,
-                ready.free_bytes,
+                int(share * ready.free_bytes),
             )
-            for name, layers, cost, ready in zip(
-                options.node_names[1:], options.layers[1:], self._costs[1:], self._ready, strict=True
+            for name, layers, cost, ready, share in zip(
+                options.node_names[1:], options.layers[1:], self._costs[1:], self._ready, shares[1:], strict=True
             )
         ]
         return MeasuredRing(
-            (own, *stages), head, runner.config.hidden_size, tuple(zip(self._wires, self._links, strict=False))
+            runner.config.num_layers,
+            (own, *stages),
+            head,
+            runner.config.hidden_size,
+            tuple(zip(self._wires, self._links, strict=False)),
         )
 
     def spans(self) -> Mapping[str, list[Span]]:
@@ -299,14 +310,22 @@ class LocalRing:
         self._serving.add_done_callback(self._on_loops_ended)
         if isinstance(self._stages, SocketStages):
             self._links = await survey_hops(service, self._stages, self._epoch, options.num_nodes, self._clock)
+        if options.is_survey:
+            self._wires = self._first_wires
+            return
         delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
         self._plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * options.num_nodes)
         await self._begin_epoch(await self._choose_wires(engine))
 
+    @property
+    def _first_wires(self) -> tuple[str, ...]:
+        """The formats that the Hops begin with."""
+        options = self._options
+        return tuple(options.wire(i) or USUAL for i in range(options.num_nodes)) if options.num_nodes > 1 else ()
+
     async def _choose_wires(self, engine: TorchStarter) -> tuple[str, ...]:
         """Return the format of each Hop; where i8 is in question, try it first."""
-        options = self._options
-        first = tuple(options.wire(i) or USUAL for i in range(options.num_nodes)) if options.num_nodes > 1 else ()
+        options, first = self._options, self._first_wires
         if not self._links or AUTO not in options.wanted_wires:
             return first
         assert self._runner is not None and self._spec is not None  # the Ring is loaded and paced

@@ -61,7 +61,8 @@ class NodeOptions:
 class NodeProcess:
     """The parts of a Node and their order of starting and ending.
 
-    worker: computes; for a watchdog. is_assigned: whether a Starter has told this Node what to load.
+    worker: computes; for a watchdog. is_assigned: whether a Starter has told this Node what to load. has_served:
+    whether the Ring began; one that only measures its Nodes does not.
     """
 
     def __init__(self, options: NodeOptions, notifier: Notifier | None = None) -> None:
@@ -71,7 +72,7 @@ class NodeProcess:
         self._clock = time.monotonic
         self._tracer = Tracer(is_on=False)
         self.worker = make_worker(self._clock, self._tracer, options.threads)
-        self.is_assigned = False
+        self.is_assigned = self.has_served = False
         self._waits_for = "the starter"  # or for nothing
         self._gate: Gate | None = None
         self._guarding: asyncio.Task[None] | None = None
@@ -323,7 +324,7 @@ class NodeProcess:
         self.worker.reset_meter()
         self._tracer.clear()
         self._bytes_before = self._source.bytes_in, self._sink.bytes_out
-        self._waits_for = ""
+        self._waits_for, self.has_served = "", True
         self._notifier.ready(f"serves {self._layers}")
         log.info("epoch_began", epoch=begin.epoch, wire=begin.wire)
         return control.Begun(begin.epoch)

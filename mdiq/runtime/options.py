@@ -110,6 +110,7 @@ class RingOptions:
     cpu: most CPU time of each Node in cores, where control groups allow it; None sets no limit.
     pace: what the operator wishes of caps and chunks.
     remote: the Nodes of other machines; None: all are processes of this one, or Stages in this process.
+    is_survey: the Layers are some of the model's, to be measured; the Ring does not serve.
     """
 
     model: Path
@@ -132,6 +133,7 @@ class RingOptions:
     ring: RingSettings = field(default_factory=RingSettings)
     pace: PaceSettings = field(default_factory=PaceSettings)
     remote: RemoteRing | None = None
+    is_survey: bool = False
 
     @property
     def node_names(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Keeps a Ring up: forms it, serves Sequences on it, and forms it again when a Node is lost or the operator says so.
 
+surveying ──all Nodes measured──▶ forming
 forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ forming
                                  └──reload, drain──▶ draining ──nothing runs──▶ forming
 """
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import structlog
 
 from mdiq.core.sequence import Sequence
-from mdiq.errors import MdiqError, RingError
+from mdiq.errors import MdiqError, PlanError, RingError
 from mdiq.runtime.loops import Clock, Worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService, StreamEvent
@@ -21,12 +22,14 @@ from mdiq.runtime.starter_service import StarterService, StreamEvent
 log = structlog.get_logger()
 
 RETRY_S = 5.0
+NO_ROOM_RETRY_S = 60.0  # each try has the Nodes measure again
 DRAIN_S = 600.0  # how long what runs may hold up a reload
 
 Form = Callable[[frozenset[str]], RingOptions]
 """What a topology says: returns the Ring without the Nodes that are drained.
 
-Raises ConfigError when there can be none.
+A survey where Nodes are to be measured first; it is asked again behind that. Raises ConfigError when there can be
+none, and PlanError when the model does not fit.
 """
 OnLoading = Callable[[str, int, int], None]
 
@@ -116,7 +119,7 @@ class RingKeeper:
                 self.last_error = str(error)
                 log.error("ring_failed", error=str(error))
                 self._say(f"the ring failed: {error}")
-                await self._pause()
+                await self._pause(NO_ROOM_RETRY_S if isinstance(error, PlanError) else RETRY_S)
 
     async def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]:
         """Run a Sequence; see StarterService.stream.
@@ -187,7 +190,8 @@ class RingKeeper:
         parts = [f"loading: {', '.join(loading)}"] if loading else []
         if missing := self._ring.missing:
             parts.append(f"waiting for {', '.join(missing)}")
-        return "; ".join(parts) or "measures the ring"
+        text = "; ".join(parts) or "measures the ring"
+        return f"nodes measure themselves; {text}" if self._options.is_survey else text
 
     def has_work(self) -> bool:
         """Tell whether anything is computed or waits to be; for a watchdog."""
@@ -261,6 +265,9 @@ class RingKeeper:
             self._is_entered = True
             if self._on_formed is not None:
                 await self._on_formed(ring)
+            if self._options.is_survey:
+                self._options = self._form(self._drained)
+                return
             self._num_rings += 1
             self._serving_since_s = self._clock()
             self.last_error = None
@@ -298,9 +305,9 @@ class RingKeeper:
         self._renew.set()
         await self._closed.wait()
 
-    async def _pause(self) -> None:
+    async def _pause(self, pause_s: float) -> None:
         try:
-            async with asyncio.timeout(RETRY_S):
+            async with asyncio.timeout(pause_s):
                 await self._renew.wait()
         except TimeoutError:
             pass

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from mdiq.cli.main import app
 from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles, without
+from mdiq.cli.topology_ring import TopologyRings
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.hop_survey import HopLink
 from mdiq.errors import ConfigError, PlanError
@@ -16,6 +18,7 @@ from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 
 MIB = 1 << 20
+LAYERS = 30
 NODES = """version: 1
 model: {path: smollm2-135m-instruct, weights: int8}
 nodes:
@@ -45,45 +48,47 @@ def _ring(delay_s: float = 0.0005, **layer_s: float) -> MeasuredRing:
         return MeasuredStage(name, 10, cost, 10 * 4 * MIB, 10 * 1_536, 300 * MIB, 700 * MIB)
 
     link = HopLink(delay_s, 1e8)
-    return MeasuredRing(tuple(map(stage, layer_s)), Curve(((1, 1e-5),)), 576, (("bf16", link),) * len(layer_s))
+    stages = tuple(map(stage, layer_s))
+    return MeasuredRing(LAYERS, stages, Curve(((1, 1e-5),)), 576, (("bf16", link),) * len(layer_s))
 
 
-def test_before_anything_was_measured_layers_are_shared_evenly(tmp_path: Path) -> None:
+def test_before_anything_was_measured_the_nodes_measure(tmp_path: Path) -> None:
     loaded = _topology(tmp_path)
     assert read_profiles(loaded) is None
-    planned = planned_ring(loaded, None)
-    assert planned.layers is None and planned.loaded is loaded
+    planned = planned_ring(loaded, None, LAYERS)
+    assert planned.layers is None and planned.is_unmeasured and planned.loaded is loaded
 
 
 def test_a_slow_node_gets_fewer_layers_the_next_time(tmp_path: Path) -> None:
     loaded = _topology(tmp_path)
     keep_profiles(loaded, _ring(desk=0.002, pi1=0.002, pi2=0.004))
-    planned = planned_ring(loaded, read_profiles(loaded))
+    planned = planned_ring(loaded, read_profiles(loaded), LAYERS)
     assert planned.layers is not None and sum(planned.layers) == 30
     desk, pi1, pi2 = planned.layers
-    assert desk > 1.5 * pi2 and pi1 > 1.5 * pi2 and not planned.notes
+    assert desk > 1.5 * pi2 and pi1 > 1.5 * pi2
+    assert planned.notes[0].startswith(f"layers as planned: desk {desk}, pi1 {pi1}, pi2 {pi2}; ")
 
 
 def test_a_node_that_only_slows_the_ring_down_is_left_out_and_it_is_said(tmp_path: Path) -> None:
     loaded = _topology(tmp_path)
     keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.5))
-    planned = planned_ring(loaded, read_profiles(loaded))
+    planned = planned_ring(loaded, read_profiles(loaded), LAYERS)
     assert [node.name for node in planned.loaded.topology.ring_nodes] == ["desk", "pi1"]
     assert planned.layers is not None and len(planned.layers) == 2
-    (note,) = planned.notes
+    _, note = planned.notes
     assert note.startswith("left out: pi2: ")
 
 
 def test_layers_by_hand_stay_and_a_new_node_waits_for_its_figures(tmp_path: Path) -> None:
     keep_profiles(_topology(tmp_path), _ring(desk=0.002, pi1=0.002, pi2=0.006))
     by_hand = _topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
-    assert planned_ring(by_hand, read_profiles(by_hand)).layers is None
+    assert planned_ring(by_hand, read_profiles(by_hand), LAYERS).layers is None
     loaded = _topology(tmp_path)
     profiles = read_profiles(loaded)
     assert profiles is not None
     known = {name: node for name, node in profiles.nodes.items() if name != "pi2"}
-    planned = planned_ring(loaded, replace(profiles, nodes=known))
-    assert planned.layers is None and "pi2: not measured yet" in planned.notes[0]
+    planned = planned_ring(loaded, replace(profiles, nodes=known), LAYERS)
+    assert planned.layers is None and planned.is_unmeasured and "pi2: not measured yet" in planned.notes[0]
 
 
 def test_a_node_that_becomes_the_starter_waits_for_its_heads_figures(tmp_path: Path) -> None:
@@ -92,7 +97,7 @@ def test_a_node_that_becomes_the_starter_waits_for_its_heads_figures(tmp_path: P
     text = loaded.file.read_text().replace("name: desk, role: starter", "name: pi1, role: starter")
     loaded.file.write_text(text.replace("{name: pi1, address", "{name: desk, address"))
     swapped = load_topology(loaded.file)
-    planned = planned_ring(swapped, read_profiles(swapped))
+    planned = planned_ring(swapped, read_profiles(swapped), LAYERS)
     assert planned.layers is None and planned.notes[0].startswith("pi1: not measured yet")
     shown = CliRunner().invoke(app, ["plan", str(swapped.file)])
     assert isinstance(shown.exception, ConfigError) and "nothing is known of pi1 yet" in str(shown.exception)
@@ -102,12 +107,12 @@ def test_stated_limits_bind_the_plan_and_too_little_memory_is_refused_in_words(t
     figures = _ring(desk=0.001, pi1=0.02, pi2=0.02)  # by speed alone the Starter would hold everything
     keep_profiles(_topology(tmp_path), figures)
     limited = _topology(tmp_path, starter=", memory: 330M")
-    planned = planned_ring(limited, read_profiles(limited))
+    planned = planned_ring(limited, read_profiles(limited), LAYERS)
     assert planned.layers is not None and len(planned.layers) >= 2
     assert planned.plan is not None and planned.plan.stages[0].free_bytes >= 0
     tiny = _topology(tmp_path, ", memory: 270M", ", memory: 270M", ", memory: 280M")
     with pytest.raises(PlanError, match="do not fit|needs"):
-        planned_ring(tiny, read_profiles(tiny))
+        planned_ring(tiny, read_profiles(tiny), LAYERS)
 
 
 def test_nodes_are_taken_out_by_name_and_the_starter_is_not(tmp_path: Path) -> None:
@@ -149,3 +154,72 @@ def test_mdiq_plan_compares_layers_by_hand_with_its_own(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["plan", str(by_hand.file)])
     assert shown.exit_code == 0, shown.exception
     assert "by hand 10,10,10: " in shown.output
+
+
+def test_figures_of_another_model_under_the_old_name_are_measured_anew(tmp_path: Path) -> None:
+    loaded = _topology(tmp_path)
+    keep_profiles(loaded, _ring(desk=0.002, pi1=0.002, pi2=0.004))
+    assert planned_ring(loaded, read_profiles(loaded), 22).is_unmeasured
+    newer = replace(_ring(desk=0.001, pi1=0.001), num_layers=22)
+    profiles = keep_profiles(loaded, newer)
+    assert profiles is not None and profiles.model.num_layers == 22 and set(profiles.nodes) == {"desk", "pi1"}
+
+
+class _Config:
+    """Of a model: what a split needs to know."""
+
+    num_layers = LAYERS
+    head_layers = 2.0
+
+
+def _rings(loaded: LoadedTopology, notes: list[str], *, even_split: bool = False) -> TopologyRings:
+    config: Any = _Config()
+    return TopologyRings(
+        loaded, Path("m.gguf"), config, threads=1, join_wait_s=1.0, even_split=even_split, on_note=notes.append
+    )
+
+
+def test_the_first_ring_is_planned_from_a_survey_of_a_few_layers_each(tmp_path: Path) -> None:
+    notes: list[str] = []
+    rings = _rings(_topology(tmp_path), notes)
+    survey = rings.options()
+    assert survey.is_survey and survey.kv_tokens is not None
+    assert [len(layers) for layers in survey.layers] == [2, 2, 2]
+    rings.keep(replace(_ring(desk=0.002, pi1=0.002, pi2=0.004), num_layers=LAYERS), is_survey=True)
+    planned = rings.options()
+    assert not planned.is_survey and planned.kv_tokens is None
+    assert sum(len(layers) for layers in planned.layers) == LAYERS
+    assert len(planned.layers[2]) < len(planned.layers[1])
+    assert "measure" in notes[0] and "layers as planned" in notes[1]
+
+
+def test_what_a_ring_measures_is_for_the_next_topology_that_is_read(tmp_path: Path) -> None:
+    rings = _rings(_topology(tmp_path), [])
+    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.004), is_survey=True)
+    before = rings.options()
+    rings.keep(_ring(desk=0.004, pi1=0.002, pi2=0.002))
+    assert rings.options() == before
+    assert _rings(_topology(tmp_path), []).options() != before
+
+
+def test_a_first_ring_keeps_to_stated_limits_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    rings = _rings(_topology(tmp_path, ", memory: 270M", ", memory: 270M", ", memory: 280M"), [])
+    assert rings.options().is_survey
+    rings.keep(_ring(desk=0.001, pi1=0.02, pi2=0.02), is_survey=True)
+    with pytest.raises(PlanError):
+        rings.options()
+
+
+def test_an_even_split_measures_nothing(tmp_path: Path) -> None:
+    options = _rings(_topology(tmp_path), [], even_split=True).options()
+    assert not options.is_survey and sum(len(layers) for layers in options.layers) == LAYERS
+
+
+def test_a_ring_of_more_nodes_than_layers_is_refused_in_words(tmp_path: Path) -> None:
+    rings = _rings(_topology(tmp_path), [], even_split=True)
+    _Config.num_layers = 2
+    try:
+        with pytest.raises(PlanError, match="3 nodes and a model of 2 layers"):
+            rings.options()
+    finally:
+        _Config.num_layers = LAYERS

@@ -32,7 +32,7 @@ def _stage(name: str, num_layers: int, *, extra_s: float = 0.0, ends_bytes: int 
 
 def _ring() -> MeasuredRing:
     stages = (_stage("desk", 4, extra_s=0.004, ends_bytes=60 * MIB), _stage("pi1", 10), _stage("pi2", 16))
-    return MeasuredRing(stages, HEAD, 64, WIRES)
+    return MeasuredRing(30, stages, HEAD, 64, WIRES)
 
 
 def test_a_layers_cost_is_its_part_of_a_forward_without_the_head() -> None:
@@ -72,7 +72,7 @@ def test_what_was_known_before_stays_and_what_is_measured_again_is_new() -> None
     before = profiles_of(_ring(), "int8")
     assert before is not None
     slow = replace(_stage("pi1", 26), cost=StageCost.of(((1, 2.6),), ((64, 26.0),)))
-    shorter = MeasuredRing((_ring().stages[0], slow), HEAD, 64, (("bf16", HopLink(0.5, 1.0)), ("bf16", None)))
+    shorter = MeasuredRing(30, (_ring().stages[0], slow), HEAD, 64, (("bf16", HopLink(0.5, 1.0)), ("bf16", None)))
     profiles = profiles_of(shorter, "int8", before)
     assert profiles is not None
     assert set(profiles.nodes) == {"desk", "pi1", "pi2"}
@@ -83,7 +83,7 @@ def test_what_was_known_before_stays_and_what_is_measured_again_is_new() -> None
 
 def test_a_ring_of_one_node_tells_nothing_new() -> None:
     before = profiles_of(_ring(), "int8")
-    alone = MeasuredRing((_stage("desk", 30),), HEAD, 64, ())
+    alone = MeasuredRing(30, (_stage("desk", 30),), HEAD, 64, ())
     assert profiles_of(alone, "int8") is None
     assert profiles_of(alone, "int8", before) is before
 

@@ -9,7 +9,7 @@ import pytest
 
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
-from mdiq.errors import ConfigError, MdiqError, NodeDiedError, RingError
+from mdiq.errors import ConfigError, MdiqError, NodeDiedError, PlanError, RingError
 from mdiq.runtime import ring_keeper
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.ring_keeper import Form, OnLoading, RingKeeper
@@ -83,11 +83,13 @@ class FakeRing:
 class House:
     """A keeper, the rings that it has opened, and the topology that it reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_measured: bool = True) -> None:
         self.nodes = dict(NODES)
         self.rings: list[FakeRing] = []
         self.opened = asyncio.Event()
         self.now = 0.0
+        self.is_measured = is_measured
+        self.fits = True
         self.keeper = RingKeeper(self.read, self.open, clock=lambda: self.now)
         self.running = asyncio.create_task(self.keeper.run(), name="keeper")
 
@@ -100,8 +102,11 @@ class House:
             if "desk" in drained:
                 raise ConfigError("desk: it is the Starter")
             ring = [RemoteNode(name, f"tcp://{name}", key) for name, key in nodes.items() if name not in drained]
+            if not self.fits:
+                raise PlanError("the model needs 4 GiB more")
             layers = tuple(LayerRange(i, i + 1) for i in range(len(ring)))
-            return RingOptions(Path("model"), layers, remote=RemoteRing(tuple(ring), "tcp://c", "tcp://w"))
+            remote = RemoteRing(tuple(ring), "tcp://c", "tcp://w")
+            return RingOptions(Path("model"), layers, remote=remote, is_survey=not self.is_measured)
 
         return form
 
@@ -109,6 +114,11 @@ class House:
         self.rings.append(FakeRing(options, on_loading))
         self.opened.set()
         return self.rings[-1]
+
+    async def close(self) -> None:
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+        assert all(ring.is_closed for ring in self.rings)
 
     async def ring(self, number: int) -> FakeRing:
         """Wait until the keeper has opened so many rings; return the last one."""
@@ -131,9 +141,7 @@ class House:
 async def house() -> AsyncIterator[House]:
     house = House()
     yield house
-    house.running.cancel()
-    await asyncio.gather(house.running, return_exceptions=True)
-    assert all(ring.is_closed for ring in house.rings)
+    await house.close()
 
 
 def _sequence(index: int = 0) -> Sequence:
@@ -324,3 +332,36 @@ async def test_a_caller_that_leaves_is_counted_out(house: House) -> None:
     assert house.keeper.num_running == 1
     await events.aclose()
     assert house.keeper.num_running == 0
+
+
+async def test_nodes_measure_before_the_first_ring_and_it_is_asked_for_again_behind_that() -> None:
+    house = House(is_measured=False)
+    try:
+        survey = await house.ring(1)
+        assert survey.options.is_survey
+        assert house.keeper.describe() == "nodes measure themselves; waiting for pi1, pi2"
+        house.is_measured = True
+        survey.joined.set()
+        ring = await house.serving_ring(2)
+        assert survey.is_closed and not ring.options.is_survey
+        assert house.keeper.status()["rings_formed"] == 1
+    finally:
+        await house.close()
+
+
+async def test_a_model_that_does_not_fit_by_what_was_measured_is_told_and_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ring_keeper, "NO_ROOM_RETRY_S", 0.0)
+    house = House(is_measured=False)
+    try:
+        survey = await house.ring(1)
+        house.is_measured, house.fits = True, False
+        survey.joined.set()
+        again = await house.ring(2)
+        assert again.options.is_survey and house.keeper.last_error == "the model needs 4 GiB more"
+        house.fits = True
+        again.joined.set()
+        await house.serving_ring(3)
+    finally:
+        await house.close()
