@@ -1,10 +1,10 @@
 """Copies what crosses the network of nodes/loopback.py into a file that Wireshark and tcpdump read.
 
-    python nodes/capture.py FILE [NETWORK]
+    python nodes/capture.py FILE [BRIDGE | NETWORK]
 
-Without NETWORK it runs in the namespace of the bridge and takes each packet once; with it, on loopback, it takes the
-packets of those addresses. It says ``captures`` when it has begun, and ends by SIGTERM; packets that the kernel dropped
-meanwhile are told, since a capture with holes proves nothing.
+It runs in the namespace of a bridge (br0, if no name is given) and takes each packet once; with a network, 127.0.0.0/8,
+it takes the packets of those addresses on loopback. It says ``captures`` when it has begun, and ends by SIGTERM;
+packets that the kernel dropped meanwhile are told, since a capture with holes proves nothing.
 """
 
 import ipaddress
@@ -26,8 +26,9 @@ _MOST_FRAME_BYTES = 256 << 10  # with offloading a frame is far longer than the 
 _IPV4 = b"\x08\x00"
 
 
-def main(file: Path, network: ipaddress.IPv4Network | None) -> int:
+def main(file: Path, where: str = BRIDGE) -> int:
     """Copy until SIGTERM; return the exit code."""
+    network = ipaddress.IPv4Network(where) if "/" in where else None
     signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -42,7 +43,7 @@ def main(file: Path, network: ipaddress.IPv4Network | None) -> int:
         out.write(struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, _MOST_FRAME_BYTES, 1))  # pcap; 1: Ethernet
         sys.stdout.write("captures\n")
         sys.stdout.flush()
-        for frame in _frames(tap, network, signals):
+        for frame in _frames(tap, network, where, signals):
             seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
             out.write(struct.pack("=IIII", seconds, nanoseconds // 1000, len(frame), len(frame)) + frame)
         _, num_dropped = struct.unpack("=II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
@@ -51,7 +52,9 @@ def main(file: Path, network: ipaddress.IPv4Network | None) -> int:
     return 1 if num_dropped else 0
 
 
-def _frames(tap: socket.socket, network: ipaddress.IPv4Network | None, signals: list[int]) -> Iterator[bytes]:
+def _frames(
+    tap: socket.socket, network: ipaddress.IPv4Network | None, bridge: str, signals: list[int]
+) -> Iterator[bytes]:
     tap.settimeout(QUIET_S)
     while True:
         try:
@@ -65,7 +68,7 @@ def _frames(tap: socket.socket, network: ipaddress.IPv4Network | None, signals: 
             is_wanted = interface == "lo" and not is_ours and _is_of(frame, network)
         else:
             # Each node's frames as they enter the bridge, and those that a relay beside it sends.
-            is_wanted = is_ours if interface == BRIDGE else not is_ours and interface.startswith("v")
+            is_wanted = is_ours if interface == bridge else not is_ours and interface.startswith("v")
         if is_wanted:
             yield frame
 
@@ -75,4 +78,4 @@ def _is_of(frame: bytes, network: ipaddress.IPv4Network) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), ipaddress.IPv4Network(sys.argv[2]) if len(sys.argv) > 2 else None))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -2,7 +2,8 @@
 
 What the tool must do: ``up NAME [--cpu X] [--memory Y]`` boots a device and prints its address, ``sh NAME COMMAND...``
 runs a command in it as root, ``off NAME`` pulls its power and keeps its disk, ``list`` tells what runs (NAME ADDRESS
-on), ``hub COMMAND...`` runs a command of this machine on the devices' network, ``down`` removes all devices.
+on), ``hub COMMAND...`` runs a command of this machine on the devices' network (a namespace in which they hang on the
+bridge BRIDGE, by interfaces v...), ``down`` removes all devices.
 """
 
 import os
@@ -20,6 +21,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TOOL = os.environ.get("MDIQ_DEVICES")
 HUB = "10.77.0.1"  # this machine on the devices' network
+BRIDGE = "mdiq0"  # of that network
 STARTER = "desk"
 UP_S = 900.0  # the first call may build the devices' disk image
 COMMAND_S = 300.0

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mdiq.engine.model_source import find_model
+from mdiq.runtime.placement import usable_cores
 
 NEAR_TIE = 1e-3
 HERE = Path(__file__).parent
@@ -75,6 +77,17 @@ def real_model() -> Path:
     return find_model(None)
 
 
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Compute with all cores: no ring runs meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Reference:
     """Greedy answers of transformers in f32. Near ties are told apart by the gap of the two best logits."""
 
@@ -84,7 +97,7 @@ class Reference:
         self.near_ties = 0
 
     def generate(self, prompt: Sequence[int], count: int) -> list[int]:
-        with torch.inference_mode():
+        with torch.inference_mode(), _all_cores():
             ids = torch.tensor([list(prompt)])
             out = self._model.generate(
                 ids,
@@ -108,7 +121,7 @@ class Reference:
             return
         key = (tuple(prompt), tuple(answer))
         if key not in self._known:
-            with torch.inference_mode():
+            with torch.inference_mode(), _all_cores():
                 logits = self._model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float()
             best = logits.topk(2)
             ties = 0

@@ -28,8 +28,8 @@ from mdiq.engine.tokenizer import Tokenizer
 from mdiq.errors import ConfigError
 from nodes.loopback import LoopbackRing, parse_links, why_no_namespaces
 from tests.integration.conftest import finish
-from tests.integration.streams import Way, read_streams
 from tests.integration.tiny_model import HIDDEN_SIZE, NUM_LAYERS, write_tiny_model
+from tests.streams import Way, read_streams
 
 pytestmark = pytest.mark.timeout(300)
 

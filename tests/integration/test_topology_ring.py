@@ -1,5 +1,6 @@
 """A ring over several machines, each a network of this one: joined by keys, fed with weights, run again."""
 
+import json
 import re
 import signal
 import subprocess
@@ -152,3 +153,29 @@ def test_a_private_key_that_is_not_the_topologys_is_told_where_it_is_used(topolo
 def test_a_wrong_argument_is_one_line_and_exit_code_2(topology: Path, arguments: tuple[str, ...], words: str) -> None:
     done = run_mdiq(*arguments, topology, env={"MDIQ_NAME": ""})
     assert done.code == 2 and words in done.errors and len(done.errors.splitlines()) == 1, done.errors
+
+
+def test_auto_layers_are_planned_within_memory_before_the_first_ring(tmp_path: Path) -> None:
+    """In f32 the model takes 538 MB: by what their `memory` says, two of the nodes cannot hold it."""
+    file = tmp_path / "topology.yaml"
+    nodes = [f"desk=192.168.1.10,{PORTS},control_port=17401,weights_port=17402,memory=720M"]
+    nodes += [f"pi{i}=192.168.1.1{i},{PORTS},memory=560M" for i in (1, 2)]
+    done = run_mdiq("init", *(word for node in nodes for word in ("--node", node)), "--out", file)
+    assert done.code == 0, done.errors
+    text = file.read_text().replace("weights: int8", "weights: plain").replace("wire: auto", "wire: f32")
+    file.write_text(text)
+    assert run_mdiq("keys", file).code == 0
+    with LoopbackRing(file, tmp_path / "ring") as ring:
+        done = _finished(ring)
+        assert done.code == 0, done.errors
+        assert "the nodes measure themselves first" in done.errors and "layers as planned: desk " in done.errors
+        plan = ring.start("desk", ["mdiq", "plan", "{topology}", "--explain", "--json"], stdout=subprocess.PIPE)
+        explained = json.loads(plan.communicate(timeout=60)[0])
+    layers = [stop - start for start, stop in (node["layers"] for node in done.summary["nodes"])]
+    assert len(layers) == explained["num_needed"] == 3 and sum(layers) == 30
+    # Each keeps within what it may take, the KV cache that it has room for included.
+    for node, limit in zip(done.summary["nodes"], (720, 560, 560), strict=True):
+        assert node["rss_bytes"] < limit << 20, done.summary["nodes"]
+    assert all(row["free_bytes"] >= 0 and row["kv_bytes"] > 0 for row in explained["rows"])
+    local = run_mdiq("run", *RUN, "--layers", ",".join(map(str, layers)), "--wire", "f32", "--threads", "1")
+    assert done.results[0]["token_ids"] == local.results[0]["token_ids"]
