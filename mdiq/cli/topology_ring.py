@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.engine.model_config import ModelConfig
 
 SURVEY_LAYERS = 2
-SURVEY_KV_TOKENS = 512  # what engine/measure.py needs
+SURVEY_KV_TOKENS = 2_048  # what engine/measure.py asks for: 16 Sequences with their context
 
 
 class TopologyRings:
@@ -49,6 +49,7 @@ class TopologyRings:
         self._join_wait_s = join_wait_s
         self._even_split = even_split
         self._on_note = on_note
+        self._told: tuple[str, ...] = ()
         self._profiles = None if even_split else read_profiles(loaded)
 
     def options(self, drained: frozenset[str] = frozenset()) -> RingOptions:
@@ -63,8 +64,10 @@ class TopologyRings:
         if self._even_split:
             return self._options(loaded, None)
         planned = planned_ring(loaded, self._profiles, num_layers)
-        for note in planned.notes:
-            self._on_note(note)
+        if planned.notes != self._told:
+            self._told = planned.notes
+            for note in planned.notes:
+                self._on_note(note)
         return self._options(planned.loaded, planned.layers, is_survey=planned.is_unmeasured)
 
     def keep(self, measured: MeasuredRing, *, is_survey: bool = False) -> None:

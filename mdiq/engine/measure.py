@@ -17,6 +17,8 @@ from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 
+CONTEXT_TOKENS = 96
+"""Of a short question with its answer: attention over it is a seventh of a forward of SmolLM2 in 8 bits."""
 DECODE_SIZES = (1, 2, 4, 8, 16)
 PROMPT_SIZES = (16, 64, 192)
 PACKING_SIZES = (1, 8, 64)
@@ -26,11 +28,25 @@ MOST_S = 0.25  # a size is not repeated when its forwards have taken as long: a 
 
 
 def measure_cost(runner: StageRunner) -> StageCost:
-    """Return the Stage's cost, from medians; the runner's cache is empty afterwards."""
+    """Return the Stage's cost, from medians; the runner's cache is empty afterwards.
+
+    Decoding is measured behind CONTEXT_TOKENS of each Sequence, or as many as the cache holds.
+    """
     most = max(runner.kv_capacity_tokens // BLOCK_TOKENS, 1)
     most_tokens = min(runner.kv_capacity_tokens, runner.config.context_tokens)
+
+    def context(num_segments: int) -> int:
+        room = min(most // num_segments * BLOCK_TOKENS, runner.config.context_tokens) - (REPEATS + 1)
+        return max(min(CONTEXT_TOKENS, room), 0)
+
+    def decode(num_segments: int, i: int) -> Batch:
+        if not i and context(num_segments):
+            for j in range(num_segments):
+                runner.occupy(SeqId(j), context(num_segments))
+        return _batch(runner, num_segments, 1, context(num_segments) + i)
+
     return StageCost(
-        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], lambda n, i: _batch(runner, n, 1, i)),
+        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode),
         prompt=_curve(
             runner,
             [n for n in PROMPT_SIZES if n <= most_tokens] or [1],

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mdiq.core.frame import Batch, Payload, TokenIds
-from mdiq.core.types import LayerRange
+from mdiq.core.types import LayerRange, SeqId
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.device import choose_device, choose_dtype, free_bytes, rss_bytes
 from mdiq.engine.hot_table import hot_columns_from
@@ -133,6 +133,14 @@ class StageRunner:
     def reset(self) -> None:
         """Forget every Sequence."""
         self._cache.reset()
+
+    def occupy(self, seq_id: SeqId, num_tokens: int) -> None:
+        """Have a new Sequence hold so many tokens whose K and V are whatever lies there: for measurements only.
+
+        Raises:
+            CapacityError: the KV cache is full.
+        """
+        self._cache.extend(seq_id, 0, num_tokens)
 
     def set_wire(self, wire: str) -> None:
         """Give the rows of later Batches this format: another one for the Hop out of this Stage."""
