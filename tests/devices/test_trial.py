@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,7 @@ def test_a_device_that_lost_its_power_comes_back_into_service_by_itself(shelf: S
     assert _events(shelf, "pi1", "weights_here")[-1]["chunks_fetched"] == 0
 
 
-def test_the_planned_ring_beside_the_equal_one(shelf: Shelf, record_property: pytest.RecordProperty) -> None:
+def test_the_planned_ring_beside_the_equal_one(shelf: Shelf, record_property: Callable[[str, object], None]) -> None:
     """The figures are for whoever reads the report: see -rP. That the slow devices carry less is a test."""
     shelf.sh(STARTER, "systemctl stop mdiq-starter", timeout=UP_S)
     lines = "".join(json.dumps({"prompt": f"{QUESTION} ({i})", "ignore_eos": True}) + "\n" for i in range(USERS))
