@@ -12,6 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import structlog
+
 from mdiq.config.load import LoadedTopology
 from mdiq.config.topology import Topology
 from mdiq.engine.model_source import cache_directory
@@ -20,6 +22,8 @@ from mdiq.plan.explain import reason
 from mdiq.plan.measured import MeasuredRing, Profiles, from_json, profiles_of, to_json
 from mdiq.plan.partition import Goal
 from mdiq.plan.plan import Plan, make_plan
+
+log = structlog.get_logger()
 
 USERS = 8  # for whom a ring is planned: several, as it is chosen for
 
@@ -106,12 +110,14 @@ def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> Profiles | None
     if profiles is None:
         return None
     path = _path(loaded)
-    with contextlib.suppress(OSError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, own = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(to_json(profiles))
         Path(own).replace(path)
+    except OSError as error:
+        log.warning("measurements_not_kept", path=str(path.parent), error=error.strerror)
     return profiles
 
 

@@ -24,12 +24,15 @@ PROMPT_SIZES = (16, 64, 192)
 PACKING_SIZES = (1, 8, 64)
 REPEATS = 3
 ENOUGH_S = 1.0  # larger sizes are left out when a forward takes as long: the curve's last line goes on
+SUSTAINED_S = 0.3  # several periods of a control group's quota
 MOST_S = 0.25  # a size is not repeated when its forwards have taken as long: a long one varies little
 
 
-def measure_cost(runner: StageRunner) -> StageCost:
+def measure_cost(runner: StageRunner, *, least_s: float = 0.0) -> StageCost:
     """Return the Stage's cost, from medians; the runner's cache is empty afterwards.
 
+    least_s: measure each size for as long and take the mean: a device whose CPU time is rationed computes in bursts,
+    and a short measurement sees only those.
     Decoding is measured behind CONTEXT_TOKENS of each Sequence, or as many as the cache holds.
     """
     most = max(runner.kv_capacity_tokens // BLOCK_TOKENS, 1)
@@ -46,28 +49,29 @@ def measure_cost(runner: StageRunner) -> StageCost:
         return _batch(runner, num_segments, 1, context(num_segments) + i)
 
     return StageCost(
-        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode),
+        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode, least_s),
         prompt=_curve(
             runner,
             [n for n in PROMPT_SIZES if n <= most_tokens] or [1],
             lambda n, i: _batch(runner, 1, n, 0, seq_id=i),
+            least_s,
         ),
     )
 
 
-def measure_head(runner: StageRunner) -> Curve:
-    """Return the seconds of the head by rows; the Starter's alone."""
+def measure_head(runner: StageRunner, *, least_s: float = 0.0) -> Curve:
+    """Return the seconds of the head by rows; the Starter's alone. least_s: as for measure_cost."""
     row = TensorRows(torch.zeros(1, runner.config.hidden_size))
 
-    def median_s(size: int) -> float:
-        times = []
-        for _ in range(REPEATS + 1):
+    def seconds(size: int) -> float:
+        times: list[float] = []
+        while len(times) <= REPEATS or sum(times) < least_s:
             start_s = time.perf_counter()
             runner.logits([row] * size)
             times.append(time.perf_counter() - start_s)
-        return statistics.median(times[1:])
+        return statistics.fmean(times[1:]) if least_s else statistics.median(times[1:])
 
-    return Curve(tuple((size, median_s(size)) for size in DECODE_SIZES))
+    return Curve(tuple((size, seconds(size)) for size in DECODE_SIZES))
 
 
 def measure_packing(width: int) -> Curve:
@@ -90,32 +94,39 @@ def measure_packing(width: int) -> Curve:
     return Curve(tuple(points))
 
 
-def _curve(runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch]) -> Curve:
+def _curve(runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], least_s: float) -> Curve:
     points: list[tuple[int, float]] = []
     for size in sizes:
-        points.append((size, _median_s(runner, size, make_batch)))
+        points.append((size, _seconds(runner, size, make_batch, least_s)))
         if points[-1][1] > ENOUGH_S:
             break
     return Curve(tuple(points))
 
 
-def _median_s(runner: StageRunner, size: int, make_batch: Callable[[int, int], Batch]) -> float:
-    times: list[float] = []
-    for i in range(REPEATS + 1):  # the first one warms up
-        batch = make_batch(size, i)
-        start_s = time.perf_counter()
-        output = runner.forward(batch)
-        output.parts()  # a copy to the CPU waits for a GPU
-        if runner.owns_embedding:
-            # The head is the Starter's too: a row of every Segment goes there.
-            stops = [sum(s.length for s in batch.segments[: j + 1]) for j in range(len(batch.segments))]
-            last = output.num_rows == len(batch.segments)
-            runner.logits([output.rows(j, j + 1) if last else output.rows(s - 1, s) for j, s in enumerate(stops)])
-        times.append(time.perf_counter() - start_s)
-        if sum(times) > MOST_S:
+def _seconds(runner: StageRunner, size: int, make_batch: Callable[[int, int], Batch], least_s: float) -> float:
+    times: list[float] = []  # the first one warms up
+    while True:
+        for i in range(REPEATS + 1):
+            times.append(_forward_s(runner, make_batch(size, i)))
+            if sum(times) > max(MOST_S, least_s):
+                break
+        runner.reset()
+        if sum(times) >= least_s:
             break
-    runner.reset()
-    return statistics.median(times[1:] or times)
+    later = times[1:] or times
+    return statistics.fmean(later) if least_s else statistics.median(later)
+
+
+def _forward_s(runner: StageRunner, batch: Batch) -> float:
+    start_s = time.perf_counter()
+    output = runner.forward(batch)
+    output.parts()  # a copy to the CPU waits for a GPU
+    if runner.owns_embedding:
+        # The head is the Starter's too: a row of every Segment goes there.
+        stops = [sum(s.length for s in batch.segments[: j + 1]) for j in range(len(batch.segments))]
+        last = output.num_rows == len(batch.segments)
+        runner.logits([output.rows(j, j + 1) if last else output.rows(s - 1, s) for j, s in enumerate(stops)])
+    return time.perf_counter() - start_s
 
 
 def _batch(runner: StageRunner, num_segments: int, length: int, start: int, *, seq_id: int = 0) -> Batch:

@@ -22,7 +22,7 @@ from mdiq.core.wire import hop_key
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.device import choose_device, free_bytes, rss_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
-from mdiq.engine.measure import measure_cost, measure_head, measure_packing
+from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head, measure_packing
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.wire_check import check_tokens, divergence_nats
 from mdiq.errors import MdiqError, RingError, first_of
@@ -70,6 +70,8 @@ class LocalRing:
         self._on_loading = on_loading
         self._clock = time.monotonic
         self._tracer = Tracer(is_on=options.trace)
+        # Devices, unlike cores of one machine, may have their CPU time rationed.
+        self._least_s = SUSTAINED_S if options.remote is not None else 0.0
         self._worker = make_worker(self._clock, self._tracer, options.threads)
         self._ring_key = secrets.token_bytes(32)
         self._stages: SocketStages | InProcessStages | None = None
@@ -188,7 +190,7 @@ class LocalRing:
         """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
         runner, options = self._runner, self._options
         assert runner is not None  # __aenter__ has run
-        head = await self._worker.run_uncounted(partial(measure_head, runner))
+        head = await self._worker.run_uncounted(partial(measure_head, runner, least_s=self._least_s))
         # Nodes of one machine would each count all of its memory.
         shares = [node.memory_share for node in options.remote.nodes] if options.remote else [1.0] * options.num_nodes
         own = MeasuredStage(
@@ -281,7 +283,7 @@ class LocalRing:
             # Behind the start of the others: a child begins in its parent's control group.
             self._quota = CpuQuota.create(self._name, options.cpu)
             self._quota.add(os.getpid())
-        own_cost = await self._worker.run_uncounted(partial(measure_cost, self._runner))
+        own_cost = await self._worker.run_uncounted(partial(measure_cost, self._runner, least_s=self._least_s))
         self._ready = others
         self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in others)]
         self._spec = RingSpec(

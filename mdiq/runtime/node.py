@@ -23,7 +23,7 @@ from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
 from mdiq.engine.device import choose_device, free_bytes, rss_bytes
-from mdiq.engine.measure import measure_cost
+from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.model_source import cache_directory
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import EngineError, LocalProtocolError, MdiqError, NodeDiedError, TransportError, first_of
@@ -232,7 +232,9 @@ class NodeProcess:
                 progress=self._noting_progress(asyncio.get_running_loop()),
             )
         )
-        cost = await self.worker.run_uncounted(partial(measure_cost, runner))
+        cost = await self.worker.run_uncounted(
+            partial(measure_cost, runner, least_s=SUSTAINED_S if self._peers else 0.0)
+        )
         self._runner = runner
         self._sink = await self._connect_hop(assign.next_endpoint)
         self.worker.reset_meter()

@@ -19,7 +19,7 @@ from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
 from nodes import loopback
 from nodes.loopback import Link, LoopbackRing, Namespaces, NoNamespacesError, parse_links, why_no_namespaces
-from tests.integration.streams import read_streams
+from tests.streams import read_streams
 
 SCRIPT = Path(loopback.__file__)
 WAIT_S = 20.0
