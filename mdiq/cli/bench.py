@@ -22,7 +22,7 @@ from mdiq.core.ring import RingSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import LEAST_CPU, check_quota
 from mdiq.runtime.options import RingOptions, parse_wires
-from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores
+from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
 from mdiq.transport.link_shape import LinkShape, parse_link
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
@@ -76,7 +76,7 @@ def execute(options: BenchOptions) -> int:
     cells = _cells(options)
     _check(options, cells)
     nodes = sorted({cell.nodes for cell in cells})
-    threads = options.threads or max(usable_cores() // nodes[-1], 1)
+    threads = options.threads or max(usable_threads() // nodes[-1], 1)
     set_threads(threads)
     cores = tuple(sorted(os.sched_getaffinity(0)))
     from mdiq.engine.checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from mdiq.errors import ConfigError
-from mdiq.runtime.placement import set_threads, usable_cores
+from mdiq.runtime.placement import set_threads, usable_threads
 
 BOUNDS = {"int8": 1.01, "int4": 1.04}
 """Most that the perplexity may grow by, as a factor."""
@@ -45,7 +45,7 @@ class Row:
 
 def measure(options: PerplexityOptions) -> int:
     """Print the perplexities and return the exit code: 1 when weights miss their bound."""
-    set_threads(options.threads or usable_cores())
+    set_threads(options.threads or usable_threads())
     import torch
 
     from mdiq.core.types import LayerRange

@@ -9,7 +9,7 @@ from mdiq.config.load import LoadedTopology
 from mdiq.config.topology import Node, Topology
 from mdiq.errors import ConfigError
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingPeers
-from mdiq.runtime.placement import usable_cores
+from mdiq.runtime.placement import usable_threads
 from mdiq.transport.keys import private_of, public_of
 
 
@@ -125,7 +125,7 @@ def _secret(loaded: LoadedTopology, node: Node) -> bytes | None:
 
 def _threads(topology: Topology, node: Node) -> int:
     sharing = _nodes_by_machine(topology)[machine_of(node.address)]
-    return node.threads or max(usable_cores() // sharing, 1)
+    return node.threads or max(usable_threads() // sharing, 1)
 
 
 def _nodes_by_machine(topology: Topology) -> Mapping[str, int]:

@@ -21,7 +21,7 @@ from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.options import RingOptions, parse_wires
-from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores
+from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
 from mdiq.telemetry import logging
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
@@ -78,7 +78,7 @@ def execute(options: RunOptions) -> int:
         options, loaded = _from_topology(options, options.topology)
     num_nodes = len(_hand_split(options) or ()) or options.nodes or DEFAULT_NODES
     wires = parse_wires(options.wire, num_nodes)
-    threads = options.threads or max(usable_cores() // num_nodes, 1)
+    threads = options.threads or max(usable_threads() // num_nodes, 1)
     set_threads(threads)
     if options.pin:
         if not options.in_process and num_nodes > usable_cores():

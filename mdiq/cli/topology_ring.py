@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.config.load import LoadedTopology
     from mdiq.engine.model_config import ModelConfig
 
-SURVEY_LAYERS = 2
+SURVEY_LAYERS = 4
 SURVEY_KV_TOKENS = 2_048  # what engine/measure.py asks for: 16 Sequences with their context
 
 

@@ -88,6 +88,26 @@ class CpuQuota:
         _remove(self._folder)
 
 
+def own_quota() -> float | None:
+    """Return the CPU time that this process and its threads get together, in cores; None: nothing limits it."""
+    return min((quota for h in _hierarchies() for folder in h.folders() if (quota := _quota(folder))), default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    try:
+        quota, period = _read_quota(folder)
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no controller here, or "max"
+        return None
+
+
+def _read_quota(folder: Path) -> tuple[str, str]:
+    if (folder / "cpu.max").exists():
+        quota, period = (folder / "cpu.max").read_text().split()
+        return quota, period
+    return (folder / "cpu.cfs_quota_us").read_text(), (folder / "cpu.cfs_period_us").read_text()
+
+
 def check_quota() -> None:
     """Make a group, enter and leave it: what a ring will do.
 

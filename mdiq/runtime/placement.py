@@ -3,6 +3,7 @@
 import os
 
 from mdiq.errors import ConfigError
+from mdiq.runtime.cpu_quota import own_quota
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _CORES = tuple(sorted(os.sched_getaffinity(0)))  # before this process binds itself to one of them
@@ -44,3 +45,12 @@ def bind_to_core(core: int) -> None:
 def usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(_CORES)
+
+
+def usable_threads() -> int:
+    """Return how many threads can compute at once: the usable cores, or fewer where CPU time is rationed.
+
+    Threads that have no CPU time wait in the midst of a matmul, and the others with them.
+    """
+    quota = own_quota()
+    return len(_CORES) if quota is None else max(min(len(_CORES), int(quota)), 1)

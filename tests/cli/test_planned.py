@@ -184,7 +184,7 @@ def test_the_first_ring_is_planned_from_a_survey_of_a_few_layers_each(tmp_path: 
     rings = _rings(_topology(tmp_path), notes)
     survey = rings.options()
     assert survey.is_survey and survey.kv_tokens is not None
-    assert [len(layers) for layers in survey.layers] == [2, 2, 2]
+    assert [len(layers) for layers in survey.layers] == [4, 4, 4]
     rings.keep(replace(_ring(desk=0.002, pi1=0.002, pi2=0.004), num_layers=LAYERS), is_survey=True)
     planned = rings.options()
     assert not planned.is_survey and planned.kv_tokens is None
