@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 from pathlib import Path
@@ -50,8 +51,13 @@ def free_bytes(device: torch.device) -> int:
     return max(min(psutil.virtual_memory().available, _cgroup_free_bytes()), 0)
 
 
-def return_free_memory() -> None:
-    """Give memory that was freed back to the system; the C library keeps blocks below some size to itself."""
+def return_free_memory(*, collect: bool = False) -> None:
+    """Give memory that was freed back to the system; the C library keeps blocks below some size to itself.
+
+    collect: first find what only circles of references keep alive: tasks and callbacks of a Ring that has ended.
+    """
+    if collect:
+        gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 

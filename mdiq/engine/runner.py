@@ -8,7 +8,7 @@ import torch
 from mdiq.core.frame import Batch, Payload, TokenIds
 from mdiq.core.types import LayerRange, SeqId
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.device import choose_device, choose_dtype, free_bytes, rss_bytes
+from mdiq.engine.device import choose_device, choose_dtype, free_bytes, return_free_memory, rss_bytes
 from mdiq.engine.hot_table import hot_columns_from
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
@@ -219,17 +219,20 @@ def _make_cache(
     memory_bytes: int | None,
 ) -> KvCache:
     token_bytes = config.kv_bytes_per_token(len(layers), dtype.itemsize)
-    free = free_bytes(device)
     if memory_bytes is not None:
-        free = max(min(free, memory_bytes - rss_bytes()), 0)
+        return_free_memory(collect=True)  # what loading took for a while is not what the process takes
+    free, of_limit = free_bytes(device), ""
+    if memory_bytes is not None and memory_bytes - (taken := rss_bytes()) < free:
+        free = max(memory_bytes - taken, 0)
+        of_limit = f" (of its {memory_bytes >> 20} MiB the process takes {taken >> 20})"
     if kv_tokens is None:
         kv_tokens = min(
             int(free * KV_MEMORY_SHARE * memory_share) // token_bytes, MOST_SEQUENCES * config.context_tokens
         )
         if kv_tokens < BLOCK_TOKENS:
             raise CapacityError(
-                f"KV cache: {free >> 20} MiB are free behind the weights of layers {layers}, too little for "
-                f"{BLOCK_TOKENS} tokens; use more nodes or free memory"
+                f"KV cache: {free >> 20} MiB{of_limit} are free behind the weights of layers {layers}, too little for "
+                f"{BLOCK_TOKENS} tokens; use more nodes, free memory, or set a higher limit"
             )
     kv_tokens = -(-kv_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
     if kv_tokens * token_bytes > free:

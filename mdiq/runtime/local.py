@@ -20,7 +20,7 @@ from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, RingSpec, SeqId
 from mdiq.core.wire import hop_key
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.device import choose_device, free_bytes, rss_bytes
+from mdiq.engine.device import choose_device, free_bytes, return_free_memory, rss_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head, measure_packing
 from mdiq.engine.runner import StageRunner
@@ -238,6 +238,9 @@ class LocalRing:
         self._worker.close()
         if self._quota is not None:
             self._quota.close()
+        # The next Ring's Layers may need the room.
+        self._runner = self._service = self._serving = None
+        await asyncio.to_thread(return_free_memory, collect=True)
 
     async def _start(self) -> None:
         options = self._options

@@ -22,7 +22,7 @@ from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
-from mdiq.engine.device import choose_device, free_bytes, rss_bytes
+from mdiq.engine.device import choose_device, free_bytes, return_free_memory, rss_bytes
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.model_source import cache_directory
 from mdiq.engine.runner import StageRunner
@@ -122,6 +122,9 @@ class NodeProcess:
                     await part.aclose()
             self.worker.close()
             self._context.term()
+            # The next Ring's Layers may need the room.
+            self._runner = self._service = self._serving = None
+            await asyncio.to_thread(return_free_memory, collect=True)
 
     async def leave(self) -> None:
         """Tell the Starter, if this Node is in its Ring, that it ends because it was told to here."""
