@@ -6,7 +6,6 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -17,16 +16,9 @@ log = structlog.get_logger()
 
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("JOURNAL_STREAM", "MDIQ_LOG", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    structlog.reset_defaults()
-    logging.captureWarnings(False)
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 def json_lines(text: str) -> list[dict[str, object]]:
