@@ -80,7 +80,6 @@ class Device:
     address: str
     role: str
     key: Path | None
-    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,7 @@ def read_devices(path: Path) -> list[Device]:
     topology, keys = loaded.topology, loaded.path(loaded.topology.security.keys)
     has_keys = not topology.is_plain_text
     return [
-        Device(node.name, node.address, node.role, keys / f"{node.name}.key" if has_keys else None, node.spare)
+        Device(node.name, node.address, node.role, keys / f"{node.name}.key" if has_keys else None)
         for node in topology.nodes
     ]
 
@@ -444,9 +443,7 @@ async def rollback(plan: Plan, device: Device) -> str:
 
 
 async def wait_until_ready(plan: Plan, device: Device) -> str:
-    """Wait until the unit says that it serves, which needs the whole ring. A spare serves when another fails."""
-    if device.spare:
-        return "stands by"
+    """Wait until the unit says that it serves, which needs the whole ring, or that it stands by."""
     deadline = time.monotonic() + plan.ready_within_s
     told = ""
     while True:

@@ -64,6 +64,8 @@ def _print(found: Mapping[str, Any]) -> None:
 def _state(node: Mapping[str, Any]) -> str:
     if node["state"] == "loads":
         return f"loads, {node['loaded']} of {node['to_load']}"
+    if "reason" in node:
+        return f"{node['state']}: {node['reason']}"
     return str(node["state"])
 
 

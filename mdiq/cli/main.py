@@ -383,12 +383,27 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Also other splits, and what a device more or less would bring.")
     ] = False,
-    objective: Annotated[Objective, typer.Option(help="For several users, or for one.")] = Objective.THROUGHPUT,
-    users: Annotated[int, typer.Option(min=1, max=256, help="Users at once, with throughput.")] = 8,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(help="For several users, or for one. [default: as the topology says]", show_default=False),
+    ] = None,
+    users: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=256, help="Users at once, with throughput. [default: as the topology says]", show_default=False
+        ),
+    ] = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Forget what the nodes measured: they measure before the next ring.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Show which layers go where, and why, from what the nodes measured in an earlier ring."""
+    from mdiq.cli.plan import forget as execute_forget
     from mdiq.cli.plan import plan as execute
+
+    if forget:
+        raise typer.Exit(execute_forget(topology))
 
     raise typer.Exit(execute(topology, objective=objective, users=users, with_more=explain, as_json=as_json))
 

@@ -1,21 +1,35 @@
 """`mdiq plan`: what the planner makes of a topology, as a table that one can argue with."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import typer
 
-from mdiq.cli.planned import read_profiles
+from mdiq.cli.planned import goal_of, profiles_path, read_profiles
 from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
 from mdiq.plan.explain import explain, render
-from mdiq.plan.partition import Goal, Objective
+from mdiq.plan.partition import Objective
 from mdiq.plan.plan import plan_split
 
 
-def plan(file: Path, *, objective: Objective, users: int, with_more: bool, as_json: bool) -> int:
-    """Print the plan; return the exit code.
+def forget(file: Path) -> int:
+    """Have all nodes measured before the next ring."""
+    path = profiles_path(load_topology(file))
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        typer.echo("nothing was kept of these nodes")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; run this as the user whose service keeps it") from None
+    else:
+        typer.echo("forgotten: the nodes measure themselves before the next ring")
+    return 0
+
+
+def plan(file: Path, *, objective: Objective | None, users: int | None, with_more: bool, as_json: bool) -> int:
+    """Print the plan; return the exit code. objective, users: as the topology says, where they are None.
 
     Raises:
         ConfigError: nothing has been measured yet.
@@ -33,7 +47,12 @@ def plan(file: Path, *, objective: Objective, users: int, with_more: bool, as_js
         )
     found = profiles.of(names, {node.name: node.memory_bytes for node in nodes})
     assert found is not None  # all are known
-    goal = Goal(objective, 1 if objective is Objective.LATENCY else users)
+    goal = goal_of(loaded.topology)
+    if users is not None and objective is None and goal.objective is Objective.LATENCY:
+        objective = Objective.THROUGHPUT  # users are nothing to a plan for one
+    objective = objective or goal.objective
+    num_users = 1 if objective is Objective.LATENCY else users or loaded.topology.ring.users
+    goal = replace(goal, objective=objective, num_users=num_users)
     split = tuple(len(node.layers) for node in nodes if node.layers is not None)
     if split:  # by hand for all nodes, or for none
         typer.echo(f"by hand {','.join(map(str, split))}: ", nl=False, err=as_json)

@@ -8,8 +8,8 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
@@ -20,25 +20,24 @@ from mdiq.engine.model_source import cache_directory
 from mdiq.errors import ConfigError
 from mdiq.plan.explain import reason
 from mdiq.plan.measured import MeasuredRing, Profiles, from_json, profiles_of, to_json
-from mdiq.plan.partition import Goal
+from mdiq.plan.partition import Goal, Objective
 from mdiq.plan.plan import Plan, make_plan
 
 log = structlog.get_logger()
-
-USERS = 8  # for whom a ring is planned: several, as it is chosen for
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRing:
     """A topology with the nodes that take part, and how many layers each has; None: by hand, or not planned yet.
 
-    plan: what they follow from. notes: what an operator should know of it. is_unmeasured: there is no plan before
-    some of the nodes have measured themselves.
+    plan: what they follow from. left_out: the nodes that take no part, and why. notes: what an operator should know of
+    it. is_unmeasured: there is no plan before some of the nodes have measured themselves.
     """
 
     loaded: LoadedTopology
     layers: tuple[int, ...] | None = None
     plan: Plan | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     is_unmeasured: bool = False
 
@@ -62,18 +61,30 @@ def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: 
     if known is None:
         new = ", ".join(profiles.unknown([node.name for node in nodes]))
         return PlannedRing(loaded, notes=(f"{new}: not measured yet; the nodes measure first",), is_unmeasured=True)
-    plan = make_plan(profiles.model, known, profiles.links, Goal(num_users=USERS))
+    goal = goal_of(topology)
+    plan = make_plan(profiles.model, known, profiles.links, goal)
+    left_out = {str(node.node): reason(plan, node) for node in plan.left_out}
     layers = ", ".join(f"{stage.node} {len(stage.layers)}" for stage in plan.stages)
     notes = (
-        f"layers as planned: {layers}; {plan.value:.1f} tokens/s predicted for {USERS} users",
-        *(f"left out: {reason(plan, left_out)}" for left_out in plan.left_out),
+        f"layers as planned: {layers}; {plan.value:.1f} tokens/s predicted for "
+        + ("one user" if goal.num_users == 1 else f"{goal.num_users} users"),
+        *(f"left out: {name}: {why}" for name, why in left_out.items()),
     )
     return PlannedRing(
-        without(loaded, [left_out.node for left_out in plan.left_out]),
+        without(loaded, left_out),
         tuple(len(stage.layers) for stage in plan.stages),
         plan,
+        left_out,
         notes,
     )
+
+
+def goal_of(topology: Topology) -> Goal:
+    """Return what a topology's ring is planned for."""
+    wishes = topology.ring
+    objective = Objective(wishes.objective)
+    num_users = 1 if objective is Objective.LATENCY else wishes.users
+    return Goal(objective, num_users, kv_tokens=wishes.kv_tokens)
 
 
 def without(loaded: LoadedTopology, names: Collection[str]) -> LoadedTopology:
@@ -100,7 +111,7 @@ def without(loaded: LoadedTopology, names: Collection[str]) -> LoadedTopology:
 def read_profiles(loaded: LoadedTopology) -> Profiles | None:
     """Return what earlier rings of a topology measured, or None."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        return from_json(_path(loaded).read_text(encoding="utf-8"))
+        return from_json(profiles_path(loaded).read_text(encoding="utf-8"))
     return None
 
 
@@ -109,7 +120,7 @@ def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> Profiles | None
     profiles = profiles_of(ring, loaded.topology.model.weights, read_profiles(loaded))
     if profiles is None:
         return None
-    path = _path(loaded)
+    path = profiles_path(loaded)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, own = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -121,7 +132,8 @@ def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> Profiles | None
     return profiles
 
 
-def _path(loaded: LoadedTopology) -> Path:
+def profiles_path(loaded: LoadedTopology) -> Path:
+    """Return where the figures of a topology's nodes are kept, for its model and weights."""
     return cache_directory() / "profiles" / f"{_key(loaded.topology, loaded.file)}.json"
 
 

@@ -1,6 +1,7 @@
 """The Rings of a topology: which Nodes take part, and with which Layers, as planned from what they measured."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from mdiq.errors import PlanError
 from mdiq.plan.measured import MeasuredRing
 from mdiq.plan.pace import PaceSettings
 from mdiq.plan.split import check_split, split_layers
-from mdiq.runtime.options import RingOptions, parse_wires
+from mdiq.runtime.options import RingOptions, StandingBy, parse_wires
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.config.load import LoadedTopology
@@ -61,14 +62,20 @@ class TopologyRings:
         """
         loaded = without(self._loaded, drained)
         num_layers = self._config.num_layers
+        idle = {node.name: "it is a spare" for node in loaded.topology.spares} | dict.fromkeys(drained, "it is drained")
         if self._even_split:
-            return self._options(loaded, None)
+            return self._options(loaded, None, idle)
         planned = planned_ring(loaded, self._profiles, num_layers)
         if planned.notes != self._told:
             self._told = planned.notes
             for note in planned.notes:
                 self._on_note(note)
-        return self._options(planned.loaded, planned.layers, is_survey=planned.is_unmeasured)
+        return self._options(
+            planned.loaded,
+            planned.layers,
+            idle | {name: f"the plan leaves it out: {why}" for name, why in planned.left_out.items()},
+            is_survey=planned.is_unmeasured,
+        )
 
     def keep(self, measured: MeasuredRing, *, is_survey: bool = False) -> None:
         """Keep what a Ring measured, for later ones; of a survey, for the next one already."""
@@ -77,10 +84,20 @@ class TopologyRings:
             self._profiles = profiles
 
     def _options(
-        self, loaded: "LoadedTopology", planned: tuple[int, ...] | None, *, is_survey: bool = False
+        self,
+        loaded: "LoadedTopology",
+        planned: tuple[int, ...] | None,
+        idle: Mapping[str, str],
+        *,
+        is_survey: bool = False,
     ) -> RingOptions:
         flags = flags_of(loaded)
-        remote = remote_ring(loaded, self._join_wait_s)
+        remote = replace(
+            remote_ring(loaded, self._join_wait_s),
+            standing_by=tuple(
+                StandingBy(name, self._loaded.topology.node(name).public_key, reason) for name, reason in idle.items()
+            ),
+        )
         layers = self._layers(planned, flags, len(remote.nodes))
         if is_survey:
             layers = tuple(LayerRange(r.start, min(r.start + SURVEY_LAYERS, r.stop)) for r in layers)

@@ -294,6 +294,15 @@ class Api(_Section):
 class RingWishes(_Section):
     """What the ring aims at."""
 
+    objective: Literal["throughput", "latency"] = _key(
+        "throughput", "What `auto` layers are planned for: most tokens of all users together, or of one alone."
+    )
+    users: Annotated[int, Field(ge=1, le=256)] = _key(
+        8, "Users at once for whom throughput is planned. More users keep more devices at work."
+    )
+    kv_tokens: Annotated[int, Field(ge=32, le=16_777_216)] = _key(
+        2_048, "Least KV cache that a plan leaves room for, in tokens of all users together, prompts included."
+    )
     decode_wait_s: DecodeWait = _key(
         0.2,
         "Longest wait between two tokens of an answer while others' prompts are computed.",

@@ -27,6 +27,7 @@ class Agent:
     """Serves one Node until the Starter drains it.
 
     load: does what an Assign says and returns what it gave; send_burst and begin, likewise.
+    stand_by: told why the Ring goes without this Node.
     heartbeat: returns the figures of now.
     spans: returns the trace so far.
     """
@@ -40,6 +41,7 @@ class Agent:
         load: Callable[[control.Assign], Awaitable[control.Ready]],
         send_burst: Callable[[control.SendBurst], Awaitable[control.BurstSent]],
         begin: Callable[[control.Begin], Awaitable[control.Begun]],
+        stand_by: Callable[[str], None],
         heartbeat: Callable[[], control.Heartbeat],
         spans: Callable[[], Sequence[Span]],
     ) -> None:
@@ -49,6 +51,7 @@ class Agent:
         self._load = load
         self._send_burst = send_burst
         self._begin = begin
+        self._stand_by = stand_by
         self._heartbeat = heartbeat
         self._spans = spans
         self._outgoing: asyncio.Queue[control.Message] = asyncio.Queue(maxsize=1_000)
@@ -109,6 +112,9 @@ class Agent:
                     async with asyncio.timeout(GOODBYE_S):
                         await self._say_goodbye()
                 return
+            if isinstance(message, control.StandBy):
+                self._stand_by(message.reason)
+                continue
             try:
                 answer = await self._do(message)
             except MdiqError as error:

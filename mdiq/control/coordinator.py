@@ -27,7 +27,7 @@ class Coordinator:
 
     on_fault: told of Faults; on_loading: told of a Node's progress; on_lost: told of Nodes whose Lease has ended.
     drains_strangers: a Node that speaks and has not joined still serves an earlier Starter's Ring; tell it to end, so
-    that it joins this one.
+    that it joins this one. standing_by: Nodes that the Ring goes without, and why; they are told so when they come.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Coordinator:
         on_loading: Callable[[NodeId, control.Loading], None],
         on_lost: Callable[[NodeId, MdiqError], None],
         drains_strangers: bool = False,
+        standing_by: Mapping[NodeId, str] | None = None,
     ) -> None:
         self._server = server
         self._key = key
@@ -54,6 +55,8 @@ class Coordinator:
         self._on_lost = on_lost
         self._drains_strangers = drains_strangers
         self._drained_strangers: set[bytes] = set()
+        self._standing_by = dict(standing_by or {})
+        self._idle: dict[NodeId, bytes] = {}  # those that have come, by where they speak from
         self._is_draining = False
         self._members = Membership(lease_s)
         self._identities: dict[NodeId, bytes] = {}
@@ -126,6 +129,8 @@ class Coordinator:
         for node in self._identities:
             if not self._gone[node].done():
                 await self._send(node, control.Drain())
+        for identity in self._idle.values():  # the next Ring may have work for them
+            await self._send_to(identity, control.Drain())
         waiting = [self._gone[node] for node in self._identities]
         if waiting:
             await asyncio.wait(waiting, timeout=deadline_s)
@@ -146,7 +151,11 @@ class Coordinator:
             identity, data = await self._server.receive()
             try:
                 message = control.decode(data, self._key)
-                if self._drains_strangers and identity not in self._nodes and not isinstance(message, control.Hello):
+                if isinstance(message, control.Hello) and message.node in self._standing_by:
+                    await self._have_stand_by(identity, self._server.sender, NodeId(message.node))
+                elif identity in self._idle.values():
+                    pass  # it says that it lives
+                elif self._drains_strangers and identity not in self._nodes and not isinstance(message, control.Hello):
                     await self._drain_stranger(identity)
                 else:
                     self._handle(identity, self._server.sender, message)
@@ -161,10 +170,17 @@ class Coordinator:
             self._drained_strangers.clear()
         self._drained_strangers.add(identity)
         log.info("stranger_drained", peer=repr(identity))
-        try:
-            await self._server.send(identity, control.encode(control.Drain(), self._key))
-        except errors.TransportError as error:
-            log.info("control_message_not_sent", peer=repr(identity), error=str(error))
+        await self._send_to(identity, control.Drain())
+
+    async def _have_stand_by(self, identity: bytes, sender: str | None, node: NodeId) -> None:
+        if sender not in (None, node):
+            raise RemoteProtocolError(f"Hello for {node!r} came with the key of {sender!r}")
+        if identity in self._nodes:
+            raise RemoteProtocolError(f"Hello for {node!r} from a peer that is {self._nodes[identity]!r}")
+        if self._is_draining:
+            return  # it is ready for the next Ring
+        self._idle[node] = identity
+        await self._send_to(identity, control.StandBy(self._standing_by[node]))
 
     def _handle(self, identity: bytes, sender: str | None, message: control.Message) -> None:
         if isinstance(message, control.Hello):
@@ -274,6 +290,13 @@ class Coordinator:
             await self._server.send(self._identities[node], control.encode(message, self._key))
         except errors.TransportError as error:
             log.warning("control_message_not_sent", node=node, error=str(error))
+
+    async def _send_to(self, identity: bytes, message: control.Message) -> None:
+        """Tell a peer that is not of this Ring; it may be gone."""
+        try:
+            await self._server.send(identity, control.encode(message, self._key))
+        except errors.TransportError as error:
+            log.info("control_message_not_sent", peer=repr(identity), error=str(error))
 
 
 def error_from(node: NodeId, failed: control.Failed) -> MdiqError:

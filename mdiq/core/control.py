@@ -209,6 +209,16 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class StandBy:
+    """A Node of the topology that the Ring goes without, and why: an answer to its Hello."""
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", _clipped(self.reason))
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Finish, report and end."""
 
@@ -238,6 +248,7 @@ Message = (
     | Heartbeat
     | Fault
     | Failed
+    | StandBy
     | Drain
     | Goodbye
     | TraceChunk

@@ -95,27 +95,32 @@ def measure_packing(width: int) -> Curve:
 
 
 def _curve(runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], least_s: float) -> Curve:
-    points: list[tuple[int, float]] = []
-    for size in sizes:
-        points.append((size, _seconds(runner, size, make_batch, least_s)))
-        if points[-1][1] > ENOUGH_S:
-            break
-    return Curve(tuple(points))
-
-
-def _seconds(runner: StageRunner, size: int, make_batch: Callable[[int, int], Batch], least_s: float) -> float:
-    times: list[float] = []  # the first one warms up
-    while True:
-        for i in range(REPEATS + 1):
-            times.append(_forward_s(runner, make_batch(size, i)))
-            # Of a long measurement the warm-up is no part: on a small device it may take longer than all that follows.
-            if sum(times[1:] if least_s else times) > max(MOST_S, least_s):
+    """Measure the sizes in turns: what disturbs the device for a moment is not all one size's."""
+    _forward_s(runner, make_batch(sizes[0], 0))  # pays for pages that are not in memory yet
+    runner.reset()
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    left = sizes
+    while left:
+        for size in left:
+            # The first forward of a size warms up. It counts where that took so long that it will not be repeated.
+            for i in range(2 if not times[size] else 1):
+                time_s = _forward_s(runner, make_batch(size, i))
+                if i or times[size] or time_s > MOST_S:
+                    times[size].append(time_s)
+                if time_s > MOST_S:
+                    break
+            runner.reset()
+            if times[size][-1] > ENOUGH_S:
+                larger = [other for other in sizes if other > size]
+                times = {other: taken for other, taken in times.items() if other not in larger}
                 break
-        runner.reset()
-        if sum(times[1:]) >= least_s:
-            break
-    later = times[1:] or times
-    return statistics.fmean(later) if least_s else statistics.median(later)
+        left = [
+            size
+            for size, taken in times.items()
+            if sum(taken) < least_s or (len(taken) < REPEATS and sum(taken) < MOST_S)
+        ]
+    mean = statistics.fmean if least_s else statistics.median
+    return Curve(tuple((size, mean(taken)) for size, taken in times.items()))
 
 
 def _forward_s(runner: StageRunner, batch: Batch) -> float:

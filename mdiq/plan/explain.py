@@ -157,7 +157,7 @@ def render(explanation: Explanation, *, with_more: bool = True) -> str:
         f"limited by   {_limit(plan)}",
         f"KV cache     {_kv(plan)}",
         *_memory(explanation),
-        *(f"left out     {reason(plan, left_out)}" for left_out in plan.left_out),
+        *(f"left out     {left_out.node}: {reason(plan, left_out)}" for left_out in plan.left_out),
     ]
     for title, what_ifs in (
         ("other splits", explanation.splits),
@@ -227,13 +227,13 @@ def reason(plan: Plan, left_out: LeftOut) -> str:
     """Return why a Node holds nothing, in words."""
     match left_out.why:
         case Why.SPARE:
-            return f"{left_out.node}: it is spare"
+            return "it is spare"
         case Why.NO_ROOM:
-            return f"{left_out.node}: its memory does not hold a layer with {plan.goal.kv_tokens:,} tokens of KV cache"
+            return f"its memory does not hold a layer with {plan.goal.kv_tokens:,} tokens of KV cache"
         case Why.NO_LAYER:
-            return f"{left_out.node}: there is no layer for it beside the other nodes'"
+            return "there is no layer for it beside the other nodes'"
     assert left_out.rate_with is not None  # it is left out because of its rate
-    return f"{left_out.node}: {left_out.rate_with:.1f} tokens/s with it, {plan.value:.1f} without"
+    return f"{left_out.rate_with:.1f} tokens/s with it, {plan.value:.1f} without"
 
 
 def _what_ifs(value: float, what_ifs: Sequence[WhatIf]) -> Iterator[str]:

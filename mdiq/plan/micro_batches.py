@@ -35,7 +35,8 @@ Points = tuple[tuple[int, float], ...]
 class Curve:
     """Seconds by size, as measured: lines between the points, and the last line goes on behind them.
 
-    Times of larger sizes are taken to be no shorter: what a noisy measurement says otherwise is smoothed away.
+    Times of larger sizes are taken to be no shorter. Where a noisy measurement says otherwise, both get their mean: the
+    nearest that do not fall (isotonic regression by pooling adjacent violators).
     """
 
     points: Points
@@ -44,11 +45,16 @@ class Curve:
         sizes = [size for size, _ in self.points]
         if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
             raise ValueError(f"Curve{self.points}: it needs sizes that grow from at least 1")
-        most_s, rising = 0.0, []
-        for size, time_s in self.points:
-            most_s = max(most_s, time_s)
-            rising.append((size, most_s))
-        object.__setattr__(self, "points", tuple(rising))
+        pools: list[tuple[float, int]] = []  # mean, and of how many
+        for _, time_s in self.points:
+            mean_s, count = max(time_s, 0.0), 1
+            while pools and pools[-1][0] > mean_s:
+                other_s, others = pools.pop()
+                mean_s = (mean_s * count + other_s * others) / (count + others)
+                count += others
+            pools.append((mean_s, count))
+        times = [mean_s for mean_s, count in pools for _ in range(count)]
+        object.__setattr__(self, "points", tuple(zip(sizes, times, strict=True)))
 
     def seconds(self, size: float) -> float:
         """Return the seconds that ``size`` takes."""

@@ -247,7 +247,7 @@ class LocalRing:
         loop = asyncio.get_running_loop()
         digest = await self._worker.run_uncounted(partial(_digest, options.model))
         others: list[control.Ready] = []
-        if options.num_nodes > 1:
+        if options.num_nodes > 1 or (options.remote is not None and options.remote.standing_by):
             make = _kind_of_stages(options)
             self._stages = make(
                 options,
@@ -313,7 +313,7 @@ class LocalRing:
         )
         self._serving = asyncio.create_task(service.run(), name="starter")
         self._serving.add_done_callback(self._on_loops_ended)
-        if isinstance(self._stages, SocketStages):
+        if isinstance(self._stages, SocketStages) and options.num_nodes > 1:
             self._links = await survey_hops(service, self._stages, self._epoch, options.num_nodes, self._clock)
         if options.is_survey:
             self._wires = self._first_wires
@@ -361,6 +361,7 @@ class LocalRing:
         self._wires = wires
         if self._stages is not None:
             await self._stages.begin(self._epoch, wires)
+        if wires:
             self._runner.set_wire(wires[0])
         await self._worker.run_uncounted(self._runner.reset)
         self.service.begin_epoch(self._epoch, self._spec)

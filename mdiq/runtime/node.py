@@ -108,6 +108,7 @@ class NodeProcess:
                 load=self._load,
                 send_burst=self._send_burst,
                 begin=self._begin,
+                stand_by=self._stand_by,
                 heartbeat=self._heartbeat,
                 spans=lambda: self._tracer.spans,
             )
@@ -333,6 +334,13 @@ class NodeProcess:
         self._notifier.ready(f"serves {self._layers}")
         log.info("epoch_began", epoch=begin.epoch, wire=begin.wire)
         return control.Begun(begin.epoch)
+
+    def _stand_by(self, reason: str) -> None:
+        if self.is_assigned:
+            return  # it is in the Ring
+        self._waits_for = ""
+        self._notifier.ready(f"stands by: {reason}")
+        log.info("stands_by", reason=reason)
 
     def _heartbeat(self) -> control.Heartbeat:
         meter, (bytes_in, bytes_out) = self.worker.meter, self._bytes_before

@@ -44,12 +44,22 @@ class RemoteNode:
 
 
 @dataclass(frozen=True, slots=True)
+class StandingBy:
+    """A Node that has no Layers now, and why: the topology, the plan or an operator wants it so."""
+
+    name: str
+    public_key: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteRing:
     """A Ring over several machines, at the Starter.
 
     nodes: in ring order, the Starter first. control_endpoint, weights_endpoint: of the Starter.
     secret: the Starter's private key; None: plain text, beyond loopback only where ``insecure`` permits it.
     join_wait_s: how long to wait for the Nodes. transfer_bytes_per_s: of weights, all together; None: no limit.
+    standing_by: Nodes of the topology that this Ring goes without.
     """
 
     nodes: tuple[RemoteNode, ...]
@@ -59,6 +69,7 @@ class RemoteRing:
     insecure: bool = False
     join_wait_s: float = 120.0
     transfer_bytes_per_s: float | None = None
+    standing_by: tuple[StandingBy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

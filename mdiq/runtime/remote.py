@@ -45,6 +45,8 @@ class RemoteStages(SocketStages):
     async def start(self) -> Sequence[control.Ready]:
         """Wait for the Nodes, have them fetch and load their Layers; return what each has, in ring order.
 
+        Without any Node, the Starter only tells those that stand by that they do.
+
         Raises:
             MdiqError: a port cannot be used, Nodes are missing, or one failed; the message names it.
         """
@@ -52,6 +54,17 @@ class RemoteStages(SocketStages):
         if ring.secret is not None:
             self._gate = await self._open_gate(ring)
         insecure, listen = ring.insecure, listen_endpoint
+        server = await RouterServer.bind(
+            self._context, listen(ring.control_endpoint), security=self._server_security(CONTROL), insecure=insecure
+        )
+        coordinator = self._coordinate(
+            server,
+            control.CHECKSUM_KEY,
+            drains_strangers=True,
+            standing_by={NodeId(node.name): node.reason for node in ring.standing_by},
+        )
+        if not self._names:
+            return []
         self.source = await PullSource.bind(
             self._context, listen(ring.nodes[0].data_endpoint), security=self._server_security(DATA), insecure=insecure
         )
@@ -62,10 +75,6 @@ class RemoteStages(SocketStages):
             security=self._server_security(WEIGHTS),
             insecure=insecure,
         )
-        server = await RouterServer.bind(
-            self._context, listen(ring.control_endpoint), security=self._server_security(CONTROL), insecure=insecure
-        )
-        coordinator = self._coordinate(server, control.CHECKSUM_KEY, drains_strangers=True)
         preparing = asyncio.create_task(self._prepare(self._weights), name="prepare-weights")
         try:
             await self._all_joined(coordinator)
@@ -107,7 +116,8 @@ class RemoteStages(SocketStages):
         gate.start()
         last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
         workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
-        for domain, listed in ((DATA, last), (CONTROL, workers), (WEIGHTS, workers)):
+        idle = {node.public_key or "": node.name for node in ring.standing_by}
+        for domain, listed in ((DATA, last), (CONTROL, workers | idle), (WEIGHTS, workers)):
             await gate.replace(domain, listed)
         self._run(self._serve(gate.run(), "gate"), "gate")
         return gate

@@ -229,7 +229,8 @@ class RingKeeper:
             else:
                 node["state"] = "joined" if self._ring is not None else "unknown"
             nodes.append(node)
-        nodes += [{"name": name, "state": "drained"} for name in sorted(self._drained)]
+        standing_by = options.remote.standing_by if options.remote else ()
+        nodes += [{"name": node.name, "state": "stands by", "reason": node.reason} for node in standing_by]
         status: dict[str, Any] = {
             "is_serving": self.state.is_serving,
             "state": self.state.text,

@@ -6,7 +6,7 @@ How the Nodes come to be, and how they are reached, is for those who build on it
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -137,7 +137,14 @@ class SocketStages(ABC):
                 await part.aclose()
         self._context.term()
 
-    def _coordinate(self, server: RouterServer, control_key: bytes, *, drains_strangers: bool = False) -> Coordinator:
+    def _coordinate(
+        self,
+        server: RouterServer,
+        control_key: bytes,
+        *,
+        drains_strangers: bool = False,
+        standing_by: Mapping[NodeId, str] | None = None,
+    ) -> Coordinator:
         """Begin to listen to the Nodes."""
         self._server = server
         self._coordinator = coordinator = Coordinator(
@@ -151,6 +158,7 @@ class SocketStages(ABC):
             on_loading=lambda node, loading: self._on_loading(node, loading.done, loading.total),
             on_lost=self._lost,
             drains_strangers=drains_strangers,
+            standing_by=standing_by,
         )
         self._run(coordinator.run(), "coordinator")
         return coordinator

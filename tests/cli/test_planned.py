@@ -1,5 +1,6 @@
 """Layers of a topology from kept figures; mdiq plan."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mdiq.errors import ConfigError, PlanError
 from mdiq.plan.measured import MeasuredRing, MeasuredStage
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
+from mdiq.plan.plan import Plan
 
 MIB = 1 << 20
 LAYERS = 30
@@ -77,6 +79,52 @@ def test_a_node_that_only_slows_the_ring_down_is_left_out_and_it_is_said(tmp_pat
     assert planned.layers is not None and len(planned.layers) == 2
     _, note = planned.notes
     assert note.startswith("left out: pi2: ")
+
+
+def test_a_ring_is_planned_for_the_users_and_the_cache_that_the_topology_names(tmp_path: Path) -> None:
+    loaded = _topology(tmp_path)
+    keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.001))
+    profiles = read_profiles(loaded)
+
+    def planned(wishes: str) -> Plan:
+        text = loaded.file.read_text().partition("ring:")[0]
+        loaded.file.write_text(f"{text}ring: {{{wishes}}}\n")
+        plan = planned_ring(load_topology(loaded.file), profiles, LAYERS).plan
+        assert plan is not None
+        return plan
+
+    for_many, for_one = planned("users: 32"), planned("objective: latency, users: 32")
+    assert (for_many.goal.num_users, len(for_many.stages)) == (32, 3)
+    # Every hop makes the way of a single token longer.
+    assert (for_one.goal.num_users, len(for_one.stages)) == (1, 1)
+    roomy = planned("kv_tokens: 30000, objective: latency")
+    assert roomy.kv_tokens >= 30_000 and len(roomy.stages) > 1
+    with pytest.raises(PlanError, match="do not fit"):
+        planned("kv_tokens: 500000")
+
+
+def test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given(tmp_path: Path) -> None:
+    loaded = _topology(tmp_path)
+    keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.001))
+    loaded.file.write_text(f"{loaded.file.read_text()}ring: {{objective: latency, users: 5}}\n")
+
+    def goal(*options: str) -> tuple[str, int]:
+        shown = CliRunner().invoke(app, ["plan", str(loaded.file), "--json", *options])
+        assert shown.exit_code == 0, shown.output
+        found = json.loads(shown.stdout)["plan"]["goal"]
+        return found["objective"], found["num_users"]
+
+    assert goal() == ("latency", 1)
+    assert goal("--objective", "throughput") == ("throughput", 5)
+    assert goal("--users", "7") == ("throughput", 7)
+
+
+def test_figures_are_forgotten_on_demand(tmp_path: Path) -> None:
+    loaded = _topology(tmp_path)
+    keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.001))
+    told = [CliRunner().invoke(app, ["plan", str(loaded.file), "--forget"]).stdout for _ in range(2)]
+    assert told[0].startswith("forgotten") and told[1].startswith("nothing was kept")
+    assert planned_ring(loaded, read_profiles(loaded), LAYERS).is_unmeasured
 
 
 def test_layers_by_hand_stay_and_a_new_node_waits_for_its_figures(tmp_path: Path) -> None:

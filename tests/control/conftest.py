@@ -93,13 +93,14 @@ class Heartbeats(dict[NodeId, control.Heartbeat]):
 
 @dataclass
 class Plane:
-    """A control plane whose Coordinator expects ``node-1`` and ``node-2``."""
+    """A control plane whose Coordinator expects ``node-1`` and ``node-2``, and goes without ``node-3``."""
 
     server: MemoryControlServer
     now: float = 0.0
     faults: list[tuple[NodeId, control.Fault]] = field(default_factory=list)
     progress: list[tuple[NodeId, control.Loading]] = field(default_factory=list)
     lost: "asyncio.Queue[tuple[NodeId, MdiqError]]" = field(default_factory=asyncio.Queue)
+    stand_by: list[str] = field(default_factory=list)  # why Agents were told to
     spans: list[Span] = field(default_factory=list)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
 
@@ -114,6 +115,7 @@ class Plane:
             on_fault=lambda node, fault: self.faults.append((node, fault)),
             on_loading=lambda node, loading: self.progress.append((node, loading)),
             on_lost=lambda node, error: self.lost.put_nowait((node, error)),
+            standing_by={NodeId("node-3"): "it is a spare"},
         )
         self.heartbeats = self.coordinator.heartbeats = Heartbeats()
         self.coordinating = asyncio.create_task(self.coordinator.run(), name="coordinator")
@@ -140,6 +142,7 @@ class Plane:
             load=load or loads,
             send_burst=send_burst,
             begin=begin,
+            stand_by=self.stand_by.append,
             heartbeat=heartbeat,
             spans=lambda: self.spans,
         )

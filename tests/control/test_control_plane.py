@@ -87,6 +87,27 @@ async def test_a_node_that_nobody_expects_is_ignored(plane: Plane) -> None:
     assert plane.lost.empty()
 
 
+async def test_a_node_that_the_ring_goes_without_is_told_why_until_the_ring_ends(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "HEARTBEAT_S", 0.01)
+    _, idle = plane.agent("node-3")
+    for name in ("node-1", "node-2"):
+        plane.agent(name)
+    assert set(await plane.coordinator.all_joined()) == {ONE, TWO}
+    while len([node for node in (ONE, TWO) if node in plane.heartbeats]) < 2:
+        await plane.heartbeats.heard.get()
+    assert plane.stand_by == ["it is a spare"]
+    assert "node-3" not in plane.heartbeats and not idle.done()
+    await plane.coordinator.drain(10.0)
+    await idle  # the next ring may need it
+    assert plane.lost.empty()
+    # What it says meanwhile is no business of a ring that ends.
+    _, again = plane.agent("node-3", identity=b"node-3 again")
+    await asyncio.sleep(0.05)
+    assert plane.stand_by == ["it is a spare"] and not again.done()
+
+
 async def test_a_second_process_of_a_name_does_not_take_the_place_of_the_first(plane: Plane) -> None:
     plane.agent("node-1")
     plane.agent("node-2")
@@ -264,6 +285,10 @@ async def test_with_security_a_node_speaks_for_itself_alone(plane: Plane) -> Non
         await taken.send(message)
     # And with its own name on a connection that is node-1's already.
     await honest.send(control.encode(control.Hello("node-2", "tcp://127.0.0.1:6666", 1, VERSION), KEY))
+    # Nor does it stand by for another, or fall silent so.
+    idle = control.encode(control.Hello("node-3", "tcp://127.0.0.1:6666", 1, VERSION), KEY)
+    await other.send(idle)
+    await honest.send(idle)
     mine = plane.server.connect(b"node-2", sender="node-2")
     await mine.send(control.encode(control.Hello("node-2", "tcp://127.0.0.1:6002", 1, VERSION), KEY))
     hellos = await plane.coordinator.all_joined()
@@ -321,6 +346,7 @@ async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pyte
         load=lambda _: asyncio.get_running_loop().create_future(),
         send_burst=send_burst,
         begin=begin,
+        stand_by=[].append,
         heartbeat=breaks,
         spans=list,
     )
@@ -359,7 +385,17 @@ async def test_the_same_over_real_sockets() -> None:
 
     hello = control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION)
     agent = asyncio.create_task(
-        Agent(link, KEY, hello, load=load, send_burst=send_burst, begin=begin, heartbeat=heartbeat, spans=list).run()
+        Agent(
+            link,
+            KEY,
+            hello,
+            load=load,
+            send_burst=send_burst,
+            begin=begin,
+            stand_by=[].append,
+            heartbeat=heartbeat,
+            spans=list,
+        ).run()
     )
     assert set(await coordinator.all_joined()) == {ONE}
     assert (await coordinator.assign({ONE: assignment()}))[ONE] == ready()

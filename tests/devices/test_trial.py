@@ -84,8 +84,10 @@ class Watch:
         for looking in self._looking:
             looking.terminate()
             looking.wait()
-        for thread in self._threads:
+        for looking, thread in zip(self._looking, self._threads, strict=True):
             thread.join(10)
+            assert looking.stdout is not None
+            looking.stdout.close()
 
     def _read(self, name: str, looking: "subprocess.Popen[str]") -> None:
         assert looking.stdout is not None
@@ -157,6 +159,21 @@ def _events(shelf: Shelf, name: str, event: str) -> list[dict[str, Any]]:
     return [entry for entry in events if entry["event"] == event]
 
 
+def _edit(guide: Guide, *, memory: dict[str, str], kv_tokens: int, **model: str) -> None:
+    """Change the operator's file as an editor would."""
+    file = guide.folder / "topology.yaml"
+    text = file.read_text()
+    for name, limit in memory.items():
+        before, begin, rest = text.partition(f"  - name: {name}\n")
+        block, end, after = rest.partition("\n\n")
+        lines = [line for line in block.split("\n") if not line.startswith("    memory:")]
+        text = before + begin + "\n".join([*lines, f"    memory: {limit}"]) + end + after
+    for key, value in {"kv_tokens": str(kv_tokens), **model}.items():
+        text, num = re.subn(rf"^(  {key}: )\S+", rf"\g<1>{value}", text, flags=re.MULTILINE)
+        assert num == 1, text
+    file.write_text(text)
+
+
 def _provision_topology(guide: Guide) -> None:
     """Bring the operator's topology, which has changed, to all devices."""
     out = must(guide.run("python nodes/provision.py topology.yaml"))
@@ -178,6 +195,9 @@ def _capture(shelf: Shelf, file: Path) -> Iterator[None]:
 
 def test_init_keys_and_check_write_a_file_that_has_no_mistake(guide: Guide) -> None:
     assert "topology.yaml: written" in must(guide.type("mdiq init"))
+    # For 8 users a small model is fastest on the fastest device alone. These have other things to do as well, and the
+    # users long questions: no two of them hold it.
+    _edit(guide, memory={STARTER: "640M", "pi1": "500M"}, kv_tokens=8_192)
     assert "run `mdiq keys`" in guide.run("mdiq check topology.yaml").stderr
     must(guide.type("mdiq keys"))
     checked = guide.type("mdiq check")
@@ -217,7 +237,7 @@ def test_the_canary_comes_up_before_the_others_and_the_ring_tells_its_progress_u
         assert "activating: " in lines[places["pi1", "check"]][2]
         ready = must(guide.type("python nodes/provision.py topology.yaml --ready-within"))
     assert re.search(r"^desk +ready +serves on desk", ready, re.MULTILINE), ready
-    assert re.search(rf"^{SPARE} +ready +stands by", ready, re.MULTILINE), ready
+    assert re.search(rf"^{SPARE} +ready +stands by: it is a spare", ready, re.MULTILINE), ready
     assert len(re.findall(r"^\w+ +push +0 of", ready, re.MULTILINE)) == len(DEVICES), ready
     served = _status(shelf)
     assert served["is_serving"], served
@@ -244,7 +264,7 @@ def test_each_node_has_its_own_layers_only_and_the_spare_has_none(shelf: Shelf) 
         size, taken = map(int, shelf.sh(name, "stat -c '%s %b' /var/cache/mdiq/weights/*/model.gguf").split())
         assert taken * 512 < 0.6 * size, "it has more than its own layers"
     assert shelf.sh(SPARE, "ls -A /var/cache/mdiq") == ""
-    assert shelf.unit(SPARE, "ActiveState", "StatusText") == ["activating", "waits for the starter"]
+    assert shelf.unit(SPARE, "ActiveState", "StatusText") == ["active", "stands by: it is a spare"]
 
 
 def test_the_status_and_the_journal_can_be_read(guide: Guide, shelf: Shelf) -> None:
@@ -313,16 +333,13 @@ def test_the_planned_ring_beside_the_equal_one(shelf: Shelf, record_property: Ca
 
 def test_a_model_too_large_for_a_device_runs_over_three(guide: Guide, shelf: Shelf) -> None:
     """In f32 the model alone takes 538 MB, and mdiq more than 160 MB beside it."""
-    file = guide.folder / "topology.yaml"
-    text = file.read_text().replace("weights: int8", "weights: plain")
     # Two alone may not hold it: the third one is necessary.
-    text = text.replace("memory: auto", "memory: 640M", 1)
-    file.write_text(re.sub(r"(name: pi1\n)", r"\1    memory: 500M\n", text))
+    _edit(guide, memory={STARTER: "700M", "pi1": "560M"}, kv_tokens=2_048, weights="plain")
     _provision_topology(guide)
     served = _until_serves(shelf, 1)
     assert [node["name"] for node in served["nodes"]] == [STARTER, *WORKERS]
     assert _answer(shelf) == _local_text(served, "plain")
-    assert all(node["rss_bytes"] < 660 << 20 for node in served["nodes"])
+    assert all(node["rss_bytes"] < 700 << 20 for node in served["nodes"])
     assert sum(node["weight_bytes"] for node in served["nodes"]) > 500 << 20
     plan = must(guide.type("ssh root@192.168.1.10 MDIQ_CACHE=/var/cache/mdiq"))
     assert "free MiB" in plan and "KV MiB" in plan, plan

@@ -128,6 +128,11 @@ def test_a_drained_node_leaves_the_others_its_layers_and_comes_back(served: Serv
     assert code == 0 and "drained" in text
     status = served.until_serves("desk", "pi1")
     assert [node["layers"][1] for node in status["nodes"][:2]][-1] == 30
+    assert status["nodes"][2] == {"name": "pi2", "state": "stands by", "reason": "it is drained"}
+    deadline = time.monotonic() + 20
+    while "stands_by" not in served.ring.log("pi2").read_text():
+        assert time.monotonic() < deadline, served.ring.log("pi2").read_text()[-2000:]
+        time.sleep(0.2)
     assert served.ask(PROMPT) == [expected]
     assert served.mdiq("drain", "desk")[0] == 2  # a mistake, told in words
     assert served.mdiq("drain", "pi2", "--undo")[0] == 0

@@ -257,18 +257,6 @@ def test_a_file_that_is_no_topology_is_refused_with_its_line(document: str, comp
     assert caught.value.code == 2
 
 
-def test_a_spare_is_brought_up_like_the_others_and_not_waited_for(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
-    document = yaml.safe_load(world.topology.read_text())
-    document["nodes"][1]["spare"] = True
-    world.topology.write_text(yaml.safe_dump(document))
-    assert world.run("--ready-within", "5") == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["pi2", "ready", "stands", "by"] in lines
-    assert any(line[:2] == ["pi2", "switch"] for line in lines)
-
-
 def test_a_missing_topology_and_an_unknown_name_are_bad_usage(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert provision.main([str(world.folder / "none.yaml")]) == 2
     assert world.run("--canary", "pi9") == 2

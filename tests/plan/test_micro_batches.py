@@ -81,7 +81,12 @@ def test_a_curve_has_lines_between_its_points_and_its_last_line_goes_on() -> Non
 
 
 def test_a_larger_batch_that_was_measured_as_faster_counts_as_equally_fast() -> None:
-    assert Curve(((1, 1.2), (2, 1.1), (4, 1.5))).points == ((1, 1.2), (2, 1.2), (4, 1.5))
+    assert Curve(((1, 1.3), (2, 1.1), (4, 1.5))).points == ((1, 1.2000000000000002), (2, 1.2000000000000002), (4, 1.5))
+    # One that is far too high does not lift all that come behind it.
+    assert Curve(((1, 6.0), (2, 1.0), (4, 2.0), (8, 3.0), (16, 9.0))).points == (
+        *((size, 3.0) for size in (1, 2, 4, 8)),
+        (16, 9.0),
+    )
     assert Curve(((1, -1.0),)).points == ((1, 0.0),)
 
 

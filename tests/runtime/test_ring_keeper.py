@@ -11,7 +11,7 @@ from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEven
 from mdiq.core.types import LayerRange
 from mdiq.errors import ConfigError, MdiqError, NodeDiedError, PlanError, RingError
 from mdiq.runtime import ring_keeper
-from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RemoteNode, RemoteRing, RingOptions
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RemoteNode, RemoteRing, RingOptions, StandingBy
 from mdiq.runtime.ring_keeper import Form, OnLoading, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
 
@@ -105,7 +105,8 @@ class House:
             if not self.fits:
                 raise PlanError("the model needs 4 GiB more")
             layers = tuple(LayerRange(i, i + 1) for i in range(len(ring)))
-            remote = RemoteRing(tuple(ring), "tcp://c", "tcp://w")
+            idle = tuple(StandingBy(name, nodes[name], "it is drained") for name in sorted(drained))
+            remote = RemoteRing(tuple(ring), "tcp://c", "tcp://w", standing_by=idle)
             return RingOptions(Path("model"), layers, remote=remote, is_survey=not self.is_measured)
 
         return form
@@ -247,7 +248,7 @@ async def test_a_drained_node_leaves_when_nothing_runs_and_may_come_back(house: 
     assert "formed with desk, pi2" in await draining
     second = await house.serving_ring(2)
     assert second.options.node_names == ("desk", "pi2")
-    assert house.keeper.status()["nodes"][-1] == {"name": "pi1", "state": "drained"}
+    assert house.keeper.status()["nodes"][-1] == {"name": "pi1", "state": "stands by", "reason": "it is drained"}
     assert "already" in await house.keeper.drain_node("pi1")
     assert "back" in await house.keeper.drain_node("pi1", undo=True)
     assert (await house.serving_ring(3)).options.node_names == ("desk", "pi1", "pi2")
