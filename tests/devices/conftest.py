@@ -9,6 +9,7 @@ bridge BRIDGE, by interfaces v...), ``down`` removes all devices.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,12 @@ class Shelf:
     def off(self, name: str) -> None:
         self.sh(name, "sync")
         must(run(self.tool, "off", name))
+        # Its processes may take a while to be gone, and until then it cannot be booted.
+        for _ in range(300):
+            if f"{name} {self.addresses[name]} on" not in must(run(self.tool, "list")).splitlines():
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{name}: it is not off")
 
     def unit(self, name: str, *properties: str, unit: str = "mdiq-node") -> list[str]:
         """Return properties of a device's unit."""

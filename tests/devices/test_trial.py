@@ -107,6 +107,11 @@ def _status(shelf: Shelf) -> dict[str, Any]:
     return found
 
 
+def _members(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the nodes of the ring; others stand by."""
+    return [node for node in status["nodes"] if "layers" in node]
+
+
 def _until_serves(shelf: Shelf, num_rings: int) -> dict[str, Any]:
     """Wait until the Starter's unit serves its so many'th ring."""
     for _ in range(300):
@@ -139,8 +144,7 @@ def _local(layers: list[int], wires: list[str], weights: str) -> dict[str, Any]:
 
 def _local_text(status: dict[str, Any], weights: str = "int8") -> str:
     """Return the text of a ring on this machine that is like the one which a status shows."""
-    nodes = [node for node in status["nodes"] if "layers" in node]
-    layers = [node["layers"][1] - node["layers"][0] for node in nodes]
+    layers = [node["layers"][1] - node["layers"][0] for node in _members(status)]
     return str(_local(layers, [hop["wire"] for hop in status["hops"]], weights)["text"]).strip()
 
 
@@ -197,7 +201,7 @@ def test_init_keys_and_check_write_a_file_that_has_no_mistake(guide: Guide) -> N
     assert "topology.yaml: written" in must(guide.type("mdiq init"))
     # For 8 users a small model is fastest on the fastest device alone. These have other things to do as well, and the
     # users long questions: no two of them hold it.
-    _edit(guide, memory={STARTER: "640M", "pi1": "500M"}, kv_tokens=8_192)
+    _edit(guide, memory={STARTER: "640M", "pi1": "512M"}, kv_tokens=8_192)
     assert "run `mdiq keys`" in guide.run("mdiq check topology.yaml").stderr
     must(guide.type("mdiq keys"))
     checked = guide.type("mdiq check")
@@ -241,8 +245,8 @@ def test_the_canary_comes_up_before_the_others_and_the_ring_tells_its_progress_u
     assert len(re.findall(r"^\w+ +push +0 of", ready, re.MULTILINE)) == len(DEVICES), ready
     served = _status(shelf)
     assert served["is_serving"], served
-    assert [node["name"] for node in served["nodes"]] == [STARTER, *WORKERS], "each brings more than it costs"
-    for node in served["nodes"][1:]:
+    assert [node["name"] for node in _members(served)] == [STARTER, *WORKERS], "each brings more than it costs"
+    for node in _members(served)[1:]:
         layers, seen = f"layers {node['layers'][0]}-{node['layers'][1] - 1}", watch.seen[node["name"]]
         texts = [text for state, text in seen if state == "activating"]
         assert any(re.fullmatch(r"(fetching|loading) layers \d+-\d+: \d+ %", text) for text in texts), seen
@@ -282,14 +286,14 @@ def test_the_status_and_the_journal_can_be_read(guide: Guide, shelf: Shelf) -> N
 
 def test_the_watchdog_restarts_a_node_that_stands_still_and_the_ring_is_formed_again(shelf: Shelf) -> None:
     served, before = _status(shelf), _answer(shelf)
-    if "pi2" not in [node["name"] for node in served["nodes"]]:
+    if "pi2" not in [node["name"] for node in _members(served)]:
         pytest.fail(f"the plan leaves pi2 out: {served}")
     (pid,) = shelf.unit("pi2", "MainPID")
     shelf.sh("pi2", f"kill -STOP {pid}")
     shelf.wait("pi2", f"! test -e /proc/{pid}")
     again = _until_serves(shelf, served["rings_formed"] + 1)
     assert "Watchdog timeout" in shelf.journal("pi2")
-    assert [node["layers"] for node in again["nodes"]] == [node["layers"] for node in served["nodes"]]
+    assert [node["layers"] for node in _members(again)] == [node["layers"] for node in _members(served)]
     assert _answer(shelf) == before
     # What it had is still there.
     assert _events(shelf, "pi2", "weights_here")[-1]["chunks_fetched"] == 0
@@ -337,10 +341,10 @@ def test_a_model_too_large_for_a_device_runs_over_three(guide: Guide, shelf: She
     _edit(guide, memory={STARTER: "700M", "pi1": "560M"}, kv_tokens=2_048, weights="plain")
     _provision_topology(guide)
     served = _until_serves(shelf, 1)
-    assert [node["name"] for node in served["nodes"]] == [STARTER, *WORKERS]
+    assert [node["name"] for node in _members(served)] == [STARTER, *WORKERS]
     assert _answer(shelf) == _local_text(served, "plain")
-    assert all(node["rss_bytes"] < 700 << 20 for node in served["nodes"])
-    assert sum(node["weight_bytes"] for node in served["nodes"]) > 500 << 20
+    assert all(node["rss_bytes"] < 700 << 20 for node in _members(served))
+    assert sum(node["weight_bytes"] for node in _members(served)) > 500 << 20
     plan = must(guide.type("ssh root@192.168.1.10 MDIQ_CACHE=/var/cache/mdiq"))
     assert "free MiB" in plan and "KV MiB" in plan, plan
     print(plan)  # noqa: T201
