@@ -74,20 +74,22 @@ class Watch:
         for name in self.seen:
             unit = "mdiq-starter" if name == STARTER else "mdiq-node"
             show = f"systemctl show -p ActiveState,StatusText --value {unit} | paste -s"
-            command = [self._shelf.tool, "sh", name, "bash", "-c", f"while sleep 0.5; do {show}; done"]
-            self._looking.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            # The end of the pipe ends it: a signal would not reach what runs on the device.
+            loop = f"while read -r -t 0.5; [ $? -gt 128 ]; do {show}; done"
+            command = [self._shelf.tool, "sh", name, "bash", "-c", loop]
+            looking = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._looking.append(looking)
             self._threads.append(threading.Thread(target=self._read, args=(name, self._looking[-1])))
             self._threads[-1].start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for looking in self._looking:
-            looking.terminate()
-            looking.wait()
         for looking, thread in zip(self._looking, self._threads, strict=True):
-            thread.join(10)
-            assert looking.stdout is not None
+            assert looking.stdin is not None and looking.stdout is not None
+            looking.stdin.close()
+            thread.join(30)
             looking.stdout.close()
+            looking.wait(30)
 
     def _read(self, name: str, looking: "subprocess.Popen[str]") -> None:
         assert looking.stdout is not None
@@ -331,7 +333,7 @@ def test_the_planned_ring_beside_the_equal_one(shelf: Shelf, record_property: Ca
             )
     explained = json.loads(shelf.sh(STARTER, f"{AS_ROOT} plan {TOPOLOGY} --explain --json --users {USERS}"))
     equal = next(split for split in explained["splits"] if "equal" in split["name"])
-    print(f"predicted: planned {explained['plan']['rate']:.1f}, equal {equal['rate']:.1f}")  # noqa: T201
+    print(f"predicted: planned {explained['plan']['rate']:.1f}; {equal}")  # noqa: T201
     record_property("rates", json.dumps(rates))
 
 
