@@ -91,6 +91,14 @@ class Watch:
             looking.stdout.close()
             looking.wait(30)
 
+    def until_all_are_active(self) -> None:
+        """Wait until it has seen what others were told a moment ago."""
+        for _ in range(100):
+            if all(any(state == "active" for state, _ in seen) for seen in self.seen.values()):
+                return
+            time.sleep(0.2)
+        raise AssertionError(self.seen)
+
     def _read(self, name: str, looking: "subprocess.Popen[str]") -> None:
         assert looking.stdout is not None
         for line in looking.stdout:
@@ -242,6 +250,7 @@ def test_the_canary_comes_up_before_the_others_and_the_ring_tells_its_progress_u
         # A ring that is not there holds up no boot and is no failure.
         assert "activating: " in lines[places["pi1", "check"]][2]
         ready = must(guide.type("python nodes/provision.py topology.yaml --ready-within"))
+        watch.until_all_are_active()
     assert re.search(r"^desk +ready +serves on desk", ready, re.MULTILINE), ready
     assert re.search(rf"^{SPARE} +ready +stands by: it is a spare", ready, re.MULTILINE), ready
     assert len(re.findall(r"^\w+ +push +0 of", ready, re.MULTILINE)) == len(DEVICES), ready
