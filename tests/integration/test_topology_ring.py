@@ -176,7 +176,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(topology: Path, arguments:
 
 
 def test_auto_layers_are_planned_within_memory_before_the_first_ring(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, real_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In f32 the model takes 538 MB: by what their `memory` says, two of the nodes cannot hold it."""
     cache = tmp_path / "cache"
@@ -184,7 +184,9 @@ def test_auto_layers_are_planned_within_memory_before_the_first_ring(
     file = tmp_path / "topology.yaml"
     nodes = [f"desk=192.168.1.10,{PORTS},control_port=17401,weights_port=17402,memory=3001M"]
     nodes += [f"pi{i}=192.168.1.1{i},{PORTS},memory=300{i + 1}M" for i in (1, 2)]
-    done = run_mdiq("init", *(word for node in nodes for word in ("--node", node)), "--out", file)
+    given = (word for node in nodes for word in ("--node", node))
+    # By its path: the cache of this test has no model.
+    done = run_mdiq("init", *given, "--model", real_model, "--out", file)
     assert done.code == 0, done.errors
     text = file.read_text().replace("weights: int8", "weights: plain").replace("wire: auto", "wire: f32")
     file.write_text(text)
@@ -206,5 +208,7 @@ def test_auto_layers_are_planned_within_memory_before_the_first_ring(
     for node, limit in zip(done.summary["nodes"], limits.values(), strict=True):
         assert node["rss_bytes"] < limit << 20, done.summary["nodes"]
     assert all(row["free_bytes"] >= 0 and row["kv_bytes"] > 0 for row in explained["rows"])
-    local = run_mdiq("run", *RUN, "--layers", ",".join(map(str, layers)), "--wire", "f32", "--threads", "1")
+    options = ("--layers", ",".join(map(str, layers)), "--wire", "f32", "--threads", "1", "--model", real_model)
+    local = run_mdiq("run", *RUN, *options)
+    assert local.code == 0, local.errors
     assert done.results[0]["token_ids"] == local.results[0]["token_ids"]
