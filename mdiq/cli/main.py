@@ -404,7 +404,6 @@ def plan(
 
     if forget:
         raise typer.Exit(execute_forget(topology))
-
     raise typer.Exit(execute(topology, objective=objective, users=users, with_more=explain, as_json=as_json))
 
 

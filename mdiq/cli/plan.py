@@ -1,7 +1,7 @@
 """`mdiq plan`: what the planner makes of a topology, as a table that one can argue with."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -15,7 +15,11 @@ from mdiq.plan.plan import plan_split
 
 
 def forget(file: Path) -> int:
-    """Have all nodes measured before the next ring."""
+    """Have all nodes measured before the next ring; return the exit code.
+
+    Raises:
+        ConfigError: the topology cannot be used, or the figures are another user's.
+    """
     path = profiles_path(load_topology(file))
     try:
         path.unlink()
@@ -47,12 +51,7 @@ def plan(file: Path, *, objective: Objective | None, users: int | None, with_mor
         )
     found = profiles.of(names, {node.name: node.memory_bytes for node in nodes})
     assert found is not None  # all are known
-    goal = goal_of(loaded.topology)
-    if users is not None and objective is None and goal.objective is Objective.LATENCY:
-        objective = Objective.THROUGHPUT  # users are nothing to a plan for one
-    objective = objective or goal.objective
-    num_users = 1 if objective is Objective.LATENCY else users or loaded.topology.ring.users
-    goal = replace(goal, objective=objective, num_users=num_users)
+    goal = goal_of(loaded.topology, objective, users)
     split = tuple(len(node.layers) for node in nodes if node.layers is not None)
     if split:  # by hand for all nodes, or for none
         typer.echo(f"by hand {','.join(map(str, split))}: ", nl=False, err=as_json)

@@ -79,11 +79,12 @@ def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: 
     )
 
 
-def goal_of(topology: Topology) -> Goal:
-    """Return what a topology's ring is planned for."""
+def goal_of(topology: Topology, objective: Objective | None = None, users: int | None = None) -> Goal:
+    """Return what a topology's ring is planned for. objective, users: in place of the topology's."""
     wishes = topology.ring
-    objective = Objective(wishes.objective)
-    num_users = 1 if objective is Objective.LATENCY else wishes.users
+    if objective is None:  # users alone ask for a plan for several
+        objective = Objective(wishes.objective) if users is None else Objective.THROUGHPUT
+    num_users = 1 if objective is Objective.LATENCY else users or wishes.users
     return Goal(objective, num_users, kv_tokens=wishes.kv_tokens)
 
 
