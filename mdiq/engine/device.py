@@ -62,6 +62,11 @@ def return_free_memory(*, collect: bool = False) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether torch, or Python, could not allocate: on the CPU torch has no class for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def drop_pages(tensor: torch.Tensor) -> None:
     """Let the pages go that hold a tensor of a mapped file; who touches them again reads them from the file."""
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

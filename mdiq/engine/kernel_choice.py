@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import mdiq
+from mdiq.engine.device import is_out_of_memory
 from mdiq.engine.kernels import KERNELS, Linear
 from mdiq.engine.quantize import BLOCK, VERSION, PackedFile, num_hot
 from mdiq.errors import EngineError
@@ -63,9 +64,16 @@ class KernelChoice:
         shape = file.shape(f"{role}.nibbles" if is_int4 else f"{role}.q")
         num_copies = file.shape(f"{role}.hot")[0] if f"{role}.hot" in file.names else 0
         times = self.times(weights, (shape[0], math.prod(shape[1:]) * (2 if is_int4 else 1) - num_copies))
-        best = min(times, key=lambda name: math.prod(times[name]))
-        kernel = next(kernel for kernel in KERNELS if kernel.name == best)
-        return kernel(file, role, exact=self._exact)
+        kernels = {kernel.name: kernel for kernel in KERNELS}
+        refusals: list[str] = []
+        for name in sorted(times, key=lambda name: math.prod(times[name])):
+            try:
+                return kernels[name](file, role, exact=self._exact)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                refusals.append(f"{name}: {error}")  # it takes the shape, and not these values
+        raise EngineError(f"{file.path.name}, {role}: no kernel of this device takes it ({'; '.join(refusals)[:300]})")
 
     def times(self, weights: str, shape: tuple[int, int]) -> Times:
         """Return seconds of a matmul with a matrix [out, in], by kernel, for each of BATCH_CLASSES.
@@ -102,7 +110,7 @@ def _measured(weights: str, shape: tuple[int, int], *, exact: bool) -> Iterator[
                 warm: Linear = kernel(PackedFile(small), "w", exact=exact)
                 yield kernel.name, [_least_s(linear, warm, rows, shape[1], flush) for rows in BATCH_CLASSES]
             except RuntimeError as error:
-                if "allocate memory" in str(error):  # torch has no class for it on the CPU
+                if is_out_of_memory(error):
                     raise MemoryError(str(error)) from None
                 continue  # a kernel that does not take this shape, or that this CPU lacks
 

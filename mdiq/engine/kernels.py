@@ -6,12 +6,14 @@ matrix on this device is kernel_choice.py's to measure.
 """
 
 import warnings
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
 from mdiq.engine.device import drop_pages
+from mdiq.engine.llvm_int4 import LlvmInt4
 from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
 
 _LEVELS = 127  # of an activation rounded to 8 bits, above and below 0
@@ -149,12 +151,7 @@ class OrtInt4:
 
     @staticmethod
     def is_available() -> bool:
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-        except ImportError:
-            return False
-        return True
+        return all(find_spec(name) is not None for name in ("onnx", "onnxruntime"))  # imported where it is used
 
     @property
     def num_bytes(self) -> int:
@@ -226,9 +223,10 @@ class _Offsets:
         return y if self._bias is None else y + self._bias
 
 
-KERNELS: tuple[type[FbgemmInt8] | type[TorchInt8] | type[OrtInt4] | type[TorchInt4], ...] = (
+KERNELS: tuple[type[FbgemmInt8] | type[TorchInt8] | type[LlvmInt4] | type[OrtInt4] | type[TorchInt4], ...] = (
     FbgemmInt8,
     TorchInt8,
+    LlvmInt4,
     OrtInt4,
     TorchInt4,
 )

@@ -8,7 +8,7 @@ import torch
 from mdiq.core.frame import Batch, Payload, TokenIds
 from mdiq.core.types import LayerRange, SeqId
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.device import choose_device, choose_dtype, free_bytes, return_free_memory, rss_bytes
+from mdiq.engine.device import choose_device, choose_dtype, free_bytes, is_out_of_memory, return_free_memory, rss_bytes
 from mdiq.engine.hot_table import hot_columns_from
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
@@ -95,9 +95,7 @@ class StageRunner:
                     progress=progress,
                 )
             except (MemoryError, RuntimeError) as error:
-                # torch has a class for it on GPUs only.
-                is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-                if not is_memory:
+                if not is_out_of_memory(error):
                     raise
                 raise CapacityError(
                     f"{path}: no memory for layers {layers}; use more nodes or --weights int8"

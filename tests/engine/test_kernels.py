@@ -3,18 +3,22 @@
 import json
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from mdiq.engine import llvm_int4_code
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, PackedEmbedding, TorchInt8
+from mdiq.engine.llvm_code import Machine
+from mdiq.engine.llvm_int4 import LlvmInt4
 from mdiq.engine.quantize import BLOCK, PackedFile, quantize_columns, quantize_int4, unpack_int4
 from mdiq.errors import EngineError
 
 OUT, IN = 160, 192
 # Relative to the norm of the result: what the rounding of activations leaves.
-TOLERANCE = {"fbgemm": 2e-2, "torch-int8": 6e-3, "ort-int4": 2e-2, "torch-int4": 6e-3}
+TOLERANCE = {"fbgemm": 2e-2, "torch-int8": 6e-3, "llvm-int4": 2e-2, "ort-int4": 2e-2, "torch-int4": 6e-3}
 AVAILABLE = [kernel for kernel in KERNELS if kernel.is_available()]
 
 
@@ -97,6 +101,66 @@ def test_sums_of_the_largest_activations_and_weights_do_not_overflow(tmp_path: P
         save_file({f"w.{name}": tensor for name, tensor in columns.items()}, tmp_path / "most.safetensors")
         linear = kernel(PackedFile(tmp_path / "most.safetensors"), "w", exact=False)
         assert torch.allclose(linear(torch.ones(3, IN)), torch.full((3, OUT), sign * IN), rtol=1e-2)
+
+
+def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = _packed(tmp_path, "int4")
+    x = _activations()
+    found = LlvmInt4(file, "w", exact=True)(x)
+    plain = Machine(llvm_int4_code.build(frozenset()))  # without what this CPU can do
+    monkeypatch.setattr("mdiq.engine.llvm_int4._machine", lambda: plain)
+    assert torch.equal(LlvmInt4(file, "w", exact=True)(x), found)
+    monkeypatch.setattr("mdiq.engine.llvm_int4._FEW_OUTPUTS", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(LlvmInt4(file, "w", exact=True)(x), found)
+
+
+@pytest.mark.parametrize(
+    ("triple", "features", "instruction"),
+    [
+        ("x86_64-linux-gnu", "avx2,fma,f16c", "vpmaddubsw"),
+        ("x86_64-linux-gnu", "avx2,fma,f16c,avxvnni", "vpdpbusd"),
+        ("aarch64-linux-gnu", "neon", "smlal"),
+    ],
+)
+def test_code_is_made_of_what_a_cpu_is_good_at(triple: str, features: str, instruction: str) -> None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple(triple).create_target_machine(
+        features=",".join(f"+{name}" for name in features.split(",")), opt=3
+    )
+    module = llvm.parse_assembly(str(llvm_int4_code.build(frozenset(features.split(",")))))
+    module.verify()
+    assert instruction in target.emit_assembly(module)
+
+
+def test_activations_that_are_no_numbers_spoil_their_own_row_alone(tmp_path: Path) -> None:
+    linear = LlvmInt4(_packed(tmp_path, "int4")[0], "w", exact=True)
+    x = _activations()
+    expected = linear(x)
+    x[2, 7], x[4, 9], x[6] = torch.nan, torch.inf, 0.0
+    found = linear(x)
+    others = [i for i in range(len(x)) if i not in (2, 4, 6)]
+    assert torch.equal(found[others], expected[others])
+    assert not found[4].isfinite().all()
+    assert torch.equal(found[6], _packed(tmp_path, "int4")[0].tensor("w.bias"))
+
+
+def test_values_that_one_kernel_refuses_are_another_s(tmp_path: Path) -> None:
+    nibbles, scale, _ = quantize_int4(_random(OUT, IN))
+    tensors = {"w.nibbles": nibbles, "w.scale": scale, "w.offset": torch.full_like(scale, 1e6).bfloat16()}
+    save_file(tensors, tmp_path / "large.safetensors")
+    file = PackedFile(tmp_path / "large.safetensors")
+    with pytest.raises(RuntimeError, match="too large for 16 bits"):
+        LlvmInt4(file, "w", exact=True)
+    choice = KernelChoice(exact=True, folder=tmp_path)
+    choice._known[f"int4 exact {OUT}x{IN}"] = {"llvm-int4": [1e-9] * 3, "torch-int4": [1.0] * 3}
+    assert choice.load(file, "w").name == "torch-int4"  # type: ignore[attr-defined]
+    choice._known[f"int4 exact {OUT}x{IN}"] = {"llvm-int4": [1e-9] * 3}
+    with pytest.raises(EngineError, match="large.safetensors, w: no kernel of this device takes it"):
+        choice.load(file, "w")
 
 
 @pytest.mark.parametrize("num_in", [33, 36, 100])

@@ -1,0 +1,122 @@
+"""Machine code made on the device itself: loops over vectors, built with llvmlite and compiled for this very CPU.
+
+No wheel carries code for what the CPUs of old PCs can do, and devices have no compiler. What is built here is LLVM's
+own language, one instruction a call; what the loops compute is their caller's.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+Value = Any
+"""Of the function being built: llvmlite gives its classes no types."""
+
+BYTE, SHORT, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
+POINTER = ir.PointerType()
+
+
+def vector(element: Value, count: int) -> Value:
+    """Return the type of a vector."""
+    return ir.VectorType(element, count)
+
+
+def splat(element: Value, count: int, value: float) -> Value:
+    """Return a vector of equal constants."""
+    return ir.Constant(vector(element, count), [value] * count)
+
+
+class Function:
+    """A function without result, being built; ``b`` is llvmlite's builder at its end."""
+
+    def __init__(self, module: Value, name: str, arguments: Sequence[Value]) -> None:
+        self.module = module
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+        self.arguments = self.function.args
+        self.b = ir.IRBuilder(self.function.append_basic_block())
+
+    def at(self, pointer: Value, offset: Value) -> Value:
+        """Return a pointer ``offset`` bytes on."""
+        return self.b.gep(pointer, [offset], source_etype=BYTE)
+
+    def load(self, kind: Value, pointer: Value, offset: Value) -> Value:
+        """Return what lies ``offset`` bytes behind a pointer, on any byte."""
+        found = self.b.load(self.at(pointer, offset), typ=kind)
+        found.align = 1
+        return found
+
+    def store(self, value: Value, pointer: Value, offset: Value) -> None:
+        """Put a value ``offset`` bytes behind a pointer, on any byte."""
+        self.b.store(value, self.at(pointer, offset)).align = 1
+
+    def call(self, name: str, result: Value, *arguments: Value) -> Value:
+        """Call a function of the module, or one that LLVM knows by name."""
+        called = self.module.globals.get(name)
+        if called is None:
+            called = ir.Function(self.module, ir.FunctionType(result, [value.type for value in arguments]), name)
+        return self.b.call(called, arguments)
+
+    def loop(
+        self,
+        start: Value,
+        stop: Value,
+        step: int,
+        carried: Sequence[Value],
+        body: Callable[[Value, list[Value]], Sequence[Value]],
+    ) -> list[Value]:
+        """Run ``body(i, carried)`` for i from ``start`` until ``stop``; return the last values that it returned."""
+        b = self.b
+        before, head, behind = b.block, self.function.append_basic_block(), self.function.append_basic_block()
+        b.cbranch(b.icmp_signed("<", start, stop), head, behind)
+        b.position_at_end(head)
+        i = b.phi(LONG)
+        current = [b.phi(value.type) for value in carried]
+        following = body(i, current)
+        next_i = b.add(i, LONG(step))
+        end = b.block
+        for phi, first, later in zip((i, *current), (start, *carried), (next_i, *following), strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(later, end)
+        b.cbranch(b.icmp_signed("<", next_i, stop), head, behind)
+        b.position_at_end(behind)
+        results: list[Value] = []
+        for first, later in zip(carried, following, strict=True):
+            result = b.phi(first.type)
+            result.add_incoming(first, before)
+            result.add_incoming(later, end)
+            results.append(result)
+        return results
+
+    def finish(self) -> None:
+        """End the function."""
+        self.b.ret_void()
+
+
+def host_features() -> frozenset[str]:
+    """Return what LLVM calls the abilities of this CPU."""
+    return frozenset(name for name, is_there in llvm.get_host_cpu_features().items() if is_there)
+
+
+class Machine:
+    """The compiled functions of a module; they live as long as this does."""
+
+    def __init__(self, module: Value) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        parsed = llvm.parse_assembly(str(module))
+        parsed.verify()
+        target = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        )
+        passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(parsed, passes)
+        self._engine = llvm.create_mcjit_compiler(parsed, target)
+        self._engine.finalize_object()
+
+    def function(self, name: str, num_pointers: int, num_integers: int) -> Callable[..., None]:
+        """Return a function that takes addresses and then integers; it runs without Python's lock."""
+        kinds = [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * num_integers
+        return ctypes.CFUNCTYPE(None, *kinds)(self._engine.get_function_address(name))
