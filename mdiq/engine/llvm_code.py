@@ -52,6 +52,16 @@ class Function:
         """Put a value ``offset`` bytes behind a pointer, on any byte."""
         self.b.store(value, self.at(pointer, offset)).align = 1
 
+    def pick(self, lanes: Value, places: Sequence[int]) -> Value:
+        """Return a vector of some lanes of another."""
+        chosen = ir.Constant(vector(INT, len(places)), list(places))
+        return self.b.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), chosen)
+
+    def spread(self, value: Value, count: int) -> Value:
+        """Return a vector with a value in every lane."""
+        one = self.b.insert_element(ir.Constant(vector(value.type, 1), ir.Undefined), value, INT(0))
+        return self.pick(one, [0] * count)
+
     def call(self, name: str, result: Value, *arguments: Value) -> Value:
         """Call a function of the module, or one that LLVM knows by name."""
         called = self.module.globals.get(name)

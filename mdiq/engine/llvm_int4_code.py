@@ -15,6 +15,8 @@ PAD = 64
 """Bytes between rows of activations: rows that lie a power of two apart push each other out of the cache."""
 LANES = 8
 """32-bit numbers of a vector."""
+FACTORS = 32_767
+"""Largest factor of a block. A sum of four products is at most 4 * 2 * 15 * 127: times a factor it fits 32 bits."""
 MOST_ROWS = 6
 """Rows of activations for which a step's weights are unpacked once: with more, AVX2's 16 registers do not do."""
 _LEVELS = 127  # of an activation, above and below 0
@@ -35,17 +37,15 @@ def build(features: frozenset[str]) -> Value:
 def _build_prepare(module: Value) -> None:
     """Build prepare(x, rounded, steps, sums, num_rows, in, num_blocks): what a matmul wants of activations.
 
-    x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every WIDTH columns the even ones before the odd ones, as the
-    low nibbles come before the high ones. steps: f32, rows of in / 2 + PAD bytes: what one of _LEVELS stands for, four
-    times for each block, since four lanes hold the sums of a block. sums: f32 [rows, num_blocks], of what the rounded
-    activations of a block stand for.
+    x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every WIDTH columns the even ones of both blocks before the odd
+    ones, as the low nibbles come before the high ones. steps: f32, rows of in / 2 + PAD bytes: what one of _LEVELS
+    stands for in WIDTH columns, for each lane. sums: f32 [rows, num_blocks], of what the rounded activations of a block
+    stand for.
     """
     f = Function(module, "prepare", [POINTER] * 4 + [LONG] * 3)
     b = f.b
     x, rounded, steps, sums, num_rows, num_in, num_blocks = f.arguments
-    floats = vector(FLOAT, BLOCK)
-    evens = ir.Constant(vector(INT, BLOCK // 2), list(range(0, BLOCK, 2)))
-    odds = ir.Constant(vector(INT, BLOCK // 2), list(range(1, BLOCK, 2)))
+    floats = vector(FLOAT, WIDTH)
 
     def row(i: Value, _: list[Value]) -> list[Value]:
         x_row = f.at(x, b.mul(i, b.mul(num_in, LONG(4))))
@@ -53,30 +53,30 @@ def _build_prepare(module: Value) -> None:
         steps_row = f.at(steps, b.mul(i, b.add(b.ashr(num_in, LONG(1)), LONG(PAD))))
         sums_row = f.at(sums, b.mul(i, b.mul(num_blocks, LONG(4))))
 
-        def pair(column: Value, _: list[Value]) -> list[Value]:
-            for half in range(2):
-                at = b.add(column, LONG(half * BLOCK))
-                values = f.load(floats, x_row, b.mul(at, LONG(4)))
-                sizes = f.call(f"llvm.fabs.v{BLOCK}f32", floats, values)
-                most = f.call(f"llvm.vector.reduce.fmax.v{BLOCK}f32", FLOAT, sizes)
-                # An activation that is no number ends as one of -_LEVELS: what follows is defined, and is its row's.
-                most = f.call("llvm.maxnum.f32", FLOAT, most, FLOAT(1e-30))
-                step = b.fdiv(most, FLOAT(_LEVELS))
-                each = _spread(f, b.fdiv(FLOAT(_LEVELS), most), BLOCK)
-                steps_ = f.call(f"llvm.rint.v{BLOCK}f32", floats, b.fmul(values, each))
-                steps_ = f.call(f"llvm.maxnum.v{BLOCK}f32", floats, steps_, splat(FLOAT, BLOCK, -_LEVELS))
-                steps_ = f.call(f"llvm.minnum.v{BLOCK}f32", floats, steps_, splat(FLOAT, BLOCK, _LEVELS))
-                whole = b.fptosi(steps_, vector(INT, BLOCK))
-                total = b.sitofp(f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, whole), FLOAT)
-                f.store(b.fmul(total, step), sums_row, b.ashr(at, LONG(3)))
-                small = b.trunc(whole, vector(BYTE, BLOCK))
-                for place, columns in enumerate((evens, odds)):
-                    part = b.shuffle_vector(small, ir.Constant(small.type, ir.Undefined), columns)
-                    f.store(part, rounded_row, b.add(column, LONG(place * BLOCK + half * BLOCK // 2)))
-                f.store(_spread(f, step, 4), steps_row, b.ashr(at, LONG(1)))
+        def columns(column: Value, _: list[Value]) -> list[Value]:
+            values = f.load(floats, x_row, b.mul(column, LONG(4)))
+            sizes = f.call(f"llvm.fabs.v{WIDTH}f32", floats, values)
+            most = f.call(f"llvm.vector.reduce.fmax.v{WIDTH}f32", FLOAT, sizes)
+            most = f.call("llvm.maxnum.f32", FLOAT, most, FLOAT(1e-30))
+            step = b.fdiv(most, FLOAT(_LEVELS))
+            levels = b.fmul(values, f.spread(b.fdiv(FLOAT(_LEVELS), most), WIDTH))
+            levels = f.call(f"llvm.rint.v{WIDTH}f32", floats, levels)
+            # Of an activation that is no number these make a level: LLVM's conversion to integers wants one.
+            levels = f.call(f"llvm.maxnum.v{WIDTH}f32", floats, levels, splat(FLOAT, WIDTH, -_LEVELS))
+            levels = f.call(f"llvm.minnum.v{WIDTH}f32", floats, levels, splat(FLOAT, WIDTH, _LEVELS))
+            whole = b.fptosi(levels, vector(INT, WIDTH))
+            small = b.trunc(whole, vector(BYTE, WIDTH))
+            for parity in range(2):
+                part = f.pick(small, range(parity, WIDTH, 2))
+                f.store(part, rounded_row, b.add(column, LONG(parity * BLOCK)))
+            for i in range(2):
+                block = f.pick(whole, range(i * BLOCK, (i + 1) * BLOCK))
+                total = b.sitofp(f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, block), FLOAT)
+                f.store(b.fmul(total, step), sums_row, b.add(b.ashr(column, LONG(3)), LONG(4 * i)))
+            f.store(f.spread(step, LANES), steps_row, b.ashr(column, LONG(1)))
             return []
 
-        f.loop(LONG(0), num_in, WIDTH, [], pair)
+        f.loop(LONG(0), num_in, WIDTH, [], columns)
         return []
 
     f.loop(LONG(0), num_rows, 1, [], row)
@@ -84,42 +84,41 @@ def _build_prepare(module: Value) -> None:
 
 
 def _build_tile(module: Value, num_rows: int, features: frozenset[str]) -> None:
-    """Build tile<num_rows>(nibbles, scale, low, rounded, steps, sums, y, out, first, stop, in, num_blocks).
+    """Build tile<num_rows>(nibbles, factors, unit, low, rounded, steps, sums, y, out, first, stop, in, num_blocks).
 
-    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out]. low: f16 [out, num_blocks]; the rest as
-    LlvmInt4 and _build_prepare have it. Each row's sums are made in the same order whatever num_rows is.
+    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out]. What it is given is as LlvmInt4 and
+    _build_prepare have it. A row's sums are made in the same order whatever num_rows is.
     """
-    f = Function(module, f"tile{num_rows}", [POINTER] * 7 + [LONG] * 5)
+    f = Function(module, f"tile{num_rows}", [POINTER] * 8 + [LONG] * 5)
     b = f.b
-    nibbles, scale, low, rounded, steps, sums, y, num_out, first, stop, num_in, num_blocks = f.arguments
-    row_bytes, scale_bytes = b.ashr(num_in, LONG(1)), b.ashr(num_in, LONG(3))
+    nibbles, factors, unit, low, rounded, steps, sums, y, num_out, first, stop, num_in, num_blocks = f.arguments
+    row_bytes, factor_bytes = b.ashr(num_in, LONG(1)), b.ashr(num_in, LONG(4))
     bytes_, floats = vector(BYTE, WIDTH // 2), vector(FLOAT, LANES)
     rows = [LONG(row) for row in range(num_rows)]
     rounded_rows = [f.at(rounded, b.mul(row, b.add(num_in, LONG(PAD)))) for row in rows]
     steps_rows = [f.at(steps, b.mul(row, b.add(row_bytes, LONG(PAD)))) for row in rows]
     sums_rows = [f.at(sums, b.mul(row, b.mul(num_blocks, LONG(4)))) for row in rows]
-    lanes = ir.Constant(vector(INT, LANES), [0] * 4 + [1] * 4)  # four of the first block, four of the second
 
     def output(i: Value, _: list[Value]) -> list[Value]:
         nibbles_row = f.at(nibbles, b.mul(i, row_bytes))
-        scale_row = f.at(scale, b.mul(i, scale_bytes))
+        factors_row = f.at(factors, b.mul(i, factor_bytes))
         low_row = f.at(low, b.mul(i, b.mul(num_blocks, LONG(2))))
 
-        def blocks(column: Value, totals: list[Value]) -> list[Value]:
+        def columns(column: Value, totals: list[Value]) -> list[Value]:
             at = b.ashr(column, LONG(1))
-            f.call(
-                "llvm.prefetch.p0", ir.VoidType(), f.at(nibbles_row, b.add(at, LONG(_AHEAD))), INT(0), INT(3), INT(1)
-            )
+            ahead = f.at(nibbles_row, b.add(at, LONG(_AHEAD)))
+            f.call("llvm.prefetch.p0", ir.VoidType(), ahead, INT(0), INT(3), INT(1))
             packed = f.load(bytes_, nibbles_row, at)
             weights = (b.and_(packed, splat(BYTE, WIDTH // 2, 15)), b.lshr(packed, splat(BYTE, WIDTH // 2, 4)))
-            two = f.load(vector(FLOAT, 2), scale_row, b.ashr(column, LONG(3)))
-            scales = b.shuffle_vector(two, ir.Constant(two.type, ir.Undefined), lanes)
+            # Eight lanes of 16 bits are of the first block, eight of the second.
+            two = f.load(vector(SHORT, 2), factors_row, b.ashr(column, LONG(4)))
+            factors = f.pick(two, [0] * LANES + [1] * LANES)
             following = []
             for row, total in enumerate(totals):
                 activations = [f.load(bytes_, rounded_rows[row], b.add(column, LONG(BLOCK * i))) for i in range(2)]
-                products = b.sitofp(_sums_of_four(f, weights, activations, features), floats)
-                factors = b.fmul(scales, f.load(floats, steps_rows[row], at))
-                following.append(f.call(f"llvm.fma.v{LANES}f32", floats, products, factors, total))
+                products = _products(f, weights, activations, factors, features)
+                step = f.load(floats, steps_rows[row], at)
+                following.append(f.call(f"llvm.fma.v{LANES}f32", floats, b.sitofp(products, floats), step, total))
             return following
 
         def offsets(block: Value, totals: list[Value]) -> list[Value]:
@@ -130,8 +129,9 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str]) -> None:
                 for row, total in enumerate(totals)
             ]
 
-        totals = f.loop(LONG(0), num_in, WIDTH, [splat(FLOAT, LANES, 0.0)] * num_rows, blocks)
-        totals = f.loop(LONG(0), num_blocks, LANES, totals, offsets)
+        totals = f.loop(LONG(0), num_in, WIDTH, [splat(FLOAT, LANES, 0.0)] * num_rows, columns)
+        units = f.spread(f.load(FLOAT, unit, b.mul(i, LONG(4))), LANES)
+        totals = f.loop(LONG(0), num_blocks, LANES, [b.fmul(total, units) for total in totals], offsets)
         for row, total in zip(rows, totals, strict=True):
             f.store(_total(f, total), y, b.mul(b.add(b.mul(row, num_out), i), LONG(4)))
         return []
@@ -141,14 +141,16 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str]) -> None:
 
 
 def _build_multiply(module: Value) -> None:
-    """Build multiply(nibbles, scale, low, rounded, steps, sums, y, out, first, stop, num_rows, in, num_blocks).
+    """Build multiply(nibbles, factors, unit, low, rounded, steps, sums, y, out, first, stop, num_rows, in, num_blocks).
 
     It fills columns ``first`` to ``stop - 1`` of y, with tiles of rows that are about as large as each other: weights
     come from memory once, whatever the number of rows.
     """
-    f = Function(module, "multiply", [POINTER] * 7 + [LONG] * 6)
+    f = Function(module, "multiply", [POINTER] * 8 + [LONG] * 6)
     b = f.b
-    nibbles, scale, low, rounded, steps, sums, y, num_out, first, stop, num_rows, num_in, num_blocks = f.arguments
+    nibbles, factors, unit, low, rounded, steps, sums, y, num_out, first, stop, num_rows, num_in, num_blocks = (
+        f.arguments
+    )
     most = LONG(MOST_ROWS)
     num_tiles = b.sdiv(b.add(num_rows, LONG(MOST_ROWS - 1)), most)
 
@@ -161,7 +163,8 @@ def _build_multiply(module: Value) -> None:
             count = b.sub(b.sdiv(b.mul(num_rows, b.add(i, LONG(1))), num_tiles), row)
             arguments = (
                 nibbles,
-                scale,
+                factors,
+                unit,
                 low,
                 f.at(rounded, b.mul(row, b.add(num_in, LONG(PAD)))),
                 f.at(steps, b.mul(row, b.add(b.ashr(num_in, LONG(1)), LONG(PAD)))),
@@ -191,45 +194,32 @@ def _build_multiply(module: Value) -> None:
     f.finish()
 
 
-def _sums_of_four(
-    f: Function, weights: tuple[Value, Value], activations: list[Value], features: frozenset[str]
+def _products(
+    f: Function,
+    weights: tuple[Value, Value],
+    activations: list[Value],
+    factors: Value,
+    features: frozenset[str],
 ) -> Value:
-    """Return the products of two vectors of weights, 0..15, with two of activations, summed by four neighbours.
+    """Return two vectors of weights, 0..15, times two of activations, times factors: LANES x i32, sums of 8 each.
 
-    As LANES x i32. All ways give the same integers: at most 2 * 15 * 127 in 16 bits, so nothing overflows.
+    Both ways give the same integers: up to the factors 16 bits hold them.
     """
     b = f.b
-    ints, shorts = vector(INT, LANES), vector(SHORT, 2 * LANES)
-    if {"avx512vnni", "avx512vl"} <= features or "avxvnni" in features:
-        total = splat(INT, LANES, 0)
-        for weight, activation in zip(weights, activations, strict=True):
-            total = f.call(
-                "llvm.x86.avx512.vpdpbusd.256", ints, total, b.bitcast(weight, ints), b.bitcast(activation, ints)
-            )
-        return total
+    ints, shorts, wide = vector(INT, LANES), vector(SHORT, 2 * LANES), vector(SHORT, 4 * LANES)
+    pairs = []
+    for weight, activation in zip(weights, activations, strict=True):
+        if "avx2" in features:
+            pairs.append(f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, weight, activation))
+            continue
+        each = b.mul(b.zext(weight, wide), b.sext(activation, wide))
+        pairs.append(b.add(*(f.pick(each, range(parity, 4 * LANES, 2)) for parity in range(2))))
+    total = b.add(*pairs)
     if "avx2" in features:
-        pairs = [
-            f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, weight, activation)
-            for weight, activation in zip(weights, activations, strict=True)
-        ]
-        return f.call("llvm.x86.avx2.pmadd.wd", ints, b.add(*pairs), splat(SHORT, 2 * LANES, 1))
-    wide = vector(SHORT, 4 * LANES)
-    products = [
-        b.mul(b.zext(weight, wide), b.sext(activation, wide))
-        for weight, activation in zip(weights, activations, strict=True)
-    ]
-    total = b.add(*products)
-    for count in (2 * LANES, LANES):
-        parts = [
-            b.shuffle_vector(
-                total,
-                ir.Constant(total.type, ir.Undefined),
-                ir.Constant(vector(INT, count), list(range(first, 2 * count, 2))),
-            )
-            for first in range(2)
-        ]
-        total = b.add(*parts)
-    return b.sext(total, ints)
+        return f.call("llvm.x86.avx2.pmadd.wd", ints, total, factors)
+    wider = vector(INT, 2 * LANES)
+    each = b.mul(b.sext(total, wider), b.sext(factors, wider))
+    return b.add(*(f.pick(each, range(parity, 2 * LANES, 2)) for parity in range(2)))
 
 
 def _total(f: Function, lanes: Value) -> Value:
@@ -237,19 +227,5 @@ def _total(f: Function, lanes: Value) -> Value:
     count = lanes.type.count
     while count > 1:
         count //= 2
-        parts = [
-            f.b.shuffle_vector(
-                lanes,
-                ir.Constant(lanes.type, ir.Undefined),
-                ir.Constant(vector(INT, count), list(range(first, first + count))),
-            )
-            for first in (0, count)
-        ]
-        lanes = f.b.fadd(*parts)
+        lanes = f.b.fadd(f.pick(lanes, range(count)), f.pick(lanes, range(count, 2 * count)))
     return f.b.extract_element(lanes, INT(0))
-
-
-def _spread(f: Function, value: Value, count: int) -> Value:
-    """Return a vector with a value in every lane."""
-    one = f.b.insert_element(ir.Constant(vector(value.type, count), ir.Undefined), value, INT(0))
-    return f.b.shuffle_vector(one, one, ir.Constant(vector(INT, count), [0] * count))
