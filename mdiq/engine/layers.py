@@ -72,7 +72,11 @@ class Rope:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Return x: [T, H, D] rotated by the angles of its positions."""
     left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    rotated = torch.empty_like(x)
+    new_left, new_right = rotated.chunk(2, dim=-1)
+    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
+    torch.mul(right, cos, out=new_right).addcmul_(left, sin)
+    return rotated
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,14 +181,17 @@ def run_layer(
 
 
 def _activated(up: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Return what goes down again: it may overwrite ``up``, [T, intermediate_size], twice as wide where it is gated."""
     gate = None
     if config.family.is_gated:
         gate, up = up.chunk(2, dim=-1)
     x = up if gate is None else gate
     active = (
-        functional.silu(x) if config.family.activation is Activation.SILU else functional.gelu(x, approximate="tanh")
+        functional.silu(x, inplace=True)
+        if config.family.activation is Activation.SILU
+        else functional.gelu(x, approximate="tanh")
     )
-    return active if gate is None else active * up
+    return active if gate is None else active.mul_(up)
 
 
 def _mask(start: int, length: int, window: int, device: torch.device) -> torch.Tensor:

@@ -64,9 +64,9 @@ class PackedRows:
 
 
 def to_wire(hidden: torch.Tensor, wire: str) -> TensorRows | PackedRows:
-    """Return rows [n, width] as the payload that a Hop of format ``wire`` sends: "f32", "bf16" or "i8"."""
+    """Return rows [n, width] as the payload that a Hop of format ``wire`` sends, on the CPU: "f32", "bf16" or "i8"."""
     if wire != "i8":
-        return TensorRows(hidden.to(DTYPES[wire]))
+        return TensorRows(hidden.to(device="cpu", dtype=DTYPES[wire]))
     if not hidden.numel():
         return PackedRows(torch.empty(0, hidden.shape[1] + _SCALE_BYTES, dtype=torch.uint8))
     q, scale = quantize_int8(hidden.cpu())

@@ -1,6 +1,6 @@
 """Tiny random models of every family, written by transformers as safetensors, and what transformers says of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,8 @@ class Chain:
     stages: list[StageRunner]
 
     @classmethod
-    def load(cls, path: Path, split: list[int], dtype: str = "f32") -> "Chain":
+    def load(cls, path: Path, split: list[int], dtype: str = "f32", devices: Sequence[str] = ("cpu",)) -> "Chain":
+        """Load Stages of so many layers each, on the devices in turn."""
         stages, start = [], 0
         for i, size in enumerate(split):
             stages.append(
@@ -115,7 +116,7 @@ class Chain:
                     is_last=i == len(split) - 1,
                     owns_embedding_and_head=i == 0,
                     dtype=dtype,
-                    device="cpu",
+                    device=devices[i % len(devices)],
                     kv_tokens=1024,
                 )
             )
