@@ -37,6 +37,7 @@ class LlvmInt4:
     formats = ("int4",)
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        self._machine = _machine()  # its code lives as long as it does
         from mdiq.engine.llvm_int4_code import FACTORS, LANES, WIDTH
 
         self._nibbles = file.tensor(f"{role}.nibbles")  # u8 [out, in / BLOCK, BLOCK / 2]
@@ -58,9 +59,8 @@ class LlvmInt4:
             raise RuntimeError("the offsets are too large for 16 bits")
         bias = file.find(f"{role}.bias")
         self._bias = None if bias is None else bias.clone()
-        machine = _machine()
-        self._prepare = machine.function("prepare", 4, 3)
-        self._multiply = machine.function("multiply", 8, 6)
+        self._prepare = self._machine.function("prepare", 4, 3)
+        self._multiply = self._machine.function("multiply", 8, 6)
         self._weights = [tensor.data_ptr() for tensor in (self._nibbles, self._factors, self._unit, self._low)]
 
     @staticmethod
@@ -74,7 +74,9 @@ class LlvmInt4:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float().contiguous()
-        num_rows = wide.shape[0]
+        num_rows, num_in = wide.shape
+        if num_in != self._in:  # compiled code checks nothing
+            raise RuntimeError(f"{num_in} columns of activations meet {self._in} of weights")
         sizes = (num_rows, self._in, self._num_blocks)
         activations = _SCRATCH.addresses(*sizes)
         y = torch.empty(num_rows, self._out)
@@ -124,8 +126,14 @@ def _threads() -> ThreadPoolExecutor:
 
 @functools.cache
 def _machine() -> "Machine":
-    """Return the compiled code, compiled now if it never was: half a second."""
-    from mdiq.engine.llvm_code import Machine, host_features
-    from mdiq.engine.llvm_int4_code import build
+    """Return the compiled code, compiled now if it never was: half a second.
 
+    Raises:
+        RuntimeError: llvmlite cannot be loaded here, or cannot compile for this CPU.
+    """
+    try:
+        from mdiq.engine.llvm_code import Machine, host_features
+        from mdiq.engine.llvm_int4_code import build
+    except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
+        raise RuntimeError(f"llvmlite: {error}") from error
     return Machine(build(host_features()))

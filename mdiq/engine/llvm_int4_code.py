@@ -16,7 +16,7 @@ PAD = 64
 LANES = 8
 """32-bit numbers of a vector."""
 FACTORS = 32_767
-"""Largest factor of a block. A sum of four products is at most 4 * 2 * 15 * 127: times a factor it fits 32 bits."""
+"""Largest factor of a block: times it, the sum of 8 products of at most 15 * 127 fits 32 bits."""
 MOST_ROWS = 6
 """Rows of activations for which a step's weights are unpacked once: with more, AVX2's 16 registers do not do."""
 _LEVELS = 127  # of an activation, above and below 0

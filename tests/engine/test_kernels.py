@@ -1,6 +1,7 @@
 """Every kernel against the same matmul in f64, and what exact mode promises; which kernel is chosen."""
 
 import json
+import sys
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mdiq.engine import llvm_int4_code
+from mdiq.engine import llvm_int4, llvm_int4_code
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, PackedEmbedding, TorchInt8
 from mdiq.engine.llvm_code import Machine
@@ -145,6 +146,20 @@ def test_activations_that_are_no_numbers_spoil_their_own_row_alone(tmp_path: Pat
     assert torch.equal(found[others], expected[others])
     assert not found[4].isfinite().all()
     assert torch.equal(found[6], _packed(tmp_path, "int4")[0].tensor("w.bias"))
+
+
+def test_a_device_where_llvmlite_cannot_be_loaded_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mdiq.engine.llvm_code", None)
+    llvm_int4._machine.cache_clear()
+    times = KernelChoice(exact=True, folder=tmp_path).times("int4", (32, 64))
+    assert times
+    assert "llvm-int4" not in times
+
+
+def test_activations_of_another_width_are_refused(tmp_path: Path) -> None:
+    linear = LlvmInt4(_packed(tmp_path, "int4")[0], "w", exact=True)
+    with pytest.raises(RuntimeError, match=f"{IN - 64} columns of activations meet {IN} of weights"):
+        linear(_activations()[:, : IN - 64])
 
 
 def test_values_that_one_kernel_refuses_are_another_s(tmp_path: Path) -> None:
