@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import mmap
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -31,6 +33,17 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     return device
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Return what Linux calls the abilities of this CPU: "avx2", "avx512_vnni".."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):  # of x86, of ARM
+                return frozenset(value.split())
+    return frozenset()
 
 
 def choose_dtype(name: str) -> torch.dtype:
@@ -72,8 +85,26 @@ def drop_pages(tensor: torch.Tensor) -> None:
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     count = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if count > 0:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(count), mmap.MADV_DONTNEED)
+        _drop(first, count)
+
+
+def drop_library(name: str) -> None:
+    """Let the pages of a shared library go that were never written: it did its work, and is read again if need be."""
+    with contextlib.suppress(OSError):
+        found: tuple[int, int] | None = None
+        for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
+            if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \S+ *(.*)", line):
+                start, stop, rights, path = mapping.groups()
+                is_its = Path(path).name.startswith(name) and "w" not in rights
+                found = (int(start, 16), int(stop, 16)) if is_its else None
+            # What the loader wrote and then locked lies in the file as it was before.
+            elif found is not None and re.fullmatch(r"Private_Dirty: +0 kB", line):
+                _drop(found[0], found[1] - found[0])
+
+
+def _drop(first: int, count: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(count), mmap.MADV_DONTNEED)
 
 
 def rss_bytes() -> int:

@@ -13,7 +13,9 @@ import torch
 from torch.nn import functional
 
 from mdiq.engine.device import drop_pages
+from mdiq.engine.hot_split import HotSplit
 from mdiq.engine.llvm_int4 import LlvmInt4
+from mdiq.engine.llvm_int8 import LlvmInt8
 from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
 
 _LEVELS = 127  # of an activation rounded to 8 bits, above and below 0
@@ -65,7 +67,7 @@ class FbgemmInt8:
         q, scale = file.tensor(f"{role}.q"), file.tensor(f"{role}.scale")
         self._num_bytes = q.nbytes + scale.nbytes
         self._packed = _fbgemm_packed(q, scale)
-        self._split = _Split.find(file, role)
+        self._split = HotSplit.find(file, role)
         drop_pages(q)
 
     @staticmethod
@@ -105,7 +107,7 @@ class TorchInt8:
     def __init__(self, file: PackedFile, role: str, *, exact: bool, most_rows: int = 16) -> None:
         self._q = _mapped(file.tensor(f"{role}.q"))
         self._scale = file.tensor(f"{role}.scale").clone()
-        self._split = _Split.find(file, role)
+        self._split = HotSplit.find(file, role)
         self._bias = _bias(file, role)
         self._ones = torch.ones(self._q.shape[0], dtype=torch.bfloat16)
         self._most_rows = 1 << 30 if exact else most_rows
@@ -223,7 +225,10 @@ class _Offsets:
         return y if self._bias is None else y + self._bias
 
 
-KERNELS: tuple[type[FbgemmInt8] | type[TorchInt8] | type[LlvmInt4] | type[OrtInt4] | type[TorchInt4], ...] = (
+KERNELS: tuple[
+    type[LlvmInt8] | type[FbgemmInt8] | type[TorchInt8] | type[LlvmInt4] | type[OrtInt4] | type[TorchInt4], ...
+] = (
+    LlvmInt8,
     FbgemmInt8,
     TorchInt8,
     LlvmInt4,
@@ -277,25 +282,6 @@ class PackedEmbedding:
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         rows = self._q[token_ids, : self._width].float() * self._scale[token_ids][:, None]
         return rows.to(self._dtype)
-
-
-class _Split:
-    """Spreads activations over the places of hot columns: each place takes an equal share; see quantize_columns."""
-
-    def __init__(self, num_in: int, hot: torch.Tensor) -> None:
-        self._columns = torch.cat((torch.arange(num_in), hot))  # what each place is of
-        places = 1 + torch.bincount(hot, minlength=num_in)
-        self._share = (1 / places)[self._columns]
-
-    @classmethod
-    def find(cls, file: PackedFile, role: str) -> "_Split | None":
-        """Return what a matrix needs, or None where it has no copies."""
-        hot = file.find(f"{role}.hot")
-        return None if hot is None else cls(file.shape(f"{role}.q")[1] - len(hot), hot.clone())
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [n, in + copies] for x: [n, in], in x's dtype."""
-        return x.index_select(1, self._columns).mul_(self._share)
 
 
 def _fbgemm_packed(q: torch.Tensor, scale: torch.Tensor) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from mdiq.engine.device import drop_library
+
 Value = Any
 """Of the function being built: llvmlite gives its classes no types."""
 
@@ -105,6 +107,59 @@ class Function:
         self.b.ret_void()
 
 
+def build_multiply(
+    module: Value,
+    *,
+    num_weights: int,
+    strides: Sequence[Callable[[Function, Sequence[Value]], Value]],
+    num_sizes: int,
+    most_rows: int,
+    outputs: int,
+) -> None:
+    """Build multiply(weights.., activations.., y, out, first, stop, num_rows, sizes..): a matmul, tile by tile.
+
+    It fills columns ``first`` to ``stop - 1`` of y, f32 [num_rows, out]. Functions tile1, tile2.. of the module do it
+    for as many rows; their arguments are the same without num_rows. Weights come from memory once, whatever the number
+    of rows.
+
+    strides: of each argument that describes activations, what gives the bytes of one row from the sizes.
+    most_rows: of the largest tile; tiles are about as large as each other.
+    outputs: rows of the matrix that all tiles go over before the next: what fits the nearest cache.
+    """
+    num_pointers = num_weights + len(strides) + 1
+    f = Function(module, "multiply", [POINTER] * num_pointers + [LONG] * (4 + num_sizes))
+    b = f.b
+    weights, pointers = f.arguments[:num_weights], f.arguments[num_weights : num_pointers - 1]
+    y, num_out, first, stop, num_rows, *sizes = f.arguments[num_pointers - 1 :]
+    steps = [stride(f, sizes) for stride in strides] + [b.mul(num_out, LONG(4))]
+    num_tiles = b.sdiv(b.add(num_rows, LONG(most_rows - 1)), LONG(most_rows))
+
+    def part(begin: Value, _: list[Value]) -> list[Value]:
+        end = b.add(begin, LONG(outputs))
+        end = b.select(b.icmp_signed("<", end, stop), end, stop)
+
+        def tile(i: Value, _: list[Value]) -> list[Value]:
+            row = b.sdiv(b.mul(num_rows, i), num_tiles)
+            count = b.sub(b.sdiv(b.mul(num_rows, b.add(i, LONG(1))), num_tiles), row)
+            rows = [f.at(start, b.mul(row, step)) for start, step in zip((*pointers, y), steps, strict=True)]
+            behind = f.function.append_basic_block()
+            choice = b.switch(count, behind)
+            for size in range(1, most_rows + 1):
+                case = f.function.append_basic_block()
+                choice.add_case(LONG(size), case)
+                b.position_at_end(case)
+                f.call(f"tile{size}", ir.VoidType(), *weights, *rows, num_out, begin, end, *sizes)
+                b.branch(behind)
+            b.position_at_end(behind)
+            return []
+
+        f.loop(LONG(0), num_tiles, 1, [], tile)
+        return []
+
+    f.loop(first, stop, outputs, [], part)
+    f.finish()
+
+
 def host_features() -> frozenset[str]:
     """Return what LLVM calls the abilities of this CPU."""
     return frozenset(name for name, is_there in llvm.get_host_cpu_features().items() if is_there)
@@ -125,6 +180,7 @@ class Machine:
         passes.getModulePassManager().run(parsed, passes)
         self._engine = llvm.create_mcjit_compiler(parsed, target)
         self._engine.finalize_object()
+        drop_library("libllvmlite")  # 70 MB, which only compiling touches
 
     def function(self, name: str, num_pointers: int, num_integers: int) -> Callable[..., None]:
         """Return a function that takes addresses and then integers; it runs without Python's lock."""

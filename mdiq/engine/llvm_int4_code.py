@@ -6,7 +6,20 @@ so that of a vector of 8 sums the first four are of one block and the last four 
 
 from llvmlite import ir
 
-from mdiq.engine.llvm_code import BYTE, FLOAT, HALF, INT, LONG, POINTER, SHORT, Function, Value, splat, vector
+from mdiq.engine.llvm_code import (
+    BYTE,
+    FLOAT,
+    HALF,
+    INT,
+    LONG,
+    POINTER,
+    SHORT,
+    Function,
+    Value,
+    build_multiply,
+    splat,
+    vector,
+)
 from mdiq.engine.quantize import BLOCK
 
 WIDTH = 2 * BLOCK
@@ -30,7 +43,18 @@ def build(features: frozenset[str]) -> Value:
     _build_prepare(module)
     for num_rows in range(1, MOST_ROWS + 1):
         _build_tile(module, num_rows, features)
-    _build_multiply(module)
+    build_multiply(
+        module,
+        num_weights=4,
+        strides=(
+            lambda f, sizes: f.b.add(sizes[0], LONG(PAD)),
+            lambda f, sizes: f.b.add(f.b.ashr(sizes[0], LONG(1)), LONG(PAD)),
+            lambda f, sizes: f.b.mul(sizes[1], LONG(4)),
+        ),
+        num_sizes=2,
+        most_rows=MOST_ROWS,
+        outputs=_OUTPUTS,
+    )
     return module
 
 
@@ -137,60 +161,6 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str]) -> None:
         return []
 
     f.loop(first, stop, 1, [], output)
-    f.finish()
-
-
-def _build_multiply(module: Value) -> None:
-    """Build multiply(nibbles, factors, unit, low, rounded, steps, sums, y, out, first, stop, num_rows, in, num_blocks).
-
-    It fills columns ``first`` to ``stop - 1`` of y, with tiles of rows that are about as large as each other: weights
-    come from memory once, whatever the number of rows.
-    """
-    f = Function(module, "multiply", [POINTER] * 8 + [LONG] * 6)
-    b = f.b
-    nibbles, factors, unit, low, rounded, steps, sums, y, num_out, first, stop, num_rows, num_in, num_blocks = (
-        f.arguments
-    )
-    most = LONG(MOST_ROWS)
-    num_tiles = b.sdiv(b.add(num_rows, LONG(MOST_ROWS - 1)), most)
-
-    def outputs(begin: Value, _: list[Value]) -> list[Value]:
-        end = b.add(begin, LONG(_OUTPUTS))
-        end = b.select(b.icmp_signed("<", end, stop), end, stop)
-
-        def tile(i: Value, _: list[Value]) -> list[Value]:
-            row = b.sdiv(b.mul(num_rows, i), num_tiles)
-            count = b.sub(b.sdiv(b.mul(num_rows, b.add(i, LONG(1))), num_tiles), row)
-            arguments = (
-                nibbles,
-                factors,
-                unit,
-                low,
-                f.at(rounded, b.mul(row, b.add(num_in, LONG(PAD)))),
-                f.at(steps, b.mul(row, b.add(b.ashr(num_in, LONG(1)), LONG(PAD)))),
-                f.at(sums, b.mul(row, b.mul(num_blocks, LONG(4)))),
-                f.at(y, b.mul(row, b.mul(num_out, LONG(4)))),
-                num_out,
-                begin,
-                end,
-                num_in,
-                num_blocks,
-            )
-            behind = f.function.append_basic_block()
-            choice = b.switch(count, behind)
-            for size in range(1, MOST_ROWS + 1):
-                case = f.function.append_basic_block()
-                choice.add_case(LONG(size), case)
-                b.position_at_end(case)
-                f.call(f"tile{size}", ir.VoidType(), *arguments)
-                b.branch(behind)
-            b.position_at_end(behind)
-            return []
-
-        f.loop(LONG(0), num_tiles, 1, [], tile)
-        return []
-
-    f.loop(first, stop, _OUTPUTS, [], outputs)
     f.finish()
 
 

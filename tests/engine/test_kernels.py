@@ -1,25 +1,35 @@
 """Every kernel against the same matmul in f64, and what exact mode promises; which kernel is chosen."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import llvmlite.binding as llvm
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from mdiq.engine import llvm_int4, llvm_int4_code
+from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
-from mdiq.engine.kernels import KERNELS, PackedEmbedding, TorchInt8
-from mdiq.engine.llvm_code import Machine
+from mdiq.engine.kernels import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
+from mdiq.engine.llvm_code import Machine, host_features
 from mdiq.engine.llvm_int4 import LlvmInt4
+from mdiq.engine.llvm_int8 import LlvmInt8
 from mdiq.engine.quantize import BLOCK, PackedFile, quantize_columns, quantize_int4, unpack_int4
 from mdiq.errors import EngineError
 
 OUT, IN = 160, 192
 # Relative to the norm of the result: what the rounding of activations leaves.
-TOLERANCE = {"fbgemm": 2e-2, "torch-int8": 6e-3, "llvm-int4": 3e-2, "ort-int4": 2e-2, "torch-int4": 6e-3}
+TOLERANCE = {
+    "llvm-int8": 2e-2,
+    "fbgemm": 2e-2,
+    "torch-int8": 6e-3,
+    "llvm-int4": 3e-2,
+    "ort-int4": 2e-2,
+    "torch-int4": 6e-3,
+}
 AVAILABLE = [kernel for kernel in KERNELS if kernel.is_available()]
 
 
@@ -113,27 +123,56 @@ def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
     plain = Machine(llvm_int4_code.build(frozenset()))  # without what this CPU can do
     monkeypatch.setattr("mdiq.engine.llvm_int4._machine", lambda: plain)
     assert torch.equal(LlvmInt4(file, "w", exact=True)(x), found)
-    monkeypatch.setattr("mdiq.engine.llvm_int4._FEW_OUTPUTS", 16)
+    monkeypatch.setattr("mdiq.engine.llvm_matmul._FEW_OUTPUTS", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(LlvmInt4(file, "w", exact=True)(x), found)
 
 
+@pytest.mark.skipif(not FbgemmInt8.is_available(), reason="FBGEMM is there on x86 only")
 @pytest.mark.parametrize(
-    ("triple", "features", "instruction"),
+    "features", [None, frozenset[str](), frozenset({"avxvnni"})], ids=["this CPU", "none", "narrow"]
+)
+def test_compiled_int8_code_gives_the_bits_of_fbgemm(
+    features: frozenset[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = host_features()
+    if features is None:
+        features = here
+    if not features <= here | (frozenset({"avxvnni"}) if "avx512vl" in here and "avx512vnni" in here else frozenset()):
+        features = frozenset()
+    machine = Machine(llvm_int8_code.build(features))
+    monkeypatch.setattr("mdiq.engine.llvm_int8._machine", lambda: machine)
+    for num_out, num_in, hot in ((OUT, IN, HOT), (OUT - 1, 80, NO_COLUMNS), (1, 64, NO_COLUMNS)):
+        columns = quantize_columns(_random(num_out, num_in) * 0.05 + 0.01, hot)
+        path = tmp_path / f"{num_in}.safetensors"
+        save_file({f"w.{name}": tensor for name, tensor in columns.items()} | {"w.bias": _random(num_out)}, path)
+        compiled, fbgemm = (kernel(PackedFile(path), "w", exact=True) for kernel in (LlvmInt8, FbgemmInt8))
+        x = _activations().repeat(3, 1)[:, :num_in]
+        for num_rows in (1, 2, 3, 13, 48):
+            assert torch.equal(compiled(x[:num_rows]), fbgemm(x[:num_rows]))
+
+
+INT4, INT8 = llvm_int4_code, llvm_int8_code
+
+
+@pytest.mark.parametrize(
+    ("code", "triple", "features", "instruction"),
     [
-        ("x86_64-linux-gnu", "avx2,fma,f16c", "vpmaddubsw"),
-        ("aarch64-linux-gnu", "neon", "smull"),
+        (INT4, "x86_64-linux-gnu", "avx2,fma,f16c", "vpmaddubsw"),
+        (INT4, "aarch64-linux-gnu", "neon", "smull"),
+        (INT8, "x86_64-linux-gnu", "avx2,fma,avxvnni", r"vpdpbusd\t.*%ymm"),
+        (INT8, "x86_64-linux-gnu", "avx512f,avx512bw,avx512vl,avx512vnni", r"vpdpbusd\t.*%zmm"),
     ],
 )
-def test_code_is_made_of_what_a_cpu_is_good_at(triple: str, features: str, instruction: str) -> None:
+def test_code_is_made_of_what_a_cpu_is_good_at(code: ModuleType, triple: str, features: str, instruction: str) -> None:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple(triple).create_target_machine(
         features=",".join(f"+{name}" for name in features.split(",")), opt=3
     )
-    module = llvm.parse_assembly(str(llvm_int4_code.build(frozenset(features.split(",")))))
+    module = llvm.parse_assembly(str(code.build(frozenset(features.split(",")))))
     module.verify()
-    assert instruction in target.emit_assembly(module)
+    assert re.search(instruction, target.emit_assembly(module))
 
 
 def test_activations_that_are_no_numbers_spoil_their_own_row_alone(tmp_path: Path) -> None:
@@ -150,10 +189,12 @@ def test_activations_that_are_no_numbers_spoil_their_own_row_alone(tmp_path: Pat
 
 def test_a_device_where_llvmlite_cannot_be_loaded_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mdiq.engine.llvm_code", None)
-    llvm_int4._machine.cache_clear()
-    times = KernelChoice(exact=True, folder=tmp_path).times("int4", (32, 64))
-    assert times
-    assert "llvm-int4" not in times
+    for module in (llvm_int4, llvm_int8):
+        monkeypatch.setattr(module, "_machine", module._machine.__wrapped__)  # as if it was never compiled
+    for weights in ("int4", "int8"):
+        times = KernelChoice(exact=True, folder=tmp_path).times(weights, (32, 64))
+        assert times
+        assert not any(name.startswith("llvm-") for name in times)
 
 
 def test_activations_of_another_width_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""What hot columns ask of activations: int8 kernels give a matrix's copies of a column equal shares of it."""
+
+import torch
+
+from mdiq.engine.quantize import PackedFile
+
+
+class HotSplit:
+    """Spreads activations over the places of hot columns: each place takes an equal share; see quantize_columns."""
+
+    def __init__(self, num_in: int, hot: torch.Tensor) -> None:
+        self._columns = torch.cat((torch.arange(num_in), hot))  # what each place is of
+        places = 1 + torch.bincount(hot, minlength=num_in)
+        self._share = (1 / places)[self._columns]
+
+    @classmethod
+    def find(cls, file: PackedFile, role: str) -> "HotSplit | None":
+        """Return what a matrix needs, or None where it has no copies."""
+        hot = file.find(f"{role}.hot")
+        return None if hot is None else cls(file.shape(f"{role}.q")[1] - len(hot), hot.clone())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, in + copies] for x: [n, in], in x's dtype."""
+        return x.index_select(1, self._columns).mul_(self._share)

@@ -1,0 +1,161 @@
+"""The loops of LlvmInt8, in LLVM's language: what they compute and in which order; see llvm_int8.py."""
+
+from llvmlite import ir
+
+from mdiq.engine.llvm_code import BYTE, FLOAT, INT, LONG, POINTER, Function, Value, build_multiply, splat, vector
+
+ALIGNMENT = 64
+"""Bytes: rows of activations begin there, and end that much behind what they hold."""
+STEP = 16
+"""Columns that are rounded together."""
+ZERO = 128
+"""What stands for 0 among rounded activations: the dot product wants one side without sign."""
+_LEVELS = 127  # of an activation, above and below 0
+_OUTPUTS = 16  # rows of the matrix for which a tile of activations stays in the nearest cache
+# Bytes: how far weights are asked for ahead where one, or two rows of the matrix are read at a time. Always in the order
+# of their addresses and no nearer than the second cache: in another order, or into the nearest, they came half as fast.
+_AHEAD = (2_048, 8_192)
+_NEAR = 2  # the second cache, as LLVM counts them down
+
+
+def has_dot_products(features: frozenset[str]) -> bool:
+    """Tell whether a CPU with such features, as LLVM calls them, has what the loops are made of."""
+    return bool({"avx512vnni", "avxvnni"} & features)
+
+
+def build(features: frozenset[str]) -> Value:
+    """Return the module for a CPU with such features; without dot products it is slow, and gives the same bits."""
+    is_wide = "avx512vnni" in features
+    most_rows = 12 if is_wide else 6  # what 32 or 16 registers hold the sums of, for two rows of the matrix each
+    module = ir.Module()
+    _build_prepare(module)
+    for num_rows in range(1, most_rows + 1):
+        _build_tile(module, num_rows, features, lanes=16 if is_wide else 8)
+    build_multiply(
+        module,
+        num_weights=3,
+        strides=(lambda f, sizes: _row_bytes(f, sizes[0]), lambda *_: LONG(4)),
+        num_sizes=1,
+        most_rows=most_rows,
+        outputs=_OUTPUTS,
+    )
+    return module
+
+
+def _row_bytes(f: Function, num_in: Value) -> Value:
+    return f.b.add(f.b.and_(f.b.add(num_in, LONG(ALIGNMENT - 1)), LONG(-ALIGNMENT)), LONG(ALIGNMENT))
+
+
+def _build_prepare(module: Value) -> None:
+    """Build prepare(x, rounded, steps, num_rows, in): what a matmul wants of activations.
+
+    x: f32 [rows, in]. rounded: u8, rows of _row_bytes. steps: f32 [rows], what one of _LEVELS stands for.
+    """
+    f = Function(module, "prepare", [POINTER] * 3 + [LONG] * 2)
+    b = f.b
+    x, rounded, steps, num_rows, num_in = f.arguments
+    floats, of_floats = vector(FLOAT, STEP), f"v{STEP}f32"
+
+    def row(i: Value, _: list[Value]) -> list[Value]:
+        x_row = f.at(x, b.mul(i, b.mul(num_in, LONG(4))))
+        rounded_row = f.at(rounded, b.mul(i, _row_bytes(f, num_in)))
+
+        def most(column: Value, found: list[Value]) -> list[Value]:
+            sizes = f.call(f"llvm.fabs.{of_floats}", floats, f.load(floats, x_row, b.mul(column, LONG(4))))
+            return [f.call(f"llvm.maxnum.{of_floats}", floats, sizes, found[0])]
+
+        largest = f.loop(LONG(0), num_in, STEP, [splat(FLOAT, STEP, 1e-30)], most)[0]
+        step = b.fdiv(f.call(f"llvm.vector.reduce.fmax.{of_floats}", FLOAT, largest), FLOAT(_LEVELS))
+        f.store(step, steps, b.mul(i, LONG(4)))
+
+        def columns(column: Value, _: list[Value]) -> list[Value]:
+            levels = b.fdiv(f.load(floats, x_row, b.mul(column, LONG(4))), f.spread(step, STEP))
+            # In this order, as FBGEMM has it.
+            levels = b.fadd(levels, splat(FLOAT, STEP, ZERO))
+            levels = f.call(f"llvm.rint.{of_floats}", floats, levels)
+            # Of an activation that is no number these make a level: LLVM's conversion to integers wants one.
+            levels = f.call(f"llvm.maxnum.{of_floats}", floats, levels, splat(FLOAT, STEP, ZERO - _LEVELS))
+            levels = f.call(f"llvm.minnum.{of_floats}", floats, levels, splat(FLOAT, STEP, ZERO + _LEVELS))
+            whole = b.fptosi(levels, vector(INT, STEP))
+            f.store(b.trunc(whole, vector(BYTE, STEP)), rounded_row, column)
+            return []
+
+        f.loop(LONG(0), num_in, STEP, [], columns)
+        return []
+
+    f.loop(LONG(0), num_rows, 1, [], row)
+    f.finish()
+
+
+def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes: int) -> None:
+    """Build tile<num_rows>(q, scale, starts, rounded, steps, y, out, first, stop, in).
+
+    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out]. What it is given is as LlvmInt8 and
+    _build_prepare have it.
+    """
+    f = Function(module, f"tile{num_rows}", [POINTER] * 6 + [LONG] * 4)
+    b = f.b
+    q, scale, starts, rounded, steps, y, num_out, first, stop, num_in = f.arguments
+    width = 4 * lanes
+    ints, of_ints = vector(INT, lanes), f"v{lanes}i32"
+    rows = [f.at(rounded, b.mul(LONG(row), _row_bytes(f, num_in))) for row in range(num_rows)]
+    whole = b.and_(num_in, LONG(-width))
+    # Behind the last whole vector lie columns of the next row, or of nothing.
+    num_left = f.spread(b.trunc(b.ashr(b.sub(num_in, whole), LONG(2)), INT), lanes)
+    mask = b.icmp_signed("<", ir.Constant(ints, list(range(lanes))), num_left)
+    # Few rows of activations go through the matrix as it lies; more make use of what was loaded twice.
+    num_outputs = 1 if num_rows <= 2 else 2
+
+    def output(i: Value, _: list[Value]) -> list[Value]:
+        places = [i]
+        if num_outputs == 2:
+            following = b.add(i, LONG(1))
+            places.append(b.select(b.icmp_signed("<", following, stop), following, i))
+        weight_rows = [f.at(q, b.mul(place, num_in)) for place in places]
+
+        def added(sums: list[Value], weights: list[Value], column: Value) -> list[Value]:
+            results = []
+            for row, row_sums in zip(rows, zip(*[iter(sums)] * num_outputs, strict=True), strict=True):
+                activations = f.load(ints, row, column)
+                for total, weight in zip(row_sums, weights, strict=True):
+                    results.append(_with_products(f, total, activations, weight, features))
+            return results
+
+        def columns(column: Value, sums: list[Value]) -> list[Value]:
+            ahead = b.add(b.mul(column, LONG(num_outputs)), LONG(_AHEAD[num_outputs - 1]))
+            for k in range(num_outputs):
+                where = f.at(weight_rows[0], b.add(ahead, LONG(k * width)))
+                f.call("llvm.prefetch.p0", ir.VoidType(), where, INT(0), INT(_NEAR), INT(1))
+            return added(sums, [f.load(ints, row, column) for row in weight_rows], column)
+
+        def rest(column: Value, sums: list[Value]) -> list[Value]:
+            load, nothing = f"llvm.masked.load.{of_ints}.p0", splat(INT, lanes, 0)
+            weights = [f.call(load, ints, f.at(row, column), INT(1), mask, nothing) for row in weight_rows]
+            return added(sums, weights, column)
+
+        sums = f.loop(LONG(0), whole, width, [splat(INT, lanes, 0)] * (num_rows * num_outputs), columns)
+        sums = f.loop(whole, num_in, width, sums, rest)
+        for k, total in enumerate(sums):
+            row, place = LONG(k // num_outputs), places[k % num_outputs]
+            at = b.mul(place, LONG(4))
+            total = b.add(f.call(f"llvm.vector.reduce.add.{of_ints}", INT, total), f.load(INT, starts, at))
+            value = b.fmul(b.sitofp(total, FLOAT), f.load(FLOAT, scale, at))
+            value = b.fmul(value, f.load(FLOAT, steps, b.mul(row, LONG(4))))
+            f.store(value, y, b.mul(b.add(b.mul(row, num_out), place), LONG(4)))
+        return []
+
+    f.loop(first, stop, num_outputs, [], output)
+    f.finish()
+
+
+def _with_products(f: Function, total: Value, activations: Value, weights: Value, features: frozenset[str]) -> Value:
+    """Return a vector of i32 to which each lane's four products are added: activations have no sign, weights one."""
+    b = f.b
+    kind = total.type
+    if has_dot_products(features):
+        return f.call(f"llvm.x86.avx512.vpdpbusd.{kind.count * 32}", kind, total, activations, weights)
+    bytes_, wide = vector(BYTE, 4 * kind.count), vector(INT, 4 * kind.count)
+    each = b.mul(b.zext(b.bitcast(activations, bytes_), wide), b.sext(b.bitcast(weights, bytes_), wide))
+    for part in range(4):
+        total = b.add(total, f.pick(each, range(part, 4 * kind.count, 4)))
+    return total

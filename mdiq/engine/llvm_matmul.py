@@ -1,0 +1,97 @@
+"""Runs matmuls that were compiled on the device: buffers for activations, threads, and the bias."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from mdiq.engine.llvm_code import Machine
+
+_FEW_OUTPUTS = 256  # of a thread: with fewer, telling it costs as much as its work
+_MOST_BUFFERS = 16  # sizes of a batch and a matrix that come again and again: two or three widths, some batches
+
+Scratch = Callable[[int], tuple[torch.Tensor, ...]]
+"""Makes the buffers that hold so many rows of activations as the compiled code wants them."""
+
+
+class CompiledMatmul:
+    """y = x W^T + bias by functions ``prepare`` and ``multiply`` of a machine; see llvm_code.build_multiply.
+
+    prepare(x, activations.., num_rows, sizes..) writes rounded activations into buffers; one thread does it.
+    multiply fills some columns of y; all threads do it, each its own.
+
+    weights: what multiply reads. bias: f32 [out]. sizes: numbers that describe the matrix, its columns first.
+    scratch: what makes buffers for activations; matrices of one kind and of equal sizes share them.
+    """
+
+    def __init__(
+        self,
+        machine: "Machine",
+        *,
+        kind: str,
+        weights: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        num_out: int,
+        sizes: Sequence[int],
+        scratch: Scratch,
+    ) -> None:
+        self._machine = machine  # its code lives as long as it does
+        self._weights, self._bias = weights, bias
+        self._addresses = [tensor.data_ptr() for tensor in weights]
+        self._kind, self._out, self._sizes, self._scratch = kind, num_out, tuple(sizes), scratch
+        num_buffers = len(scratch(1))
+        self._prepare = machine.function("prepare", 1 + num_buffers, 1 + len(sizes))
+        self._multiply = machine.function("multiply", len(weights) + num_buffers + 1, 4 + len(sizes))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self._weights, self._bias) if tensor is not None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, out], x's dtype, for x: [n, in]."""
+        wide = x.float().contiguous()
+        num_rows, num_in = wide.shape
+        if num_in != self._sizes[0]:  # compiled code checks nothing
+            raise RuntimeError(f"{num_in} columns of activations meet {self._sizes[0]} of weights")
+        activations = _BUFFERS.addresses((self._kind, num_rows, *self._sizes), self._scratch)
+        y = torch.empty(num_rows, self._out)
+        sizes = (num_rows, *self._sizes)
+        self._prepare(wide.data_ptr(), *activations, *sizes)
+        num_threads = max(min(torch.get_num_threads(), self._out // _FEW_OUTPUTS), 1)
+        bounds = [self._out * i // num_threads for i in range(num_threads + 1)]
+        parts = [
+            (*self._addresses, *activations, y.data_ptr(), self._out, first, stop, *sizes)
+            for first, stop in pairwise(bounds)
+        ]
+        others = [_threads().submit(self._multiply, *part) for part in parts[1:]]
+        self._multiply(*parts[0])
+        for other in others:
+            other.result()
+        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+
+
+class _Buffers(threading.local):
+    """Where rounded activations lie during a matmul: a few buffers that all matrices of a thread share."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str | int, ...], tuple[torch.Tensor, ...]] = {}
+
+    def addresses(self, key: tuple[str | int, ...], scratch: Scratch) -> list[int]:
+        if key not in self._kept:
+            if len(self._kept) >= _MOST_BUFFERS:
+                self._kept.clear()
+            self._kept[key] = scratch(int(key[1]))
+        return [tensor.data_ptr() for tensor in self._kept[key]]
+
+
+_BUFFERS = _Buffers()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(torch.get_num_threads() - 1, 1), thread_name_prefix="matmul")
