@@ -64,6 +64,14 @@ class Function:
         one = self.b.insert_element(ir.Constant(vector(value.type, 1), ir.Undefined), value, INT(0))
         return self.pick(one, [0] * count)
 
+    def total(self, lanes: Value) -> Value:
+        """Return the sum of a vector's floats, halves first."""
+        count = lanes.type.count
+        while count > 1:
+            count //= 2
+            lanes = self.b.fadd(self.pick(lanes, range(count)), self.pick(lanes, range(count, 2 * count)))
+        return self.b.extract_element(lanes, INT(0))
+
     def call(self, name: str, result: Value, *arguments: Value) -> Value:
         """Call a function of the module, or one that LLVM knows by name."""
         called = self.module.globals.get(name)
@@ -158,6 +166,28 @@ def build_multiply(
 
     f.loop(first, stop, outputs, [], part)
     f.finish()
+
+
+def with_dot_products(f: Function, total: Value, unsigned: Value, signed: Value, features: frozenset[str]) -> Value:
+    """Return a vector of i32 to which each lane's four products of bytes are added, of one side without sign.
+
+    ``unsigned`` and ``signed`` are vectors as large as ``total``. Without instructions for it, it is slow.
+    """
+    b = f.b
+    kind = total.type
+    bytes_, wide = vector(BYTE, 4 * kind.count), vector(INT, 4 * kind.count)
+    if has_dot_products(features):
+        sides = (b.bitcast(side, kind) for side in (unsigned, signed))
+        return f.call(f"llvm.x86.avx512.vpdpbusd.{kind.count * 32}", kind, total, *sides)
+    each = b.mul(b.zext(b.bitcast(unsigned, bytes_), wide), b.sext(b.bitcast(signed, bytes_), wide))
+    for part in range(4):
+        total = b.add(total, f.pick(each, range(part, 4 * kind.count, 4)))
+    return total
+
+
+def has_dot_products(features: frozenset[str]) -> bool:
+    """Tell whether a CPU with such features, as LLVM calls them, has instructions for dot products of bytes."""
+    return bool({"avx512vnni", "avxvnni"} & features)
 
 
 def host_features() -> frozenset[str]:

@@ -4,19 +4,14 @@ With 11264 x 2048 weights and 1 / 4 / 8 / 16 rows one core with AVX2 took 1.1 / 
 MatMulNBits 2.2 / 4.3 / 6.3 / 11.2. The first is what reading the weights from memory takes.
 """
 
-import functools
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from mdiq.engine.device import drop_pages
-from mdiq.engine.llvm_matmul import CompiledMatmul
+from mdiq.engine.llvm_matmul import CompiledMatmul, compiled
 from mdiq.engine.quantize import BLOCK, PackedFile
-
-if TYPE_CHECKING:
-    from mdiq.engine.llvm_code import Machine
 
 
 class LlvmInt4:
@@ -32,7 +27,7 @@ class LlvmInt4:
     formats = ("int4",)
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
-        machine = _machine()
+        machine = compiled("llvm_int4_code")
         from mdiq.engine.llvm_int4_code import FACTORS, LANES, PAD, WIDTH
 
         nibbles = file.tensor(f"{role}.nibbles")  # u8 [out, in / BLOCK, BLOCK / 2]
@@ -82,18 +77,3 @@ class LlvmInt4:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._matmul(x)
-
-
-@functools.cache
-def _machine() -> "Machine":
-    """Return the compiled code, compiled now if it never was: half a second.
-
-    Raises:
-        RuntimeError: llvmlite cannot be loaded here, or cannot compile for this CPU.
-    """
-    try:
-        from mdiq.engine.llvm_code import Machine, host_features
-        from mdiq.engine.llvm_int4_code import build
-    except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
-        raise RuntimeError(f"llvmlite: {error}") from error
-    return Machine(build(host_features()))

@@ -157,7 +157,7 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str]) -> None:
         units = f.spread(f.load(FLOAT, unit, b.mul(i, LONG(4))), LANES)
         totals = f.loop(LONG(0), num_blocks, LANES, [b.fmul(total, units) for total in totals], offsets)
         for row, total in zip(rows, totals, strict=True):
-            f.store(_total(f, total), y, b.mul(b.add(b.mul(row, num_out), i), LONG(4)))
+            f.store(f.total(total), y, b.mul(b.add(b.mul(row, num_out), i), LONG(4)))
         return []
 
     f.loop(first, stop, 1, [], output)
@@ -190,12 +190,3 @@ def _products(
     wider = vector(INT, 2 * LANES)
     each = b.mul(b.sext(total, wider), b.sext(factors, wider))
     return b.add(*(f.pick(each, range(parity, 2 * LANES, 2)) for parity in range(2)))
-
-
-def _total(f: Function, lanes: Value) -> Value:
-    """Return the sum of a vector's lanes, halves first."""
-    count = lanes.type.count
-    while count > 1:
-        count //= 2
-        lanes = f.b.fadd(f.pick(lanes, range(count)), f.pick(lanes, range(count, 2 * count)))
-    return f.b.extract_element(lanes, INT(0))

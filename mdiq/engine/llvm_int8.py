@@ -4,19 +4,14 @@ FBGEMM has them too; yet with 11264 x 2048 weights and 1 / 4 / 8 / 16 rows one c
 2.2 ms, FBGEMM 1.3 / 1.3 / 1.6 / 2.7. The first two are what reading the weights from memory takes.
 """
 
-import functools
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 
 from mdiq.engine.device import cpu_flags
 from mdiq.engine.hot_split import HotSplit
-from mdiq.engine.llvm_matmul import CompiledMatmul
+from mdiq.engine.llvm_matmul import CompiledMatmul, compiled
 from mdiq.engine.quantize import PackedFile
-
-if TYPE_CHECKING:
-    from mdiq.engine.llvm_code import Machine
 
 
 class LlvmInt8:
@@ -30,7 +25,7 @@ class LlvmInt8:
     formats = ("int8",)
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
-        machine = _machine()
+        machine = compiled("llvm_int8_code")
         from mdiq.engine.llvm_int8_code import ALIGNMENT, STEP, ZERO
 
         q = file.tensor(f"{role}.q")
@@ -61,20 +56,3 @@ class LlvmInt8:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._matmul(x if self._split is None else self._split(x.float())).to(x.dtype)
-
-
-@functools.cache
-def _machine() -> "Machine":
-    """Return the compiled code, compiled now if it never was.
-
-    Raises:
-        RuntimeError: llvmlite cannot be loaded here, or cannot compile for this CPU.
-    """
-    try:
-        from mdiq.engine.llvm_code import Machine, host_features
-        from mdiq.engine.llvm_int8_code import build, has_dot_products
-    except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
-        raise RuntimeError(f"llvmlite: {error}") from error
-    if not has_dot_products(host_features()):
-        raise RuntimeError("this CPU has no dot products of bytes")
-    return Machine(build(host_features()))

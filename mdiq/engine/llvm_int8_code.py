@@ -2,7 +2,19 @@
 
 from llvmlite import ir
 
-from mdiq.engine.llvm_code import BYTE, FLOAT, INT, LONG, POINTER, Function, Value, build_multiply, splat, vector
+from mdiq.engine.llvm_code import (
+    BYTE,
+    FLOAT,
+    INT,
+    LONG,
+    POINTER,
+    Function,
+    Value,
+    build_multiply,
+    splat,
+    vector,
+    with_dot_products,
+)
 
 ALIGNMENT = 64
 """Bytes: rows of activations begin there, and end that much behind what they hold."""
@@ -12,15 +24,10 @@ ZERO = 128
 """What stands for 0 among rounded activations: the dot product wants one side without sign."""
 _LEVELS = 127  # of an activation, above and below 0
 _OUTPUTS = 16  # rows of the matrix for which a tile of activations stays in the nearest cache
-# Bytes: how far weights are asked for ahead where one, or two rows of the matrix are read at a time. Always in the order
+# Bytes: how far weights are asked for ahead where one, or two rows of the matrix are read at once. Always in the order
 # of their addresses and no nearer than the second cache: in another order, or into the nearest, they came half as fast.
 _AHEAD = (2_048, 8_192)
 _NEAR = 2  # the second cache, as LLVM counts them down
-
-
-def has_dot_products(features: frozenset[str]) -> bool:
-    """Tell whether a CPU with such features, as LLVM calls them, has what the loops are made of."""
-    return bool({"avx512vnni", "avxvnni"} & features)
 
 
 def build(features: frozenset[str]) -> Value:
@@ -118,7 +125,7 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes
             for row, row_sums in zip(rows, zip(*[iter(sums)] * num_outputs, strict=True), strict=True):
                 activations = f.load(ints, row, column)
                 for total, weight in zip(row_sums, weights, strict=True):
-                    results.append(_with_products(f, total, activations, weight, features))
+                    results.append(with_dot_products(f, total, activations, weight, features))
             return results
 
         def columns(column: Value, sums: list[Value]) -> list[Value]:
@@ -146,16 +153,3 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes
 
     f.loop(first, stop, num_outputs, [], output)
     f.finish()
-
-
-def _with_products(f: Function, total: Value, activations: Value, weights: Value, features: frozenset[str]) -> Value:
-    """Return a vector of i32 to which each lane's four products are added: activations have no sign, weights one."""
-    b = f.b
-    kind = total.type
-    if has_dot_products(features):
-        return f.call(f"llvm.x86.avx512.vpdpbusd.{kind.count * 32}", kind, total, activations, weights)
-    bytes_, wide = vector(BYTE, 4 * kind.count), vector(INT, 4 * kind.count)
-    each = b.mul(b.zext(b.bitcast(activations, bytes_), wide), b.sext(b.bitcast(weights, bytes_), wide))
-    for part in range(4):
-        total = b.add(total, f.pick(each, range(part, 4 * kind.count, 4)))
-    return total

@@ -1,5 +1,6 @@
 """Runs matmuls that were compiled on the device: buffers for activations, threads, and the bias."""
 
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,3 +96,21 @@ _BUFFERS = _Buffers()
 @cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(torch.get_num_threads() - 1, 1), thread_name_prefix="matmul")
+
+
+@cache
+def compiled(code: str) -> "Machine":
+    """Return a module of this package, compiled now if it never was: half a second.
+
+    code: of a module with a function ``build``, its name in this package.
+
+    Raises:
+        RuntimeError: llvmlite cannot be loaded here, or cannot compile for this CPU.
+    """
+    try:
+        from mdiq.engine.llvm_code import Machine, host_features
+
+        module = importlib.import_module(f"mdiq.engine.{code}")
+    except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
+        raise RuntimeError(f"llvmlite: {error}") from error
+    return Machine(module.build(host_features()))

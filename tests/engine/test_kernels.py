@@ -1,5 +1,6 @@
 """Every kernel against the same matmul in f64, and what exact mode promises; which kernel is chosen."""
 
+import importlib
 import json
 import re
 import sys
@@ -11,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code
+from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int4_dot, llvm_int4_dot_code, llvm_int8, llvm_int8_code
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
 from mdiq.engine.llvm_code import Machine, host_features
 from mdiq.engine.llvm_int4 import LlvmInt4
+from mdiq.engine.llvm_int4_dot import LlvmInt4Dot
 from mdiq.engine.llvm_int8 import LlvmInt8
+from mdiq.engine.llvm_matmul import compiled
 from mdiq.engine.quantize import BLOCK, PackedFile, quantize_columns, quantize_int4, unpack_int4
 from mdiq.errors import EngineError
 
@@ -26,6 +29,7 @@ TOLERANCE = {
     "llvm-int8": 2e-2,
     "fbgemm": 2e-2,
     "torch-int8": 6e-3,
+    "llvm-int4-dot": 5e-2,
     "llvm-int4": 3e-2,
     "ort-int4": 2e-2,
     "torch-int4": 6e-3,
@@ -114,18 +118,25 @@ def test_sums_of_the_largest_activations_and_weights_do_not_overflow(tmp_path: P
         assert torch.allclose(linear(torch.ones(3, IN)), torch.full((3, OUT), sign * IN), rtol=1e-2)
 
 
+@pytest.mark.parametrize("kernel", [LlvmInt4, LlvmInt4Dot], ids=lambda kernel: kernel.name)
 def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, _ = _packed(tmp_path, "int4")
     x = _activations()
-    found = LlvmInt4(file, "w", exact=True)(x)
-    plain = Machine(llvm_int4_code.build(frozenset()))  # without what this CPU can do
-    monkeypatch.setattr("mdiq.engine.llvm_int4._machine", lambda: plain)
-    assert torch.equal(LlvmInt4(file, "w", exact=True)(x), found)
+    found = kernel(file, "w", exact=True)(x)
+    where = f"mdiq.engine.{kernel.name.replace('-', '_')}"
+    build = importlib.import_module(f"{where}_code").build
+    plain = [Machine(build(frozenset()))]  # without what this CPU can do
+    if kernel is LlvmInt4Dot:
+        plain.append(Machine(build(frozenset(), is_wide=True)))
+        plain.append(Machine(build(host_features(), is_wide="avx512bw" in host_features())))
+    for machine in plain:
+        monkeypatch.setattr(f"{where}.compiled", lambda _, machine=machine: machine)
+        assert torch.equal(kernel(file, "w", exact=True)(x), found)
     monkeypatch.setattr("mdiq.engine.llvm_matmul._FEW_OUTPUTS", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(LlvmInt4(file, "w", exact=True)(x), found)
+    assert torch.equal(kernel(file, "w", exact=True)(x), found)
 
 
 @pytest.mark.skipif(not FbgemmInt8.is_available(), reason="FBGEMM is there on x86 only")
@@ -141,7 +152,7 @@ def test_compiled_int8_code_gives_the_bits_of_fbgemm(
     if not features <= here | (frozenset({"avxvnni"}) if "avx512vl" in here and "avx512vnni" in here else frozenset()):
         features = frozenset()
     machine = Machine(llvm_int8_code.build(features))
-    monkeypatch.setattr("mdiq.engine.llvm_int8._machine", lambda: machine)
+    monkeypatch.setattr("mdiq.engine.llvm_int8.compiled", lambda _: machine)
     for num_out, num_in, hot in ((OUT, IN, HOT), (OUT - 1, 80, NO_COLUMNS), (1, 64, NO_COLUMNS)):
         columns = quantize_columns(_random(num_out, num_in) * 0.05 + 0.01, hot)
         path = tmp_path / f"{num_in}.safetensors"
@@ -152,7 +163,7 @@ def test_compiled_int8_code_gives_the_bits_of_fbgemm(
             assert torch.equal(compiled(x[:num_rows]), fbgemm(x[:num_rows]))
 
 
-INT4, INT8 = llvm_int4_code, llvm_int8_code
+INT4, INT4_DOT, INT8 = llvm_int4_code, llvm_int4_dot_code, llvm_int8_code
 
 
 @pytest.mark.parametrize(
@@ -160,6 +171,7 @@ INT4, INT8 = llvm_int4_code, llvm_int8_code
     [
         (INT4, "x86_64-linux-gnu", "avx2,fma,f16c", "vpmaddubsw"),
         (INT4, "aarch64-linux-gnu", "neon", "smull"),
+        (INT4_DOT, "x86_64-linux-gnu", "avx2,fma,avxvnni", r"vpdpbusd\t.*%ymm"),
         (INT8, "x86_64-linux-gnu", "avx2,fma,avxvnni", r"vpdpbusd\t.*%ymm"),
         (INT8, "x86_64-linux-gnu", "avx512f,avx512bw,avx512vl,avx512vnni", r"vpdpbusd\t.*%zmm"),
     ],
@@ -189,8 +201,8 @@ def test_activations_that_are_no_numbers_spoil_their_own_row_alone(tmp_path: Pat
 
 def test_a_device_where_llvmlite_cannot_be_loaded_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mdiq.engine.llvm_code", None)
-    for module in (llvm_int4, llvm_int8):
-        monkeypatch.setattr(module, "_machine", module._machine.__wrapped__)  # as if it was never compiled
+    for module in (llvm_int4, llvm_int4_dot, llvm_int8):
+        monkeypatch.setattr(module, "compiled", compiled.__wrapped__)  # as if it never was
     for weights in ("int4", "int8"):
         times = KernelChoice(exact=True, folder=tmp_path).times(weights, (32, 64))
         assert times

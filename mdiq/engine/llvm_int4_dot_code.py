@@ -1,0 +1,228 @@
+"""The loops of LlvmInt4Dot, in LLVM's language: what they compute and in which order; see llvm_int4_dot.py.
+
+A step takes WIDTH columns of one row of the matrix: 32 bytes of nibbles. 16 bytes are a block of 32 columns, the even
+ones in the low nibbles. A wide vector holds a step of two rows of the matrix, and its halves go each their own way: so
+the bits of a result are the same for vectors of both sizes.
+"""
+
+from llvmlite import ir
+
+from mdiq.engine.llvm_code import (
+    BYTE,
+    FLOAT,
+    INT,
+    LONG,
+    POINTER,
+    SHORT,
+    Function,
+    Value,
+    build_multiply,
+    splat,
+    vector,
+    with_dot_products,
+)
+from mdiq.engine.quantize import BLOCK
+
+WIDTH = 2 * BLOCK
+"""Columns of a step."""
+GROUP = 4 * WIDTH
+"""Columns whose products are added as integers: their activations have one scale."""
+PAD = 64
+"""Bytes between rows of activations: rows that lie a power of two apart push each other out of the cache."""
+LANES = 8
+"""32-bit numbers for a row of the matrix."""
+ZERO = 128
+"""What stands for 0 among levels of weights: the dot product wants one side without sign."""
+FRACTION = 8
+"""Bits behind the point of a block's factor and start."""
+_LEVELS = 127  # of an activation, above and below 0
+_MOST_ROWS = 8
+_OUTPUTS = 16  # rows of the matrix for which a tile of activations stays in the nearest cache
+_AHEAD = 1_024  # bytes: how far weights are asked for ahead
+
+
+def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
+    """Return the module for a CPU with such features; without dot products it is slow, and gives the same bits."""
+    module = ir.Module()
+    _build_prepare(module)
+    for num_rows in range(1, _MOST_ROWS + 1):
+        _build_tile(module, num_rows, features, num_places=2 if is_wide else 1)
+    build_multiply(
+        module,
+        num_weights=3,
+        strides=(
+            lambda f, sizes: f.b.add(sizes[0], LONG(PAD)),
+            lambda f, sizes: f.b.mul(_num_groups(f, sizes[0]), LONG(4)),
+            lambda f, sizes: f.b.mul(_num_groups(f, sizes[0]), LONG(4 * LANES)),
+        ),
+        num_sizes=1,
+        most_rows=_MOST_ROWS,
+        outputs=_OUTPUTS,
+    )
+    return module
+
+
+def _num_groups(f: Function, num_in: Value) -> Value:
+    return f.b.sdiv(f.b.add(num_in, LONG(GROUP - 1)), LONG(GROUP))
+
+
+def _bounds(f: Function, group: Value, num_in: Value) -> tuple[Value, Value]:
+    """Return a group's first column and the one behind its last: the last group may be short."""
+    start = f.b.mul(group, LONG(GROUP))
+    stop = f.b.add(start, LONG(GROUP))
+    return start, f.b.select(f.b.icmp_signed("<", stop, num_in), stop, num_in)
+
+
+def _build_prepare(module: Value) -> None:
+    """Build prepare(x, rounded, steps, starts, num_rows, in): what a matmul wants of activations.
+
+    x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every WIDTH columns the even ones before the odd ones. steps:
+    f32 [rows, groups], what one of _LEVELS stands for in a group. starts: i32 [rows, groups, LANES], where a group's
+    sums begin: it takes out what ZERO adds.
+    """
+    f = Function(module, "prepare", [POINTER] * 4 + [LONG] * 2)
+    b = f.b
+    x, rounded, steps, starts, num_rows, num_in = f.arguments
+    floats, ints, of_floats = vector(FLOAT, WIDTH), vector(INT, WIDTH), f"v{WIDTH}f32"
+    num_groups = _num_groups(f, num_in)
+
+    def row(i: Value, _: list[Value]) -> list[Value]:
+        x_row = f.at(x, b.mul(i, b.mul(num_in, LONG(4))))
+        rounded_row = f.at(rounded, b.mul(i, b.add(num_in, LONG(PAD))))
+
+        def group(g: Value, _: list[Value]) -> list[Value]:
+            first, stop = _bounds(f, g, num_in)
+            place = b.add(b.mul(i, num_groups), g)
+
+            def most(column: Value, found: list[Value]) -> list[Value]:
+                sizes = f.call(f"llvm.fabs.{of_floats}", floats, f.load(floats, x_row, b.mul(column, LONG(4))))
+                return [f.call(f"llvm.maxnum.{of_floats}", floats, sizes, found[0])]
+
+            largest = f.loop(first, stop, WIDTH, [splat(FLOAT, WIDTH, 1e-30)], most)[0]
+            largest = f.call(f"llvm.vector.reduce.fmax.{of_floats}", FLOAT, largest)
+            f.store(b.fdiv(largest, FLOAT(_LEVELS)), steps, b.mul(place, LONG(4)))
+            per_step = f.spread(b.fdiv(FLOAT(_LEVELS), largest), WIDTH)
+
+            def columns(column: Value, totals: list[Value]) -> list[Value]:
+                levels = b.fmul(f.load(floats, x_row, b.mul(column, LONG(4))), per_step)
+                levels = f.call(f"llvm.rint.{of_floats}", floats, levels)
+                # Of an activation that is no number these make a level: LLVM's conversion to integers wants one.
+                levels = f.call(f"llvm.maxnum.{of_floats}", floats, levels, splat(FLOAT, WIDTH, -_LEVELS))
+                levels = f.call(f"llvm.minnum.{of_floats}", floats, levels, splat(FLOAT, WIDTH, _LEVELS))
+                whole = b.fptosi(levels, ints)
+                small = b.trunc(whole, vector(BYTE, WIDTH))
+                for parity in range(2):
+                    part = f.pick(small, range(parity, WIDTH, 2))
+                    f.store(part, rounded_row, b.add(column, LONG(parity * BLOCK)))
+                return [b.add(totals[0], whole)]
+
+            total = f.loop(first, stop, WIDTH, [splat(INT, WIDTH, 0)], columns)[0]
+            total = b.mul(f.call(f"llvm.vector.reduce.add.v{WIDTH}i32", INT, total), INT(-ZERO))
+            start = b.insert_element(splat(INT, LANES, 0), total, INT(0))
+            f.store(start, starts, b.mul(place, LONG(4 * LANES)))
+            return []
+
+        f.loop(LONG(0), num_groups, 1, [], group)
+        return []
+
+    f.loop(LONG(0), num_rows, 1, [], row)
+    f.finish()
+
+
+def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int) -> None:
+    """Build tile<num_rows>(nibbles, scales, unit, rounded, steps, starts, y, out, first, stop, in).
+
+    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out], num_places of them at a time. What it is given
+    is as LlvmInt4Dot and _build_prepare have it. A row's sums are made in the same order whatever num_rows is.
+    """
+    f = Function(module, f"tile{num_rows}", [POINTER] * 7 + [LONG] * 4)
+    b = f.b
+    nibbles, scales, unit, rounded, steps, starts, y, num_out, first, stop, num_in = f.arguments
+    num_lanes = num_places * LANES
+    floats = vector(FLOAT, num_lanes)
+    num_groups = _num_groups(f, num_in)
+    rounded_rows = [f.at(rounded, b.mul(LONG(row), b.add(num_in, LONG(PAD)))) for row in range(num_rows)]
+
+    def output(i: Value, _: list[Value]) -> list[Value]:
+        places = [i]
+        if num_places == 2:
+            following = b.add(i, LONG(1))
+            places.append(b.select(b.icmp_signed("<", following, stop), following, i))
+        nibbles_rows = [f.at(nibbles, b.mul(place, b.ashr(num_in, LONG(1)))) for place in places]
+        scales_rows = [f.at(scales, b.mul(place, b.ashr(num_in, LONG(3)))) for place in places]
+
+        def group(g: Value, totals: list[Value]) -> list[Value]:
+            def columns(column: Value, sums: list[Value]) -> list[Value]:
+                at = b.ashr(column, LONG(1))
+                for row in nibbles_rows:
+                    ahead = f.at(row, b.add(at, LONG(_AHEAD)))
+                    f.call("llvm.prefetch.p0", ir.VoidType(), ahead, INT(0), INT(3), INT(1))
+                packed = _joined(f, [f.load(vector(BYTE, WIDTH // 2), row, at) for row in nibbles_rows])
+                pairs = [f.load(LONG, row, b.ashr(column, LONG(3))) for row in scales_rows]
+                levels = _levels(f, packed, pairs, features)
+                following = []
+                for row, total in zip(rounded_rows, sums, strict=True):
+                    for parity, weights in enumerate(levels):
+                        part = f.load(vector(INT, LANES), row, b.add(column, LONG(parity * BLOCK)))
+                        total = with_dot_products(f, total, weights, _joined(f, [part] * num_places), features)
+                    following.append(total)
+                return following
+
+            rows = [b.add(b.mul(LONG(row), num_groups), g) for row in range(num_rows)]
+            sums = [f.load(vector(INT, LANES), starts, b.mul(row, LONG(4 * LANES))) for row in rows]
+            sums = f.loop(*_bounds(f, g, num_in), WIDTH, [_joined(f, [start] * num_places) for start in sums], columns)
+            following = []
+            for row, products, total in zip(rows, sums, totals, strict=True):
+                step = f.spread(f.load(FLOAT, steps, b.mul(row, LONG(4))), num_lanes)
+                products = b.sitofp(products, floats)
+                following.append(f.call(f"llvm.fma.v{num_lanes}f32", floats, products, step, total))
+            return following
+
+        totals = f.loop(LONG(0), num_groups, 1, [splat(FLOAT, num_lanes, 0.0)] * num_rows, group)
+        for row, total in enumerate(totals):
+            for k, place in enumerate(places):
+                value = f.total(f.pick(total, range(k * LANES, (k + 1) * LANES)))
+                value = b.fmul(value, f.load(FLOAT, unit, b.mul(place, LONG(4))))
+                f.store(value, y, b.mul(b.add(b.mul(LONG(row), num_out), place), LONG(4)))
+        return []
+
+    f.loop(first, stop, num_places, [], output)
+    f.finish()
+
+
+def _levels(f: Function, packed: Value, pairs: list[Value], features: frozenset[str]) -> list[Value]:
+    """Return levels of the even and of the odd columns: u8, two vectors as large as ``packed``.
+
+    packed: nibbles q of one or two rows of the matrix. pairs: for each of the rows, factor and start of both blocks, 16
+    bits each. A level is (factor * q + start) >> FRACTION.
+    """
+    b = f.b
+    num_bytes = packed.type.count
+    bytes_, shorts = packed.type, vector(SHORT, num_bytes // 2)
+    parts = [b.and_(packed, splat(BYTE, num_bytes, 15)), b.lshr(packed, splat(BYTE, num_bytes, 4))]
+    numbers = b.bitcast(_joined(f, [f.spread(pair, 4) for pair in pairs]), shorts)
+    # Of the 16 bytes of a block, that block's: of the first, numbers 0 and 1 of the four, of the second 2 and 3.
+    blocks = [8 * k + 2 * (k % 2) for k in range(num_bytes // 16)]
+    if "avx2" not in features:
+        levels = []
+        for part in parts:
+            factor, start = (f.pick(numbers, [block + k for block in blocks for _ in range(16)]) for k in range(2))
+            level = b.add(b.mul(b.zext(part, vector(SHORT, num_bytes)), factor), start)
+            levels.append(b.trunc(b.lshr(level, splat(SHORT, num_bytes, FRACTION)), bytes_))
+        return levels
+    # A table of a block's 16 levels, in which the nibbles are looked up.
+    factor, start = (f.pick(numbers, [block + k for block in blocks for _ in range(8)]) for k in range(2))
+    even = b.add(b.mul(factor, ir.Constant(shorts, [2 * (i % 8) for i in range(num_bytes // 2)])), start)
+    odd = b.add(even, factor)
+    kept = splat(SHORT, num_bytes // 2, 0xFF00)
+    table = b.bitcast(b.or_(b.lshr(even, splat(SHORT, num_bytes // 2, FRACTION)), b.and_(odd, kept)), bytes_)
+    look_up = "llvm.x86.avx512.pshuf.b.512" if num_bytes == 64 else "llvm.x86.avx2.pshuf.b"
+    return [f.call(look_up, bytes_, table, part) for part in parts]
+
+
+def _joined(f: Function, vectors: list[Value]) -> Value:
+    """Return one or two vectors as one."""
+    if len(vectors) == 1:
+        return vectors[0]
+    places = list(range(2 * vectors[0].type.count))
+    return f.b.shuffle_vector(*vectors, ir.Constant(vector(INT, len(places)), places))
