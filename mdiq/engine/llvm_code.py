@@ -15,6 +15,8 @@ from mdiq.engine.device import drop_library
 
 Value = Any
 """Of the function being built: llvmlite gives its classes no types."""
+PART_STEP = 256
+"""Columns: what multiply gives a tile begins at a multiple, and ends at one or at the last column."""
 
 BYTE, SHORT, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -29,6 +31,11 @@ def vector(element: Value, count: int) -> Value:
 def splat(element: Value, count: int, value: float) -> Value:
     """Return a vector of equal constants."""
     return ir.Constant(vector(element, count), [value] * count)
+
+
+NEAREST, SECOND = 3, 2
+"""Caches, as LLVM counts them."""
+_NEAR_BYTES = 24_576  # what a tile's activations may take of the nearest cache, of 32 KiB or more
 
 
 class Function:
@@ -53,6 +60,10 @@ class Function:
     def store(self, value: Value, pointer: Value, offset: Value) -> None:
         """Put a value ``offset`` bytes behind a pointer, on any byte."""
         self.b.store(value, self.at(pointer, offset)).align = 1
+
+    def ask_for(self, pointer: Value, cache: int) -> None:
+        """Have the line of memory at a pointer come into NEAREST or SECOND cache, whoever it belongs to."""
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, INT(0), INT(cache), INT(1))
 
     def pick(self, lanes: Value, places: Sequence[int]) -> Value:
         """Return a vector of some lanes of another."""
@@ -83,7 +94,7 @@ class Function:
         self,
         start: Value,
         stop: Value,
-        step: int,
+        step: int | Value,
         carried: Sequence[Value],
         body: Callable[[Value, list[Value]], Sequence[Value]],
     ) -> list[Value]:
@@ -95,7 +106,7 @@ class Function:
         i = b.phi(LONG)
         current = [b.phi(value.type) for value in carried]
         following = body(i, current)
-        next_i = b.add(i, LONG(step))
+        next_i = b.add(i, LONG(step) if isinstance(step, int) else step)
         end = b.block
         for phi, first, later in zip((i, *current), (start, *carried), (next_i, *following), strict=True):
             phi.add_incoming(first, before)
@@ -123,16 +134,18 @@ def build_multiply(
     num_sizes: int,
     most_rows: int,
     outputs: int,
+    columns: int | None,
 ) -> None:
     """Build multiply(weights.., activations.., y, out, first, stop, num_rows, sizes..): a matmul, tile by tile.
 
     It fills columns ``first`` to ``stop - 1`` of y, f32 [num_rows, out]. Functions tile1, tile2.. of the module do it
-    for as many rows; their arguments are the same without num_rows. Weights come from memory once, whatever the number
-    of rows.
+    for as many rows; their arguments are the same, with ``begin`` and ``end`` for num_rows: the columns of the matrix
+    to take. Weights come from memory once, whatever the number of rows.
 
     strides: of each argument that describes activations, what gives the bytes of one row from the sizes.
     most_rows: of the largest tile; tiles are about as large as each other.
-    outputs: rows of the matrix that all tiles go over before the next: what fits the nearest cache.
+    outputs: rows of the matrix that all tiles go over before the next. columns: of the matrix, about as many at a time
+    where activations of a tile, a byte each, do not fit the nearest cache; None is always all.
     """
     num_pointers = num_weights + len(strides) + 1
     f = Function(module, "multiply", [POINTER] * num_pointers + [LONG] * (4 + num_sizes))
@@ -156,7 +169,7 @@ def build_multiply(
                 case = f.function.append_basic_block()
                 choice.add_case(LONG(size), case)
                 b.position_at_end(case)
-                f.call(f"tile{size}", ir.VoidType(), *weights, *rows, num_out, begin, end, *sizes)
+                _call_tile(f, size, (*weights, *rows, num_out, begin, end), sizes, columns)
                 b.branch(behind)
             b.position_at_end(behind)
             return []
@@ -166,6 +179,34 @@ def build_multiply(
 
     f.loop(first, stop, outputs, [], part)
     f.finish()
+
+
+def _call_tile(
+    f: Function, num_rows: int, arguments: Sequence[Value], sizes: Sequence[Value], columns: int | None
+) -> None:
+    """Call a tile for all columns of the matrix, or for some of them at a time where its activations are many."""
+    b, num_in = f.b, sizes[0]
+    if columns is None:
+        f.call(f"tile{num_rows}", ir.VoidType(), *arguments, LONG(0), num_in, *sizes)
+        return
+    is_small = b.icmp_signed("<=", b.mul(num_in, LONG(num_rows)), LONG(_NEAR_BYTES))
+    width = b.select(is_small, num_in, part_width(f, num_in, columns))
+
+    def part(begin: Value, _: list[Value]) -> list[Value]:
+        end = b.add(begin, width)
+        end = b.select(b.icmp_signed("<", end, num_in), end, num_in)
+        f.call(f"tile{num_rows}", ir.VoidType(), *arguments, begin, end, *sizes)
+        return []
+
+    f.loop(LONG(0), num_in, width, [], part)
+
+
+def part_width(f: Function, num_in: Value, columns: int) -> Value:
+    """Return how many columns tiles take at a time: about ``columns``, in parts of one size, of which none is tiny."""
+    b = f.b
+    num_parts = b.sdiv(b.add(num_in, LONG(columns // 2)), LONG(columns))
+    num_parts = b.select(b.icmp_signed("<", num_parts, LONG(1)), LONG(1), num_parts)
+    return b.and_(b.add(b.sdiv(num_in, num_parts), LONG(PART_STEP - 1)), LONG(-PART_STEP))
 
 
 def with_dot_products(f: Function, total: Value, unsigned: Value, signed: Value, features: frozenset[str]) -> Value:

@@ -12,6 +12,7 @@ from mdiq.engine.llvm_code import (
     HALF,
     INT,
     LONG,
+    NEAREST,
     POINTER,
     SHORT,
     Function,
@@ -54,6 +55,7 @@ def build(features: frozenset[str]) -> Value:
         num_sizes=2,
         most_rows=MOST_ROWS,
         outputs=_OUTPUTS,
+        columns=None,
     )
     return module
 
@@ -108,14 +110,15 @@ def _build_prepare(module: Value) -> None:
 
 
 def _build_tile(module: Value, num_rows: int, features: frozenset[str]) -> None:
-    """Build tile<num_rows>(nibbles, factors, unit, low, rounded, steps, sums, y, out, first, stop, in, num_blocks).
+    """Build tile<num_rows>(nibbles, factors, unit, low, rounded, steps, sums, y, out, first, stop, 0, in, in, blocks).
 
-    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out]. What it is given is as LlvmInt4 and
-    _build_prepare have it. A row's sums are made in the same order whatever num_rows is.
+    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out], and takes all columns of the matrix at once.
+    What it is given is as LlvmInt4 and _build_prepare have it. A row's sums are made in the same order whatever
+    num_rows is.
     """
-    f = Function(module, f"tile{num_rows}", [POINTER] * 8 + [LONG] * 5)
+    f = Function(module, f"tile{num_rows}", [POINTER] * 8 + [LONG] * 7)
     b = f.b
-    nibbles, factors, unit, low, rounded, steps, sums, y, num_out, first, stop, num_in, num_blocks = f.arguments
+    nibbles, factors, unit, low, rounded, steps, sums, y, num_out, first, stop, _, _, num_in, num_blocks = f.arguments
     row_bytes, factor_bytes = b.ashr(num_in, LONG(1)), b.ashr(num_in, LONG(4))
     bytes_, floats = vector(BYTE, WIDTH // 2), vector(FLOAT, LANES)
     rows = [LONG(row) for row in range(num_rows)]
@@ -131,7 +134,7 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str]) -> None:
         def columns(column: Value, totals: list[Value]) -> list[Value]:
             at = b.ashr(column, LONG(1))
             ahead = f.at(nibbles_row, b.add(at, LONG(_AHEAD)))
-            f.call("llvm.prefetch.p0", ir.VoidType(), ahead, INT(0), INT(3), INT(1))
+            f.ask_for(ahead, NEAREST)
             packed = f.load(bytes_, nibbles_row, at)
             weights = (b.and_(packed, splat(BYTE, WIDTH // 2, 15)), b.lshr(packed, splat(BYTE, WIDTH // 2, 4)))
             # Eight lanes of 16 bits are of the first block, eight of the second.

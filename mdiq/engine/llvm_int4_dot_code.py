@@ -12,11 +12,15 @@ from mdiq.engine.llvm_code import (
     FLOAT,
     INT,
     LONG,
+    NEAREST,
+    PART_STEP,
     POINTER,
+    SECOND,
     SHORT,
     Function,
     Value,
     build_multiply,
+    part_width,
     splat,
     vector,
     with_dot_products,
@@ -37,8 +41,10 @@ FRACTION = 8
 """Bits behind the point of a block's factor and start."""
 _LEVELS = 127  # of an activation, above and below 0
 _MOST_ROWS = 8
-_OUTPUTS = 16  # rows of the matrix for which a tile of activations stays in the nearest cache
-_AHEAD = 1_024  # bytes: how far weights are asked for ahead
+_FEW_ROWS = 2  # of activations, for which the matrix is read row by row
+_OUTPUTS, _COLUMNS = 8, 2_048  # of the matrix: a tile of activations stays in the nearest cache for so many rows
+assert PART_STEP % GROUP == 0  # no group lies in two parts
+_AHEAD = 2_048  # bytes: how far nibbles are asked for ahead for few rows, and scales a quarter of it
 
 
 def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
@@ -58,6 +64,7 @@ def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
         num_sizes=1,
         most_rows=_MOST_ROWS,
         outputs=_OUTPUTS,
+        columns=_COLUMNS,
     )
     return module
 
@@ -130,60 +137,89 @@ def _build_prepare(module: Value) -> None:
 
 
 def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int) -> None:
-    """Build tile<num_rows>(nibbles, scales, unit, rounded, steps, starts, y, out, first, stop, in).
+    """Build tile<num_rows>(nibbles, scales, unit, rounded, steps, starts, y, out, first, stop, begin, end, in).
 
-    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out], num_places of them at a time. What it is given
-    is as LlvmInt4Dot and _build_prepare have it. A row's sums are made in the same order whatever num_rows is.
+    It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y: f32
+    [num_rows, out], num_places of them at a time. What it is given is as LlvmInt4Dot and _build_prepare have it. A
+    row's sums are made in the same order whatever num_rows is.
     """
-    f = Function(module, f"tile{num_rows}", [POINTER] * 7 + [LONG] * 4)
+    f = Function(module, f"tile{num_rows}", [POINTER] * 7 + [LONG] * 6)
     b = f.b
-    nibbles, scales, unit, rounded, steps, starts, y, num_out, first, stop, num_in = f.arguments
+    nibbles, scales, unit, rounded, steps, starts, y, num_out, first, stop, begin, end, num_in = f.arguments
     num_lanes = num_places * LANES
     floats = vector(FLOAT, num_lanes)
     num_groups = _num_groups(f, num_in)
+    width = part_width(f, num_in, _COLUMNS)
     rounded_rows = [f.at(rounded, b.mul(LONG(row), b.add(num_in, LONG(PAD)))) for row in range(num_rows)]
 
     def output(i: Value, _: list[Value]) -> list[Value]:
         places = [i]
         if num_places == 2:
-            following = b.add(i, LONG(1))
-            places.append(b.select(b.icmp_signed("<", following, stop), following, i))
+            other = b.add(i, LONG(1))
+            places.append(b.select(b.icmp_signed("<", other, stop), other, i))
         nibbles_rows = [f.at(nibbles, b.mul(place, b.ashr(num_in, LONG(1)))) for place in places]
         scales_rows = [f.at(scales, b.mul(place, b.ashr(num_in, LONG(3)))) for place in places]
 
-        def group(g: Value, totals: list[Value]) -> list[Value]:
+        if num_rows <= _FEW_ROWS:
+            cache, following = NEAREST, [f.at(nibbles_rows[0], LONG(_AHEAD)), f.at(scales_rows[0], LONG(_AHEAD // 4))]
+        else:  # of the next rows of the matrix that tiles go over, as much as was read of these
+            num_read = b.add(b.mul(b.sub(stop, first), begin), b.mul(b.sub(i, first), b.sub(end, begin)))
+            num_read = b.add(b.mul(stop, num_in), b.sub(num_read, begin))
+            cache, following = (
+                SECOND,
+                [f.at(nibbles, b.ashr(num_read, LONG(1))), f.at(scales, b.ashr(num_read, LONG(3)))],
+            )
+
+        def part(part_begin: Value, _: list[Value]) -> list[Value]:
+            part_end = b.add(part_begin, width)
+            part_end = b.select(b.icmp_signed("<", part_end, end), part_end, end)
+
+            def group(column: Value, totals: list[Value]) -> list[Value]:
+                return with_group(b.sdiv(column, LONG(GROUP)), totals)
+
+            totals = f.loop(part_begin, part_end, GROUP, [splat(FLOAT, num_lanes, 0.0)] * num_rows, group)
+            is_first = b.icmp_signed("==", part_begin, LONG(0))
+            is_last = b.icmp_signed("==", part_end, num_in)
+            values, pointers = [], []
+            for row, total in enumerate(totals):
+                for k, place in enumerate(places):
+                    pointers.append(f.at(y, b.mul(b.add(b.mul(LONG(row), num_out), place), LONG(4))))
+                    value = f.total(f.pick(total, range(k * LANES, (k + 1) * LANES)))
+                    value = b.fadd(b.select(is_first, FLOAT(0.0), f.load(FLOAT, pointers[-1], LONG(0))), value)
+                    scaled = b.fmul(value, f.load(FLOAT, unit, b.mul(place, LONG(4))))
+                    values.append(b.select(is_last, scaled, value))
+            for value, pointer in zip(values, pointers, strict=True):  # behind all loads: two may be of one place
+                f.store(value, pointer, LONG(0))
+            return []
+
+        def with_group(g: Value, totals: list[Value]) -> list[Value]:
             def columns(column: Value, sums: list[Value]) -> list[Value]:
                 at = b.ashr(column, LONG(1))
-                for row in nibbles_rows:
-                    ahead = f.at(row, b.add(at, LONG(_AHEAD)))
-                    f.call("llvm.prefetch.p0", ir.VoidType(), ahead, INT(0), INT(3), INT(1))
+                for start, row_bytes in zip(following, (at, b.ashr(column, LONG(3))), strict=True):
+                    f.ask_for(f.at(start, row_bytes), cache)
                 packed = _joined(f, [f.load(vector(BYTE, WIDTH // 2), row, at) for row in nibbles_rows])
                 pairs = [f.load(LONG, row, b.ashr(column, LONG(3))) for row in scales_rows]
                 levels = _levels(f, packed, pairs, features)
-                following = []
+                results = []
                 for row, total in zip(rounded_rows, sums, strict=True):
                     for parity, weights in enumerate(levels):
-                        part = f.load(vector(INT, LANES), row, b.add(column, LONG(parity * BLOCK)))
-                        total = with_dot_products(f, total, weights, _joined(f, [part] * num_places), features)
-                    following.append(total)
-                return following
+                        activations = f.load(vector(INT, LANES), row, b.add(column, LONG(parity * BLOCK)))
+                        activations = _joined(f, [activations] * num_places)
+                        total = with_dot_products(f, total, weights, activations, features)
+                    results.append(total)
+                return results
 
             rows = [b.add(b.mul(LONG(row), num_groups), g) for row in range(num_rows)]
             sums = [f.load(vector(INT, LANES), starts, b.mul(row, LONG(4 * LANES))) for row in rows]
             sums = f.loop(*_bounds(f, g, num_in), WIDTH, [_joined(f, [start] * num_places) for start in sums], columns)
-            following = []
+            added = []
             for row, products, total in zip(rows, sums, totals, strict=True):
                 step = f.spread(f.load(FLOAT, steps, b.mul(row, LONG(4))), num_lanes)
                 products = b.sitofp(products, floats)
-                following.append(f.call(f"llvm.fma.v{num_lanes}f32", floats, products, step, total))
-            return following
+                added.append(f.call(f"llvm.fma.v{num_lanes}f32", floats, products, step, total))
+            return added
 
-        totals = f.loop(LONG(0), num_groups, 1, [splat(FLOAT, num_lanes, 0.0)] * num_rows, group)
-        for row, total in enumerate(totals):
-            for k, place in enumerate(places):
-                value = f.total(f.pick(total, range(k * LANES, (k + 1) * LANES)))
-                value = b.fmul(value, f.load(FLOAT, unit, b.mul(place, LONG(4))))
-                f.store(value, y, b.mul(b.add(b.mul(LONG(row), num_out), place), LONG(4)))
+        f.loop(begin, end, width, [], part)
         return []
 
     f.loop(first, stop, num_places, [], output)

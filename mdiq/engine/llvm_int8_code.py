@@ -8,6 +8,7 @@ from mdiq.engine.llvm_code import (
     INT,
     LONG,
     POINTER,
+    SECOND,
     Function,
     Value,
     build_multiply,
@@ -23,11 +24,11 @@ STEP = 16
 ZERO = 128
 """What stands for 0 among rounded activations: the dot product wants one side without sign."""
 _LEVELS = 127  # of an activation, above and below 0
-_OUTPUTS = 16  # rows of the matrix for which a tile of activations stays in the nearest cache
-# Bytes: how far weights are asked for ahead where one, or two rows of the matrix are read at once. Always in the order
-# of their addresses and no nearer than the second cache: in another order, or into the nearest, they came half as fast.
-_AHEAD = (2_048, 8_192)
-_NEAR = 2  # the second cache, as LLVM counts them down
+_FEW_ROWS = 2  # of activations, for which the matrix is read row by row
+_OUTPUTS, _COLUMNS = 8, 2_048  # of the matrix: a tile of activations stays in the nearest cache for so many rows
+# Bytes: how far weights are asked for ahead for few rows. Always in the order of their addresses and no nearer than the
+# second cache: in another order, or into the nearest, they came half as fast.
+_AHEAD = 2_048
 
 
 def build(features: frozenset[str]) -> Value:
@@ -45,6 +46,7 @@ def build(features: frozenset[str]) -> Value:
         num_sizes=1,
         most_rows=most_rows,
         outputs=_OUTPUTS,
+        columns=_COLUMNS,
     )
     return module
 
@@ -95,30 +97,37 @@ def _build_prepare(module: Value) -> None:
 
 
 def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes: int) -> None:
-    """Build tile<num_rows>(q, scale, starts, rounded, steps, y, out, first, stop, in).
+    """Build tile<num_rows>(q, scale, starts, rounded, steps, y, out, first, stop, begin, end, in).
 
-    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out]. What it is given is as LlvmInt8 and
+    It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y,
+    [num_rows, out]: integers until the last of them is in, and then f32. What it is given is as LlvmInt8 and
     _build_prepare have it.
     """
-    f = Function(module, f"tile{num_rows}", [POINTER] * 6 + [LONG] * 4)
+    f = Function(module, f"tile{num_rows}", [POINTER] * 6 + [LONG] * 6)
     b = f.b
-    q, scale, starts, rounded, steps, y, num_out, first, stop, num_in = f.arguments
+    q, scale, starts, rounded, steps, y, num_out, first, stop, begin, end, num_in = f.arguments
+    is_first, is_last = b.icmp_signed("==", begin, LONG(0)), b.icmp_signed("==", end, num_in)
     width = 4 * lanes
     ints, of_ints = vector(INT, lanes), f"v{lanes}i32"
     rows = [f.at(rounded, b.mul(LONG(row), _row_bytes(f, num_in))) for row in range(num_rows)]
-    whole = b.and_(num_in, LONG(-width))
+    whole = b.and_(end, LONG(-width))
     # Behind the last whole vector lie columns of the next row, or of nothing.
     num_left = f.spread(b.trunc(b.ashr(b.sub(num_in, whole), LONG(2)), INT), lanes)
     mask = b.icmp_signed("<", ir.Constant(ints, list(range(lanes))), num_left)
     # Few rows of activations go through the matrix as it lies; more make use of what was loaded twice.
-    num_outputs = 1 if num_rows <= 2 else 2
+    num_outputs = 1 if num_rows <= _FEW_ROWS else 2
 
     def output(i: Value, _: list[Value]) -> list[Value]:
         places = [i]
         if num_outputs == 2:
-            following = b.add(i, LONG(1))
-            places.append(b.select(b.icmp_signed("<", following, stop), following, i))
+            other = b.add(i, LONG(1))
+            places.append(b.select(b.icmp_signed("<", other, stop), other, i))
         weight_rows = [f.at(q, b.mul(place, num_in)) for place in places]
+        if num_outputs == 1:
+            following = f.at(weight_rows[0], LONG(_AHEAD))
+        else:  # of the next rows of the matrix that tiles go over, as much as was read of these
+            num_read = b.add(b.mul(b.sub(stop, first), begin), b.mul(b.sub(i, first), b.sub(end, begin)))
+            following = f.at(q, b.add(b.mul(stop, num_in), num_read))
 
         def added(sums: list[Value], weights: list[Value], column: Value) -> list[Value]:
             results = []
@@ -129,10 +138,9 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes
             return results
 
         def columns(column: Value, sums: list[Value]) -> list[Value]:
-            ahead = b.add(b.mul(column, LONG(num_outputs)), LONG(_AHEAD[num_outputs - 1]))
             for k in range(num_outputs):
-                where = f.at(weight_rows[0], b.add(ahead, LONG(k * width)))
-                f.call("llvm.prefetch.p0", ir.VoidType(), where, INT(0), INT(_NEAR), INT(1))
+                where = f.at(following, b.add(b.mul(b.sub(column, begin), LONG(num_outputs)), LONG(k * width)))
+                f.ask_for(where, SECOND)
             return added(sums, [f.load(ints, row, column) for row in weight_rows], column)
 
         def rest(column: Value, sums: list[Value]) -> list[Value]:
@@ -140,15 +148,20 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes
             weights = [f.call(load, ints, f.at(row, column), INT(1), mask, nothing) for row in weight_rows]
             return added(sums, weights, column)
 
-        sums = f.loop(LONG(0), whole, width, [splat(INT, lanes, 0)] * (num_rows * num_outputs), columns)
-        sums = f.loop(whole, num_in, width, sums, rest)
-        for k, total in enumerate(sums):
+        sums = f.loop(begin, whole, width, [splat(INT, lanes, 0)] * (num_rows * num_outputs), columns)
+        sums = f.loop(whole, end, width, sums, rest)
+        values, pointers = [], []
+        for k, lane_sums in enumerate(sums):
             row, place = LONG(k // num_outputs), places[k % num_outputs]
             at = b.mul(place, LONG(4))
-            total = b.add(f.call(f"llvm.vector.reduce.add.{of_ints}", INT, total), f.load(INT, starts, at))
+            pointers.append(f.at(y, b.mul(b.add(b.mul(row, num_out), place), LONG(4))))
+            before = b.select(is_first, f.load(INT, starts, at), f.load(INT, pointers[-1], LONG(0)))
+            total = b.add(f.call(f"llvm.vector.reduce.add.{of_ints}", INT, lane_sums), before)
             value = b.fmul(b.sitofp(total, FLOAT), f.load(FLOAT, scale, at))
             value = b.fmul(value, f.load(FLOAT, steps, b.mul(row, LONG(4))))
-            f.store(value, y, b.mul(b.add(b.mul(row, num_out), place), LONG(4)))
+            values.append(b.select(is_last, b.bitcast(value, INT), total))
+        for value, pointer in zip(values, pointers, strict=True):  # behind all loads: two may be of one place
+            f.store(value, pointer, LONG(0))
         return []
 
     f.loop(first, stop, num_outputs, [], output)
