@@ -120,7 +120,14 @@ def attend(
     """
     num_kv_heads, head_dim = k.shape[1], k.shape[2]
     groups = q.shape[1] // num_kv_heads
-    keys[writes], values[writes] = k, v
+    for pool, new in ((keys, k), (values, v)):
+        if isinstance(writes, slice):
+            pool[writes] = new
+        else:
+            pool.index_copy_(0, writes, new)
+    # What all Sequences share is done once: each step takes as long as a third of a short Sequence's attention.
+    seen_keys, seen_values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # [1, Hkv, slots, D]
+    rows = q.view(-1, 1, num_kv_heads, groups, head_dim).unbind()  # T times [1, Hkv, G, D]
     found: list[torch.Tensor] = []
     for span in spans:
         read = span.placement.read
@@ -129,11 +136,9 @@ def attend(
                 read = slice(read.stop - window, read.stop) if isinstance(read, slice) else read[-window:]
             # The query heads of a group read the same keys: they pass as rows of one head, and need no mask.
             one = functional.scaled_dot_product_attention(
-                q[span.first].view(1, num_kv_heads, groups, head_dim),
-                _seen(keys, read)[None],
-                _seen(values, read)[None],
-            )  # [1, Hkv, G, D]
-            found.append(one.reshape(1, -1))
+                rows[span.first], _seen(seen_keys, read), _seen(seen_values, read)
+            )
+            found.append(one)
             continue
         is_plain = span.start == 0 and not (window and span.length > window)
         mask = None if is_plain else _mask(span.start, span.length, window, q.device)
@@ -141,19 +146,21 @@ def attend(
             q[span.first : span.first + span.length]
             .view(span.length, num_kv_heads, groups, head_dim)
             .permute(1, 2, 0, 3),  # [Hkv, G, L, D]
-            _seen(keys, read)[:, None].expand(-1, groups, -1, -1),  # [Hkv, G, n, D], no copy
-            _seen(values, read)[:, None].expand(-1, groups, -1, -1),
+            _seen(seen_keys, read)[0, :, None].expand(-1, groups, -1, -1),  # [Hkv, G, n, D], no copy
+            _seen(seen_values, read)[0, :, None].expand(-1, groups, -1, -1),
             attn_mask=mask,
             is_causal=is_plain,
         )
-        found.append(many.permute(2, 0, 1, 3).reshape(span.length, -1))
-    return found[0] if len(found) == 1 else torch.cat(found)
+        found.append(many.permute(2, 0, 1, 3))
+    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(len(q), -1)
 
 
 def _seen(pool: torch.Tensor, read: Slots) -> torch.Tensor:
-    """Return some slots of a pool: [Hkv, n, D], a view where they are neighbours."""
-    # index_select gathers rows in half the time that indexing with a tensor takes.
-    return (pool[read] if isinstance(read, slice) else pool.index_select(0, read)).transpose(0, 1)
+    """Return some slots of a pool [1, Hkv, slots, D]: a view where they are neighbours."""
+    if isinstance(read, slice):
+        return pool.narrow(2, read.start, read.stop - read.start)
+    # Of the pool as it lies, index_select gathers rows in half the time that indexing with a tensor takes.
+    return pool[0].transpose(0, 1).index_select(0, read).transpose(0, 1)[None]
 
 
 def run_layer(
