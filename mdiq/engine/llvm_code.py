@@ -83,6 +83,19 @@ class Function:
             lanes = self.b.fadd(self.pick(lanes, range(count)), self.pick(lanes, range(count, 2 * count)))
         return self.b.extract_element(lanes, INT(0))
 
+    def lane_totals(self, vectors: list[Value]) -> list[Value]:
+        """Return the sums of the lanes of vectors of integers, no more vectors than each has lanes."""
+        count = vectors[0].type.count
+        halves = [list(range(parity, 2 * count, 2)) for parity in range(2)]
+        found = vectors
+        for _ in range(count.bit_length() - 1):  # half as many lanes are left for each vector, one vector of two
+            pairs = zip(found[::2], found[1::2] + found[-1:] * (len(found) % 2), strict=True)
+            found = [
+                self.b.add(*(self.b.shuffle_vector(*pair, ir.Constant(vector(INT, count), half)) for half in halves))
+                for pair in pairs
+            ]
+        return [self.b.extract_element(found[0], INT(i)) for i in range(len(vectors))]
+
     def call(self, name: str, result: Value, *arguments: Value) -> Value:
         """Call a function of the module, or one that LLVM knows by name."""
         called = self.module.globals.get(name)
@@ -135,6 +148,7 @@ def build_multiply(
     most_rows: int,
     outputs: int,
     columns: int | None,
+    finishes: bool = False,
 ) -> None:
     """Build multiply(weights.., activations.., y, out, first, stop, num_rows, sizes..): a matmul, tile by tile.
 
@@ -146,6 +160,7 @@ def build_multiply(
     most_rows: of the largest tile; tiles are about as large as each other.
     outputs: rows of the matrix that all tiles go over before the next. columns: of the matrix, about as many at a time
     where activations of a tile, a byte each, do not fit the nearest cache; None is always all.
+    finishes: behind the tiles of some rows comes a function ``finish``, with multiply's arguments for these rows.
     """
     num_pointers = num_weights + len(strides) + 1
     f = Function(module, "multiply", [POINTER] * num_pointers + [LONG] * (4 + num_sizes))
@@ -172,6 +187,8 @@ def build_multiply(
                 _call_tile(f, size, (*weights, *rows, num_out, begin, end), sizes, columns)
                 b.branch(behind)
             b.position_at_end(behind)
+            if finishes:
+                f.call("finish", ir.VoidType(), *weights, *rows, num_out, begin, end, count, *sizes)
             return []
 
         f.loop(LONG(0), num_tiles, 1, [], tile)

@@ -1,5 +1,7 @@
 """The loops of LlvmInt8, in LLVM's language: what they compute and in which order; see llvm_int8.py."""
 
+from collections.abc import Callable
+
 from llvmlite import ir
 
 from mdiq.engine.llvm_code import (
@@ -39,6 +41,7 @@ def build(features: frozenset[str]) -> Value:
     _build_prepare(module)
     for num_rows in range(1, most_rows + 1):
         _build_tile(module, num_rows, features, lanes=16 if is_wide else 8)
+    _build_finish(module)
     build_multiply(
         module,
         num_weights=3,
@@ -47,6 +50,7 @@ def build(features: frozenset[str]) -> Value:
         most_rows=most_rows,
         outputs=_OUTPUTS,
         columns=_COLUMNS,
+        finishes=True,
     )
     return module
 
@@ -99,14 +103,13 @@ def _build_prepare(module: Value) -> None:
 def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes: int) -> None:
     """Build tile<num_rows>(q, scale, starts, rounded, steps, y, out, first, stop, begin, end, in).
 
-    It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y,
-    [num_rows, out]: integers until the last of them is in, and then f32. What it is given is as LlvmInt8 and
-    _build_prepare have it.
+    It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y: i32
+    [num_rows, out], which needs no start. What it is given is as LlvmInt8 and _build_prepare have it.
     """
     f = Function(module, f"tile{num_rows}", [POINTER] * 6 + [LONG] * 6)
     b = f.b
     q, scale, starts, rounded, steps, y, num_out, first, stop, begin, end, num_in = f.arguments
-    is_first, is_last = b.icmp_signed("==", begin, LONG(0)), b.icmp_signed("==", end, num_in)
+    is_first = b.icmp_signed("==", begin, LONG(0))
     width = 4 * lanes
     ints, of_ints = vector(INT, lanes), f"v{lanes}i32"
     rows = [f.at(rounded, b.mul(LONG(row), _row_bytes(f, num_in))) for row in range(num_rows)]
@@ -150,19 +153,46 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes
 
         sums = f.loop(begin, whole, width, [splat(INT, lanes, 0)] * (num_rows * num_outputs), columns)
         sums = f.loop(whole, end, width, sums, rest)
+        totals = [total for i in range(0, len(sums), lanes) for total in f.lane_totals(sums[i : i + lanes])]
         values, pointers = [], []
-        for k, lane_sums in enumerate(sums):
+        for k, total in enumerate(totals):
             row, place = LONG(k // num_outputs), places[k % num_outputs]
-            at = b.mul(place, LONG(4))
             pointers.append(f.at(y, b.mul(b.add(b.mul(row, num_out), place), LONG(4))))
-            before = b.select(is_first, f.load(INT, starts, at), f.load(INT, pointers[-1], LONG(0)))
-            total = b.add(f.call(f"llvm.vector.reduce.add.{of_ints}", INT, lane_sums), before)
-            value = b.fmul(b.sitofp(total, FLOAT), f.load(FLOAT, scale, at))
-            value = b.fmul(value, f.load(FLOAT, steps, b.mul(row, LONG(4))))
-            values.append(b.select(is_last, b.bitcast(value, INT), total))
+            values.append(b.add(total, b.select(is_first, INT(0), f.load(INT, pointers[-1], LONG(0)))))
         for value, pointer in zip(values, pointers, strict=True):  # behind all loads: two may be of one place
             f.store(value, pointer, LONG(0))
         return []
 
     f.loop(first, stop, num_outputs, [], output)
+    f.finish()
+
+
+def _build_finish(module: Value) -> None:
+    """Build finish(q, scale, starts, rounded, steps, y, out, first, stop, rows, in): of y's sums, results in f32."""
+    f = Function(module, "finish", [POINTER] * 6 + [LONG] * 5)
+    b = f.b
+    _, scale, starts, _, steps, y, num_out, first, stop, num_rows, _ = f.arguments
+    whole = b.add(first, b.and_(b.sub(stop, first), LONG(-_OUTPUTS)))
+
+    def row(i: Value, _: list[Value]) -> list[Value]:
+        y_row = f.at(y, b.mul(b.mul(i, num_out), LONG(4)))
+        step = f.load(FLOAT, steps, b.mul(i, LONG(4)))
+
+        def outputs(count: int) -> Callable[[Value, list[Value]], list[Value]]:
+            ints, floats = vector(INT, count), vector(FLOAT, count)
+
+            def some(place: Value, _: list[Value]) -> list[Value]:
+                at = b.mul(place, LONG(4))
+                total = b.add(f.load(ints, y_row, at), f.load(ints, starts, at))
+                value = b.fmul(b.sitofp(total, floats), f.load(floats, scale, at))
+                f.store(b.fmul(value, f.spread(step, count)), y_row, at)
+                return []
+
+            return some
+
+        f.loop(first, whole, _OUTPUTS, [], outputs(_OUTPUTS))
+        f.loop(whole, stop, 1, [], outputs(1))
+        return []
+
+    f.loop(LONG(0), num_rows, 1, [], row)
     f.finish()
