@@ -84,14 +84,15 @@ class Function:
         return self.b.extract_element(lanes, INT(0))
 
     def lane_totals(self, vectors: list[Value]) -> list[Value]:
-        """Return the sums of the lanes of vectors of integers, no more vectors than each has lanes."""
+        """Return the sums of the lanes of vectors, no more vectors than each has lanes; floats always in one order."""
         count = vectors[0].type.count
+        add = self.b.fadd if vectors[0].type.element == FLOAT else self.b.add
         halves = [list(range(parity, 2 * count, 2)) for parity in range(2)]
         found = vectors
         for _ in range(count.bit_length() - 1):  # half as many lanes are left for each vector, one vector of two
             pairs = zip(found[::2], found[1::2] + found[-1:] * (len(found) % 2), strict=True)
             found = [
-                self.b.add(*(self.b.shuffle_vector(*pair, ir.Constant(vector(INT, count), half)) for half in halves))
+                add(*(self.b.shuffle_vector(*pair, ir.Constant(vector(INT, count), half)) for half in halves))
                 for pair in pairs
             ]
         return [self.b.extract_element(found[0], INT(i)) for i in range(len(vectors))]
@@ -195,6 +196,43 @@ def build_multiply(
         return []
 
     f.loop(first, stop, outputs, [], part)
+    f.finish()
+
+
+def build_finish(
+    module: Value,
+    *,
+    num_pointers: int,
+    num_sizes: int,
+    lanes: int,
+    result: Callable[[Function, Value, Value, Value, int], Value],
+) -> None:
+    """Build finish(weights.., activations.., y, out, first, stop, num_rows, sizes..): it makes results of sums in y.
+
+    num_pointers: arguments up to y. result: of (function, y's row, its number, bytes to a place in it, count) makes a
+    vector of ``count`` results in f32, for which ``count`` sums of 32 bits lie there; ``count`` is ``lanes`` or 1.
+    """
+    f = Function(module, "finish", [POINTER] * num_pointers + [LONG] * (4 + num_sizes))
+    b = f.b
+    y, num_out, first, stop, num_rows, *_ = f.arguments[num_pointers - 1 :]
+    whole = b.add(first, b.and_(b.sub(stop, first), LONG(-lanes)))  # lanes: a power of two
+
+    def row(i: Value, _: list[Value]) -> list[Value]:
+        y_row = f.at(y, b.mul(b.mul(i, num_out), LONG(4)))
+
+        def some(count: int) -> Callable[[Value, list[Value]], list[Value]]:
+            def at_place(place: Value, _: list[Value]) -> list[Value]:
+                at = b.mul(place, LONG(4))
+                f.store(result(f, y_row, i, at, count), y_row, at)
+                return []
+
+            return at_place
+
+        f.loop(first, whole, lanes, [], some(lanes))
+        f.loop(whole, stop, 1, [], some(1))
+        return []
+
+    f.loop(LONG(0), num_rows, 1, [], row)
     f.finish()
 
 

@@ -19,6 +19,7 @@ from mdiq.engine.llvm_code import (
     SHORT,
     Function,
     Value,
+    build_finish,
     build_multiply,
     part_width,
     splat,
@@ -42,7 +43,7 @@ FRACTION = 8
 _LEVELS = 127  # of an activation, above and below 0
 _MOST_ROWS = 8
 _FEW_ROWS = 2  # of activations, for which the matrix is read row by row
-_OUTPUTS, _COLUMNS = 8, 2_048  # of the matrix: a tile of activations stays in the nearest cache for so many rows
+_OUTPUTS, _COLUMNS = 32, 2_048  # of the matrix: a tile of activations stays in the nearest cache for so many rows
 assert PART_STEP % GROUP == 0  # no group lies in two parts
 _AHEAD = 2_048  # bytes: how far nibbles are asked for ahead for few rows, and scales a quarter of it
 
@@ -53,6 +54,7 @@ def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
     _build_prepare(module)
     for num_rows in range(1, _MOST_ROWS + 1):
         _build_tile(module, num_rows, features, num_places=2 if is_wide else 1)
+    build_finish(module, num_pointers=7, num_sizes=1, lanes=LANES, result=_result)
     build_multiply(
         module,
         num_weights=3,
@@ -65,6 +67,7 @@ def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
         most_rows=_MOST_ROWS,
         outputs=_OUTPUTS,
         columns=_COLUMNS,
+        finishes=True,
     )
     return module
 
@@ -140,8 +143,8 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
     """Build tile<num_rows>(nibbles, scales, unit, rounded, steps, starts, y, out, first, stop, begin, end, in).
 
     It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y: f32
-    [num_rows, out], num_places of them at a time. What it is given is as LlvmInt4Dot and _build_prepare have it. A
-    row's sums are made in the same order whatever num_rows is.
+    [num_rows, out], which needs no start, num_places of them at a time. What it is given is as LlvmInt4Dot and
+    _build_prepare have it. A row's sums are made in the same order whatever num_rows is.
     """
     f = Function(module, f"tile{num_rows}", [POINTER] * 7 + [LONG] * 6)
     b = f.b
@@ -179,15 +182,14 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
 
             totals = f.loop(part_begin, part_end, GROUP, [splat(FLOAT, num_lanes, 0.0)] * num_rows, group)
             is_first = b.icmp_signed("==", part_begin, LONG(0))
-            is_last = b.icmp_signed("==", part_end, num_in)
+            halves = [f.pick(total, range(k * LANES, (k + 1) * LANES)) for total in totals for k in range(num_places)]
+            found = [total for k in range(0, len(halves), LANES) for total in f.lane_totals(halves[k : k + LANES])]
             values, pointers = [], []
-            for row, total in enumerate(totals):
-                for k, place in enumerate(places):
-                    pointers.append(f.at(y, b.mul(b.add(b.mul(LONG(row), num_out), place), LONG(4))))
-                    value = f.total(f.pick(total, range(k * LANES, (k + 1) * LANES)))
-                    value = b.fadd(b.select(is_first, FLOAT(0.0), f.load(FLOAT, pointers[-1], LONG(0))), value)
-                    scaled = b.fmul(value, f.load(FLOAT, unit, b.mul(place, LONG(4))))
-                    values.append(b.select(is_last, scaled, value))
+            for k, total in enumerate(found):
+                row, place = LONG(k // num_places), places[k % num_places]
+                pointers.append(f.at(y, b.mul(b.add(b.mul(row, num_out), place), LONG(4))))
+                before = b.select(is_first, FLOAT(0.0), f.load(FLOAT, pointers[-1], LONG(0)))
+                values.append(b.fadd(before, total))
             for value, pointer in zip(values, pointers, strict=True):  # behind all loads: two may be of one place
                 f.store(value, pointer, LONG(0))
             return []
@@ -224,6 +226,11 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
 
     f.loop(first, stop, num_places, [], output)
     f.finish()
+
+
+def _result(f: Function, y_row: Value, _: Value, at: Value, count: int) -> Value:
+    totals, units = (f.load(vector(FLOAT, count), start, at) for start in (y_row, f.arguments[2]))
+    return f.b.fmul(totals, units)
 
 
 def _levels(f: Function, packed: Value, pairs: list[Value], features: frozenset[str]) -> list[Value]:

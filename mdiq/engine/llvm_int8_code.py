@@ -1,7 +1,5 @@
 """The loops of LlvmInt8, in LLVM's language: what they compute and in which order; see llvm_int8.py."""
 
-from collections.abc import Callable
-
 from llvmlite import ir
 
 from mdiq.engine.llvm_code import (
@@ -13,6 +11,7 @@ from mdiq.engine.llvm_code import (
     SECOND,
     Function,
     Value,
+    build_finish,
     build_multiply,
     splat,
     vector,
@@ -25,9 +24,10 @@ STEP = 16
 """Columns that are rounded together."""
 ZERO = 128
 """What stands for 0 among rounded activations: the dot product wants one side without sign."""
+_LANES = 16  # sums that become results together
 _LEVELS = 127  # of an activation, above and below 0
 _FEW_ROWS = 2  # of activations, for which the matrix is read row by row
-_OUTPUTS, _COLUMNS = 8, 2_048  # of the matrix: a tile of activations stays in the nearest cache for so many rows
+_OUTPUTS, _COLUMNS = 32, 2_048  # of the matrix: a tile of activations stays in the nearest cache for so many rows
 # Bytes: how far weights are asked for ahead for few rows. Always in the order of their addresses and no nearer than the
 # second cache: in another order, or into the nearest, they came half as fast.
 _AHEAD = 2_048
@@ -41,7 +41,7 @@ def build(features: frozenset[str]) -> Value:
     _build_prepare(module)
     for num_rows in range(1, most_rows + 1):
         _build_tile(module, num_rows, features, lanes=16 if is_wide else 8)
-    _build_finish(module)
+    build_finish(module, num_pointers=6, num_sizes=1, lanes=_LANES, result=_result)
     build_multiply(
         module,
         num_weights=3,
@@ -167,32 +167,9 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes
     f.finish()
 
 
-def _build_finish(module: Value) -> None:
-    """Build finish(q, scale, starts, rounded, steps, y, out, first, stop, rows, in): of y's sums, results in f32."""
-    f = Function(module, "finish", [POINTER] * 6 + [LONG] * 5)
-    b = f.b
-    _, scale, starts, _, steps, y, num_out, first, stop, num_rows, _ = f.arguments
-    whole = b.add(first, b.and_(b.sub(stop, first), LONG(-_OUTPUTS)))
-
-    def row(i: Value, _: list[Value]) -> list[Value]:
-        y_row = f.at(y, b.mul(b.mul(i, num_out), LONG(4)))
-        step = f.load(FLOAT, steps, b.mul(i, LONG(4)))
-
-        def outputs(count: int) -> Callable[[Value, list[Value]], list[Value]]:
-            ints, floats = vector(INT, count), vector(FLOAT, count)
-
-            def some(place: Value, _: list[Value]) -> list[Value]:
-                at = b.mul(place, LONG(4))
-                total = b.add(f.load(ints, y_row, at), f.load(ints, starts, at))
-                value = b.fmul(b.sitofp(total, floats), f.load(floats, scale, at))
-                f.store(b.fmul(value, f.spread(step, count)), y_row, at)
-                return []
-
-            return some
-
-        f.loop(first, whole, _OUTPUTS, [], outputs(_OUTPUTS))
-        f.loop(whole, stop, 1, [], outputs(1))
-        return []
-
-    f.loop(LONG(0), num_rows, 1, [], row)
-    f.finish()
+def _result(f: Function, y_row: Value, row: Value, at: Value, count: int) -> Value:
+    _, scale, starts, _, steps, *_ = f.arguments
+    floats = vector(FLOAT, count)
+    totals, starting = (f.load(vector(INT, count), start, at) for start in (y_row, starts))
+    values = f.b.fmul(f.b.sitofp(f.b.add(totals, starting), floats), f.load(floats, scale, at))
+    return f.b.fmul(values, f.spread(f.load(FLOAT, steps, f.b.mul(row, LONG(4))), count))
