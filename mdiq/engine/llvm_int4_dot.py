@@ -21,8 +21,8 @@ class LlvmInt4Dot:
     A block's weights w = scale * q + offset - 8 * scale, q in 0..15, are rounded once more while they are used, to 255
     levels of a unit for each row of the matrix: l = (factor * q + start) >> 8. Then y = unit * sum(step * sum(l * a)),
     the inner sum of 256 columns in integers, the outer in f32 and in the same order for every row. So it is
-    batch-invariant, and the same in both modes. A unit is far below a block's scale, but in matrices of which few
-    weights are far larger than the others: these it refuses.
+    batch-invariant, and the same in both modes. A unit is far below a block's scale, unless offsets are far above
+    it: such a matrix it refuses.
     """
 
     name = "llvm-int4-dot"
@@ -77,7 +77,7 @@ def _scales(scale: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Ten
     """Return factors and starts: u16 as i16, [out, blocks, 2], and the unit: f32 [out].
 
     Raises:
-        RuntimeError: 255 levels of a unit do not tell the values of most blocks apart.
+        RuntimeError: 255 levels of a unit do not tell the values of blocks apart.
     """
     from mdiq.engine.llvm_int4_dot_code import FRACTION, ZERO
 
@@ -87,7 +87,7 @@ def _scales(scale: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Ten
     unit = torch.maximum(low.abs(), (low + scale * 15).abs()).amax(1).div_(ZERO - 1).clamp_min_(1e-30)
     noise = unit.square().mean() / scale.square().mean()
     if not bool(noise <= _MOST_NOISE):  # nor where it is no number
-        raise RuntimeError(f"some weights are too large for 8 bits: rounding would add {noise:.2g} of the noise")
+        raise RuntimeError(f"the offsets are too large for 8 bits: rounding adds {noise:.2g} of the noise")
     one = float(1 << FRACTION)
     per_unit = one / unit[:, None]
     starts = (low * per_unit).round_() + (ZERO + 0.5) * one  # a half: so that the shift rounds

@@ -35,6 +35,9 @@ TOLERANCE = {
     "torch-int4": 6e-3,
 }
 AVAILABLE = [kernel for kernel in KERNELS if kernel.is_available()]
+# They work on every CPU, and are available where they are fast.
+COMPILED: list[type] = [LlvmInt4, LlvmInt4Dot, LlvmInt8]
+TESTED = [kernel for kernel in KERNELS if kernel in AVAILABLE or kernel in COMPILED]
 
 
 def _random(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -73,7 +76,7 @@ def _activations() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", TESTED, ids=lambda kernel: kernel.name)
 def test_a_kernel_is_close_to_the_exact_product(kernel: type, bias: bool, tmp_path: Path) -> None:
     file, weight = _packed(tmp_path, kernel.formats[0], bias=bias, hot=HOT)
     x = _activations()
@@ -88,7 +91,7 @@ def test_a_kernel_is_close_to_the_exact_product(kernel: type, bias: bool, tmp_pa
     assert linear.num_bytes > OUT * IN // 2
 
 
-@pytest.mark.parametrize("kernel", AVAILABLE, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", TESTED, ids=lambda kernel: kernel.name)
 def test_in_exact_mode_a_row_does_not_depend_on_its_neighbours(kernel: type, tmp_path: Path) -> None:
     linear = kernel(_packed(tmp_path, kernel.formats[0], hot=HOT)[0], "w", exact=True)
     x = _activations()
@@ -187,8 +190,10 @@ def test_code_is_made_of_what_a_cpu_is_good_at(code: ModuleType, triple: str, fe
     assert re.search(instruction, target.emit_assembly(module))
 
 
-def test_activations_that_are_no_numbers_spoil_their_own_row_alone(tmp_path: Path) -> None:
-    linear = LlvmInt4(_packed(tmp_path, "int4")[0], "w", exact=True)
+@pytest.mark.parametrize("kernel", COMPILED, ids=lambda kernel: kernel.name)
+def test_activations_that_are_no_numbers_spoil_their_own_row_alone(kernel: type, tmp_path: Path) -> None:
+    file, _ = _packed(tmp_path, kernel.formats[0])
+    linear = kernel(file, "w", exact=True)
     x = _activations()
     expected = linear(x)
     x[2, 7], x[4, 9], x[6] = torch.nan, torch.inf, 0.0
@@ -196,7 +201,28 @@ def test_activations_that_are_no_numbers_spoil_their_own_row_alone(tmp_path: Pat
     others = [i for i in range(len(x)) if i not in (2, 4, 6)]
     assert torch.equal(found[others], expected[others])
     assert not found[4].isfinite().all()
-    assert torch.equal(found[6], _packed(tmp_path, "int4")[0].tensor("w.bias"))
+    assert torch.equal(found[6], file.tensor("w.bias"))
+
+
+@pytest.mark.parametrize("kernel", [LlvmInt4Dot, LlvmInt8], ids=lambda kernel: kernel.name)
+def test_a_wide_matrix_is_taken_in_parts(kernel: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_out, num_in = 37, 6_208  # neither is a multiple of what is taken at a time
+    weight = _random(num_out, num_in) * 0.05
+    nibbles, scale, offset = quantize_int4(weight)
+    assert offset is not None
+    tensors = {"nibbles": nibbles, "scale": scale, "offset": offset} | quantize_columns(weight, None)
+    tensors["scale"] = scale if kernel is LlvmInt4Dot else tensors["scale"]
+    del tensors["q" if kernel is LlvmInt4Dot else "nibbles"]
+    save_file({f"w.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "wide.safetensors")
+    linear = kernel(PackedFile(tmp_path / "wide.safetensors"), "w", exact=True)
+    x = _random(13, num_in, seed=3)
+    found = linear(x)
+    expected = x @ weight.t()
+    assert (found - expected).norm() < (
+        0.15 if kernel is LlvmInt4Dot else 0.02
+    ) * expected.norm()  # and int4's rounding
+    for start, stop in ((0, 1), (1, 3), (2, 10)):
+        assert torch.equal(linear(x[start:stop]), found[start:stop])
 
 
 def test_a_device_where_llvmlite_cannot_be_loaded_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +246,9 @@ def test_values_that_one_kernel_refuses_are_another_s(tmp_path: Path) -> None:
     tensors = {"w.nibbles": nibbles, "w.scale": scale, "w.offset": torch.full_like(scale, 1e6).bfloat16()}
     save_file(tensors, tmp_path / "large.safetensors")
     file = PackedFile(tmp_path / "large.safetensors")
-    with pytest.raises(RuntimeError, match="too large for 16 bits"):
-        LlvmInt4(file, "w", exact=True)
+    for kernel, bits in ((LlvmInt4, 16), (LlvmInt4Dot, 8)):
+        with pytest.raises(RuntimeError, match=f"too large for {bits} bits"):
+            kernel(file, "w", exact=True)
     choice = KernelChoice(exact=True, folder=tmp_path)
     choice._known[f"int4 exact {OUT}x{IN}"] = {"llvm-int4": [1e-9] * 3, "torch-int4": [1.0] * 3}
     assert choice.load(file, "w").name == "torch-int4"  # type: ignore[attr-defined]
