@@ -5,6 +5,7 @@ takes more steps for each row of activations, 0.7 / 1.2 / 2.5 / 4.6, onnxruntime
 """
 
 from importlib.util import find_spec
+from typing import ClassVar
 
 import torch
 
@@ -27,9 +28,10 @@ class LlvmInt4Dot:
 
     name = "llvm-int4-dot"
     formats = ("int4",)
+    _build: ClassVar[dict[str, bool]] = {}
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
-        machine = compiled("llvm_int4_dot_code")
+        machine = compiled("llvm_int4_dot_code", **self._build)
         from mdiq.engine.llvm_int4_dot_code import GROUP, LANES, PAD, WIDTH
 
         nibbles = file.tensor(f"{role}.nibbles")  # u8 [out, in / BLOCK, BLOCK / 2]
@@ -71,6 +73,17 @@ class LlvmInt4Dot:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._matmul(x)
+
+
+class LlvmInt4DotWide(LlvmInt4Dot):
+    """The same, to the last bit, with vectors of 512 bits: faster on Intel's CPUs that have them, slower on a Zen 4."""
+
+    name = "llvm-int4-dot-wide"
+    _build: ClassVar[dict[str, bool]] = {"is_wide": True}
+
+    @staticmethod
+    def is_available() -> bool:
+        return {"avx512_vnni", "avx512bw"} <= cpu_flags() and LlvmInt4Dot.is_available()
 
 
 def _scales(scale: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

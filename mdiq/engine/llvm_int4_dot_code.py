@@ -49,11 +49,15 @@ _AHEAD = 2_048  # bytes: how far nibbles are asked for ahead for few rows, and s
 
 
 def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
-    """Return the module for a CPU with such features; without dot products it is slow, and gives the same bits."""
+    """Return the module for a CPU with such features; without dot products it is slow, and gives the same bits.
+
+    is_wide: use vectors of 512 bits, which some CPUs that have them are slower with.
+    """
     module = ir.Module()
     _build_prepare(module)
     for num_rows in range(1, _MOST_ROWS + 1):
-        _build_tile(module, num_rows, features, num_places=2 if is_wide else 1)
+        # Few rows of activations wait for memory, which likes to be read row by row.
+        _build_tile(module, num_rows, features, num_places=2 if is_wide and num_rows > _FEW_ROWS else 1)
     build_finish(module, num_pointers=7, num_sizes=1, lanes=LANES, result=_result)
     build_multiply(
         module,

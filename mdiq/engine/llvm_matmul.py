@@ -99,10 +99,10 @@ def _threads() -> ThreadPoolExecutor:
 
 
 @cache
-def compiled(code: str) -> "Machine":
+def compiled(code: str, **options: bool) -> "Machine":
     """Return a module of this package, compiled now if it never was: half a second.
 
-    code: of a module with a function ``build``, its name in this package.
+    code: of a module with a function ``build``, its name in this package. options: for ``build``.
 
     Raises:
         RuntimeError: llvmlite cannot be loaded here, or cannot compile for this CPU.
@@ -113,4 +113,4 @@ def compiled(code: str) -> "Machine":
         module = importlib.import_module(f"mdiq.engine.{code}")
     except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
         raise RuntimeError(f"llvmlite: {error}") from error
-    return Machine(module.build(host_features()))
+    return Machine(module.build(host_features(), **options))
