@@ -11,7 +11,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from mdiq.engine.device import drop_library
+from mdiq.engine.device import cpu_flags, drop_library
 
 Value = Any
 """Of the function being built: llvmlite gives its classes no types."""
@@ -69,6 +69,13 @@ class Function:
         """Return a vector of some lanes of another."""
         chosen = ir.Constant(vector(INT, len(places)), list(places))
         return self.b.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), chosen)
+
+    def joined(self, vectors: Sequence[Value]) -> Value:
+        """Return one vector, or two as one."""
+        if len(vectors) == 1:
+            return vectors[0]
+        places = list(range(2 * vectors[0].type.count))
+        return self.b.shuffle_vector(*vectors, ir.Constant(vector(INT, len(places)), places))
 
     def spread(self, value: Value, count: int) -> Value:
         """Return a vector with a value in every lane."""
@@ -264,31 +271,47 @@ def part_width(f: Function, num_in: Value, columns: int) -> Value:
     return b.and_(b.add(b.sdiv(num_in, num_parts), LONG(PART_STEP - 1)), LONG(-PART_STEP))
 
 
-def with_dot_products(f: Function, total: Value, unsigned: Value, signed: Value, features: frozenset[str]) -> Value:
-    """Return a vector of i32 to which each lane's four products of bytes are added, of one side without sign.
+def with_dot_products(f: Function, total: Value, levels: Value, others: Value, features: frozenset[str]) -> Value:
+    """Return a vector of i32 to which each lane's four products of bytes are added.
 
-    ``unsigned`` and ``signed`` are vectors as large as ``total``. Without instructions for it, it is slow.
+    levels, others: vectors as large as ``total``. ``others`` have a sign; of ``levels`` see zero_level. Without
+    instructions for it, it is slow.
     """
     b = f.b
     kind = total.type
     bytes_, wide = vector(BYTE, 4 * kind.count), vector(INT, 4 * kind.count)
     if has_dot_products(features):
-        sides = (b.bitcast(side, kind) for side in (unsigned, signed))
+        sides = (b.bitcast(side, kind) for side in (levels, others))
         return f.call(f"llvm.x86.avx512.vpdpbusd.{kind.count * 32}", kind, total, *sides)
-    each = b.mul(b.zext(b.bitcast(unsigned, bytes_), wide), b.sext(b.bitcast(signed, bytes_), wide))
+    levels, others = b.bitcast(levels, bytes_), b.bitcast(others, bytes_)
+    if "dotprod" in features:
+        parts = []
+        for i in range(0, kind.count, 4):
+            sides = (f.pick(side, range(4 * i, 4 * i + 16)) for side in (levels, others))
+            part = f.pick(total, range(i, i + 4))
+            parts.append(f.call("llvm.aarch64.neon.sdot.v4i32.v16i8", part.type, part, *sides))
+        return f.joined(parts)
+    each = b.mul(b.zext(levels, wide), b.sext(others, wide))
     for part in range(4):
         total = b.add(total, f.pick(each, range(part, 4 * kind.count, 4)))
     return total
 
 
 def has_dot_products(features: frozenset[str]) -> bool:
-    """Tell whether a CPU with such features, as LLVM calls them, has instructions for dot products of bytes."""
+    """Tell whether an x86 CPU with such features, as LLVM calls them, has instructions for dot products of bytes."""
     return bool({"avx512vnni", "avxvnni"} & features)
+
+
+def zero_level(features: frozenset[str]) -> int:
+    """Return which level stands for 0 in dot products: ARM has them with a sign on both sides, x86 on one."""
+    return 0 if "dotprod" in features else 128
 
 
 def host_features() -> frozenset[str]:
     """Return what LLVM calls the abilities of this CPU."""
-    return frozenset(name for name, is_there in llvm.get_host_cpu_features().items() if is_there)
+    found = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
+    # LLVM asks Linux for few of an ARM CPU's abilities, and else goes by its name.
+    return frozenset(found | {"dotprod", "neon"} if "asimddp" in cpu_flags() else found)
 
 
 class Machine:
@@ -299,8 +322,9 @@ class Machine:
         llvm.initialize_native_asmprinter()
         parsed = llvm.parse_assembly(str(module))
         parsed.verify()
+        features = llvm.get_host_cpu_features().flatten().split(",") + [f"+{name}" for name in host_features()]
         target = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+            cpu=llvm.get_host_cpu_name(), features=",".join(filter(None, features)), opt=3
         )
         passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
         passes.getModulePassManager().run(parsed, passes)

@@ -65,7 +65,7 @@ class LlvmInt4Dot:
 
     @staticmethod
     def is_available() -> bool:
-        return bool({"avx512_vnni", "avx_vnni"} & cpu_flags()) and find_spec("llvmlite") is not None
+        return bool({"avx512_vnni", "avx_vnni", "asimddp"} & cpu_flags()) and find_spec("llvmlite") is not None
 
     @property
     def num_bytes(self) -> int:

@@ -5,6 +5,8 @@ ones in the low nibbles. A wide vector holds a step of two rows of the matrix, a
 the bits of a result are the same for vectors of both sizes.
 """
 
+from functools import reduce
+
 from llvmlite import ir
 
 from mdiq.engine.llvm_code import (
@@ -25,6 +27,7 @@ from mdiq.engine.llvm_code import (
     splat,
     vector,
     with_dot_products,
+    zero_level,
 )
 from mdiq.engine.quantize import BLOCK
 
@@ -37,7 +40,7 @@ PAD = 64
 LANES = 8
 """32-bit numbers for a row of the matrix."""
 ZERO = 128
-"""What stands for 0 among levels of weights: the dot product wants one side without sign."""
+"""What stands for 0 among levels of weights while they are made, and on x86 behind it; see llvm_code.zero_level."""
 FRACTION = 8
 """Bits behind the point of a block's factor and start."""
 _LEVELS = 127  # of an activation, above and below 0
@@ -54,7 +57,7 @@ def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
     is_wide: use vectors of 512 bits, which some CPUs that have them are slower with.
     """
     module = ir.Module()
-    _build_prepare(module)
+    _build_prepare(module, features)
     for num_rows in range(1, _MOST_ROWS + 1):
         # Few rows of activations wait for memory, which likes to be read row by row.
         _build_tile(module, num_rows, features, num_places=2 if is_wide and num_rows > _FEW_ROWS else 1)
@@ -87,12 +90,12 @@ def _bounds(f: Function, group: Value, num_in: Value) -> tuple[Value, Value]:
     return start, f.b.select(f.b.icmp_signed("<", stop, num_in), stop, num_in)
 
 
-def _build_prepare(module: Value) -> None:
+def _build_prepare(module: Value, features: frozenset[str]) -> None:
     """Build prepare(x, rounded, steps, starts, num_rows, in): what a matmul wants of activations.
 
     x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every WIDTH columns the even ones before the odd ones. steps:
     f32 [rows, groups], what one of _LEVELS stands for in a group. starts: i32 [rows, groups, LANES], where a group's
-    sums begin: it takes out what ZERO adds.
+    sums begin: it takes out what the level that stands for 0 adds.
     """
     f = Function(module, "prepare", [POINTER] * 4 + [LONG] * 2)
     b = f.b
@@ -131,9 +134,10 @@ def _build_prepare(module: Value) -> None:
                 return [b.add(totals[0], whole)]
 
             total = f.loop(first, stop, WIDTH, [splat(INT, WIDTH, 0)], columns)[0]
-            total = b.mul(f.call(f"llvm.vector.reduce.add.v{WIDTH}i32", INT, total), INT(-ZERO))
-            start = b.insert_element(splat(INT, LANES, 0), total, INT(0))
-            f.store(start, starts, b.mul(place, LONG(4 * LANES)))
+            # Neighbours of a step are of one lane. Each lane on its own: so sums are the same whatever stands for 0.
+            parts = [f.pick(total, range(k, WIDTH, WIDTH // LANES)) for k in range(WIDTH // LANES)]
+            lanes = b.mul(reduce(b.add, parts), splat(INT, LANES, -zero_level(features)))
+            f.store(lanes, starts, b.mul(place, LONG(4 * LANES)))
             return []
 
         f.loop(LONG(0), num_groups, 1, [], group)
@@ -203,21 +207,21 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
                 at = b.ashr(column, LONG(1))
                 for start, row_bytes in zip(following, (at, b.ashr(column, LONG(3))), strict=True):
                     f.ask_for(f.at(start, row_bytes), cache)
-                packed = _joined(f, [f.load(vector(BYTE, WIDTH // 2), row, at) for row in nibbles_rows])
+                packed = f.joined([f.load(vector(BYTE, WIDTH // 2), row, at) for row in nibbles_rows])
                 pairs = [f.load(LONG, row, b.ashr(column, LONG(3))) for row in scales_rows]
                 levels = _levels(f, packed, pairs, features)
                 results = []
                 for row, total in zip(rounded_rows, sums, strict=True):
                     for parity, weights in enumerate(levels):
                         activations = f.load(vector(INT, LANES), row, b.add(column, LONG(parity * BLOCK)))
-                        activations = _joined(f, [activations] * num_places)
+                        activations = f.joined([activations] * num_places)
                         total = with_dot_products(f, total, weights, activations, features)
                     results.append(total)
                 return results
 
             rows = [b.add(b.mul(LONG(row), num_groups), g) for row in range(num_rows)]
             sums = [f.load(vector(INT, LANES), starts, b.mul(row, LONG(4 * LANES))) for row in rows]
-            sums = f.loop(*_bounds(f, g, num_in), WIDTH, [_joined(f, [start] * num_places) for start in sums], columns)
+            sums = f.loop(*_bounds(f, g, num_in), WIDTH, [f.joined([start] * num_places) for start in sums], columns)
             added = []
             for row, products, total in zip(rows, sums, totals, strict=True):
                 step = f.spread(f.load(FLOAT, steps, b.mul(row, LONG(4))), num_lanes)
@@ -247,15 +251,17 @@ def _levels(f: Function, packed: Value, pairs: list[Value], features: frozenset[
     num_bytes = packed.type.count
     bytes_, shorts = packed.type, vector(SHORT, num_bytes // 2)
     parts = [b.and_(packed, splat(BYTE, num_bytes, 15)), b.lshr(packed, splat(BYTE, num_bytes, 4))]
-    numbers = b.bitcast(_joined(f, [f.spread(pair, 4) for pair in pairs]), shorts)
+    numbers = b.bitcast(f.joined([f.spread(pair, 4) for pair in pairs]), shorts)
     # Of the 16 bytes of a block, that block's: of the first, numbers 0 and 1 of the four, of the second 2 and 3.
     blocks = [8 * k + 2 * (k % 2) for k in range(num_bytes // 16)]
-    if "avx2" not in features:
+    flipped = ZERO - zero_level(features)
+    if not {"avx2", "neon"} & features:
         levels = []
         for part in parts:
             factor, start = (f.pick(numbers, [block + k for block in blocks for _ in range(16)]) for k in range(2))
             level = b.add(b.mul(b.zext(part, vector(SHORT, num_bytes)), factor), start)
-            levels.append(b.trunc(b.lshr(level, splat(SHORT, num_bytes, FRACTION)), bytes_))
+            level = b.trunc(b.lshr(level, splat(SHORT, num_bytes, FRACTION)), bytes_)
+            levels.append(b.xor(level, splat(BYTE, num_bytes, flipped)))
         return levels
     # A table of a block's 16 levels, in which the nibbles are looked up.
     factor, start = (f.pick(numbers, [block + k for block in blocks for _ in range(8)]) for k in range(2))
@@ -263,13 +269,17 @@ def _levels(f: Function, packed: Value, pairs: list[Value], features: frozenset[
     odd = b.add(even, factor)
     kept = splat(SHORT, num_bytes // 2, 0xFF00)
     table = b.bitcast(b.or_(b.lshr(even, splat(SHORT, num_bytes // 2, FRACTION)), b.and_(odd, kept)), bytes_)
-    look_up = "llvm.x86.avx512.pshuf.b.512" if num_bytes == 64 else "llvm.x86.avx2.pshuf.b"
-    return [f.call(look_up, bytes_, table, part) for part in parts]
-
-
-def _joined(f: Function, vectors: list[Value]) -> Value:
-    """Return one or two vectors as one."""
-    if len(vectors) == 1:
-        return vectors[0]
-    places = list(range(2 * vectors[0].type.count))
-    return f.b.shuffle_vector(*vectors, ir.Constant(vector(INT, len(places)), places))
+    table = b.xor(table, splat(BYTE, num_bytes, flipped))
+    if "avx2" in features:
+        look_up = "llvm.x86.avx512.pshuf.b.512" if num_bytes == 64 else "llvm.x86.avx2.pshuf.b"
+        return [f.call(look_up, bytes_, table, part) for part in parts]
+    halves = [range(16 * i, 16 * i + 16) for i in range(num_bytes // 16)]
+    return [
+        f.joined(
+            [
+                f.call("llvm.aarch64.neon.tbl1.v16i8", vector(BYTE, 16), f.pick(table, half), f.pick(part, half))
+                for half in halves
+            ]
+        )
+        for part in parts
+    ]

@@ -48,7 +48,7 @@ class LlvmInt8:
 
     @staticmethod
     def is_available() -> bool:
-        return bool({"avx512_vnni", "avx_vnni"} & cpu_flags()) and find_spec("llvmlite") is not None
+        return bool({"avx512_vnni", "avx_vnni", "asimddp"} & cpu_flags()) and find_spec("llvmlite") is not None
 
     @property
     def num_bytes(self) -> int:

@@ -1,5 +1,7 @@
 """The loops of LlvmInt8, in LLVM's language: what they compute and in which order; see llvm_int8.py."""
 
+from functools import partial
+
 from llvmlite import ir
 
 from mdiq.engine.llvm_code import (
@@ -16,6 +18,7 @@ from mdiq.engine.llvm_code import (
     splat,
     vector,
     with_dot_products,
+    zero_level,
 )
 
 ALIGNMENT = 64
@@ -23,7 +26,7 @@ ALIGNMENT = 64
 STEP = 16
 """Columns that are rounded together."""
 ZERO = 128
-"""What stands for 0 among rounded activations: the dot product wants one side without sign."""
+"""What stands for 0 while activations are rounded, and on x86 behind it: dot products want one side without sign."""
 _LANES = 16  # sums that become results together
 _LEVELS = 127  # of an activation, above and below 0
 _FEW_ROWS = 2  # of activations, for which the matrix is read row by row
@@ -38,10 +41,10 @@ def build(features: frozenset[str]) -> Value:
     is_wide = "avx512vnni" in features
     most_rows = 12 if is_wide else 6  # what 32 or 16 registers hold the sums of, for two rows of the matrix each
     module = ir.Module()
-    _build_prepare(module)
+    _build_prepare(module, features)
     for num_rows in range(1, most_rows + 1):
         _build_tile(module, num_rows, features, lanes=16 if is_wide else 8)
-    build_finish(module, num_pointers=6, num_sizes=1, lanes=_LANES, result=_result)
+    build_finish(module, num_pointers=6, num_sizes=1, lanes=_LANES, result=partial(_result, features=features))
     build_multiply(
         module,
         num_weights=3,
@@ -59,10 +62,10 @@ def _row_bytes(f: Function, num_in: Value) -> Value:
     return f.b.add(f.b.and_(f.b.add(num_in, LONG(ALIGNMENT - 1)), LONG(-ALIGNMENT)), LONG(ALIGNMENT))
 
 
-def _build_prepare(module: Value) -> None:
+def _build_prepare(module: Value, features: frozenset[str]) -> None:
     """Build prepare(x, rounded, steps, num_rows, in): what a matmul wants of activations.
 
-    x: f32 [rows, in]. rounded: u8, rows of _row_bytes. steps: f32 [rows], what one of _LEVELS stands for.
+    x: f32 [rows, in]. rounded: bytes, rows of _row_bytes. steps: f32 [rows], what one of _LEVELS stands for.
     """
     f = Function(module, "prepare", [POINTER] * 3 + [LONG] * 2)
     b = f.b
@@ -90,6 +93,7 @@ def _build_prepare(module: Value) -> None:
             levels = f.call(f"llvm.maxnum.{of_floats}", floats, levels, splat(FLOAT, STEP, ZERO - _LEVELS))
             levels = f.call(f"llvm.minnum.{of_floats}", floats, levels, splat(FLOAT, STEP, ZERO + _LEVELS))
             whole = b.fptosi(levels, vector(INT, STEP))
+            whole = b.sub(whole, splat(INT, STEP, ZERO - zero_level(features)))
             f.store(b.trunc(whole, vector(BYTE, STEP)), rounded_row, column)
             return []
 
@@ -167,9 +171,11 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, lanes
     f.finish()
 
 
-def _result(f: Function, y_row: Value, row: Value, at: Value, count: int) -> Value:
+def _result(f: Function, y_row: Value, row: Value, at: Value, count: int, *, features: frozenset[str]) -> Value:
     _, scale, starts, _, steps, *_ = f.arguments
     floats = vector(FLOAT, count)
-    totals, starting = (f.load(vector(INT, count), start, at) for start in (y_row, starts))
-    values = f.b.fmul(f.b.sitofp(f.b.add(totals, starting), floats), f.load(floats, scale, at))
+    totals = f.load(vector(INT, count), y_row, at)
+    if zero_level(features):
+        totals = f.b.add(totals, f.load(vector(INT, count), starts, at))
+    values = f.b.fmul(f.b.sitofp(totals, floats), f.load(floats, scale, at))
     return f.b.fmul(values, f.spread(f.load(FLOAT, steps, f.b.mul(row, LONG(4))), count))

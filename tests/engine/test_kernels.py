@@ -175,6 +175,9 @@ INT4, INT4_DOT, INT8 = llvm_int4_code, llvm_int4_dot_code, llvm_int8_code
     [
         (INT4, "x86_64-linux-gnu", "avx2,fma,f16c", "vpmaddubsw"),
         (INT4, "aarch64-linux-gnu", "neon", "smull"),
+        (INT4_DOT, "aarch64-linux-gnu", "neon,dotprod", r"sdot\tv"),
+        (INT4_DOT, "aarch64-linux-gnu", "neon,dotprod", r"tbl\tv"),
+        (INT8, "aarch64-linux-gnu", "neon,dotprod", r"sdot\tv"),
         (INT4_DOT, "x86_64-linux-gnu", "avx2,fma,avxvnni", r"vpdpbusd\t.*%ymm"),
         (INT8, "x86_64-linux-gnu", "avx2,fma,avxvnni", r"vpdpbusd\t.*%ymm"),
         (INT8, "x86_64-linux-gnu", "avx512f,avx512bw,avx512vl,avx512vnni", r"vpdpbusd\t.*%zmm"),
