@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from mdiq.engine.device import drop_pages
 from mdiq.engine.hot_split import HotSplit
-from mdiq.engine.llvm_int4 import LlvmInt4
-from mdiq.engine.llvm_int4_dot import LlvmInt4Dot, LlvmInt4DotWide
+from mdiq.engine.llvm_int4 import LlvmInt4, LlvmInt4Wide
 from mdiq.engine.llvm_int8 import LlvmInt8
 from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
 
@@ -230,13 +229,12 @@ KERNELS: tuple[
     type[LlvmInt8]
     | type[FbgemmInt8]
     | type[TorchInt8]
-    | type[LlvmInt4Dot]
-    | type[LlvmInt4DotWide]
     | type[LlvmInt4]
+    | type[LlvmInt4Wide]
     | type[OrtInt4]
     | type[TorchInt4],
     ...,
-] = (LlvmInt8, FbgemmInt8, TorchInt8, LlvmInt4Dot, LlvmInt4DotWide, LlvmInt4, OrtInt4, TorchInt4)
+] = (LlvmInt8, FbgemmInt8, TorchInt8, LlvmInt4, LlvmInt4Wide, OrtInt4, TorchInt4)
 """The candidates for packed weights."""
 
 

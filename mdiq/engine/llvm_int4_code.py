@@ -1,7 +1,8 @@
 """The loops of LlvmInt4, in LLVM's language: what they compute and in which order; see llvm_int4.py.
 
-A step takes WIDTH columns of one row of the matrix: 32 bytes of nibbles, one load. 16 bytes are a block of 32 columns,
-so that of a vector of 8 sums the first four are of one block and the last four of the next.
+A lane of a vector is one row of the matrix, so that no vector's lanes are ever added. ROWS rows lie interleaved: of a
+block of 32 columns first the nibbles, in words of four bytes, the first word of each row before the second of each;
+then the ROWS scales, and then what their blocks start at, in f16. A wide vector holds two times ROWS rows.
 """
 
 from llvmlite import ir
@@ -14,182 +15,237 @@ from mdiq.engine.llvm_code import (
     LONG,
     NEAREST,
     POINTER,
+    SECOND,
     SHORT,
     Function,
     Value,
     build_multiply,
+    has_dot_products,
+    part_width,
     splat,
     vector,
+    with_dot_products,
 )
 from mdiq.engine.quantize import BLOCK
 
-WIDTH = 2 * BLOCK
-"""Columns of a step."""
+ROWS = 8
+"""Of the matrix, interleaved."""
+PACKED_BYTES = ROWS * (BLOCK // 2 + 4)
+"""Of a block of ROWS rows."""
+GROUP = 256
+"""Columns whose activations have one scale."""
 PAD = 64
 """Bytes between rows of activations: rows that lie a power of two apart push each other out of the cache."""
-LANES = 8
-"""32-bit numbers of a vector."""
-FACTORS = 32_767
-"""Largest factor of a block: times it, the sum of 8 products of at most 15 * 127 fits 32 bits."""
-MOST_ROWS = 6
-"""Rows of activations for which a step's weights are unpacked once: with more, AVX2's 16 registers do not do."""
 _LEVELS = 127  # of an activation, above and below 0
-_OUTPUTS = 16  # rows of the matrix for which a tile of activations stays in the nearest cache
-_AHEAD = 1_024  # bytes: how far weights are asked for ahead; without it a core read 11.6 GB/s instead of 14.6
+_WORDS = BLOCK // 8  # of a block's nibbles in one row: four bytes, eight columns
+_FEW_ROWS = 2  # of activations, for which the matrix is read as it lies
+_OUTPUTS, _COLUMNS = 32, 2_048  # of the matrix: a tile of activations stays in the nearest cache for so many rows
+_AHEAD = 2_048  # bytes: how far weights are asked for ahead for few rows
+_LINE = 64  # bytes
 
 
-def build(features: frozenset[str]) -> Value:
-    """Return the module for a CPU with such features, as LLVM calls them."""
+def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
+    """Return the module for a CPU with such features; the bits of results are the same for all.
+
+    is_wide: use vectors of 512 bits where several rows of activations come.
+    """
     module = ir.Module()
     _build_prepare(module)
-    for num_rows in range(1, MOST_ROWS + 1):
-        _build_tile(module, num_rows, features)
+    most_rows = 8 if {"avx512vl", "neon"} & features else 6  # what 32 or 16 registers hold the sums of
+    for num_rows in range(1, most_rows + 1):
+        # Few rows of activations wait for memory, which likes to be read in the order of its addresses.
+        _build_tile(module, num_rows, features, num_places=2 if is_wide and num_rows > _FEW_ROWS else 1)
     build_multiply(
         module,
-        num_weights=4,
+        num_weights=2,
         strides=(
             lambda f, sizes: f.b.add(sizes[0], LONG(PAD)),
-            lambda f, sizes: f.b.add(f.b.ashr(sizes[0], LONG(1)), LONG(PAD)),
-            lambda f, sizes: f.b.mul(sizes[1], LONG(4)),
+            lambda f, sizes: f.b.mul(_num_groups(f, sizes[0]), LONG(4)),
+            lambda f, sizes: f.b.ashr(sizes[0], LONG(3)),
         ),
-        num_sizes=2,
-        most_rows=MOST_ROWS,
+        num_sizes=1,
+        most_rows=most_rows,
         outputs=_OUTPUTS,
-        columns=None,
+        columns=_COLUMNS,
     )
     return module
 
 
-def _build_prepare(module: Value) -> None:
-    """Build prepare(x, rounded, steps, sums, num_rows, in, num_blocks): what a matmul wants of activations.
+def _num_groups(f: Function, num_in: Value) -> Value:
+    return f.b.sdiv(f.b.add(num_in, LONG(GROUP - 1)), LONG(GROUP))
 
-    x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every WIDTH columns the even ones of both blocks before the odd
-    ones, as the low nibbles come before the high ones. steps: f32, rows of in / 2 + PAD bytes: what one of _LEVELS
-    stands for in WIDTH columns, for each lane. sums: f32 [rows, num_blocks], of what the rounded activations of a block
-    stand for.
+
+def _smaller(f: Function, one: Value, other: Value) -> Value:
+    return f.b.select(f.b.icmp_signed("<", one, other), one, other)
+
+
+def _build_prepare(module: Value) -> None:
+    """Build prepare(x, rounded, steps, sums, num_rows, in): what a matmul wants of activations.
+
+    x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every block the even columns before the odd ones. steps: f32
+    [rows, groups], what one of _LEVELS stands for in a group. sums: f32 [rows, blocks], of the rounded activations.
     """
-    f = Function(module, "prepare", [POINTER] * 4 + [LONG] * 3)
+    f = Function(module, "prepare", [POINTER] * 4 + [LONG] * 2)
     b = f.b
-    x, rounded, steps, sums, num_rows, num_in, num_blocks = f.arguments
-    floats = vector(FLOAT, WIDTH)
+    x, rounded, steps, sums, num_rows, num_in = f.arguments
+    floats, ints, of_floats = vector(FLOAT, BLOCK), vector(INT, BLOCK), f"v{BLOCK}f32"
+    num_groups = _num_groups(f, num_in)
 
     def row(i: Value, _: list[Value]) -> list[Value]:
         x_row = f.at(x, b.mul(i, b.mul(num_in, LONG(4))))
         rounded_row = f.at(rounded, b.mul(i, b.add(num_in, LONG(PAD))))
-        steps_row = f.at(steps, b.mul(i, b.add(b.ashr(num_in, LONG(1)), LONG(PAD))))
-        sums_row = f.at(sums, b.mul(i, b.mul(num_blocks, LONG(4))))
+        sums_row = f.at(sums, b.mul(i, b.ashr(num_in, LONG(3))))
 
-        def columns(column: Value, _: list[Value]) -> list[Value]:
-            values = f.load(floats, x_row, b.mul(column, LONG(4)))
-            sizes = f.call(f"llvm.fabs.v{WIDTH}f32", floats, values)
-            most = f.call(f"llvm.vector.reduce.fmax.v{WIDTH}f32", FLOAT, sizes)
-            most = f.call("llvm.maxnum.f32", FLOAT, most, FLOAT(1e-30))
-            step = b.fdiv(most, FLOAT(_LEVELS))
-            levels = b.fmul(values, f.spread(b.fdiv(FLOAT(_LEVELS), most), WIDTH))
-            levels = f.call(f"llvm.rint.v{WIDTH}f32", floats, levels)
-            # Of an activation that is no number these make a level: LLVM's conversion to integers wants one.
-            levels = f.call(f"llvm.maxnum.v{WIDTH}f32", floats, levels, splat(FLOAT, WIDTH, -_LEVELS))
-            levels = f.call(f"llvm.minnum.v{WIDTH}f32", floats, levels, splat(FLOAT, WIDTH, _LEVELS))
-            whole = b.fptosi(levels, vector(INT, WIDTH))
-            small = b.trunc(whole, vector(BYTE, WIDTH))
-            for parity in range(2):
-                part = f.pick(small, range(parity, WIDTH, 2))
-                f.store(part, rounded_row, b.add(column, LONG(parity * BLOCK)))
-            for i in range(2):
-                block = f.pick(whole, range(i * BLOCK, (i + 1) * BLOCK))
-                total = b.sitofp(f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, block), FLOAT)
-                f.store(b.fmul(total, step), sums_row, b.add(b.ashr(column, LONG(3)), LONG(4 * i)))
-            f.store(f.spread(step, LANES), steps_row, b.ashr(column, LONG(1)))
+        def group(first: Value, _: list[Value]) -> list[Value]:
+            stop = _smaller(f, b.add(first, LONG(GROUP)), num_in)
+
+            def most(column: Value, found: list[Value]) -> list[Value]:
+                sizes = f.call(f"llvm.fabs.{of_floats}", floats, f.load(floats, x_row, b.mul(column, LONG(4))))
+                return [f.call(f"llvm.maxnum.{of_floats}", floats, sizes, found[0])]
+
+            largest = f.loop(first, stop, BLOCK, [splat(FLOAT, BLOCK, 1e-30)], most)[0]
+            largest = f.call(f"llvm.vector.reduce.fmax.{of_floats}", FLOAT, largest)
+            place = b.add(b.mul(i, num_groups), b.sdiv(first, LONG(GROUP)))
+            f.store(b.fdiv(largest, FLOAT(_LEVELS)), steps, b.mul(place, LONG(4)))
+            per_step = f.spread(b.fdiv(FLOAT(_LEVELS), largest), BLOCK)
+
+            def columns(column: Value, _: list[Value]) -> list[Value]:
+                levels = b.fmul(f.load(floats, x_row, b.mul(column, LONG(4))), per_step)
+                levels = f.call(f"llvm.rint.{of_floats}", floats, levels)
+                # Of an activation that is no number these make a level: LLVM's conversion to integers wants one.
+                levels = f.call(f"llvm.maxnum.{of_floats}", floats, levels, splat(FLOAT, BLOCK, -_LEVELS))
+                levels = f.call(f"llvm.minnum.{of_floats}", floats, levels, splat(FLOAT, BLOCK, _LEVELS))
+                whole = b.fptosi(levels, ints)
+                small = b.trunc(whole, vector(BYTE, BLOCK))
+                for parity in range(2):
+                    part = f.pick(small, range(parity, BLOCK, 2))
+                    f.store(part, rounded_row, b.add(column, LONG(parity * BLOCK // 2)))
+                total = b.sitofp(f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, whole), FLOAT)
+                f.store(total, sums_row, b.ashr(column, LONG(3)))
+                return []
+
+            f.loop(first, stop, BLOCK, [], columns)
             return []
 
-        f.loop(LONG(0), num_in, WIDTH, [], columns)
+        f.loop(LONG(0), num_in, GROUP, [], group)
         return []
 
     f.loop(LONG(0), num_rows, 1, [], row)
     f.finish()
 
 
-def _build_tile(module: Value, num_rows: int, features: frozenset[str]) -> None:
-    """Build tile<num_rows>(nibbles, factors, unit, low, rounded, steps, sums, y, out, first, stop, 0, in, in, blocks).
+def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int) -> None:
+    """Build tile<num_rows>(packed, unit, rounded, steps, sums, y, out, first, stop, begin, end, in).
 
-    It fills columns ``first`` to ``stop - 1`` of y: f32 [num_rows, out], and takes all columns of the matrix at once.
-    What it is given is as LlvmInt4 and _build_prepare have it. A row's sums are made in the same order whatever
-    num_rows is.
+    It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y: f32
+    [num_rows, out], which needs no start. All of ``out``, ``first`` and ``stop`` are multiples of ROWS. What it is
+    given is as LlvmInt4 and _build_prepare have it. A row's sums are made in the same order whatever num_rows is.
     """
-    f = Function(module, f"tile{num_rows}", [POINTER] * 8 + [LONG] * 7)
+    f = Function(module, f"tile{num_rows}", [POINTER] * 6 + [LONG] * 6)
     b = f.b
-    nibbles, factors, unit, low, rounded, steps, sums, y, num_out, first, stop, _, _, num_in, num_blocks = f.arguments
-    row_bytes, factor_bytes = b.ashr(num_in, LONG(1)), b.ashr(num_in, LONG(4))
-    bytes_, floats = vector(BYTE, WIDTH // 2), vector(FLOAT, LANES)
-    rows = [LONG(row) for row in range(num_rows)]
-    rounded_rows = [f.at(rounded, b.mul(row, b.add(num_in, LONG(PAD)))) for row in rows]
-    steps_rows = [f.at(steps, b.mul(row, b.add(row_bytes, LONG(PAD)))) for row in rows]
-    sums_rows = [f.at(sums, b.mul(row, b.mul(num_blocks, LONG(4)))) for row in rows]
+    packed, unit, rounded, steps, sums, y, num_out, first, stop, begin, end, num_in = f.arguments
+    num_lanes = num_places * ROWS
+    floats, of_floats = vector(FLOAT, num_lanes), f"v{num_lanes}f32"
+    num_groups, width = _num_groups(f, num_in), part_width(f, num_in, _COLUMNS)
+    numbers = [LONG(row) for row in range(num_rows)]
+    rounded_rows = [f.at(rounded, b.mul(row, b.add(num_in, LONG(PAD)))) for row in numbers]
+    steps_rows = [f.at(steps, b.mul(row, b.mul(num_groups, LONG(4)))) for row in numbers]
+    sums_rows = [f.at(sums, b.mul(row, b.ashr(num_in, LONG(3)))) for row in numbers]
+
+    def num_bytes(num_columns: Value) -> Value:
+        """Of so many columns of ROWS rows: columns are a multiple of BLOCK."""
+        return b.mul(b.ashr(num_columns, LONG(5)), LONG(PACKED_BYTES))
 
     def output(i: Value, _: list[Value]) -> list[Value]:
-        nibbles_row = f.at(nibbles, b.mul(i, row_bytes))
-        factors_row = f.at(factors, b.mul(i, factor_bytes))
-        low_row = f.at(low, b.mul(i, b.mul(num_blocks, LONG(2))))
+        places = [i]
+        if num_places == 2:
+            other = b.add(i, LONG(ROWS))
+            places.append(b.select(b.icmp_signed("<", other, stop), other, i))
+        starts = [f.at(packed, b.mul(b.sdiv(place, LONG(ROWS)), num_bytes(num_in))) for place in places]
+        if num_rows <= _FEW_ROWS:
+            cache, following = NEAREST, f.at(starts[0], LONG(_AHEAD))
+        else:  # of the next rows of the matrix that tiles go over, as much as was read of these
+            num_read = b.add(
+                b.mul(b.sdiv(b.sub(stop, first), LONG(ROWS)), num_bytes(begin)),
+                b.mul(b.sdiv(b.sub(i, first), LONG(ROWS)), num_bytes(b.sub(end, begin))),
+            )
+            cache = SECOND
+            following = f.at(packed, b.add(b.mul(b.sdiv(stop, LONG(ROWS)), num_bytes(num_in)), num_read))
+            following = f.at(following, b.mul(num_bytes(begin), LONG(-num_places)))
 
-        def columns(column: Value, totals: list[Value]) -> list[Value]:
-            at = b.ashr(column, LONG(1))
-            ahead = f.at(nibbles_row, b.add(at, LONG(_AHEAD)))
-            f.ask_for(ahead, NEAREST)
-            packed = f.load(bytes_, nibbles_row, at)
-            weights = (b.and_(packed, splat(BYTE, WIDTH // 2, 15)), b.lshr(packed, splat(BYTE, WIDTH // 2, 4)))
-            # Eight lanes of 16 bits are of the first block, eight of the second.
-            two = f.load(vector(SHORT, 2), factors_row, b.ashr(column, LONG(4)))
-            factors = f.pick(two, [0] * LANES + [1] * LANES)
-            following = []
-            for row, total in enumerate(totals):
-                activations = [f.load(bytes_, rounded_rows[row], b.add(column, LONG(BLOCK * i))) for i in range(2)]
-                products = _products(f, weights, activations, factors, features)
-                step = f.load(floats, steps_rows[row], at)
-                following.append(f.call(f"llvm.fma.v{LANES}f32", floats, b.sitofp(products, floats), step, total))
-            return following
+        def block(column: Value, totals: list[Value]) -> list[Value]:
+            at = num_bytes(column)
+            for line in range(0, num_places * PACKED_BYTES, _LINE):
+                f.ask_for(f.at(following, b.add(b.mul(at, LONG(num_places)), LONG(line))), cache)
 
-        def offsets(block: Value, totals: list[Value]) -> list[Value]:
-            lows = b.fpext(f.load(vector(HALF, LANES), low_row, b.mul(block, LONG(2))), floats)
-            at = b.mul(block, LONG(4))
-            return [
-                f.call(f"llvm.fma.v{LANES}f32", floats, lows, f.load(floats, sums_rows[row], at), total)
-                for row, total in enumerate(totals)
-            ]
+            def load(element: Value, count: int, offset: int, at: Value = at) -> Value:
+                where = b.add(at, LONG(offset))
+                return f.joined([f.load(vector(element, count), start, where) for start in starts])
 
-        totals = f.loop(LONG(0), num_in, WIDTH, [splat(FLOAT, LANES, 0.0)] * num_rows, columns)
-        units = f.spread(f.load(FLOAT, unit, b.mul(i, LONG(4))), LANES)
-        totals = f.loop(LONG(0), num_blocks, LANES, [b.fmul(total, units) for total in totals], offsets)
-        for row, total in zip(rows, totals, strict=True):
-            f.store(f.total(total), y, b.mul(b.add(b.mul(row, num_out), i), LONG(4)))
+            weights: list[Value] = []
+            for word in range(_WORDS):
+                both = load(BYTE, 4 * ROWS, 4 * ROWS * word)
+                fours = splat(BYTE, 4 * num_lanes, 4)
+                weights += [b.and_(both, splat(BYTE, 4 * num_lanes, 15)), b.lshr(both, fours)]
+            scale, low = (b.fpext(load(HALF, ROWS, PACKED_BYTES - 2 * ROWS * k), floats) for k in (2, 1))
+            results = []
+            for rounded_row, sums_row, total in zip(rounded_rows, sums_rows, totals, strict=True):
+                activations = []
+                for word in range(_WORDS):
+                    for parity in range(2):
+                        where = b.add(column, LONG(4 * word + parity * BLOCK // 2))
+                        activations.append(f.spread(f.load(INT, rounded_row, where), num_lanes))
+                products = _products(f, weights, activations, features)
+                total = f.call(f"llvm.fma.{of_floats}", floats, b.sitofp(products, floats), scale, total)
+                block_sum = f.spread(f.load(FLOAT, sums_row, b.ashr(column, LONG(3))), num_lanes)
+                results.append(f.call(f"llvm.fma.{of_floats}", floats, low, block_sum, total))
+            return results
+
+        def group(column: Value, totals: list[Value]) -> list[Value]:
+            group_end = _smaller(f, b.add(column, LONG(GROUP)), num_in)
+            found = f.loop(column, group_end, BLOCK, [splat(FLOAT, num_lanes, 0.0)] * num_rows, block)
+            at = b.mul(b.sdiv(column, LONG(GROUP)), LONG(4))
+            step = [f.spread(f.load(FLOAT, row, at), num_lanes) for row in steps_rows]
+            return [f.call(f"llvm.fma.{of_floats}", floats, *three) for three in zip(found, step, totals, strict=True)]
+
+        def part(part_begin: Value, _: list[Value]) -> list[Value]:
+            part_end = _smaller(f, b.add(part_begin, width), end)
+            totals = f.loop(part_begin, part_end, GROUP, [splat(FLOAT, num_lanes, 0.0)] * num_rows, group)
+            is_first = b.icmp_signed("==", part_begin, LONG(0))
+            is_last = b.icmp_signed("==", part_end, num_in)
+            values, pointers = [], []
+            for row, total in zip(numbers, totals, strict=True):
+                for k, place in enumerate(places):
+                    nothing, of_place = splat(FLOAT, ROWS, 0.0), vector(FLOAT, ROWS)
+                    pointers.append(f.at(y, b.mul(b.add(b.mul(row, num_out), place), LONG(4))))
+                    before = b.select(is_first, nothing, f.load(of_place, pointers[-1], LONG(0)))
+                    value = b.fadd(before, f.pick(total, range(k * ROWS, (k + 1) * ROWS)))
+                    scaled = b.fmul(value, f.load(of_place, unit, b.mul(place, LONG(4))))
+                    values.append(b.select(is_last, scaled, value))
+            for value, pointer in zip(values, pointers, strict=True):  # behind all loads: two may be of one place
+                f.store(value, pointer, LONG(0))
+            return []
+
+        f.loop(begin, end, width, [], part)
         return []
 
-    f.loop(first, stop, 1, [], output)
+    f.loop(first, stop, num_lanes, [], output)
     f.finish()
 
 
-def _products(
-    f: Function,
-    weights: tuple[Value, Value],
-    activations: list[Value],
-    factors: Value,
-    features: frozenset[str],
-) -> Value:
-    """Return two vectors of weights, 0..15, times two of activations, times factors: LANES x i32, sums of 8 each.
-
-    Both ways give the same integers: up to the factors 16 bits hold them.
-    """
+def _products(f: Function, weights: list[Value], activations: list[Value], features: frozenset[str]) -> Value:
+    """Return for each lane the sum of all products of bytes, i32: of weights in 0..15 and activations with a sign."""
     b = f.b
-    ints, shorts, wide = vector(INT, LANES), vector(SHORT, 2 * LANES), vector(SHORT, 4 * LANES)
-    pairs = []
+    kind = activations[0].type
+    if "avx2" not in features or has_dot_products(features):
+        total = splat(INT, kind.count, 0)
+        for weight, activation in zip(weights, activations, strict=True):
+            total = with_dot_products(f, total, b.bitcast(weight, kind), activation, features)
+        return total
+    # Sums of 16 products of 15 * 127 at most: 16 bits hold them.
+    shorts = vector(SHORT, 2 * kind.count)
+    total = splat(SHORT, 2 * kind.count, 0)
     for weight, activation in zip(weights, activations, strict=True):
-        if "avx2" in features:
-            pairs.append(f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, weight, activation))
-            continue
-        each = b.mul(b.zext(weight, wide), b.sext(activation, wide))
-        pairs.append(b.add(*(f.pick(each, range(parity, 4 * LANES, 2)) for parity in range(2))))
-    total = b.add(*pairs)
-    if "avx2" in features:
-        return f.call("llvm.x86.avx2.pmadd.wd", ints, total, factors)
-    wider = vector(INT, 2 * LANES)
-    each = b.mul(b.sext(total, wider), b.sext(factors, wider))
-    return b.add(*(f.pick(each, range(parity, 2 * LANES, 2)) for parity in range(2)))
+        activation = b.bitcast(activation, weight.type)
+        total = b.add(total, f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, weight, activation))
+    return f.call("llvm.x86.avx2.pmadd.wd", kind, total, splat(SHORT, 2 * kind.count, 1))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mdiq.engine.llvm_code import Machine
 
 _FEW_OUTPUTS = 256  # of a thread: with fewer, telling it costs as much as its work
+_OUTPUT_STEP = 16  # a thread's outputs begin at a multiple
 _MOST_BUFFERS = 16  # sizes of a batch and a matrix that come again and again: two or three widths, some batches
 
 Scratch = Callable[[int], tuple[torch.Tensor, ...]]
@@ -26,8 +27,9 @@ class CompiledMatmul:
     prepare(x, activations.., num_rows, sizes..) writes rounded activations into buffers; one thread does it.
     multiply fills some columns of y; all threads do it, each its own.
 
-    weights: what multiply reads. bias: f32 [out]. sizes: numbers that describe the matrix, its columns first.
-    scratch: what makes buffers for activations; matrices of one kind and of equal sizes share them.
+    weights: what multiply reads. bias: f32 [out]. num_padded: columns of y that multiply fills, where they are more
+    than num_out. sizes: numbers that describe the matrix, its columns first. scratch: what makes buffers for
+    activations; matrices of one kind and of equal sizes share them.
     """
 
     def __init__(
@@ -38,13 +40,15 @@ class CompiledMatmul:
         weights: Sequence[torch.Tensor],
         bias: torch.Tensor | None,
         num_out: int,
+        num_padded: int | None = None,
         sizes: Sequence[int],
         scratch: Scratch,
     ) -> None:
         self._machine = machine  # its code lives as long as it does
         self._weights, self._bias = weights, bias
         self._addresses = [tensor.data_ptr() for tensor in weights]
-        self._kind, self._out, self._sizes, self._scratch = kind, num_out, tuple(sizes), scratch
+        self._kind, self._sizes, self._scratch = kind, tuple(sizes), scratch
+        self._out, self._padded = num_out, num_padded or num_out
         num_buffers = len(scratch(1))
         self._prepare = machine.function("prepare", 1 + num_buffers, 1 + len(sizes))
         self._multiply = machine.function("multiply", len(weights) + num_buffers + 1, 4 + len(sizes))
@@ -60,19 +64,22 @@ class CompiledMatmul:
         if num_in != self._sizes[0]:  # compiled code checks nothing
             raise RuntimeError(f"{num_in} columns of activations meet {self._sizes[0]} of weights")
         activations = _BUFFERS.addresses((self._kind, num_rows, *self._sizes), self._scratch)
-        y = torch.empty(num_rows, self._out)
+        y = torch.empty(num_rows, self._padded)
         sizes = (num_rows, *self._sizes)
         self._prepare(wide.data_ptr(), *activations, *sizes)
-        num_threads = max(min(torch.get_num_threads(), self._out // _FEW_OUTPUTS), 1)
-        bounds = [self._out * i // num_threads for i in range(num_threads + 1)]
+        num_threads = max(min(torch.get_num_threads(), self._padded // _FEW_OUTPUTS), 1)
+        bounds = [self._padded * i // num_threads // _OUTPUT_STEP * _OUTPUT_STEP for i in range(num_threads)]
+        bounds.append(self._padded)
         parts = [
-            (*self._addresses, *activations, y.data_ptr(), self._out, first, stop, *sizes)
+            (*self._addresses, *activations, y.data_ptr(), self._padded, first, stop, *sizes)
             for first, stop in pairwise(bounds)
         ]
         others = [_threads().submit(self._multiply, *part) for part in parts[1:]]
         self._multiply(*parts[0])
         for other in others:
             other.result()
+        if self._padded > self._out:
+            y = y[:, : self._out].contiguous()
         return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
 
 
