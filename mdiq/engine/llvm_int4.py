@@ -19,9 +19,9 @@ from mdiq.engine.quantize import BLOCK, PackedFile
 class LlvmInt4:
     """4-bit weights, int8 activations with one scale (``step``) for 256 columns of a row.
 
-    A block of weights is w = scale * q + low, with q in 0..15 and low = offset - 8 * scale, both kept as f16 in a unit
-    for each row of the matrix: y = unit * sum(step * sum(scale * (q . a) + low * sum(a))), with (q . a) in integers,
-    all else in f32 and in the same order for every row. So it is batch-invariant, and the same in both modes.
+    A block of weights is w = scale * (q - 8) + offset, q in 0..15, scale and offset kept as f16 in a unit for each row
+    of the matrix: y = unit * sum(step * sum(scale * ((q - 8) . a) + offset * sum(a))), the products in integers, all
+    else in f32 and in the same order for every row. So it is batch-invariant, and the same in both modes.
     """
 
     name = "llvm-int4"
@@ -40,11 +40,12 @@ class LlvmInt4:
         num_groups = -(-num_in // GROUP)
 
         def scratch(num_rows: int) -> tuple[torch.Tensor, ...]:
-            """Return levels, their steps, and the sums of blocks; see llvm_int4_code.py."""
+            """Return levels, their steps, and sums and starts of blocks; see llvm_int4_code.py."""
             return (
                 torch.empty(num_rows, num_in + PAD, dtype=torch.int8),
                 torch.empty(num_rows, num_groups),
                 torch.empty(num_rows, num_blocks),
+                torch.empty(num_rows, num_blocks, dtype=torch.int32),
             )
 
         self._matmul = CompiledMatmul(
@@ -95,10 +96,8 @@ def _interleaved(
 
     num_out, num_blocks, num_bytes = nibbles.shape
     unit = scale.abs().amax(1).clamp_min_(1e-30)
-    low = scale * -8
-    if offset is not None:
-        low += offset
-    numbers = torch.stack((scale, low), dim=-1).div_(unit[:, None, None]).half()  # [out, blocks, 2]
+    offset = torch.zeros_like(scale) if offset is None else offset.float()
+    numbers = torch.stack((scale, offset), dim=-1).div_(unit[:, None, None]).half()  # [out, blocks, 2]
     if not bool(numbers.isfinite().all()):
         raise RuntimeError("the offsets are too large for 16 bits")
     missing = -num_out % ROWS

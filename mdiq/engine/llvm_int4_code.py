@@ -2,7 +2,7 @@
 
 A lane of a vector is one row of the matrix, so that no vector's lanes are ever added. ROWS rows lie interleaved: of a
 block of 32 columns first the nibbles, in words of four bytes, the first word of each row before the second of each;
-then the ROWS scales, and then what their blocks start at, in f16. A wide vector holds two times ROWS rows.
+then the ROWS scales and the ROWS offsets of their blocks, in f16. A wide vector holds two times ROWS rows.
 """
 
 from llvmlite import ir
@@ -34,6 +34,8 @@ PACKED_BYTES = ROWS * (BLOCK // 2 + 4)
 """Of a block of ROWS rows."""
 GROUP = 256
 """Columns whose activations have one scale."""
+ZERO = 8
+"""The nibble that stands for 0."""
 PAD = 64
 """Bytes between rows of activations: rows that lie a power of two apart push each other out of the cache."""
 _LEVELS = 127  # of an activation, above and below 0
@@ -62,6 +64,7 @@ def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
             lambda f, sizes: f.b.add(sizes[0], LONG(PAD)),
             lambda f, sizes: f.b.mul(_num_groups(f, sizes[0]), LONG(4)),
             lambda f, sizes: f.b.ashr(sizes[0], LONG(3)),
+            lambda f, sizes: f.b.ashr(sizes[0], LONG(3)),
         ),
         num_sizes=1,
         most_rows=most_rows,
@@ -80,21 +83,22 @@ def _smaller(f: Function, one: Value, other: Value) -> Value:
 
 
 def _build_prepare(module: Value) -> None:
-    """Build prepare(x, rounded, steps, sums, num_rows, in): what a matmul wants of activations.
+    """Build prepare(x, rounded, steps, sums, starts, num_rows, in): what a matmul wants of activations.
 
     x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every block the even columns before the odd ones. steps: f32
     [rows, groups], what one of _LEVELS stands for in a group. sums: f32 [rows, blocks], of the rounded activations.
+    starts: i32 [rows, blocks], where the sums of products begin, for nibbles stand for -ZERO to 15 - ZERO.
     """
-    f = Function(module, "prepare", [POINTER] * 4 + [LONG] * 2)
+    f = Function(module, "prepare", [POINTER] * 5 + [LONG] * 2)
     b = f.b
-    x, rounded, steps, sums, num_rows, num_in = f.arguments
+    x, rounded, steps, sums, starts, num_rows, num_in = f.arguments
     floats, ints, of_floats = vector(FLOAT, BLOCK), vector(INT, BLOCK), f"v{BLOCK}f32"
     num_groups = _num_groups(f, num_in)
 
     def row(i: Value, _: list[Value]) -> list[Value]:
         x_row = f.at(x, b.mul(i, b.mul(num_in, LONG(4))))
         rounded_row = f.at(rounded, b.mul(i, b.add(num_in, LONG(PAD))))
-        sums_row = f.at(sums, b.mul(i, b.ashr(num_in, LONG(3))))
+        sums_row, starts_row = (f.at(start, b.mul(i, b.ashr(num_in, LONG(3)))) for start in (sums, starts))
 
         def group(first: Value, _: list[Value]) -> list[Value]:
             stop = _smaller(f, b.add(first, LONG(GROUP)), num_in)
@@ -120,8 +124,9 @@ def _build_prepare(module: Value) -> None:
                 for parity in range(2):
                     part = f.pick(small, range(parity, BLOCK, 2))
                     f.store(part, rounded_row, b.add(column, LONG(parity * BLOCK // 2)))
-                total = b.sitofp(f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, whole), FLOAT)
-                f.store(total, sums_row, b.ashr(column, LONG(3)))
+                total = f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, whole)
+                f.store(b.sitofp(total, FLOAT), sums_row, b.ashr(column, LONG(3)))
+                f.store(b.mul(total, INT(-ZERO)), starts_row, b.ashr(column, LONG(3)))
                 return []
 
             f.loop(first, stop, BLOCK, [], columns)
@@ -135,22 +140,24 @@ def _build_prepare(module: Value) -> None:
 
 
 def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int) -> None:
-    """Build tile<num_rows>(packed, unit, rounded, steps, sums, y, out, first, stop, begin, end, in).
+    """Build tile<num_rows>(packed, unit, rounded, steps, sums, starts, y, out, first, stop, begin, end, in).
 
     It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y: f32
     [num_rows, out], which needs no start. All of ``out``, ``first`` and ``stop`` are multiples of ROWS. What it is
     given is as LlvmInt4 and _build_prepare have it. A row's sums are made in the same order whatever num_rows is.
     """
-    f = Function(module, f"tile{num_rows}", [POINTER] * 6 + [LONG] * 6)
+    f = Function(module, f"tile{num_rows}", [POINTER] * 7 + [LONG] * 6)
     b = f.b
-    packed, unit, rounded, steps, sums, y, num_out, first, stop, begin, end, num_in = f.arguments
+    packed, unit, rounded, steps, sums, starts, y, num_out, first, stop, begin, end, num_in = f.arguments
     num_lanes = num_places * ROWS
     floats, of_floats = vector(FLOAT, num_lanes), f"v{num_lanes}f32"
     num_groups, width = _num_groups(f, num_in), part_width(f, num_in, _COLUMNS)
     numbers = [LONG(row) for row in range(num_rows)]
     rounded_rows = [f.at(rounded, b.mul(row, b.add(num_in, LONG(PAD)))) for row in numbers]
     steps_rows = [f.at(steps, b.mul(row, b.mul(num_groups, LONG(4)))) for row in numbers]
-    sums_rows = [f.at(sums, b.mul(row, b.ashr(num_in, LONG(3)))) for row in numbers]
+    blocks_rows = [
+        tuple(f.at(start, b.mul(row, b.ashr(num_in, LONG(3)))) for start in (sums, starts)) for row in numbers
+    ]
 
     def num_bytes(num_columns: Value) -> Value:
         """Of so many columns of ROWS rows: columns are a multiple of BLOCK."""
@@ -161,9 +168,9 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
         if num_places == 2:
             other = b.add(i, LONG(ROWS))
             places.append(b.select(b.icmp_signed("<", other, stop), other, i))
-        starts = [f.at(packed, b.mul(b.sdiv(place, LONG(ROWS)), num_bytes(num_in))) for place in places]
+        places_starts = [f.at(packed, b.mul(b.sdiv(place, LONG(ROWS)), num_bytes(num_in))) for place in places]
         if num_rows <= _FEW_ROWS:
-            cache, following = NEAREST, f.at(starts[0], LONG(_AHEAD))
+            cache, following = NEAREST, f.at(places_starts[0], LONG(_AHEAD))
         else:  # of the next rows of the matrix that tiles go over, as much as was read of these
             num_read = b.add(
                 b.mul(b.sdiv(b.sub(stop, first), LONG(ROWS)), num_bytes(begin)),
@@ -180,25 +187,28 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
 
             def load(element: Value, count: int, offset: int, at: Value = at) -> Value:
                 where = b.add(at, LONG(offset))
-                return f.joined([f.load(vector(element, count), start, where) for start in starts])
+                return f.joined([f.load(vector(element, count), start, where) for start in places_starts])
 
             weights: list[Value] = []
             for word in range(_WORDS):
                 both = load(BYTE, 4 * ROWS, 4 * ROWS * word)
                 fours = splat(BYTE, 4 * num_lanes, 4)
                 weights += [b.and_(both, splat(BYTE, 4 * num_lanes, 15)), b.lshr(both, fours)]
-            scale, low = (b.fpext(load(HALF, ROWS, PACKED_BYTES - 2 * ROWS * k), floats) for k in (2, 1))
+            scale, offset = (b.fpext(load(HALF, ROWS, PACKED_BYTES - 2 * ROWS * k), floats) for k in (2, 1))
             results = []
-            for rounded_row, sums_row, total in zip(rounded_rows, sums_rows, totals, strict=True):
+            for rounded_row, of_blocks, total in zip(rounded_rows, blocks_rows, totals, strict=True):
                 activations = []
                 for word in range(_WORDS):
                     for parity in range(2):
                         where = b.add(column, LONG(4 * word + parity * BLOCK // 2))
                         activations.append(f.spread(f.load(INT, rounded_row, where), num_lanes))
-                products = _products(f, weights, activations, features)
+                block_sum, start = (
+                    f.spread(f.load(kind, row, b.ashr(column, LONG(3))), num_lanes)
+                    for kind, row in zip((FLOAT, INT), of_blocks, strict=True)
+                )
+                products = _products(f, start, weights, activations, features)
                 total = f.call(f"llvm.fma.{of_floats}", floats, b.sitofp(products, floats), scale, total)
-                block_sum = f.spread(f.load(FLOAT, sums_row, b.ashr(column, LONG(3))), num_lanes)
-                results.append(f.call(f"llvm.fma.{of_floats}", floats, low, block_sum, total))
+                results.append(f.call(f"llvm.fma.{of_floats}", floats, offset, block_sum, total))
             return results
 
         def group(column: Value, totals: list[Value]) -> list[Value]:
@@ -233,19 +243,20 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
     f.finish()
 
 
-def _products(f: Function, weights: list[Value], activations: list[Value], features: frozenset[str]) -> Value:
-    """Return for each lane the sum of all products of bytes, i32: of weights in 0..15 and activations with a sign."""
+def _products(
+    f: Function, start: Value, weights: list[Value], activations: list[Value], features: frozenset[str]
+) -> Value:
+    """Return for each lane ``start`` and all products of bytes: of weights in 0..15 and activations with a sign."""
     b = f.b
-    kind = activations[0].type
+    kind = start.type
     if "avx2" not in features or has_dot_products(features):
-        total = splat(INT, kind.count, 0)
         for weight, activation in zip(weights, activations, strict=True):
-            total = with_dot_products(f, total, b.bitcast(weight, kind), activation, features)
-        return total
+            start = with_dot_products(f, start, b.bitcast(weight, kind), activation, features)
+        return start
     # Sums of 16 products of 15 * 127 at most: 16 bits hold them.
     shorts = vector(SHORT, 2 * kind.count)
     total = splat(SHORT, 2 * kind.count, 0)
     for weight, activation in zip(weights, activations, strict=True):
         activation = b.bitcast(activation, weight.type)
         total = b.add(total, f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, weight, activation))
-    return f.call("llvm.x86.avx2.pmadd.wd", kind, total, splat(SHORT, 2 * kind.count, 1))
+    return b.add(start, f.call("llvm.x86.avx2.pmadd.wd", kind, total, splat(SHORT, 2 * kind.count, 1)))
