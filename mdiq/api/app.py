@@ -271,7 +271,7 @@ async def _stream(
             await _send(response, {"error": ApiError(503, str(error)).body})
         except ConnectionError:  # the client's end of it
             raise
-        except Exception:
+        except Exception:  # of one stream; its client is told that it broke, and the others go on
             if not response.prepared:
                 raise
             # A second response inside of this one would leave the client waiting for its end.

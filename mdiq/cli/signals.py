@@ -39,7 +39,7 @@ def run_until_signal(main: Coroutine[Any, Any, T]) -> T:
         sys.stdout.flush()
         # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
         os._exit(128 + received[0] if received else 1)
-    except BaseExceptionGroup as group:
+    except BaseExceptionGroup as group:  # of a TaskGroup: users are told one error
         raise first_of(group) from None
 
 

@@ -126,7 +126,7 @@ class TextStream:
         self._waiting.append(token)
         try:
             text = self._stream.step(self._backend, token)
-        except Exception:  # `tokenizers` raises plain Exceptions
+        except Exception:  # `tokenizers` raises plain Exceptions, here where bytes change what is decoded already
             return self._restart()
         if text is None:
             return ""

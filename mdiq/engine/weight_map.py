@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mdiq.core.weights import CHUNK_BYTES, FileEntry, FileRange, WeightMap, is_file_name
-from mdiq.engine.checkpoint import Place, open_checkpoint
+from mdiq.engine.checkpoint import open_checkpoint
+from mdiq.engine.checkpoint_files import Place
 from mdiq.errors import ModelError
 
 _GGUF_NAME = "model.gguf"  # what a user calls the file is of no use elsewhere
