@@ -17,7 +17,6 @@ import io
 import ipaddress
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -27,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +37,10 @@ from mdiq.cli.keys import execute as make_missing_keys
 from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError, MdiqError, RingError
 
+if not __package__:  # run as a file: its neighbours lie in nodes/
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+from nodes.networks import SPACE, Link, Namespaces, NoNamespacesError, Plain
+
 HERE = Path(__file__).resolve().parent
 MDIQ = (sys.executable, "-m", "mdiq")
 STARTER = 'mdiq run --topology {topology} "Why is the sky blue?"'
@@ -46,187 +48,8 @@ LINK = "FROM:TO,delay=20ms,bandwidth=10mbit,jitter=5ms"
 STOP_S = 20.0
 """Within this a command that was told to end has ended; then it is killed."""
 POLL_S = 0.2
-BRIDGE = "br0"  # as in capture.py
-_SPACE = ipaddress.IPv4Network("10.77.0.0/24")  # addresses of nodes whose own are none that a namespace can have
-_HUB_ADDRESS = "10.77.255.254"
-_FIRST_LISTENER = 10  # descriptor of a relay's first listening socket
-_HELD = b"held\n"
 # The kernel ends them should this process be killed; behind nsenter, which would lose it.
 _DIES_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
-# Listens in the namespace of a link, then becomes its relay in that of the bridge, with the sockets that it has.
-_LISTEN_AND_BECOME = f"""
-import json, os, socket, sys
-endpoints, command = json.loads(sys.argv[1]), sys.argv[2:]
-for number, endpoint in enumerate(endpoints, {_FIRST_LISTENER}):
-    listener = socket.create_server(tuple(endpoint))
-    os.dup2(listener.fileno(), number, inheritable=True)
-os.execvp(command[0], command)
-"""
-
-
-class NoNamespacesError(Exception):
-    """The kernel does not let us; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """How the Hop from one Node to the next is. shape: as `mdiq bench --link` takes it."""
-
-    sender: str
-    receiver: str
-    shape: str
-
-
-class Namespaces:
-    """A network namespace for each Node, joined by a bridge in one of their own.
-
-    Each is held by a process that does nothing but wait for the end of its standard input, so they end with this one.
-    """
-
-    def __init__(self, addresses: Mapping[str, str]) -> None:
-        self.addresses = addresses
-        self._holders: dict[str, subprocess.Popen[bytes]] = {}
-        try:
-            self._hub = self._hold_hub()
-            for name in addresses:
-                self._holders[name] = self._hold(*self._unshare())
-            hub = [f"link add {BRIDGE} type bridge", f"addr add {_HUB_ADDRESS}/32 dev {BRIDGE}"]
-            hub += ["link set lo up", f"link set {BRIDGE} up", f"route add default dev {BRIDGE}"]
-            for i, name in enumerate(addresses):
-                hub.append(f"link add v{i} type veth peer name eth0 netns {self._holders[name].pid}")
-                hub += [f"link set v{i} master {BRIDGE}", f"link set v{i} up"]
-            self._ip(self._hub, hub)
-            for name, address in addresses.items():
-                mine = ["link set lo up", f"addr add {address}/32 dev eth0", "link set eth0 up"]
-                self._ip(self._holders[name], [*mine, "route add default dev eth0"])
-        except BaseException:
-            self.close()
-            raise
-
-    def inside(self, name: str) -> list[str]:
-        """Return what stands in front of a command that is to run in a Node's network."""
-        return self._enter(self._holders[name])
-
-    def capture(self) -> tuple[list[str], list[str]]:
-        """Return what stands in front of capture.py, and its arguments behind the file."""
-        return self._enter(self._hub), []
-
-    def relay(self, link: Link, ports: Sequence[int]) -> tuple[list[str], list[list[object]]]:
-        """Put a namespace in the place of a link; return the command of the relay that is to stand there, and targets.
-
-        Connections from the sender to the receiver's ports lead into that namespace, where the relay listens at the
-        receiver's address. It goes on to the receiver from the bridge's namespace: so nobody has to know of it.
-        """
-        sender, receiver = self.addresses[link.sender], self.addresses[link.receiver]
-        place = self._hold(*self._unshare())
-        here, there, table = "hop", "far", 100
-        self._holders[f"{link.sender}:{link.receiver}"] = place
-        mine = [f"link add {here} type veth peer name {there} netns {place.pid}", f"link set {here} up"]
-        mine += [f"route add {receiver}/32 dev {here} src {sender} table {table}"]
-        # By port: what the receiver has opened, to a port of the sender's, is answered over the bridge.
-        mine += [f"rule add to {receiver}/32 ipproto tcp dport {port} lookup {table}" for port in ports]
-        self._ip(self._holders[link.sender], mine)
-        # Answers from there come on another interface than that of the main table, which some systems do not accept.
-        settings = "; ".join(f"echo 0 >/proc/sys/net/ipv4/conf/{name}/rp_filter" for name in ("all", here))
-        subprocess.run([*self._enter(self._holders[link.sender]), "sh", "-c", settings], stderr=subprocess.DEVNULL)
-        self._ip(
-            place,
-            [
-                "link set lo up",
-                f"addr add {receiver}/32 dev lo",
-                f"link set {there} up",
-                f"route add {sender}/32 dev {there}",
-            ],
-        )
-        endpoints = json.dumps([[receiver, port] for port in ports])
-        command = [*self._enter(place), sys.executable, "-S", "-c", _LISTEN_AND_BECOME, endpoints]
-        # It is in the user namespace already.
-        command += ["nsenter", "--target", str(self._hub.pid), "--net", "--"]
-        return command, [[f"tcp://{receiver}:{port}", i] for i, port in enumerate(ports, _FIRST_LISTENER)]
-
-    def close(self) -> None:
-        """End the processes that hold the namespaces."""
-        for holder in self._holders.values():
-            holder.kill()
-        for holder in self._holders.values():
-            holder.wait()
-            for pipe in (holder.stdin, holder.stdout, holder.stderr):
-                if pipe is not None:
-                    pipe.close()
-        self._holders.clear()
-
-    def _hold_hub(self) -> subprocess.Popen[bytes]:
-        """Hold a namespace that belongs to us: as root, or in a user namespace in which we are."""
-        reasons = []
-        for self._is_user in (False, True) if os.getuid() == 0 else (True,):
-            try:
-                hub = self._hold("unshare", *(["--user", "--map-root-user"] if self._is_user else []), "--net")
-            except NoNamespacesError as error:
-                reasons.append(str(error))
-                continue
-            self._holders[""] = hub
-            return hub
-        raise NoNamespacesError("; ".join(dict.fromkeys(reasons)))
-
-    def _hold(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a process that holds the namespaces which ``command`` makes, and return when they are there."""
-        try:
-            holder = subprocess.Popen(
-                [*command, "sh", "-c", "echo held; exec cat"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise NoNamespacesError(f"{command[0]}: {error.strerror}") from None
-        assert holder.stdout is not None and holder.stderr is not None  # PIPE was asked for
-        if holder.stdout.readline() == _HELD:
-            return holder
-        _, errors = holder.communicate()
-        raise NoNamespacesError(_first_line(errors))
-
-    def _unshare(self) -> list[str]:
-        return [*self._enter(self._hub), "unshare", "--net"]
-
-    def _enter(self, holder: subprocess.Popen[bytes]) -> list[str]:
-        user = ["--user", "--preserve-credentials"] if self._is_user else []
-        return ["nsenter", "--target", str(holder.pid), *user, "--net", "--"]
-
-    def _ip(self, holder: subprocess.Popen[bytes], lines: Sequence[str]) -> None:
-        done = subprocess.run(
-            [*self._enter(holder), "ip", "-batch", "-"], input="\n".join(lines).encode(), capture_output=True
-        )
-        if done.returncode:
-            raise NoNamespacesError(f"ip: {_first_line(done.stderr)}")
-
-
-def why_no_namespaces() -> str:
-    """Return why this machine lets us have no namespaces, or nothing if it does."""
-    try:
-        Namespaces({"probe": str(next(_SPACE.hosts()))}).close()
-    except NoNamespacesError as error:
-        return str(error)
-    return ""
-
-
-class Plain:
-    """Loopback for all Nodes, an address for each; several rings of one machine use different ones."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._network = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
-        self.addresses: Mapping[str, str] = {name: f"{self._network}.{i}" for i, name in enumerate(names, 1)}
-
-    def inside(self, name: str) -> list[str]:
-        """Return what stands in front of a Node's command: nothing."""
-        return []
-
-    def capture(self) -> tuple[list[str], list[str]]:
-        """Return what stands in front of capture.py, and its arguments behind the file."""
-        return [], [f"{self._network}.0/24"]
-
-    def close(self) -> None:
-        """Nothing is to be undone."""
 
 
 class LoopbackRing:
@@ -379,7 +202,7 @@ class LoopbackRing:
     def _own_addresses(self) -> dict[str, str]:
         """Return the addresses of the file, and others for host names, loopback, IPv6, and those that two share."""
         own: dict[str, str] = {}
-        free = (str(address) for address in _SPACE.hosts())
+        free = (str(address) for address in SPACE.hosts())
         given = [node.address for node in self._loaded.topology.nodes]
         for node in self._loaded.topology.nodes:
             is_usable = _is_ipv4(node.address) and given.count(node.address) == 1
@@ -515,10 +338,6 @@ def _kill(process: "subprocess.Popen[Any]") -> None:
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()
-
-
-def _first_line(text: bytes) -> str:
-    return next(iter(text.decode(errors="replace").strip().splitlines()), "it says nothing")
 
 
 def _last_line(text: bytes) -> str:

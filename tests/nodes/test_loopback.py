@@ -18,7 +18,8 @@ from mdiq.cli.check import check
 from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
 from nodes import loopback
-from nodes.loopback import Link, LoopbackRing, Namespaces, NoNamespacesError, parse_links, why_no_namespaces
+from nodes.loopback import LoopbackRing, parse_links
+from nodes.networks import Link, Namespaces, NoNamespacesError, why_no_namespaces
 from tests.streams import read_streams
 
 SCRIPT = Path(loopback.__file__)
