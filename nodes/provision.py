@@ -22,17 +22,19 @@ import tarfile
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdiq.config.load import load_topology
 from mdiq.errors import TopologyError
 
+if not __package__:  # run as a file: its neighbours lie in nodes/
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+from nodes.ssh import Device, ProvisionError, Ssh
+
 HERE = Path(__file__).resolve().parent
 PUSHED = "/opt/mdiq/push"
 """Where wheels and scripts lie on a device; of root."""
-CONNECT_TIMEOUT_S = 15
 SHORT_STAGE_S = 120.0
 START_S = 90.0
 """Within this a unit says its first status; Python and torch take a while on a small device."""
@@ -40,84 +42,6 @@ SETTLE_S = 3.0
 POLL_S = 1.0
 MOST_ERROR_LINES = 12
 _CHUNK_BYTES = 256 * 1024
-
-_ADVICE: Sequence[tuple[str, str]] = (
-    (
-        "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "its host key is another than before: find out why; a device that was set "
-        "up anew is forgotten with: ssh-keygen -R {address}",
-    ),
-    (
-        "Host key verification failed",
-        "its host key is not known here: log in once by hand ({login}) and compare the "
-        "fingerprint, or give --accept-new-host-keys",
-    ),
-    (
-        "Permission denied",
-        "it refuses the login: copy your key there (ssh-copy-id {login}), or give --user or --identity",
-    ),
-    ("Could not resolve", "its address has no entry in DNS or /etc/hosts: correct `address` in the topology"),
-    ("Connection refused", "it is up, but no ssh server answers: apt install openssh-server there, or give --port"),
-    ("No route to host", "the network does not know it: is it on, and in this network?"),
-    ("timed out", "it does not answer: is it on, and its cable plugged in?"),
-)
-"""Text in ssh's complaint -> what to do about it."""
-
-
-class ProvisionError(Exception):
-    """What went wrong on a device or with the operator's files, in one line. ``code`` is the exit code."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device of the topology. key: its private key file here, or None in a ring without keys."""
-
-    name: str
-    address: str
-    role: str
-    key: Path | None
-
-
-@dataclass(frozen=True, slots=True)
-class Ssh:
-    """How devices are reached. control: folder for the sockets of connections that are kept open."""
-
-    user: str
-    port: int
-    identity: Path | None
-    known_hosts: Path | None
-    accept_new: bool
-    control: Path
-
-    def command(self, device: Device, remote: str) -> list[str]:
-        """Return the argument vector that runs a shell command on a device, as root."""
-        as_root = remote if self.user == "root" else f"sudo -n sh -c {shlex.quote(remote)}"
-        return [*self._ssh(), "--", device.address, as_root]
-
-    def hang_up(self, device: Device) -> list[str]:
-        """Return the argument vector that ends the connection which is kept open to a device."""
-        return [*self._ssh(), "-O", "exit", "--", device.address]
-
-    def _ssh(self) -> list[str]:
-        options = {
-            "BatchMode": "yes",
-            "ConnectTimeout": str(CONNECT_TIMEOUT_S),
-            "ServerAliveInterval": "10",
-            "ControlMaster": "auto",
-            "ControlPath": str(self.control / "%C"),
-            "ControlPersist": "60",
-            "StrictHostKeyChecking": "accept-new" if self.accept_new else "yes",
-        }
-        if self.known_hosts is not None:
-            options["UserKnownHostsFile"] = str(self.known_hosts)
-        arguments = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
-        if self.identity is not None:
-            arguments += ["-i", str(self.identity), "-o", "IdentitiesOnly=yes"]
-        return ["ssh", *arguments, "-p", str(self.port), "-l", self.user]
 
 
 @dataclass(slots=True)
@@ -207,84 +131,12 @@ def files_to_push(plan: Plan, machine: str) -> dict[str, Path]:
     return files
 
 
-# --- a command on a device ------------------------------------------------------------------------------------------
-
-
-async def run_there(
-    plan: Plan, device: Device, remote: str, *, send: AsyncIterator[bytes] | None = None, timeout_s: float
-) -> str:
-    """Run a shell command on a device as root and return its output; ``send`` goes to its standard input.
-
-    Raises:
-        ProvisionError: the device does not answer, or the command fails or takes too long.
-    """
-    process = await asyncio.create_subprocess_exec(
-        *plan.ssh.command(device, remote),
-        stdin=asyncio.subprocess.DEVNULL if send is None else asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(timeout_s):
-            _, out, err = await asyncio.gather(_feed(process, send), _all(process.stdout), _all(process.stderr))
-            code = await process.wait()
-    except TimeoutError:
-        raise ProvisionError(f"took longer than {timeout_s:.0f} s; look at the device and run this again") from None
-    finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    if code == 0:
-        return out
-    raise ProvisionError(_explain(plan, device, code, err or out))
-
-
-async def _feed(process: asyncio.subprocess.Process, chunks: AsyncIterator[bytes] | None) -> None:
-    if chunks is None or process.stdin is None:
-        return
-    # A device that has gone says why on stderr; the broken pipe says less.
-    with suppress(BrokenPipeError, ConnectionResetError):
-        async for chunk in chunks:
-            process.stdin.write(chunk)
-            await process.stdin.drain()
-    process.stdin.close()
-
-
-async def _hang_up(plan: Plan, device: Device) -> None:
-    """End the connection that ssh keeps open for the next command."""
-    process = await asyncio.create_subprocess_exec(
-        *plan.ssh.hang_up(device), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
-    )
-    await process.wait()
-
-
-async def _all(stream: asyncio.StreamReader | None) -> str:
-    return "" if stream is None else (await stream.read()).decode(errors="replace")
-
-
-def _explain(plan: Plan, device: Device, code: int, complaint: str) -> str:
-    """Return one line of what failed and what to do, from what a command left on stderr."""
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
-    last = "; ".join(lines[-3:]) or f"exit code {code}"
-    if code == 255:  # ssh itself
-        for text, advice in _ADVICE:
-            if text in complaint:
-                login = f"{plan.ssh.user}@{device.address}"
-                return f"{device.address}: {advice.format(address=device.address, login=login)}"
-        return f"{device.address}: ssh failed: {last}"
-    if "sudo:" in complaint:
-        return f"sudo asks for a password: let {plan.ssh.user} use sudo without one there, or give --user root ({last})"
-    return last
-
-
 # --- the stages -----------------------------------------------------------------------------------------------------
 
 
 async def reach(plan: Plan, device: Device) -> str:
     """See that the device answers and can run mdiq; learn its machine."""
-    answer = await run_there(
-        plan,
+    answer = await plan.ssh.run(
         device,
         "uname -m && systemctl --version | head -n 1 && tar --version >/dev/null && "
         "python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' || "
@@ -307,8 +159,7 @@ async def push(plan: Plan, device: Device) -> str:
     if plan.is_dry:
         return f"would send {len(missing)} of {len(files)} files, {_size(total)}"
     if missing:
-        await run_there(
-            plan,
+        await plan.ssh.run(
             device,
             # A file that is cut off has another digest: the next run sends it again.
             f"umask 022 && mkdir -p {PUSHED} && tar -x -C {PUSHED} --no-same-owner",
@@ -317,8 +168,8 @@ async def push(plan: Plan, device: Device) -> str:
         )
     stale = [name for name in there if name not in files]
     if stale:
-        await run_there(
-            plan, device, f"cd {PUSHED} && rm -f -- {' '.join(map(shlex.quote, stale))}", timeout_s=SHORT_STAGE_S
+        await plan.ssh.run(
+            device, f"cd {PUSHED} && rm -f -- {' '.join(map(shlex.quote, stale))}", timeout_s=SHORT_STAGE_S
         )
     if missing and await _digests_there(plan, device) != wanted:
         raise ProvisionError("what arrived is not what was sent; run this again, and check the device's disk")
@@ -326,8 +177,7 @@ async def push(plan: Plan, device: Device) -> str:
 
 
 async def _digests_there(plan: Plan, device: Device) -> dict[str, str]:
-    lines = await run_there(
-        plan,
+    lines = await plan.ssh.run(
         device,
         f"cd {PUSHED} 2>/dev/null || exit 0; find . -type f -exec sha256sum {{}} +",
         timeout_s=plan.prepare_within_s,
@@ -369,7 +219,7 @@ async def prepare(plan: Plan, device: Device) -> str:
     """Install the release beside the one that runs."""
     if plan.is_dry:
         return "would install the release beside the one that runs"
-    out = await run_there(plan, device, _install(device, "--prepare"), timeout_s=plan.prepare_within_s)
+    out = await plan.ssh.run(device, _install(device, "--prepare"), timeout_s=plan.prepare_within_s)
     return out.strip().splitlines()[-1].removeprefix("install.sh: ")
 
 
@@ -383,7 +233,7 @@ async def switch(plan: Plan, device: Device) -> str:
     else:
         arguments += ["--key", "-"]
         send = _once(device.key.read_bytes())
-    out = await run_there(plan, device, _install(device, *arguments), send=send, timeout_s=SHORT_STAGE_S)
+    out = await plan.ssh.run(device, _install(device, *arguments), send=send, timeout_s=SHORT_STAGE_S)
     return out.strip().splitlines()[-1].removeprefix("install.sh: ")
 
 
@@ -413,7 +263,7 @@ async def check(plan: Plan, device: Device) -> str:
         if pid != "0" and status_since_s is not None and now - status_since_s > SETTLE_S:
             break
         await asyncio.sleep(POLL_S)
-    version = await run_there(plan, device, "/opt/mdiq/current/bin/mdiq --version", timeout_s=SHORT_STAGE_S)
+    version = await plan.ssh.run(device, "/opt/mdiq/current/bin/mdiq --version", timeout_s=SHORT_STAGE_S)
     return f"{version.strip()}, {state['ActiveState']}: {state['StatusText']}"
 
 
@@ -423,13 +273,13 @@ def _unit(device: Device) -> str:
 
 async def _unit_state(plan: Plan, device: Device) -> dict[str, str]:
     names = "ActiveState,SubState,Result,MainPID,StatusText"
-    lines = await run_there(plan, device, f"systemctl show --property={names} {_unit(device)}", timeout_s=SHORT_STAGE_S)
+    lines = await plan.ssh.run(device, f"systemctl show --property={names} {_unit(device)}", timeout_s=SHORT_STAGE_S)
     return dict(line.split("=", 1) for line in lines.splitlines() if "=" in line)
 
 
 async def _journal(plan: Plan, device: Device) -> str:
-    lines = await run_there(
-        plan, device, f"journalctl --no-pager -o cat -n {MOST_ERROR_LINES} -u {_unit(device)}", timeout_s=SHORT_STAGE_S
+    lines = await plan.ssh.run(
+        device, f"journalctl --no-pager -o cat -n {MOST_ERROR_LINES} -u {_unit(device)}", timeout_s=SHORT_STAGE_S
     )
     return "\n".join(f"  {line}" for line in lines.splitlines())
 
@@ -438,7 +288,7 @@ async def rollback(plan: Plan, device: Device) -> str:
     """Go back to the release before."""
     if plan.is_dry:
         return "would go back to the release before"
-    out = await run_there(plan, device, "/opt/mdiq/current/nodes/install.sh --rollback", timeout_s=SHORT_STAGE_S)
+    out = await plan.ssh.run(device, "/opt/mdiq/current/nodes/install.sh --rollback", timeout_s=SHORT_STAGE_S)
     return out.strip().splitlines()[-1].removeprefix("install.sh: ")
 
 
@@ -495,7 +345,7 @@ async def provision(plan: Plan, devices: Sequence[Device], canary: str | None, *
     try:
         await _run_stages(plan, devices, canary, is_rollback=is_rollback)
     finally:
-        await asyncio.gather(*(_hang_up(plan, device) for device in devices))
+        await asyncio.gather(*(plan.ssh.hang_up(device) for device in devices))
 
 
 async def _run_stages(plan: Plan, devices: Sequence[Device], canary: str | None, *, is_rollback: bool) -> None:

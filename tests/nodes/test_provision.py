@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from nodes import provision
-from nodes.provision import Device, Plan, ProvisionError, Ssh
+from nodes.ssh import Device, ProvisionError, Ssh
 
 KEYS = {"pi1": "the key of pi1, which is its own secret!", "pi2": "the key of pi2, which is its own secret!"}
 PUBLIC = {"pi1": "+{#T)k[lSSo7Gq:lKB5Pn8v-(4UewXD.#FElM--3", "pi2": "/fSgr&AVHUsv&0CaeX=<9E?HS6/a}ZaMxngJPY}."}
@@ -286,6 +286,6 @@ def test_wheels_that_lack_torch_for_a_machine_are_refused(world: World) -> None:
 
 async def test_a_command_that_hangs_is_ended_at_its_limit(world: World) -> None:
     (world.folder / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
-    plan = Plan(world.topology, world.folder, Ssh("root", 22, None, None, False, world.folder), 0.0, 1.0, False)
+    ssh = Ssh("root", 22, None, None, False, world.folder)
     with pytest.raises(ProvisionError, match="took longer than 0 s"):
-        await provision.run_there(plan, Device("pi1", "pi1.lan", "worker", None), "true", timeout_s=0.2)
+        await ssh.run(Device("pi1", "pi1.lan", "worker", None), "true", timeout_s=0.2)
