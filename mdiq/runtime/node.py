@@ -33,8 +33,9 @@ from mdiq.runtime.options import RingPeers
 from mdiq.runtime.stage_service import StageService
 from mdiq.telemetry.trace import Tracer
 from mdiq.transport.curve import DATA, ClientSecurity, Gate, ServerSecurity
-from mdiq.transport.push_pull import PullSource, PushSink, listen_endpoint
+from mdiq.transport.push_pull import PullSource, PushSink
 from mdiq.transport.router_dealer import DealerLink
+from mdiq.transport.sockets import listen_endpoint
 
 log = structlog.get_logger()
 

@@ -28,8 +28,9 @@ from mdiq.errors import MdiqError, RingError, TransportError
 from mdiq.runtime.options import RemoteRing
 from mdiq.runtime.stages import SocketStages
 from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
-from mdiq.transport.push_pull import PullSource, PushSink, listen_endpoint
+from mdiq.transport.push_pull import PullSource, PushSink
 from mdiq.transport.router_dealer import RouterServer
+from mdiq.transport.sockets import listen_endpoint
 
 log = structlog.get_logger()
 

@@ -9,7 +9,7 @@ import zmq.asyncio
 from mdiq.core.control import MOST_BYTES
 from mdiq.errors import TransportError
 from mdiq.transport.curve import ClientSecurity, ServerSecurity
-from mdiq.transport.push_pull import PartReader, SocketEnd, make_socket, send_whole
+from mdiq.transport.sockets import PartReader, SocketEnd, make_socket, send_whole
 
 log = structlog.get_logger()
 

@@ -44,10 +44,10 @@ HERE = Path(__file__).parent
 GATE_THAT_BREAKS = """
 import asyncio, os, sys
 from mdiq.cli.main import main
-from mdiq.transport import push_pull
+from mdiq.transport import sockets
 from mdiq.transport.curve import Gate
 
-push_pull.HANDSHAKE_MS = 1_000
+sockets.HANDSHAKE_MS = 1_000
 answer, run = Gate._answer, Gate.run
 dies, hangs = (sys.argv[1] + what for what in ("-dies", "-hangs"))
 del sys.argv[1]

@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from mdiq.errors import ConfigError, TransportError
-from mdiq.transport import push_pull, watch
+from mdiq.transport import watch
 from mdiq.transport.curve import (
     CONTROL,
     DATA,
@@ -83,7 +83,7 @@ def events() -> Iterator[Events]:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given up, and clients that try again, sooner than in earnest."""
-    monkeypatch.setattr(push_pull, "HANDSHAKE_MS", 1_500)
+    monkeypatch.setattr("mdiq.transport.sockets.HANDSHAKE_MS", 1_500)
     monkeypatch.setattr(watch.ClientWatch.__init__, "__defaults__", (0.2,))
 
 

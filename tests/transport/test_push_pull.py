@@ -9,7 +9,8 @@ import zmq
 import zmq.asyncio
 
 from mdiq.errors import TransportError
-from mdiq.transport.push_pull import MOST_PARTS, MOST_READY, PullSource, PushSink, listen_endpoint
+from mdiq.transport.push_pull import PullSource, PushSink
+from mdiq.transport.sockets import MOST_PARTS, MOST_READY, listen_endpoint
 from tests.transport.conftest import Until
 
 ANY_PORT = "tcp://127.0.0.1:0"

@@ -1,0 +1,290 @@
+"""Sockets of every link: their options and security, binding and connecting, whole messages out and in.
+
+What a peer may cost: the length of a part is bounded by libzmq (MAXMSGSIZE), the number of parts that are handed up by
+PartReader. libzmq itself collects the parts of a message until the last has come and has no bound for that, so without
+security (curve.py) a port must be reachable by trusted peers only.
+"""
+
+import asyncio
+import errno
+import ipaddress
+from collections.abc import Sequence
+from typing import TypeVar
+
+import zmq
+import zmq.asyncio
+
+from mdiq.core.frame import Buffer
+from mdiq.errors import TransportError
+from mdiq.transport.curve import ClientSecurity, Security, ServerSecurity, check_plain_text
+from mdiq.transport.watch import ClientWatch, ServerWatch
+
+MOST_FRAME_BYTES = 32 * 2**20
+"""Most bytes of one part unless the caller knows better: a full Batch of 512 tokens of 16,384 f32."""
+MOST_PARTS = 4
+"""Parts of one message that are handed up. A longer message is cut to so many, still more than a Frame has."""
+ZERO_COPY_BYTES = 64 * 1024  # below, copying is cheaper than the bookkeeping of a shared buffer
+FRAME_HWM = 16  # a decoding Sequence has one Segment in flight: a full queue means a stalled peer, never load
+FRAME_LINGER_MS = 200
+HANDSHAKE_MS = 5_000
+DEAD_PEER_S = 6  # without it a pulled cable is noticed after minutes
+RECONNECT_MS = 100
+RECONNECT_MOST_MS = 2_000
+MOST_READY = 16  # messages taken in a row before other tasks run
+
+S = TypeVar("S", bound="SocketEnd")
+
+
+class SocketEnd:
+    """What every link over a socket has: the socket and its end. ``endpoint`` is the address, with the real port."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+        self._socket = socket
+        self.endpoint = endpoint
+        self._server_security: ServerSecurity | None = None
+        self._watch: ServerWatch | ClientWatch | None = None
+
+    async def aclose(self) -> None:
+        """Close the socket; what is queued still goes out for the socket's linger time, within ``Context.term``."""
+        if self._server_security is not None:
+            self._server_security.gate.remove_renewal(self._server_security.domain, self.renew)
+            self._server_security = None
+        if self._watch is not None:
+            await self._watch.aclose()
+        self._socket.close()
+
+    async def renew(self) -> None:
+        """End every connection of an end that listens with security; peers that are still let in come back.
+
+        Raises:
+            TransportError: the port cannot be had again.
+        """
+        if isinstance(self._watch, ServerWatch):
+            await self._watch.rebind(self.endpoint)
+
+    async def _bind(self, security: ServerSecurity | None) -> None:
+        """Listen on ``endpoint``; with security, under the eyes of its Gate.
+
+        Raises:
+            TransportError: the address cannot be used.
+        """
+        if security is None:
+            self.endpoint = bind_socket(self._socket, self.endpoint)
+        else:
+            self._watch = watch = ServerWatch(self._socket, security.domain, security.gate.refusals)
+            watch.start()
+            try:
+                self.endpoint = bind_socket(self._socket, self.endpoint)
+            except TransportError:
+                await self.aclose()
+                raise
+            watch.listening()
+            self._server_security = security
+            security.gate.add_renewal(security.domain, self.renew)
+
+    async def _connect(self, security: ClientSecurity | None) -> None:
+        """Connect to ``endpoint``.
+
+        Raises:
+            TransportError: the endpoint is no address.
+        """
+        if security is not None:
+            self._watch = ClientWatch(self._socket, self.endpoint)
+            self._watch.start()
+        try:
+            connect_socket(self._socket, self.endpoint)
+        except TransportError:
+            await self.aclose()
+            raise
+
+
+def make_socket(
+    context: zmq.asyncio.Context,
+    kind: int,
+    endpoint: str,
+    *,
+    hwm: int,
+    most_bytes: int,
+    linger_ms: int,
+    security: Security | None = None,
+    insecure: bool = False,
+) -> zmq.asyncio.Socket:
+    """Return a socket with the options that all sockets of mdiq have; the caller binds or connects it.
+
+    insecure: permit plain text beyond loopback where there is no ``security``.
+
+    Raises:
+        TransportError: the link would leave this machine in plain text.
+        ConfigError: a key is none.
+    """
+    if security is None:
+        check_plain_text(endpoint, insecure=insecure)
+    socket = context.socket(kind)
+    socket.set_hwm(hwm)
+    options = {
+        # libzmq closes the connection of a peer that announces more, before it takes the memory.
+        zmq.MAXMSGSIZE: most_bytes,
+        zmq.LINGER: linger_ms,
+        zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
+        # The kernel looks after dead peers. A heartbeat of libzmq 4.3.5 (HEARTBEAT_IVL) aborts the process when it is
+        # due on a connection that has ended while we had not read all of it: stream_engine_base.cpp, out_event.
+        zmq.TCP_KEEPALIVE: 1,
+        zmq.TCP_KEEPALIVE_IDLE: DEAD_PEER_S // 3,
+        zmq.TCP_KEEPALIVE_INTVL: DEAD_PEER_S // 6,
+        zmq.TCP_KEEPALIVE_CNT: 4,
+        zmq.TCP_MAXRT: DEAD_PEER_S * 1_000,  # of data that nobody acknowledges
+        zmq.RECONNECT_IVL: RECONNECT_MS,
+        zmq.RECONNECT_IVL_MAX: RECONNECT_MOST_MS,
+    }
+    if "[" in endpoint:
+        options[zmq.IPV6] = 1
+    for option, value in options.items():
+        socket.setsockopt(option, value)
+    if security is not None:
+        try:
+            security.apply(socket)
+        except BaseException:
+            socket.close(linger=0)
+            raise
+    return socket
+
+
+def listen_endpoint(endpoint: str) -> str:
+    """Return where a Node listens that others reach at ``endpoint``: there, or on all interfaces if that is a name.
+
+    What a machine's own name stands for on that machine is often another address than for others.
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if host == "localhost":
+        return f"tcp://127.0.0.1:{port}"
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return f"tcp://0.0.0.0:{port}"
+    return endpoint
+
+
+def bind_socket(socket: zmq.asyncio.Socket, endpoint: str) -> str:
+    """Bind the socket and return its endpoint with the port that it really has; close it if that fails.
+
+    Raises:
+        TransportError: the address is taken, not of this machine, or no address.
+    """
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise TransportError(f"{endpoint}: cannot listen there: {_advice(error)}") from None
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def connect_socket(socket: zmq.asyncio.Socket, endpoint: str) -> None:
+    """Connect the socket, which goes on in the background; close it if that fails.
+
+    Raises:
+        TransportError: the endpoint is no address. Whether anybody listens there shows later.
+    """
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise TransportError(f"{endpoint}: cannot connect there: {_advice(error)}") from None
+
+
+class PartReader:
+    """Reads whole messages off a socket, of which a peer chose sizes and number of parts.
+
+    security: messages of senders that it does not admit (any longer) are dropped.
+    """
+
+    def __init__(self, socket: zmq.asyncio.Socket, security: ServerSecurity | None = None) -> None:
+        self._socket = socket
+        self._security = security
+        self._plain: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)  # the same socket without futures
+        self._num_ready = 0
+        self.bytes_in = 0
+        self.num_refused = 0
+        self.sender: str | None = None
+
+    async def read(self) -> list[Buffer]:
+        """Wait for the next message and return its parts, at most MOST_PARTS; further ones are thrown away.
+
+        With security, ``sender`` names who sent it.
+        """
+        while True:
+            try:
+                parts, sender = await self._read()
+            except zmq.Again:
+                continue  # of a connection that ended, nothing was left when we came to it
+            if self._security is None or (sender is not None and self._security.admits(sender)):
+                self.sender = sender
+                return parts
+            self.num_refused += 1
+
+    async def _read(self) -> tuple[list[Buffer], str | None]:
+        receiving = self._socket.recv(copy=False)
+        # zmq.asyncio gives a future, done at once when a message was here already.
+        if asyncio.isfuture(receiving) and receiving.done():
+            await self._give_way()
+        else:
+            self._num_ready = 0
+        frame = await receiving
+        self.bytes_in += wire_size(len(frame))
+        parts: list[Buffer] = [_content(frame)]
+        while frame.more:
+            # A message arrives whole, so the rest of it is here.
+            frame = self._plain.recv(zmq.NOBLOCK, copy=False)
+            self.bytes_in += wire_size(len(frame))
+            if len(parts) < MOST_PARTS:
+                parts.append(_content(frame))
+            else:
+                await self._give_way()
+        return parts, _sender(frame) if self._security is not None else None
+
+    async def _give_way(self) -> None:
+        """Let other tasks run now and then: a future that is done does not, and a flood would hold up the loop."""
+        self._num_ready += 1
+        if self._num_ready >= MOST_READY:
+            self._num_ready = 0
+            await asyncio.sleep(0)
+
+
+async def send_whole(socket: zmq.asyncio.Socket, parts: Sequence[Buffer], *, copy: bool = True) -> None:
+    """Send one message, however often its connection ends meanwhile; wait while there is none."""
+    while True:
+        try:
+            await socket.send_multipart(parts, copy=copy)
+            return
+        except zmq.Again:
+            continue  # the connection ended just then: libzmq has taken back the parts that it had
+
+
+def _content(frame: zmq.Frame) -> Buffer:
+    return frame.bytes if len(frame) < ZERO_COPY_BYTES else frame.buffer
+
+
+def _sender(frame: zmq.Frame) -> str | None:
+    """Return the name that the Gate gave to a message's sender, or None: it came in without one."""
+    try:
+        return str(frame.get("User-Id")) or None
+    except zmq.ZMQError:
+        return None
+
+
+def wire_size(size: int) -> int:
+    """Return the bytes that a part takes on the wire: ZMTP 3.1 frames have a header of 2 or 9 bytes (RFC 37)."""
+    return size + (2 if size < 256 else 9)
+
+
+def _advice(error: zmq.ZMQError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "the port is in use; stop what uses it, or choose another one (0 lets the system choose)"
+        case errno.EADDRNOTAVAIL | errno.ENODEV:
+            return "no network interface of this machine has that address; use one that it has, or 127.0.0.1"
+        case errno.EACCES:
+            return "not permitted; choose a port of 1024 or more"
+        case errno.EINVAL | errno.EPROTONOSUPPORT | zmq.ENOCOMPATPROTO:
+            return "not an endpoint; write tcp://ADDRESS:PORT, for example tcp://127.0.0.1:5001"
+        case _:
+            return f"{error.strerror}; write tcp://ADDRESS:PORT with an address that can be reached"
