@@ -9,9 +9,9 @@ class HotSplit:
     """Spreads activations over the places of hot columns: each place takes an equal share; see quantize_columns."""
 
     def __init__(self, num_in: int, hot: torch.Tensor) -> None:
-        self._columns = torch.cat((torch.arange(num_in), hot))  # what each place is of
+        self._hot = hot
         places = 1 + torch.bincount(hot, minlength=num_in)
-        self._share = (1 / places)[self._columns]
+        self._share = (1 / places)[torch.cat((torch.arange(num_in), hot))]
 
     @classmethod
     def find(cls, file: PackedFile, role: str) -> "HotSplit | None":
@@ -21,4 +21,5 @@ class HotSplit:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return [n, in + copies] for x: [n, in], in x's dtype."""
-        return x.index_select(1, self._columns).mul_(self._share)
+        # Most columns stay where they are: index_select of all of them takes twice as long.
+        return torch.cat((x, x.index_select(1, self._hot)), 1).mul_(self._share)

@@ -35,7 +35,9 @@ def splat(element: Value, count: int, value: float) -> Value:
 
 NEAREST, SECOND = 3, 2
 """Caches, as LLVM counts them."""
-_NEAR_BYTES = 24_576  # what a tile's activations may take of the nearest cache, of 32 KiB or more
+_NEAR_BYTES = (
+    16_384  # of activations that a tile takes at once: half of a nearest cache of 32 KiB, which weights pass too
+)
 
 
 class Function:
