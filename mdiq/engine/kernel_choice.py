@@ -4,6 +4,7 @@ No kernel is the fastest everywhere: it depends on the CPU's instructions, on th
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -47,7 +49,7 @@ class KernelChoice:
                 kernels,
                 _cpu_name(),
                 f"torch {torch.__version__}",
-                f"mdiq {mdiq.__version__}",
+                f"mdiq {mdiq.__version__} {_code_digest()}",
                 f"{torch.get_num_threads()} threads",
                 f"packing {VERSION}",
             )
@@ -144,6 +146,14 @@ def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tens
         "w.nibbles": torch.randint(0, 256, (*blocks, BLOCK // 2), dtype=torch.uint8),
         "w.scale": torch.full(blocks, 0.01),
     }
+
+
+@cache
+def _code_digest() -> str:
+    """Return a mark of the kernels' code: a change to it between two releases asks for new measurements."""
+    folder = Path(__file__).parent
+    files = [folder / "kernels.py", *sorted(folder.glob("llvm_*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def _cpu_name() -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import mdiq
 from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
@@ -293,6 +294,14 @@ def test_the_kernel_is_the_one_that_was_measured_fastest(tmp_path: Path) -> None
         row[f"int8 exact {OUT}x{IN}"] = {name: [1.0 if name != best else 1e-9] * len(BATCH_CLASSES) for name in times}
         (tmp_path / "kernels.json").write_text(json.dumps(kept))
         assert KernelChoice(exact=True, folder=tmp_path).load(file, "w").name == best  # type: ignore[attr-defined]
+
+
+def test_kernels_whose_code_changed_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KernelChoice(exact=True, folder=tmp_path).times("int8", (32, 64))
+    monkeypatch.setattr("mdiq.engine.kernel_choice._code_digest", lambda: "other code")
+    KernelChoice(exact=True, folder=tmp_path).times("int8", (32, 64))
+    before, after = (key.split("|") for key in json.loads((tmp_path / "kernels.json").read_text()))
+    assert [part for part in after if part not in before] == [f"mdiq {mdiq.__version__} other code"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "\x00"])
