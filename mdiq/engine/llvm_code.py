@@ -35,9 +35,8 @@ def splat(element: Value, count: int, value: float) -> Value:
 
 NEAREST, SECOND = 3, 2
 """Caches, as LLVM counts them."""
-_NEAR_BYTES = (
-    16_384  # of activations that a tile takes at once: half of a nearest cache of 32 KiB, which weights pass too
-)
+# Of activations that a tile takes at once: half of a nearest cache of 32 KiB, since weights pass there too.
+_NEAR_BYTES = 16_384
 
 
 class Function:
