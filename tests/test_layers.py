@@ -21,7 +21,7 @@ MAY_USE = {
     "control": {"control", "transport", "telemetry.trace", "plan", "core", "errors"},
     "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
     "api": {"api", "runtime", "core", "errors"},
-    "bench": {"bench", "runtime", "engine", "transport", "core", "errors"},
+    "bench": {"bench", "runtime", "engine", "transport", "telemetry.logging", "core", "errors"},
     "nodes": {"cli", "config", "errors"},
     "cli": {
         "cli",

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from mdiq.bench.workload import Cell
+from mdiq.bench.workload import ApartCell, Cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +81,18 @@ class Scaling:
     """Decode tokens/s of a cell against those of the ring with the fewest Nodes.
 
     same_per_node: against as many users per Node there; fixed_total: against as many users in all.
+    apart: what as many rings of one Node reach together against one of them alone: see apart.py; None if not measured.
     """
 
     cell: Cell
     same_per_node: float | None
     fixed_total: float | None
+    apart: float | None = None
 
 
-def scalings(runs: Mapping[Cell, Sequence[LoadFigures]]) -> list[Scaling]:
+def scalings(
+    runs: Mapping[Cell, Sequence[LoadFigures]], apart_runs: Mapping[ApartCell, Sequence[LoadFigures]]
+) -> list[Scaling]:
     """Return how the rate grows with the Nodes, for every cell that something can be compared with."""
     least = min(cell.nodes for cell in runs)
     result = []
@@ -99,10 +103,14 @@ def scalings(runs: Mapping[Cell, Sequence[LoadFigures]]) -> list[Scaling]:
         per_node = Cell(least, cell.users * least // cell.nodes, cell.prompt_tokens, link)
         is_whole = cell.users * least % cell.nodes == 0
         total = Cell(least, cell.users, cell.prompt_tokens, link)
+        apart = ApartCell.beside(cell) if least == 1 else None
         scaling = Scaling(
             cell,
             median_ratio(runs[cell], runs[per_node]) if is_whole and per_node in runs else None,
             median_ratio(runs[cell], runs[total]) if total in runs else None,
+            median_ratio(apart_runs[apart], runs[per_node])
+            if apart and apart in apart_runs and per_node in runs
+            else None,
         )
         if scaling.same_per_node is not None or scaling.fixed_total is not None:
             result.append(scaling)

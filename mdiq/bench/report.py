@@ -15,6 +15,10 @@ WHY_FIXED_TOTAL_IS_LOWER = (
     "With a fixed total of users each node works on fewer of them at a time, and a pass over its weights costs about "
     "the same for few as for many."
 )
+WHAT_APART_SHOWS = (
+    "Rings apart: as many rings of one node at once, with the same users each, that exchange nothing. What they fall "
+    "short of the count of nodes is the machine's doing, whose cores share memory; devices do not."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def make_report(measured: Measurements, *, machine: Mapping[str, str | int], set
             )
             for cell, cell_runs in measured.cells.items()
         ),
-        scaling=tuple(scalings(runs)),
+        scaling=tuple(scalings(runs, measured.apart)),
         peer=tuple(
             PeerReport(
                 cell,

@@ -1,7 +1,8 @@
 """Runs Loads on a ring and on its peer, round by round, and collects what came out. A ring's parts are runtime's.
 
-A round starts each ring once, runs all its cells, and then the peer's: so a machine that becomes slower, or warmer,
-changes them alike. Figures of Nodes come with their heartbeats: after each Load the ring rests until all have beaten.
+A round starts each ring once, runs all its cells, then the rings apart and the peer's: so a machine that becomes
+slower, or warmer, changes them alike. Figures of Nodes come with their heartbeats: after each Load the ring rests until
+all have beaten.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mdiq.bench.figures import LoadFigures, UserTimes, load_figures
-from mdiq.bench.workload import Cell, Load
+from mdiq.bench.workload import ApartCell, Cell, Load
 from mdiq.core.sequence import SamplingParams, TokenEvent
 from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.errors import RingError
@@ -104,11 +105,16 @@ RunPeer = Callable[[int, Load], Awaitable[tuple[Sequence[UserTimes], int]]]
 """Runs a Load with so many threads; returns the users' times and the peer's resident memory."""
 
 
+RunApart = Callable[[int, Load], Awaitable[Sequence[UserTimes]]]
+"""Runs a Load on each of so many rings of one Node at once; returns the times of all users."""
+
+
 @dataclass(slots=True)
 class Measurements:
     """All repeats, in the order of the rounds."""
 
     cells: dict[Cell, list[CellRun]] = field(default_factory=dict)
+    apart: dict[ApartCell, list[LoadFigures]] = field(default_factory=dict)
     peer: dict[PeerCell, list[PeerRun]] = field(default_factory=dict)
 
 
@@ -116,7 +122,8 @@ class Measurements:
 class Bench:
     """A whole measurement.
 
-    peer_cells: empty without a peer. rest_s: how long after a Load every Node has reported.
+    peer_cells: empty without a peer. apart_cells: empty where rings apart are not wanted.
+    rest_s: how long after a Load every Node has reported.
     progress: told what runs now.
     """
 
@@ -129,6 +136,8 @@ class Bench:
     open_ring: OpenRing
     peer_cells: Sequence[PeerCell] = ()
     run_peer: RunPeer | None = None
+    apart_cells: Sequence[ApartCell] = ()
+    run_apart: RunApart | None = None
     progress: Callable[[str], None] = lambda _: None
 
     async def run(self) -> Measurements:
@@ -146,6 +155,11 @@ class Bench:
                 async with self.open_ring(nodes, link) as ring:
                     await self._measure_ring(ring, cells, where, result)
                 gc.collect()  # the Starter's weights are in this process: the next ring should find it empty
+            for apart_cell in self.apart_cells:
+                assert self.run_apart is not None  # apart_cells are empty without it
+                self.progress(f"{where}: {apart_cell.rings} rings apart, {apart_cell.users} users each")
+                users = await self.run_apart(apart_cell.rings, self._load(apart_cell.users, apart_cell.prompt_tokens))
+                result.apart.setdefault(apart_cell, []).append(load_figures(users))
             for peer_cell in self.peer_cells:
                 assert self.run_peer is not None  # peer_cells are empty without one
                 self.progress(f"{where}: peer with {peer_cell.threads} threads, {peer_cell.users} users")

@@ -42,6 +42,22 @@ class Cell:
     link: LinkShape | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ApartCell:
+    """``rings`` rings of one Node at once, each with a Load of its own of ``users`` users."""
+
+    rings: int
+    users: int
+    prompt_tokens: int
+
+    @classmethod
+    def beside(cls, cell: Cell) -> "ApartCell | None":
+        """Return as many rings as a cell has Nodes, with as many users in all; None for one Node and on slowed Hops."""
+        if cell.nodes == 1 or cell.link is not None or cell.users % cell.nodes:
+            return None
+        return cls(cell.nodes, cell.users // cell.nodes, cell.prompt_tokens)
+
+
 def grid(
     nodes: Sequence[int],
     users: Sequence[int],

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from mdiq.bench.figures import LoadFigures
 from mdiq.bench.plots import check_plots, draw
-from mdiq.bench.report import WHY_FIXED_TOTAL_IS_LOWER, Report, make_report
+from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, Report, make_report
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
-from mdiq.bench.workload import Cell, grid
+from mdiq.bench.workload import ApartCell, Cell, grid
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
 from mdiq.core.ring import RingSettings
@@ -61,6 +61,7 @@ class BenchOptions:
     kv_tokens: int | None
     links: tuple[str, ...]
     cpu: float | None
+    apart: bool
     peer: str | None
     peer_python: str | None
     peer_threads: str | None
@@ -126,6 +127,7 @@ def _bench(
     cores: tuple[int, ...],
     progress: Callable[[str], None],
 ) -> Bench:
+    from mdiq.bench.apart import RingsApart
     from mdiq.bench.peer import Peer
     from mdiq.plan.split import split_layers
     from mdiq.runtime.local import LocalRing
@@ -160,6 +162,22 @@ def _bench(
         cores=cores if options.pin else (),
         cpu=options.cpu,
     )
+    apart = RingsApart(
+        model=model,
+        num_layers=config.num_layers,
+        vocab_size=config.vocab_size,
+        options={
+            "dtype": options.dtype,
+            "device": options.device,
+            "threads": threads,
+            "kv_tokens": options.kv_tokens or _kv_tokens(cells, min(layers), options.answer_tokens),
+            "log_level": options.log_level,
+            "weights": options.weights,
+            "exact": options.exact,
+            "cpu": options.cpu,
+        },
+        cores=cores if options.pin else (),
+    )
     return Bench(
         cells=cells,
         answer_tokens=options.answer_tokens,
@@ -174,6 +192,8 @@ def _bench(
             for users, prompt in sorted({(cell.users, cell.prompt_tokens) for cell in cells})
         ],
         run_peer=peer.run,
+        apart_cells=_apart_cells(cells) if options.apart else (),
+        run_apart=apart.run,
         progress=progress,
     )
 
@@ -189,6 +209,12 @@ def _cells(options: BenchOptions) -> tuple[Cell, ...]:
         _numbers("--prompt-tokens", options.prompt_tokens, 1 << 20),
         [None if text == NO_LINK else parse_link(text) for text in options.links] or [None],
     )
+
+
+def _apart_cells(cells: Sequence[Cell]) -> tuple[ApartCell, ...]:
+    """Return what is measured apart: of each ring's cell that one Node has with as many users a Node."""
+    beside = dict.fromkeys(ApartCell.beside(cell) for cell in cells)
+    return tuple(apart for apart in beside if apart and Cell(1, apart.users, apart.prompt_tokens) in cells)
 
 
 def _numbers(flag: str, text: str, most: int) -> tuple[int, ...]:
@@ -212,6 +238,8 @@ def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
         raise ConfigError(f"--users-per-node: {users} users on {nodes} nodes; a ring takes up to {MOST_USERS}")
     if options.pin and nodes > usable_cores():
         raise ConfigError(f"--pin: {nodes} nodes need as many cores; there are {usable_cores()}")
+    if options.apart and not _apart_cells(cells):
+        raise ConfigError("--apart: it goes with rings of one and of more nodes; add --nodes 1,2 --users-per-node 4")
     if options.plot is not None:
         check_plots()
     if options.cpu is not None:
@@ -318,12 +346,14 @@ def _print_scaling(console: Console, report: Report) -> None:
     if not report.scaling:
         return
     least = min(r.cell.nodes for r in report.cells)
-    columns = ["nodes", "users", "prompt", "link", "same users per node", "same users in all"]
+    columns = ["nodes", "users", "prompt", "link", "same users per node", "rings apart", "same users in all"]
     table = _table(f"tokens/s against {least} node{'s' if least > 1 else ''}", columns)
     for scaling in report.scaling:
-        ratios = (scaling.same_per_node, scaling.fixed_total)
+        ratios = (scaling.same_per_node, scaling.apart, scaling.fixed_total)
         table.add_row(*_load(scaling.cell), str(scaling.cell.link or "-"), *map(_ratio, ratios))
     console.print(table)
+    if any(scaling.apart is not None for scaling in report.scaling):
+        console.print(WHAT_APART_SHOWS, style="dim", highlight=False)
     if any(scaling.fixed_total is not None for scaling in report.scaling):
         console.print(WHY_FIXED_TOTAL_IS_LOWER, style="dim", highlight=False)
 

@@ -241,6 +241,9 @@ def bench(
         typer.Option(help="Slow every hop: delay=20ms,bandwidth=10mbit,jitter=5ms, or none; may be repeated."),
     ] = None,
     cpu: Annotated[float | None, typer.Option(help="CPU time of each node in cores, by control groups: 0.5.")] = None,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Also measure as many rings of one node at once: what the cores can do.")
+    ] = False,
     peer: Annotated[str | None, typer.Option(help="Compare with llama-cpp in the same run.")] = None,
     peer_python: Annotated[
         str | None, typer.Option(help="Interpreter that has llama-cpp-python. [default: this one]")
@@ -277,6 +280,7 @@ def bench(
         kv_tokens=kv_tokens,
         links=tuple(link or ()),
         cpu=cpu,
+        apart=apart,
         peer=peer,
         peer_python=peer_python,
         peer_threads=peer_threads,

@@ -10,7 +10,7 @@ from mdiq.bench.figures import (
     percentile,
     scalings,
 )
-from mdiq.bench.workload import Cell
+from mdiq.bench.workload import ApartCell, Cell
 from mdiq.transport.link_shape import LinkShape
 
 
@@ -65,13 +65,22 @@ def test_scaling_compares_with_the_same_users_per_node_and_in_all() -> None:
         Cell(2, 8, 8): [figures(19)],
         Cell(2, 3, 8): [figures(1)],
     }
-    assert scalings(runs) == [Scaling(Cell(2, 4, 8), None, 1.5), Scaling(Cell(2, 8, 8), 1.9, None)]
+    assert scalings(runs, {}) == [Scaling(Cell(2, 4, 8), None, 1.5), Scaling(Cell(2, 8, 8), 1.9, None)]
+
+
+def test_rings_apart_are_compared_with_one_of_them_alone() -> None:
+    runs = {Cell(1, 4, 8): [figures(10), figures(5)], Cell(2, 8, 8): [figures(16), figures(8)]}
+    apart = {ApartCell(2, 4, 8): [figures(18), figures(9)]}
+    assert scalings(runs, apart) == [Scaling(Cell(2, 8, 8), 1.6, None, 1.8)]
+    # Of slowed hops rings apart say nothing: they have none.
+    slow = LinkShape(0.02)
+    assert scalings({Cell(1, 4, 8): [figures(10)], Cell(2, 8, 8, slow): [figures(5)]}, apart)[0].apart is None
 
 
 def test_a_slowed_ring_is_compared_with_one_node_that_has_no_link() -> None:
     slow = LinkShape(0.02)
     runs = {Cell(1, 2, 8): [figures(10)], Cell(2, 2, 8, slow): [figures(5)]}
-    assert scalings(runs) == [Scaling(Cell(2, 2, 8, slow), None, 0.5)]
+    assert scalings(runs, {}) == [Scaling(Cell(2, 2, 8, slow), None, 0.5)]
 
 
 def test_slowed_rings_are_compared_with_each_other() -> None:
@@ -81,4 +90,4 @@ def test_slowed_rings_are_compared_with_each_other() -> None:
         Cell(2, 2, 8, slow): [figures(10)],
         Cell(3, 2, 8, slow): [figures(5)],
     }
-    assert scalings(runs) == [Scaling(Cell(3, 2, 8, slow), None, 0.5)]
+    assert scalings(runs, {}) == [Scaling(Cell(3, 2, 8, slow), None, 0.5)]

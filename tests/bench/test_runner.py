@@ -5,7 +5,7 @@ import pytest
 
 from mdiq.bench.figures import UserTimes
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell, node_shares, run_load
-from mdiq.bench.workload import Cell, Load
+from mdiq.bench.workload import ApartCell, Cell, Load
 from mdiq.errors import EngineError, RingError
 from mdiq.transport.link_shape import LinkShape
 from tests.bench.fakes import FakeRing
@@ -51,18 +51,23 @@ def test_nodes_are_charged_with_what_they_did_during_the_load() -> None:
 
 async def test_rounds_go_over_all_rings_and_the_peer_in_turn() -> None:
     order: list[str] = []
-    rings: list[FakeRing] = []
+    rings_opened: list[FakeRing] = []
 
     def open_ring(nodes: int, link: LinkShape | None) -> FakeRing:
-        assert not any(ring.is_open for ring in rings), "one ring is up at a time"
+        assert not any(ring.is_open for ring in rings_opened), "one ring is up at a time"
         order.append(f"{nodes} nodes, {link}")
-        rings.append(FakeRing(nodes, link))
-        return rings[-1]
+        rings_opened.append(FakeRing(nodes, link))
+        return rings_opened[-1]
 
     async def run_peer(threads: int, load: Load) -> tuple[Sequence[UserTimes], int]:
-        assert not any(ring.is_open for ring in rings), "no ring disturbs the peer"
+        assert not any(ring.is_open for ring in rings_opened), "no ring disturbs the peer"
         order.append(f"peer {threads} {load.users}")
         return [UserTimes(0.0, (1.0, 2.0))], 123
+
+    async def run_apart(rings: int, load: Load) -> Sequence[UserTimes]:
+        assert not any(ring.is_open for ring in rings_opened), "no ring disturbs them"
+        order.append(f"{rings} apart {load.users}")
+        return [UserTimes(0.0, (1.0, 2.0))]
 
     told: list[str] = []
     bench = Bench(
@@ -75,16 +80,19 @@ async def test_rounds_go_over_all_rings_and_the_peer_in_turn() -> None:
         open_ring=open_ring,
         peer_cells=[PeerCell(2, 2, 5)],
         run_peer=run_peer,
+        apart_cells=[ApartCell(2, 1, 5)],
+        run_apart=run_apart,
         progress=told.append,
     )
     measured = await asyncio.wait_for(bench.run(), 30)
-    assert order == ["1 nodes, None", "2 nodes, None", f"2 nodes, {SLOW}", "peer 2 2"] * 2
+    assert order == ["1 nodes, None", "2 nodes, None", f"2 nodes, {SLOW}", "2 apart 1", "peer 2 2"] * 2
+    assert [run.decode_tokens_per_s for run in measured.apart[ApartCell(2, 1, 5)]] == [1.0, 1.0]
     assert list(measured.cells) == list(bench.cells)
     assert all(len(runs) == 2 for runs in measured.cells.values())
     assert [run.rss_bytes for run in measured.peer[PeerCell(2, 2, 5)]] == [123, 123]
     assert told[0] == "round 1 of 2: 1 nodes start"
     # The warm-up has the most users and the longest prompt of the ring, and no index comes twice.
-    asked = rings[0].asked
+    asked = rings_opened[0].asked
     assert [(len(s.prompt), s.params.max_tokens) for s in asked[:3]] == [(5, WARM_UP_TOKENS)] * 3
     assert [sequence.index for sequence in asked] == list(range(8))
     assert measured.cells[Cell(2, 2, 5)][0].nodes[1].rss_bytes == 100

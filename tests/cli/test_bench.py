@@ -77,6 +77,7 @@ def test_tables_show_cells_scaling_peer_and_ratios() -> None:
         (["--shape", "tiny", "--nodes", "5"], "--nodes 5: the model has 4 layers"),
         (["--shape", "tiny", "--prompt-tokens", "500"], "the longest prompt and its answer have 564 tokens"),
         (["--link", "slow"], "--link slow: 'slow' is not delay, bandwidth or jitter"),
+        (["--nodes", "2", "--users", "4", "--apart"], "--apart: it goes with rings of one and of more nodes"),
         (["--cpu", "0.01"], "--cpu 0.01: give 0.05 to"),
         (["--peer", "vllm"], "--peer vllm: no such peer; known is llama-cpp"),
         (["--peer-threads", "1"], "go with --peer llama-cpp"),

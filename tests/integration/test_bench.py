@@ -39,6 +39,16 @@ def test_two_nodes_are_measured_over_slow_links(tmp_path: Path) -> None:
     assert "same users per node" in done.stdout
 
 
+def test_rings_apart_are_measured_beside_a_ring(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = bench(tmp_path, "--nodes", "1,2", "--users-per-node", "2", "--repeats", "1", "--apart", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    scaling = {entry["cell"]["users"]: entry["apart"] for entry in json.loads(out.read_text())["scaling"]}
+    assert scaling[2] is None  # one user on each: no cell of one node has that load
+    assert scaling[4] > 0
+    assert "rings apart" in done.stdout
+
+
 def test_nodes_run_under_a_quota_and_leave_nothing_behind(tmp_path: Path) -> None:
     done = bench(tmp_path, "--nodes", "2", "--users", "2", "--repeats", "1", "--cpu", "0.5")
     if "does not let this process limit CPU time" in done.stderr:

@@ -1,0 +1,103 @@
+"""Rings of one Node each, all at once on one machine, that exchange nothing: what its cores can do beside each other.
+
+Nodes on one machine share its memory bus, its last cache and its power, which devices do not. So many rings apart are
+slower than as many times one alone, for that reason only: what a ring of as many Nodes loses beyond that, it loses by
+being a ring. The other side of the process is apart_ring.py.
+"""
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mdiq.bench.apart_ring import READY
+from mdiq.bench.figures import UserTimes
+from mdiq.bench.workload import Load
+from mdiq.errors import RingError
+
+
+@dataclass(frozen=True, slots=True)
+class RingsApart:
+    """Rings of one Node that hold the whole model each.
+
+    options: RingOptions by name that JSON can hold: dtype, device, threads, kv_tokens, log_level, weights, exact, cpu.
+    cores: the i-th ring's core; empty leaves all unbound. program: what Python runs, apart_ring.py.
+    """
+
+    model: Path
+    num_layers: int
+    vocab_size: int
+    options: dict[str, str | int | float | None]
+    cores: tuple[int, ...] = ()
+    program: tuple[str, ...] = ("-m", "mdiq.bench.apart_ring")
+
+    async def run(self, rings: int, load: Load) -> list[UserTimes]:
+        """Run the Load on each of ``rings`` rings at once, with a seed each; return the times of all users.
+
+        Raises:
+            RingError: one of them failed.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            children = []
+            for i in range(rings):
+                child = await asyncio.create_subprocess_exec(
+                    *(sys.executable, *self.program),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    start_new_session=True,  # Ctrl-C reaches this process alone
+                )
+                stack.push_async_callback(_end, child)
+                children.append(child)
+                assert child.stdin is not None  # PIPE was asked for
+                child.stdin.write(json.dumps(self._spec(i, load)).encode() + b"\n")
+            said = await asyncio.gather(*(_first_line(child) for child in children))
+            for i, line in enumerate(said):
+                if line != READY.encode():
+                    out, errors = await children[i].communicate(b"")  # its input ends, and so does it
+                    _times(i, line + out, errors)
+                    raise RingError(f"ring {i} apart: it began without waiting for the others")
+            results = await asyncio.gather(*(child.communicate(b"\n") for child in children))
+            return [user for i, (out, errors) in enumerate(results) for user in _times(i, out, errors)]
+
+    def _spec(self, i: int, load: Load) -> dict[str, object]:
+        load = replace(load, seed=load.seed + i)
+        return {
+            "model": str(self.model),
+            "layers": self.num_layers,
+            "vocab_size": self.vocab_size,
+            "options": self.options,
+            "core": self.cores[i] if self.cores else None,
+            "load": {name: getattr(load, name) for name in ("users", "prompt_tokens", "answer_tokens", "seed")},
+        }
+
+
+async def _first_line(child: asyncio.subprocess.Process) -> bytes:
+    assert child.stdout is not None  # PIPE was asked for
+    return await child.stdout.readline()
+
+
+def _times(i: int, out: bytes, errors: bytes) -> Sequence[UserTimes]:
+    """Return what a ring measured, or raise what it died of."""
+    where = f"ring {i} apart"
+    try:
+        result = json.loads(out)
+        if "error" in result:
+            raise RingError(f"{where}: {result['error']}")
+        return [
+            UserTimes(submitted_s, tuple(tokens_s))
+            for submitted_s, tokens_s in zip(result["submitted_s"], result["tokens_s"], strict=True)
+        ]
+    except (ValueError, KeyError, TypeError):
+        lines = errors.decode(errors="replace").strip().splitlines()
+        raise RingError(f"{where}: its process ended: {lines[-1] if lines else 'it said nothing'}") from None
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
