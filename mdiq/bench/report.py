@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from mdiq.bench.figures import LoadFigures, Scaling, median_figures, median_ratio, scalings
 from mdiq.bench.runner import CellRun, Measurements, NodeShare, PeerCell
-from mdiq.bench.workload import Cell
+from mdiq.bench.workload import ApartCell, Cell
 from mdiq.runtime.options import HopFigures
 
 VERSION = 1
@@ -33,6 +33,15 @@ class CellReport:
     nodes: tuple[NodeShare, ...]
     repeats: tuple[LoadFigures, ...]
     hops: tuple[HopFigures, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ApartReport:
+    """Rings apart, likewise: figures of all their users together."""
+
+    cell: ApartCell
+    figures: LoadFigures
+    repeats: tuple[LoadFigures, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,7 @@ class Report:
     machine: Mapping[str, str | int]
     settings: Mapping[str, object]
     cells: tuple[CellReport, ...]
+    apart: tuple[ApartReport, ...]
     scaling: tuple[Scaling, ...]
     peer: tuple[PeerReport, ...]
     ratios: tuple[Ratio, ...]
@@ -85,6 +95,7 @@ def make_report(measured: Measurements, *, machine: Mapping[str, str | int], set
             )
             for cell, cell_runs in measured.cells.items()
         ),
+        apart=tuple(ApartReport(cell, median_figures(each), tuple(each)) for cell, each in measured.apart.items()),
         scaling=tuple(scalings(runs, measured.apart)),
         peer=tuple(
             PeerReport(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mdiq.bench.figures import LoadFigures
 from mdiq.bench.runner import CellRun, Measurements, NodeShare, PeerCell, PeerRun
-from mdiq.bench.workload import Cell
+from mdiq.bench.workload import ApartCell, Cell
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
 from mdiq.errors import MdiqError
@@ -72,6 +72,7 @@ def make_measurements(links: tuple[LinkShape | None, ...] = (None,), nodes: tupl
                     CellRun(figures, (share,) * count, (HopFigures(wire, delay_s, rate),) * count if count > 1 else ())
                     for wire, delay_s, rate in (("bf16", 0.01, 1e6), ("i8", 0.03, None))
                 ]
+    measured.apart[ApartCell(2, 1, 8)] = [LoadFigures(14.0, rate, 0.5, 0.6, 0.1, 0.2) for rate in (15.0, 17.0)]
     for users in (1, 2):
         figures = LoadFigures(4.0 * users, 5.0 * users, 0.5, 0.6, 0.1, 0.2)
         measured.peer[PeerCell(1, users, 8)] = [PeerRun(figures, 7), PeerRun(figures, 9)]

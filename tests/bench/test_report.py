@@ -1,7 +1,7 @@
 import json
 
 from mdiq.bench.report import Ratio, make_report
-from mdiq.bench.workload import Cell
+from mdiq.bench.workload import ApartCell, Cell
 from mdiq.runtime.options import HopFigures
 from mdiq.transport.link_shape import LinkShape
 from tests.bench.fakes import make_measurements
@@ -17,6 +17,8 @@ def test_a_report_has_medians_scaling_and_ratios() -> None:
     assert [peer.rss_bytes for peer in report.peer] == [9, 9]
     assert report.ratios[3] == Ratio(Cell(2, 2, 8), 1, 4.0, 2.0)
     assert (report.scaling[1].same_per_node, report.scaling[1].fixed_total) == (4.0, 2.0)
+    assert [(each.cell, each.figures.decode_tokens_per_s) for each in report.apart] == [(ApartCell(2, 1, 8), 16.0)]
+    assert report.scaling[1].apart == 1.6
 
 
 def test_a_report_is_json_with_every_repeat() -> None:
@@ -26,4 +28,6 @@ def test_a_report_is_json_with_every_repeat() -> None:
     assert value["cells"][0]["cell"]["link"] is None
     assert value["cells"][3]["cell"]["link"] == {"delay_s": 0.02, "jitter_s": 0.001, "bandwidth_bit_per_s": 1e7}
     assert len(value["cells"][3]["repeats"]) == 2
+    assert value["apart"][0]["cell"] == {"rings": 2, "users": 1, "prompt_tokens": 8}
+    assert len(value["apart"][0]["repeats"]) == 2
     assert value["peer"][0]["cell"] == {"threads": 1, "users": 1, "prompt_tokens": 8}

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mdiq.bench.report import WHY_FIXED_TOTAL_IS_LOWER, make_report
+from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, make_report
 from mdiq.cli.bench import print_report
 from mdiq.cli.main import app
 from mdiq.errors import UsageError
@@ -61,6 +61,7 @@ def test_tables_show_cells_scaling_peer_and_ratios() -> None:
     text = console.export_text()
     assert "every hop delay=20ms" in text
     assert WHY_FIXED_TOTAL_IS_LOWER[:60] in text
+    assert WHAT_APART_SHOWS[:60] in text
     assert "llama.cpp, the same file and prompts" in text
     assert "mdiq / llama.cpp" in text
     assert "500 (600)" in text
