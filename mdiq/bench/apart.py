@@ -10,11 +10,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mdiq.bench.apart_ring import READY
 from mdiq.bench.figures import UserTimes
+from mdiq.bench.programs import kill, last_words
 from mdiq.bench.workload import Load
 from mdiq.errors import RingError
 
@@ -64,14 +65,13 @@ class RingsApart:
             return [user for i, (out, errors) in enumerate(results) for user in _times(i, out, errors)]
 
     def _spec(self, i: int, load: Load) -> dict[str, object]:
-        load = replace(load, seed=load.seed + i)
         return {
             "model": str(self.model),
             "layers": self.num_layers,
             "vocab_size": self.vocab_size,
             "options": self.options,
             "core": self.cores[i] if self.cores else None,
-            "load": {name: getattr(load, name) for name in ("users", "prompt_tokens", "answer_tokens", "seed")},
+            "load": asdict(replace(load, seed=load.seed + i)),
         }
 
 
@@ -92,12 +92,9 @@ def _times(i: int, out: bytes, errors: bytes) -> Sequence[UserTimes]:
             for submitted_s, tokens_s in zip(result["submitted_s"], result["tokens_s"], strict=True)
         ]
     except (ValueError, KeyError, TypeError):
-        lines = errors.decode(errors="replace").strip().splitlines()
-        raise RingError(f"{where}: its process ended: {lines[-1] if lines else 'it said nothing'}") from None
+        raise RingError(f"{where}: its process ended: {last_words(errors)}") from None
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
-    if child.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
+    kill(child)
+    await child.wait()

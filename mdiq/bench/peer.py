@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdiq.bench.figures import UserTimes
+from mdiq.bench.programs import kill, last_words
 from mdiq.bench.workload import Load
 from mdiq.errors import ConfigError, RingError
 from mdiq.runtime.cpu_quota import CpuQuota
@@ -59,10 +60,10 @@ class Peer:
         except OSError as error:
             raise ConfigError(f"--peer-python {self.python}: {error.strerror}; name a Python interpreter") from None
         with contextlib.ExitStack() as stack:
-            stack.callback(_end, child)
+            stack.callback(kill, child)
             if self.cpu is not None:
                 quota = stack.enter_context(contextlib.closing(CpuQuota.create("peer", self.cpu * threads)))
-                stack.callback(_end, child)  # before its control group can go
+                stack.callback(kill, child)  # before its control group can go
                 quota.add(child.pid)
             out, errors = await child.communicate(json.dumps(spec).encode() + b"\n")
             return _times(out, errors, child.returncode or 0)
@@ -79,14 +80,5 @@ def _times(out: bytes, errors: bytes, code: int) -> tuple[Sequence[UserTimes], i
         users = [UserTimes(result["submitted_s"], tuple(times)) for times in result["tokens_s"]]
         return users, int(result["rss_bytes"])
     except (ValueError, KeyError, TypeError):
-        lines = errors.decode(errors="replace").strip().splitlines()
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise RingError(
-            f"{where}: its process ended with {ended}: {lines[-1] if lines else 'it said nothing'}"
-        ) from None
-
-
-def _end(child: asyncio.subprocess.Process) -> None:
-    if child.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
+        raise RingError(f"{where}: its process ended with {ended}: {last_words(errors)}") from None

@@ -104,7 +104,6 @@ class PeerRun:
 RunPeer = Callable[[int, Load], Awaitable[tuple[Sequence[UserTimes], int]]]
 """Runs a Load with so many threads; returns the users' times and the peer's resident memory."""
 
-
 RunApart = Callable[[int, Load], Awaitable[Sequence[UserTimes]]]
 """Runs a Load on each of so many rings of one Node at once; returns the times of all users."""
 
