@@ -11,27 +11,28 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from mdiq.bench.apart_ring import READY
 from mdiq.bench.figures import UserTimes
-from mdiq.bench.programs import kill, last_words
+from mdiq.bench.programs import how_it_ended, kill
 from mdiq.bench.workload import Load
 from mdiq.errors import RingError
+from mdiq.runtime.options import RingOptions
+
+PASSED_ON = ("dtype", "device", "threads", "kv_tokens", "log_level", "weights", "exact", "cpu")
+"""Options of a ring that JSON can hold; the others are apart_ring.py's to choose."""
 
 
 @dataclass(frozen=True, slots=True)
 class RingsApart:
     """Rings of one Node that hold the whole model each.
 
-    options: RingOptions by name that JSON can hold: dtype, device, threads, kv_tokens, log_level, weights, exact, cpu.
-    cores: the i-th ring's core; empty leaves all unbound. program: what Python runs, apart_ring.py.
+    options: of a ring of one Node. cores: the i-th ring's core; empty leaves all unbound. program: what Python runs,
+    apart_ring.py.
     """
 
-    model: Path
-    num_layers: int
+    options: RingOptions
     vocab_size: int
-    options: dict[str, str | int | float | None]
     cores: tuple[int, ...] = ()
     program: tuple[str, ...] = ("-m", "mdiq.bench.apart_ring")
 
@@ -59,17 +60,21 @@ class RingsApart:
             for i, line in enumerate(said):
                 if line != READY.encode():
                     out, errors = await children[i].communicate(b"")  # its input ends, and so does it
-                    _times(i, line + out, errors)
+                    _times(i, line + out, errors, children[i].returncode)
                     raise RingError(f"ring {i} apart: it began without waiting for the others")
             results = await asyncio.gather(*(child.communicate(b"\n") for child in children))
-            return [user for i, (out, errors) in enumerate(results) for user in _times(i, out, errors)]
+            return [
+                user
+                for i, ((out, errors), child) in enumerate(zip(results, children, strict=True))
+                for user in _times(i, out, errors, child.returncode)
+            ]
 
     def _spec(self, i: int, load: Load) -> dict[str, object]:
         return {
-            "model": str(self.model),
-            "layers": self.num_layers,
+            "model": str(self.options.model),
+            "layers": self.options.layers[0].stop,
             "vocab_size": self.vocab_size,
-            "options": self.options,
+            "options": {name: getattr(self.options, name) for name in PASSED_ON},
             "core": self.cores[i] if self.cores else None,
             "load": asdict(replace(load, seed=load.seed + i)),
         }
@@ -80,7 +85,7 @@ async def _first_line(child: asyncio.subprocess.Process) -> bytes:
     return await child.stdout.readline()
 
 
-def _times(i: int, out: bytes, errors: bytes) -> Sequence[UserTimes]:
+def _times(i: int, out: bytes, errors: bytes, code: int | None) -> Sequence[UserTimes]:
     """Return what a ring measured, or raise what it died of."""
     where = f"ring {i} apart"
     try:
@@ -92,7 +97,7 @@ def _times(i: int, out: bytes, errors: bytes) -> Sequence[UserTimes]:
             for submitted_s, tokens_s in zip(result["submitted_s"], result["tokens_s"], strict=True)
         ]
     except (ValueError, KeyError, TypeError):
-        raise RingError(f"{where}: its process ended: {last_words(errors)}") from None
+        raise RingError(f"{where}: {how_it_ended(code, errors)}") from None
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdiq.bench.figures import UserTimes
-from mdiq.bench.programs import kill, last_words
+from mdiq.bench.programs import how_it_ended, kill
 from mdiq.bench.workload import Load
 from mdiq.errors import ConfigError, RingError
 from mdiq.runtime.cpu_quota import CpuQuota
@@ -66,10 +66,10 @@ class Peer:
                 stack.callback(kill, child)  # before its control group can go
                 quota.add(child.pid)
             out, errors = await child.communicate(json.dumps(spec).encode() + b"\n")
-            return _times(out, errors, child.returncode or 0)
+            return _times(out, errors, child.returncode)
 
 
-def _times(out: bytes, errors: bytes, code: int) -> tuple[Sequence[UserTimes], int]:
+def _times(out: bytes, errors: bytes, code: int | None) -> tuple[Sequence[UserTimes], int]:
     where = "peer llama-cpp"
     try:
         result = json.loads(out)
@@ -80,5 +80,4 @@ def _times(out: bytes, errors: bytes, code: int) -> tuple[Sequence[UserTimes], i
         users = [UserTimes(result["submitted_s"], tuple(times)) for times in result["tokens_s"]]
         return users, int(result["rss_bytes"])
     except (ValueError, KeyError, TypeError):
-        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise RingError(f"{where}: its process ended with {ended}: {last_words(errors)}") from None
+        raise RingError(f"{where}: {how_it_ended(code, errors)}") from None

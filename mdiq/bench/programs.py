@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 
 
 def kill(child: asyncio.subprocess.Process) -> None:
@@ -11,7 +12,9 @@ def kill(child: asyncio.subprocess.Process) -> None:
             child.kill()
 
 
-def last_words(errors: bytes) -> str:
-    """Return the last line that a program wrote to standard error, for the one line that tells of its end."""
+def how_it_ended(code: int | None, errors: bytes) -> str:
+    """Return how a program ended that gave no result, in one line: its exit code or signal, and its last words."""
+    code = code or 0
+    ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
     lines = errors.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return f"its process ended with {ended}: {lines[-1] if lines else 'it said nothing'}"

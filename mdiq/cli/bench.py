@@ -27,7 +27,6 @@ from mdiq.transport.link_shape import LinkShape, parse_link
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.engine.model_config import ModelConfig
-    from mdiq.runtime.local import LocalRing
 
 NO_LINK = "none"
 MOST_NODES = 64
@@ -134,25 +133,23 @@ def _bench(
 
     layers = {count: split_layers(config.num_layers, count, config.head_layers) for count in {c.nodes for c in cells}}
 
-    def open_ring(nodes: int, link: LinkShape | None) -> "LocalRing":
-        return LocalRing(
-            RingOptions(
-                model=model,
-                layers=layers[nodes],
-                dtype=options.dtype,
-                device=options.device,
-                threads=threads,
-                pin=options.pin,
-                kv_tokens=options.kv_tokens or _kv_tokens(cells, nodes, options.answer_tokens),
-                log_level=options.log_level,
-                weights=options.weights,
-                exact=options.exact,
-                wires=parse_wires(options.wire, 1),
-                link=link,
-                cpu=options.cpu,
-                # Every round asks the same prompts: each is to be computed each time.
-                ring=RingSettings(prefix_tokens=0),
-            )
+    def of_ring(nodes: int, link: LinkShape | None = None) -> RingOptions:
+        return RingOptions(
+            model=model,
+            layers=layers[nodes],
+            dtype=options.dtype,
+            device=options.device,
+            threads=threads,
+            pin=options.pin,
+            kv_tokens=options.kv_tokens or _kv_tokens(cells, nodes, options.answer_tokens),
+            log_level=options.log_level,
+            weights=options.weights,
+            exact=options.exact,
+            wires=parse_wires(options.wire, 1),
+            link=link,
+            cpu=options.cpu,
+            # Every round asks the same prompts: each is to be computed each time.
+            ring=RingSettings(prefix_tokens=0),
         )
 
     peer = Peer(
@@ -162,22 +159,8 @@ def _bench(
         cores=cores if options.pin else (),
         cpu=options.cpu,
     )
-    apart = RingsApart(
-        model=model,
-        num_layers=config.num_layers,
-        vocab_size=config.vocab_size,
-        options={
-            "dtype": options.dtype,
-            "device": options.device,
-            "threads": threads,
-            "kv_tokens": options.kv_tokens or _kv_tokens(cells, min(layers), options.answer_tokens),
-            "log_level": options.log_level,
-            "weights": options.weights,
-            "exact": options.exact,
-            "cpu": options.cpu,
-        },
-        cores=cores if options.pin else (),
-    )
+    # What is measured apart has a ring of one Node to be measured against.
+    apart = RingsApart(of_ring(1), config.vocab_size, cores if options.pin else ()) if options.apart else None
     return Bench(
         cells=cells,
         answer_tokens=options.answer_tokens,
@@ -185,15 +168,15 @@ def _bench(
         seed=options.seed,
         vocab_size=config.vocab_size,
         rest_s=REST_S,
-        open_ring=open_ring,
+        open_ring=lambda nodes, link: LocalRing(of_ring(nodes, link)),
         peer_cells=[
             PeerCell(count, users, prompt)
             for count in peer_threads
             for users, prompt in sorted({(cell.users, cell.prompt_tokens) for cell in cells})
         ],
         run_peer=peer.run,
-        apart_cells=_apart_cells(cells) if options.apart else (),
-        run_apart=apart.run,
+        apart_cells=_apart_cells(cells) if apart else (),
+        run_apart=apart.run if apart else None,
         progress=progress,
     )
 

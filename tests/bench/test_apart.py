@@ -1,5 +1,6 @@
 """Rings apart: that they wait for each other, and what is told when one of them fails."""
 
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -7,9 +8,12 @@ import pytest
 
 from mdiq.bench.apart import RingsApart
 from mdiq.bench.workload import ApartCell, Cell, Load
+from mdiq.core.types import LayerRange
 from mdiq.errors import RingError
+from mdiq.runtime.options import RingOptions
 from mdiq.transport.link_shape import LinkShape
 
+OPTIONS = RingOptions(Path("m.gguf"), (LayerRange(0, 4),), kv_tokens=64, log_level="info")
 LOAD = Load(users=2, prompt_tokens=3, answer_tokens=2, seed=5)
 
 
@@ -17,7 +21,7 @@ def rings(tmp_path: Path, program: str, cores: tuple[int, ...] = ()) -> RingsApa
     """Return rings whose program is ``program``: ``spec`` is what it was told, ``say`` answers a line."""
     file = tmp_path / "program.py"
     start = """
-        import json, sys, time
+        import json, os, sys, time
         from pathlib import Path
         folder = Path(__file__).parent
         spec = json.loads(sys.stdin.readline())
@@ -25,7 +29,7 @@ def rings(tmp_path: Path, program: str, cores: tuple[int, ...] = ()) -> RingsApa
             print(text, flush=True)
     """
     file.write_text(dedent(start) + dedent(program))
-    return RingsApart(Path("m.gguf"), 4, 50, {"weights": "int8"}, cores, (str(file),))
+    return RingsApart(OPTIONS, 50, cores, (str(file),))
 
 
 async def test_no_ring_begins_before_all_are_ready(tmp_path: Path) -> None:
@@ -56,8 +60,12 @@ async def test_no_ring_begins_before_all_are_ready(tmp_path: Path) -> None:
     [
         ('say(json.dumps({"error": "no memory; use fewer"}))', "ring 0 apart: no memory; use fewer"),
         ('say("ready"); sys.stdin.readline(); say(json.dumps({"error": "lost"}))', "ring 0 apart: lost"),
-        ('sys.stderr.write("one\\ntwo\\n"); sys.exit(3)', "ring 0 apart: its process ended: two"),
-        ('say("ready"); sys.stdin.readline()', "ring 0 apart: its process ended: it said nothing"),
+        ('sys.stderr.write("one\\ntwo\\n"); sys.exit(3)', "ring 0 apart: its process ended with exit code 3: two"),
+        ('say("ready"); sys.stdin.readline()', "ring 0 apart: its process ended with exit code 0: it said nothing"),
+        (
+            'say("ready"); sys.stdin.readline(); os.kill(os.getpid(), 9)',
+            "ring 0 apart: its process ended with signal 9 .Killed.: it said nothing",
+        ),
         ('say(json.dumps({"submitted_s": [], "tokens_s": []}))', "ring 0 apart: it began without waiting"),
     ],
 )
@@ -68,7 +76,7 @@ async def test_a_ring_that_fails_is_named(tmp_path: Path, program: str, message:
 
 async def test_a_real_ring_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(RingError, match=r"ring 0 apart: .*missing\.gguf"):
-        await RingsApart(tmp_path / "missing.gguf", 4, 50, {"kv_tokens": 64, "log_level": "info"}).run(1, LOAD)
+        await RingsApart(replace(OPTIONS, model=tmp_path / "missing.gguf"), 50).run(1, LOAD)
 
 
 def test_only_whole_shares_on_free_hops_have_rings_apart() -> None:
