@@ -19,7 +19,7 @@ from mdiq.engine.device import return_free_memory
 from mdiq.engine.kernels import Linear
 from mdiq.engine.kv_cache import KvCache
 from mdiq.engine.layer_loading import make_norm, plain_layer
-from mdiq.engine.layers import Rope, Span, run_layer, write_slots
+from mdiq.engine.layers import Rope, Span, attention_over, run_layer
 from mdiq.engine.quantize import num_hot
 from mdiq.engine.sample_text import sample_text
 from mdiq.engine.tokenizer import Tokenizer
@@ -59,17 +59,8 @@ def hot_columns(
             return watched[role]
 
         weights = plain_layer(checkpoint, i, torch.float32, device, watch)
-        hidden = run_layer(
-            hidden,
-            weights,
-            config,
-            i,
-            cache.keys[0],
-            cache.values[0],
-            spans,
-            write_slots(spans, device),
-            angles,
-        )
+        attend = attention_over(spans, device)
+        hidden = run_layer(hidden, weights, config, i, cache.keys[0], cache.values[0], attend, angles)
         found |= {f"layer-{i:03}.{role}": _hottest(linear.largest, role) for role, linear in watched.items()}
         del weights, watched
         return_free_memory()

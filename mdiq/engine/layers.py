@@ -4,8 +4,9 @@ T: tokens of the Batch, all Segments one after the other. Hq, Hkv: query and KV 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -89,6 +90,35 @@ class Span:
     placement: Placement
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""The attention of one Batch, for all of its Layers: (q, k, v, keys, values, window) -> [T, Hq * D].
+
+It stores K and V of the Batch in the cache, and returns what each token finds in its own Sequence. q: [T, Hq, D]; k, v:
+[T, Hkv, D]; keys, values: the Layer's pools, [slots, Hkv, D]. window: tokens that a token may look back on, itself
+included; 0 is all.
+"""
+
+
+def attention_over(spans: Sequence[Span], device: torch.device) -> Attend:
+    """Return the attention of a Batch, by torch."""
+    return partial(_attend, spans, write_slots(spans, device))
+
+
+def _attend(
+    spans: Sequence[Span],
+    writes: Slots,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int,
+) -> torch.Tensor:
+    """Store and look back; see Attend."""
+    store(writes, k, v, keys, values)
+    return look_back(spans, q, keys, values, window)
+
+
 def write_slots(spans: Sequence[Span], device: torch.device) -> Slots:
     """Return where K and V of a Batch go, in the order of its rows: one write serves all Segments."""
     if len(spans) == 1:
@@ -100,31 +130,25 @@ def write_slots(spans: Sequence[Span], device: torch.device) -> Slots:
     return torch.tensor(slots, device=device)
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    spans: Sequence[Span],
-    writes: Slots,
-    window: int,
-) -> torch.Tensor:
-    """Store K and V of the Batch in the cache, and return what each token finds in its own Sequence.
-
-    q: [T, Hq, D]; k, v: [T, Hkv, D]; keys, values: the Layer's pools, [slots, Hkv, D]. writes: see write_slots. window:
-    tokens that a token may look back on, itself included; 0 is all. Returns [T, Hq * D].
-
-    One attention call for each Sequence: gathering the keys of all into one padded call was slower from 8 Sequences of
-    100 tokens on, since it copies what attention reads once (measured on AVX2).
-    """
-    num_kv_heads, head_dim = k.shape[1], k.shape[2]
-    groups = q.shape[1] // num_kv_heads
+def store(writes: Slots, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Put K and V of a Batch into a Layer's pools: before any of its tokens looks back, since one may see another."""
     for pool, new in ((keys, k), (values, v)):
         if isinstance(writes, slice):
             pool[writes] = new
         else:
             pool.index_copy_(0, writes, new)
+
+
+def look_back(
+    spans: Sequence[Span], q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Return what each token of some Segments finds, [their tokens, Hq * D]; q is the whole Batch's. See Attend.
+
+    One attention call for each Sequence: gathering the keys of all into one padded call was slower from 8 Sequences of
+    100 tokens on, since it copies what attention reads once (measured on AVX2).
+    """
+    num_kv_heads, head_dim = keys.shape[1], keys.shape[2]
+    groups = q.shape[1] // num_kv_heads
     # What all Sequences share is done once: each step takes as long as a third of a short Sequence's attention.
     seen_keys, seen_values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # [1, Hkv, slots, D]
     rows = q.view(-1, 1, num_kv_heads, groups, head_dim).unbind()  # T times [1, Hkv, G, D]
@@ -152,7 +176,7 @@ def attend(
             is_causal=is_plain,
         )
         found.append(many.permute(2, 0, 1, 3))
-    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(len(q), -1)
+    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(-1, q.shape[1] * head_dim)
 
 
 def _seen(pool: torch.Tensor, read: Slots) -> torch.Tensor:
@@ -170,8 +194,7 @@ def run_layer(
     layer: int,
     keys: torch.Tensor,
     values: torch.Tensor,
-    spans: Sequence[Span],
-    writes: Slots,
+    attend: Attend,
     angles: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """Return the Layer's output for x: [T, hidden_size], same shape and dtype."""
@@ -183,7 +206,7 @@ def run_layer(
     if angles is not None:
         qk = rotate(qk, *angles)
     window = config.sliding_window if layer in config.windowed_layers else 0
-    x = x + weights.o(attend(qk[:, :num_heads], qk[:, num_heads:], v, keys, values, spans, writes, window))
+    x = x + weights.o(attend(qk[:, :num_heads], qk[:, num_heads:], v, keys, values, window))
     return x + weights.down(_activated(weights.gate_up(weights.mlp_norm(x)), config))
 
 

@@ -74,10 +74,7 @@ class CompiledMatmul:
             (*self._addresses, *activations, y.data_ptr(), self._padded, first, stop, *sizes)
             for first, stop in pairwise(bounds)
         ]
-        others = [_threads().submit(self._multiply, *part) for part in parts[1:]]
-        self._multiply(*parts[0])
-        for other in others:
-            other.result()
+        in_threads(self._multiply, parts)
         if self._padded > self._out:
             y = y[:, : self._out].contiguous()
         return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
@@ -100,13 +97,21 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
+def in_threads(function: Callable[..., None], calls: Sequence[Sequence[int]]) -> None:
+    """Call a compiled function with each of these arguments at once, the first in this thread; wait for all."""
+    others = [_threads().submit(function, *call) for call in calls[1:]]
+    function(*calls[0])
+    for other in others:
+        other.result()
+
+
 @cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(torch.get_num_threads() - 1, 1), thread_name_prefix="matmul")
 
 
 @cache
-def compiled(code: str, **options: bool) -> "Machine":
+def compiled(code: str, **options: int) -> "Machine":
     """Return a module of this package, compiled now if it never was: half a second.
 
     code: of a module with a function ``build``, its name in this package. options: for ``build``.

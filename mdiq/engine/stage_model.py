@@ -16,7 +16,8 @@ from mdiq.engine.kernel_choice import KernelChoice
 from mdiq.engine.kernels import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
 from mdiq.engine.kv_cache import KvCache
 from mdiq.engine.layer_loading import ROLES, make_norm, packed_layer, plain_layer
-from mdiq.engine.layers import LayerWeights, Norm, Rope, Span, run_layer, write_slots
+from mdiq.engine.layers import LayerWeights, Norm, Rope, Span, attention_over, run_layer
+from mdiq.engine.llvm_attention import CompiledAttention
 from mdiq.engine.quantize import FORMATS, PackedModel
 
 
@@ -76,6 +77,7 @@ class StageModel:
         self._rope: Rope | None = None
         if config.family.has_rotary:
             self._rope = Rope(config.rope, config.head_dim, device, checkpoint.rope_factors())
+        self._decode_attention = CompiledAttention.find(config, dtype, device)
         choice = KernelChoice(exact=weights.exact, folder=weights.folder)
         with ExitStack() as stack:
             packed = None
@@ -114,11 +116,12 @@ class StageModel:
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KvCache, spans: Sequence[Span]) -> torch.Tensor:
         """Return hidden: [T, hidden_size] behind this Stage's Layers."""
-        writes = write_slots(spans, self._device)
+        compiled = self._decode_attention
+        attend = attention_over(spans, self._device) if compiled is None else compiled.over(spans)
         angles = None if self._rope is None else self._rope.tables(positions, hidden.dtype)
         for i, layer in enumerate(self._layers):
             hidden = run_layer(
-                hidden, self._weights[i], self.config, layer, cache.keys[i], cache.values[i], spans, writes, angles
+                hidden, self._weights[i], self.config, layer, cache.keys[i], cache.values[i], attend, angles
             )
         return hidden
 

@@ -60,7 +60,7 @@ MODELS = {
     ),
     "llama-biased": (LlamaForCausalLM, LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True)),
     "mistral": (MistralForCausalLM, MistralConfig(**_SHAPE, head_dim=16, sliding_window=None)),
-    "mistral-windowed": (MistralForCausalLM, MistralConfig(**_SHAPE, sliding_window=12)),
+    "mistral-windowed": (MistralForCausalLM, MistralConfig(**_SHAPE, head_dim=16, sliding_window=12)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**_SHAPE)),
     "qwen2-windowed": (
         Qwen2ForCausalLM,
@@ -69,7 +69,7 @@ MODELS = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True)),
     "gpt2": (
         GPT2LMHeadModel,
-        GPT2Config(vocab_size=97, n_embd=48, n_layer=4, n_head=6, n_positions=256, bos_token_id=1, eos_token_id=2),
+        GPT2Config(vocab_size=97, n_embd=96, n_layer=4, n_head=6, n_positions=256, bos_token_id=1, eos_token_id=2),
     ),
 }
 
