@@ -58,6 +58,8 @@ class KernelChoice:
     def load(self, file: PackedFile, role: str) -> Linear:
         """Return a packed matrix in the kernel that is fastest for its shape.
 
+        In exact mode in the fastest of the first rounding that takes it: what is measured never changes a result.
+
         Raises:
             EngineError: no kernel of this device can serve it.
         """
@@ -68,7 +70,9 @@ class KernelChoice:
         times = self.times(weights, (shape[0], math.prod(shape[1:]) * (2 if is_int4 else 1) - num_copies))
         kernels = {kernel.name: kernel for kernel in KERNELS}
         refusals: list[str] = []
-        for name in sorted(times, key=lambda name: math.prod(times[name])):
+        roundings = [kernel.rounding if self._exact else "" for kernel in KERNELS]
+        ranks = {kernel.name: roundings.index(rounding) for kernel, rounding in zip(KERNELS, roundings, strict=True)}
+        for name in sorted(times, key=lambda name: (ranks[name], math.prod(times[name]))):
             try:
                 return kernels[name](file, role, exact=self._exact)
             except RuntimeError as error:

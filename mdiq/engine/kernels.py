@@ -2,7 +2,8 @@
 
 A kernel is *batch-invariant* when a row's result does not depend, to the last bit, on the rows beside it. In exact mode
 all kernels of int8 and int4 are: then a Sequence gets the same tokens alone and among others. Which kernel serves a
-matrix on this device is kernel_choice.py's to measure.
+matrix on this device is kernel_choice.py's to measure. Kernels of one ``rounding`` give the same bits: in exact mode
+the measurements choose among those alone, so that devices of one kind agree however noisy they are.
 """
 
 import warnings
@@ -61,6 +62,7 @@ class FbgemmInt8:
 
     name = "fbgemm"
     formats = ("int8",)
+    rounding = LlvmInt8.rounding
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         self._bias = _bias(file, role)
@@ -103,6 +105,7 @@ class TorchInt8:
 
     name = "torch-int8"
     formats = ("int8",)
+    rounding = name
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool, most_rows: int = 16) -> None:
         self._q = _mapped(file.tensor(f"{role}.q"))
@@ -140,6 +143,7 @@ class OrtInt4:
 
     name = "ort-int4"
     formats = ("int4",)
+    rounding = name
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         self._exact = exact
@@ -178,6 +182,7 @@ class TorchInt4:
 
     name = "torch-int4"
     formats = ("int4",)
+    rounding = name
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         nibbles, scale = file.tensor(f"{role}.nibbles"), file.tensor(f"{role}.scale")
@@ -235,7 +240,7 @@ KERNELS: tuple[
     | type[TorchInt4],
     ...,
 ] = (LlvmInt8, FbgemmInt8, TorchInt8, LlvmInt4, LlvmInt4Wide, OrtInt4, TorchInt4)
-"""The candidates for packed weights."""
+"""The candidates for packed weights; of each format, the rounding that exact mode wants most comes first."""
 
 
 class Embedding(Protocol):

@@ -26,6 +26,7 @@ class LlvmInt4:
 
     name = "llvm-int4"
     formats = ("int4",)
+    rounding = "int8 groups"
     _build: ClassVar[dict[str, bool]] = {}
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:

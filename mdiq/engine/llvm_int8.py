@@ -23,6 +23,7 @@ class LlvmInt8:
 
     name = "llvm-int8"
     formats = ("int8",)
+    rounding = "int8 rows"
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         machine = compiled("llvm_int8_code")

@@ -282,18 +282,32 @@ def test_the_embedding_gives_rows_of_its_matrix(tmp_path: Path) -> None:
         assert ((rows - weight[ids]).abs() <= weight[ids].abs().amax(1, keepdim=True) / 127).all()
 
 
-def test_the_kernel_is_the_one_that_was_measured_fastest(tmp_path: Path) -> None:
-    choice = KernelChoice(exact=True, folder=tmp_path)
-    times = choice.times("int8", (OUT, IN))
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_kernel_is_the_one_that_was_measured_fastest_of_those_with_the_same_bits(
+    weights: str, exact: bool, tmp_path: Path
+) -> None:
+    times = KernelChoice(exact=exact, folder=tmp_path).times(weights, (OUT, IN))
     assert all(len(row) == len(BATCH_CLASSES) and min(row) > 0 for row in times.values())
-    file, _ = _packed(tmp_path, "int8")
+    file, _ = _packed(tmp_path, weights)
     kept = json.loads((tmp_path / "kernels.json").read_text())
+    mode = "exact" if exact else "fast"
+    rounding = {kernel.name: kernel.rounding for kernel in KERNELS}
+    wanted = next(kernel.rounding for kernel in KERNELS if kernel.name in times)
+    found = []
     for best in times:
         # Another device's measurements: one kernel is made to have been by far the fastest.
         (row,) = kept.values()
-        row[f"int8 exact {OUT}x{IN}"] = {name: [1.0 if name != best else 1e-9] * len(BATCH_CLASSES) for name in times}
+        row[f"{weights} {mode} {OUT}x{IN}"] = {
+            name: [1.0 if name != best else 1e-9] * len(BATCH_CLASSES) for name in times
+        }
         (tmp_path / "kernels.json").write_text(json.dumps(kept))
-        assert KernelChoice(exact=True, folder=tmp_path).load(file, "w").name == best  # type: ignore[attr-defined]
+        linear = KernelChoice(exact=exact, folder=tmp_path).load(file, "w")
+        if not exact or rounding[best] == wanted:
+            assert linear.name == best  # type: ignore[attr-defined]
+        found.append(linear(_activations()))
+    if exact:
+        assert all(torch.equal(y, found[0]) for y in found)
 
 
 def test_kernels_whose_code_changed_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
