@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -88,7 +89,8 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> Iterator[Served]:
+    """The ring, with the model that was found before: from the ring's network nothing can be fetched."""
     folder = tmp_path_factory.mktemp("serve")
     file = folder / "topology.yaml"
     ports = "data_port=17470,threads=1"

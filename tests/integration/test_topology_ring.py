@@ -36,8 +36,11 @@ def topology(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ring(topology: Path, tmp_path: Path) -> Iterator[LoopbackRing]:
-    """The machines of the topology, switched on and without a node on them."""
+def ring(topology: Path, tmp_path: Path, real_model: Path) -> Iterator[LoopbackRing]:
+    """The machines of the topology, switched on and without a node on them.
+
+    The model was found before: from their network nothing can be fetched.
+    """
     with LoopbackRing(topology, tmp_path / "ring", without=("pi1", "pi2")) as ring:
         yield ring
 
