@@ -8,9 +8,11 @@ delays is that of the Hops, however far the clocks are off.
 
 One Frame at a time gives the delay: the least of several, since whatever a Frame waits for only adds to it. Bursts give
 the bandwidth: what came behind the first Frame over the time that it took. Only the receiver's clock counts, so what a
-sender's buffers swallow does not. Bursts grow until one takes long enough to be seen behind what lies in buffers.
+sender's buffers swallow does not. Bursts grow until one takes long enough to be seen behind what lies in buffers. One
+that takes so long all of a sudden was perhaps held up on its way: it is sent again, and the better rate counts.
 """
 
+import math
 from dataclasses import dataclass
 
 from mdiq.core.control import BurstArrived, SendBurst
@@ -25,6 +27,7 @@ FIRST_FRAME_BYTES = 128
 MOST_FRAME_BYTES = 128 * 1024
 GROWTH = 4
 ENOUGH_S = 0.1  # the next burst may take GROWTH times as long: a slow link is measured within a second
+_SUDDEN = 2  # so many times below the rate of the burst before
 _LEAST_S = 1e-6  # finer than clocks can tell on such a way
 _ELEMENT_BYTES = 4
 
@@ -66,6 +69,7 @@ class HopSurvey:
         self._number = 0
         self._ways_s: dict[int, float] = {}  # by Hop, from one clock to another
         self._rates: dict[int, float] = {}
+        self._doubted_rate: float | None = None  # of a burst that is sent again
         self._clocks: dict[int, tuple[float, float]] = {0: (0.0, 0.0)}  # by Stage: (how sure, seconds ahead)
 
     def next_burst(self) -> tuple[int, SendBurst] | None:
@@ -90,8 +94,14 @@ class HopSurvey:
             self._ways_s[hop] = min(self._ways_s.get(hop, way_s), way_s)
             return
         seconds = max(arrived.last_s - arrived.first_s, _LEAST_S)
-        self._rates[hop] = arrived.later_bytes / seconds
-        if seconds >= ENOUGH_S or self._frame_bytes >= MOST_FRAME_BYTES:
+        rate = arrived.later_bytes / seconds
+        is_long = seconds >= ENOUGH_S
+        if is_long and self._doubted_rate is None and rate * _SUDDEN < self._rates.get(hop, math.inf):
+            self._doubted_rate = rate
+            return
+        self._rates[hop] = max(rate, self._doubted_rate or 0.0)
+        self._doubted_rate = None
+        if is_long or self._frame_bytes >= MOST_FRAME_BYTES:
             self._go_on()
         else:
             self._frame_bytes = min(self._frame_bytes * GROWTH, MOST_FRAME_BYTES)
@@ -109,6 +119,7 @@ class HopSurvey:
         self._hop += 1
         self._num_singles = 0
         self._frame_bytes = FIRST_FRAME_BYTES
+        self._doubted_rate = None
 
     def _link(self, hop: int) -> HopLink | None:
         sender, receiver = self._clocks.get(hop), self._clocks.get((hop + 1) % self._num_hops)

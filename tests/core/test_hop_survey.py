@@ -9,6 +9,7 @@ from mdiq.core.frame import Frame, FrameKind
 from mdiq.core.hop_survey import (
     BURST_FRAMES,
     ENOUGH_S,
+    FIRST_FRAME_BYTES,
     MOST_FRAME_BYTES,
     NUM_SINGLE,
     BurstMeter,
@@ -30,6 +31,7 @@ class World:
     """Hops between Nodes whose clocks are ``ahead`` seconds ahead of the Starter's.
 
     control_s: of the control channel to and from each Node. late_s: what each single Frame waits for on its way.
+    held_up_s: by the number of a burst, what its last Frame waits for.
     """
 
     delays_s: list[float]
@@ -37,6 +39,7 @@ class World:
     ahead: list[float]
     control_s: list[tuple[float, float]]
     late_s: list[float] = field(default_factory=lambda: [0.0])
+    held_up_s: dict[int, float] = field(default_factory=dict)
     now: float = 100.0
     seconds: float = 0.0
     sent: list[tuple[int, int, int]] = field(default_factory=list)
@@ -50,7 +53,7 @@ class World:
         late_s = self.late_s[len(self.sent) % len(self.late_s)]
         first_s = sent_s + self.delays_s[hop] + late_s
         later_bytes = (burst.num_frames - 1) * burst.frame_bytes
-        last_s = first_s + later_bytes / self.rates[hop]
+        last_s = first_s + later_bytes / self.rates[hop] + self.held_up_s.get(len(self.sent), 0.0)
         self.seconds += last_s - first_s
         self.now = last_s + 0.01
         receiver_ahead = self.ahead[(hop + 1) % size]
@@ -107,6 +110,20 @@ def test_a_slow_link_is_not_kept_busy_for_long() -> None:
         world = World([0.0, 0.0], [rate, 1e9], [0.0, 9.0], [(0.0, 0.0), (0.0, 0.0)])
         world.survey()
         assert world.seconds < 6 * ENOUGH_S
+
+
+@pytest.mark.parametrize("late", range(1, 7))
+def test_a_burst_that_is_held_up_on_its_way_does_not_spoil_the_rate(late: int) -> None:
+    number = NUM_SINGLE + late
+    world = World([0.0, 0.0], [1e8, 1e9], [0.0, 9.0], [(0.0, 0.0)] * 2, held_up_s={number: 2 * ENOUGH_S})
+    assert _links(world)[0].bytes_per_s == pytest.approx(1e8)
+    assert world.sent[number] == world.sent[number - 1], "it is sent again"
+
+
+def test_of_two_bursts_that_are_held_up_the_better_counts() -> None:
+    world = World([0.0, 0.0], [1e6, 1e9], [0.0, 9.0], [(0.0, 0.0)] * 2, held_up_s={6: 1.0, 7: 0.5})
+    first_bytes = 15 * FIRST_FRAME_BYTES
+    assert _links(world)[0].bytes_per_s == pytest.approx(first_bytes / (0.5 + first_bytes / 1e6))
 
 
 def test_a_hop_that_loses_a_burst_is_given_up_and_the_others_are_measured() -> None:
