@@ -32,6 +32,8 @@ _NOT_HERE = {
     "functions": "functions are not called",
     "response_format": "the answer's form is not enforced",
     "logit_bias": "logits cannot be changed",
+    "frequency_penalty": "tokens are not penalized by how often they came (repetition_penalty is there)",
+    "presence_penalty": "tokens are not penalized for having come (repetition_penalty is there)",
     "suffix": "text is not inserted",
     "min_tokens": "the least length of an answer cannot be set",
 }

@@ -54,7 +54,10 @@ def test_parts_of_a_content_are_joined() -> None:
 
 
 def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
-    asked = parse({**HELLO, "user": "me", "n": 1, "tools": [], "logprobs": False, "echo": None}, is_chat=True)
+    asked = parse(
+        {**HELLO, "user": "me", "n": 1, "tools": [], "logprobs": False, "echo": None, "presence_penalty": 0.0},
+        is_chat=True,
+    )
     assert not asked.is_streamed and not asked.wants_usage
     asked = parse({**HELLO, "stream": True, "stream_options": {"include_usage": True}}, is_chat=True)
     assert asked.is_streamed and asked.wants_usage
@@ -68,6 +71,8 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"logprobs": True}, "logprobs"),
         ({"echo": True}, "echo"),
         ({"tools": [{}]}, "tools"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": -1}, "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
