@@ -275,8 +275,8 @@ def part_width(f: Function, num_in: Value, columns: int) -> Value:
 def with_dot_products(f: Function, total: Value, levels: Value, others: Value, features: frozenset[str]) -> Value:
     """Return a vector of i32 to which each lane's four products of bytes are added.
 
-    levels, others: vectors as large as ``total``. ``others`` have a sign; of ``levels`` see zero_level. Without
-    instructions for it, it is slow.
+    levels, others: vectors as large as ``total``. ``others`` have a sign, and of each pair of neighbours their sizes
+    add to 128 at most; of ``levels`` see zero_level. Without instructions for it, it is slow.
     """
     b = f.b
     kind = total.type
@@ -292,6 +292,10 @@ def with_dot_products(f: Function, total: Value, levels: Value, others: Value, f
             part = f.pick(total, range(i, i + 4))
             parts.append(f.call("llvm.aarch64.neon.sdot.v4i32.v16i8", part.type, part, *sides))
         return f.joined(parts)
+    if "avx2" in features and kind.count == 8:
+        shorts = vector(SHORT, 2 * kind.count)
+        pairs = f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, levels, others)  # 16 bits hold 255 * 128
+        return b.add(total, f.call("llvm.x86.avx2.pmadd.wd", kind, pairs, splat(SHORT, 2 * kind.count, 1)))
     each = b.mul(b.zext(levels, wide), b.sext(others, wide))
     for part in range(4):
         total = b.add(total, f.pick(each, range(part, 4 * kind.count, 4)))

@@ -37,7 +37,7 @@ _AHEAD = 2_048
 
 
 def build(features: frozenset[str]) -> Value:
-    """Return the module for a CPU with such features; without dot products it is slow, and gives the same bits."""
+    """Return the module for a CPU with such features: the same bits for all, slow without AVX2 or dot products."""
     is_wide = "avx512vnni" in features
     most_rows = 12 if is_wide else 6  # what 32 or 16 registers hold the sums of, for two rows of the matrix each
     module = ir.Module()

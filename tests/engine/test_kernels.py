@@ -109,10 +109,10 @@ def test_copies_of_hot_columns_leave_the_others_their_bits(kernel: type, tmp_pat
     assert errors[1] > 2 * errors[0]
 
 
-def test_sums_of_the_largest_activations_and_weights_do_not_overflow(tmp_path: Path) -> None:
-    kernel = next((kernel for kernel in AVAILABLE if kernel.name == "fbgemm"), None)
-    if kernel is None:
-        pytest.skip("FBGEMM is there on x86 only")
+@pytest.mark.parametrize(
+    "kernel", [kernel for kernel in TESTED if kernel.rounding == LlvmInt8.rounding], ids=lambda kernel: kernel.name
+)
+def test_sums_of_the_largest_activations_and_weights_do_not_overflow(kernel: type, tmp_path: Path) -> None:
     for sign in (1.0, -1.0):
         columns = quantize_columns(torch.full((OUT, IN), sign), None)
         save_file({f"w.{name}": tensor for name, tensor in columns.items()}, tmp_path / "most.safetensors")
@@ -143,7 +143,9 @@ def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
 
 @pytest.mark.skipif(not FbgemmInt8.is_available(), reason="FBGEMM is there on x86 only")
 @pytest.mark.parametrize(
-    "features", [None, frozenset[str](), frozenset({"avxvnni"})], ids=["this CPU", "none", "narrow"]
+    "features",
+    [None, frozenset[str](), frozenset({"avx2"}), frozenset({"avxvnni"})],
+    ids=["this CPU", "none", "no dot products", "narrow"],
 )
 def test_compiled_int8_code_gives_the_bits_of_fbgemm(
     features: frozenset[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,12 +157,16 @@ def test_compiled_int8_code_gives_the_bits_of_fbgemm(
         features = frozenset()
     machine = Machine(llvm_int8_code.build(features))
     monkeypatch.setattr("mdiq.engine.llvm_int8.compiled", lambda _: machine)
-    for num_out, num_in, hot in ((OUT, IN, HOT), (OUT - 1, 80, NO_COLUMNS), (1, 64, NO_COLUMNS)):
-        columns = quantize_columns(_random(num_out, num_in) * 0.05 + 0.01, hot)
+    matrices = [(_random(n, m) * 0.05 + 0.01, NO_COLUMNS) for n, m in ((OUT - 1, 80), (1, 64))]
+    matrices += [(_random(OUT, IN) * 0.05 + 0.01, HOT), (torch.full((3, 96), -1.0), NO_COLUMNS)]
+    for weight, hot in matrices:
+        num_out, num_in = weight.shape
+        columns = quantize_columns(weight, hot)
         path = tmp_path / f"{num_in}.safetensors"
         save_file({f"w.{name}": tensor for name, tensor in columns.items()} | {"w.bias": _random(num_out)}, path)
         compiled, fbgemm = (kernel(PackedFile(path), "w", exact=True) for kernel in (LlvmInt8, FbgemmInt8))
         x = _activations().repeat(3, 1)[:, :num_in]
+        x[0] = 1.0  # the largest level in all columns
         for num_rows in (1, 2, 3, 13, 48):
             assert torch.equal(compiled(x[:num_rows]), fbgemm(x[:num_rows]))
 
@@ -176,6 +182,7 @@ INT4, INT8 = llvm_int4_code, llvm_int8_code
         (INT4, "aarch64-linux-gnu", "neon,dotprod", r"sdot\tv"),
         (INT8, "aarch64-linux-gnu", "neon,dotprod", r"sdot\tv"),
         (INT4, "x86_64-linux-gnu", "avx2,fma,avxvnni", r"vpdpbusd\t.*%ymm"),
+        (INT8, "x86_64-linux-gnu", "avx2,fma", r"vpmaddubsw\t.*%ymm"),
         (INT8, "x86_64-linux-gnu", "avx2,fma,avxvnni", r"vpdpbusd\t.*%ymm"),
         (INT8, "x86_64-linux-gnu", "avx512f,avx512bw,avx512vl,avx512vnni", r"vpdpbusd\t.*%zmm"),
     ],
