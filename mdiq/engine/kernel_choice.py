@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import mdiq
 from mdiq.engine.device import is_out_of_memory
-from mdiq.engine.kernels import KERNELS, Linear
+from mdiq.engine.kernels import KERNELS, Kernel, Linear
 from mdiq.engine.quantize import BLOCK, VERSION, PackedFile, num_hot
 from mdiq.errors import EngineError
 
@@ -58,7 +58,7 @@ class KernelChoice:
     def load(self, file: PackedFile, role: str) -> Linear:
         """Return a packed matrix in the kernel that is fastest for its shape.
 
-        In exact mode in the fastest of the first rounding that takes it: what is measured never changes a result.
+        In exact mode it is one of the first rounding that takes the matrix: what is measured never changes a result.
 
         Raises:
             EngineError: no kernel of this device can serve it.
@@ -70,9 +70,9 @@ class KernelChoice:
         times = self.times(weights, (shape[0], math.prod(shape[1:]) * (2 if is_int4 else 1) - num_copies))
         kernels = {kernel.name: kernel for kernel in KERNELS}
         refusals: list[str] = []
-        roundings = [kernel.rounding if self._exact else "" for kernel in KERNELS]
-        ranks = {kernel.name: roundings.index(rounding) for kernel, rounding in zip(KERNELS, roundings, strict=True)}
-        for name in sorted(times, key=lambda name: (ranks[name], math.prod(times[name]))):
+        names = sorted(times, key=lambda name: math.prod(times[name]))
+        names += [name for name, kernel in kernels.items() if _serves(kernel, weights) and name not in times]
+        for name in names:
             try:
                 return kernels[name](file, role, exact=self._exact)
             except RuntimeError as error:
@@ -83,6 +83,8 @@ class KernelChoice:
 
     def times(self, weights: str, shape: tuple[int, int]) -> Times:
         """Return seconds of a matmul with a matrix [out, in], by kernel, for each of BATCH_CLASSES.
+
+        In exact mode of the kernels of one rounding, the first of KERNELS that takes the shape.
 
         Raises:
             EngineError: this device has no kernel for the format.
@@ -102,21 +104,28 @@ class KernelChoice:
         return times
 
 
+def _serves(kernel: type[Kernel], weights: str) -> bool:
+    return weights in kernel.formats and kernel.is_available()
+
+
 def _measured(weights: str, shape: tuple[int, int], *, exact: bool) -> Iterator[tuple[str, list[float]]]:
     with tempfile.TemporaryDirectory(prefix="mdiq-") as folder, torch.inference_mode():
         path = Path(folder) / "matrix.safetensors"
         save_file(_random_matrix(weights, shape), path)
         flush = torch.zeros(_FLUSH_BYTES // 8, dtype=torch.int64)
+        rounding = None
         for kernel in KERNELS:
-            if weights not in kernel.formats or not kernel.is_available():
+            if not _serves(kernel, weights) or (exact and rounding not in (None, kernel.rounding)):
                 continue
             try:
                 linear: Linear = kernel(PackedFile(path), "w", exact=exact)
-                yield kernel.name, [_least_s(linear, rows, shape[1], flush) for rows in BATCH_CLASSES]
+                times = [_least_s(linear, rows, shape[1], flush) for rows in BATCH_CLASSES]
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise MemoryError(str(error)) from None
                 continue  # a kernel that does not take this shape, or that this CPU lacks
+            rounding = kernel.rounding
+            yield kernel.name, times
 
 
 def _least_s(linear: Linear, num_rows: int, num_in: int, flush: torch.Tensor) -> float:

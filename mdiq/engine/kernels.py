@@ -230,16 +230,8 @@ class _Offsets:
         return y if self._bias is None else y + self._bias
 
 
-KERNELS: tuple[
-    type[LlvmInt8]
-    | type[FbgemmInt8]
-    | type[TorchInt8]
-    | type[LlvmInt4]
-    | type[LlvmInt4Wide]
-    | type[OrtInt4]
-    | type[TorchInt4],
-    ...,
-] = (LlvmInt8, FbgemmInt8, TorchInt8, LlvmInt4, LlvmInt4Wide, OrtInt4, TorchInt4)
+Kernel = LlvmInt8 | FbgemmInt8 | TorchInt8 | LlvmInt4 | LlvmInt4Wide | OrtInt4 | TorchInt4
+KERNELS: tuple[type[Kernel], ...] = (LlvmInt8, FbgemmInt8, TorchInt8, LlvmInt4, LlvmInt4Wide, OrtInt4, TorchInt4)
 """The candidates for packed weights; of each format, the rounding that exact mode wants most comes first."""
 
 
