@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -70,9 +71,9 @@ class KernelChoice:
         times = self.times(weights, (shape[0], math.prod(shape[1:]) * (2 if is_int4 else 1) - num_copies))
         kernels = {kernel.name: kernel for kernel in KERNELS}
         refusals: list[str] = []
-        names = sorted(times, key=lambda name: math.prod(times[name]))
-        names += [name for name, kernel in kernels.items() if _serves(kernel, weights) and name not in times]
-        for name in names:
+        measured = sorted(times, key=lambda name: math.prod(times[name]))
+        others = (name for name, kernel in kernels.items() if name not in times and _serves(kernel, weights))
+        for name in chain(measured, others):
             try:
                 return kernels[name](file, role, exact=self._exact)
             except RuntimeError as error:

@@ -275,8 +275,8 @@ def part_width(f: Function, num_in: Value, columns: int) -> Value:
 def with_dot_products(f: Function, total: Value, levels: Value, others: Value, features: frozenset[str]) -> Value:
     """Return a vector of i32 to which each lane's four products of bytes are added.
 
-    levels, others: vectors as large as ``total``. ``others`` have a sign, and of each pair of neighbours their sizes
-    add to 128 at most; of ``levels`` see zero_level. Without instructions for it, it is slow.
+    levels, others: vectors as large as ``total``. ``others`` have a sign; of ``levels`` see zero_level. With AVX2 alone
+    a vector has 256 bits, and the sizes of two neighbours in ``others`` add to 128 at most. With less, it is slow.
     """
     b = f.b
     kind = total.type
@@ -292,7 +292,7 @@ def with_dot_products(f: Function, total: Value, levels: Value, others: Value, f
             part = f.pick(total, range(i, i + 4))
             parts.append(f.call("llvm.aarch64.neon.sdot.v4i32.v16i8", part.type, part, *sides))
         return f.joined(parts)
-    if "avx2" in features and kind.count == 8:
+    if "avx2" in features:
         shorts = vector(SHORT, 2 * kind.count)
         pairs = f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, levels, others)  # 16 bits hold 255 * 128
         return b.add(total, f.call("llvm.x86.avx2.pmadd.wd", kind, pairs, splat(SHORT, 2 * kind.count, 1)))
