@@ -23,6 +23,7 @@ from mdiq.engine.checkpoint_files import (
     read_note,
 )
 from mdiq.engine.families import GGUF_NAMES, LLAMA
+from mdiq.engine.gguf_blocks import Blocks
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.engine.model_config import ModelConfig, config_from_gguf, config_from_hf
 from mdiq.errors import ModelError
@@ -149,6 +150,45 @@ class Checkpoint:
             return self._source.read(_ROPE_FACTORS)
         return None
 
+    def layer_kinds(self) -> frozenset[str]:
+        """Return the types of all Layers' matrices, as the files call them."""
+        parts = [part for rows in self._parts().values() for part in rows]
+        names = [self._name(part, i, "weight") for i in range(self.config.num_layers) for part in parts]
+        return frozenset(self._source.kind(name) for name in names if self._source.has(name))
+
+    def layer_blocks(self, i: int) -> dict[str, list[tuple[int, Blocks | None]]]:
+        """Return what Layer ``i``'s matrices are stacked of, by the roles of LayerTensors, as it is stored.
+
+        Each part is (its rows, its blocks of 4 bits, or None where the file has it in another type).
+        """
+        heads = {"q": self.config.num_heads, "k": self.config.num_kv_heads}
+        found: dict[str, list[tuple[int, Blocks | None]]] = {}
+        for role, parts in self._parts().items():
+            found[role] = []
+            for part, num_rows in parts.items():
+                blocks = self._source.blocks(self._name(part, i, "weight"))
+                if blocks is not None and part in heads and self.config.family.is_permuted_gguf:
+                    blocks = {name: _unpermuted(tensor, heads[part]) for name, tensor in blocks.items()}
+                found[role].append((num_rows, blocks))
+        return found
+
+    def head_blocks(self) -> Blocks | None:
+        """Return the output matrix as it is stored, where it is 4 bits and not the embedding too; else None."""
+        return None if self.config.is_tied else self._source.blocks(self._name("head", 0, "weight"))
+
+    def _parts(self) -> dict[str, dict[str, int]]:
+        """Return what a Layer's matrices are stacked of, by their role: rows by the role of each part."""
+        config, family = self.config, self.config.family
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        qkv = {"qkv": q_size + 2 * kv_size} if family.fused_qkv else {"q": q_size, "k": kv_size, "v": kv_size}
+        ups = ("gate", "up") if family.is_gated else ("up",)
+        return {
+            "qkv": qkv,
+            "o": {"o": config.hidden_size},
+            "gate_up": dict.fromkeys(ups, config.mlp_size),
+            "down": {"down": config.hidden_size},
+        }
+
     def layer(self, i: int) -> LayerTensors:
         """Return the weights of Layer ``i``.
 
@@ -156,35 +196,20 @@ class Checkpoint:
             ModelError: a tensor is missing or has another shape than the config says.
         """
         config, family = self.config, self.config.family
-        hidden, q_size, kv_size = (
-            config.hidden_size,
-            config.num_heads * config.head_dim,
-            (config.num_kv_heads * config.head_dim),
-        )
-        if family.fused_qkv:
-            qkv, qkv_bias = self._linear("qkv", i, (q_size + 2 * kv_size, hidden))
-        else:
-            parts = [
-                self._linear("q", i, (q_size, hidden), heads=config.num_heads),
-                self._linear("k", i, (kv_size, hidden), heads=config.num_kv_heads),
-                self._linear("v", i, (kv_size, hidden)),
-            ]
-            qkv, qkv_bias = _stacked(parts, self.path, i)
-        o, o_bias = self._linear("o", i, (hidden, q_size))
-        ups = [self._linear("up", i, (config.mlp_size, hidden))]
-        if family.is_gated:
-            ups.insert(0, self._linear("gate", i, (config.mlp_size, hidden)))
-        gate_up, gate_up_bias = _stacked(ups, self.path, i)
-        down, down_bias = self._linear("down", i, (hidden, config.mlp_size))
-        biases = {"qkv": qkv_bias, "o": o_bias, "gate_up": gate_up_bias, "down": down_bias}
+        widths = {"o": config.num_heads * config.head_dim, "down": config.mlp_size}
+        heads = {"q": config.num_heads, "k": config.num_kv_heads}
+        matrices: dict[str, torch.Tensor] = {}
+        biases: dict[str, torch.Tensor] = {}
+        for role, parts in self._parts().items():
+            width = widths.get(role, config.hidden_size)
+            linears = [self._linear(part, i, (rows, width), heads=heads.get(part, 0)) for part, rows in parts.items()]
+            matrices[role], bias = _stacked(linears)
+            if bias is not None:
+                biases[role] = bias
         norms: dict[str, torch.Tensor] = {}
         for role in _NORMS if family.has_qk_norm else _NORMS[:2]:
-            norms.update(self._norm(role, i, config.head_dim if role in ("q_norm", "k_norm") else hidden))
-        return LayerTensors(
-            {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down},
-            {role: bias for role, bias in biases.items() if bias is not None},
-            norms,
-        )
+            norms.update(self._norm(role, i, config.head_dim if role in ("q_norm", "k_norm") else config.hidden_size))
+        return LayerTensors(matrices, biases, norms)
 
     def _linear(
         self, role: str, i: int, shape: tuple[int, int], *, heads: int = 0
@@ -258,9 +283,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise
 
 
-def _stacked(
-    parts: list[tuple[torch.Tensor, torch.Tensor | None]], path: Path, i: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _stacked(parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return matrices on top of each other, so that one matmul serves them; likewise their biases."""
     if len(parts) == 1:
         return parts[0]

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mdiq.core.weights import PART_SUFFIX, SHA256_BYTES, Manifest, decode
+from mdiq.engine.gguf_blocks import FOUR_BITS, Blocks, take_apart
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.errors import ModelError, RemoteProtocolError
 
@@ -39,6 +40,18 @@ class Source(Protocol):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read one tensor, or the rows ``start`` to ``stop - 1`` of a matrix.
+
+        Raises:
+            ModelError: it is missing or cannot be read.
+        """
+        ...
+
+    def kind(self, name: str) -> str:
+        """Return a tensor's type, as the file calls it, without reading the tensor."""
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Return a matrix as it is stored, or None where its type is not one of FOUR_BITS.
 
         Raises:
             ModelError: it is missing or cannot be read.
@@ -97,9 +110,15 @@ class PartialSource:
         return self._source.has(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        if self.has(name) and not self._holds(name):
-            raise ModelError(f"{self._path}: tensor {name} was not fetched to this node; fetch its layer first")
+        self._check(name)
         return self._source.read(name, start, stop)
+
+    def kind(self, name: str) -> str:
+        return self._source.kind(name)
+
+    def blocks(self, name: str) -> Blocks | None:
+        self._check(name)
+        return self._source.blocks(name)
 
     def names(self) -> list[str]:
         return self._source.names()
@@ -118,6 +137,10 @@ class PartialSource:
 
     def close(self) -> None:
         self._source.close()
+
+    def _check(self, name: str) -> None:
+        if self.has(name) and not self._holds(name):
+            raise ModelError(f"{self._path}: tensor {name} was not fetched to this node; fetch its layer first")
 
     def _holds(self, name: str) -> bool:
         place, chunk_bytes = self._source.place(name), self._note.chunk_bytes
@@ -139,6 +162,14 @@ class GgufSource:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return torch.from_numpy(self._file.array(name, start, stop))
+
+    def kind(self, name: str) -> str:
+        return self._file.tensors[name].type.name
+
+    def blocks(self, name: str) -> Blocks | None:
+        if name not in self._file.tensors or self.kind(name) not in FOUR_BITS:
+            return None
+        return take_apart(self._file.stored(name), self.kind(name))
 
     def names(self) -> list[str]:
         return sorted(self._file.tensors)
@@ -190,6 +221,12 @@ class SafetensorsSource:
         if not tensor.is_floating_point():
             raise ModelError(f"{self._path}: tensor {name} is {tensor.dtype}; only floating point is supported")
         return tensor
+
+    def kind(self, name: str) -> str:
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
 
     def names(self) -> list[str]:
         return sorted(self._files)

@@ -125,6 +125,14 @@ class GgufFile:
         self._drop_pages(tensor)
         return out.reshape(shape)
 
+    def stored(self, name: str) -> np.ndarray:
+        """Return the rows of a matrix as stored: u8 [rows, bytes], a copy."""
+        tensor = self.tensors[name]
+        data = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        rows = data.reshape(tensor.shape[0], -1).copy()
+        self._drop_pages(tensor)
+        return rows
+
     def _drop_pages(self, tensor: GgufTensor) -> None:
         """Let the tensor's pages go: they would count as this process's memory until the file is closed."""
         first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE

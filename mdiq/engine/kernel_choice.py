@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 
 import mdiq
 from mdiq.engine.device import is_out_of_memory
+from mdiq.engine.gguf_blocks import BLOCK
 from mdiq.engine.kernels import KERNELS, Kernel, Linear
-from mdiq.engine.quantize import BLOCK, VERSION, PackedFile, num_hot
+from mdiq.engine.quantize import VERSION, PackedFile, num_hot
 from mdiq.errors import EngineError
 
 BATCH_CLASSES = (1, 8, 64)

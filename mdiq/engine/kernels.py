@@ -14,10 +14,11 @@ import torch
 from torch.nn import functional
 
 from mdiq.engine.device import drop_pages
+from mdiq.engine.gguf_blocks import BLOCK
 from mdiq.engine.hot_split import HotSplit
 from mdiq.engine.llvm_int4 import LlvmInt4, LlvmInt4Wide
 from mdiq.engine.llvm_int8 import LlvmInt8
-from mdiq.engine.quantize import BLOCK, PackedFile, unpack_int4
+from mdiq.engine.quantize import PackedFile, unpack_int4
 
 _LEVELS = 127  # of an activation rounded to 8 bits, above and below 0
 _ALIGNMENT = 64  # bytes: what the widest loads want

@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional
 
 from mdiq.engine.device import cpu_flags, drop_pages
+from mdiq.engine.gguf_blocks import BLOCK
 from mdiq.engine.llvm_matmul import CompiledMatmul, compiled
-from mdiq.engine.quantize import BLOCK, PackedFile
+from mdiq.engine.quantize import PackedFile
 
 
 class LlvmInt4:

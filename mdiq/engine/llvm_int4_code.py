@@ -7,6 +7,7 @@ then the ROWS scales and the ROWS offsets of their blocks, in f16. A wide vector
 
 from llvmlite import ir
 
+from mdiq.engine.gguf_blocks import BLOCK
 from mdiq.engine.llvm_code import (
     BYTE,
     FLOAT,
@@ -26,7 +27,6 @@ from mdiq.engine.llvm_code import (
     vector,
     with_dot_products,
 )
-from mdiq.engine.quantize import BLOCK
 
 ROWS = 8
 """Of the matrix, interleaved."""

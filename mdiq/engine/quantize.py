@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from mdiq.engine.checkpoint import Checkpoint
+from mdiq.engine.gguf_blocks import BLOCK, FOUR_BITS
 from mdiq.errors import ModelError
 
 FORMATS = ("int8", "int4")
-BLOCK = 32
 VERSION = 3
 """Of the files' layout."""
 _HOT_SHARE = 0.03  # copies, of a matrix's columns
@@ -39,6 +39,14 @@ _HOT_STEP = 32  # columns: what the kernels take
 _MOST_PAIR = 127.4  # steps: rounding may add 1, and 255 * 128 is the most that 16 bits hold
 _ROWS = 4_096  # of the vocabulary, packed at a time: a whole one in f32 may be larger than a layer
 _SYMMETRIC_ERROR = 1e-3  # of a scale: below it a block came from a format without offsets
+
+
+def best_format(checkpoint: Checkpoint) -> str:
+    """Return the one of FORMATS that suits a checkpoint: 4 bits where its file has matrices of 4 bits, else int8.
+
+    4 bits keep the values of such matrices, and hold the file's others in 8; see PackedModel.
+    """
+    return "int4" if FOUR_BITS & checkpoint.layer_kinds() else "int8"
 
 
 def num_hot(num_in: int, role: str) -> int:

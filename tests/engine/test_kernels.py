@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 
 import mdiq
 from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code
+from mdiq.engine.gguf_blocks import BLOCK
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
 from mdiq.engine.llvm_code import Machine, host_features
 from mdiq.engine.llvm_int4 import LlvmInt4
 from mdiq.engine.llvm_int8 import LlvmInt8
 from mdiq.engine.llvm_matmul import compiled
-from mdiq.engine.quantize import BLOCK, PackedFile, quantize_columns, quantize_int4, unpack_int4
+from mdiq.engine.quantize import PackedFile, quantize_columns, quantize_int4, unpack_int4
 from mdiq.errors import EngineError
 
 OUT, IN = 160, 192

@@ -1,14 +1,16 @@
 """Packing to 8 and 4 bits, and the files that keep it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mdiq.engine.checkpoint import open_checkpoint
+from mdiq.engine.gguf_blocks import BLOCK
 from mdiq.engine.quantize import (
-    BLOCK,
     PackedModel,
+    best_format,
     num_hot,
     quantize_columns,
     quantize_int4,
@@ -25,6 +27,23 @@ def _matrix(*shape: int) -> torch.Tensor:
 def _from_int4(nibbles: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
     blocks = (unpack_int4(nibbles).float().view(*scale.shape, BLOCK) - 8) * scale[..., None]
     return (blocks if offset is None else blocks + offset.float()[..., None]).view(scale.shape[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ({"F16"}, "int8"),
+        ({"BF16"}, "int8"),
+        ({"Q8_0"}, "int8"),
+        ({"Q5_K", "Q6_K"}, "int8"),
+        ({"Q4_K", "Q6_K"}, "int4"),
+        ({"Q5_0", "Q4_K", "Q6_K", "Q8_0"}, "int4"),  # what a file of Q4_K_M is where columns are no multiple of 256
+        ({"Q4_0"}, "int4"),
+        ({"Q4_1"}, "int4"),
+    ],
+)
+def test_the_best_format_of_a_file_follows_the_types_of_its_matrices(kinds: set[str], expected: str) -> None:
+    assert best_format(SimpleNamespace(layer_kinds=lambda: frozenset(kinds))) == expected  # type: ignore[arg-type]
 
 
 def test_int8_is_within_half_a_step_of_every_weight() -> None:
