@@ -13,7 +13,7 @@
 #   --user           for this user only, without root: ~/.local/lib/mdiq, ~/.config/mdiq, a unit of the user's systemd
 #   --prepare        only put the release beside the one that runs; nothing that runs changes
 #   --no-start       install, but start nothing
-#   --python PYTHON  Python 3.11 to 3.13 to use (default: python3)
+#   --python PYTHON  Python 3.11 to 3.14 to use (default: python3)
 #   --dry-run        say what would be done, change nothing
 #
 # Releases lie side by side: /opt/mdiq/VERSION-DIGEST, with `current` and `previous` as links to them. The digest is that
@@ -135,8 +135,10 @@ prepare() {
     say "release $release is there already"
     return
   fi
-  "$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null ||
-    die "$python is not Python 3.11 to 3.13 with venv; on Debian: apt install python3-venv, or give --python"
+  # -I: nothing from the working directory, where it may run as root.
+  "$python" -I -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null ||
+    die "$python is not Python 3.11 to 3.14 with venv ($("$python" --version 2>&1 | head -n 1)); on Debian: apt install" \
+      "python3-venv, or name another with --python"
   say "installs release $release in $home; this takes some minutes on a small device"
   run mkdir -p "$home"
   local free_kb
@@ -144,7 +146,7 @@ prepare() {
   [ "${free_kb:-2000000}" -ge 2000000 ] ||
     status=1 die "$home: $((free_kb / 1024)) MB are free, and a release needs 2000; make room"
   run rm -rf "${home:?}/$release"
-  run "$python" -m venv "$home/$release"
+  run "$python" -I -m venv "$home/$release"
   run "$home/$release/bin/pip" install --quiet --disable-pip-version-check --no-input "${source[@]}"
   run "$home/$release/bin/mdiq" --version
   run mkdir -p "$home/$release/nodes"

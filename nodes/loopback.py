@@ -42,7 +42,7 @@ if not __package__:  # run as a file: its neighbours lie in nodes/
 from nodes.networks import SPACE, Link, Namespaces, NoNamespacesError, Plain
 
 HERE = Path(__file__).resolve().parent
-MDIQ = (sys.executable, "-m", "mdiq")
+MDIQ = (sys.executable, "-P", "-m", "mdiq")
 STARTER = 'mdiq run --topology {topology} "Why is the sky blue?"'
 LINK = "FROM:TO,delay=20ms,bandwidth=10mbit,jitter=5ms"
 STOP_S = 20.0
@@ -239,7 +239,7 @@ class LoopbackRing:
 
     def _start_capture(self, file: Path) -> None:
         inside, arguments = self._network.capture()
-        command = [*inside, *_DIES_WITH_US, sys.executable, str(HERE / "capture.py"), str(file), *arguments]
+        command = [*inside, *_DIES_WITH_US, sys.executable, "-P", str(HERE / "capture.py"), str(file), *arguments]
         self._capturing = process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )

@@ -101,7 +101,7 @@ class Namespaces:
             ],
         )
         endpoints = json.dumps([[receiver, port] for port in ports])
-        command = [*self._enter(place), sys.executable, "-S", "-c", _LISTEN_AND_BECOME, endpoints]
+        command = [*self._enter(place), sys.executable, "-P", "-S", "-c", _LISTEN_AND_BECOME, endpoints]
         # It is in the user namespace already.
         command += ["nsenter", "--target", str(self._hub.pid), "--net", "--"]
         return command, [[f"tcp://{receiver}:{port}", i] for i, port in enumerate(ports, _FIRST_LISTENER)]

@@ -44,6 +44,21 @@ MOST_ERROR_LINES = 12
 _CHUNK_BYTES = 256 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What decides which wheels a device can use: its machine ("x86_64", "aarch64") and its Python ("3.11")."""
+
+    machine: str
+    python: str
+
+    def takes(self, wheel: Path) -> bool:
+        """Tell whether the wheel is for such a device."""
+        _, abi, place = wheel.stem.rsplit("-", 2)
+        # cp311 is for that Python alone; abi3 and none are for later ones too.
+        is_for_python = not abi.startswith("cp") or abi == f"cp{self.python.replace('.', '')}"
+        return is_for_python and place.endswith(("any", f"_{self.machine}"))
+
+
 @dataclass(slots=True)
 class Plan:
     """What the run is to do, and what it has learnt."""
@@ -54,7 +69,7 @@ class Plan:
     ready_within_s: float
     prepare_within_s: float
     is_dry: bool
-    machines: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
 
 
 def say(device: str, stage: str, text: str) -> None:
@@ -101,18 +116,19 @@ def check_keys(devices: Iterable[Device]) -> None:
             raise ProvisionError(f"{device.key}: others may read it; run: chmod 600 {device.key}", code=2)
 
 
-def wheels_for(folder: Path, machine: str) -> list[Path]:
-    """Return the wheels of a folder that a machine ("x86_64", "aarch64") can use.
+def wheels_for(folder: Path, kind: Kind) -> list[Path]:
+    """Return the wheels of a folder that such a device can use.
 
     Raises:
-        ProvisionError: there is no wheel of mdiq, or none of torch for that machine.
+        ProvisionError: there is no wheel of mdiq, or none of torch for it.
     """
-    wheels = sorted(folder.glob("*.whl"))
-    fitting = [wheel for wheel in wheels if wheel.stem.endswith(("-any", f"_{machine}"))]
+    fitting = [wheel for wheel in sorted(folder.glob("*.whl")) if kind.takes(wheel)]
     for needed in ("mdiq", "torch"):
         if not any(wheel.name.startswith(f"{needed}-") for wheel in fitting):
             raise ProvisionError(
-                f"{folder}: no wheel of {needed} for {machine}; nodes/README.md says how to fill the folder", code=2
+                f"{folder}: no wheel of {needed} for {kind.machine} with Python {kind.python}; run: "
+                f"python nodes/wheels.py --machine {kind.machine} --python {kind.python} --wheels {folder}",
+                code=2,
             )
     return fitting
 
@@ -122,9 +138,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_to_push(plan: Plan, machine: str) -> dict[str, Path]:
-    """Return name below PUSHED -> file here, of all that a device of that machine needs but its key."""
-    files = {f"wheels/{wheel.name}": wheel for wheel in wheels_for(plan.wheels, machine)}
+def files_to_push(plan: Plan, kind: Kind) -> dict[str, Path]:
+    """Return name below PUSHED -> file here, of all that a device of that kind needs but its key."""
+    files = {f"wheels/{wheel.name}": wheel for wheel in wheels_for(plan.wheels, kind)}
     for script in [HERE / "install.sh", HERE / "README.md", *sorted((HERE / "systemd").iterdir())]:
         files[f"nodes/{script.relative_to(HERE)}"] = script
     files["topology.yaml"] = plan.topology
@@ -135,23 +151,25 @@ def files_to_push(plan: Plan, machine: str) -> dict[str, Path]:
 
 
 async def reach(plan: Plan, device: Device) -> str:
-    """See that the device answers and can run mdiq; learn its machine."""
+    """See that the device answers and can run mdiq; learn its kind."""
     answer = await plan.ssh.run(
         device,
-        "uname -m && systemctl --version | head -n 1 && tar --version >/dev/null && "
-        "python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' || "
-        "{ echo 'needs systemd, tar and python3 >= 3.11 with venv: apt install python3-venv' >&2; exit 1; }",
+        "uname -m && python3 -I -c 'import sys; print(*sys.version_info[:2], sep=\".\")' && "
+        "systemctl --version | head -n 1 && tar --version >/dev/null && "
+        "python3 -I -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || "
+        '{ echo "needs systemd, tar and Python 3.11 to 3.14 with venv: apt install python3-venv; it has" '
+        '"$(python3 --version 2>&1)" >&2; exit 1; }',
         timeout_s=SHORT_STAGE_S,
     )
-    machine, systemd = answer.splitlines()[:2]
-    plan.machines[device.name] = machine
-    wheels_for(plan.wheels, machine)
-    return f"{device.address}: {machine}, {' '.join(systemd.split()[:2])}"
+    machine, python, systemd = answer.splitlines()[:3]
+    plan.kinds[device.name] = kind = Kind(machine, python)
+    wheels_for(plan.wheels, kind)
+    return f"{device.address}: {machine}, Python {python}, {' '.join(systemd.split()[:2])}"
 
 
 async def push(plan: Plan, device: Device) -> str:
     """Send the files that the device does not have yet, by digest, and remove wheels that are no longer wanted."""
-    files = files_to_push(plan, plan.machines[device.name])
+    files = files_to_push(plan, plan.kinds[device.name])
     wanted = {name: await asyncio.to_thread(_sha256, path) for name, path in files.items()}
     there = await _digests_there(plan, device)
     missing = [name for name in files if there.get(name) != wanted[name]]

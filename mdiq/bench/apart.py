@@ -46,7 +46,7 @@ class RingsApart:
             children = []
             for i in range(rings):
                 child = await asyncio.create_subprocess_exec(
-                    *(sys.executable, *self.program),
+                    *(sys.executable, "-P", *self.program),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.PIPE,

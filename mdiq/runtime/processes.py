@@ -95,7 +95,7 @@ class ProcessStages(SocketStages):
 
     async def _spawn(self, node: NodeId, i: int, control_endpoint: str) -> asyncio.subprocess.Process:
         options = self._options
-        command = [sys.executable, "-m", "mdiq", "node", "--name", node, "--control", control_endpoint]
+        command = [sys.executable, "-P", "-m", "mdiq", "node", "--name", node, "--control", control_endpoint]
         command += ["--listen", _listen(options, i), "--threads", str(options.threads), "--stdin-key"]
         command += ["--log-level", options.log_level]
         if options.pin:

@@ -186,7 +186,7 @@ class RelayProcess:
             TransportError: the process does not come up.
         """
         child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "mdiq", "relay", "--link", str(shape)),
+            *(sys.executable, "-P", "-m", "mdiq", "relay", "--link", str(shape)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,

@@ -2,7 +2,9 @@
 
 import difflib
 import os
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -225,3 +227,12 @@ def test_a_file_that_cannot_be_written_leaves_the_keys_for_the_next_run(
     made = {path.name: path.read_bytes() for path in (file.parent / "keys").iterdir()}
     keys(file)
     assert {path.name: path.read_bytes() for path in (file.parent / "keys").iterdir()} == made
+
+
+def test_private_keys_made_in_a_checkout_are_ignored_by_git() -> None:
+    root = Path(__file__).parent.parent.parent
+    if shutil.which("git") is None or not (root / ".git").exists():
+        pytest.skip("this is no checkout that git knows")
+    made = ["keys/pi1.key", "configs/keys/pi1.key", "ring/keys/desk.key"]
+    done = subprocess.run(["git", "check-ignore", "--no-index", *made], cwd=root, capture_output=True, text=True)
+    assert done.stdout.split() == made

@@ -128,9 +128,7 @@ def shelf() -> Iterator[Shelf]:
 
 def build_wheels(folder: Path) -> Path:
     """Fill a folder with all wheels of a device, as nodes/README.md says."""
-    pip = [sys.executable, "-m", "pip"]
-    must(run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, timeout=UP_S))
-    must(run(*pip, "download", "--quiet", "--dest", folder, *folder.glob("mdiq-*.whl"), timeout=UP_S))
+    must(run(sys.executable, ROOT / "nodes" / "wheels.py", "--python", "3.11", "--wheels", folder, timeout=UP_S))
     return folder
 
 

@@ -37,7 +37,7 @@ AS_ROOT = f"CREDENTIALS_DIRECTORY=/etc/mdiq MDIQ_CACHE=/root/cache {MDIQ}"
 # Not in minutes' reach of a test: wheels for other machines, a journal that is followed for ever. The others have tests
 # of their own: test_bring_up.py, tests/nodes.
 NOT_TYPED = (
-    "pip download -d wheels --only-binary",
+    "pip install -q",
     "ssh root@192.168.1.11 journalctl -u mdiq-node -f",
     "python nodes/provision.py topology.yaml --rollback",
     "python nodes/loopback.py",
@@ -226,8 +226,9 @@ def test_the_starters_device_gets_the_model(guide: Guide, shelf: Shelf) -> None:
 
 
 def test_a_folder_of_wheels_is_filled(guide: Guide) -> None:
-    must(guide.type("pip wheel", on_network=False))
-    must(guide.type("pip download -d wheels wheels/mdiq", on_network=False))
+    must(guide.type("python nodes/wheels.py --python 3.11", on_network=False))
+    for_pis = must(guide.type("python nodes/wheels.py --machine aarch64", on_network=False))
+    assert "wheels for aarch64, Python 3.11" in for_pis
     assert list((guide.folder / "wheels").glob("torch-*.whl"))
 
 

@@ -38,7 +38,7 @@ class Finished:
 
 
 def mdiq_command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "mdiq", *map(str, arguments)]
+    return [sys.executable, "-P", "-m", "mdiq", *map(str, arguments)]
 
 
 def run_mdiq(*arguments: str | Path, timeout: float = 600, env: Mapping[str, str] | None = None) -> Finished:

@@ -95,6 +95,26 @@ def test_bad_usage_is_refused_with_advice(
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_python_that_is_too_old_or_new_is_named(wheels: Path, tmp_path: Path) -> None:
+    old = tmp_path / "python3.10"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.10.2 || exit 1\n')
+    old.chmod(0o755)
+    done = install("--user", "--name", "pi1", "--wheels", wheels, "--python", old, "--dry-run", home=tmp_path)
+    assert done.returncode == 2
+    assert "3.11 to 3.14" in done.stderr and "Python 3.10.2" in done.stderr
+
+
+def test_nothing_in_the_working_directory_is_executed(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "venv.py").write_text("open('executed', 'w').close()")
+    monkeypatch.chdir(tmp_path / "work")
+    done = install("--user", "--name", "pi1", "--wheels", wheels, "--dry-run", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "work" / "executed").exists()
+
+
 def test_two_wheels_of_mdiq_are_refused(wheels: Path, tmp_path: Path) -> None:
     (wheels / "mdiq-1.2.4-py3-none-any.whl").touch()
     done = install("--user", "--name", "pi1", "--wheels", wheels, "--dry-run", home=tmp_path)

@@ -31,7 +31,7 @@ for stage, text, code in broken.get(address, []):
         sys.stderr.write(text)
         sys.exit(code)
 if "uname" in remote:
-    print("x86_64\\nsystemd 252 (252.1)")
+    print("x86_64\\n3.11\\nsystemd 252 (252.1)")
 elif "sha256sum" in remote:
     state = {state!r} + address
     print(open(state).read() if os.path.exists(state) else "", end="")
@@ -281,7 +281,26 @@ def test_a_key_that_is_missing_or_readable_by_others_stops_the_run_before_it_beg
 
 def test_wheels_that_lack_torch_for_a_machine_are_refused(world: World) -> None:
     with pytest.raises(ProvisionError, match="no wheel of torch for riscv64"):
-        provision.wheels_for(world.folder / "wheels", "riscv64")
+        provision.wheels_for(world.folder / "wheels", provision.Kind("riscv64", "3.11"))
+
+
+def test_wheels_for_another_python_are_refused_with_the_command_that_fetches_its_own(world: World) -> None:
+    with pytest.raises(ProvisionError, match="run: python nodes/wheels.py --machine aarch64 --python 3.13"):
+        provision.wheels_for(world.folder / "wheels", provision.Kind("aarch64", "3.13"))
+
+
+@pytest.mark.parametrize(
+    ("wheel", "fits"),
+    [
+        ("numpy-2.4.6-cp311-cp311-manylinux_2_27_aarch64.manylinux_2_28_aarch64", True),
+        ("numpy-2.4.6-cp313-cp313-manylinux_2_27_aarch64.manylinux_2_28_aarch64", False),
+        ("numpy-2.4.6-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64", False),
+        ("tokenizers-0.23.3-cp310-abi3-manylinux_2_17_aarch64.manylinux2014_aarch64", True),
+        ("jinja2-3.1.6-py3-none-any", True),
+    ],
+)
+def test_a_device_takes_wheels_of_its_kind(wheel: str, fits: bool) -> None:
+    assert provision.Kind("aarch64", "3.11").takes(Path(f"{wheel}.whl")) == fits
 
 
 async def test_a_command_that_hangs_is_ended_at_its_limit(world: World) -> None:
