@@ -46,7 +46,7 @@ async def _measured(spec: dict[str, Any]) -> dict[str, Any]:
         **spec["options"],
     )
     load = Load(**spec["load"])
-    warm_up = Load(load.users, load.prompt_tokens, WARM_UP_TOKENS, load.seed + 1)
+    warm_up = Load(load.users, load.prompt_tokens, WARM_UP_TOKENS, load.seed + 1, load.temperature)
     async with LocalRing(options) as ring:
         await run_load(ring, warm_up, spec["vocab_size"], 0)
         sys.stdout.write(READY)

@@ -122,6 +122,7 @@ class Bench:
     """A whole measurement.
 
     peer_cells: empty without a peer. apart_cells: empty where rings apart are not wanted.
+    temperature: of the users' requests; 0 is greedy.
     rest_s: how long after a Load every Node has reported.
     progress: told what runs now.
     """
@@ -137,6 +138,7 @@ class Bench:
     run_peer: RunPeer | None = None
     apart_cells: Sequence[ApartCell] = ()
     run_apart: RunApart | None = None
+    temperature: float = 0.0
     progress: Callable[[str], None] = lambda _: None
 
     async def run(self) -> Measurements:
@@ -171,7 +173,8 @@ class Bench:
     async def _measure_ring(self, ring: LoadedRing, cells: Sequence[Cell], where: str, result: Measurements) -> None:
         index = 0
         # The largest Load once, shortly: memory that a first forward of that size takes is taken then.
-        warm_up = Load(max(c.users for c in cells), max(c.prompt_tokens for c in cells), WARM_UP_TOKENS, self.seed + 1)
+        users, prompt_tokens = max(c.users for c in cells), max(c.prompt_tokens for c in cells)
+        warm_up = Load(users, prompt_tokens, WARM_UP_TOKENS, self.seed + 1, self.temperature)
         await run_load(ring, warm_up, self.vocab_size, index)
         index += warm_up.users
         # The Starter's own figures are never old.
@@ -189,7 +192,7 @@ class Bench:
             result.cells.setdefault(cell, []).append(run)
 
     def _load(self, users: int, prompt_tokens: int) -> Load:
-        return Load(users, prompt_tokens, self.answer_tokens, self.seed)
+        return Load(users, prompt_tokens, self.answer_tokens, self.seed, self.temperature)
 
 
 async def run_load(ring: LoadedRing, load: Load, vocab_size: int, first_index: int) -> list[UserTimes]:
@@ -200,9 +203,14 @@ async def run_load(ring: LoadedRing, load: Load, vocab_size: int, first_index: i
     Raises:
         MdiqError: the ring failed a user.
     """
-    params = SamplingParams(max_tokens=load.answer_tokens, ignore_eos=True)
     sequences = [
-        TokenSequence(first_index + user, prompt, params) for user, prompt in enumerate(load.prompts(vocab_size))
+        TokenSequence(
+            first_index + user,
+            prompt,
+            # A seed each, as users have: the same draws for all would make their answers alike.
+            SamplingParams(load.answer_tokens, load.temperature, ignore_eos=True, seed=load.seed + user),
+        )
+        for user, prompt in enumerate(load.prompts(vocab_size))
     ]
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_ask(ring, sequence), name=f"user-{sequence.index}") for sequence in sequences]

@@ -14,12 +14,16 @@ FIRST_TOKEN = 3  # the first ids are control tokens in most vocabularies
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """``users`` prompts that are asked at once, each answered with exactly ``answer_tokens`` tokens."""
+    """``users`` prompts that are asked at once, each answered with exactly ``answer_tokens`` tokens.
+
+    temperature: of the draws; 0 is greedy.
+    """
 
     users: int
     prompt_tokens: int
     answer_tokens: int
     seed: int = 0
+    temperature: float = 0.0
 
     def prompts(self, vocab_size: int) -> tuple[tuple[int, ...], ...]:
         """Return one prompt a user; they differ from their first token on, so that no cache can share them."""

@@ -65,6 +65,7 @@ class BenchOptions:
     peer_python: str | None
     peer_threads: str | None
     seed: int
+    temperature: float
     json_file: Path | None
     plot: Path | None
     log_level: str
@@ -104,6 +105,7 @@ def execute(options: BenchOptions) -> int:
         "answer_tokens": options.answer_tokens,
         "repeats": options.repeats,
         "seed": options.seed,
+        "temperature": options.temperature,
         "peer": options.peer,
     }
     report = make_report(measured, machine=_machine(), settings=settings)
@@ -166,6 +168,7 @@ def _bench(
         answer_tokens=options.answer_tokens,
         repeats=options.repeats,
         seed=options.seed,
+        temperature=options.temperature,
         vocab_size=config.vocab_size,
         rest_s=REST_S,
         open_ring=lambda nodes, link: LocalRing(of_ring(nodes, link)),
@@ -233,6 +236,8 @@ def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
         raise ConfigError(f"--json {options.json_file}: there is no such directory; make it first")
     if options.peer is not None and options.peer != "llama-cpp":
         raise ConfigError(f"--peer {options.peer}: no such peer; known is llama-cpp")
+    if options.peer is not None and options.temperature:
+        raise ConfigError("--temperature: the peer answers greedily only; leave --temperature or --peer out")
     if options.peer is None and (options.peer_python is not None or options.peer_threads is not None):
         raise ConfigError("mdiq bench: --peer-python and --peer-threads go with --peer llama-cpp; add it")
 

@@ -251,7 +251,8 @@ def bench(
     peer_threads: Annotated[
         str | None, typer.Option(help="Threads of the peer, with commas between. [default: those of each ring]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts, and of the draws.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of the draws; 0 is greedy.")] = 0.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything there as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write plots into this directory, SVG and PNG.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
@@ -285,6 +286,7 @@ def bench(
         peer_python=peer_python,
         peer_threads=peer_threads,
         seed=seed,
+        temperature=temperature,
         json_file=json_file,
         plot=plot,
         log_level=log_level.value,

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import torch
 
 from mdiq.core.frame import Batch, Segment, TokenIds
+from mdiq.core.sequence import SamplingParams
 from mdiq.core.types import Epoch, SeqId
 from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.runner import StageRunner
+from mdiq.engine.sampler import SampleRow, sample
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
@@ -25,6 +27,8 @@ PACKING_SIZES = (1, 8, 64)
 REPEATS = 3
 ENOUGH_S = 1.0  # larger sizes are left out when a forward takes as long: the curve's last line goes on
 SUSTAINED_S = 0.3  # several periods of a control group's quota
+_DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(DECODE_SIZES))]
+"""As clients ask that leave the API's defaults as they are; greedy ones take a little less."""
 MOST_S = 0.25  # a size is not repeated when its forwards have taken as long: a long one varies little
 
 
@@ -60,14 +64,14 @@ def measure_cost(runner: StageRunner, *, least_s: float = 0.0) -> StageCost:
 
 
 def measure_head(runner: StageRunner, *, least_s: float = 0.0) -> Curve:
-    """Return the seconds of the head by rows; the Starter's alone. least_s: as for measure_cost."""
+    """Return the seconds of the Starter's head and draws, by rows. least_s: as for measure_cost."""
     row = TensorRows(torch.zeros(1, runner.config.hidden_size))
 
     def seconds(size: int) -> float:
         times: list[float] = []
         while len(times) <= REPEATS or sum(times) < least_s:
             start_s = time.perf_counter()
-            runner.logits([row] * size)
+            _draw(runner.logits([row] * size))
             times.append(time.perf_counter() - start_s)
         return statistics.fmean(times[1:]) if least_s else statistics.median(times[1:])
 
@@ -131,8 +135,14 @@ def _forward_s(runner: StageRunner, batch: Batch) -> float:
         # The head is the Starter's too: a row of every Segment goes there.
         stops = [sum(s.length for s in batch.segments[: j + 1]) for j in range(len(batch.segments))]
         last = output.num_rows == len(batch.segments)
-        runner.logits([output.rows(j, j + 1) if last else output.rows(s - 1, s) for j, s in enumerate(stops)])
+        rows = [output.rows(j, j + 1) if last else output.rows(s - 1, s) for j, s in enumerate(stops)]
+        _draw(runner.logits(rows))
     return time.perf_counter() - start_s
+
+
+def _draw(logits: torch.Tensor) -> None:
+    # What they are does not change the time, but a cache that holds anything may make them NaN.
+    sample(torch.zeros_like(logits), _DRAWS[: len(logits)])
 
 
 def _batch(runner: StageRunner, num_segments: int, length: int, start: int, *, seq_id: int = 0) -> Batch:

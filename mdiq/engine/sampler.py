@@ -4,14 +4,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import EngineError
 
-# Below these f32 logits overflow, and a row of infinities draws nothing: all users' tokens are drawn in one call.
-LEAST_TEMPERATURE = 1e-200  # greedy long before
+# A smaller one would make infinities of f32 logits; greedy long before.
+LEAST_TEMPERATURE = 1e-30
 LEAST_PENALTY = 1e-30
+_BLOCK = 128  # probabilities that are summed together before one of them is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     Raises:
         EngineError: a row holds NaN, or no finite number at all.
     """
-    # One pass finds NaN and infinity: the largest logit of a sound row is finite.
-    best, tokens = logits.max(dim=-1)
-    if not bool(torch.isfinite(best).all()):
+    # numpy finds the largest of 150,000 logits in a twentieth of the time that torch takes; a NaN counts as largest.
+    tokens = [int(values.argmax()) for values in logits.numpy()]
+    if not bool(torch.isfinite(logits[range(len(rows)), tokens]).all()):
         raise EngineError("the logits are not numbers; the weights are damaged, or bf16 overflowed: try --dtype f32")
-    picked = tokens.tolist()
     for i, row in enumerate(rows):
         if row.params.temperature > 0 or row.params.repetition_penalty != 1.0:
-            picked[i] = _sample_row(logits[i], row)
-    return picked
+            tokens[i] = _sample_row(logits[i], row)
+    return tokens
 
 
 def uniform(seed: int, position: int) -> float:
@@ -55,24 +56,75 @@ def _sample_row(logits: torch.Tensor, row: SampleRow) -> int:
     if params.repetition_penalty != 1.0 and row.history:
         logits = _penalized(logits, row.history, params.repetition_penalty)
     if params.temperature == 0:
-        return int(logits.argmax())
-    # f64: a small temperature must not overflow, and sums of many small probabilities must not drift.
-    logits = logits.double() / max(params.temperature, LEAST_TEMPERATURE)
+        return int(logits.numpy().argmax())
+    ids: np.ndarray | None = None  # those of the tokens that are left, where they are not all
     if 0 < params.top_k < logits.numel():
-        ordered, ids = logits.topk(params.top_k)
-    else:
-        ordered, ids = logits.sort(descending=True, stable=True)
-    probabilities = torch.softmax(ordered, dim=-1)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
+        ids = _largest(logits, params.top_k)
+        logits = logits[ids]
+    if params.temperature != 1:
+        # The largest is taken away first: it must stay finite.
+        logits = (logits - logits.amax()) / max(params.temperature, LEAST_TEMPERATURE)
+    probabilities: np.ndarray = torch.softmax(logits, dim=-1).numpy()
     if params.top_p < 1:
-        # A token stays while those before it fall short of top_p: the one that reaches it included.
-        keep &= probabilities.cumsum(0) - probabilities < params.top_p
+        probabilities = _nucleus(probabilities, params.top_p)
     if params.min_p > 0:
-        keep &= probabilities >= params.min_p * probabilities[0]
-    cumulative = torch.where(keep, probabilities, 0.0).cumsum(0)
-    draw = uniform(params.seed, row.position) * float(cumulative[-1])
-    chosen = int(torch.searchsorted(cumulative, draw, right=True))
-    return int(ids[min(chosen, int(keep.nonzero()[-1]))])
+        least = np.float32(params.min_p) * probabilities.max()
+        probabilities = np.where(probabilities < least, np.float32(0), probabilities)
+    chosen = _draw(probabilities, uniform(params.seed, row.position))
+    return chosen if ids is None else int(ids[chosen])
+
+
+def _largest(logits: torch.Tensor, count: int) -> np.ndarray:
+    """Return the ids of the ``count`` largest logits, the largest first; of equal ones the lower ids."""
+    # Each of the count blocks with the largest maxima holds one that is as large as the least of these maxima.
+    num_blocks = len(logits) // _BLOCK
+    candidates = np.arange(len(logits))
+    if count <= num_blocks:
+        maxima = logits[: num_blocks * _BLOCK].view(num_blocks, _BLOCK).amax(1).numpy()
+        candidates = np.flatnonzero(logits.numpy() >= np.partition(maxima, -count)[-count])
+    return candidates[np.argsort(-logits.numpy()[candidates], kind="stable")[:count]]
+
+
+def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """Return probabilities without those of the tokens that are not needed to reach ``top_p``, the most likely first.
+
+    See Holtzman et al. 2020, 3.1. The token that reaches it stays.
+    """
+    # All below any token of the nucleus, with it, weigh over 1 - top_p: so it has more than its share of that. Half of
+    # it, since the sum is 1 only nearly.
+    ids = np.flatnonzero(probabilities >= np.float32((1 - top_p) / len(probabilities) / 2))
+    left = probabilities[ids]
+    # No order of all is needed: positive floats lie in the order of their bits, and one of the classes that the upper
+    # bits make holds the token that reaches top_p. In it alone order counts.
+    classes = left.view(np.int32) >> 16
+    weights = np.bincount(classes, weights=left)[::-1].cumsum()
+    last = len(weights) - 1 - min(int(np.searchsorted(weights, top_p)), len(weights) - 1)
+    in_last = np.flatnonzero(classes == last)
+    in_last = in_last[np.argsort(-left[in_last], kind="stable")]
+    above = left[classes > last].sum(dtype=np.float64)
+    num_needed = int(np.searchsorted(above + left[in_last].cumsum(dtype=np.float64), top_p)) + 1
+    kept = np.concatenate((np.flatnonzero(classes > last), in_last[:num_needed]))
+    nucleus = np.zeros_like(probabilities)
+    nucleus[ids[kept]] = left[kept]
+    return nucleus
+
+
+def _draw(weights: np.ndarray, share: float) -> int:
+    """Return the index at which the sum of ``weights`` exceeds ``share``, in [0, 1), of the sum of all."""
+    whole = len(weights) // _BLOCK * _BLOCK
+    blocks = torch.from_numpy(weights[:whole]).view(-1, _BLOCK).sum(1).numpy()  # numpy takes three times as long
+    if whole < len(weights):
+        blocks = np.append(blocks, weights[whole:].sum())
+    before = np.append(0.0, blocks.cumsum(dtype=np.float64))
+    target = share * before[-1]
+    block = _first_over(before[1:], target)
+    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    return block * _BLOCK + _first_over(inside, target - before[block])
+
+
+def _first_over(cumulative: np.ndarray, target: float) -> int:
+    """Return the first index whose sum is over ``target``, or where rounding left none, the last that adds to it."""
+    return int(min(np.searchsorted(cumulative, target, side="right"), np.searchsorted(cumulative, cumulative[-1])))
 
 
 def _penalized(logits: torch.Tensor, history: Sequence[int], penalty: float) -> torch.Tensor:

@@ -19,7 +19,17 @@ async def test_every_user_asks_once_and_gets_all_tokens() -> None:
     assert [user.tokens_s for user in users] == [(1e9, 1e9 + 1, 1e9 + 2, 1e9 + 3)] * 3
     assert [sequence.index for sequence in ring.asked] == [7, 8, 9]
     assert [sequence.prompt for sequence in ring.asked] == list(Load(3, 5, 4).prompts(100))
-    assert all(sequence.params.ignore_eos for sequence in ring.asked)
+    assert all(sequence.params.ignore_eos and sequence.params.temperature == 0 for sequence in ring.asked)
+
+
+async def test_users_who_draw_have_a_seed_each() -> None:
+    async with FakeRing(1) as ring:
+        await run_load(ring, Load(3, 5, 4, seed=10, temperature=0.7), 100, first_index=0)
+    assert [(sequence.params.temperature, sequence.params.seed) for sequence in ring.asked] == [
+        (0.7, 10),
+        (0.7, 11),
+        (0.7, 12),
+    ]
 
 
 async def test_an_answer_that_is_too_short_is_an_error() -> None:

@@ -1,12 +1,16 @@
 """What is measured of a Stage has the shape that the plan needs. How long anything takes is not asserted."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from mdiq.core.types import LayerRange
-from mdiq.engine.measure import DECODE_SIZES, PROMPT_SIZES, measure_cost
+from mdiq.engine import measure
+from mdiq.engine.measure import DECODE_SIZES, PROMPT_SIZES, measure_cost, measure_head
 from mdiq.engine.runner import StageRunner
+from mdiq.engine.sampler import SampleRow
 from tests.engine.tiny_models import make_model
 
 
@@ -34,3 +38,30 @@ def test_a_stage_is_measured_at_every_size_that_its_cache_and_the_context_allow(
     assert tuple(size for size, _ in cost.prompt.points) == prompt_sizes
     assert min(seconds for curve in (cost.decode, cost.prompt) for _, seconds in curve.points) > 0
     assert runner.kv_tokens_in_use == 0
+
+
+def test_the_cost_of_the_head_counts_draws_at_the_temperature_that_clients_leave_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama-gqa-tied").save_pretrained(tmp_path)
+    runner = StageRunner.load(
+        tmp_path,
+        LayerRange(0, 2),
+        is_last=True,
+        owns_embedding_and_head=True,
+        dtype="f32",
+        device="cpu",
+        kv_tokens=64,
+    )
+    drawn: list[tuple[int, float]] = []
+
+    def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        drawn.extend((len(logits), row.params.temperature) for row in rows[:1])
+        return [0] * len(rows)
+
+    monkeypatch.setattr(measure, "sample", sample)
+    measure_head(runner)
+    assert set(drawn) == {(size, 1.0) for size in DECODE_SIZES}
+    drawn.clear()
+    measure_cost(runner)
+    assert {size for size, _ in drawn} == {1, 2}

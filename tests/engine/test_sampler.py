@@ -1,7 +1,9 @@
 """The sampler: greedy, filters, penalties, and draws that depend on (seed, position) alone."""
 
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -61,6 +63,74 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 )
 def test_filters_keep_what_they_say(params: dict[str, float], allowed: set[int]) -> None:
     assert set(_draws({"temperature": 1.0, **params})) == allowed
+
+
+def _kept(probabilities: np.ndarray, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    """Return what the filters leave, by sorting all: top_k, then the nucleus of what is left, then min_p."""
+    order = np.argsort(-probabilities, kind="stable")[: top_k or len(probabilities)]
+    wide = probabilities[order].astype(np.float64) / probabilities[order].sum(dtype=np.float64)
+    order = order[(wide.cumsum() - wide < top_p) & (wide >= min_p * wide[0])]
+    kept = np.zeros(len(probabilities))
+    kept[order] = probabilities[order]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 128, 1_000, 151_936])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_k": 40},
+        {"top_p": 0.95},
+        {"top_p": 0.999999},
+        {"top_k": 500, "top_p": 0.3},
+        {"min_p": 0.05},
+        {"top_p": 0.9, "min_p": 0.01},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_draws_are_those_of_the_filtered_distribution(num_tokens: int, filters: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    logits = torch.randn(num_tokens, generator=generator) * 2.5
+    kept = _kept(torch.softmax(logits / 0.8, -1).numpy(), **filters)
+    expected = kept.cumsum()
+    rows = [SampleRow(SamplingParams(temperature=0.8, seed=5, **filters), (), position) for position in range(20)]
+    for position, token in enumerate(sample(logits.expand(20, -1), rows)):
+        # Ids are in the order of the vocabulary, but those of top_k: the largest first.
+        assert kept[token] > 0
+        if "top_k" not in filters:
+            draw = uniform(5, position)
+            assert expected[token] - kept[token] - 1e-5 <= draw <= expected[token] + 1e-5
+
+
+def test_equal_logits_count_in_the_order_of_their_ids() -> None:
+    rows = [
+        SampleRow(SamplingParams(temperature=1.0, **{name: value}), (), p)
+        for p in range(50)
+        for name, value in (("top_k", 3), ("top_p", 3 / 1_024))
+    ]
+    assert set(sample(torch.zeros(1, 1_024).expand(100, -1), rows)) == {0, 1, 2}
+
+
+def test_a_vocabulary_is_sorted_only_where_an_order_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def argsort(values: np.ndarray, **options: Any) -> np.ndarray:
+        sizes.append(len(values))
+        return ARGSORT(values, **options)
+
+    ARGSORT = np.argsort
+    monkeypatch.setattr(np, "argsort", argsort)
+    for sort in ("sort", "argsort", "topk"):
+        monkeypatch.setattr(torch.Tensor, sort, None)
+    logits = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(1)) * 3
+    sample(logits, [SampleRow(SamplingParams(temperature=1.0), (), 0)])
+    sample(logits, [SampleRow(SamplingParams(temperature=1.0, min_p=0.1), (), 0)])
+    assert not sizes
+    for filters in ({"top_p": 0.95}, {"top_k": 40}):
+        sample(logits, [SampleRow(SamplingParams(temperature=1.0, **filters), (), 0)])
+    assert len(sizes) == 2 and max(sizes) < 1_000
 
 
 def test_a_draw_depends_on_seed_and_position_and_on_nothing_else() -> None:
