@@ -33,7 +33,7 @@ async def test_sixteen_sequences_at_once_get_their_own_answers(open_ring: OpenRi
 @pytest.mark.parametrize(("size", "kind"), RINGS)
 async def test_one_that_comes_late_joins_those_that_run(open_ring: OpenRing, size: int, kind: str) -> None:
     async with open_ring(size, kind) as ring:
-        early, late = make_sequence(0, max_tokens=40), make_sequence(1)
+        early, late = make_sequence(0, max_tokens=200), make_sequence(1)
         has_begun = asyncio.Event()
         running = asyncio.create_task(ring.stream(early, lambda _: has_begun.set()))
         await has_begun.wait()
