@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 import mdiq
 from mdiq.engine.device import is_out_of_memory
-from mdiq.engine.gguf_blocks import BLOCK
-from mdiq.engine.kernels import KERNELS, Kernel, Linear
+from mdiq.engine.gguf_blocks import BLOCK, GROUP
+from mdiq.engine.kernels import KERNELS, Kernel, Linear, StackedLinear
 from mdiq.engine.quantize import VERSION, PackedFile, num_hot
 from mdiq.errors import EngineError
 
@@ -65,11 +65,11 @@ class KernelChoice:
         Raises:
             EngineError: no kernel of this device can serve it.
         """
-        is_int4 = f"{role}.nibbles" in file.names
-        weights = "int4" if is_int4 else "int8"
-        shape = file.shape(f"{role}.nibbles" if is_int4 else f"{role}.q")
-        num_copies = file.shape(f"{role}.hot")[0] if f"{role}.hot" in file.names else 0
-        times = self.times(weights, (shape[0], math.prod(shape[1:]) * (2 if is_int4 else 1) - num_copies))
+        if any(name.startswith(f"{role}.0.") for name in file.names):
+            parts = {name.split(".")[1] for name in file.names if name.startswith(f"{role}.")}
+            return StackedLinear([self.load(file, f"{role}.{k}") for k in range(len(parts))])
+        weights, shape = _format(file, role), _shape(file, role)
+        times = self.times(weights, shape)
         kernels = {kernel.name: kernel for kernel in KERNELS}
         refusals: list[str] = []
         measured = sorted(times, key=lambda name: math.prod(times[name]))
@@ -104,6 +104,23 @@ class KernelChoice:
             _write(self._path, kept)
         self._known[column] = times
         return times
+
+
+def _format(file: PackedFile, role: str) -> str:
+    """Return what KERNELS call a matrix's format."""
+    if f"{role}.mins" in file.names:
+        return "q4_k"
+    return "int4" if f"{role}.nibbles" in file.names else "int8"
+
+
+def _shape(file: PackedFile, role: str) -> tuple[int, int]:
+    """Return [out, in] of a matrix, without copies of hot columns."""
+    if f"{role}.nibbles" in file.names:
+        num_out, num_blocks, _ = file.shape(f"{role}.nibbles")
+        return num_out, num_blocks * BLOCK
+    num_copies = file.shape(f"{role}.hot")[0] if f"{role}.hot" in file.names else 0
+    num_out, num_columns = file.shape(f"{role}.q")
+    return num_out, num_columns - num_copies
 
 
 def _serves(kernel: type[Kernel], weights: str) -> bool:
@@ -155,13 +172,14 @@ def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tens
         q = torch.randint(-60, 61, (num_out, num_in + num_copies), dtype=torch.int8)
         matrix = {"w.q": q, "w.scale": torch.full((num_out,), 0.01)}
         return matrix | ({"w.hot": torch.arange(num_copies)} if num_copies else {})
-    blocks = (num_out, num_in // BLOCK)
+    blocks, groups = (num_out, num_in // BLOCK), (num_out, num_in // GROUP)
+    nibbles = {"w.nibbles": torch.randint(0, 256, (*blocks, BLOCK // 2), dtype=torch.uint8)}
+    if weights == "q4_k":
+        small = {f"w.{name}": torch.full(groups, 0.001, dtype=torch.float16) for name in ("d", "dmin")}
+        large = {f"w.{name}": torch.randint(0, 64, blocks, dtype=torch.uint8) for name in ("scales", "mins")}
+        return nibbles | small | large
     # With offsets, as most matrices have them: some kernels pay for them.
-    return {
-        "w.offset": torch.full(blocks, 0.01, dtype=torch.bfloat16),
-        "w.nibbles": torch.randint(0, 256, (*blocks, BLOCK // 2), dtype=torch.uint8),
-        "w.scale": torch.full(blocks, 0.01),
-    }
+    return nibbles | {"w.scale": torch.full(blocks, 0.01), "w.offset": torch.full(blocks, 0.01)}
 
 
 @cache

@@ -7,16 +7,16 @@ the measurements choose among those alone, so that devices of one kind agree how
 """
 
 import warnings
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
 from mdiq.engine.device import drop_pages
-from mdiq.engine.gguf_blocks import BLOCK
+from mdiq.engine.gguf_blocks import BLOCK, scale_and_offset
 from mdiq.engine.hot_split import HotSplit
-from mdiq.engine.llvm_int4 import LlvmInt4, LlvmInt4Wide
+from mdiq.engine.llvm_int4 import LlvmInt4, LlvmInt4Wide, LlvmQ4K, LlvmQ4KWide
 from mdiq.engine.llvm_int8 import LlvmInt8
 from mdiq.engine.quantize import PackedFile, unpack_int4
 
@@ -53,6 +53,20 @@ class PlainLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
+
+
+class StackedLinear:
+    """Matrices on top of each other that different kernels serve."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = parts
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self._parts)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self._parts], dim=1)
 
 
 class FbgemmInt8:
@@ -136,63 +150,20 @@ class TorchInt8:
         return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
 
 
-class OrtInt4:
-    """4-bit weights in onnxruntime's MatMulNBits, int8 activations with one scale per block of a row.
-
-    Its kernel for one row differs from that for more: in exact mode a lone row brings a row of zeros along.
-    """
-
-    name = "ort-int4"
-    formats = ("int4",)
-    rounding = name
-
-    def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
-        self._exact = exact
-        self._out, num_blocks, half = file.tensor(f"{role}.nibbles").shape
-        self._in = num_blocks * half * 2
-        self._offsets = _Offsets(file, role)
-        try:
-            self._session: Any = _matmul_session(file, role, self._out, self._in, torch.get_num_threads())
-        except Exception as error:  # onnxruntime's errors have no base of their own
-            raise RuntimeError(f"onnxruntime: {error}") from error
-
-    @staticmethod
-    def is_available() -> bool:
-        return all(find_spec(name) is not None for name in ("onnx", "onnxruntime"))  # imported where it is used
-
-    @property
-    def num_bytes(self) -> int:
-        # The packing holds scales, and sums of blocks, in f32.
-        return self._out * self._in // 2 + 8 * self._out * self._in // BLOCK + self._offsets.num_bytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float().contiguous()
-        num_rows = wide.shape[0]
-        if num_rows == 1 and self._exact:
-            wide = torch.cat((wide, torch.zeros_like(wide)))
-        try:
-            found = self._session.run(None, {"x": wide.numpy()})[0]
-        except Exception as error:  # as above
-            raise RuntimeError(f"onnxruntime: {error}") from error
-        y = torch.from_numpy(found)[:num_rows]
-        return self._offsets.add_to(y, wide[:num_rows]).to(x.dtype)
-
-
 class TorchInt4:
     """4-bit weights in torch's own packing, bf16 activations."""
 
     name = "torch-int4"
-    formats = ("int4",)
+    formats = ("int4", "q4_k")
     rounding = name
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
-        nibbles, scale = file.tensor(f"{role}.nibbles"), file.tensor(f"{role}.scale")
-        offset = file.find(f"{role}.offset")
-        self._packed = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(nibbles).int(), 1)
-        drop_pages(nibbles)
-        scale = scale.to(torch.bfloat16)
-        offset = torch.zeros_like(scale) if offset is None else offset
-        self._scales_and_zeros = torch.stack((scale.t(), offset.t()), dim=-1).contiguous()  # [in / BLOCK, out, 2]
+        names = ("nibbles", "scale", "offset", "scales", "mins", "d", "dmin")
+        blocks = {name: tensor for name in names if (tensor := file.find(f"{role}.{name}")) is not None}
+        self._packed = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(blocks["nibbles"]).int(), 1)
+        drop_pages(blocks["nibbles"])
+        numbers = [part.t().to(torch.bfloat16) for part in scale_and_offset(blocks)]
+        self._scales_and_zeros = torch.stack(numbers, dim=-1).contiguous()  # [in / BLOCK, out, 2]
         self._bias = _bias(file, role)
 
     @staticmethod
@@ -211,28 +182,17 @@ class TorchInt4:
         return (y if self._bias is None else y.float().add_(self._bias)).to(x.dtype)
 
 
-class _Offsets:
-    """What bias and offsets add to a matmul: of each block, its offset times the sum of its activations."""
-
-    def __init__(self, file: PackedFile, role: str) -> None:
-        offset = file.find(f"{role}.offset")
-        self._offset = None if offset is None else offset.float()  # [out, in / BLOCK]
-        self._bias = _bias(file, role)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self._offset, self._bias) if tensor is not None)
-
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self._offset is not None:
-            sums = x.view(x.shape[0], 1, -1, BLOCK).sum(-1)  # [n, 1, in / BLOCK]
-            # A matmul for every row, and not one for all, is batch-invariant.
-            y = y + torch.bmm(sums, self._offset.t().expand(x.shape[0], -1, -1))[:, 0]
-        return y if self._bias is None else y + self._bias
-
-
-Kernel = LlvmInt8 | FbgemmInt8 | TorchInt8 | LlvmInt4 | LlvmInt4Wide | OrtInt4 | TorchInt4
-KERNELS: tuple[type[Kernel], ...] = (LlvmInt8, FbgemmInt8, TorchInt8, LlvmInt4, LlvmInt4Wide, OrtInt4, TorchInt4)
+Kernel = LlvmInt8 | FbgemmInt8 | TorchInt8 | LlvmInt4 | LlvmInt4Wide | LlvmQ4K | LlvmQ4KWide | TorchInt4
+KERNELS: tuple[type[Kernel], ...] = (
+    LlvmInt8,
+    FbgemmInt8,
+    TorchInt8,
+    LlvmInt4,
+    LlvmInt4Wide,
+    LlvmQ4K,
+    LlvmQ4KWide,
+    TorchInt4,
+)
 """The candidates for packed weights; of each format, the rounding that exact mode wants most comes first."""
 
 
@@ -324,54 +284,3 @@ def make_linear(
     """Return the kernel that serves a matrix [out, in] in ``dtype`` on ``device``."""
     weight = weight.to(device=device, dtype=dtype)
     return PlainLinear(weight, None if bias is None else bias.to(device=device, dtype=dtype))
-
-
-def _matmul_session(file: PackedFile, role: str, num_out: int, num_in: int, threads: int) -> Any:
-    """Return an onnxruntime session with one MatMulNBits, which reads its weights from the packed file itself.
-
-    From a file, onnxruntime keeps only its own packing in memory; from arrays it would keep both (measured, 1.32).
-    """
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    def stored(name: str, shape: tuple[int, ...], kind: int) -> TensorProto:
-        offset, count = file.place(f"{role}.{name}")
-        tensor = TensorProto(name=name, dims=shape, data_type=kind, data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", file.path.name), ("offset", offset), ("length", count)):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
-
-    num_blocks = num_in // BLOCK
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", "nibbles", "scale"],
-        ["y"],
-        domain="com.microsoft",
-        K=num_in,
-        N=num_out,
-        bits=4,
-        block_size=BLOCK,
-        accuracy_level=4,  # int8 activations, a scale for each block of a row
-    )
-    graph = helper.make_graph(
-        [node],
-        role,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", num_in])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", num_out])],
-        [
-            stored("nibbles", (num_out, num_blocks, BLOCK // 2), TensorProto.UINT8),
-            stored("scale", (num_out, num_blocks), TensorProto.FLOAT),
-        ],
-    )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.path.parent))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

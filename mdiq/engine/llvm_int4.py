@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from mdiq.engine.device import cpu_flags, drop_pages
-from mdiq.engine.gguf_blocks import BLOCK
+from mdiq.engine.gguf_blocks import BLOCK, GROUP
 from mdiq.engine.llvm_matmul import CompiledMatmul, compiled
 from mdiq.engine.quantize import PackedFile
 
@@ -32,12 +32,11 @@ class LlvmInt4:
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         machine = compiled("llvm_int4_code", **self._build)
-        from mdiq.engine.llvm_int4_code import GROUP, PAD
+        from mdiq.engine.llvm_int4_code import PAD
 
-        nibbles = file.tensor(f"{role}.nibbles")  # u8 [out, in / BLOCK, BLOCK / 2]
-        num_out, num_blocks, _ = nibbles.shape
+        num_out, num_blocks, _ = file.shape(f"{role}.nibbles")  # u8 [out, in / BLOCK, BLOCK / 2]
         num_in = num_blocks * BLOCK
-        packed, unit = _interleaved(nibbles, file.tensor(f"{role}.scale"), file.find(f"{role}.offset"))
+        packed, unit = self._interleaved(file, role)
         bias = file.find(f"{role}.bias")
         num_groups = -(-num_in // GROUP)
 
@@ -65,6 +64,29 @@ class LlvmInt4:
     def is_available() -> bool:
         return find_spec("llvmlite") is not None  # not imported: it takes 20 MB, which others can do without
 
+    @staticmethod
+    def _interleaved(file: PackedFile, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a matrix as llvm_int4_code.py wants it, and what each row's results are multiplied with: f32 [rows].
+
+        Rows are filled up to a multiple of ROWS.
+
+        Raises:
+            RuntimeError: 16 bits do not hold the offsets.
+        """
+        from mdiq.engine.llvm_int4_code import ROWS
+
+        nibbles, scale = file.tensor(f"{role}.nibbles"), file.tensor(f"{role}.scale")
+        offset = file.find(f"{role}.offset")
+        unit = scale.abs().amax(1).clamp_min_(1e-30)
+        offset = torch.zeros_like(scale) if offset is None else offset
+        numbers = torch.stack((scale, offset), dim=-1).div_(unit[:, None, None]).half()  # [out, blocks, 2]
+        if not bool(numbers.isfinite().all()):
+            raise RuntimeError("the offsets are too large for 16 bits")
+        packed = torch.cat((_in_lanes(nibbles, 4), _in_lanes(numbers, 2)), dim=-1)
+        for mapped in (nibbles, scale):
+            drop_pages(mapped)
+        return packed, functional.pad(unit, (0, -len(unit) % ROWS))
+
     @property
     def num_bytes(self) -> int:
         return self._matmul.num_bytes
@@ -84,33 +106,48 @@ class LlvmInt4Wide(LlvmInt4):
         return {"avx512_vnni", "avx512bw"} <= cpu_flags() and LlvmInt4.is_available()
 
 
-def _interleaved(
-    nibbles: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a matrix as llvm_int4_code.py wants it, i32 [rows / ROWS, blocks, words], and the unit: f32 [rows].
+class LlvmQ4K(LlvmInt4):
+    """4-bit weights in groups as Q4_K has them: w = d * scales * q - dmin * mins, kept as they are.
 
-    nibbles: u8 [out, blocks, BLOCK / 2]. Rows are filled up to a multiple of ROWS.
-
-    Raises:
-        RuntimeError: 16 bits do not hold the offsets.
+    y = sum(step * (d * sum(scales * (q . a)) - dmin * sum(mins * sum(a)))), over groups of 256 columns: all but the
+    three numbers of each are integers.
     """
-    from mdiq.engine.llvm_int4_code import PACKED_BYTES, ROWS
 
-    num_out, num_blocks, num_bytes = nibbles.shape
-    unit = scale.abs().amax(1).clamp_min_(1e-30)
-    offset = torch.zeros_like(scale) if offset is None else offset.float()
-    numbers = torch.stack((scale, offset), dim=-1).div_(unit[:, None, None]).half()  # [out, blocks, 2]
-    if not bool(numbers.isfinite().all()):
-        raise RuntimeError("the offsets are too large for 16 bits")
-    missing = -num_out % ROWS
-    words = functional.pad(nibbles, (0, 0, 0, 0, 0, missing)).view(torch.int32)
-    numbers = functional.pad(numbers, (0, 0, 0, 0, 0, missing))
-    packed = torch.empty((num_out + missing) // ROWS, num_blocks, PACKED_BYTES // 4, dtype=torch.int32)
-    num_words = ROWS * num_bytes // 4
-    for part, at in ((words, slice(num_words)), (numbers, slice(num_words, None))):
-        # [rows / ROWS, blocks, words or numbers of one row, ROWS]
-        rows = part.view(-1, ROWS, num_blocks, part.shape[-1]).permute(0, 2, 3, 1).contiguous()
-        packed[:, :, at] = rows.view(torch.int32).flatten(2)
-    for mapped in (nibbles, scale):
-        drop_pages(mapped)
-    return packed, functional.pad(unit, (0, missing))
+    name = "llvm-q4k"
+    formats = ("q4_k",)
+    _build: ClassVar[dict[str, bool]] = {"is_grouped": True}
+
+    @staticmethod
+    def _interleaved(file: PackedFile, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+        nibbles, scales, mins, d, dmin = (
+            file.tensor(f"{role}.{name}") for name in ("nibbles", "scales", "mins", "d", "dmin")
+        )
+        blocks = [_in_lanes(tensor, size) for tensor, size in ((nibbles, 4), (scales, 1), (mins, 1))]
+        groups = torch.cat(blocks, dim=-1).view(-1, d.shape[1], GROUP // BLOCK * sum(part.shape[-1] for part in blocks))
+        packed = torch.cat((groups, _in_lanes(d, 2), _in_lanes(dmin, 2)), dim=-1)
+        drop_pages(nibbles)
+        return packed, torch.ones(packed.shape[0] * blocks[1].shape[-1])
+
+
+class LlvmQ4KWide(LlvmQ4K):
+    """The same, to the last bit, with vectors of 512 bits."""
+
+    name = "llvm-q4k-wide"
+    _build: ClassVar[dict[str, bool]] = {"is_grouped": True, "is_wide": True}
+
+    @staticmethod
+    def is_available() -> bool:
+        return LlvmInt4Wide.is_available()
+
+
+def _in_lanes(part: torch.Tensor, size: int) -> torch.Tensor:
+    """Return rows of a matrix side by side: u8 [rows / ROWS, blocks, bytes], for [out, blocks] or [out, blocks, n].
+
+    Of each block come the first ``size`` bytes of ROWS rows, then the next of each; missing rows are zeros.
+    """
+    from mdiq.engine.llvm_int4_code import ROWS
+
+    num_out, num_blocks = part.shape[:2]
+    pieces = part.contiguous().view(num_out, num_blocks, -1).view(torch.uint8).view(num_out, num_blocks, -1, size)
+    pieces = functional.pad(pieces, (0, 0, 0, 0, 0, 0, 0, -num_out % ROWS))
+    return pieces.view(-1, ROWS, num_blocks, pieces.shape[2], size).permute(0, 2, 3, 1, 4).flatten(2)

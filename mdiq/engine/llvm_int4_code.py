@@ -3,11 +3,16 @@
 A lane of a vector is one row of the matrix, so that no vector's lanes are ever added. ROWS rows lie interleaved: of a
 block of 32 columns first the nibbles, in words of four bytes, the first word of each row before the second of each;
 then the ROWS scales and the ROWS offsets of their blocks, in f16. A wide vector holds two times ROWS rows.
+
+Of matrices in groups, as Q4_K has them, the scales and mins of blocks are bytes, and behind the blocks of a GROUP come
+its ROWS scales of scales and its ROWS scales of mins, in f16. What a group adds up to are then integers but for these.
 """
+
+from functools import reduce
 
 from llvmlite import ir
 
-from mdiq.engine.gguf_blocks import BLOCK
+from mdiq.engine.gguf_blocks import BLOCK, GROUP
 from mdiq.engine.llvm_code import (
     BYTE,
     FLOAT,
@@ -32,12 +37,13 @@ ROWS = 8
 """Of the matrix, interleaved."""
 PACKED_BYTES = ROWS * (BLOCK // 2 + 4)
 """Of a block of ROWS rows."""
-GROUP = 256
-"""Columns whose activations have one scale."""
+GROUPED_BYTES = ROWS * (GROUP // 2 + 2 * GROUP // BLOCK + 4)
+"""Of a group of ROWS rows, where a matrix has groups."""
 ZERO = 8
 """The nibble that stands for 0."""
 PAD = 64
 """Bytes between rows of activations: rows that lie a power of two apart push each other out of the cache."""
+_GROUPED_BLOCK_BYTES = ROWS * (BLOCK // 2 + 2)
 _LEVELS = 127  # of an activation, above and below 0
 _WORDS = BLOCK // 8  # of a block's nibbles in one row: four bytes, eight columns
 _FEW_ROWS = 2  # of activations, for which the matrix is read as it lies
@@ -46,17 +52,18 @@ _AHEAD = 2_048  # bytes: how far weights are asked for ahead for few rows
 _LINE = 64  # bytes
 
 
-def build(features: frozenset[str], *, is_wide: bool = False) -> Value:
+def build(features: frozenset[str], *, is_wide: bool = False, is_grouped: bool = False) -> Value:
     """Return the module for a CPU with such features; the bits of results are the same for all.
 
-    is_wide: use vectors of 512 bits where several rows of activations come.
+    is_wide: use vectors of 512 bits where several rows of activations come. is_grouped: for matrices in groups.
     """
     module = ir.Module()
-    _build_prepare(module)
+    _build_prepare(module, start=1 if is_grouped else -ZERO)
     most_rows = 8 if {"avx512vl", "neon"} & features else 6  # what 32 or 16 registers hold the sums of
     for num_rows in range(1, most_rows + 1):
         # Few rows of activations wait for memory, which likes to be read in the order of its addresses.
-        _build_tile(module, num_rows, features, num_places=2 if is_wide and num_rows > _FEW_ROWS else 1)
+        num_places = 2 if is_wide and num_rows > _FEW_ROWS else 1
+        _build_tile(module, num_rows, features, num_places=num_places, is_grouped=is_grouped)
     build_multiply(
         module,
         num_weights=2,
@@ -82,12 +89,13 @@ def _smaller(f: Function, one: Value, other: Value) -> Value:
     return f.b.select(f.b.icmp_signed("<", one, other), one, other)
 
 
-def _build_prepare(module: Value) -> None:
+def _build_prepare(module: Value, *, start: int) -> None:
     """Build prepare(x, rounded, steps, sums, starts, num_rows, in): what a matmul wants of activations.
 
     x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every block the even columns before the odd ones. steps: f32
     [rows, groups], what one of _LEVELS stands for in a group. sums: f32 [rows, blocks], of the rounded activations.
-    starts: i32 [rows, blocks], where the sums of products begin, for nibbles stand for -ZERO to 15 - ZERO.
+    starts: i32 [rows, blocks], the same sums times ``start``: where sums of products begin whose nibbles stand for
+    -ZERO to 15 - ZERO.
     """
     f = Function(module, "prepare", [POINTER] * 5 + [LONG] * 2)
     b = f.b
@@ -126,7 +134,7 @@ def _build_prepare(module: Value) -> None:
                     f.store(part, rounded_row, b.add(column, LONG(parity * BLOCK // 2)))
                 total = f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, whole)
                 f.store(b.sitofp(total, FLOAT), sums_row, b.ashr(column, LONG(3)))
-                f.store(b.mul(total, INT(-ZERO)), starts_row, b.ashr(column, LONG(3)))
+                f.store(b.mul(total, INT(start)), starts_row, b.ashr(column, LONG(3)))
                 return []
 
             f.loop(first, stop, BLOCK, [], columns)
@@ -139,7 +147,7 @@ def _build_prepare(module: Value) -> None:
     f.finish()
 
 
-def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int) -> None:
+def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int, is_grouped: bool) -> None:
     """Build tile<num_rows>(packed, unit, rounded, steps, sums, starts, y, out, first, stop, begin, end, in).
 
     It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y: f32
@@ -160,7 +168,9 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
     ]
 
     def num_bytes(num_columns: Value) -> Value:
-        """Of so many columns of ROWS rows: columns are a multiple of BLOCK."""
+        """Of so many columns of ROWS rows: columns are a multiple of BLOCK, or of GROUP."""
+        if is_grouped:
+            return b.mul(b.ashr(num_columns, LONG(8)), LONG(GROUPED_BYTES))
         return b.mul(b.ashr(num_columns, LONG(5)), LONG(PACKED_BYTES))
 
     def output(i: Value, _: list[Value]) -> list[Value]:
@@ -180,32 +190,39 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
             following = f.at(packed, b.add(b.mul(b.sdiv(stop, LONG(ROWS)), num_bytes(num_in)), num_read))
             following = f.at(following, b.mul(num_bytes(begin), LONG(-num_places)))
 
-        def block(column: Value, totals: list[Value]) -> list[Value]:
-            at = num_bytes(column)
-            for line in range(0, num_places * PACKED_BYTES, _LINE):
+        def ask(at: Value, count: int) -> None:
+            """Ask for what lies as far ahead of ``count`` bytes at a place of each matrix row."""
+            for line in range(0, num_places * count, _LINE):
                 f.ask_for(f.at(following, b.add(b.mul(at, LONG(num_places)), LONG(line))), cache)
 
-            def load(element: Value, count: int, offset: int, at: Value = at) -> Value:
-                where = b.add(at, LONG(offset))
-                return f.joined([f.load(vector(element, count), start, where) for start in places_starts])
+        def load(element: Value, count: int, at: Value, offset: int) -> Value:
+            where = b.add(at, LONG(offset))
+            return f.joined([f.load(vector(element, count), start, where) for start in places_starts])
 
+        def load_weights(at: Value) -> list[Value]:
             weights: list[Value] = []
             for word in range(_WORDS):
-                both = load(BYTE, 4 * ROWS, 4 * ROWS * word)
+                both = load(BYTE, 4 * ROWS, at, 4 * ROWS * word)
                 fours = splat(BYTE, 4 * num_lanes, 4)
                 weights += [b.and_(both, splat(BYTE, 4 * num_lanes, 15)), b.lshr(both, fours)]
-            scale, offset = (b.fpext(load(HALF, ROWS, PACKED_BYTES - 2 * ROWS * k), floats) for k in (2, 1))
+            return weights
+
+        def load_activations(rounded_row: Value, column: Value) -> list[Value]:
+            places = [4 * word + parity * BLOCK // 2 for word in range(_WORDS) for parity in range(2)]
+            return [f.spread(f.load(INT, rounded_row, b.add(column, LONG(place))), num_lanes) for place in places]
+
+        def of_block(kind: Value, row: Value, column: Value) -> Value:
+            return f.spread(f.load(kind, row, b.ashr(column, LONG(3))), num_lanes)
+
+        def block(column: Value, totals: list[Value]) -> list[Value]:
+            at = num_bytes(column)
+            ask(at, PACKED_BYTES)
+            weights = load_weights(at)
+            scale, offset = (b.fpext(load(HALF, ROWS, at, PACKED_BYTES - 2 * ROWS * k), floats) for k in (2, 1))
             results = []
-            for rounded_row, of_blocks, total in zip(rounded_rows, blocks_rows, totals, strict=True):
-                activations = []
-                for word in range(_WORDS):
-                    for parity in range(2):
-                        where = b.add(column, LONG(4 * word + parity * BLOCK // 2))
-                        activations.append(f.spread(f.load(INT, rounded_row, where), num_lanes))
-                block_sum, start = (
-                    f.spread(f.load(kind, row, b.ashr(column, LONG(3))), num_lanes)
-                    for kind, row in zip((FLOAT, INT), of_blocks, strict=True)
-                )
+            for rounded_row, (sums_row, starts_row), total in zip(rounded_rows, blocks_rows, totals, strict=True):
+                activations = load_activations(rounded_row, column)
+                block_sum, start = of_block(FLOAT, sums_row, column), of_block(INT, starts_row, column)
                 products = _products(f, start, weights, activations, features)
                 total = f.call(f"llvm.fma.{of_floats}", floats, b.sitofp(products, floats), scale, total)
                 results.append(f.call(f"llvm.fma.{of_floats}", floats, offset, block_sum, total))
@@ -214,21 +231,57 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
         def group(column: Value, totals: list[Value]) -> list[Value]:
             group_end = _smaller(f, b.add(column, LONG(GROUP)), num_in)
             found = f.loop(column, group_end, BLOCK, [splat(FLOAT, num_lanes, 0.0)] * num_rows, block)
+            return with_steps(column, found, totals)
+
+        def with_steps(column: Value, found: list[Value], totals: list[Value]) -> list[Value]:
             at = b.mul(b.sdiv(column, LONG(GROUP)), LONG(4))
             step = [f.spread(f.load(FLOAT, row, at), num_lanes) for row in steps_rows]
             return [f.call(f"llvm.fma.{of_floats}", floats, *three) for three in zip(found, step, totals, strict=True)]
 
+        def whole_group(column: Value, totals: list[Value]) -> list[Value]:
+            group_at, end_of_blocks = num_bytes(column), GROUP // BLOCK * _GROUPED_BLOCK_BYTES
+
+            def grouped_block(i: Value, carried: list[Value]) -> list[Value]:
+                at = b.add(group_at, b.mul(i, LONG(_GROUPED_BLOCK_BYTES)))
+                ask(at, _GROUPED_BLOCK_BYTES)
+                weights = load_weights(at)
+                scale, low = (
+                    b.zext(load(BYTE, ROWS, at, _GROUPED_BLOCK_BYTES - ROWS * k), vector(INT, num_lanes))
+                    for k in (2, 1)
+                )
+                block_column = b.add(column, b.mul(i, LONG(BLOCK)))
+                results = []
+                for rounded_row, (_, sums_row), k in zip(rounded_rows, blocks_rows, range(num_rows), strict=True):
+                    activations = load_activations(rounded_row, block_column)
+                    products = _scaled_products(f, scale, weights, activations, features)
+                    lows = _small_product(f, low, of_block(INT, sums_row, block_column), features)
+                    results += [b.add(carried[2 * k], products), b.add(carried[2 * k + 1], lows)]
+                return results
+
+            nothing = [splat(INT, num_lanes, 0)] * (2 * num_rows)
+            found = f.loop(LONG(0), LONG(GROUP // BLOCK), 1, nothing, grouped_block)
+            of_scales, of_mins = (
+                b.fpext(load(HALF, ROWS, group_at, end_of_blocks + 2 * ROWS * k), floats) for k in (0, 1)
+            )
+            values = []
+            for k in range(num_rows):
+                high, low = (b.sitofp(total, floats) for total in found[2 * k : 2 * k + 2])
+                low = b.fneg(b.fmul(low, of_mins))
+                values.append(f.call(f"llvm.fma.{of_floats}", floats, high, of_scales, low))
+            return with_steps(column, values, totals)
+
         def part(part_begin: Value, _: list[Value]) -> list[Value]:
             part_end = _smaller(f, b.add(part_begin, width), end)
-            totals = f.loop(part_begin, part_end, GROUP, [splat(FLOAT, num_lanes, 0.0)] * num_rows, group)
+            nothing = [splat(FLOAT, num_lanes, 0.0)] * num_rows
+            totals = f.loop(part_begin, part_end, GROUP, nothing, whole_group if is_grouped else group)
             is_first = b.icmp_signed("==", part_begin, LONG(0))
             is_last = b.icmp_signed("==", part_end, num_in)
             values, pointers = [], []
             for row, total in zip(numbers, totals, strict=True):
                 for k, place in enumerate(places):
-                    nothing, of_place = splat(FLOAT, ROWS, 0.0), vector(FLOAT, ROWS)
+                    none, of_place = splat(FLOAT, ROWS, 0.0), vector(FLOAT, ROWS)
                     pointers.append(f.at(y, b.mul(b.add(b.mul(row, num_out), place), LONG(4))))
-                    before = b.select(is_first, nothing, f.load(of_place, pointers[-1], LONG(0)))
+                    before = b.select(is_first, none, f.load(of_place, pointers[-1], LONG(0)))
                     value = b.fadd(before, f.pick(total, range(k * ROWS, (k + 1) * ROWS)))
                     scaled = b.fmul(value, f.load(of_place, unit, b.mul(place, LONG(4))))
                     values.append(b.select(is_last, scaled, value))
@@ -253,10 +306,34 @@ def _products(
         for weight, activation in zip(weights, activations, strict=True):
             start = with_dot_products(f, start, b.bitcast(weight, kind), activation, features)
         return start
-    # Sums of 16 products of 15 * 127 at most: 16 bits hold them.
-    shorts = vector(SHORT, 2 * kind.count)
-    total = splat(SHORT, 2 * kind.count, 0)
-    for weight, activation in zip(weights, activations, strict=True):
-        activation = b.bitcast(activation, weight.type)
-        total = b.add(total, f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, weight, activation))
+    total = _short_products(f, weights, activations)
     return b.add(start, f.call("llvm.x86.avx2.pmadd.wd", kind, total, splat(SHORT, 2 * kind.count, 1)))
+
+
+def _short_products(f: Function, weights: list[Value], activations: list[Value]) -> Value:
+    """Return two sums for each lane, with AVX2: of 16 products of 15 * 127 at most, which 16 bits hold."""
+    shorts = vector(SHORT, weights[0].type.count // 2)
+    products = [
+        f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, weight, f.b.bitcast(activation, weight.type))
+        for weight, activation in zip(weights, activations, strict=True)
+    ]
+    return reduce(f.b.add, products)
+
+
+def _scaled_products(
+    f: Function, scale: Value, weights: list[Value], activations: list[Value], features: frozenset[str]
+) -> Value:
+    """Return for each lane its scale, 0 to 63, times the sum of products of bytes; see _products."""
+    b, kind = f.b, scale.type
+    if "avx2" not in features or has_dot_products(features):
+        return b.mul(scale, _products(f, splat(INT, kind.count, 0), weights, activations, features))
+    both = b.bitcast(b.or_(scale, b.shl(scale, splat(INT, kind.count, 16))), vector(SHORT, 2 * kind.count))
+    return f.call("llvm.x86.avx2.pmadd.wd", kind, _short_products(f, weights, activations), both)
+
+
+def _small_product(f: Function, low: Value, total: Value, features: frozenset[str]) -> Value:
+    """Return the product of ``low``, 0 to 63, and what 16 bits hold with a sign, lane by lane."""
+    if "avx2" not in features or low.type.count != ROWS:
+        return f.b.mul(low, total)
+    shorts = vector(SHORT, 2 * ROWS)  # the upper half of ``low`` is 0, and so is what it is multiplied with
+    return f.call("llvm.x86.avx2.pmadd.wd", low.type, f.b.bitcast(low, shorts), f.b.bitcast(total, shorts))

@@ -3,8 +3,8 @@
 int8: one scale per row of the matrix, w = scale * q with q in -127..127. Copies of hot columns (see hot_columns.py)
 follow behind the matrix's own columns, and no two neighbours of a row may exceed what 16 bits hold of their products
 with activations in 8 bits: x86 without VNNI adds two products in so many.
-int4: blocks of 32 columns. w = scale * (q - 8) + offset with q in 0..15; as in GGUF's Q4_0 (no offsets) or Q4_1, so
-weights that come from such a file keep their values (Q4_1's offsets rounded to bf16).
+int4: blocks of 32 columns; see gguf_blocks.Blocks. A file of few bits decides for each matrix: blocks of 4 bits
+stay as they are, and what it has in more is packed in 8. Others are packed in 4 with the offsets of Q4_1, or without.
 
 A layer is packed the first time that it is loaded, and written to a file; from then on the file is mapped into memory.
 So no more than one layer is ever held in f32, and a restart reads no weights that it does not use.
@@ -12,11 +12,9 @@ So no more than one layer is ever held in f32, and a restart reads no weights th
 
 import contextlib
 import fcntl
-import json
 import os
-import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,11 +25,11 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from mdiq.engine.checkpoint import Checkpoint
-from mdiq.engine.gguf_blocks import BLOCK, FOUR_BITS
+from mdiq.engine.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, Blocks
 from mdiq.errors import ModelError
 
 FORMATS = ("int8", "int4")
-VERSION = 3
+VERSION = 4
 """Of the files' layout."""
 _HOT_SHARE = 0.03  # copies, of a matrix's columns
 _HOT_SHARES = {"down": 0.08}  # its activations are products, and spread the most
@@ -91,7 +89,7 @@ def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     """Return nibbles, scales and offsets for weight: [out, in], in a multiple of BLOCK.
 
     nibbles: u8 [out, in / BLOCK, BLOCK / 2], the even column in the low half. scales: f32 [out, in / BLOCK].
-    offsets: bf16, likewise, or None where all blocks do without.
+    offsets: f32, likewise, or None where all blocks do without.
     """
     blocks = weight.float().view(weight.shape[0], -1, BLOCK)
     # As Q4_0: the value of the largest magnitude becomes q = 0.
@@ -106,7 +104,7 @@ def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     scale = _not_zero((most - least) / 15)
     q = ((blocks - least) / scale).round_().clamp_(0, 15)
     offset = least + 8 * scale
-    return _nibbles(q), scale[..., 0].contiguous(), offset[..., 0].to(torch.bfloat16)
+    return _nibbles(q), scale[..., 0].contiguous(), offset[..., 0].contiguous()
 
 
 def unpack_int4(nibbles: torch.Tensor) -> torch.Tensor:
@@ -137,13 +135,6 @@ class PackedFile:
         """Return a tensor's shape without touching its memory."""
         return tuple(self._file.get_slice(name).get_shape())
 
-    def place(self, name: str) -> tuple[int, int]:
-        """Return where a tensor's bytes lie in the file: offset and count."""
-        with self.path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            start, stop = json.loads(file.read(size))[name]["data_offsets"]
-        return 8 + size + start, stop - start
-
 
 class PackedModel:
     """A checkpoint's weights in one of FORMATS, a file for each Layer and one for embedding, final norm and head.
@@ -152,8 +143,9 @@ class PackedModel:
     find_hot: finds the hot columns; called once for a model.
     known_hot: hot columns that somebody else found; then none are looked for.
 
-    Tensor names in a file: "<role>." and the names of quantize_columns for int8, "<role>.nibbles", "<role>.scale" and
-    maybe "<role>.offset" of int4, "<role>.bias", and norms by their role.
+    Tensor names in a file: "<role>." and the names of quantize_columns for int8 or of gguf_blocks.Blocks for int4, and
+    "<role>.bias"; norms by their role. What a matrix is stacked of has "<role>.0", "<role>.1".. for a role where the
+    parts are held in several ways.
     """
 
     def __init__(
@@ -235,17 +227,31 @@ class PackedModel:
     def _pack_layer(self, i: int) -> dict[str, torch.Tensor]:
         layer = self._checkpoint.layer(i)
         packed = {name: tensor.float() for name, tensor in layer.norms.items()}
-        packed |= {f"{role}.bias": bias.float() for role, bias in layer.biases.items()}
+        biases = {role: bias.float() for role, bias in layer.biases.items()}
+        keeps_blocks = self._keeps_blocks
+        stored = self._checkpoint.layer_blocks(i) if keeps_blocks else {}
         for role, matrix in layer.matrices.items():
-            if self._weights == "int4" and matrix.shape[1] % BLOCK == 0:
-                nibbles, scale, offset = quantize_int4(matrix)
-                packed |= {f"{role}.nibbles": nibbles, f"{role}.scale": scale}
-                if offset is not None:
-                    packed[f"{role}.offset"] = offset
-            else:
-                columns = quantize_columns(matrix, self._hot_columns(f"layer-{i:03}.{role}"))
-                packed |= {f"{role}.{name}": tensor for name, tensor in columns.items()}
+            parts = _merged(stored[role]) if keeps_blocks else [(matrix.shape[0], None)]
+            first = 0
+            for k, (num_rows, blocks) in enumerate(parts):
+                rows, name = slice(first, first + num_rows), role if len(parts) == 1 else f"{role}.{k}"
+                tensors = blocks or self._pack(matrix[rows], f"layer-{i:03}.{role}", in_4=not keeps_blocks)
+                packed |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+                if role in biases:
+                    packed[f"{name}.bias"] = biases[role][rows].clone()
+                first += num_rows
         return packed
+
+    @property
+    def _keeps_blocks(self) -> bool:
+        """Whether the file's types say how each matrix is held."""
+        return self._weights == "int4" and bool(FEW_BITS & self._checkpoint.layer_kinds())
+
+    def _pack(self, matrix: torch.Tensor, name: str, *, in_4: bool) -> Mapping[str, torch.Tensor]:
+        if self._weights == "int4" and in_4 and matrix.shape[1] % BLOCK == 0:
+            nibbles, scale, offset = quantize_int4(matrix)
+            return {"nibbles": nibbles, "scale": scale} | ({} if offset is None else {"offset": offset})
+        return quantize_columns(matrix, self._hot_columns(name))
 
     def _pack_ends(self) -> dict[str, torch.Tensor]:
         checkpoint = self._checkpoint
@@ -255,7 +261,9 @@ class PackedModel:
         packed |= self._in_parts("embedding", checkpoint.embedding, hot if checkpoint.config.is_tied else None)
         if (positions := checkpoint.positions()) is not None:
             packed["positions"] = positions.float()
-        if not checkpoint.config.is_tied:
+        if self._keeps_blocks and (blocks := checkpoint.head_blocks()) is not None:
+            packed |= {f"head.{name}": tensor for name, tensor in blocks.items()}
+        elif not checkpoint.config.is_tied:
             packed |= self._in_parts("head", checkpoint.head, hot)
         return packed
 
@@ -272,6 +280,19 @@ class PackedModel:
         if "hot" in parts[0]:
             whole["hot"] = parts[0]["hot"]
         return {f"{role}.{name}": tensor for name, tensor in whole.items()}
+
+
+def _merged(parts: Sequence[tuple[int, Blocks | None]]) -> list[tuple[int, Blocks | None]]:
+    """Return the parts of a matrix with neighbours as one that are held in the same way."""
+    merged: list[tuple[int, Blocks | None]] = []
+    for num_rows, blocks in parts:
+        before = merged[-1][1] if merged else None
+        if not merged or (blocks or {}).keys() != (before or {}).keys():
+            merged.append((num_rows, blocks))
+            continue
+        both = None if blocks is None or before is None else {k: torch.cat((before[k], blocks[k])) for k in blocks}
+        merged[-1] = (merged[-1][0] + num_rows, both)
+    return merged
 
 
 def _kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> PackedFile:

@@ -13,15 +13,16 @@ from safetensors.torch import save_file
 
 import mdiq
 from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code
-from mdiq.engine.gguf_blocks import BLOCK
+from mdiq.engine.gguf_blocks import BLOCK, scale_and_offset, take_apart
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
 from mdiq.engine.llvm_code import Machine, host_features
-from mdiq.engine.llvm_int4 import LlvmInt4
+from mdiq.engine.llvm_int4 import LlvmInt4, LlvmQ4K
 from mdiq.engine.llvm_int8 import LlvmInt8
 from mdiq.engine.llvm_matmul import compiled
 from mdiq.engine.quantize import PackedFile, quantize_columns, quantize_int4, unpack_int4
 from mdiq.errors import EngineError
+from tests.engine.test_gguf_blocks import random_rows, values
 
 OUT, IN = 160, 192
 # Relative to the norm of the result: what the rounding of activations leaves.
@@ -31,12 +32,13 @@ TOLERANCE = {
     "torch-int8": 6e-3,
     "llvm-int4": 4e-2,
     "llvm-int4-wide": 4e-2,
-    "ort-int4": 2e-2,
+    "llvm-q4k": 4e-2,
+    "llvm-q4k-wide": 4e-2,
     "torch-int4": 6e-3,
 }
 AVAILABLE = [kernel for kernel in KERNELS if kernel.is_available()]
 # They work on every CPU, and are available where they are fast.
-COMPILED: list[type] = [LlvmInt4, LlvmInt8]
+COMPILED: list[type] = [LlvmInt4, LlvmQ4K, LlvmInt8]
 TESTED = [kernel for kernel in KERNELS if kernel in AVAILABLE or kernel in COMPILED]
 
 
@@ -58,6 +60,10 @@ def _packed(
         columns = quantize_columns(weight, hot)
         tensors |= {f"w.{name}": tensor for name, tensor in columns.items()}
         wide = columns["q"][:, :IN].double() * columns["scale"][:, None]
+    elif weights == "q4_k":
+        blocks = take_apart(random_rows("Q4_K", OUT), "Q4_K")
+        tensors |= {f"w.{name}": tensor for name, tensor in blocks.items()}
+        wide = values(blocks)
     else:
         nibbles, scale, offset = quantize_int4(weight)
         assert offset is not None
@@ -65,11 +71,11 @@ def _packed(
         wide = (unpack_int4(nibbles).view(OUT, -1, BLOCK).double() - 8) * scale[..., None] + offset[..., None]
     path = tmp_path / f"{weights}.safetensors"
     save_file(tensors, path)
-    return PackedFile(path), wide.reshape(OUT, IN)
+    return PackedFile(path), wide.reshape(OUT, -1)
 
 
-def _activations() -> torch.Tensor:
-    x = _random(16, IN, seed=4)
+def _activations(num_in: int = IN) -> torch.Tensor:
+    x = _random(16, num_in, seed=4)
     x[:, 5] *= 30  # outliers, as every model has
     x[3] *= 100  # and a row far larger than its neighbours
     return x
@@ -79,7 +85,7 @@ def _activations() -> torch.Tensor:
 @pytest.mark.parametrize("kernel", TESTED, ids=lambda kernel: kernel.name)
 def test_a_kernel_is_close_to_the_exact_product(kernel: type, bias: bool, tmp_path: Path) -> None:
     file, weight = _packed(tmp_path, kernel.formats[0], bias=bias, hot=HOT)
-    x = _activations()
+    x = _activations(weight.shape[1])
     expected = x.double() @ weight.t()
     if bias:
         expected += file.tensor("w.bias")
@@ -93,8 +99,9 @@ def test_a_kernel_is_close_to_the_exact_product(kernel: type, bias: bool, tmp_pa
 
 @pytest.mark.parametrize("kernel", TESTED, ids=lambda kernel: kernel.name)
 def test_in_exact_mode_a_row_does_not_depend_on_its_neighbours(kernel: type, tmp_path: Path) -> None:
-    linear = kernel(_packed(tmp_path, kernel.formats[0], hot=HOT)[0], "w", exact=True)
-    x = _activations()
+    file, weight = _packed(tmp_path, kernel.formats[0], hot=HOT)
+    linear = kernel(file, "w", exact=True)
+    x = _activations(weight.shape[1])
     together = linear(x)
     for start, stop in ((0, 1), (3, 4), (2, 4), (1, 6), (5, 16)):
         assert torch.equal(linear(x[start:stop]), together[start:stop])
@@ -121,12 +128,13 @@ def test_sums_of_the_largest_activations_and_weights_do_not_overflow(kernel: typ
         assert torch.allclose(linear(torch.ones(3, IN)), torch.full((3, OUT), sign * IN), rtol=1e-2)
 
 
+@pytest.mark.parametrize("kernel", [LlvmInt4, LlvmQ4K], ids=lambda kernel: kernel.name)
 def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: type[LlvmInt4], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, _ = _packed(tmp_path, "int4")
-    x = _activations()
-    found = LlvmInt4(file, "w", exact=True)(x)
+    file, weight = _packed(tmp_path, kernel.formats[0])
+    x = _activations(weight.shape[1])
+    found = kernel(file, "w", exact=True)(x)
     here, build = host_features(), llvm_int4_code.build
     kinds: list[tuple[frozenset[str], bool]] = [(frozenset(), False), (frozenset(), True)]  # without what it can do
     if "avx2" in here:
@@ -134,12 +142,28 @@ def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
     if "avx512bw" in here:
         kinds.append((here, True))
     for features, is_wide in kinds:
-        machine = Machine(build(features, is_wide=is_wide))
+        machine = Machine(build(features, is_wide=is_wide, is_grouped=kernel is LlvmQ4K))
         monkeypatch.setattr("mdiq.engine.llvm_int4.compiled", lambda *_, machine=machine, **__: machine)
-        assert torch.equal(LlvmInt4(file, "w", exact=True)(x), found)
+        assert torch.equal(kernel(file, "w", exact=True)(x), found)
     monkeypatch.setattr("mdiq.engine.llvm_matmul._FEW_OUTPUTS", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(LlvmInt4(file, "w", exact=True)(x), found)
+    assert torch.equal(kernel(file, "w", exact=True)(x), found)
+
+
+@pytest.mark.parametrize(("kind", "kernel"), [("Q4_0", LlvmInt4), ("Q4_1", LlvmInt4), ("Q4_K", LlvmQ4K)])
+def test_blocks_of_a_gguf_file_keep_their_values_in_the_kernel(
+    kind: str, kernel: type[LlvmInt4], tmp_path: Path
+) -> None:
+    """Activations of one column each are rounded without a loss: results are the weights themselves."""
+    blocks = take_apart(random_rows(kind, 11), kind)
+    save_file({f"w.{name}": tensor for name, tensor in blocks.items()}, tmp_path / "w.safetensors")
+    linear = kernel(PackedFile(tmp_path / "w.safetensors"), "w", exact=True)
+    expected = values(blocks)
+    found = linear(torch.eye(expected.shape[1])).t()
+    scale, _ = scale_and_offset(blocks)
+    # Scales and offsets are f16 in Q4_K as in the file, and f16 of a row's largest scale else.
+    most = 1e-6 if kind == "Q4_K" else 15 * 2.0**-10
+    assert ((found - expected).abs() <= most * scale.abs().amax(1, keepdim=True) + 1e-6 * expected.abs()).all()
 
 
 @pytest.mark.skipif(not FbgemmInt8.is_available(), reason="FBGEMM is there on x86 only")
@@ -201,9 +225,9 @@ def test_code_is_made_of_what_a_cpu_is_good_at(code: ModuleType, triple: str, fe
 
 @pytest.mark.parametrize("kernel", COMPILED, ids=lambda kernel: kernel.name)
 def test_activations_that_are_no_numbers_spoil_their_own_row_alone(kernel: type, tmp_path: Path) -> None:
-    file, _ = _packed(tmp_path, kernel.formats[0])
+    file, weight = _packed(tmp_path, kernel.formats[0])
     linear = kernel(file, "w", exact=True)
-    x = _activations()
+    x = _activations(weight.shape[1])
     expected = linear(x)
     x[2, 7], x[4, 9], x[6] = torch.nan, torch.inf, 0.0
     found = linear(x)

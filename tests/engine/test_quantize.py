@@ -3,12 +3,16 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.gguf_blocks import BLOCK
+from mdiq.engine.kernel_choice import KernelChoice
 from mdiq.engine.quantize import (
+    PackedFile,
     PackedModel,
     best_format,
     num_hot,
@@ -17,6 +21,7 @@ from mdiq.engine.quantize import (
     quantize_int8,
     unpack_int4,
 )
+from tests.engine.test_gguf_blocks import BLOCK_BYTES, random_rows, values
 from tests.engine.tiny_models import make_model
 
 
@@ -112,8 +117,6 @@ def test_a_layer_is_packed_once_and_read_from_its_file_later(tmp_path: Path) -> 
         assert torch.equal(first.tensor("o.q"), quantize_columns(checkpoint.layer(1).matrices["o"], None)["q"])
         stamp = first.path.stat().st_mtime_ns
         assert packed.layer(1).path.stat().st_mtime_ns == stamp
-        offset, count = first.place("o.scale")
-        assert first.path.read_bytes()[offset : offset + count] == first.tensor("o.scale").numpy().tobytes()
         first.path.write_bytes(first.path.read_bytes()[:100])  # as a full disk leaves it
         assert torch.equal(
             packed.layer(1).tensor("o.q"), quantize_columns(checkpoint.layer(1).matrices["o"], None)["q"]
@@ -160,3 +163,98 @@ def test_hot_columns_are_found_once_for_both_formats(tmp_path: Path) -> None:
                     assert torch.equal(packed.layer(0).tensor("o.hot"), torch.tensor([1, 5]))
                     assert packed.layer(0).find("down.hot") is None
     assert calls == [1]
+
+
+HIDDEN, MLP, VOCAB = 256, 512, 40
+KINDS = {
+    "attn_q": "Q4_K",
+    "attn_k": "Q4_K",
+    "attn_v": "Q6_K",
+    "attn_output": "Q4_0",
+    "ffn_gate": "Q4_K",
+    "ffn_up": "Q4_1",
+    "ffn_down": "Q5_0",
+}
+
+
+def _write_gguf(path: Path, head: str) -> Path:
+    """Write a model of one Layer whose matrices have many types."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (("block_count", 1), ("embedding_length", HIDDEN), ("feed_forward_length", MLP)):
+        writer.add_uint32(f"llama.{key}", value)
+    for key, value in (("context_length", 64), ("attention.head_count", 4), ("attention.head_count_kv", 2)):
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32("llama.rope.freq_base", 10_000.0)
+    shapes = {"attn_k": (128, HIDDEN), "attn_v": (128, HIDDEN), "ffn_gate": (MLP, HIDDEN), "ffn_up": (MLP, HIDDEN)}
+    shapes |= {"attn_q": (HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN), "ffn_down": (HIDDEN, MLP)}
+    matrices = {f"blk.0.{name}": (shapes[name], kind) for name, kind in KINDS.items()}
+    matrices |= {"token_embd": ((VOCAB, HIDDEN), "Q4_K"), "output": ((VOCAB, HIDDEN), head)}
+    for seed, (name, ((num_out, num_in), kind)) in enumerate(matrices.items()):
+        if kind in BLOCK_BYTES:
+            data = random_rows(kind, num_out, num_in // 256, seed)
+        elif kind == "Q6_K":  # 208 bytes of quants and scales, and an f16
+            data = np.random.default_rng(seed).integers(0, 256, (num_out, num_in // 256, 210), dtype=np.uint8)
+            data[..., 208:] = np.full(1, 1e-3, np.float16).view(np.uint8)
+            data = data.reshape(num_out, -1)
+        else:
+            wide = _matrix(num_out, num_in).numpy()
+            data = gguf.quantize(wide, gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(HIDDEN, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _held(file: PackedFile, role: str) -> torch.Tensor:
+    """Return the matrix that a packed one stands for."""
+    if f"{role}.0.nibbles" in file.names or f"{role}.0.q" in file.names:
+        num_parts = len({name.split(".")[1] for name in file.names if name.startswith(f"{role}.")})
+        return torch.cat([_held(file, f"{role}.{k}") for k in range(num_parts)])
+    if f"{role}.q" in file.names:
+        return file.tensor(f"{role}.q") * file.tensor(f"{role}.scale")[:, None]
+    blocks = {name.removeprefix(f"{role}."): file.tensor(name) for name in file.names if name.startswith(f"{role}.")}
+    return values(blocks).float()
+
+
+@pytest.mark.parametrize("head", ["Q4_K", "Q6_K", "Q8_0"])
+def test_each_matrix_of_a_file_of_few_bits_is_held_as_its_type_asks(head: str, tmp_path: Path) -> None:
+    path = _write_gguf(tmp_path / "model.gguf", head)
+    with open_checkpoint(path) as checkpoint, PackedModel(checkpoint, "int4", tmp_path, dict) as packed:
+        assert best_format(checkpoint) == "int4"
+        file, matrices = packed.layer(0), dict(checkpoint.layer(0).matrices)
+        matrices["head"] = checkpoint.head()
+        ends = packed.ends()
+        four_bits = {"o": True, "down": False, "head": head == "Q4_K", "qkv.0": True, "qkv.1": False}
+        four_bits |= {"gate_up.0": True, "gate_up.1": True}
+        for role, is_4 in four_bits.items():
+            names = ends.names if role == "head" else file.names
+            assert (f"{role}.nibbles" in names) == is_4
+            assert (f"{role}.q" in names) == (not is_4)
+        assert file.shape("qkv.0.nibbles")[0] == HIDDEN + 128, "Q and K are one matrix"
+        for role, expected in matrices.items():
+            found = _held(ends if role == "head" else file, role)
+            # 8 bits of a pair's share of the row's range; 4 bits give the value itself.
+            rows = expected.abs().amax(1, keepdim=True)
+            tolerance = torch.full_like(rows, 1e-6)
+            first = {"qkv": HIDDEN + 128, "down": 0}.get(role, 0 if role == "head" and head != "Q4_K" else len(rows))
+            tolerance[first:] = 1 / 120
+            assert ((found - expected).abs() <= tolerance * rows).all(), role
+
+
+def test_what_packed_parts_give_is_what_the_matrix_gives(tmp_path: Path) -> None:
+    path = _write_gguf(tmp_path / "model.gguf", "Q4_K")
+    with open_checkpoint(path) as checkpoint, PackedModel(checkpoint, "int4", tmp_path, dict) as packed:
+        file = packed.layer(0)
+        for role, matrix in checkpoint.layer(0).matrices.items():
+            linear = KernelChoice(exact=True, folder=tmp_path).load(file, role)
+            x = _matrix(5, matrix.shape[1])
+            expected = x @ matrix.t()
+            found = linear(x)
+            assert found.shape == expected.shape
+            assert (found - expected).norm() < 0.03 * expected.norm(), role
+            assert torch.equal(linear(x[2:3]), found[2:3])
