@@ -15,7 +15,10 @@ from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures
 
 @dataclass(slots=True)
 class Result:
-    """One Sequence as it came out. Times are seconds since the run began to serve."""
+    """One Sequence as it came out. Times are seconds since the run began to serve.
+
+    request: digest of the line that asked for it; empty for a lone prompt.
+    """
 
     index: int
     prompt_token_ids: tuple[int, ...]
@@ -27,6 +30,7 @@ class Result:
     first_token_s: float | None = None
     finished_s: float = 0.0
     cached_prompt_tokens: int = 0
+    request: str = ""
 
     def as_json(self) -> str:
         """Return the line of `--json` and of a results file."""
@@ -39,6 +43,8 @@ class Result:
             "cached_prompt_tokens": self.cached_prompt_tokens,
             "timings": self._timings(),
         }
+        if self.request:
+            value["request"] = self.request
         if self.error is not None:
             value["error"] = self.error
         return json.dumps(value, ensure_ascii=False)

@@ -1,5 +1,6 @@
 """Prompts files: JSON lines to requests, with every error located. Results files: which lines are done."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ _KINDS = ("prompt", "prompt_token_ids", "messages")
 
 @dataclass(frozen=True, slots=True)
 class PromptLine:
-    """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set. ``where`` names it in errors."""
+    """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set. ``where`` names it in errors.
+
+    digest: of the line; a results file tells by it which request it answered.
+    """
 
     index: int
     where: str
@@ -22,6 +26,7 @@ class PromptLine:
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
+    digest: str = ""
 
 
 def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
@@ -50,12 +55,13 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
     return requests
 
 
-def read_finished(path: Path) -> set[int]:
+def read_finished(path: Path, requests: Sequence[PromptLine]) -> set[int]:
     """Return the indices that a results file holds; a last line that was cut off by a crash counts as not there.
 
     Raises:
-        ConfigError: a line other than the last is not a result.
+        ConfigError: a line other than the last is not a result, or it is one of another request.
     """
+    digests = {request.index: request.digest for request in requests}
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -64,13 +70,21 @@ def read_finished(path: Path) -> set[int]:
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line) if line.strip() else {}
-            if "index" in value and value.get("finish_reason") != "error":
-                finished.add(int(value["index"]))
+            if "index" not in value or value.get("finish_reason") == "error":
+                continue
+            index, digest = int(value["index"]), value.get("request")
         except (ValueError, TypeError):
             if number < len(lines):
                 raise ConfigError(
                     f"{path}:{number}: not a line that mdiq run wrote; move the file away to start afresh"
                 ) from None
+            continue
+        if index not in digests or (digest is not None and digest != digests[index]):
+            raise ConfigError(
+                f"{path}:{number}: it answers another request {index} than the prompts file has now; "
+                "resume with the prompts of that run, or give another --out"
+            )
+        finished.add(index)
     return finished
 
 
@@ -88,19 +102,20 @@ def _parse_line(line: bytes, where: str, index: int, defaults: SamplingParams) -
         found = " and ".join(kinds) or "none"
         raise ConfigError(f"{where}: needs exactly one of {', '.join(_KINDS)}; found {found}")
     params = defaults.replaced(value, where)
+    digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
     given = value[kinds[0]]
     match kinds[0]:
         case "prompt":
             if not isinstance(given, str):
                 raise ConfigError(f"{where}: prompt: not a text")
             _check_text(given, f"{where}: prompt")
-            return PromptLine(index, where, params, text=given)
+            return PromptLine(index, where, params, text=given, digest=digest)
         case "prompt_token_ids":
             if not isinstance(given, list) or not all(type(token) is int and token >= 0 for token in given):
                 raise ConfigError(f"{where}: prompt_token_ids: not a list of token ids")
-            return PromptLine(index, where, params, token_ids=tuple(given))
+            return PromptLine(index, where, params, token_ids=tuple(given), digest=digest)
         case _:
-            return PromptLine(index, where, params, messages=_messages(given, f"{where}: messages"))
+            return PromptLine(index, where, params, messages=_messages(given, f"{where}: messages"), digest=digest)
 
 
 def _messages(given: object, where: str) -> tuple[Mapping[str, str], ...]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, an
     from mdiq.runtime.local import LocalRing
 
 DEFAULT_NODES = 2
+MAX_SUBMITTED = 1_024  # requests of a file that are with the ring at once, in work or waiting; more than it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ class _Run:
     async def main(self) -> int:
         from mdiq.runtime.local import LocalRing
 
-        sequences = [self._sequence(line) for line in self._lines]
+        self._check_lines()
         if self._ring_options.is_survey and self._rings is not None:
             with _loading_bars(self._console) as on_loading:
                 async with LocalRing(self._ring_options, on_loading=on_loading) as ring:
@@ -181,19 +182,28 @@ class _Run:
             await ring.__aenter__()
         try:
             self._start_s = time.monotonic()
-            async with asyncio.TaskGroup() as tasks:
-                for sequence in sequences:
-                    tasks.create_task(self._serve(ring, sequence), name=f"sequence-{sequence.index}")
+            await self.serve_all(ring)
             await self._finish(ring)
         finally:
             await ring.aclose()
         return 1 if any(result.finish_reason is FinishReason.ERROR for result in self._results) else 0
 
+    def _check_lines(self) -> None:
+        """Refuse what can be seen to be wrong before anything runs.
+
+        Raises:
+            ConfigError: a request has token ids that the model does not have, or no token.
+        """
+        vocab_size = self._tokenizer.vocab_size
+        for line in self._lines:
+            if line.token_ids and max(line.token_ids) >= vocab_size:
+                raise ConfigError(f"{line.where}: prompt_token_ids: the model has {vocab_size} tokens only")
+            if self._is_single or not (line.token_ids or line.text or line.messages):
+                self._sequence(line)
+
     def _sequence(self, line: PromptLine) -> Sequence:
         tokenizer = self._tokenizer
         if line.token_ids is not None:
-            if any(token >= tokenizer.vocab_size for token in line.token_ids):
-                raise ConfigError(f"{line.where}: prompt_token_ids: the model has {tokenizer.vocab_size} tokens only")
             prompt = line.token_ids
         elif line.messages is not None:
             prompt = tuple(tokenizer.chat_ids(line.messages))
@@ -208,10 +218,26 @@ class _Run:
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
         return TokenizerPipe(self._tokenizer, sequence.params.stop)
 
-    async def _serve(self, ring: "LocalRing", sequence: Sequence) -> None:
-        result = Result(sequence.index, sequence.prompt, submitted_s=self._now())
+    async def serve_all(self, ring: "LocalRing") -> None:
+        """Answer every request; MAX_SUBMITTED of them are with the ring at once."""
+        # A ring that holds every request of a long file spends its time on those that wait.
+        lines = iter(self._lines)
+        async with asyncio.TaskGroup() as tasks:
+            for i in range(min(len(self._lines), max(MAX_SUBMITTED, self._options.max_live or 0))):
+                tasks.create_task(self._serve_each(ring, lines), name=f"requests-{i}")
+
+    async def _serve_each(self, ring: "LocalRing", lines: Iterator[PromptLine]) -> None:
+        for line in lines:
+            await self._serve(ring, line)
+
+    async def _serve(self, ring: "LocalRing", line: PromptLine) -> None:
+        result = Result(line.index, (), submitted_s=self._now(), request=line.digest)
         self._results.append(result)
+        sequence: Sequence | None = None
         try:
+            # In a thread: a template and a long text take longer than other requests' tokens can wait.
+            sequence = await asyncio.to_thread(self._sequence, line)
+            result.prompt_token_ids = sequence.prompt
             async for event in ring.stream(sequence):
                 at_s = event.at_s - self._start_s
                 if event.step.token is not None:
@@ -229,8 +255,9 @@ class _Run:
                 raise
             result.finish_reason, result.finished_s = FinishReason.ERROR, self._now()
             result.error = str(error)
-            self._console.print(f"mdiq: request {sequence.index}: {error}", markup=False, highlight=False)
-        result.cached_prompt_tokens = sequence.cached_prompt_tokens
+            self._console.print(f"mdiq: request {line.index}: {error}", markup=False, highlight=False)
+        if sequence is not None:
+            result.cached_prompt_tokens = sequence.cached_prompt_tokens
         self._printer.finished(result)
 
     async def _finish(self, ring: "LocalRing") -> None:
@@ -311,7 +338,7 @@ def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:
     if options.out is not None and options.out.exists():
         if not options.resume:
             raise ConfigError(f"{options.out}: it exists; add --resume to go on where it stopped, or move it away")
-        finished = read_finished(options.out)
+        finished = read_finished(options.out, lines)
     return lines, finished
 
 

@@ -1,0 +1,53 @@
+"""Prompts files and results files: which request a result belongs to."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mdiq.cli.output import Result
+from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
+from mdiq.core.sequence import FinishReason, SamplingParams
+from mdiq.errors import ConfigError
+
+
+def _prompts(path: Path, *requests: object) -> list[PromptLine]:
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    return read_prompts(path, SamplingParams())
+
+
+def _results(path: Path, *lines: PromptLine, reason: FinishReason = FinishReason.STOP) -> Path:
+    results = [Result(line.index, (1,), 0.0, finish_reason=reason, request=line.digest) for line in lines]
+    path.write_text("".join(result.as_json() + "\n" for result in results))
+    return path
+
+
+def test_a_results_file_knows_which_requests_it_answered(tmp_path: Path) -> None:
+    lines = _prompts(tmp_path / "in.jsonl", {"prompt": "a", "seed": 1}, {"prompt": "b"}, {"prompt_token_ids": [4]})
+    out = _results(tmp_path / "out.jsonl", *lines[:2])
+    assert read_finished(out, lines) == {0, 1}
+    # The same request, written otherwise.
+    (tmp_path / "in.jsonl").write_text('{"seed":1,  "prompt": "a"}\n{"prompt":"b"}\n')
+    assert read_finished(out, read_prompts(tmp_path / "in.jsonl", SamplingParams())) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        ({"prompt": "a"}, {"prompt": "another"}),
+        ({"prompt": "a", "temperature": 0.5}, {"prompt": "b"}),
+        ({"prompt": "b"}, {"prompt": "a"}),
+        ({"prompt": "a"},),
+    ],
+)
+def test_results_of_other_prompts_are_refused(tmp_path: Path, edited: tuple[object, ...]) -> None:
+    out = _results(tmp_path / "out.jsonl", *_prompts(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"}))
+    with pytest.raises(ConfigError, match=r"out.jsonl:[12]: it answers another request [01] than the prompts file"):
+        read_finished(out, _prompts(tmp_path / "in.jsonl", *edited))
+
+
+def test_results_that_failed_are_not_finished_and_those_without_a_digest_count(tmp_path: Path) -> None:
+    lines = _prompts(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    assert read_finished(_results(tmp_path / "out.jsonl", *lines, reason=FinishReason.ERROR), lines) == set()
+    (tmp_path / "out.jsonl").write_text('{"index": 1, "finish_reason": "stop"}\n')
+    assert read_finished(tmp_path / "out.jsonl", lines) == {1}

@@ -1,0 +1,66 @@
+"""A long file of prompts is fed to the ring as it answers, not all at once."""
+
+import io
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mdiq.cli import run
+from mdiq.cli.prompts import PromptLine
+from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from mdiq.errors import CapacityError
+from mdiq.runtime.starter_service import StreamEvent
+
+
+class FakeTokenizer:
+    vocab_size = 1_000
+    has_chat_template = False
+    eos_token_ids = frozenset[int]()
+
+    def __init__(self) -> None:
+        self.num_encoded = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.num_encoded += 1
+        return list(text.encode())
+
+
+class FakeRing:
+    """Answers each request with one token; a prompt of one byte does not fit."""
+
+    def __init__(self, tokenizer: FakeTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_open = self.peak_open = 0
+        self.encoded_at_first: int | None = None
+
+    async def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]:
+        self.num_open += 1
+        self.peak_open = max(self.peak_open, self.num_open)
+        if self.encoded_at_first is None:
+            self.encoded_at_first = self._tokenizer.num_encoded
+        self.num_open -= 1
+        if len(sequence.prompt) == 1:
+            raise CapacityError("too short for me")
+        yield StreamEvent(TokenEvent(sequence.index, 7, len(sequence.prompt), FinishReason.LENGTH), "x", 0.0)
+
+
+def _run(lines: list[PromptLine], out: io.StringIO, tokenizer: FakeTokenizer) -> Any:
+    options: Any = SimpleNamespace(prompts=Path("in.jsonl"), as_json=False, raw=True, max_live=None)
+    return run._Run(options, SimpleNamespace(), tokenizer, lines, Console(file=io.StringIO()), out, None)  # type: ignore[arg-type]
+
+
+async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "MAX_SUBMITTED", 8)
+    lines = [PromptLine(i, f"in.jsonl:{i}", SamplingParams(), text=f"number {i}", digest=f"{i}") for i in range(100)]
+    lines[50] = PromptLine(50, "in.jsonl:50", SamplingParams(), text="!", digest="50")
+    out, tokenizer = io.StringIO(), FakeTokenizer()
+    ring: Any = FakeRing(tokenizer)
+    await _run(lines, out, tokenizer).serve_all(ring)
+    assert ring.peak_open <= 8 and ring.encoded_at_first <= 8 and tokenizer.num_encoded == 100
+    results = [line for line in out.getvalue().splitlines()]
+    assert len(results) == 100 and sum('"finish_reason": "error"' in line for line in results) == 1
+    assert "too short for me" in next(line for line in results if '"request": "50"' in line)
