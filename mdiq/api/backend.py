@@ -10,12 +10,15 @@ from mdiq.runtime.starter_service import StreamEvent
 class Backend(Protocol):
     """A ring and its tokenizer.
 
-    model_name: as clients name it. context_tokens: of prompt and answer together. vocab_size: token ids are below it.
+    model_name: as clients name it. vocab_size: token ids are below it. context_tokens: what the ring
+    holds of prompt and answer together.
     """
 
     model_name: str
-    context_tokens: int
     vocab_size: int
+
+    @property
+    def context_tokens(self) -> int: ...
 
     @property
     def is_serving(self) -> bool:

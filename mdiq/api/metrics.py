@@ -30,6 +30,9 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
     for name, kind, key, text in _REQUESTS:
         yield from _head(name, kind, text)
         yield f"{name} {status['requests'][key]}"
+    if "counts" in status:
+        yield from _head("mdiq_preemptions_total", "counter", "Requests put back to make room for older ones.")
+        yield f"mdiq_preemptions_total {status['counts'].get('preemptions', 0)}"
     for name, kind, key, text in _NODE:
         nodes = [node for node in status["nodes"] if key in node]
         if nodes:

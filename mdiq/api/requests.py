@@ -85,17 +85,16 @@ class Asked:
     messages: tuple[Mapping[str, str], ...] | None = None
 
     def params(self, num_prompt_tokens: int, context_tokens: int) -> SamplingParams:
-        """Return how to sample, for a prompt of that length.
+        """Return how to sample, for a prompt of that length; what does not fit of the answer is left out.
 
         Raises:
-            BadRequest: prompt and answer do not fit, or a value is out of range.
+            BadRequest: the prompt leaves no room for an answer, or a value is out of range.
         """
         room = context_tokens - num_prompt_tokens
         wanted = self.max_tokens or (room if self.is_chat else COMPLETION_TOKENS)
-        if room < 1 or (self.max_tokens or 0) > room:
+        if room < 1:
             raise BadRequest(
-                f"the prompt has {num_prompt_tokens} tokens and the answer up to {max(wanted, 1)}; the model takes "
-                f"{context_tokens} in all",
+                f"the prompt has {num_prompt_tokens} tokens, and the ring takes {context_tokens} with the answer",
                 "messages" if self.is_chat else "prompt",
                 "exceed_context_size_error",
                 n_prompt_tokens=num_prompt_tokens,

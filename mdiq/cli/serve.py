@@ -121,8 +121,12 @@ class _RingBackend:
         self._tokenizer = tokenizer
         self._numbers = count()
         self.model_name = topologies.model_name
-        self.context_tokens = topologies.context_tokens
         self.vocab_size = tokenizer.vocab_size
+        self._model_tokens = topologies.context_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        return self._keeper.context_tokens or self._model_tokens
 
     @property
     def is_serving(self) -> bool:

@@ -1,7 +1,8 @@
 """How much KV cache is promised to whom, counted in tokens at the Starter alone. The cache is engine/kv_cache.py.
 
 A token takes at most one slot in every Stage, so the Ring's capacity is the least over its Stages, and what the ledger
-grants no Stage can lack. A Sequence reserves all that it may grow to when it enters: nothing has to be preempted later.
+grants no Stage can lack. A Sequence reserves what is known of it when it enters, and more KvBlocks as it grows; no
+token is sent that has no room. Room that is given up counts as taken until the RELEASE has come round.
 
 Sequences that begin alike may share their first KvBlocks: each is counted once and comes back when the last Sequence
 that holds it is gone from every Stage. So the ledger numbers KvBlocks; a Stage chooses its own.
@@ -19,7 +20,7 @@ class KvLedger:
     """Reservations of KV cache, in tokens rounded up to whole KvBlocks."""
 
     def __init__(self, capacity_tokens: int, block_tokens: int = 1) -> None:
-        self._block_tokens = block_tokens
+        self.block_tokens = block_tokens
         self.capacity_tokens = capacity_tokens // block_tokens * block_tokens
         self._blocks: dict[SeqId, list[int]] = {}
         self._holders: Counter[int] = Counter()  # of each block: Sequences that hold it
@@ -29,15 +30,11 @@ class KvLedger:
 
     @property
     def reserved_tokens(self) -> int:
-        return len(self._holders) * self._block_tokens
+        return len(self._holders) * self.block_tokens
 
     def fits(self, num_tokens: int, shared_tokens: int = 0) -> bool:
         """Tell whether ``num_tokens`` can be reserved now, the first ``shared_tokens`` of them in another's blocks."""
         return self._num_blocks(num_tokens - shared_tokens) + len(self._holders) <= self._capacity_blocks
-
-    def fits_ever(self, num_tokens: int) -> bool:
-        """Tell whether ``num_tokens`` could be reserved in an empty Ring."""
-        return self._num_blocks(num_tokens) <= self._capacity_blocks
 
     def reserve(self, seq_id: SeqId, num_tokens: int, parent: SeqId | None = None, shared_tokens: int = 0) -> None:
         """Promise ``num_tokens`` to a Sequence, the first ``shared_tokens`` of them in its parent's blocks.
@@ -51,6 +48,23 @@ class KvLedger:
         blocks = [*shared, *(next(self._new_blocks) for _ in range(self._num_blocks(num_tokens) - len(shared)))]
         self._hold(blocks)
         self._blocks[seq_id] = blocks
+
+    def granted_tokens(self, seq_id: SeqId) -> int:
+        """Return how many tokens a Sequence has room for."""
+        return len(self._blocks[seq_id]) * self.block_tokens
+
+    def grow(self, seq_id: SeqId, num_tokens: int) -> None:
+        """Promise a Sequence room for ``num_tokens`` in all.
+
+        Raises:
+            LocalProtocolError: it does not fit, or the Sequence has no reservation or is on its way out.
+        """
+        granted = self.granted_tokens(seq_id) if seq_id in self._blocks else 0
+        if not granted or seq_id in self._leaving or not self.fits(num_tokens, granted):
+            raise LocalProtocolError(f"KvLedger: sequence {seq_id} cannot grow to {num_tokens} tokens")
+        blocks = [next(self._new_blocks) for _ in range(self._num_blocks(num_tokens - granted))]
+        self._hold(blocks)
+        self._blocks[seq_id] += blocks
 
     def share(self, seq_id: SeqId, parent: SeqId, shared_tokens: int) -> None:
         """Put the parent's blocks in place of a Sequence's first ones, which no Stage has given it yet."""
@@ -98,17 +112,15 @@ class KvLedger:
 
     @property
     def _capacity_blocks(self) -> int:
-        return self.capacity_tokens // self._block_tokens
+        return self.capacity_tokens // self.block_tokens
 
     def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens)
+        return -(-num_tokens // self.block_tokens)
 
     def _first_blocks(self, seq_id: SeqId, num_tokens: int) -> list[int]:
-        num_blocks = num_tokens // self._block_tokens
+        num_blocks = num_tokens // self.block_tokens
         blocks = self._blocks[seq_id][:num_blocks]
-        assert (
-            len(blocks) == num_blocks and num_tokens % self._block_tokens == 0
-        )  # only whole, cached blocks are shared
+        assert len(blocks) == num_blocks and num_tokens % self.block_tokens == 0  # only whole, cached blocks are shared
         return blocks
 
     def _hold(self, blocks: Iterable[int]) -> None:

@@ -7,6 +7,10 @@ tokens are history and never sampled twice, and draws depend on (seed, position)
 text. RELEASE travels behind the last Segment of a Sequence, and its KV reservation returns when it has made its Lap; a
 lost one is sent again.
 
+KV cache is reserved as Sequences grow, for the oldest first. When there is none, ended Sequences give up what they
+hold, then the newest in the Ring is *put back* (preempted): released, and replayed when there is room again. It is
+never failed for it, and how often it may happen to one Sequence is bounded (scheduler.py).
+
 A Sequence whose first tokens are in the KV cache already begins behind them, with the cache of the one that holds them
 (its parent): one in the Ring that has sent them, or an ended one that is retained for this (prefix_index.py). Stages
 keep the order of arrival, so the parent's Segments need not be back yet. What goes wrong with a parent costs time only:
@@ -18,6 +22,7 @@ the Sequence begins again. A Replay computes all its tokens itself.
     sampling               token, goes on                     in flight (one token)
     sampling               token, last one                    ended; retained, or RELEASE goes round
     retained               its room is wanted                 RELEASE goes round
+    in flight or sampling  an older one needs its room        waiting, RELEASE of the old id goes round
     in flight              overdue, or gap reported           waiting, RELEASE of the old id goes round
     in flight              the same, too often                ended with RingStalledError
     any                    cancelled, deadline, failed        ended; RELEASE goes round if it was in flight
@@ -33,7 +38,7 @@ from dataclasses import dataclass
 from mdiq.core.frame import NO_ROWS, Frame, FrameKind, Payload, Segment, TokenIds
 from mdiq.core.kv_ledger import KvLedger
 from mdiq.core.prefix_index import PrefixIndex
-from mdiq.core.scheduler import Entry, Scheduler
+from mdiq.core.scheduler import MAX_PREEMPTIONS, Entry, Room, Scheduler
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.stage import NO_EPOCH
 from mdiq.core.types import CHUNK_STEP, Epoch, RingSpec, SeqId
@@ -95,7 +100,8 @@ class HeadRow:
 class RingProtocol:
     """Owns every Sequence from submission to end.
 
-    counts: what was ignored or mended, for the metrics: stale, unknown, duplicates, replays, overdue, restarts.
+    counts: what was ignored or mended, for the metrics: stale, unknown, duplicates, replays, overdue, restarts,
+    preemptions.
     prefill: what became of prompts, Replays included: prefill_tokens were computed, prefix_tokens found in the cache,
     by prefix_hits Sequences.
     decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
@@ -152,15 +158,15 @@ class RingProtocol:
 
         Raises:
             ContextLengthError: the prompt leaves no room for a token in the model's context.
-            CapacityError: the Ring has less KV cache than the Sequence may need.
+            CapacityError: the prompt leaves no room for a token in the Ring's KV cache.
             LocalProtocolError: no Epoch has begun, or the index is in use.
         """
         if self._spec is None or sequence.index in self._entries:
             raise LocalProtocolError(f"submit: sequence {sequence.index} comes before an epoch or a second time")
         if not sequence.prompt:
             raise ContextLengthError("prompt: it has no tokens; give at least one")
-        most_tokens = self._most_tokens(sequence, self._spec)
-        self._entries[sequence.index] = entry = Entry(sequence, self._num_arrived, most_tokens)
+        max_tokens = _max_tokens(sequence, self._spec)
+        self._entries[sequence.index] = entry = Entry(sequence, self._num_arrived, max_tokens)
         self._num_arrived += 1
         self._scheduler.wait(entry)
 
@@ -187,9 +193,12 @@ class RingProtocol:
             self._scheduler.wait(entry)
         for entry in list(self._scheduler.waiting):
             try:
-                entry.most_tokens = self._most_tokens(entry.sequence, spec)
+                entry.max_tokens = _max_tokens(entry.sequence, spec)
             except CapacityError as error:
                 self._end(entry, FinishReason.ERROR, error)
+                continue
+            if entry.sequence.num_tokens >= entry.max_tokens:
+                self._end(entry, FinishReason.LENGTH)  # this Ring holds no more of it
 
     def pace(self, spec: RingSpec) -> None:
         """Go on in the same Ring at another pace: the measurements behind it have changed."""
@@ -244,8 +253,8 @@ class RingProtocol:
             self._scheduler.lap_s = now - entry.sent_at
         entry.token_at = now
         reason = sequence.append(token, stop_matched=stop_matched)
-        if reason is None and sequence.num_tokens >= entry.most_tokens:
-            reason = FinishReason.LENGTH  # the context is full
+        if reason is None and sequence.num_tokens >= entry.max_tokens:
+            reason = FinishReason.LENGTH  # the context is full, or the KV cache
         if reason is not None:
             self._end_with_token(entry, reason)
         return TokenEvent(sequence.index, token, position, reason)
@@ -278,7 +287,8 @@ class RingProtocol:
         """Return what is to be done now. Call it after every other call, and when ``next_deadline`` has come."""
         if self._spec is not None:
             self._check_deadlines(now)
-            self._scheduler.admit(self._ledger, self._finds_room)
+            self._grow()
+            self._scheduler.admit(self._ledger, self._find_room)
             self._inject_releases(now)
             self.most_live = max(self.most_live, self.num_live)
             self._inject_segments(now)
@@ -295,20 +305,6 @@ class RingProtocol:
         dues += [due for due in self._releasing.values() if due is not None]
         dues += [e.sequence.deadline for e in self._entries.values() if e.sequence.deadline is not None]
         return min(dues, default=None)
-
-    def _most_tokens(self, sequence: Sequence, spec: RingSpec) -> int:
-        most_tokens = min(sequence.most_tokens, spec.context_tokens)
-        if len(sequence.prompt) >= spec.context_tokens:
-            raise ContextLengthError(
-                f"prompt: {len(sequence.prompt)} tokens leave no room for an answer in the context of "
-                f"{spec.context_tokens}; shorten it"
-            )
-        if not KvLedger(spec.kv_tokens, spec.kv_block_tokens).fits_ever(most_tokens):
-            raise CapacityError(
-                f"KV cache: prompt and answer may need {most_tokens} tokens and the ring has room for "
-                f"{spec.kv_tokens}; lower max_tokens, shorten the prompt, or give the nodes more memory"
-            )
-        return most_tokens
 
     def _accept(self, segment: Segment) -> bool:
         """Take a returned Segment off the in-flight table; return whether its row is to be sampled."""
@@ -375,22 +371,66 @@ class RingProtocol:
             if entry.num_shared:
                 self.prefill.update(prefix_hits=1, prefix_tokens=entry.num_shared)
 
-    def _finds_room(self, entry: Entry) -> bool:
-        """Tell whether a waiting Sequence fits, and have it begin behind what is cached of it.
+    def _grow(self) -> None:
+        """Give decoding Sequences room for their next token, the oldest first."""
+        lacking = [entry for entry in self._scheduler.live.values() if entry.lacks_room]
+        for entry in sorted(lacking, key=lambda entry: entry.arrival):
+            if entry.seq_id is not None and (self._has_room(entry) or self._make_room(entry)):
+                self._ledger.grow(entry.seq_id, entry.sequence.num_tokens)
+                entry.num_granted = self._ledger.granted_tokens(entry.seq_id)
 
-        If it does not, ended Sequences give up what they hold, as far as it helps. Their room is back after a Lap.
+    def _has_room(self, entry: Entry) -> bool:
+        return self._ledger.fits(entry.sequence.num_tokens, entry.num_granted)
+
+    def _make_room(self, entry: Entry) -> bool:
+        """Have others give up what a Sequence needs to grow; return whether it is there at once.
+
+        If all that came after it hold too little, the Sequence itself is put back, unless it is the oldest.
         """
+        live, pinned = self._scheduler.live, self._pinned()
+        newer = sorted((e for e in live.values() if e.arrival > entry.arrival), key=lambda e: -e.arrival)
+        candidates = [*self._prefixes.to_give_up(pinned), *(e.seq_id for e in newer if e.seq_id not in pinned)]
+        chosen = self._ledger.to_give_up(
+            entry.sequence.num_tokens, [seq_id for seq_id in candidates if seq_id is not None], entry.num_granted
+        )
+        if chosen is None:
+            # What is pinned will be free in a Lap.
+            if len(live) > 1 and not newer and not pinned:
+                self._put_back(entry)
+            return False
+        for seq_id in chosen:
+            if seq_id in live:
+                self._put_back(live[seq_id])
+            else:
+                self._give_up([seq_id] if seq_id in self._prefixes.retained else [])
+        return entry.seq_id is not None and self._has_room(entry)
+
+    def _put_back(self, entry: Entry) -> None:
+        """Take a Sequence out of the Ring to make room; it is replayed later."""
+        self.counts["preemptions"] += 1
+        entry.num_preemptions += 1
+        self._leave_ring(entry, release=True)
+        self._scheduler.wait(entry)
+
+    def _find_room(self, entry: Entry) -> Room:
+        """Tell whether there is room for a waiting Sequence, and have it begin behind what is cached of it.
+
+        If there is not, ended Sequences give up what they hold, as far as it helps. Their room is back after a Lap.
+        """
+        if entry.num_preemptions >= MAX_PREEMPTIONS and not self._scheduler.is_oldest(entry):
+            return Room.LACKING
+        needed = self._scheduler.needed(entry, self._ledger)
         parent, num_shared = self._longest_prefix(entry)
-        if self._ledger.fits(entry.most_tokens, num_shared):
+        if self._ledger.fits(needed, num_shared):
             entry.begin_behind(parent, num_shared)
-            return True
+            return Room.HERE
         pinned = self._pinned()
         others = self._prefixes.to_give_up({*pinned, parent})
-        seq_ids = self._ledger.to_give_up(entry.most_tokens, others, num_shared)
+        seq_ids = self._ledger.to_give_up(needed, others, num_shared)
         if seq_ids is None:
-            seq_ids = self._ledger.to_give_up(entry.most_tokens, self._prefixes.to_give_up(pinned))
+            seq_ids = self._ledger.to_give_up(needed, self._prefixes.to_give_up(pinned))
         self._give_up(seq_ids or [])
-        return False
+        return Room.LACKING if seq_ids is None else Room.COMING
 
     def _enter(self, entry: Entry) -> None:
         """Have a Sequence begin behind what is cached of it by now, which may be more than when it was let in."""
@@ -484,3 +524,22 @@ class RingProtocol:
     def _release(self, seq_id: SeqId) -> None:
         self._releasing[seq_id] = None
         self._ledger.leave(seq_id)
+
+
+def _max_tokens(sequence: Sequence, spec: RingSpec) -> int:
+    """Return the tokens that a Sequence may grow to in this Ring, prompt included.
+
+    Raises:
+        ContextLengthError, CapacityError: the prompt leaves no room for an answer.
+    """
+    if len(sequence.prompt) >= spec.context_tokens:
+        raise ContextLengthError(
+            f"prompt: {len(sequence.prompt)} tokens leave no room for an answer in the context of "
+            f"{spec.context_tokens}; shorten it"
+        )
+    if len(sequence.prompt) >= spec.max_tokens:
+        raise CapacityError(
+            f"KV cache: the prompt has {len(sequence.prompt)} tokens and the ring has room for {spec.max_tokens} with "
+            "the answer; shorten the prompt, or give the nodes more memory"
+        )
+    return min(sequence.most_tokens, spec.max_tokens)

@@ -1,8 +1,15 @@
 """Which Sequences enter the Ring and which of their tokens go next. Spends the KV ledger; knows no time and no Frames.
 
-First come, first served: a Sequence that waits for KV cache holds back those behind it, so none starves. Decoding
-Sequences have one token in flight each; prompts are cut into chunks, and no more than a budget of prompt tokens is in
-the Ring at once, which bounds every queue.
+First come, first served. A Sequence enters when there is room for what is known of it, for some of its answer, and for
+a KvBlock more of every other one in the Ring that may still grow. One that waits for room holds back those after it,
+but for small ones: what fits whole, answer included, may pass, and no Sequence is passed more than MAX_PASSED times.
+
+When room ends, the newest Sequence is put back (ring.py): the oldest always gets on. One that was put back waits for
+twice the room for its answer each time; after MAX_PREEMPTIONS it waits until all that came before it have ended, and
+then nothing can put it back. So every Sequence ends.
+
+Decoding Sequences have one token in flight each; prompts are cut into chunks, and no more than a budget of prompt
+tokens is in the Ring at once, which bounds every queue.
 
 Chunks of one prompt follow each other round the Ring, so that all Stages work on it. A prompt of P tokens in chunks of
 n takes a Ring of N Stages (P / n + N - 1) (w + n) units of time, where w is what a forward costs before its first
@@ -20,6 +27,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from math import sqrt
 
 from mdiq.core.frame import Segment
@@ -27,6 +35,9 @@ from mdiq.core.kv_ledger import KvLedger
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import CHUNK_STEP, RingSpec, SeqId
 
+MAX_PREEMPTIONS = 4
+MAX_PASSED = 16
+_LOOK_PAST = 64  # waiting Sequences that are looked at for one that may pass
 _PATIENCE_LAPS = 4
 _LEAST_PATIENCE_S = 0.5  # while no Lap has been timed, and where they are short
 
@@ -36,15 +47,17 @@ class Entry:
     """A Sequence in the Ring's books, from its submission to its end.
 
     arrival: its place in the order of submission, kept over Replays.
-    most_tokens: tokens that it may grow to, prompt included; within the context.
+    max_tokens: tokens that it may grow to, prompt included; within the context and the Ring's KV cache.
     seq_id: its id on the wire, or None while it waits.
     num_shared: tokens at its beginning that it finds in the cache and does not send.
     parent: whose cache that is, until the first Segment has made its Lap; None when the Ring no longer needs to know.
+    num_granted: tokens that it has room for in the KV cache.
     num_known: tokens known when it entered, its prompt in this Ring.
     num_sent: tokens injected under that id, the shared ones included; num_back: tokens whose Lap is done, likewise.
     in_flight: Segments on their Lap, oldest first: where each stops and when it is overdue.
     is_sampling: its newest row is with the sampler.
     num_replays: Replays since its last token.
+    num_preemptions: how often it was put back to make room. num_passed: how often others entered before it.
     sent_at: when its newest Segment was sent.
     token_at: when its newest token came; None before that, and after a Replay.
     group: the group of decode Segments that it was sent in last.
@@ -52,16 +65,19 @@ class Entry:
 
     sequence: Sequence
     arrival: int
-    most_tokens: int
+    max_tokens: int
     seq_id: SeqId | None = None
     num_shared: int = 0
     parent: SeqId | None = None
+    num_granted: int = 0
     num_known: int = 0
     num_sent: int = 0
     num_back: int = 0
     in_flight: deque[tuple[int, float]] = field(default_factory=deque)
     is_sampling: bool = False
     num_replays: int = 0
+    num_preemptions: int = 0
+    num_passed: int = 0
     sent_at: float = 0.0
     token_at: float | None = None
     group: int = 0
@@ -70,6 +86,11 @@ class Entry:
     def num_unsent(self) -> int:
         """Known tokens that the Ring has not been sent."""
         return self.sequence.num_tokens - self.num_sent
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether its next token has no place in the KV cache."""
+        return self.num_granted < self.sequence.num_tokens
 
     @property
     def has_entered(self) -> bool:
@@ -84,10 +105,19 @@ class Entry:
     def leave_ring(self) -> None:
         """Forget what the Ring held: the Sequence begins again under a new id."""
         self.seq_id = None
+        self.num_granted = 0
         self.begin_behind(None, 0)
         self.in_flight.clear()
         self.is_sampling = False
         self.token_at = None
+
+
+class Room(Enum):
+    """Whether there is KV cache for a Sequence that waits: now, when what has been given up is back, or not yet."""
+
+    HERE = auto()
+    COMING = auto()
+    LACKING = auto()
 
 
 class Scheduler:
@@ -115,19 +145,53 @@ class Scheduler:
         """Queue a Sequence by its arrival: a replayed one goes before those that came after it."""
         insort(self.waiting, entry, key=lambda e: e.arrival)
 
-    def admit(self, ledger: KvLedger, finds_room: Callable[[Entry], bool] | None = None) -> None:
-        """Let Sequences in, in order, while there is room; each gets a new wire id and reserves its KV cache.
+    def admit(self, ledger: KvLedger, find_room: Callable[[Entry], Room] | None = None) -> None:
+        """Let Sequences in while there is room; each gets a new wire id and reserves KV cache for what is known of it.
 
-        finds_room: tells whether a Sequence fits, having it begin behind what is cached of it.
+        find_room: tells whether there is room for a Sequence, having it begin behind what is cached of it.
         """
-        finds_room = finds_room or (lambda entry: ledger.fits(entry.most_tokens))
-        while self.waiting and len(self.live) < self.spec.max_live and finds_room(self.waiting[0]):
-            entry = self.waiting.pop(0)
-            entry.seq_id = SeqId(self._next_id)
-            self._next_id += 1
-            entry.num_known = entry.sequence.num_tokens
-            ledger.reserve(entry.seq_id, entry.most_tokens, entry.parent, entry.num_shared)
-            self.live[entry.seq_id] = entry
+        find_room = find_room or (lambda entry: Room.HERE if ledger.fits(self.needed(entry, ledger)) else Room.LACKING)
+        place = 0
+        while place < min(len(self.waiting), _LOOK_PAST) and len(self.live) < self.spec.max_live:
+            entry = self.waiting[place]
+            if not place:
+                room = find_room(entry)
+                if room is Room.COMING:
+                    return
+                enters = room is Room.HERE
+            else:
+                enters = not entry.num_preemptions and ledger.fits(entry.max_tokens + self._margin(ledger))
+            if enters:
+                del self.waiting[place]
+                for passed in self.waiting[:place]:
+                    passed.num_passed += 1
+                self._let_in(entry, ledger)
+            elif entry.num_passed >= MAX_PASSED:
+                return
+            else:
+                place += 1
+
+    def needed(self, entry: Entry, ledger: KvLedger) -> int:
+        """Return the tokens that must fit for a waiting Sequence to enter."""
+        ahead = ledger.block_tokens << entry.num_preemptions
+        return min(entry.sequence.num_tokens + ahead, entry.max_tokens) + self._margin(ledger)
+
+    def is_oldest(self, entry: Entry) -> bool:
+        """Whether all Sequences that came before have ended."""
+        others = (*self.live.values(), *self.waiting[:1])
+        return all(other.arrival >= entry.arrival for other in others)
+
+    def _margin(self, ledger: KvLedger) -> int:
+        """Return the room that is left to those in the Ring: a KvBlock each, if they may still need one."""
+        return ledger.block_tokens * sum(entry.max_tokens > entry.num_granted for entry in self.live.values())
+
+    def _let_in(self, entry: Entry, ledger: KvLedger) -> None:
+        entry.seq_id = SeqId(self._next_id)
+        self._next_id += 1
+        entry.num_known = entry.sequence.num_tokens
+        ledger.reserve(entry.seq_id, entry.num_known, entry.parent, entry.num_shared)
+        entry.num_granted = ledger.granted_tokens(entry.seq_id)
+        self.live[entry.seq_id] = entry
 
     @property
     def has_prompt(self) -> bool:
@@ -170,7 +234,11 @@ class Scheduler:
     def _next_groups(self, now: float) -> list[tuple[SeqId, Entry]]:
         """Return the decoding Sequences to send now, those first that were sent longest ago."""
         decoding = [(seq_id, entry) for seq_id, entry in self.live.items() if not self._is_prefill(entry)]
-        ready = [(seq_id, entry) for seq_id, entry in decoding if entry.num_unsent and not entry.is_sampling]
+        ready = [
+            (seq_id, entry)
+            for seq_id, entry in decoding
+            if entry.num_unsent and not (entry.is_sampling or entry.lacks_room)
+        ]
         ready.sort(key=lambda item: item[1].group)
         cap = self.spec.cap(len(self.live))
         self.look_again_at = None

@@ -73,6 +73,11 @@ class RingSpec:
         if not self.shared_chunks or min(self.shared_chunks) < 1:
             raise ValueError(f"{self}: shared_chunks must hold numbers of at least 1")
 
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of one Sequence that context and KV cache hold."""
+        return min(self.context_tokens, self.kv_tokens // self.kv_block_tokens * self.kv_block_tokens)
+
     def cap(self, num_live: int) -> int:
         """Return the MicroBatch cap while ``num_live`` Sequences are in the Ring."""
         return self.caps[min(max(num_live, 1), len(self.caps)) - 1]

@@ -117,9 +117,9 @@ class LocalRing:
 
     @property
     def context_tokens(self) -> int:
-        """Most tokens of one Sequence."""
-        assert self._runner is not None  # __aenter__ has run
-        return self._runner.config.context_tokens
+        """Most tokens of one Sequence that context and KV cache hold."""
+        assert self._spec is not None  # __aenter__ has run
+        return self._spec.max_tokens
 
     @property
     def is_survey(self) -> bool:

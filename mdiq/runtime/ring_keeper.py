@@ -43,6 +43,8 @@ class KeptRing(Protocol):
     def worker(self) -> Worker: ...
     @property
     def service(self) -> StarterService: ...
+    @property
+    def context_tokens(self) -> int: ...
     async def __aenter__(self) -> Any: ...
     async def aclose(self) -> None: ...
     async def until_lost(self) -> MdiqError: ...
@@ -99,6 +101,7 @@ class RingKeeper:
         self._serving_since_s = 0.0
         self._num_running = 0
         self._num_rings = 0
+        self._context_tokens: int | None = None
         self._num_done = 0
         self._num_failed = 0
         self.last_error: str | None = None
@@ -193,6 +196,13 @@ class RingKeeper:
         text = "; ".join(parts) or "measures the ring"
         return f"nodes measure themselves; {text}" if self._options.is_survey else text
 
+    @property
+    def context_tokens(self) -> int | None:
+        """Most tokens of one Sequence, as the newest Ring holds them; None before the first."""
+        if self._ring is not None and self._is_entered:
+            self._context_tokens = self._ring.context_tokens
+        return self._context_tokens
+
     def has_work(self) -> bool:
         """Tell whether anything is computed or waits to be; for a watchdog."""
         return self._ring is not None and self._ring.worker.has_work
@@ -245,6 +255,7 @@ class RingKeeper:
             status["hops"] = [
                 {"wire": hop.wire, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s} for hop in ring.hops()
             ]
+            status["counts"] = dict(ring.service.ring.counts)
             pace = ring.pace()
             status["pace"] = {"most_live": pace.num_live, "in_flight": pace.in_flight, "cap": pace.cap}
         return status

@@ -66,6 +66,7 @@ class FakeRing:
             "nodes": [node, {"name": "pi1", "state": "drained"}],
             "requests": {"running": 1, "done": 2, "failed": 3},
             "rings_formed": 4,
+            "counts": {"preemptions": 5},
         }
 
 
@@ -133,7 +134,7 @@ async def test_models_health_and_metrics() -> None:
         assert (model["id"], model["max_model_len"]) == ("tiny", 64)
         assert (await client.get("/health")).status == 200
         metrics = await (await client.get("/metrics")).text()
-        assert "mdiq_requests_done_total 2" in metrics.splitlines()
+        assert {"mdiq_requests_done_total 2", "mdiq_preemptions_total 5"} <= set(metrics.splitlines())
         assert 'mdiq_stage_busy_ratio{node="desk"} 0.5' in metrics.splitlines()
         assert 'node="pi1"' not in metrics
         ring.is_serving = False
@@ -176,7 +177,7 @@ async def test_a_key_is_asked_for_everywhere_but_at_health() -> None:
         (b"\xff\xfe", 400, "not JSON"),
         (b"[]", 400, "no JSON object"),
         (json.dumps({**CHAT, "model": "gpt-4"}).encode(), 404, "this ring serves 'tiny'"),
-        (json.dumps({**CHAT, "max_tokens": 100}).encode(), 400, "the model takes 64"),
+        (json.dumps({"messages": [{"role": "user", "content": "a " * 63}]}).encode(), 400, "the ring takes 64"),
         (json.dumps({"messages": [{"role": "pirate", "content": "a"}]}).encode(), 400, "no pirate"),
         (b" " * (MOST_BODY_BYTES + 1), 413, "Too Large"),
     ],

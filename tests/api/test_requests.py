@@ -122,12 +122,17 @@ def test_a_body_that_is_no_object_is_refused(body: object) -> None:
 
 
 def test_what_does_not_fit_the_context_is_told_with_both_numbers() -> None:
-    for num_prompt, wanted in ((100, None), (50, 51)):
+    for num_prompt, wanted in ((100, None), (101, 1)):
         with pytest.raises(BadRequest) as caught:
             parse({**HELLO, "max_tokens": wanted}, is_chat=True).params(num_prompt, 100)
         body = caught.value.body
         assert body["type"] == "exceed_context_size_error"
         assert (body["n_prompt_tokens"], body["n_ctx"]) == (num_prompt, 100)
+
+
+def test_an_answer_longer_than_what_is_left_is_what_is_left() -> None:
+    assert parse({**HELLO, "max_tokens": 51}, is_chat=True).params(50, 100).max_tokens == 50
+    assert parse({**HELLO, "max_tokens": 10**9}, is_chat=True).params(99, 100).max_tokens == 1
 
 
 def test_errors_have_openais_types() -> None:

@@ -18,11 +18,22 @@ def test_reservations_are_whole_blocks_and_come_back() -> None:
     assert ledger.reserved_tokens == 0
 
 
-def test_what_would_fit_an_empty_ring_is_known_while_it_is_full() -> None:
-    ledger = KvLedger(32, block_tokens=16)
-    ledger.reserve(SeqId(1), 32)
-    assert ledger.fits_ever(32)
-    assert not ledger.fits_ever(33)
+def test_a_reservation_grows_by_whole_blocks_while_there_are_any() -> None:
+    ledger = KvLedger(48, block_tokens=16)
+    ledger.reserve(SeqId(1), 1)
+    ledger.grow(SeqId(1), 16)
+    assert (ledger.granted_tokens(SeqId(1)), ledger.reserved_tokens) == (16, 16)
+    ledger.grow(SeqId(1), 17)
+    ledger.reserve(SeqId(2), 3)
+    assert (ledger.granted_tokens(SeqId(1)), ledger.reserved_tokens) == (32, 48)
+    ledger.leave(SeqId(2))
+    for seq_id, num_tokens in ((1, 33), (2, 4), (3, 1)):
+        with pytest.raises(LocalProtocolError, match="cannot grow"):
+            ledger.grow(SeqId(seq_id), num_tokens)
+    ledger.release(SeqId(2))
+    ledger.grow(SeqId(1), 48)
+    ledger.release(SeqId(1))
+    assert ledger.reserved_tokens == 0
 
 
 def test_a_second_or_an_excessive_reservation_is_our_own_bug() -> None:

@@ -21,6 +21,8 @@ def _scheduler(
     for entry in entries:
         scheduler.wait(entry)
     scheduler.admit(KvLedger(kv))
+    for entry in scheduler.live.values():
+        entry.num_granted = entry.max_tokens  # the ring protocol has them grow
     return scheduler
 
 
@@ -61,10 +63,25 @@ def test_decoding_sequences_go_before_prompts() -> None:
     assert _taken(scheduler) == []
 
 
-def test_a_sequence_that_waits_for_kv_cache_holds_back_those_behind_it() -> None:
-    scheduler = _scheduler(_entry(0, 6), _entry(1, 9), _entry(2, 1), kv=20)
+def test_a_sequence_that_waits_for_kv_cache_holds_back_those_after_it_that_do_not_fit_whole() -> None:
+    scheduler = _scheduler(_entry(0, 6), _entry(1, 9), _entry(2, 1), kv=11)
     assert [e.arrival for e in scheduler.live.values()] == [0]
     assert [e.arrival for e in scheduler.waiting] == [1, 2]
+    scheduler = _scheduler(_entry(0, 6), _entry(1, 9), _entry(2, 1), kv=12)
+    assert [e.arrival for e in scheduler.live.values()] == [0, 2]
+    assert [e.num_passed for e in scheduler.waiting] == [1]
+
+
+def test_one_that_was_put_back_needs_more_room_ahead_each_time_and_then_the_end_of_all_older_ones() -> None:
+    scheduler, entry, ledger = _scheduler(_entry(0, 6, 4)), _entry(1, 6, 50), KvLedger(1_000, block_tokens=4)
+    assert scheduler.needed(entry, ledger) == 10
+    entry.num_preemptions = 2
+    assert scheduler.needed(entry, ledger) == 22
+    entry.num_preemptions = 9
+    assert scheduler.needed(entry, ledger) == 56, "never more than it may grow to"
+    assert not scheduler.is_oldest(entry)
+    scheduler.live.clear()
+    assert scheduler.is_oldest(entry)
 
 
 def test_a_replayed_sequence_goes_before_those_that_came_after_it() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
 from mdiq.errors import ConfigError, MdiqError, NodeDiedError, PlanError, RingError
@@ -21,6 +22,7 @@ NODES = {"desk": "k0", "pi1": "k1", "pi2": "k2"}
 class FakeService:
     def __init__(self, ring: "FakeRing") -> None:
         self._ring = ring
+        self.ring = RingProtocol()
 
     def fail_all(self, error: MdiqError) -> None:
         self._ring.failure = error
@@ -41,6 +43,10 @@ class FakeRing:
         self.is_closed = False
         self.service: Any = FakeService(self)
         self.worker: Any = None
+
+    @property
+    def context_tokens(self) -> int:
+        return 2_000
 
     @property
     def missing(self) -> list[str]:

@@ -62,7 +62,7 @@ async def test_one_that_is_cancelled_leaves_the_others_alone(open_ring: OpenRing
 @pytest.mark.parametrize(("size", "kind"), RINGS)
 async def test_one_that_waits_behind_a_cancelled_one_gets_its_room(open_ring: OpenRing, size: int, kind: str) -> None:
     async with open_ring(size, kind, kv_tokens=210) as ring:
-        doomed, behind = make_sequence(0, max_tokens=200), make_sequence(1, max_tokens=10)
+        doomed, behind = make_sequence(0, max_tokens=200), make_sequence(1, num_prompt=205, max_tokens=4)
         has_begun = asyncio.Event()
         running = asyncio.create_task(ring.stream(doomed, lambda _: has_begun.set()))
         await has_begun.wait()
@@ -204,10 +204,10 @@ async def test_a_ring_that_answers_nothing_ends_its_sequences_with_an_error(open
 
 
 async def test_a_sequence_that_can_never_fit_is_refused_at_once(open_ring: OpenRing) -> None:
-    async with open_ring(2, kv_tokens=16) as ring:
+    async with open_ring(2, kv_tokens=64) as ring:
         with pytest.raises(CapacityError):
-            await ring.stream(make_sequence(0, max_tokens=100))
-        await ring.check(make_sequence(1, max_tokens=8))
+            await ring.stream(make_sequence(0, num_prompt=64))
+        await ring.check(make_sequence(1, num_prompt=63, max_tokens=1))
 
 
 async def test_a_ring_that_is_gone_ends_every_stream_and_takes_no_more(open_ring: OpenRing) -> None:
