@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import mdiq
+from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
 from mdiq.plan.partition import Objective
 from mdiq.telemetry import logging
@@ -33,11 +34,15 @@ class Dtype(StrEnum):
 
 
 class Weights(StrEnum):
-    """How weights are held: as --dtype says, or packed."""
+    """How weights are held: as suits the file, as --dtype says, or packed; core.types.WeightFormat."""
 
+    AUTO = "auto"
     PLAIN = "plain"
     INT8 = "int8"
     INT4 = "int4"
+
+
+_USUAL = Weights(USUAL_WEIGHTS)
 
 
 class LogLevel(StrEnum):
@@ -92,7 +97,9 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
     in_process: Annotated[bool, typer.Option("--in-process", help="All stages in this one process.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,
-    weights: Annotated[Weights, typer.Option(help="Weights: as --dtype says, or packed.")] = Weights.PLAIN,
+    weights: Annotated[
+        Weights, typer.Option(help="Weights: as suits the model's file, as --dtype says, or packed.")
+    ] = _USUAL,
     exact: Annotated[
         bool, typer.Option("--exact/--fast", help="Packed weights: the same tokens alone and among others, or speed.")
     ] = True,
@@ -180,7 +187,8 @@ def perplexity(
         typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
     ] = None,
     weights: Annotated[
-        list[Weights] | None, typer.Option(help="Formats beside f32; may be repeated. [default: int8 and int4]")
+        list[Weights] | None,
+        typer.Option(help="Formats beside f32; may be repeated, auto is the file's. [default: int8 and int4]"),
     ] = None,
     exact: Annotated[
         bool,
@@ -221,7 +229,9 @@ def bench(
     prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt, likewise.")] = "32",
     answer_tokens: Annotated[int, typer.Option(min=1, max=65536, help="Tokens of each answer.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; medians are shown.")] = 3,
-    weights: Annotated[Weights, typer.Option(help="Weights: as --dtype says, or packed.")] = Weights.PLAIN,
+    weights: Annotated[
+        Weights, typer.Option(help="Weights: as suits the model's file, as --dtype says, or packed.")
+    ] = _USUAL,
     exact: Annotated[
         bool, typer.Option("--exact/--fast", help="Packed weights: the same tokens alone and among others, or speed.")
     ] = True,
@@ -305,7 +315,7 @@ def init(
         str | None,
         typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
     ] = None,
-    weights: Annotated[Weights, typer.Option(help="Weights in memory.")] = Weights.INT8,
+    weights: Annotated[Weights, typer.Option(help="Weights in memory.")] = _USUAL,
     insecure: Annotated[bool, typer.Option("--insecure", help="Plain text in the network, without keys.")] = False,
     out: Annotated[Path, typer.Option(help="File to write; its schema lies beside it.")] = Path("topology.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,

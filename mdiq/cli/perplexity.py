@@ -52,6 +52,7 @@ def measure(options: PerplexityOptions) -> int:
     from mdiq.engine.checkpoint import open_checkpoint
     from mdiq.engine.model_source import cache_directory, find_model
     from mdiq.engine.perplexity import perplexity
+    from mdiq.engine.quantize import chosen_format
     from mdiq.engine.sample_text import sample_text
     from mdiq.engine.stage_model import StageModel, WeightSettings
     from mdiq.engine.tokenizer import Tokenizer
@@ -69,6 +70,7 @@ def measure(options: PerplexityOptions) -> int:
             task = bars.add_task(f"{weights}: loads", total=None)
             show = partial(_advance, bars, task)
             with open_checkpoint(path) as checkpoint:
+                weights = chosen_format(weights, checkpoint, torch.device("cpu"))
                 model = StageModel(
                     checkpoint,
                     LayerRange(0, checkpoint.config.num_layers),

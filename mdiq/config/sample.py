@@ -12,6 +12,7 @@ import yaml
 from mdiq.config.addresses import is_loopback, machine_of
 from mdiq.config.schema import SCHEMA_LINE, topology_schema, values_text
 from mdiq.config.topology import VERSION
+from mdiq.core.types import USUAL_WEIGHTS
 
 DEFAULT_PATH = "smollm2-135m-instruct"
 NODE_KEYS = ("data_port", "control_port", "weights_port", "device", "threads", "memory", "layers")
@@ -42,7 +43,7 @@ class Answers:
 
     nodes: tuple[NodeAnswer, ...]
     model: str = DEFAULT_PATH
-    weights: str = "int8"
+    weights: str = USUAL_WEIGHTS
     insecure: bool = False
 
 

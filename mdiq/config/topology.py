@@ -22,7 +22,7 @@ from mdiq.config import units
 from mdiq.config.addresses import check_address, is_loopback
 from mdiq.config.checks import TopologyValueError, find_problems
 from mdiq.config.units import AUTO, shown
-from mdiq.core.types import LayerRange
+from mdiq.core.types import USUAL_WEIGHTS, LayerRange, WeightFormat
 
 VERSION = 1
 MOST_NODES = 64
@@ -193,8 +193,8 @@ class ModelChoice(_Section):
         "Model directory, .gguf file, or a known name. Only the Starter's machine has it.",
         example="smollm2-135m-instruct",
     )
-    weights: Literal["plain", "int8", "int4"] = _key(
-        "int8", "Weights in memory: as dtype says, or packed in 8 or 4 bits."
+    weights: WeightFormat = _key(
+        USUAL_WEIGHTS, "Weights in memory: as dtype says, packed in 8 or 4 bits, or as suits the model's file."
     )
     mode: Literal["exact", "fast"] = _key(
         "exact", "Packed weights: the same tokens alone and among others, or the fastest kernels."

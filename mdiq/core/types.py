@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NewType
+from typing import Literal, NewType
 
 NodeId = NewType("NodeId", str)
 """A node's name, as the topology writes it."""
@@ -16,6 +16,12 @@ Epoch = NewType("Epoch", int)
 
 CHUNK_STEP = 16
 """Chunks of prompts are multiples of it: kernels work in such steps, and the wire counts in them."""
+
+
+WeightFormat = Literal["auto", "plain", "int8", "int4"]
+"""How weights are held: as the dtype says, packed in 8 or in 4 bits, or, "auto", as suits the model's file."""
+USUAL_WEIGHTS: WeightFormat = "auto"
+"""How they are held where nobody says it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,13 @@ def best_format(checkpoint: Checkpoint) -> str:
     return "int4" if FOUR_BITS & checkpoint.layer_kinds() else "int8"
 
 
+def chosen_format(wanted: str, checkpoint: Checkpoint, device: torch.device) -> str:
+    """Return "plain" or one of FORMATS for a core.types.WeightFormat: packed weights are computed on the CPU only."""
+    if wanted != "auto":
+        return wanted
+    return best_format(checkpoint) if device.type == "cpu" else "plain"
+
+
 def num_hot(num_in: int, role: str) -> int:
     """Return how many copies of hot columns follow a matrix with ``num_in`` columns: none in a very narrow one."""
     if num_in < 4 * _HOT_STEP:

@@ -5,8 +5,8 @@ import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 
 import structlog
@@ -23,6 +23,7 @@ from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.device import choose_device, free_bytes, return_free_memory, rss_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head, measure_packing
+from mdiq.engine.quantize import chosen_format
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.wire_check import check_tokens, divergence_nats
 from mdiq.errors import MdiqError, RingError, first_of
@@ -245,7 +246,9 @@ class LocalRing:
     async def _start(self) -> None:
         options = self._options
         loop = asyncio.get_running_loop()
-        digest = await self._worker.run_uncounted(partial(_digest, options.model))
+        digest, weights = await self._worker.run_uncounted(partial(_seen, options))
+        # One Node decides: all hold their Layers alike.
+        self._options = options = replace(options, weights=weights)
         others: list[control.Ready] = []
         if options.num_nodes > 1 or (options.remote is not None and options.remote.standing_by):
             make = _kind_of_stages(options)
@@ -400,9 +403,10 @@ class LocalRing:
             self._on_lost(first if isinstance(first, MdiqError) else RingError(f"starter: {first!r}; see the log"))
 
 
-def _digest(model: Path) -> str:
-    with open_checkpoint(model) as checkpoint:
-        return checkpoint.digest
+def _seen(options: RingOptions) -> tuple[str, str]:
+    """Return the model's digest, and how its weights are to be held."""
+    with open_checkpoint(options.model) as checkpoint:
+        return checkpoint.digest, chosen_format(options.weights, checkpoint, choose_device(options.device))
 
 
 def _kind_of_stages(options: RingOptions) -> type[RemoteStages] | type[InProcessStages] | type[ProcessStages]:

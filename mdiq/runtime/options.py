@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdiq.core.ring import RingSettings
-from mdiq.core.types import LayerRange
+from mdiq.core.types import USUAL_WEIGHTS, LayerRange
 from mdiq.core.wire import WIRES
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
@@ -106,7 +106,8 @@ class RingOptions:
     model: a model directory or a .gguf file.
     layers: one range a Node, in ring order; the first is the Starter's.
     dtype: "f32" or "bf16", of activations, KV cache, and weights unless those are packed.
-    weights: "plain" (the dtype), "int8" or "int4". exact: batch-invariant kernels; see engine/kernels.py.
+    weights: see core.types.WeightFormat; the Starter says what "auto" is, for all.
+    exact: batch-invariant kernels; see engine/kernels.py.
     wires: format of each Hop's activations, "f32", "bf16", "i8", or "auto": the Ring chooses when it has measured the
     Hop. Hop i leaves Stage i. One entry serves all.
     most_divergence_nats: what i8 may cost where the Ring chose it; see plan/wire_choice.py.
@@ -127,7 +128,7 @@ class RingOptions:
     model: Path
     layers: tuple[LayerRange, ...]
     dtype: str = "f32"
-    weights: str = "plain"
+    weights: str = USUAL_WEIGHTS
     exact: bool = True
     wires: tuple[str, ...] = ("bf16",)
     most_divergence_nats: float = MOST_DIVERGENCE_NATS

@@ -34,7 +34,7 @@ def test_what_the_file_leaves_out_has_its_default() -> None:
     node = value.starter
     assert (node.data_port, node.control_port, node.weights_port) == (7400, 7401, 7402)
     assert (node.device, node.threads, node.memory_bytes, node.layers, node.spare) == ("cpu", None, None, None, False)
-    assert (value.model.weights, value.model.mode, value.model.dtype) == ("int8", "exact", "f32")
+    assert (value.model.weights, value.model.mode, value.model.dtype) == ("auto", "exact", "f32")
     assert (value.links.wire, value.links.hops, value.links.transfer_limit_bit_per_s) == ("auto", (), None)
     assert (value.security.keys, value.security.insecure) == ("keys", False)
     assert (value.api.host, value.api.port, value.api.keys_file) == ("127.0.0.1", 8080, None)

@@ -2,19 +2,24 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, get_args
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
+from mdiq.cli.main import Weights
+from mdiq.core.types import WeightFormat
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.gguf_blocks import BLOCK
 from mdiq.engine.kernel_choice import KernelChoice
 from mdiq.engine.quantize import (
+    FORMATS,
     PackedFile,
     PackedModel,
     best_format,
+    chosen_format,
     num_hot,
     quantize_columns,
     quantize_int4,
@@ -49,6 +54,14 @@ def _from_int4(nibbles: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor 
 )
 def test_the_best_format_of_a_file_follows_the_types_of_its_matrices(kinds: set[str], expected: str) -> None:
     assert best_format(SimpleNamespace(layer_kinds=lambda: frozenset(kinds))) == expected  # type: ignore[arg-type]
+
+
+def test_auto_is_what_suits_the_file_on_a_cpu_and_plain_on_a_gpu() -> None:
+    checkpoint: Any = SimpleNamespace(layer_kinds=lambda: frozenset({"Q4_K", "Q6_K"}))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [chosen_format("auto", checkpoint, device) for device in (cpu, gpu)] == ["int4", "plain"]
+    assert [chosen_format(wanted, checkpoint, cpu) for wanted in ("plain", "int8", "int4")] == ["plain", "int8", "int4"]
+    assert {"auto", "plain", *FORMATS} == set(get_args(WeightFormat)) == {member.value for member in Weights}
 
 
 def test_int8_is_within_half_a_step_of_every_weight() -> None:

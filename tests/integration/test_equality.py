@@ -8,8 +8,9 @@ from tests.integration.conftest import Reference, run_mdiq, write_prompts
 from tests.integration.corpus import CHAT, RAW
 
 COUNT = 64
-# The reference rounds nothing between layers, so neither do the hops.
-GREEDY = ("--max-tokens", str(COUNT), "--ignore-eos", "--temperature", "0", "--wire", "f32", "--json")
+# The reference rounds nothing, so neither do weights and hops.
+EXACT = ("--weights", "plain", "--wire", "f32")
+GREEDY = ("--max-tokens", str(COUNT), "--ignore-eos", "--temperature", "0", *EXACT, "--json")
 Answers = dict[int, tuple[list[int], list[int]]]
 
 

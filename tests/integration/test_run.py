@@ -27,7 +27,7 @@ PROMPT = (504, 2643, 355)
 
 
 def _ring(model: Path, **options: object) -> LocalRing:
-    return LocalRing(RingOptions(model=model, layers=split_layers(30, 3), **options))
+    return LocalRing(RingOptions(model=model, layers=split_layers(30, 3), weights="plain", **options))
 
 
 async def _collect(ring: LocalRing, sequence: Sequence) -> tuple[list[int], FinishReason | None]:

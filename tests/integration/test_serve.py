@@ -113,7 +113,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> Iterat
 @pytest.fixture(scope="module")
 def expected() -> str:
     """What one process answers."""
-    arguments = ("--weights", "int8", "--threads", "1", "--raw", "--max-tokens", "12", "--json", "--in-process")
+    arguments = ("--threads", "1", "--raw", "--max-tokens", "12", "--json", "--in-process")
     done = run_mdiq("run", str(PROMPT["prompt"]), "--nodes", "1", *arguments)
     return str(done.results[0]["text"])
 

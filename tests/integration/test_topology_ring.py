@@ -97,7 +97,7 @@ def _fetched(ring: LoopbackRing, name: str) -> list[int]:
 
 
 def test_three_nodes_answer_as_three_local_ones_and_a_second_run_transfers_nothing(ring: LoopbackRing) -> None:
-    local = run_mdiq("run", *RUN, "--layers", "10,10,10", "--weights", "int8", "--threads", "1")
+    local = run_mdiq("run", *RUN, "--layers", "10,10,10", "--threads", "1")
     assert local.code == 0, local.errors
     with _node(ring, "pi1") as one, _node(ring, "pi2", "--once") as two:
         tokens, names = _run(ring)
@@ -191,7 +191,7 @@ def test_auto_layers_are_planned_within_memory_before_the_first_ring(
     # By its path: the cache of this test has no model.
     done = run_mdiq("init", *given, "--model", real_model, "--out", file)
     assert done.code == 0, done.errors
-    text = file.read_text().replace("weights: int8", "weights: plain").replace("wire: auto", "wire: f32")
+    text = file.read_text().replace("weights: auto", "weights: plain").replace("wire: auto", "wire: f32")
     file.write_text(text)
     assert run_mdiq("keys", file).code == 0
     limits = _room_for_some_twelve_layers_each(file, tmp_path / "ample", cache)
@@ -211,7 +211,7 @@ def test_auto_layers_are_planned_within_memory_before_the_first_ring(
     for node, limit in zip(done.summary["nodes"], limits.values(), strict=True):
         assert node["rss_bytes"] < limit << 20, done.summary["nodes"]
     assert all(row["free_bytes"] >= 0 and row["kv_bytes"] > 0 for row in explained["rows"])
-    options = ("--layers", ",".join(map(str, layers)), "--wire", "f32", "--threads", "1", "--model", real_model)
-    local = run_mdiq("run", *RUN, *options)
+    options = ("--weights", "plain", "--wire", "f32", "--threads", "1", "--model", real_model)
+    local = run_mdiq("run", *RUN, "--layers", ",".join(map(str, layers)), *options)
     assert local.code == 0, local.errors
     assert done.results[0]["token_ids"] == local.results[0]["token_ids"]

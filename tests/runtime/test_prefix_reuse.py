@@ -68,6 +68,7 @@ async def test_the_second_turn_of_a_chat_of_a_thousand_tokens_prefills_its_new_t
         options = RingOptions(
             tmp_path,
             (LayerRange(0, 2), LayerRange(2, 4)),
+            weights="plain",
             in_process=True,
             kv_tokens=2048,
             ring=RingSettings(prefix_tokens=prefix_tokens),
