@@ -31,6 +31,11 @@ MOST_RUNNING = 512
 RETRY_AFTER_S = "5"
 SILENCE_S = 10.0  # then a comment keeps proxies from closing a stream
 _PUBLIC = ("/health",)
+_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would keep the stream until it is whole
+}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -79,6 +84,7 @@ class Api:
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
                 web.get("/v1/models", self._models),
+                web.get("/v1/models/{id:.+}", self._model),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._completions),
             ]
@@ -94,7 +100,7 @@ class Api:
         except ApiError as error:
             return _error(error)
         except web.HTTPException as error:
-            return _error(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
+            return _error(ApiError(error.status, _no_route(request, error)))
         except CapacityError as error:
             return _error(ApiError(400, str(error), "exceed_context_size_error"))
         except MdiqError as error:
@@ -118,14 +124,25 @@ class Api:
         return web.Response(text=metrics_text(self._backend.status()), content_type="text/plain", charset="utf-8")
 
     async def _models(self, _: web.Request) -> web.Response:
-        model = {
+        return web.json_response({"object": "list", "data": [self._described()]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        self._check_model(request.match_info["id"])
+        return web.json_response(self._described())
+
+    def _described(self) -> dict[str, object]:
+        return {
             "id": self._backend.model_name,
             "object": "model",
             "created": self._created,
             "owned_by": "mdiq",
             "max_model_len": self._backend.context_tokens,
         }
-        return web.json_response({"object": "list", "data": [model]})
+
+    def _check_model(self, name: str) -> None:
+        if name != self._backend.model_name:
+            text = f"model {name[:80]!r} is not here; this ring serves {self._backend.model_name!r}"
+            raise ApiError(404, text, param="model", code="model_not_found")
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, _Chat)
@@ -140,9 +157,8 @@ class Api:
             raise BadRequest(f"the body is not JSON ({str(error)[:80]})") from None
         asked = parse(body, is_chat=shape is _Chat)
         backend = self._backend
-        if asked.model is not None and asked.model != backend.model_name:
-            text = f"model {asked.model[:80]!r} is not here; this ring serves {backend.model_name!r}"
-            raise ApiError(404, text, param="model", code="model_not_found")
+        if asked.model is not None:
+            self._check_model(asked.model)
         if not backend.is_serving:
             raise ApiError(503, backend.state)
         # Those whose texts still become tokens are not running yet, and count too.
@@ -187,7 +203,7 @@ class Api:
         try:
             # Long texts take long: others' tokens must not wait.
             if asked.messages is not None:
-                prompt = tuple(await asyncio.to_thread(backend.chat_ids, asked.messages))
+                prompt = tuple(await asyncio.to_thread(backend.chat_ids, asked.messages, asked.template_kwargs))
             else:
                 prompt = tuple(await asyncio.to_thread(backend.encode, asked.text or ""))
         except MdiqError as error:
@@ -204,6 +220,7 @@ class _Shape:
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     prefix = ""
+    has_opening = False  # a first chunk that says who answers
     kind = ""
     chunk_kind = ""
 
@@ -227,12 +244,13 @@ class _Shape:
 
 class _Chat(_Shape):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    has_opening = True
 
     def text(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}
 
     def delta(self, text: str, is_first: bool) -> dict[str, Any]:
-        return {"delta": {**({"role": "assistant"} if is_first else {}), **({"content": text} if text else {})}}
+        return {"delta": {"role": "assistant", "content": ""} if is_first else {"content": text} if text else {}}
 
 
 class _Completion(_Shape):
@@ -249,7 +267,8 @@ async def _stream(
     request: web.Request, events: AsyncIterator[StreamEvent], out: _Shape, answer: _Answer, wants_usage: bool
 ) -> web.StreamResponse:
     """Send events as they come. The first one decides whether it is a stream: an error before it has a status."""
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    response = web.StreamResponse(headers=_STREAM_HEADERS)
+    is_whole = True
     with_silence = _with_silence(events, SILENCE_S)
     async with aclosing(with_silence):
         try:
@@ -261,14 +280,19 @@ async def _stream(
                 answer.add(event)
                 is_first = not response.prepared
                 await _begun(request, response)
-                if event.text or answer.finish_reason or is_first:
-                    await _send(response, out.chunk(event.text, answer.finish_reason, is_first=is_first))
+                if is_first and out.has_opening:
+                    await _send(response, out.chunk("", None, is_first=True))
+                if event.text:
+                    await _send(response, out.chunk(event.text, None, is_first=False))
+                if answer.finish_reason:
+                    await _send(response, out.chunk("", answer.finish_reason, is_first=False))
             if wants_usage:
                 await _send(response, out.usage(answer))
         except MdiqError as error:
             if not response.prepared:
                 raise
             await _send(response, {"error": ApiError(503, str(error)).body})
+            is_whole = False
         except ConnectionError:  # the client's end of it
             raise
         except Exception:  # of one stream; its client is told that it broke, and the others go on
@@ -277,7 +301,9 @@ async def _stream(
             # A second response inside of this one would leave the client waiting for its end.
             log.exception("request_broke", path=request.path)
             await _send(response, {"error": _broke().body})
-        await response.write(b"data: [DONE]\n\n")
+            is_whole = False
+        if is_whole:
+            await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
     return response
 
@@ -315,6 +341,11 @@ async def _with_silence(
             coming.cancel()
             with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, MdiqError):
                 await coming
+
+
+def _no_route(request: web.Request, error: web.HTTPException) -> str:
+    text = f"{request.method} {request.path[:200]}: {error.reason}"
+    return f"{text}; the API is under /v1, as in POST /v1/chat/completions" if error.status == 404 else text
 
 
 def _broke() -> ApiError:

@@ -39,8 +39,10 @@ class Backend(Protocol):
         """Return a text's tokens, without a chat template. Called in a thread."""
         ...
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
-        """Return the tokens of a chat in the model's template. Called in a thread.
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
+    ) -> Sequence[int]:
+        """Return the tokens of a chat in the model's template, which is told template_kwargs too. Called in a thread.
 
         Raises:
             MdiqError: the model has no template, or it refuses these messages.

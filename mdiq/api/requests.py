@@ -1,43 +1,23 @@
 """What a client asks for: JSON of OpenAI's shape to a prompt and SamplingParams; every mistake named. No sockets."""
 
+import contextlib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from mdiq.api.fields import check_served, sampling_values
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
 MOST_STOPS = 16  # each costs time at every token
 MOST_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
-_SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "stop_token_ids",
-    "ignore_eos",
-    "seed",
-)
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 _INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
-# These would change what the answer is: without them it would be a wrong one.
-_NOT_HERE = {
-    "logprobs": "log probabilities are not given",
-    "top_logprobs": "log probabilities are not given",
-    "echo": "the prompt is not repeated",
-    "tools": "tools are not called",
-    "functions": "functions are not called",
-    "response_format": "the answer's form is not enforced",
-    "logit_bias": "logits cannot be changed",
-    "frequency_penalty": "tokens are not penalized by how often they came (repetition_penalty is there)",
-    "presence_penalty": "tokens are not penalized for having come (repetition_penalty is there)",
-    "suffix": "text is not inserted",
-    "min_tokens": "the least length of an answer cannot be set",
-}
-_HARMLESS: tuple[object, ...] = ({"type": "text"}, [], {}, False, None)
 
 
 class ApiError(Exception):
@@ -71,7 +51,8 @@ class BadRequest(ApiError):
 class Asked:
     """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set.
 
-    values: of SamplingParams, as they came. max_tokens: None: what the kind of request has by default.
+    values: of SamplingParams, as they came. max_tokens: None: as many as there is room for.
+    template_kwargs: what the chat template is told beside the messages.
     """
 
     is_chat: bool
@@ -82,7 +63,8 @@ class Asked:
     model: str | None
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def params(self, num_prompt_tokens: int, context_tokens: int) -> SamplingParams:
         """Return how to sample, for a prompt of that length; what does not fit of the answer is left out.
@@ -91,12 +73,15 @@ class Asked:
             BadRequest: the prompt leaves no room for an answer, or a value is out of range.
         """
         room = context_tokens - num_prompt_tokens
-        wanted = self.max_tokens or (room if self.is_chat else COMPLETION_TOKENS)
+        wanted = self.max_tokens or room
         if room < 1:
             raise BadRequest(
-                f"the prompt has {num_prompt_tokens} tokens, and the ring takes {context_tokens} with the answer",
+                # The first words are OpenAI's: clients know by them that a prompt is too long.
+                f"This model's maximum context length is {context_tokens} tokens, and the prompt has "
+                f"{num_prompt_tokens}: there is no room for an answer",
                 "messages" if self.is_chat else "prompt",
                 "exceed_context_size_error",
+                code="context_length_exceeded",
                 n_prompt_tokens=num_prompt_tokens,
                 n_ctx=context_tokens,
             )
@@ -117,44 +102,53 @@ def parse(body: object, *, is_chat: bool) -> Asked:
     """
     if not isinstance(body, dict):
         raise BadRequest("the body is no JSON object")
-    for field, words in _NOT_HERE.items():
-        if body.get(field) not in _HARMLESS:
-            raise BadRequest(f"{field}: {words} by this version of mdiq; leave it out", field)
-    for field in ("n", "best_of"):
-        if body.get(field) not in (None, 1):
-            raise BadRequest(f"{field}: one answer a request; ask several times", field)
+    check_served(body, BadRequest)
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise BadRequest("model: not a text", "model")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise BadRequest("stream_options: not an object", "stream_options")
-    values = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
-    if body.get("stop"):
-        if isinstance(body["stop"], list) and len(body["stop"]) > MOST_STOPS:
-            raise BadRequest(f"stop: {len(body['stop'])} texts; give at most {MOST_STOPS}", "stop")
-        values["stop"] = body["stop"]
+    try:
+        values = sampling_values(body)
+    except ConfigError as error:
+        raise BadRequest(str(error), str(error).partition(":")[0]) from None
+    if isinstance(values.get("stop"), list) and len(values["stop"]) > MOST_STOPS:
+        raise BadRequest(f"stop: {len(values['stop'])} texts; give at most {MOST_STOPS}", "stop")
+    # A completion that says -1 wants all that there is room for, as a chat does that says nothing.
+    is_open = is_chat if "max_tokens" not in values else values["max_tokens"] is None
     common: dict[str, Any] = {
         "is_chat": is_chat,
+        "max_tokens": values.pop("max_tokens", None) or (None if is_open else COMPLETION_TOKENS),
         "values": values,
-        "max_tokens": _max_tokens(body),
-        "is_streamed": body.get("stream") is True,
-        "wants_usage": options.get("include_usage") is True,
+        "is_streamed": _flag(body, "stream"),
+        "wants_usage": _flag(options, "include_usage"),
         "model": model,
     }
     if is_chat:
-        return Asked(**common, messages=_messages(body.get("messages")))
+        return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=_template_kwargs(body))
     return _with_prompt(body.get("prompt"), common)
 
 
-def _max_tokens(body: Mapping[str, Any]) -> int | None:
-    for name in ("max_completion_tokens", "max_tokens"):  # the newer name goes first
-        value = body.get(name)
-        if value is not None:
-            if type(value) is not int or value < 1:
-                raise BadRequest(f"{name}: {str(value)[:40]} is not a number of tokens; give at least 1", name)
-            return value
-    return None
+def _flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(f"{name}: {str(value)[:40]} is not true or false", name)
+    return value is True
+
+
+def _template_kwargs(body: Mapping[str, Any]) -> Mapping[str, str | int | float | bool]:
+    """Return what a chat template is told beside the messages, such as enable_thinking."""
+    where = "chat_template_kwargs"
+    given = body.get(where) or {}
+    if not isinstance(given, dict):
+        raise BadRequest(f"{where}: not an object", where)
+    for name, value in given.items():
+        if name in _TEMPLATE_NAMES or not name.isidentifier() or not isinstance(value, str | int | float | bool):
+            raise BadRequest(f"{where}: {name[:40]}: only names of its own with a text, a number or true/false", where)
+    if isinstance(body.get("reasoning_effort"), str):  # of OpenAI's API; templates of reasoning models know it
+        return {"reasoning_effort": body["reasoning_effort"], **given}
+    return given
 
 
 def _with_prompt(prompt: object, common: dict[str, Any]) -> Asked:
@@ -167,18 +161,48 @@ def _with_prompt(prompt: object, common: dict[str, Any]) -> Asked:
     raise BadRequest("prompt: give one text, or one list of token ids", "prompt")
 
 
-def _messages(given: object) -> tuple[Mapping[str, str], ...]:
+def messages_of(given: object) -> tuple[Mapping[str, Any], ...]:
+    """Return a chat as templates know it: contents as texts, arguments of tool calls as objects.
+
+    Raises:
+        BadRequest: it is none, or holds what is not read.
+    """
     if not isinstance(given, list) or not given:
         raise BadRequest("messages: not a list with at least one message", "messages")
-    messages: list[Mapping[str, str]] = []
-    for i, message in enumerate(given):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRequest(f'{where}: not an object with a "role" and a "content"', "messages")
-        messages.append(
-            {"role": _checked(message["role"], where), "content": _checked(_content(message, where), where)}
-        )
-    return tuple(messages)
+    return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(given))
+
+
+def _message(given: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(given, dict) or not isinstance(given.get("role"), str):
+        raise BadRequest(f'{where}: not an object with a "role" and a "content"', "messages")
+    role = _checked(given["role"], where)
+    if role not in ROLES:
+        raise BadRequest(f"{where}: role {role[:40]!r} is none of {', '.join(ROLES)}", "messages")
+    calls = given.get("tool_calls")
+    message: dict[str, Any] = {"role": role}
+    if role == "assistant" and calls and isinstance(calls, list):
+        message["tool_calls"] = [_tool_call(call, where) for call in calls]
+    # An answer that only calls tools has no text.
+    is_empty = given.get("content") is None and "tool_calls" in message
+    message["content"] = "" if is_empty else _checked(_content(given, where), where)
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if isinstance(given.get(name), str):
+            message[name] = _checked(given[name], where)
+    return message
+
+
+def _tool_call(given: object, where: str) -> Mapping[str, Any]:
+    function = given.get("function") if isinstance(given, dict) else None
+    if not isinstance(given, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRequest(f'{where}: tool_calls: each is {{"function": {{"name": "…", "arguments": "…"}}}}', "messages")
+    arguments = function.get("arguments", "")
+    if isinstance(arguments, str):
+        _checked(arguments, where)
+        # Templates write them as JSON themselves. What is no JSON stays the text that it is.
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments) if arguments else {}
+    call = {"type": "function", "function": {"name": _checked(function["name"], where), "arguments": arguments}}
+    return {"id": given["id"], **call} if isinstance(given.get("id"), str) else call
 
 
 def _content(message: Mapping[str, Any], where: str) -> str:

@@ -5,11 +5,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from mdiq.api.fields import check_served, sampling_values
+from mdiq.api.requests import BadRequest, messages_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
 MOST_LINE_BYTES = 16 * 2**20
+NO_LIMIT = 1 << 31  # tokens of an answer: what is left of the context counts
 _KINDS = ("prompt", "prompt_token_ids", "messages")
 
 
@@ -25,7 +29,7 @@ class PromptLine:
     params: SamplingParams
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
     digest: str = ""
 
 
@@ -101,7 +105,14 @@ def _parse_line(line: bytes, where: str, index: int, defaults: SamplingParams) -
     if len(kinds) != 1:
         found = " and ".join(kinds) or "none"
         raise ConfigError(f"{where}: needs exactly one of {', '.join(_KINDS)}; found {found}")
-    params = defaults.replaced(value, where)
+    check_served(value, lambda text, _: ConfigError(f"{where}: {text}"))
+    try:
+        values = sampling_values(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if values.get("max_tokens", 1) is None:  # no limit
+        values["max_tokens"] = NO_LIMIT
+    params = defaults.replaced(values, where)
     digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
     given = value[kinds[0]]
     match kinds[0]:
@@ -115,21 +126,14 @@ def _parse_line(line: bytes, where: str, index: int, defaults: SamplingParams) -
                 raise ConfigError(f"{where}: prompt_token_ids: not a list of token ids")
             return PromptLine(index, where, params, token_ids=tuple(given), digest=digest)
         case _:
-            return PromptLine(index, where, params, messages=_messages(given, f"{where}: messages"), digest=digest)
+            return PromptLine(index, where, params, messages=_messages(given, where), digest=digest)
 
 
-def _messages(given: object, where: str) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(given, list) or not given:
-        raise ConfigError(f"{where}: not a list of messages")
-    for message in given:
-        fields: Sequence[object] = (
-            [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
-        )
-        if not all(isinstance(field, str) for field in fields):
-            raise ConfigError(f'{where}: each is {{"role": "…", "content": "…"}} with two texts')
-        for field in fields:
-            _check_text(str(field), where)
-    return tuple(given)
+def _messages(given: object, where: str) -> tuple[Mapping[str, Any], ...]:
+    try:
+        return messages_of(given)
+    except BadRequest as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _check_text(text: str, where: str) -> None:

@@ -213,7 +213,8 @@ class _Run:
             prompt = tuple(tokenizer.chat_ids([{"role": "user", "content": line.text or ""}]))
         if not prompt:
             raise ConfigError(f"{line.where}: the prompt is empty; give at least one token")
-        return Sequence(line.index, prompt, line.params, eos_token_ids=tokenizer.eos_token_ids)
+        params = tokenizer.with_special_stops(line.params)
+        return Sequence(line.index, prompt, params, eos_token_ids=tokenizer.eos_token_ids)
 
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
         return TokenizerPipe(self._tokenizer, sequence.params.stop)

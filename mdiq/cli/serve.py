@@ -79,8 +79,8 @@ class _Topologies:
     @property
     def model_name(self) -> str:
         """As clients name it."""
-        name = self._first.topology.model.path
-        return self._model.stem if name == str(self._model) else name
+        name = Path(self._first.topology.model.path).name
+        return name.removesuffix(".gguf")
 
     @property
     def context_tokens(self) -> int:
@@ -143,10 +143,13 @@ class _RingBackend:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
-    def chat_ids(self, messages: AbstractSequence[Mapping[str, str]]) -> list[int]:
-        return self._tokenizer.chat_ids(messages)
+    def chat_ids(
+        self, messages: AbstractSequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
+    ) -> list[int]:
+        return self._tokenizer.chat_ids(messages, template_kwargs)
 
     def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> "AsyncGenerator[StreamEvent, None]":
+        params = self._tokenizer.with_special_stops(params)
         sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=self._tokenizer.eos_token_ids)
         return self._keeper.stream(sequence)
 

@@ -23,4 +23,6 @@ class TokenizerPipe:
         return self._stop_text.push(self._stream.push(token))
 
     def finish(self) -> str:
-        return self._stop_text.push(self._stream.finish()) + self._stop_text.finish()
+        # Half a character at the end of a limited answer is not shown: its other half is not there.
+        text = self._stream.finish().rstrip("\N{REPLACEMENT CHARACTER}")
+        return self._stop_text.push(text) + self._stop_text.finish()

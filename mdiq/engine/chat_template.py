@@ -32,6 +32,7 @@ MOST_WRITTEN = 8  # times that size: all that a template writes, macros and bloc
 MOST_NUMBER = 1 << 16  # given to a method, a filter or a format: center(n), indent(n), '%9d'
 MOST_RESULT_BITS = 1 << 12
 DEADLINE_S = 2.0
+DEADLINE_CHARS = 10_000  # of messages: as many more take DEADLINE_S more, which small boards need for a quarter of them
 COMPILE_DEADLINE_S = 20.0  # it grows with the length of the template only; 20 000 characters take about 1 s
 _ITEM_SIZE = 32  # what an item of a list counts, beside its text
 # About web pages rather than prompts, or slow on what the size limits let through.
@@ -66,10 +67,16 @@ class ChatTemplate:
             "cannot be compiled", COMPILE_DEADLINE_S, lambda: self._environment.from_string(source)
         )
 
-    def render(self, messages: Iterable[Mapping[str, object]], tokens: Mapping[str, str]) -> str:
+    def render(
+        self,
+        messages: Iterable[Mapping[str, object]],
+        tokens: Mapping[str, str],
+        more: Mapping[str, object] | None = None,
+    ) -> str:
         """Return the prompt text, up to where the assistant's answer begins.
 
         tokens: the texts of special tokens by the names that templates know: bos_token, eos_token, ...
+        more: what else the template is told, such as enable_thinking.
 
         Raises:
             ConfigError: the template refuses these messages ("roles must alternate"), or they are not plain data.
@@ -77,6 +84,7 @@ class ChatTemplate:
         """
         plain = [_plain(dict(message)) for message in messages]
         variables: dict[str, object] = {
+            **(more or {}),
             **tokens,
             "messages": plain,
             "tools": None,
@@ -85,8 +93,11 @@ class ChatTemplate:
         }
         with self._lock:
             # A template may copy a long document a few times, so the limit grows with what came in.
-            self._environment.begin(most_size=MOST_SIZE + 4 * _size(plain, sys.maxsize))
-            return self._bounded("cannot be rendered", self._deadline_s, lambda: self._template.render(variables))
+            size = _size(plain, sys.maxsize)
+            self._environment.begin(most_size=MOST_SIZE + 4 * size)
+            # So does the time: some templates walk over every character.
+            deadline_s = self._deadline_s * (1 + size / DEADLINE_CHARS)
+            return self._bounded("cannot be rendered", deadline_s, lambda: self._template.render(variables))
 
     def _bounded(self, what: str, deadline_s: float, work: Callable[[], T]) -> T:
         """Do the work, for so long; every failure becomes one line.

@@ -6,6 +6,7 @@ engine/chat_template.py.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
+from mdiq.core.sequence import SamplingParams
 from mdiq.engine.chat_template import ChatTemplate
 from mdiq.engine.gguf_tokenizer import TokenizerParts, load_gguf_tokenizer
 from mdiq.errors import ConfigError, ModelError
@@ -57,7 +59,15 @@ class Tokenizer:
         """
         return [*self._parts.prefix, *self._ids(text), *self._parts.suffix]
 
-    def chat_ids(self, messages: Iterable[Mapping[str, object]]) -> list[int]:
+    def with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        """Return params whose stop texts that are special tokens end the answer as tokens: they have no text in it."""
+        ids = [self._backend.token_to_id(text) for text in params.stop]
+        found = tuple(token for token in ids if token in self._special_ids)
+        return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
+
+    def chat_ids(
+        self, messages: Iterable[Mapping[str, object]], template_kwargs: Mapping[str, object] | None = None
+    ) -> list[int]:
         """Return the ids of a chat in the model's own format, up to where the assistant's answer begins.
 
         The model's BOS stands at the start once, whether its template writes it or not.
@@ -66,7 +76,10 @@ class Tokenizer:
             ConfigError: the model has no chat template, or its template refuses the messages.
             ModelError: the template is broken or hostile.
         """
-        ids = self._ids(self._template.render(messages, self._parts.special_texts))
+        source = self._parts.chat_template or ""
+        if "developer" not in source:  # OpenAI's newer name of the system's part
+            messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
+        ids = self._ids(self._template.render(messages, self._parts.special_texts, template_kwargs))
         prefix = list(self._parts.prefix)
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 

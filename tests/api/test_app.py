@@ -36,13 +36,15 @@ class FakeRing:
     context_tokens: int = 64
     vocab_size: int = 100
     asked: list[tuple[tuple[int, ...], SamplingParams]] = field(default_factory=list)
+    told: list[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if messages[0]["role"] == "pirate":
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
+        self.told.append((messages, template_kwargs))
+        if messages[0]["content"] == "Ahoy":
             raise ConfigError("the template knows no pirate")
         return [1, *self.encode(messages[0]["content"])]
 
@@ -86,7 +88,8 @@ async def _error(response: aiohttp.ClientResponse) -> dict[str, Any]:
 
 def _chunks(text: str) -> list[Any]:
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert lines.pop() == "[DONE]"
+    # What broke is not done.
+    assert (lines.pop() == "[DONE]") if '"error"' not in lines[-1] else ("[DONE]" not in text)
     return [json.loads(line) for line in lines]
 
 
@@ -111,11 +114,14 @@ async def test_a_chat_in_a_stream_with_its_usage() -> None:
         assert response.content_type == "text/event-stream"
         *chunks, usage = _chunks(await response.text())
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
-        {"role": "assistant", "content": " 0"},
+        {"role": "assistant", "content": ""},
+        {"content": " 0"},
         {"content": " 1"},
         {"content": " 2"},
+        {},
     ]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, None, "length"]
+    assert response.headers["X-Accel-Buffering"] == "no"
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 3
     assert len({chunk["id"] for chunk in (*chunks, usage)}) == 1
 
@@ -124,7 +130,8 @@ async def test_a_completion_in_a_stream_without_usage() -> None:
     async with _client(FakeRing()) as client:
         response = await client.post("/v1/completions", json={"prompt": "a b", "max_tokens": 2, "stream": True})
         chunks = _chunks(await response.text())
-    assert [chunk["choices"][0]["text"] for chunk in chunks] == [" 0", " 1"]
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == [" 0", " 1", ""]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
 
 
 async def test_models_health_and_metrics() -> None:
@@ -177,8 +184,13 @@ async def test_a_key_is_asked_for_everywhere_but_at_health() -> None:
         (b"\xff\xfe", 400, "not JSON"),
         (b"[]", 400, "no JSON object"),
         (json.dumps({**CHAT, "model": "gpt-4"}).encode(), 404, "this ring serves 'tiny'"),
-        (json.dumps({"messages": [{"role": "user", "content": "a " * 63}]}).encode(), 400, "the ring takes 64"),
-        (json.dumps({"messages": [{"role": "pirate", "content": "a"}]}).encode(), 400, "no pirate"),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "a " * 63}]}).encode(),
+            400,
+            "length is 64 tokens",
+        ),
+        (json.dumps({"messages": [{"role": "user", "content": "Ahoy"}]}).encode(), 400, "no pirate"),
+        (json.dumps({"messages": [{"role": "banana", "content": "a"}]}).encode(), 400, "'banana' is none of"),
         (b" " * (MOST_BODY_BYTES + 1), 413, "Too Large"),
     ],
 )
@@ -235,8 +247,8 @@ async def test_an_error_in_the_middle_of_a_stream_is_an_event_of_it() -> None:
 
     async with _client(FakeRing(before=lambda i: fails() if i == 1 else None)) as client:
         response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
-        first, last = _chunks(await response.text())
-    assert first["choices"][0]["delta"]["content"] == " 0"
+        opening, first, last = _chunks(await response.text())
+    assert (opening["choices"][0]["delta"]["role"], first["choices"][0]["delta"]["content"]) == ("assistant", " 0")
     assert last["error"]["message"] == "pi2: it is gone"
 
 
@@ -276,7 +288,43 @@ async def test_two_streams_go_on_beside_each_other() -> None:
     async with _client(FakeRing(before=lambda _: both.wait())) as client:
         asked = [client.post("/v1/chat/completions", json={**CHAT, "stream": True}) for _ in range(2)]
         texts = [await response.text() for response in await asyncio.gather(*asked)]
-    assert all(len(_chunks(text)) == 3 for text in texts)
+    assert all(len(_chunks(text)) == 5 for text in texts)
+
+
+async def test_a_model_is_found_by_its_name() -> None:
+    ring = FakeRing(model_name="Llama-3.2-1B-Instruct")
+    async with _client(ring) as client:
+        listed = (await (await client.get("/v1/models")).json())["data"]
+        assert await (await client.get("/v1/models/Llama-3.2-1B-Instruct")).json() == listed[0]
+        response = await client.get("/v1/models/Llama-3")
+        assert response.status == 404 and "Llama-3.2-1B-Instruct" in (await _error(response))["message"]
+        response = await client.post("/chat/completions", json=CHAT)
+        assert response.status == 404 and "/v1/chat/completions" in (await _error(response))["message"]
+
+
+async def test_tool_calls_of_before_and_words_for_the_template_reach_it() -> None:
+    ring = FakeRing()
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}
+    messages = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "12:00"},
+    ]
+    async with _client(ring) as client:
+        asked = {**CHAT, "messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
+        assert (await client.post("/v1/chat/completions", json=asked)).status == 200
+    ((told, more),) = ring.told
+    assert more == {"enable_thinking": False}
+    assert told[1]["content"] == "" and told[1]["tool_calls"][0]["function"]["arguments"] == {"zone": "UTC"}
+    assert told[2] == {"role": "tool", "tool_call_id": "c1", "content": "12:00"}
+
+
+async def test_a_prompt_that_is_too_long_is_told_in_the_words_that_clients_know() -> None:
+    async with _client(FakeRing()) as client:
+        response = await client.post("/v1/completions", json={"prompt": [1] * 64})
+        error = await _error(response)
+    assert (error["type"], error["code"]) == ("exceed_context_size_error", "context_length_exceeded")
+    assert (error["n_prompt_tokens"], error["n_ctx"]) == (64, 64)
 
 
 @pytest.mark.parametrize("stream", [False, True])

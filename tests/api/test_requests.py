@@ -69,6 +69,28 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"n": 2}, "n"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"top_logprobs": 0}, "top_logprobs"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"grammar": "root ::= 'a'"}, "grammar"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"mirostat": 2}, "mirostat"),
+        ({"typical_p": 0.9}, "typical_p"),
+        ({"dry_multiplier": 0.8}, "dry_multiplier"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"n_predict": 0}, "n_predict"),
+        ({"stream": 1}, "stream"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
+        ({"top_k": -2}, "top_k"),
+        ({"repeat_penalty": 0}, "repetition_penalty"),
+        ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"deep": {}}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "banana", "content": "a"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}, "messages"),
         ({"echo": True}, "echo"),
         ({"tools": [{}]}, "tools"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
@@ -104,6 +126,30 @@ def test_what_cannot_be_served_is_refused_by_its_field(change: dict[str, Any], p
     assert caught.value.status == 400
     assert caught.value.body["param"] == param
     assert str(caught.value).startswith(param)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"tools": [], "tool_choice": "auto", "functions": None, "logit_bias": {}, "frequency_penalty": 0},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "min_tokens": 0, "best_of": 1, "typical_p": 1.0},
+        {"mirostat": 0, "xtc_probability": 0.0, "repeat_last_n": -1, "add_generation_prompt": True, "logprobs": None},
+        {"metadata": {"a": 1}, "store": False, "service_tier": "auto", "cache_prompt": True, "id_slot": 3},
+    ],
+)
+def test_fields_that_ask_for_nothing_pass(nothing: dict[str, Any]) -> None:
+    assert _params({**HELLO, **nothing}).max_tokens == 90
+
+
+def test_usual_synonyms_and_ways_to_write_a_value_are_taken() -> None:
+    assert _params({**HELLO, "repeat_penalty": 1.3}).repetition_penalty == 1.3
+    assert _params({**HELLO, "n_predict": 7}).max_tokens == 7
+    assert _params({**HELLO, "n_predict": -1}).max_tokens == _params({**HELLO, "max_tokens": -1}).max_tokens == 90
+    assert _params({"prompt": "a", "max_tokens": -1}, is_chat=False).max_tokens == 90
+    assert _params({**HELLO, "max_tokens": 5.0, "top_k": 40.0, "seed": 3.0}).top_k == 40
+    assert _params({**HELLO, "top_k": -1}).top_k == 0
+    assert len({_params({**HELLO, "seed": -1}).seed for _ in range(3)}) == 3
+    assert _params({**HELLO, "top_p": None, "stop": None, "max_tokens": None}).top_p == 1.0
 
 
 @pytest.mark.parametrize("prompt", [None, "", [], [[]], ["a", "b"], [1, "a"], [-1], [True], {}, "\udfff"])

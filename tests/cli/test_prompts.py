@@ -51,3 +51,20 @@ def test_results_that_failed_are_not_finished_and_those_without_a_digest_count(t
     assert read_finished(_results(tmp_path / "out.jsonl", *lines, reason=FinishReason.ERROR), lines) == set()
     (tmp_path / "out.jsonl").write_text('{"index": 1, "finish_reason": "stop"}\n')
     assert read_finished(tmp_path / "out.jsonl", lines) == {1}
+
+
+def test_a_line_takes_the_names_that_clients_of_the_api_use(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}]
+    one, two = _prompts(
+        tmp_path / "in.jsonl",
+        {"prompt": "a", "repeat_penalty": 1.2, "top_k": -1, "n_predict": 3.0},
+        {"messages": chat, "max_tokens": -1},
+    )
+    assert (one.params.repetition_penalty, one.params.top_k, one.params.max_tokens) == (1.2, 0, 3)
+    assert two.messages == tuple(chat) and two.params.max_tokens > 1 << 20
+
+
+@pytest.mark.parametrize("more", [{"guided_json": {}, "grammar": "x"}, {"logprobs": 0}, {"seed": "x"}, {"n": 2}])
+def test_a_line_that_asks_for_what_is_not_served_is_refused(tmp_path: Path, more: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"in.jsonl:1: (grammar|logprobs|seed|n): "):
+        _prompts(tmp_path / "in.jsonl", {"prompt": "a", **more})

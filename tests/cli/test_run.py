@@ -24,6 +24,9 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.num_encoded = 0
 
+    def with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        return params
+
     def encode(self, text: str) -> list[int]:
         self.num_encoded += 1
         return list(text.encode())

@@ -114,6 +114,17 @@ def test_long_documents_pass():
     ) == (document.strip())
 
 
+def test_a_template_that_walks_over_every_character_of_a_long_message_is_rendered():
+    document = "ab " * 100_000
+    source = "{% for c in messages[0].content %}{% if c == 'a' %}{{ c }}{% endif %}{% endfor %}"
+    assert render(source, [{"role": "user", "content": document}]) == "a" * 100_000
+
+
+def test_a_template_is_told_more_than_the_messages_but_not_other_messages():
+    template = ChatTemplate("{{ enable_thinking }}{{ messages | length }}", "here")
+    assert template.render(MESSAGES, {}, {"enable_thinking": False, "messages": []}) == f"False{len(MESSAGES)}"
+
+
 def test_fields_without_a_value_are_left_out():
     assert render("{{ messages[0].name is defined }}", [{"role": "user", "content": "a", "name": None}]) == "False"
 

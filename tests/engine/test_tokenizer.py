@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from mdiq.core.sequence import SamplingParams
 from mdiq.engine.model_source import find_model
 from mdiq.engine.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, MdiqError, ModelError
@@ -595,3 +596,13 @@ class TestBrokenGgufFiles:
 def stream_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     stream = tokenizer.stream()
     return [*(stream.push(token) for token in ids), stream.finish()]
+
+
+def test_a_stop_text_that_is_a_special_token_ends_the_answer_as_a_token(tmp_path: Path) -> None:
+    backend = Backend(models.WordLevel({"a": 0, "b": 1, "<|im_end|>": 2}, unk_token="a"))
+    backend.add_special_tokens(["<|im_end|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    params = SamplingParams(stop=("<|im_end|>", "b", "c"), stop_token_ids=(1,))
+    assert tokenizer.with_special_stops(params).stop_token_ids == (1, 2)
+    assert tokenizer.with_special_stops(SamplingParams(stop=("b",))) == SamplingParams(stop=("b",))
