@@ -1,7 +1,8 @@
 """The Starter's side of the ring protocol: admits Sequences, keeps them in flight, and mends what is lost. No I/O.
 
 Theory. Inputs are calls with the time as an argument; outputs are the Actions of ``poll``. ZeroMQ may lose, and a cut
-link may repeat or delay, so delivery is never assumed: every Segment in flight has a deadline. What is overdue, or
+link may repeat or delay, so delivery is never assumed: every Segment in flight has a deadline, which follows the Laps
+that were measured (lap_timer.py). What is overdue, or
 reported as a gap, is *replayed*: the Sequence gets a new wire id and its known tokens enter as a prompt again. Emitted
 tokens are history and never sampled twice, and draws depend on (seed, position) alone, so a Replay continues the same
 text. RELEASE travels behind the last Segment of a Sequence, and its KV reservation returns when it has made its Lap; a
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 
 from mdiq.core.frame import NO_ROWS, Frame, FrameKind, Payload, Segment, TokenIds
 from mdiq.core.kv_ledger import KvLedger
+from mdiq.core.lap_timer import Flight, LapTimer
 from mdiq.core.prefix_index import PrefixIndex
 from mdiq.core.scheduler import MAX_PREEMPTIONS, Entry, Room, Scheduler
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
@@ -50,7 +52,9 @@ class RingSettings:
     """Limits of the ring protocol.
 
     chunk_tokens, prefill_tokens: see Scheduler.
-    lap_timeout_s: a Lap may take this long, and token_timeout_s more for every token in flight.
+    lap_timeout_s: most that a Lap may take, and token_timeout_s more for every token in flight; that long while no Lap
+    has been measured, or nothing at all comes round. min_timeout_s: a Lap may always take this long.
+    silence_s: nothing that came round for so long is a silence.
     max_replays: a Sequence that has been replayed so often without a new token ends with an error.
     prefix_tokens: most tokens that ended Sequences keep cached for others that begin alike; they never hold up a
     Sequence. None: all that is free; 0: nothing is reused, not even from Sequences in the Ring.
@@ -60,6 +64,8 @@ class RingSettings:
     prefill_tokens: int = 2048
     lap_timeout_s: float = 60.0
     token_timeout_s: float = 0.1
+    min_timeout_s: float = 2.0
+    silence_s: float = 1.5
     max_replays: int = 5
     prefix_tokens: int | None = None
 
@@ -120,7 +126,9 @@ class RingProtocol:
         self._spec: RingSpec | None = None
         self._ledger = KvLedger(0)
         self._prefixes = PrefixIndex(1)
-        self._releasing: dict[SeqId, float | None] = {}  # due time of the RELEASE under way; None: not sent yet
+        self._releasing: dict[SeqId, Flight | None] = {}  # the RELEASE under way; None: not sent yet
+        self._overdue: dict[SeqId, Flight] = {}  # of ids that were given up and may still come back
+        self._timer = self._new_timer()
         self._actions: list[Action] = []
         self.epoch = NO_EPOCH
         self.counts: Counter[str] = Counter()
@@ -188,6 +196,8 @@ class RingProtocol:
         self._ledger = KvLedger(spec.kv_tokens, spec.kv_block_tokens)
         self._prefixes = PrefixIndex(spec.kv_block_tokens, self._settings.prefix_tokens)
         self._releasing.clear()
+        self._overdue.clear()
+        self._timer = self._new_timer()
         for entry in list(self._scheduler.live.values()):
             self._leave_ring(entry)
             self._scheduler.wait(entry)
@@ -210,20 +220,31 @@ class RingProtocol:
         self.prefill.clear()
         self.decode_gap_s, self.most_live = 0.0, 0
 
-    def returned(self, frame: Frame) -> list[HeadRow]:
+    def heard(self, now: float) -> None:
+        """Note that something came round, a PROBE perhaps: the Ring is not cut."""
+        if self._timer.heard(now):
+            flights = [flight for entry in self._scheduler.live.values() for flight in entry.in_flight]
+            for flight in (*flights, *self._releasing.values()):
+                if flight is not None:
+                    self._timer.begin_anew(flight, now)
+
+    def returned(self, frame: Frame, now: float | None = None) -> list[HeadRow]:
         """Take in a Frame from the last Hop; return the rows to make tokens of, each for ``sampled`` later."""
         if frame.epoch != self.epoch:
             self.counts["stale"] += 1
             return []
+        if now is not None:
+            self.heard(now)
         if frame.kind is FrameKind.RELEASE:
             for segment in frame.segments:
+                self._overdue.pop(segment.seq_id, None)
                 if self._releasing.pop(segment.seq_id, -1) != -1:
                     self._ledger.release(segment.seq_id)
             return []
         rows: list[HeadRow] = []
         row = 0
         for segment in frame.segments:
-            if self._accept(segment):
+            if self._accept(segment, now):
                 rows.append(HeadRow(segment.seq_id, row, self._scheduler.live[segment.seq_id].sequence))
             row += frame.rows_of(segment)
         return rows
@@ -299,26 +320,41 @@ class RingProtocol:
 
     def next_deadline(self) -> float | None:
         """Return the time of the next ``poll`` that is needed if nothing else happens, or None."""
-        dues = [entry.in_flight[0][1] for entry in self._scheduler.live.values() if entry.in_flight]
+        dues = [entry.in_flight[0].due for entry in self._scheduler.live.values() if entry.in_flight]
         if self._scheduler.look_again_at is not None:
             dues.append(self._scheduler.look_again_at)
-        dues += [due for due in self._releasing.values() if due is not None]
+        dues += [flight.due for flight in self._releasing.values() if flight is not None]
         dues += [e.sequence.deadline for e in self._entries.values() if e.sequence.deadline is not None]
         return min(dues, default=None)
 
-    def _accept(self, segment: Segment) -> bool:
+    def _new_timer(self) -> LapTimer:
+        settings = self._settings
+        return LapTimer(
+            min_s=settings.min_timeout_s,
+            limit_s=settings.lap_timeout_s,
+            token_s=settings.token_timeout_s,
+            silence_s=settings.silence_s,
+        )
+
+    def _accept(self, segment: Segment, now: float | None) -> bool:
         """Take a returned Segment off the in-flight table; return whether its row is to be sampled."""
         entry = self._scheduler.live.get(segment.seq_id)
         if entry is None:
             self.counts["unknown"] += 1
+            late = self._overdue.get(segment.seq_id)
+            if late is not None and now is not None and late.stop == segment.stop:
+                # It was slow and not lost: the next one is waited for.
+                self._timer.returned(self._overdue.pop(segment.seq_id), now, is_decode=segment.length == 1)
             return False
         # Stages check positions, so a Segment that is back vouches for those before it.
         is_newest = segment.stop == entry.sequence.num_tokens
-        if segment.wants_logits != is_newest or not any(stop == segment.stop for stop, _ in entry.in_flight):
+        if segment.wants_logits != is_newest or not any(f.stop == segment.stop for f in entry.in_flight):
             self.counts["duplicates"] += 1
             return False
-        while entry.in_flight and entry.in_flight[0][0] <= segment.stop:
-            entry.in_flight.popleft()
+        while entry.in_flight and entry.in_flight[0].stop <= segment.stop:
+            flight = entry.in_flight.popleft()
+            if flight.stop == segment.stop and now is not None:
+                self._timer.returned(flight, now, is_decode=segment.length == 1)
         entry.num_back = segment.stop
         entry.parent = None
         entry.is_sampling = is_newest
@@ -330,28 +366,40 @@ class RingProtocol:
             deadline = entry.sequence.deadline
             if deadline is not None and deadline <= now:
                 self._end(entry, FinishReason.DEADLINE)
-            elif entry.in_flight and entry.in_flight[0][1] <= now:
+            elif entry.in_flight and self._timer.is_overdue(entry.in_flight[0], now):
+                assert entry.seq_id is not None  # it is in the Ring
                 self.counts["overdue"] += 1
                 is_overdue = True
+                self._overdue[entry.seq_id] = entry.in_flight[0]
                 self._replay(entry)
         if is_overdue:
             self._actions.append(Suspect(self.epoch))
 
     def _inject_releases(self, now: float) -> None:
-        due = [seq_id for seq_id, at in self._releasing.items() if at is None or at <= now]
+        due = [
+            seq_id
+            for seq_id, flight in self._releasing.items()
+            if flight is None or self._timer.is_overdue(flight, now)
+        ]
         if due:
             for seq_id in due:
-                self._releasing[seq_id] = now + self._settings.lap_timeout_s
+                before = self._releasing[seq_id]
+                num_sent = 0 if before is None else before.num_replays + 1
+                self._releasing[seq_id] = self._timer.sent(0, 0, now, num_sent)
             segments = tuple(Segment(seq_id, 0, 0) for seq_id in due)
             self._actions.append(Inject(self._frame(FrameKind.RELEASE, segments)))
 
     def _inject_segments(self, now: float) -> None:
         segments = self._scheduler.take_segments(self._enter, now)
         in_flight = sum(entry.num_sent - entry.num_back for entry in self._scheduler.live.values())
-        due = now + self._settings.lap_timeout_s + self._settings.token_timeout_s * in_flight
+        longest = max((segment.length for _, segment in segments), default=0)
+        if longest > 1:
+            for entry in self._scheduler.live.values():
+                for flight in entry.in_flight:
+                    self._timer.followed(flight, longest)
         for entry, segment in segments:
             self._count(entry, segment)
-            entry.in_flight.append((segment.stop, due))
+            entry.in_flight.append(self._timer.sent(segment.stop, in_flight, now, entry.num_replays))
             entry.sent_at = now
             payload = TokenIds(entry.sequence.tokens(segment.start, segment.stop))
             self._actions.append(Inject(self._frame(FrameKind.HIDDEN, (segment,), payload)))

@@ -32,6 +32,7 @@ from math import sqrt
 
 from mdiq.core.frame import Segment
 from mdiq.core.kv_ledger import KvLedger
+from mdiq.core.lap_timer import Flight
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import CHUNK_STEP, RingSpec, SeqId
 
@@ -54,7 +55,7 @@ class Entry:
     num_granted: tokens that it has room for in the KV cache.
     num_known: tokens known when it entered, its prompt in this Ring.
     num_sent: tokens injected under that id, the shared ones included; num_back: tokens whose Lap is done, likewise.
-    in_flight: Segments on their Lap, oldest first: where each stops and when it is overdue.
+    in_flight: Segments on their Lap, oldest first.
     is_sampling: its newest row is with the sampler.
     num_replays: Replays since its last token.
     num_preemptions: how often it was put back to make room. num_passed: how often others entered before it.
@@ -73,7 +74,7 @@ class Entry:
     num_known: int = 0
     num_sent: int = 0
     num_back: int = 0
-    in_flight: deque[tuple[int, float]] = field(default_factory=deque)
+    in_flight: deque[Flight] = field(default_factory=deque)
     is_sampling: bool = False
     num_replays: int = 0
     num_preemptions: int = 0

@@ -252,6 +252,9 @@ class StarterService:
             await asyncio.sleep(FIRST_PROBES_S if num_sent < WINDOW else PROBE_S)
 
     def _probe_returned(self, frame: Frame) -> None:
+        if frame.epoch == self._ring.epoch:
+            self._ring.heard(self._clock())
+            self._poll()
         hops_s = self._hops.returned(frame.segments[0].seq_id, self._clock())
         if hops_s is not None and self._plan_pace is not None:
             log.info("pace_planned", hops_s=round(hops_s, 6))
@@ -301,9 +304,10 @@ class StarterService:
         if not self._returned:
             return False
         rows: list[tuple[HeadRow, Payload]] = []
+        now = self._clock()
         while self._returned:
             frame = self._returned.popleft()
-            rows += [(row, frame.payload.rows(row.row, row.row + 1)) for row in self._ring.returned(frame)]
+            rows += [(row, frame.payload.rows(row.row, row.row + 1)) for row in self._ring.returned(frame, now)]
         # One forward of the head for all rows; if it fails, one for each, so that a bad row harms no other Sequence.
         if rows and not await self._sample(rows):
             for row in rows:

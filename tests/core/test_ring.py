@@ -599,3 +599,56 @@ def test_figures_begin_anew_behind_a_rehearsal() -> None:
     assert (ring.most_live, ring.prefill["prefill_tokens"], ring.counts["unknown"]) == (1, 3, 1)
     ring.reset_counts()
     assert (ring.most_live, ring.decode_gap_s, dict(ring.prefill), dict(ring.counts)) == (0, 0.0, {}, {})
+
+
+def _measured_ring() -> tuple[RingProtocol, Sequence]:
+    """Return a Ring with a Sequence whose second token is on its Lap since 1.1 s, after a Lap of 0.1 s."""
+    ring = RingProtocol(replace(SETTINGS, lap_timeout_s=60.0))
+    ring.begin_epoch(EPOCH, SPEC)
+    sequence = _sequence(max_tokens=9)
+    ring.submit(sequence, now=0.0)
+    for now in (0.0, 1.0):
+        for frame in _injected(ring, now):
+            (row,) = ring.returned(_head(*frame.segments), now + 0.1)
+            ring.sampled(row.seq_id, 40, now=now + 0.1)
+    assert len(_injected(ring, 1.1)) == 1
+    return ring, sequence
+
+
+def test_a_lost_frame_costs_as_long_as_the_measured_lap_says_and_not_a_minute() -> None:
+    ring, _ = _measured_ring()
+    for now in (2.0, 3.0):
+        ring.heard(now)
+        assert ring.poll(now) == []
+    suspect, *frames = ring.poll(3.2)
+    assert suspect == Suspect(EPOCH) and len(frames) == 3
+    assert ring.counts["replays"] == 1
+
+
+def test_a_cut_of_twenty_seconds_costs_no_replays_and_the_stream_goes_on_within_seconds_of_the_mend() -> None:
+    ring, _ = _measured_ring()
+    while (due := ring.next_deadline()) is not None and due < 21.0:
+        assert ring.poll(due) == []
+    assert not ring.counts
+    ring.heard(21.0)
+    due = ring.next_deadline()
+    assert due is not None and due < 24.0
+    ring.heard(22.0)
+    ring.heard(due)
+    assert len(ring.poll(due)) == 4
+    assert ring.counts == {"overdue": 1, "replays": 1}
+
+
+def test_a_segment_that_comes_after_it_was_given_up_teaches_patience() -> None:
+    ring, _ = _measured_ring()
+    (old,) = [entry for entry in ring._scheduler.live.values()]
+    stop = old.sequence.num_tokens
+    for now in (2.0, 3.0, 3.2):
+        ring.heard(now)
+    ring.poll(3.2)
+    assert ring.returned(_head(Segment(SeqId(0), stop - 1, 1, wants_logits=True)), 9.1) == []
+    assert ring.counts == {"overdue": 1, "replays": 1, "unknown": 1}
+    ring.submit(_sequence(5), now=10.0)
+    ring.poll(10.0)
+    entry = next(entry for entry in ring._scheduler.live.values() if entry.sequence.index == 5)
+    assert entry.in_flight[0].due > 15.0

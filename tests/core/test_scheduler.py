@@ -3,6 +3,7 @@
 from collections import deque
 
 from mdiq.core.kv_ledger import KvLedger
+from mdiq.core.lap_timer import Flight
 from mdiq.core.scheduler import Entry, Scheduler
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import RingSpec
@@ -89,7 +90,7 @@ def test_a_replayed_sequence_goes_before_those_that_came_after_it() -> None:
     scheduler = _scheduler(early, _entry(1, 6), live=1)
     assert early.seq_id is not None
     del scheduler.live[early.seq_id]
-    early.in_flight = deque([(6, 1.0)])
+    early.in_flight = deque([Flight(6, 0.0, 1, 0, 1.0, 1.0)])
     early.leave_ring()
     scheduler.wait(early)
     assert [e.arrival for e in scheduler.waiting] == [0, 1]

@@ -108,3 +108,14 @@ def test_batches_that_were_cut_by_chance_grow_together_again() -> None:
     together.run()
     apart.run()
     assert apart.num_tokens / apart.now > 0.97 * together.num_tokens / together.now
+
+
+def test_slow_laps_of_slow_devices_with_prompts_between_them_are_not_given_up() -> None:
+    """A Lap of 3 to 20 s, hops of half a second, times that vary by a half: TimedRing fails on the first Replay."""
+    cost = StageCost(Curve(((1, 1.0), (8, 2.0), (64, 8.0))), Curve(((1, 1.0), (64, 4.0), (256, 14.0))))
+    ring = TimedRing([cost] * 3, hop_s=0.5, jitter=0.5, growth=0.5)
+    for i in range(6):
+        ring.submit(num_prompt=20 + 90 * i, max_tokens=30, at=40.0 * i)
+    ring.run()
+    assert ring.num_tokens == 6 * 30
+    assert not ring.ring.counts

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from mdiq.core import wire
-from mdiq.core.frame import Batch, Frame
+from mdiq.core.frame import Batch, Frame, FrameKind, Segment
 from mdiq.core.ring import Ended, Inject, RingProtocol, RingSettings, Suspect
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.stage import StageProtocol
@@ -121,6 +121,8 @@ class World:
                 prefill_tokens=self.rng.choice([4, 16, 64]),
                 lap_timeout_s=3.0,
                 token_timeout_s=0.05,
+                min_timeout_s=self.rng.choice([0.5, 3.0]),
+                silence_s=1.0,
                 max_replays=6,
                 prefix_tokens=self.rng.choice([None, None, None, 12, 0]),
             )
@@ -144,6 +146,7 @@ class World:
             self._at(self.rng.random() * 3.0, partial(self._submit, index))
         for _ in range(self.faults.num_crashes):
             self._at(self.rng.random() * 4.0, self._crash)
+        self._probe()
         self._play()
         self.ring.drop_prefixes()
         self._poll()
@@ -248,7 +251,12 @@ class World:
 
     def _returned(self, frame: Frame) -> None:
         self.happened["stale"] += frame.epoch != self.ring.epoch
-        for head_row in self.ring.returned(frame):
+        if frame.kind is FrameKind.PROBE:
+            if frame.epoch == self.ring.epoch:
+                self.ring.heard(self.now)
+                self._poll()
+            return
+        for head_row in self.ring.returned(frame, self.now):
             data = frame.payload.parts()[2][0]
             row = bytes(data)[head_row.row * ROW_BYTES : (head_row.row + 1) * ROW_BYTES]
             # The sampler takes its time: the Sequence may be cancelled, replayed or in a new Epoch when it is done.
@@ -264,6 +272,13 @@ class World:
                 self._ended(event.index, event.finish_reason)
         self._poll()
 
+    def _probe(self) -> None:
+        """Send a PROBE round, and another one later, while there is anything to wait for."""
+        if self._events or not self.ring.is_quiet:
+            self._at(0.4, self._probe)
+            if self.ring.epoch:
+                self._arrive(self.nodes[0], Frame(self.ring.epoch, FrameKind.PROBE, (Segment(SeqId(0), 0, 0),)))
+
     # -- the nodes --------------------------------------------------------------------------------------------
 
     def _arrive(self, node: Node, frame: Frame) -> None:
@@ -271,6 +286,9 @@ class World:
             return
         receipt = node.stage.receive(frame)
         self.happened["stale"] += receipt.stale
+        if receipt.passes:
+            self._send(node, frame)
+            return
         if receipt.gaps:
             if self.rng.random() < self.faults.lost_report:
                 self.happened["lost_report"] += 1
