@@ -1,26 +1,29 @@
-"""Attention of Segments of one token, compiled on the device: one call a Layer for all of a Batch.
+"""Attention compiled on the device: one call a Layer for all of a Batch.
 
 torch takes one call for each Sequence, whose dispatch costs more than a short Sequence's maths, or one for all with
-their keys copied to one length.
+their keys copied to one length. And its sums depend on how many tokens of a Sequence are in a Batch.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 from mdiq.engine.device import cpu_flags
 from mdiq.engine.kv_cache import Slots
-from mdiq.engine.layers import Attend, Span, attention_over, look_back, store, write_slots
+from mdiq.engine.layers import Attend, Span, store, write_slots
 from mdiq.engine.llvm_matmul import compiled, in_threads
 from mdiq.engine.model_config import ModelConfig
 
 _FEW_SLOTS = 128  # of a thread: with fewer, telling it costs as much as its work
+_MOST_SCORES = 32_768  # of a tile: half of a nearer cache of 256 KiB
+_MOST_TOKENS = 16  # of a tile
 
 
 class CompiledAttention:
-    """Attention of Segments of one token, in f32 on the CPU."""
+    """Attention in f32 on the CPU."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Compile it for a model's heads, unless that was done before.
@@ -30,13 +33,13 @@ class CompiledAttention:
         """
         groups = config.num_heads // config.num_kv_heads
         machine = compiled("llvm_attention_code", head_dim=config.head_dim, groups=groups)
-        from mdiq.engine.llvm_attention_code import LANES
+        from mdiq.engine.llvm_attention_code import LANES, SPARE
 
         if config.head_dim % LANES:
             raise RuntimeError(f"heads of {config.head_dim} are no multiple of {LANES}")
         self._machine = machine  # its code lives as long as it does
         self.function = machine.function("attend", 6, 7)
-        self.groups, self.lanes = groups, LANES
+        self.groups, self.spare = groups, SPARE
         self._all_slots = torch.arange(0)
 
     @classmethod
@@ -52,14 +55,11 @@ class CompiledAttention:
             return None
 
     def over(self, spans: Sequence[Span]) -> Attend:
-        """Return the attention of one Batch, for all Layers; torch computes that of longer Segments.
+        """Return the attention of one Batch, for all Layers.
 
-        A Segment gets the same bits in any company: in all of them one token goes this way.
+        A token gets the same bits in any company: alone, as a token of a prompt, and however that is cut in Segments.
         """
-        cpu = torch.device("cpu")
-        if all(span.length > 1 for span in spans):
-            return attention_over(spans, cpu)
-        return _DecodeAttention(self, spans, write_slots(spans, cpu))
+        return _CompiledBatch(self, spans, write_slots(spans, torch.device("cpu")))
 
     def all_slots(self, count: int) -> torch.Tensor:
         """Return the numbers from 0 on, at least as many: any run of slots is a part of them."""
@@ -68,26 +68,29 @@ class CompiledAttention:
         return self._all_slots
 
 
-class _DecodeAttention:
+class _CompiledBatch:
     """The attention of one Batch; see layers.Attend."""
 
     def __init__(self, compiled: CompiledAttention, spans: Sequence[Span], writes: Slots) -> None:
-        ones = [span for span in spans if span.length == 1]
-        reads = [span.placement.read for span in ones]
-        counts = [span.start + 1 for span in ones]
         self._compiled, self._writes = compiled, writes
-        self._others = [span for span in spans if span.length > 1]
-        self._rows_of_others = [span.first + i for span in self._others for i in range(span.length)]
+        reads = [span.placement.read for span in spans]
         # What lies at addresses lives as long as this does.
         self._gathered = reads
         self._slots = compiled.all_slots(max(read.stop if isinstance(read, slice) else 0 for read in reads))
+        self._width = max(span.start + span.length for span in spans) + compiled.spare
+        most = min(max(_MOST_SCORES // (compiled.groups * self._width), 1), _MOST_TOKENS)
         first = self._slots.data_ptr()
-        addresses = [first + 8 * read.start if isinstance(read, slice) else read.data_ptr() for read in reads]
-        rows = [span.first for span in ones]
-        self._reads = torch.tensor(list(zip(addresses, counts, rows, strict=True)))
-        self._num_threads = max(min(torch.get_num_threads(), sum(counts) // _FEW_SLOTS), 1)
-        self._width = max(counts) + compiled.lanes
-        self._scores = torch.empty(self._num_threads, compiled.groups, self._width)
+        tiles: list[tuple[int, int, int, int]] = []
+        for span, read in zip(spans, reads, strict=True):
+            address = first + 8 * read.start if isinstance(read, slice) else read.data_ptr()
+            tiles += [
+                (address, span.start + i + 1, span.first + i, min(most, span.length - i))
+                for i in range(0, span.length, most)
+            ]
+        self._reads = torch.tensor(tiles)
+        self._slots_until = list(accumulate((end * count for _, end, _, count in tiles), initial=0))
+        num_threads = max(min(torch.get_num_threads(), self._slots_until[-1] // _FEW_SLOTS), 1)
+        self._scores = torch.empty(num_threads, max(tile[3] for tile in tiles) * compiled.groups, self._width)
 
     def __call__(
         self,
@@ -102,15 +105,22 @@ class _DecodeAttention:
         found = torch.empty(len(q), q.shape[1] * q.shape[2])
         addresses = [tensor.data_ptr() for tensor in (q, keys, values, found, self._reads)]
         sizes = (k.shape[1], 4 * q.stride(0), 4 * found.stride(0), window, self._width)
-        num_items = len(self._reads) * k.shape[1]
-        bounds = [num_items * i // self._num_threads for i in range(self._num_threads + 1)]
         in_threads(
             self._compiled.function,
             [
                 (*addresses, scores.data_ptr(), *sizes, first, stop)
-                for scores, (first, stop) in zip(self._scores, pairwise(bounds), strict=True)
+                for scores, (first, stop) in zip(self._scores, pairwise(self._bounds(k.shape[1])), strict=True)
             ],
         )
-        if self._others:
-            found[self._rows_of_others] = look_back(self._others, q, keys, values, window)
         return found
+
+    def _bounds(self, num_kv_heads: int) -> list[int]:
+        """Return which items each thread does, from one number to the next: about as many slots to read in each."""
+        num_threads, total = len(self._scores), self._slots_until[-1]
+        bounds = [0]
+        for i in range(1, num_threads):
+            tile = bisect_right(self._slots_until, total * i // num_threads) - 1
+            rest = total * i // num_threads - self._slots_until[tile]
+            slots = self._slots_until[tile + 1] - self._slots_until[tile]
+            bounds.append(num_kv_heads * tile + num_kv_heads * rest // slots)
+        return [*bounds, num_kv_heads * (len(self._slots_until) - 1)]

@@ -78,6 +78,10 @@ class Function:
         places = list(range(2 * vectors[0].type.count))
         return self.b.shuffle_vector(*vectors, ir.Constant(vector(INT, len(places)), places))
 
+    def pick_of_two(self, low: Value, high: Value, places: Sequence[int]) -> Value:
+        """Return a vector of some lanes of two others, those of ``high`` numbered behind those of ``low``."""
+        return self.b.shuffle_vector(low, high, ir.Constant(vector(INT, len(places)), list(places)))
+
     def spread(self, value: Value, count: int) -> Value:
         """Return a vector with a value in every lane."""
         one = self.b.insert_element(ir.Constant(vector(value.type, 1), ir.Undefined), value, INT(0))

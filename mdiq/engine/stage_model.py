@@ -77,7 +77,7 @@ class StageModel:
         self._rope: Rope | None = None
         if config.family.has_rotary:
             self._rope = Rope(config.rope, config.head_dim, device, checkpoint.rope_factors())
-        self._decode_attention = CompiledAttention.find(config, dtype, device)
+        self._attention = CompiledAttention.find(config, dtype, device)
         choice = KernelChoice(exact=weights.exact, folder=weights.folder)
         with ExitStack() as stack:
             packed = None
@@ -116,7 +116,7 @@ class StageModel:
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KvCache, spans: Sequence[Span]) -> torch.Tensor:
         """Return hidden: [T, hidden_size] behind this Stage's Layers."""
-        compiled = self._decode_attention
+        compiled = self._attention
         attend = attention_over(spans, self._device) if compiled is None else compiled.over(spans)
         angles = None if self._rope is None else self._rope.tables(positions, hidden.dtype)
         for i, layer in enumerate(self._layers):

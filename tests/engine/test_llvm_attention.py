@@ -1,8 +1,9 @@
-"""Compiled attention of single tokens against the same sums in f64, and against torch's way through a whole Batch."""
+"""Compiled attention against the same sums in f64, and against torch's way through a whole Batch."""
 
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from mdiq.core.types import SeqId
 from mdiq.engine import llvm_attention
 from mdiq.engine.families import FAMILIES
-from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
+from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache, Placement
 from mdiq.engine.layers import Span, attention_over
 from mdiq.engine.llvm_attention import CompiledAttention
 from mdiq.engine.model_config import ModelConfig
@@ -138,20 +139,42 @@ def test_a_window_ends_what_a_token_sees(window: int) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10_000))
-def test_a_row_has_the_same_bits_in_any_company(seed: int) -> None:
+def test_a_row_has_the_same_bits_in_any_company_and_as_a_token_of_a_prompt(seed: int) -> None:
+    """A Replay computes decoded tokens as a prompt: what each finds must be what it found alone."""
     rng = random.Random(seed)
-    sizes = [rng.randrange(9, 200) for _ in range(rng.randrange(2, 7))]
-    lengths = [rng.choice([1, 1, 5]) for _ in sizes]
-    batch = _Batch(sizes, 4, 2, 32, lengths=lengths, in_pieces=rng.random() < 0.5)
-    compiled = _compiled(4, 2, 32)
-    together = batch.by(compiled)
-    assert torch.allclose(together, batch.by_torch(), atol=TOLERANCE, rtol=0)
+    shape = rng.choice([(4, 2, 32), (6, 2, 16), (3, 3, 64), (4, 1, 128)])
+    sizes = [rng.randrange(60, 200) for _ in range(rng.randrange(1, 5))]
+    lengths = [rng.choice([1, 1, 5, 50]) for _ in sizes]
+    window = rng.choice([0, 0, 1, 30, 33, 100])
+    batch = _Batch(sizes, *shape, lengths=lengths, in_pieces=rng.random() < 0.5)
+    compiled = _compiled(*shape)
+    together = batch.by(compiled, window)
+    assert torch.allclose(together, batch.by_torch(window), atol=TOLERANCE, rtol=0)
     spans, rows = batch.spans, (batch.q, batch.k, batch.v)
+    batch.keys, batch.values = batch.found_keys, batch.found_values
     for span in spans:
-        some = slice(span.first, span.first + span.length)
-        batch.spans = [Span(0, span.length, span.start, span.placement)]
-        batch.q, batch.k, batch.v = (tensor[some] for tensor in rows)
-        assert torch.equal(batch.by(compiled), together[some])
+        cuts = sorted({0, span.length, *rng.sample(range(span.length), min(span.length, 3))})
+        cuts = list(range(span.length + 1)) if rng.random() < 0.3 else cuts
+        for start, stop in pairwise(cuts):
+            some = slice(span.first + start, span.first + stop)
+            read, write = span.placement.read, span.placement.write
+            here = slice(write.start + start, write.start + stop) if isinstance(write, slice) else write[start:stop]
+            seen = span.start + stop
+            until = slice(read.start, read.start + seen) if isinstance(read, slice) else read[:seen]
+            batch.spans = [Span(0, stop - start, span.start + start, Placement(here, until))]
+            batch.q, batch.k, batch.v = (tensor[some] for tensor in rows)
+            assert torch.equal(batch.by(compiled, window), together[some])
+
+
+def test_what_lies_behind_a_sequence_in_its_last_block_is_never_read() -> None:
+    """Room that no token has filled holds anything, numbers that are none included."""
+    batch = _Batch([40, 50], 4, 2, 32, lengths=[1, 7])
+    expected = batch.by(_compiled(4, 2, 32))
+    seen = torch.zeros(len(batch.keys), dtype=torch.bool)
+    for span in batch.spans:
+        seen[span.placement.read] = True
+    batch.keys[~seen] = batch.values[~seen] = math.nan
+    assert torch.equal(batch.by(_compiled(4, 2, 32)), expected)
 
 
 def test_threads_share_the_work_and_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +191,7 @@ def test_threads_share_the_work_and_change_no_bit(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(llvm_attention, "in_threads", in_turn)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert torch.equal(batch.by(compiled), alone)
-    assert shares == [[(0, 3), (3, 7), (7, 11), (11, 15)]]
+    assert shares == [[(0, 1), (1, 2), (2, 10), (10, 15)]]  # about as many tokens to look back on
 
 
 def test_two_tokens_of_one_sequence_see_each_other() -> None:
