@@ -104,8 +104,8 @@ def run(
         bool, typer.Option("--exact/--fast", help="Packed weights: the same tokens alone and among others, or speed.")
     ] = True,
     wire: Annotated[
-        str, typer.Option(help="Activations on the hops: f32, bf16, i8 or auto; or one for each hop: bf16,auto.")
-    ] = "bf16",
+        str, typer.Option(help="Activations on the hops: auto, f32, bf16 or i8; or one for each hop: bf16,auto.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads per node. [default: cores / nodes]", show_default=False)
@@ -235,7 +235,7 @@ def bench(
     exact: Annotated[
         bool, typer.Option("--exact/--fast", help="Packed weights: the same tokens alone and among others, or speed.")
     ] = True,
-    wire: Annotated[str, typer.Option(help="Activations on the hops: f32, bf16, i8 or auto.")] = "bf16",
+    wire: Annotated[str, typer.Option(help="Activations on the hops: auto, f32, bf16 or i8.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
     threads: Annotated[

@@ -310,9 +310,13 @@ def _slow(topology: "Topology") -> Iterator[Problem]:
     links = topology.links
     places: list[tuple[Loc, str]] = [(("links", "wire"), links.wire)]
     places += [(("links", "hops", i, "wire"), hop.wire) for i, hop in enumerate(links.hops)]
-    if len(topology.ring_nodes) > 1 and not topology.is_on_loopback:
+    model = topology.model
+    if len(topology.ring_nodes) > 1:
         for loc, wire in places:
-            if wire == "f32":
+            if model.mode == "exact" and (wire == "i8" or (wire == "bf16" and model.dtype == "f32")):
+                text = f"{wire} rounds activations at each cut between nodes, so these give other tokens than one node"
+                yield Problem(loc, f"{text}; write auto, or mode: fast")
+            elif model.mode == "fast" and wire == "f32" and not topology.is_on_loopback:
                 yield Problem(loc, "f32 sends twice the bytes of bf16 and four times those of i8; write auto, or bf16")
     limit = links.transfer_limit_bit_per_s
     if limit is not None and limit < SLOW_TRANSFER_BIT_PER_S:

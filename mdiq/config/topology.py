@@ -197,7 +197,7 @@ class ModelChoice(_Section):
         USUAL_WEIGHTS, "Weights in memory: as dtype says, packed in 8 or 4 bits, or as suits the model's file."
     )
     mode: Literal["exact", "fast"] = _key(
-        "exact", "Packed weights: the same tokens alone and among others, or the fastest kernels."
+        "exact", "The same tokens on any number of nodes, alone and among others; or the fastest kernels and hops."
     )
     dtype: Literal["f32", "bf16"] = _key("f32", "Number format of activations, KV cache and plain weights.")
 
@@ -263,7 +263,9 @@ class HopWire(_Section):
 class Links(_Section):
     """How activations and weights travel."""
 
-    wire: Wire = _key("auto", "Format of activations on the hops; auto: by what the link measures.")
+    wire: Wire = _key(
+        "auto", "Format of activations on the hops; auto: dtype in exact mode, else by what a link measures."
+    )
     hops: tuple[HopWire, ...] = _key((), "Hops with a format of their own.")
     transfer_limit_bit_per_s: Rate = _key(
         None, "Most that the transfer of weights may take of the network; null: no limit.", alias="transfer_limit"

@@ -39,6 +39,9 @@ DTYPES = {"none": (0, 0, 0), "f32": (1, 4, 0), "bf16": (2, 2, 0), "i8": (3, 1, 4
 WIRES = tuple(name for name in DTYPES if name != "none")
 """Formats of activations on a Hop."""
 
+ROUNDINGS = ("f32", "bf16", "i8")
+"""The same, each of which holds less of a number than the one before."""
+
 _PROTOCOL = b"MQ"
 _MAGIC = _PROTOCOL + b"%d" % VERSION
 _HEADER = struct.Struct("<3sBIHBBIH")

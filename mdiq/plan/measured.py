@@ -92,7 +92,7 @@ def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None
         layer_bytes=max(layer_bytes, 1),
         ends_bytes=max(starter.weight_bytes - starter.num_layers * layer_bytes, 0),
         kv_bytes=max(workers[0].kv_bytes_per_token // workers[0].num_layers, 1),
-        row_bytes=_WIRE_BYTES["bf16"] * ring.hidden_size,
+        row_bytes=max(_WIRE_BYTES.get(wire, 4) for wire, _ in ring.hops) * ring.hidden_size,
         weights=weights,
     )
     nodes = dict(before.nodes) if before else {}
@@ -102,7 +102,7 @@ def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None
     names = [NodeId(stage.name) for stage in ring.stages]
     for i, (wire, link) in enumerate(ring.hops):
         if link is not None:
-            row_bytes = _WIRE_BYTES.get(wire, 2) * ring.hidden_size
+            row_bytes = _WIRE_BYTES.get(wire, 4) * ring.hidden_size
             hops[names[i], names[(i + 1) % len(names)]] = HopProfile(
                 max(link.delay_s, 0.0), link.bytes_per_s or HopProfile(0.0).bytes_per_s, row_bytes
             )

@@ -360,8 +360,11 @@ class LocalRing:
     async def _begin_epoch(self, wires: tuple[str, ...]) -> None:
         """Have every Stage serve in a new Epoch with these formats; figures count from here on."""
         assert self._runner is not None and self._spec is not None  # the Ring is loaded and paced
+        options = self._options
         self._epoch = Epoch(self._epoch + 1)
         self._wires = wires
+        if options.exact and options.rounds(wires):
+            log.warning("wire_is_not_exact", wires=wires, text="hops round activations: other tokens than on one node")
         if self._stages is not None:
             await self._stages.begin(self._epoch, wires)
         if wires:

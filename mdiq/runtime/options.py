@@ -1,11 +1,12 @@
 """What a ring on this machine is to be: values only, so that the command line can say it without importing torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import USUAL_WEIGHTS, LayerRange
-from mdiq.core.wire import WIRES
+from mdiq.core.wire import ROUNDINGS, WIRES
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
 from mdiq.plan.wire_choice import AUTO, MOST_DIVERGENCE_NATS, USUAL
@@ -107,9 +108,10 @@ class RingOptions:
     layers: one range a Node, in ring order; the first is the Starter's.
     dtype: "f32" or "bf16", of activations, KV cache, and weights unless those are packed.
     weights: see core.types.WeightFormat; the Starter says what "auto" is, for all.
-    exact: batch-invariant kernels; see engine/kernels.py.
-    wires: format of each Hop's activations, "f32", "bf16", "i8", or "auto": the Ring chooses when it has measured the
-    Hop. Hop i leaves Stage i. One entry serves all.
+    exact: the same tokens on any number of Nodes, alone and in company; see engine/kernels.py.
+    wires: format of each Hop's activations, "f32", "bf16", "i8", or "auto": in exact mode the dtype, so that a cut
+    between Layers changes no bit; else the Ring chooses when it has measured the Hop. Hop i leaves Stage i. One entry
+    serves all.
     most_divergence_nats: what i8 may cost where the Ring chose it; see plan/wire_choice.py.
     device: "cpu", "cuda", "cuda:0" or "auto".
     threads: torch threads of each Node.
@@ -130,7 +132,7 @@ class RingOptions:
     dtype: str = "f32"
     weights: str = USUAL_WEIGHTS
     exact: bool = True
-    wires: tuple[str, ...] = ("bf16",)
+    wires: tuple[str, ...] = (AUTO,)
     most_divergence_nats: float = MOST_DIVERGENCE_NATS
     device: str = "cpu"
     threads: int = 1
@@ -161,7 +163,14 @@ class RingOptions:
     @property
     def wanted_wires(self) -> tuple[str, ...]:
         """The format of each Hop, "auto" where the Ring is to choose; none where there are no Hops."""
-        return () if self.num_nodes == 1 else tuple(self.wires[i % len(self.wires)] for i in range(self.num_nodes))
+        if self.num_nodes == 1:
+            return ()
+        wires = (self.wires[i % len(self.wires)] for i in range(self.num_nodes))
+        return tuple(self.dtype if self.exact and wire == AUTO else wire for wire in wires)
+
+    def rounds(self, wires: Sequence[str]) -> bool:
+        """Tell whether Hops of these formats change activations: another number of Nodes may give other tokens."""
+        return any(ROUNDINGS.index(wire) > ROUNDINGS.index(self.dtype) for wire in wires)
 
     def wire(self, stage: int) -> str | None:
         """Return the format that the Hop out of a Stage begins with, or None where there are no Hops."""

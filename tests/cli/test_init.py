@@ -130,7 +130,7 @@ def test_check_tells_all_mistakes_and_ends_with_two() -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.splitlines()[:-1] == [f"mdiq: {line}" for line in expected]
-    assert result.stderr.splitlines()[-1] == f"mdiq: {file}: 10 errors, 2 warnings"
+    assert result.stderr.splitlines()[-1] == f"mdiq: {file}: 10 errors, 3 warnings"
 
 
 def test_check_tells_machines_as_json() -> None:

@@ -25,6 +25,7 @@ async def open_ring(model: Path, link: str | None, **changes: object) -> AsyncIt
         model,
         LAYERS,
         wires=("auto",),
+        exact=False,
         kv_tokens=1_024,
         link=None if link is None else parse_link(link),
         **changes,  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ def test_the_model_weighs_what_its_stages_say() -> None:
     assert profiles is not None
     model = profiles.model
     assert (model.num_layers, model.layer_bytes, model.ends_bytes) == (30, 3 * MIB, 60 * MIB)
-    assert (model.kv_bytes, model.row_bytes, model.weights) == (100, 128, "int8")
+    assert (model.kv_bytes, model.row_bytes, model.weights) == (100, 256, "int8")
 
 
 def test_hops_are_kept_with_the_rows_of_their_wire() -> None:
