@@ -10,6 +10,7 @@ They are found once for a model, by reading a short text with weights in f32, on
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ from mdiq.engine.device import return_free_memory
 from mdiq.engine.kernels import Linear
 from mdiq.engine.kv_cache import KvCache
 from mdiq.engine.layer_loading import make_norm, plain_layer
-from mdiq.engine.layers import Rope, Span, attention_over, run_layer
+from mdiq.engine.layers import Rope, Span, activated, attention_over, run_layer
 from mdiq.engine.quantize import num_hot
 from mdiq.engine.sample_text import sample_text
 from mdiq.engine.tokenizer import Tokenizer
@@ -60,7 +61,8 @@ def hot_columns(
 
         weights = plain_layer(checkpoint, i, torch.float32, device, watch)
         attend = attention_over(spans, device)
-        hidden = run_layer(hidden, weights, config, i, cache.keys[0], cache.values[0], attend, angles)
+        keys, values = cache.keys[0], cache.values[0]
+        hidden = run_layer(hidden, weights, config, i, keys, values, attend, angles, partial(activated, config))
         found |= {f"layer-{i:03}.{role}": _hottest(linear.largest, role) for role, linear in watched.items()}
         del weights, watched
         return_free_memory()

@@ -99,6 +99,10 @@ included; 0 is all.
 """
 
 
+Activate = Callable[[torch.Tensor], torch.Tensor]
+"""What stands between the two matmuls of an MLP; see activated."""
+
+
 def attention_over(spans: Sequence[Span], device: torch.device) -> Attend:
     """Return the attention of a Batch, by torch."""
     return partial(_attend, spans, write_slots(spans, device))
@@ -196,6 +200,7 @@ def run_layer(
     values: torch.Tensor,
     attend: Attend,
     angles: tuple[torch.Tensor, torch.Tensor] | None,
+    activate: Activate,
 ) -> torch.Tensor:
     """Return the Layer's output for x: [T, hidden_size], same shape and dtype."""
     num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -207,10 +212,10 @@ def run_layer(
         qk = rotate(qk, *angles)
     window = config.sliding_window if layer in config.windowed_layers else 0
     x = x + weights.o(attend(qk[:, :num_heads], qk[:, num_heads:], v, keys, values, window))
-    return x + weights.down(_activated(weights.gate_up(weights.mlp_norm(x)), config))
+    return x + weights.down(activate(weights.gate_up(weights.mlp_norm(x))))
 
 
-def _activated(up: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def activated(config: ModelConfig, up: torch.Tensor) -> torch.Tensor:
     """Return what goes down again: it may overwrite ``up``, [T, intermediate_size], twice as wide where it is gated."""
     gate = None
     if config.family.is_gated:

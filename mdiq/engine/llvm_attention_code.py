@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 
 from mdiq.engine.kv_cache import BLOCK_TOKENS
-from mdiq.engine.llvm_code import FLOAT, INT, LONG, NEAREST, POINTER, Function, Value, splat, vector
+from mdiq.engine.llvm_code import FLOAT, LONG, NEAREST, POINTER, Function, Value, power_of_2, splat, vector
 
 LANES = 16
 """Floats of a vector: head dimensions are multiples."""
@@ -15,9 +15,6 @@ SPARE = 2 * LANES
 _FLOATS, _OF_FLOATS = vector(FLOAT, LANES), f"v{LANES}f32"
 _LINE_BYTES = 64
 _AHEAD = 8  # tokens: how far values are asked for ahead, since a head's lie in strides
-_LEAST_EXPONENT = -127.0  # below that of the smallest normal float: such a power is 0
-_EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
-_POWERS = 7  # of the series of 2^x: what is left out is below half a unit in the last place for |x| <= 1/2
 
 
 def build(features: frozenset[str], *, head_dim: int, groups: int) -> Value:
@@ -271,24 +268,9 @@ def _soften(f: Function, scores: Value, count: Value, head_dim: int) -> Value:
 
     def soft(i: Value, found: list[Value]) -> list[Value]:
         at = b.mul(i, LONG(4))
-        weight = _power_of_2(f, b.fmul(b.fsub(f.load(_FLOATS, scores, at), most), to_powers_of_2))
+        weight = power_of_2(f, b.fmul(b.fsub(f.load(_FLOATS, scores, at), most), to_powers_of_2))
         f.store(weight, scores, at)
         return [b.fadd(found[0], weight)]
 
     sums = f.loop(LONG(0), count, LANES, [splat(FLOAT, LANES, 0.0)], soft)[0]
     return b.fdiv(FLOAT(1.0), f.total(sums))
-
-
-def _power_of_2(f: Function, x: Value) -> Value:
-    """Return 2^x for a vector, x at most 0: the exponent's bits for the whole part, a Taylor series for the rest."""
-    b = f.b
-    x = f.call(f"llvm.maxnum.{_OF_FLOATS}", _FLOATS, x, splat(FLOAT, LANES, _LEAST_EXPONENT))
-    whole = f.call(f"llvm.rint.{_OF_FLOATS}", _FLOATS, x)
-    rest = b.fsub(x, whole)
-    terms = [math.log(2) ** n / math.factorial(n) for n in range(_POWERS)]
-    series = splat(FLOAT, LANES, terms[-1])
-    for term in reversed(terms[:-1]):
-        series = _fma(f, series, rest, splat(FLOAT, LANES, term))
-    ints = vector(INT, LANES)
-    exponent = b.add(b.fptosi(whole, ints), splat(INT, LANES, _EXPONENT_BIAS))
-    return b.fmul(series, b.bitcast(b.shl(exponent, splat(INT, LANES, _MANTISSA_BITS)), _FLOATS))

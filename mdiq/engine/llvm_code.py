@@ -5,6 +5,7 @@ own language, one instruction a call; what the loops compute is their caller's.
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ def splat(element: Value, count: int, value: float) -> Value:
 
 NEAREST, SECOND = 3, 2
 """Caches, as LLVM counts them."""
+_LEAST_EXPONENT = -127.0  # below that of the smallest normal float: such a power of 2 is 0
+_EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
+_POWERS = 7  # of the series of 2^x: what is left out is below half a unit in the last place for |x| <= 1/2
 # Of activations that a tile takes at once: half of a nearest cache of 32 KiB, since weights pass there too.
 _NEAR_BYTES = 16_384
 
@@ -150,6 +154,21 @@ class Function:
     def finish(self) -> None:
         """End the function."""
         self.b.ret_void()
+
+
+def power_of_2(f: Function, x: Value) -> Value:
+    """Return 2^x for a vector of floats, x at most 0: the exponent's bits for the whole part, a series for the rest."""
+    b, kind, count = f.b, x.type, x.type.count
+    x = f.call(f"llvm.maxnum.v{count}f32", kind, x, splat(FLOAT, count, _LEAST_EXPONENT))
+    whole = f.call(f"llvm.rint.v{count}f32", kind, x)
+    rest = b.fsub(x, whole)
+    terms = [math.log(2) ** n / math.factorial(n) for n in range(_POWERS)]
+    series = splat(FLOAT, count, terms[-1])
+    for term in reversed(terms[:-1]):
+        series = f.call(f"llvm.fma.v{count}f32", kind, series, rest, splat(FLOAT, count, term))
+    ints = vector(INT, count)
+    exponent = b.add(b.fptosi(whole, ints), splat(INT, count, _EXPONENT_BIAS))
+    return b.fmul(series, b.bitcast(b.shl(exponent, splat(INT, count, _MANTISSA_BITS)), kind))
 
 
 def build_multiply(

@@ -16,7 +16,8 @@ from mdiq.engine.kernel_choice import KernelChoice
 from mdiq.engine.kernels import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
 from mdiq.engine.kv_cache import KvCache
 from mdiq.engine.layer_loading import ROLES, make_norm, packed_layer, plain_layer
-from mdiq.engine.layers import LayerWeights, Norm, Rope, Span, attention_over, run_layer
+from mdiq.engine.layers import Activate, LayerWeights, Norm, Rope, Span, activated, attention_over, run_layer
+from mdiq.engine.llvm_activation import CompiledActivation
 from mdiq.engine.llvm_attention import CompiledAttention
 from mdiq.engine.quantize import FORMATS, PackedModel
 
@@ -78,6 +79,7 @@ class StageModel:
         if config.family.has_rotary:
             self._rope = Rope(config.rope, config.head_dim, device, checkpoint.rope_factors())
         self._attention = CompiledAttention.find(config, dtype, device)
+        self._activate: Activate = CompiledActivation.find(config, dtype, device) or partial(activated, config)
         choice = KernelChoice(exact=weights.exact, folder=weights.folder)
         with ExitStack() as stack:
             packed = None
@@ -121,7 +123,15 @@ class StageModel:
         angles = None if self._rope is None else self._rope.tables(positions, hidden.dtype)
         for i, layer in enumerate(self._layers):
             hidden = run_layer(
-                hidden, self._weights[i], self.config, layer, cache.keys[i], cache.values[i], attend, angles
+                hidden,
+                self._weights[i],
+                self.config,
+                layer,
+                cache.keys[i],
+                cache.values[i],
+                attend,
+                angles,
+                self._activate,
             )
         return hidden
 
