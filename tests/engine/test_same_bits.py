@@ -1,4 +1,4 @@
-"""Exact mode with packed weights: the same bits for any split, chunking, company, number of threads, and in a Replay."""
+"""Exact mode, packed weights: the same bits for any split, chunking, company, number of threads, and in a Replay."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
