@@ -231,8 +231,8 @@ def _totals(f: Function, dot: Callable[[int], Value], start: int, count: int) ->
     """
     if count == 1:
         return dot(start)
-    sides = [_totals(f, dot, side, count // 2) for side in (start, start + count // 2)]
-    return f.b.fadd(*(f.pick_of_two(*sides, range(parity, 2 * LANES, 2)) for parity in range(2)))
+    low, high = (_totals(f, dot, side, count // 2) for side in (start, start + count // 2))
+    return f.b.fadd(*(f.pick_of_two(low, high, range(parity, 2 * LANES, 2)) for parity in range(2)))
 
 
 def _hide(f: Function, scores: Value, begin: Value, end: Value, count: Value) -> None:
