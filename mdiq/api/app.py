@@ -196,13 +196,11 @@ class Api:
     async def _prompt(self, asked: Asked) -> tuple[int, ...]:
         backend = self._backend
         field = "messages" if asked.is_chat else "prompt"
-        if asked.token_ids is not None:
-            if any(token >= backend.vocab_size for token in asked.token_ids):
-                raise BadRequest(f"prompt: the model has {backend.vocab_size} tokens only", field)
-            return asked.token_ids
         try:
             # Long texts take long: others' tokens must not wait.
-            if asked.messages is not None:
+            if asked.token_ids is not None:
+                prompt = asked.token_ids
+            elif asked.messages is not None:
                 prompt = tuple(await asyncio.to_thread(backend.chat_ids, asked.messages, asked.template_kwargs))
             else:
                 prompt = tuple(await asyncio.to_thread(backend.encode, asked.text or ""))
@@ -210,6 +208,9 @@ class Api:
             raise BadRequest(str(error), field) from None
         if not prompt:
             raise BadRequest(f"{field}: it is empty; give at least one token", field)
+        # One without an embedding would fail all that are computed with it.
+        if (largest := max(prompt)) >= backend.vocab_size:
+            raise BadRequest(f"{field}: token id {largest}: the model has {backend.vocab_size} tokens only", field)
         return prompt
 
 

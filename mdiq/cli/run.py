@@ -5,6 +5,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -103,7 +104,7 @@ def execute(options: RunOptions) -> int:
         else:
             rings = _topology_rings(options, loaded, model, config, threads, console)
             ring_options = rings.options()
-        run = _Run(options, ring_options, Tokenizer.load(model), todo, console, results_file, rings)
+        run = _Run(options, ring_options, Tokenizer.load(model), todo, console, results_file, rings, config.vocab_size)
         return run_until_signal(run.main())
 
 
@@ -147,12 +148,14 @@ class _Run:
         console: Console,
         results_file: TextIO | None,
         rings: "TopologyRings | None",
+        vocab_size: int,
     ) -> None:
         self._options = options
         self._rings = rings
         self._ring_options = ring_options
         self._tokenizer = tokenizer
         self._lines = lines
+        self._vocab_size = vocab_size
         self._console = console
         self._is_single = options.prompts is None
         self._printer = AnswerPrinter(
@@ -194,12 +197,15 @@ class _Run:
         Raises:
             ConfigError: a request has token ids that the model does not have, or no token.
         """
-        vocab_size = self._tokenizer.vocab_size
         for line in self._lines:
-            if line.token_ids and max(line.token_ids) >= vocab_size:
-                raise ConfigError(f"{line.where}: prompt_token_ids: the model has {vocab_size} tokens only")
+            if line.token_ids:
+                self._check_ids(line, line.token_ids)
             if self._is_single or not (line.token_ids or line.text or line.messages):
                 self._sequence(line)
+
+    def _check_ids(self, line: PromptLine, ids: AbstractSequence[int]) -> None:
+        if (largest := max(ids)) >= self._vocab_size:
+            raise ConfigError(f"{line.where}: token id {largest}: the model has {self._vocab_size} tokens only")
 
     def _sequence(self, line: PromptLine) -> Sequence:
         tokenizer = self._tokenizer
@@ -213,6 +219,8 @@ class _Run:
             prompt = tuple(tokenizer.chat_ids([{"role": "user", "content": line.text or ""}]))
         if not prompt:
             raise ConfigError(f"{line.where}: the prompt is empty; give at least one token")
+        # A tokenizer may know tokens that the model has no embedding of.
+        self._check_ids(line, prompt)
         params = tokenizer.with_special_stops(line.params)
         return Sequence(line.index, prompt, params, eos_token_ids=tokenizer.eos_token_ids)
 

@@ -86,6 +86,10 @@ class _Topologies:
     def context_tokens(self) -> int:
         return self._config.context_tokens
 
+    @property
+    def vocab_size(self) -> int:
+        return self._config.vocab_size
+
     def read(self) -> "Form":
         """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
         file = self._first.file
@@ -121,7 +125,8 @@ class _RingBackend:
         self._tokenizer = tokenizer
         self._numbers = count()
         self.model_name = topologies.model_name
-        self.vocab_size = tokenizer.vocab_size
+        # A tokenizer may know tokens that the model has no embedding of.
+        self.vocab_size = topologies.vocab_size
         self._model_tokens = topologies.context_tokens
 
     @property

@@ -20,6 +20,9 @@ from mdiq.errors import ModelError, RemoteProtocolError
 
 _SAMPLE_BYTES = 4096
 _MOST_CONFIG_BYTES = 1 << 20
+# Beside the weights of the usual methods: FP8, compressed-tensors, GPTQ, AWQ, bitsandbytes.
+_SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "weight_packed", "qweight", "qzeros", "absmax", ".SCB")
+_QUANTIZED_KINDS = ("F8", "F6", "F4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +207,21 @@ class SafetensorsSource:
         except (SafetensorError, OSError) as error:
             self._stack.close()
             raise ModelError(f"{path / name}: cannot be read ({str(error)[:120]}); fetch the file again") from None
+        try:
+            self._check_kinds()
+        except ModelError:
+            self._stack.close()
+            raise
+
+    def _check_kinds(self) -> None:
+        """Refuse quantized weights: without the scales beside them they would be noise."""
+        for name, file in self._files.items():
+            kind = str(file.get_slice(name).get_dtype())
+            if name.endswith(_SCALES) or kind.startswith(_QUANTIZED_KINDS):
+                raise ModelError(
+                    f"{self._path}: tensor {name} ({kind}) is of quantized weights, which are not read; use the "
+                    "model's original directory (bf16, f16 or f32), or a .gguf file (Q4_K_M or Q8_0)"
+                )
 
     def has(self, name: str) -> bool:
         return name in self._files
@@ -287,9 +305,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _shard_names(path: Path) -> list[str]:
     index = path / "model.safetensors.index.json"
+    # A whole file goes before an index, which may be left over from another build; transformers takes it so too.
+    if (path / "model.safetensors").exists():
+        return ["model.safetensors"]
     if not index.exists():
-        if (path / "model.safetensors").exists():
-            return ["model.safetensors"]
         hint = "only safetensors are read (a .bin file can run code): convert it"
         raise ModelError(f"{path}: model.safetensors is missing; {hint if any(path.glob('*.bin')) else 'fetch it'}")
     weights = read_json(index).get("weight_map")

@@ -119,9 +119,7 @@ class GgufFile:
             for start in range(0, num_rows, step):
                 out[start : start + step] = gguf.dequantize(rows[start : start + step], tensor.type)
         except NotImplementedError:
-            raise ModelError(
-                f"{self.path}: tensor {name}: type {tensor.type.name} cannot be dequantized; use another quantization"
-            ) from None
+            raise ModelError(f"{self.path}: tensor {name} has type {tensor.type.name}, {_NOT_READ}") from None
         self._drop_pages(tensor)
         return out.reshape(shape)
 
@@ -160,6 +158,11 @@ class GgufFile:
         for _ in range(num_fields):
             key = self._string()
             self.fields[key] = self._value(self._unpack("I"))
+        if (num_parts := self.get("split.count", int, 0)) > 1:
+            raise ModelError(
+                f"{self.path}: it is part {self.get('split.no', int, 0) + 1} of {num_parts} of a split model; join "
+                "them first: llama-gguf-split --merge FIRST-PART WHOLE.gguf"
+            )
         alignment = self.get("general.alignment", int, 32)
         if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment}")
@@ -220,9 +223,14 @@ class GgufFile:
         shape = tuple(reversed([self._unpack("Q") for _ in range(num_dims)]))
         if min(shape) < 1 or max(shape) > 1 << 40:
             raise ValueError(f"tensor {name}: shape {shape}")
-        return name, shape, gguf.GGMLQuantizationType(self._unpack("I")), self._unpack("Q")
+        kind = self._unpack("I")
+        if kind not in _KINDS:
+            raise ModelError(f"{self.path}: tensor {name} has type {kind}, {_NOT_READ}")
+        return name, shape, gguf.GGMLQuantizationType(kind), self._unpack("Q")
 
 
+_KINDS = frozenset(int(kind) for kind in gguf.GGMLQuantizationType)
+_NOT_READ = "which is not read; use the model in Q4_K_M or Q8_0"
 _PLAIN: dict[gguf.GGMLQuantizationType, np.dtype] = {
     gguf.GGMLQuantizationType.F32: np.dtype("<f4"),
     gguf.GGMLQuantizationType.F16: np.dtype("<f2"),

@@ -16,8 +16,6 @@ from mdiq.errors import ModelError
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 _SPECIAL_NAMES = ("bos", "eos", "unknown", "padding", "eot", "eom")
-# Files converted before `eot_token_id` was there name the end of the document only; llama.cpp knows these by text too.
-_END_OF_TURN = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"})
 _MOST_MERGED_CHARS = 256  # of a token that merges are derived for; the longest in use has 31
 
 
@@ -79,7 +77,10 @@ _PRE_TOKENIZERS: Mapping[str, _PreTokenizer] = {
     # What llama.cpp does with a file that names none: close to several models, and exact for few.
     "default": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"), _GPT2_ROW),
-    **dict.fromkeys(("smollm", "starcoder", "codeshell", "minerva-7b", "exaone"), _DIGITS_ROW),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "minerva-7b", "exaone"), _DIGITS_ROW),
+    "deepseek-coder": _PreTokenizer(
+        ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"), adds_bos=True
+    ),
     "command-r": _PreTokenizer((r"\p{N}", _GPT2), nfc=True),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"), _LLAMA3_ROW),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _PreTokenizer((_LLAMA3,))),
@@ -130,12 +131,11 @@ def load_gguf_tokenizer(path: Path) -> TokenizerParts:
             f"{path}: its tokenizer is malformed ({' '.join(str(error).split())[:120]}); fetch or convert it again"
         ) from None
     tokens = vocabulary.tokens
-    end_of_turn = {i for i in vocabulary.of_type(_CONTROL) if tokens[i] in _END_OF_TURN}
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return TokenizerParts(
         backend=backend,
         vocab_size=len(tokens),
-        eos_token_ids=frozenset({ids[name] for name in ("eos", "eot", "eom") if name in ids} | end_of_turn),
+        eos_token_ids=frozenset(ids[name] for name in ("eos", "eot", "eom") if name in ids),
         prefix=(ids["bos"],) if adds_bos else (),
         suffix=(ids["eos"],) if adds_eos else (),
         special_texts={names[name]: tokens[i] for name, i in ids.items() if name in names},

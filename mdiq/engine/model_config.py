@@ -86,6 +86,13 @@ def config_from_hf(config: Mapping[str, object], where: str) -> ModelConfig:
         ModelError: the family or something it uses is not supported, or a field is missing or of the wrong type.
     """
     family = _family(_get(config, "model_type", str, where, ""), where)
+    for key in ("quantization_config", "compression_config"):
+        if quantized := config.get(key):
+            method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+            raise ModelError(
+                f"{where}: {key}: weights quantized by {str(method or 'an unknown method')[:40]} are not read; use the "
+                "model's original directory (bf16, f16 or f32), or a .gguf file (Q4_K_M or Q8_0)"
+            )
     if family.name == "gpt2":
         result = _gpt2_from_hf(config, family, where)
     else:
@@ -148,12 +155,15 @@ def _family(name: str, where: str) -> Family:
 
 def _rope_from_gguf(file: GgufFile, architecture: str) -> RopeConfig:
     theta = file.get(f"{architecture}.rope.freq_base", float, 10_000.0)
-    kind = file.get(f"{architecture}.rope.scaling.type", str, "none")
-    factor = file.get(f"{architecture}.rope.scaling.factor", float, 1.0)
+    # Where only a factor is named, also by its key of 2023, it is linear: as llama.cpp takes it.
+    kind = file.get(f"{architecture}.rope.scaling.type", str, "linear")
+    factor = file.get(
+        f"{architecture}.rope.scaling.factor", float, file.get(f"{architecture}.rope.scale_linear", float, 1.0)
+    )
     if kind not in ("none", "linear"):
         raise ModelError(f"{file.path}: rope scaling {kind!r} is not supported; only none, linear and llama3 are")
     # Llama 3.1's scaling comes as a tensor of factors, which checkpoint.py reads.
-    return RopeConfig(theta, factor if kind == "linear" else 1.0)
+    return RopeConfig(theta, factor if kind == "linear" and factor > 0 else 1.0)
 
 
 def _gpt2_from_hf(config: Mapping[str, object], family: Family, where: str) -> ModelConfig:

@@ -21,6 +21,21 @@ from mdiq.errors import ConfigError, ModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_ID = (1 << 31) - 1
+# Special tokens with these texts end an answer, whatever else a file names; llama.cpp has them so too.
+_END_TEXTS = frozenset(
+    {
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "<|EOT|>",
+    }
+)
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -35,10 +50,12 @@ class Tokenizer:
         self._parts = parts
         self._backend = parts.backend
         self.vocab_size = parts.vocab_size
-        self.eos_token_ids = parts.eos_token_ids
         self.has_chat_template = parts.chat_template is not None
         added = parts.backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        # A file may name one end and have two; a model's directory and its GGUF file must end alike.
+        known = {token for token in self._special_ids if added[token].content in _END_TEXTS}
+        self.eos_token_ids = parts.eos_token_ids | known
 
     @classmethod
     def load(cls, model: Path) -> "Tokenizer":

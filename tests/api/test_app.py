@@ -208,7 +208,7 @@ async def test_what_cannot_be_served_is_told_in_json(body: bytes, status: int, w
 
 async def test_prompts_of_no_tokens_or_unknown_ones_and_paths_that_are_not_there() -> None:
     async with _client(FakeRing()) as client:
-        for prompt, words in ((" ", "empty"), ([100], "100 tokens only")):
+        for prompt, words in ((" ", "empty"), ([100], "100 tokens only"), ("x" * 200, "token id 200")):
             response = await client.post("/v1/completions", json={"prompt": prompt})
             assert response.status == 400 and words in (await _error(response))["message"]
         for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):

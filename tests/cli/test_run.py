@@ -53,7 +53,7 @@ class FakeRing:
 
 def _run(lines: list[PromptLine], out: io.StringIO, tokenizer: FakeTokenizer) -> Any:
     options: Any = SimpleNamespace(prompts=Path("in.jsonl"), as_json=False, raw=True, max_live=None)
-    return run._Run(options, SimpleNamespace(), tokenizer, lines, Console(file=io.StringIO()), out, None)  # type: ignore[arg-type]
+    return run._Run(options, SimpleNamespace(), tokenizer, lines, Console(file=io.StringIO()), out, None, 1_000)  # type: ignore[arg-type]
 
 
 async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:

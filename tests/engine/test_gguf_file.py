@@ -1,6 +1,7 @@
 """GGUF files: every quantized type as `gguf` dequantizes it, and nothing but ModelError from damaged ones."""
 
 import random
+import struct
 from pathlib import Path
 
 import gguf
@@ -80,3 +81,28 @@ def test_damaged_files_give_model_errors_only(tmp_path: Path) -> None:
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert refused == 1_500  # the whole file is no model either: its config is missing
+
+
+@pytest.mark.parametrize("kind", [31, 36, 137])
+def test_a_type_that_is_not_read_is_named_with_its_tensor(tmp_path: Path, kind: int) -> None:
+    path = _write(tmp_path / "x.gguf", {"blk.0.t": (np.ones((1, 32), np.float32), gguf.GGMLQuantizationType.F32)})
+    data = bytearray(path.read_bytes())
+    at = data.index(b"blk.0.t") + len("blk.0.t") + 4 + 2 * 8  # behind the count of dimensions and both of them
+    data[at : at + 4] = struct.pack("<I", kind)
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=rf"tensor blk.0.t has type {kind}, which is not read; use .* Q4_K_M or Q8_0"):
+        GgufFile(path)
+
+
+def test_a_part_of_a_split_model_says_how_to_join_it(tmp_path: Path) -> None:
+    path = tmp_path / "m-00002-of-00003.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("t", np.ones((1, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="it is part 2 of 3 of a split model; join them first: llama-gguf-split"):
+        GgufFile(path)

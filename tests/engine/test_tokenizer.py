@@ -105,7 +105,7 @@ def original(converted):
 
 class TestRealModel:
     def test_facts(self, real):
-        assert (real.vocab_size, real.eos_token_ids, real.has_chat_template) == (49152, {2}, True)
+        assert (real.vocab_size, real.eos_token_ids, real.has_chat_template) == (49152, {0, 2}, True)
 
     @pytest.mark.parametrize("text", TEXTS)
     def test_ids_equal_the_original_models(self, real, original, text):
@@ -501,16 +501,16 @@ class TestDirectories:
     def test_facts_come_from_the_models_files(self, directory):
         path = directory()
         assert Tokenizer.load(path).vocab_size == 2048
-        assert Tokenizer.load(path).eos_token_ids == {2, 7}
+        assert Tokenizer.load(path).eos_token_ids == {0, 2, 7}
         (path / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
-        assert Tokenizer.load(path).eos_token_ids == {2, 9}
+        assert Tokenizer.load(path).eos_token_ids == {0, 2, 9}
 
     def test_directory_with_tokenizer_json_alone_works(self, directory):
         path = directory()
         for name in ("tokenizer_config.json", "config.json"):
             (path / name).unlink()
         tokenizer = Tokenizer.load(path)
-        assert tokenizer.eos_token_ids == frozenset()
+        assert tokenizer.eos_token_ids == {0, 2}  # known by their texts
         assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
 
     @pytest.mark.parametrize(
@@ -606,3 +606,11 @@ def test_a_stop_text_that_is_a_special_token_ends_the_answer_as_a_token(tmp_path
     params = SamplingParams(stop=("<|im_end|>", "b", "c"), stop_token_ids=(1,))
     assert tokenizer.with_special_stops(params).stop_token_ids == (1, 2)
     assert tokenizer.with_special_stops(SamplingParams(stop=("b",))) == SamplingParams(stop=("b",))
+
+
+def test_ends_of_answers_that_a_file_does_not_name_are_known_by_their_text(tmp_path: Path) -> None:
+    backend = Backend(models.WordLevel({"a": 0, "<|endoftext|>": 1, "<|im_end|>": 2, "<|end|>": 3}, unk_token="a"))
+    backend.add_special_tokens(["<|endoftext|>", "<|im_end|>"])  # the last one is a word like any other here
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert Tokenizer.load(tmp_path).eos_token_ids == {1, 2}
