@@ -2,9 +2,12 @@
 
 A few columns of a model's activations are 10 to 40 times as large as the rest, the same ones in every text (Dettmers et
 al. 2022, LLM.int8()). Rounded to 8 bits together, they leave the rest few bits, which would cost SmolLM2 4 % of
-perplexity. So such a column stands in the packed matrix
-several times, and each of its places takes an equal share of the activation (Zhao et al. 2019, outlier channel
-splitting).
+perplexity. So such a column stands in the packed matrix several times, and each of its places takes an equal share of
+the activation (Zhao et al. 2019, outlier channel splitting).
+
+A scale for each block of an activation's columns, instead, leaves few bits to the rest of a large one's block. The
+arithmetic simulated in f32 for SmolLM2 and 2,048 tokens: 2.3, 1.9 or 1.2 % with 256, 128 or 64 columns, 0.2 % with
+copies. With AVX2 alone a compiled kernel for blocks of 256 took up to 1.5 times as long for 8 and 16 rows.
 
 They are found once for a model, by reading a short text with weights in f32, one Layer at a time.
 """
