@@ -49,16 +49,23 @@ class FakeRing:
         return [1, *self.encode(messages[0]["content"])]
 
     async def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+        if not self.is_serving:
+            raise RingError(f"the ring does not serve: {self.state}")
+        if not 0 < len(prompt) < self.context_tokens:
+            raise CapacityError(f"a prompt of {len(prompt)} tokens")
+        index = len(self.asked)
         self.asked.append((prompt, params))
+        self.num_running += 1
+        num_tokens = min(params.max_tokens, self.context_tokens - len(prompt))
         try:
-            for i in range(params.max_tokens):
+            for i in range(num_tokens):
                 waiting = self.before(i)
                 if waiting is not None:
                     await waiting
-                is_last = i == params.max_tokens - 1
-                step = TokenEvent(0, i, i, FinishReason.LENGTH if is_last else None)
-                yield StreamEvent(step, f" {i}", 0.0)
+                reason = FinishReason.LENGTH if i == num_tokens - 1 else None
+                yield StreamEvent(TokenEvent(index, i, len(prompt) + i, reason), f" {i}", 0.0)
         finally:
+            self.num_running -= 1
             self.closed.set()
 
     def status(self) -> Mapping[str, Any]:
