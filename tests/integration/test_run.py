@@ -239,7 +239,7 @@ def test_a_prompt_longer_than_the_context_harms_no_other(tmp_path: Path) -> None
 
 def test_too_little_memory_for_the_kv_cache_is_one_line(real_model: Path) -> None:
     _one_line(run_mdiq("run", "hi", "--kv-tokens", "1000000000"), 1, "KV cache", "lower --kv-tokens")
-    _one_line(run_mdiq("run", "hi", "--kv-tokens", "64", "--max-tokens", "500"), 1, "KV cache", "lower max_tokens")
+    _one_line(run_mdiq("run", "hi " * 100, "--kv-tokens", "64"), 1, "KV cache", "shorten the prompt")
 
 
 def test_a_port_in_use_is_one_line_that_names_the_node(used_port: int) -> None:
