@@ -16,10 +16,12 @@ from typing import Any
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from mdiq.api.backend import Backend
 from mdiq.api.metrics import metrics_text
-from mdiq.api.requests import ApiError, Asked, BadRequest, parse
+from mdiq.api.requests import ApiError, Asked, BadRequest, parse, too_long
+from mdiq.api.server import CLIENT_TIMEOUT_S, error_response
 from mdiq.core.sequence import FinishReason
 from mdiq.errors import CapacityError, MdiqError, RingError
 from mdiq.runtime.starter_service import StreamEvent
@@ -28,7 +30,6 @@ log = structlog.get_logger()
 
 MOST_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 MOST_RUNNING = 512
-RETRY_AFTER_S = "5"
 SILENCE_S = 10.0  # then a comment keeps proxies from closing a stream
 _PUBLIC = ("/health",)
 _STREAM_HEADERS = {
@@ -67,10 +68,24 @@ class _Answer:
 
 
 class Api:
-    """The application. keys: one of them must come with every request but /health; none: nothing is asked."""
+    """The application.
 
-    def __init__(self, backend: Backend, keys: Sequence[str] = (), *, most_running: int = MOST_RUNNING) -> None:
+    keys: one of them must come with every request but /health; none: nothing is asked. cors_origins: web pages of
+    these origins may ask from a browser; "*": of all.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        keys: Sequence[str] = (),
+        *,
+        cors_origins: Sequence[str] = (),
+        most_running: int = MOST_RUNNING,
+        client_timeout_s: float = CLIENT_TIMEOUT_S,
+    ) -> None:
         self._backend = backend
+        self._cors_origins = cors_origins
+        self._client_timeout_s = client_timeout_s
         self._keys = [key.encode() for key in keys]
         self._most_running = most_running
         self._created = int(time.time())
@@ -79,6 +94,7 @@ class Api:
     def application(self) -> web.Application:
         """Return it with its routes."""
         app = web.Application(client_max_size=MOST_BODY_BYTES, middlewares=[self._errors])
+        app.on_response_prepare.append(self._allow_origin)
         app.add_routes(
             [
                 web.get("/health", self._health),
@@ -94,20 +110,39 @@ class Api:
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            if request.method == "OPTIONS" and self._origin(request):
+                return web.Response(status=204)  # browsers ask without the key
             if request.path not in _PUBLIC and not self._is_allowed(request):
                 raise ApiError(401, "a key of this ring's API is missing or wrong; send Authorization: Bearer KEY")
             return await handler(request)
         except ApiError as error:
-            return _error(error)
+            return error_response(error)
         except web.HTTPException as error:
-            return _error(ApiError(error.status, _no_route(request, error)))
+            return error_response(ApiError(error.status, _no_route(request, error)))
         except CapacityError as error:
-            return _error(ApiError(400, str(error), "exceed_context_size_error"))
+            return error_response(too_long(str(error), self._backend.context_tokens))
         except MdiqError as error:
-            return _error(ApiError(503, str(error)))
+            return error_response(ApiError(503, str(error)))
+        except ConnectionError:  # the client's end of it
+            raise
         except Exception:  # of one request; the client is not told how we are made
             log.exception("request_broke", path=request.path)
-            return _error(_broke())
+            return error_response(_broke())
+
+    def _origin(self, request: web.Request) -> str | None:
+        """Return the request's origin if web pages of it may ask."""
+        origin = request.headers.get("Origin")
+        return origin if {origin, "*"} & {*self._cors_origins} else None
+
+    async def _allow_origin(self, request: web.Request, response: web.StreamResponse) -> None:
+        if origin := self._origin(request):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Vary"] = "Origin"
+            if request.method == "OPTIONS":
+                asked = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+                response.headers["Access-Control-Allow-Headers"] = asked
+                response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+                response.headers["Access-Control-Max-Age"] = "600"
 
     def _is_allowed(self, request: web.Request) -> bool:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -151,11 +186,7 @@ class Api:
         return await self._answer(request, _Completion)
 
     async def _answer(self, request: web.Request, shape: "type[_Shape]") -> web.StreamResponse:
-        try:
-            body = json.loads(await request.read())
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is not JSON ({str(error)[:80]})") from None
-        asked = parse(body, is_chat=shape is _Chat)
+        asked = parse(await self._body(request), is_chat=shape is _Chat)
         backend = self._backend
         if asked.model is not None:
             self._check_model(asked.model)
@@ -170,6 +201,20 @@ class Api:
             return await self._run(request, asked, shape)
         finally:
             self._num_taken -= 1
+
+    async def _body(self, request: web.Request) -> object:
+        try:
+            async with asyncio.timeout(self._client_timeout_s):
+                body = await request.read()
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {self._client_timeout_s:g} s") from None
+        except (web.RequestPayloadError, HttpProcessingError):  # their words hold what came
+            raise BadRequest("the body is not HTTP as it should be") from None
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise BadRequest(f"the body is not JSON ({reason})") from None
 
     async def _run(self, request: web.Request, asked: Asked, shape: "type[_Shape]") -> web.StreamResponse:
         backend = self._backend
@@ -351,8 +396,3 @@ def _no_route(request: web.Request, error: web.HTTPException) -> str:
 
 def _broke() -> ApiError:
     return ApiError(500, "mdiq failed at this request; its log says how", "internal_error")
-
-
-def _error(error: ApiError) -> web.Response:
-    headers = {"Retry-After": RETRY_AFTER_S} if error.status in (429, 503) else {"x-should-retry": "false"}
-    return web.json_response({"error": error.body}, status=error.status, headers=headers)

@@ -6,7 +6,9 @@ from typing import Any
 _REQUESTS = (
     ("mdiq_requests_running", "gauge", "running", "Requests that are not finished."),
     ("mdiq_requests_done_total", "counter", "done", "Requests that were answered."),
-    ("mdiq_requests_failed_total", "counter", "failed", "Requests that failed, or whose client went away."),
+    ("mdiq_requests_failed_total", "counter", "failed", "Requests that the ring failed to answer."),
+    ("mdiq_requests_refused_total", "counter", "refused", "Requests that can never fit."),
+    ("mdiq_requests_left_total", "counter", "left", "Requests whose client went away."),
 )
 _NODE = (
     ("mdiq_stage_busy_ratio", "gauge", "busy_share", "Share of the time in which a node computes."),

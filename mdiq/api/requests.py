@@ -47,6 +47,18 @@ class BadRequest(ApiError):
         super().__init__(400, message, kind, param=param, **more)
 
 
+def too_long(text: str, context_tokens: int, param: str | None = None, **more: object) -> BadRequest:
+    """Return the error of a prompt that does not fit, in the words and with the code that clients know it by."""
+    return BadRequest(
+        f"This model's maximum context length is {context_tokens} tokens; {text}",
+        param,
+        "exceed_context_size_error",
+        code="context_length_exceeded",
+        n_ctx=context_tokens,
+        **more,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set.
@@ -75,16 +87,9 @@ class Asked:
         room = context_tokens - num_prompt_tokens
         wanted = self.max_tokens or room
         if room < 1:
-            raise BadRequest(
-                # The first words are OpenAI's: clients know by them that a prompt is too long.
-                f"This model's maximum context length is {context_tokens} tokens, and the prompt has "
-                f"{num_prompt_tokens}: there is no room for an answer",
-                "messages" if self.is_chat else "prompt",
-                "exceed_context_size_error",
-                code="context_length_exceeded",
-                n_prompt_tokens=num_prompt_tokens,
-                n_ctx=context_tokens,
-            )
+            text = f"the prompt has {num_prompt_tokens}: there is no room for an answer"
+            field = "messages" if self.is_chat else "prompt"
+            raise too_long(text, context_tokens, field, n_prompt_tokens=num_prompt_tokens)
         try:
             return SamplingParams(temperature=1.0).replaced(
                 {"seed": secrets.randbits(63), **self.values, "max_tokens": min(wanted, room)}, "request"

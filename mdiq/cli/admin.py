@@ -39,7 +39,8 @@ def _print(found: Mapping[str, Any]) -> None:
     requests = found["requests"]
     console.print(f"{found['state']}; model {found['model']}", highlight=False, markup=False)
     console.print(
-        f"requests: {requests['running']} running, {requests['done']} done, {requests['failed']} failed; "
+        f"requests: {requests['running']} running, {requests['done']} done, {requests['failed']} failed, "
+        f"{requests['refused']} refused, {requests['left']} left by their clients; "
         f"rings formed: {found['rings_formed']}",
         highlight=False,
     )

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from contextlib import asynccontextmanager
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -79,8 +80,8 @@ class _Topologies:
     @property
     def model_name(self) -> str:
         """As clients name it."""
-        name = Path(self._first.topology.model.path).name
-        return name.removesuffix(".gguf")
+        model = self._first.topology.model
+        return model.name or Path(model.path).name.removesuffix(".gguf")
 
     @property
     def context_tokens(self) -> int:
@@ -95,8 +96,9 @@ class _Topologies:
         file = self._first.file
         loaded = load_topology(file)
         old, new = self._first.topology, loaded.topology
-        for what, before, now in (("model", old.model.path, new.model.path), ("api", old.api, new.api)):
-            if before != now:
+        for what in ("model.path", "model.name", "api"):
+            value_of = attrgetter(what)
+            if value_of(old) != value_of(new):
                 raise ConfigError(f"{file}: {what}: a reload does not change it; restart mdiq serve")
         rings = TopologyRings(
             loaded,
@@ -208,14 +210,16 @@ class _Service:
         from aiohttp import web
 
         from mdiq.api.app import Api
+        from mdiq.api.server import ApiRunner
 
         wanted = self._wanted_api
         backend = _RingBackend(keeper, self._tokenizer, self._topologies)
-        runner = web.AppRunner(Api(backend, self._keys).application(), handler_cancellation=True, access_log=None)
+        api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
+        runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s)
         await runner.setup()
         try:
             try:
-                await web.TCPSite(runner, wanted.host, wanted.port, shutdown_timeout=1.0).start()
+                await web.TCPSite(runner, wanted.host, wanted.port).start()
             except OSError as error:
                 raise ConfigError(
                     f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "

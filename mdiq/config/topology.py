@@ -89,6 +89,13 @@ def _decode_wait(value: object) -> float:
     return seconds
 
 
+def _client_timeout(value: object) -> float:
+    seconds = units.parse_time(value)
+    if not 1 <= seconds <= 3600:
+        raise ValueError(f"{shown(value)} is out of range; write 1s to 3600s, for example 60s")
+    return seconds
+
+
 def _name(value: str) -> str:
     if re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
         return value
@@ -117,6 +124,18 @@ def _model_path(value: str) -> str:
     if value.endswith((".bin", ".pt", ".pth", ".onnx", ".ckpt")):
         raise ValueError("this kind of file is not read; write a .gguf file or a directory with .safetensors files")
     return value
+
+
+def _model_name(value: str) -> str:
+    if re.fullmatch(r"[\w.:/@+-]{1,128}", value, re.ASCII):
+        return value
+    raise ValueError(f"{shown(value)} is not a name for clients: letters, digits and . _ - : / @ +, at most 128")
+
+
+def _origin(value: str) -> str:
+    if value == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", value):
+        return value
+    raise ValueError(f"{shown(value)} is not an origin; write for example https://chat.example.org, or '*' for all")
 
 
 def _public_key(value: str) -> str:
@@ -171,6 +190,9 @@ Count = Annotated[
 DecodeWait = Annotated[
     float, BeforeValidator(_decode_wait), _text_schema(units.TIME_PATTERN, "a time: `200ms`, `5s`; 1ms to 60s")
 ]
+ClientTimeout = Annotated[
+    float, BeforeValidator(_client_timeout), _text_schema(units.TIME_PATTERN, "a time: `60s`; 1s to 3600s")
+]
 
 
 class _Section(BaseModel):
@@ -192,6 +214,9 @@ class ModelChoice(_Section):
         ...,
         "Model directory, .gguf file, or a known name. Only the Starter's machine has it.",
         example="smollm2-135m-instruct",
+    )
+    name: Annotated[str, AfterValidator(_model_name)] | None = _key(
+        None, "Name by which the API's clients ask for the model; null: that of its file or directory."
     )
     weights: WeightFormat = _key(
         USUAL_WEIGHTS, "Weights in memory: as dtype says, packed in 8 or 4 bits, or as suits the model's file."
@@ -290,6 +315,15 @@ class Api(_Section):
     port: _Port = _key(8080, "TCP port of the API.")
     keys_file: Annotated[str, AfterValidator(_path)] | None = _key(
         None, "File of the API keys that clients must send, one a line; null: none needed. Relative to this file."
+    )
+    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = _key(
+        (), "Web pages of these origins may use the API from a browser, for example https://chat.example.org; '*': all."
+    )
+    client_timeout_s: ClientTimeout = _key(
+        60.0,
+        "Longest wait for a request's head, and for its body; slower connections are closed.",
+        alias="client_timeout",
+        written="60s",
     )
 
 

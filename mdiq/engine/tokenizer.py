@@ -122,7 +122,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
-        return self._backend.encode(text, add_special_tokens=False).ids
+        # encode() would keep the interpreter's lock, for seconds at a long text; encode_batch() does not.
+        return self._backend.encode_batch([text], add_special_tokens=False)[0].ids
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import structlog
 
 from mdiq.core.sequence import Sequence
-from mdiq.errors import MdiqError, PlanError, RingError
+from mdiq.errors import CapacityError, ConfigError, MdiqError, PlanError, RingError
 from mdiq.runtime.loops import Clock, Worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService, StreamEvent
@@ -104,6 +104,8 @@ class RingKeeper:
         self._context_tokens: int | None = None
         self._num_done = 0
         self._num_failed = 0
+        self._num_refused = 0
+        self._num_left = 0
         self.last_error: str | None = None
         self.state = KeeperState(False, "starts")
 
@@ -136,16 +138,29 @@ class RingKeeper:
         self._num_running += 1
         self._quiet.clear()
         is_done = False
+        error: Exception | None = None
         events = ring.stream(sequence)
         try:
             async for event in events:
-                is_done = event.step.finish_reason is not None and event.step.error is None
+                is_done = event.step.finish_reason is not None
+                error = event.step.error
+                if error is not None and self._is_ending:
+                    raise RingError("the service ends; ask again in a while")
                 yield event
+        except MdiqError as raised:
+            error = raised
+            raise
         finally:
             await events.aclose()  # leaving it cancels the Sequence
             self._num_running -= 1
-            self._num_done += is_done
-            self._num_failed += not is_done
+            if isinstance(error, CapacityError | ConfigError):
+                self._num_refused += 1
+            elif error is not None:
+                self._num_failed += 1
+            elif is_done:
+                self._num_done += 1
+            else:
+                self._num_left += 1
             if not self._num_running:
                 self._quiet.set()
 
@@ -246,7 +261,13 @@ class RingKeeper:
             "state": self.state.text,
             "model": str(options.model),
             "nodes": nodes,
-            "requests": {"running": self._num_running, "done": self._num_done, "failed": self._num_failed},
+            "requests": {
+                "running": self._num_running,
+                "done": self._num_done,
+                "failed": self._num_failed,
+                "refused": self._num_refused,
+                "left": self._num_left,
+            },
             "rings_formed": self._num_rings,
             "last_error": self.last_error,
         }

@@ -73,15 +73,17 @@ class FakeRing:
         return {
             "is_serving": self.is_serving,
             "nodes": [node, {"name": "pi1", "state": "drained"}],
-            "requests": {"running": 1, "done": 2, "failed": 3},
+            "requests": {"running": 1, "done": 2, "failed": 3, "refused": 6, "left": 7},
             "rings_formed": 4,
             "counts": {"preemptions": 5},
         }
 
 
 @asynccontextmanager
-async def _client(ring: FakeRing, *keys: str, most_running: int = 8) -> AsyncIterator[Client]:
-    application = Api(ring, keys, most_running=most_running).application()
+async def _client(
+    ring: FakeRing, *keys: str, most_running: int = 8, cors_origins: Sequence[str] = ()
+) -> AsyncIterator[Client]:
+    application = Api(ring, keys, most_running=most_running, cors_origins=cors_origins).application()
     async with TestClient(TestServer(application), timeout=aiohttp.ClientTimeout(10)) as client:
         yield client
 
@@ -244,7 +246,7 @@ async def test_an_error_before_the_first_token_has_its_status(
         assert response.status == status
         found = await _error(response)
     assert found["type"] == kind
-    assert (found["message"] == str(error)) == (status != 500)
+    assert found["message"].endswith(str(error)) == (status != 500)
     assert "secret" not in found["message"]
 
 
@@ -372,3 +374,42 @@ async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) 
         go_on.set()
         rest = await response.text()
     assert '" 1"' in rest and rest.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("allowed", ["*", "https://chat.example.org"])
+async def test_web_pages_of_allowed_origins_may_ask(allowed: str) -> None:
+    origin = {"Origin": "https://chat.example.org"}
+    asked = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    async with _client(FakeRing(), "a-key", cors_origins=[allowed]) as client:
+        preflight = await client.options("/v1/chat/completions", headers=asked)
+        assert preflight.status == 204
+        assert preflight.headers["Access-Control-Allow-Headers"] == "authorization"
+        body = {**CHAT, "stream": True}
+        for answer in (
+            await client.post("/v1/chat/completions", json=body, headers={**origin, "Authorization": "Bearer a-key"}),
+            await client.get("/v1/models", headers=origin),  # a page reads errors too
+            preflight,
+        ):
+            assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example.org"
+
+
+@pytest.mark.parametrize("allowed", [[], ["https://other.example.org"]])
+async def test_web_pages_of_other_origins_may_not_ask(allowed: list[str]) -> None:
+    async with _client(FakeRing(), "a-key", cors_origins=allowed) as client:
+        response = await client.options("/v1/models", headers={"Origin": "https://chat.example.org"})
+        assert response.status == 401
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+async def test_a_prompt_that_the_ring_can_never_hold_is_told_in_the_same_words() -> None:
+    def refuse(_: int) -> None:
+        raise CapacityError("the KV cache holds 32 tokens")
+
+    async with _client(FakeRing(refuse)) as client:
+        error = await _error(await client.post("/v1/chat/completions", json=CHAT))
+    assert error["message"].startswith("This model's maximum context length is 64 tokens")
+    assert (error["code"], error["type"], error["n_ctx"]) == (
+        "context_length_exceeded",
+        "exceed_context_size_error",
+        64,
+    )

@@ -98,3 +98,24 @@ def test_there_are_no_more_nodes_than_a_ring_takes() -> None:
     assert len(topology(STARTER | {"public_key": "a" * 40}, *workers).nodes) == MOST_NODES
     with pytest.raises(ValidationError, match="these are 65 nodes, and a ring has up to 64"):
         topology(STARTER | {"public_key": "a" * 40}, *workers, SPARE | {"public_key": "b" * 40})
+
+
+def test_what_clients_of_the_api_meet_can_be_set() -> None:
+    api = {"cors_origins": ("https://chat.example.org",), "client_timeout": "20s"}
+    found = topology(STARTER, WORKER, model={"path": "m.gguf", "name": "Llama-3.2-1B-Instruct"}, api=api)
+    assert found.model.name == "Llama-3.2-1B-Instruct"
+    assert found.api.cors_origins == ("https://chat.example.org",)
+    assert found.api.client_timeout_s == 20
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("model", {"path": "m", "name": "two words"}, "not a name for clients"),
+        ("api", {"cors_origins": ("chat.example.org",)}, "write for example https://"),
+        ("api", {"client_timeout": "1ms"}, "write 1s to 3600s"),
+    ],
+)
+def test_what_clients_of_the_api_meet_is_checked(section: str, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        topology(STARTER, WORKER, **{section: values})

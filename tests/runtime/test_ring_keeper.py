@@ -10,7 +10,7 @@ import pytest
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
-from mdiq.errors import ConfigError, MdiqError, NodeDiedError, PlanError, RingError
+from mdiq.errors import CapacityError, ConfigError, MdiqError, NodeDiedError, PlanError, RingError
 from mdiq.runtime import ring_keeper
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RemoteNode, RemoteRing, RingOptions, StandingBy
 from mdiq.runtime.ring_keeper import Form, OnLoading, RingKeeper
@@ -181,7 +181,7 @@ async def test_a_ring_that_serves_shows_its_figures(house: House) -> None:
     assert (await _to_the_end(house.keeper.stream(_sequence()))).step.finish_reason is FinishReason.LENGTH
     status = house.keeper.status()
     assert status["is_serving"] and status["state"] == "serves on desk, pi1, pi2"
-    assert status["requests"] == {"running": 0, "done": 1, "failed": 0}
+    assert status["requests"] == {"running": 0, "done": 1, "failed": 0, "refused": 0, "left": 0}
     assert status["nodes"][1]["busy_share"] == 0.25
     assert len(status["hops"]) == 3
 
@@ -228,7 +228,7 @@ async def test_a_lost_node_ends_what_runs_and_the_ring_is_formed_again(
     assert house.keeper.status()["last_error"] is None
     second.steps.set()
     await _to_the_end(house.keeper.stream(_sequence(1)))
-    assert house.keeper.status()["requests"] == {"running": 0, "done": 1, "failed": 1}
+    assert house.keeper.status()["requests"] == {"running": 0, "done": 1, "failed": 1, "refused": 0, "left": 0}
 
 
 async def test_a_ring_that_cannot_be_formed_is_tried_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,3 +372,29 @@ async def test_a_model_that_does_not_fit_by_what_was_measured_is_told_and_measur
         await house.serving_ring(3)
     finally:
         await house.close()
+
+
+async def test_requests_that_are_left_or_refused_have_not_failed(house: House) -> None:
+    ring = await house.serving_ring(1)
+    left = house.keeper.stream(_sequence())
+    await anext(left)
+    await left.aclose()
+    ring.failure = CapacityError("it can never fit")
+    ring.steps.set()
+    await _to_the_end(house.keeper.stream(_sequence(1)))
+    requests = house.keeper.status()["requests"]
+    assert requests == {"running": 0, "done": 0, "failed": 0, "refused": 1, "left": 1}
+
+
+async def test_what_still_runs_when_the_service_ends_is_told_so(house: House) -> None:
+    ring = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    finishing = asyncio.create_task(house.keeper.finish())
+    await _settle()
+    assert not finishing.done()
+    ring.failure = RingError("starter: its loops have ended: CancelledError()")
+    ring.steps.set()
+    with pytest.raises(RingError, match="the service ends; ask again"):
+        await _to_the_end(events)
+    await finishing

@@ -1,0 +1,75 @@
+"""What is not HTTP, what comes too slowly, and what of it is told: over real sockets."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import structlog
+from aiohttp import web
+
+from mdiq.api.app import Api
+from mdiq.api.server import ApiRunner
+from tests.api.test_app import FakeRing
+
+KEY = "secret-key-of-this-ring"
+HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+
+
+@asynccontextmanager
+async def _port(client_timeout_s: float = 10.0) -> AsyncIterator[int]:
+    api = Api(FakeRing(), [KEY], client_timeout_s=client_timeout_s)
+    runner = ApiRunner(api.application(), client_timeout_s=client_timeout_s)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+async def _sent(port: int, text: str) -> str:
+    """Return all that comes until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(text.encode())
+    try:
+        return (await reader.read()).decode()
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"GET /health HTTP/1.1\r\nAuthorization: Bearer {KEY}\r\nWrong header\x01 my diary\r\n\r\n",
+        f"{HEAD}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\nmy diary\r\nmy diary\r\n\r\n",
+        f"{HEAD}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\nmy diary\r\n\r\n",
+        f"{HEAD}Connection: close\r\nContent-Encoding: deflate\r\nContent-Length: 8\r\n\r\nmy diary",
+        f"{HEAD}Connection: close\r\nContent-Length: 8\r\n\r\nmy diary",
+        f"{HEAD}Content-Length: my diary\r\n\r\n",
+        f"{KEY} my diary\r\n\r\n",
+        f"GET /{'x' * 9000}{KEY} HTTP/1.1\r\n\r\n",
+    ],
+)
+async def test_what_is_not_http_is_refused_in_json_and_nothing_of_it_is_logged(
+    text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with structlog.testing.capture_logs() as lines:
+        async with _port() as port:
+            head, _, body = (await _sent(port, text)).partition("\r\n\r\n")
+    assert head.split(" ", 2)[1] == "400", head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    told = f"{lines}{caplog.text}{body}"
+    assert "diary" not in told and KEY not in told and "Traceback" not in told
+    assert len(lines) <= 1
+
+
+async def test_heads_and_bodies_that_do_not_come_are_closed() -> None:
+    async with _port(client_timeout_s=0.3) as port:
+        half_head, half_body, nothing = await asyncio.gather(
+            _sent(port, HEAD), _sent(port, f"{HEAD}Content-Length: 9\r\n\r\n{{"), _sent(port, "")
+        )
+    assert half_head == nothing == ""
+    assert half_body.startswith("HTTP/1.1 408 ")
+    assert "within 0.3 s" in half_body
