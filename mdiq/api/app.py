@@ -4,12 +4,11 @@ A client that goes away cancels its Sequence: aiohttp cancels its handler, which
 """
 
 import asyncio
-import contextlib
 import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -59,12 +58,15 @@ class _Answer:
         if step.finish_reason is not None:
             self.finish_reason = str(step.finish_reason)
 
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.num_prompt,
-            "completion_tokens": self.num_tokens,
-            "total_tokens": self.num_prompt + self.num_tokens,
-        }
+
+def _usage(answers: Sequence[_Answer]) -> dict[str, int]:
+    num_prompt = sum(answer.num_prompt for answer in answers)
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt + num_tokens,
+    }
 
 
 class Api:
@@ -193,14 +195,15 @@ class Api:
         if not backend.is_serving:
             raise ApiError(503, backend.state)
         # Those whose texts still become tokens are not running yet, and count too.
+        num_asked = max(len(asked.prompts), 1)
         num_taken = max(self._num_taken, backend.num_running)
-        if num_taken >= self._most_running:
+        if num_taken + num_asked > self._most_running:
             raise ApiError(429, f"{num_taken} requests are in work or wait; ask again in a while")
-        self._num_taken += 1
+        self._num_taken += num_asked
         try:
             return await self._run(request, asked, shape)
         finally:
-            self._num_taken -= 1
+            self._num_taken -= num_asked
 
     async def _body(self, request: web.Request) -> object:
         try:
@@ -218,45 +221,48 @@ class Api:
 
     async def _run(self, request: web.Request, asked: Asked, shape: "type[_Shape]") -> web.StreamResponse:
         backend = self._backend
-        prompt = await self._prompt(asked)
-        params = asked.params(len(prompt), backend.context_tokens)
-        answer, out = _Answer(len(prompt)), shape(backend.model_name)
+        prompts = await self._prompts(asked)
+        params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
+        answers, out = [_Answer(len(prompt)) for prompt in prompts], shape(backend.model_name)
         start_s = time.monotonic()
+        streams = [backend.answer(*each) for each in zip(prompts, params, strict=True)]
         try:
-            async with aclosing(backend.answer(prompt, params)) as events:
+            async with aclosing(_merged(streams, SILENCE_S)) as events:
                 if asked.is_streamed:
-                    return await _stream(request, events, out, answer, asked.wants_usage)
+                    return await _stream(request, events, out, answers, asked.wants_usage)
                 async for event in events:
-                    answer.add(event)
+                    if event is not None:
+                        answers[event[0]].add(event[1])
         finally:
             log.info(
                 "request_ended",
-                prompt_tokens=answer.num_prompt,
-                tokens=answer.num_tokens,
-                finish_reason=answer.finish_reason or "none",
+                prompt_tokens=sum(answer.num_prompt for answer in answers),
+                tokens=sum(answer.num_tokens for answer in answers),
+                finish_reason=answers[-1].finish_reason or "none",
                 seconds=round(time.monotonic() - start_s, 3),
             )
-        return web.json_response(out.whole(answer))
+        return web.json_response(out.whole(answers))
 
-    async def _prompt(self, asked: Asked) -> tuple[int, ...]:
+    async def _prompts(self, asked: Asked) -> list[tuple[int, ...]]:
         backend = self._backend
         field = "messages" if asked.is_chat else "prompt"
         try:
             # Long texts take long: others' tokens must not wait.
-            if asked.token_ids is not None:
-                prompt = asked.token_ids
-            elif asked.messages is not None:
-                prompt = tuple(await asyncio.to_thread(backend.chat_ids, asked.messages, asked.template_kwargs))
+            if asked.messages is not None:
+                prompts = [tuple(await asyncio.to_thread(backend.chat_ids, asked.messages, asked.template_kwargs))]
             else:
-                prompt = tuple(await asyncio.to_thread(backend.encode, asked.text or ""))
+                prompts = [
+                    tuple(await asyncio.to_thread(backend.encode, prompt)) if isinstance(prompt, str) else prompt
+                    for prompt in asked.prompts
+                ]
         except MdiqError as error:
             raise BadRequest(str(error), field) from None
-        if not prompt:
+        if not all(prompts):
             raise BadRequest(f"{field}: it is empty; give at least one token", field)
         # One without an embedding would fail all that are computed with it.
-        if (largest := max(prompt)) >= backend.vocab_size:
+        if (largest := max(map(max, prompts))) >= backend.vocab_size:
             raise BadRequest(f"{field}: token id {largest}: the model has {backend.vocab_size} tokens only", field)
-        return prompt
+        return prompts
 
 
 class _Shape:
@@ -270,16 +276,19 @@ class _Shape:
     kind = ""
     chunk_kind = ""
 
-    def whole(self, answer: _Answer) -> dict[str, Any]:
-        choice = {"index": 0, **self.text(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
-        return {**self._head, "object": self.kind, "choices": [choice], "usage": answer.usage()}
+    def whole(self, answers: Sequence[_Answer]) -> dict[str, Any]:
+        choices = [
+            {"index": i, **self.text(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
+            for i, answer in enumerate(answers)
+        ]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": _usage(answers)}
 
-    def chunk(self, text: str, finish_reason: str | None, *, is_first: bool) -> dict[str, Any]:
-        choice = {"index": 0, **self.delta(text, is_first), "logprobs": None, "finish_reason": finish_reason}
+    def chunk(self, index: int, text: str, finish_reason: str | None, *, is_first: bool = False) -> dict[str, Any]:
+        choice = {"index": index, **self.delta(text, is_first), "logprobs": None, "finish_reason": finish_reason}
         return {**self._head, "object": self.chunk_kind, "choices": [choice]}
 
-    def usage(self, answer: _Answer) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": answer.usage()}
+    def usage(self, answers: Sequence[_Answer]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": _usage(answers)}
 
     def text(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -309,48 +318,51 @@ class _Completion(_Shape):
         return {"text": text}
 
 
+_Events = AsyncGenerator[tuple[int, StreamEvent] | None, None]
+
+
 async def _stream(
-    request: web.Request, events: AsyncIterator[StreamEvent], out: _Shape, answer: _Answer, wants_usage: bool
+    request: web.Request, events: _Events, out: _Shape, answers: Sequence[_Answer], wants_usage: bool
 ) -> web.StreamResponse:
     """Send events as they come. The first one decides whether it is a stream: an error before it has a status."""
     response = web.StreamResponse(headers=_STREAM_HEADERS)
     is_whole = True
-    with_silence = _with_silence(events, SILENCE_S)
-    async with aclosing(with_silence):
-        try:
-            async for event in with_silence:
-                if event is None:
-                    await _begun(request, response)
-                    await response.write(b": keep-alive\n\n")
-                    continue
-                answer.add(event)
-                is_first = not response.prepared
+    is_opened = not out.has_opening
+    try:
+        async for numbered in events:
+            if numbered is None:
                 await _begun(request, response)
-                if is_first and out.has_opening:
-                    await _send(response, out.chunk("", None, is_first=True))
-                if event.text:
-                    await _send(response, out.chunk(event.text, None, is_first=False))
-                if answer.finish_reason:
-                    await _send(response, out.chunk("", answer.finish_reason, is_first=False))
-            if wants_usage:
-                await _send(response, out.usage(answer))
-        except MdiqError as error:
-            if not response.prepared:
-                raise
-            await _send(response, {"error": ApiError(503, str(error)).body})
-            is_whole = False
-        except ConnectionError:  # the client's end of it
+                await response.write(b": keep-alive\n\n")
+                continue
+            index, event = numbered
+            answers[index].add(event)
+            await _begun(request, response)
+            if not is_opened:
+                await _send(response, out.chunk(index, "", None, is_first=True))
+                is_opened = True
+            if event.text:
+                await _send(response, out.chunk(index, event.text, None))
+            if answers[index].finish_reason:
+                await _send(response, out.chunk(index, "", answers[index].finish_reason))
+        if wants_usage:
+            await _send(response, out.usage(answers))
+    except MdiqError as error:
+        if not response.prepared:
             raise
-        except Exception:  # of one stream; its client is told that it broke, and the others go on
-            if not response.prepared:
-                raise
-            # A second response inside of this one would leave the client waiting for its end.
-            log.exception("request_broke", path=request.path)
-            await _send(response, {"error": _broke().body})
-            is_whole = False
-        if is_whole:
-            await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
+        await _send(response, {"error": ApiError(503, str(error)).body})
+        is_whole = False
+    except ConnectionError:  # the client's end of it
+        raise
+    except Exception:  # of one stream; its client is told that it broke, and the others go on
+        if not response.prepared:
+            raise
+        # A second response inside of this one would leave the client waiting for its end.
+        log.exception("request_broke", path=request.path)
+        await _send(response, {"error": _broke().body})
+        is_whole = False
+    if is_whole:
+        await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
     return response
 
 
@@ -364,29 +376,28 @@ async def _send(response: web.StreamResponse, value: Mapping[str, Any]) -> None:
     await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
 
-async def _with_silence(
-    events: AsyncIterator[StreamEvent], silence_s: float
-) -> AsyncGenerator[StreamEvent | None, None]:
-    """Yield events, and None whenever none came for ``silence_s`` seconds."""
-    coming: asyncio.Future[StreamEvent] | None = None
+async def _merged(streams: Sequence[AsyncGenerator[StreamEvent, None]], silence_s: float) -> _Events:
+    """Yield the events of all streams with their numbers, and None whenever none came for ``silence_s`` seconds."""
+    coming = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
     try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(events))
-            await asyncio.wait({coming}, timeout=silence_s)
-            if not coming.done():
+        while coming:
+            done, _ = await asyncio.wait(coming, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
                 yield None
-                continue
-            try:
-                event = coming.result()
-            except StopAsyncIteration:
-                return
-            coming = None
-            yield event
+            for future in sorted(done, key=lambda future: coming[future]):
+                i = coming.pop(future)
+                try:
+                    event = future.result()
+                except StopAsyncIteration:
+                    continue
+                yield i, event
+                coming[asyncio.ensure_future(anext(streams[i]))] = i
     finally:
-        if coming is not None and not coming.done():
-            coming.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, MdiqError):
-                await coming
+        for future in coming:
+            future.cancel()
+        await asyncio.gather(*coming, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
 
 
 def _no_route(request: web.Request, error: web.HTTPException) -> str:

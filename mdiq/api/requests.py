@@ -12,6 +12,7 @@ from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
 MOST_STOPS = 16  # each costs time at every token
+MOST_PROMPTS = 64
 MOST_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -61,7 +62,7 @@ def too_long(text: str, context_tokens: int, param: str | None = None, **more: o
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set.
+    """One request: ``messages`` of a chat, or ``prompts``, each a text or token ids.
 
     values: of SamplingParams, as they came. max_tokens: None: as many as there is room for.
     template_kwargs: what the chat template is told beside the messages.
@@ -73,8 +74,7 @@ class Asked:
     is_streamed: bool
     wants_usage: bool
     model: str | None
-    text: str | None = None
-    token_ids: tuple[int, ...] | None = None
+    prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
@@ -132,7 +132,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
     }
     if is_chat:
         return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=_template_kwargs(body))
-    return _with_prompt(body.get("prompt"), common)
+    return Asked(**common, prompts=_prompts(body.get("prompt")))
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:
@@ -156,14 +156,19 @@ def _template_kwargs(body: Mapping[str, Any]) -> Mapping[str, str | int | float 
     return given
 
 
-def _with_prompt(prompt: object, common: dict[str, Any]) -> Asked:
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]  # a list of one prompt
-    if isinstance(prompt, str):
-        return Asked(**common, text=_checked(prompt, "prompt"))
-    if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
-        return Asked(**common, token_ids=tuple(prompt))
-    raise BadRequest("prompt: give one text, or one list of token ids", "prompt")
+def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:
+    many = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    if len(many) > MOST_PROMPTS:
+        raise BadRequest(f"prompt: {len(many)} prompts; give at most {MOST_PROMPTS} a request", "prompt")
+    return tuple(_prompt(prompt) for prompt in many)
+
+
+def _prompt(given: object) -> str | tuple[int, ...]:
+    if isinstance(given, str):
+        return _checked(given, "prompt")
+    if isinstance(given, list) and given and all(type(token) is int and token >= 0 for token in given):
+        return tuple(given)
+    raise BadRequest("prompt: give a text, a list of token ids, or a list of either", "prompt")
 
 
 def messages_of(given: object) -> tuple[Mapping[str, Any], ...]:

@@ -413,3 +413,33 @@ async def test_a_prompt_that_the_ring_can_never_hold_is_told_in_the_same_words()
         "exceed_context_size_error",
         64,
     )
+
+
+@pytest.mark.parametrize("prompt", [["a", "bb b"], [[1], [2, 1]]])
+async def test_several_prompts_of_one_completion_are_choices_by_their_numbers(prompt: list[Any]) -> None:
+    body = {"prompt": prompt, "max_tokens": 2}
+    async with _client(FakeRing(), most_running=2) as client:
+        whole = await (await client.post("/v1/completions", json=body)).json()
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        chunks = _chunks(await (await client.post("/v1/completions", json=asked)).text())
+        refused = await client.post("/v1/completions", json={**body, "prompt": ["a"] * 3})
+    assert [(c["index"], c["text"], c["finish_reason"]) for c in whole["choices"]] == [
+        (0, " 0 1", "length"),
+        (1, " 0 1", "length"),
+    ]
+    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+    for i in range(2):
+        own = [choice for choice in choices if choice["index"] == i]
+        assert "".join(choice["text"] for choice in own) == " 0 1"
+        assert [choice["finish_reason"] for choice in own] == [None, None, "length"]
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert refused.status == 429
+
+
+async def test_one_of_several_prompts_that_cannot_be_served_ends_them_all() -> None:
+    ring = FakeRing()
+    async with _client(ring) as client:
+        body = {"prompt": ["a", "x " * 70], "max_tokens": 2}
+        error = await _error(await client.post("/v1/completions", json=body))
+    assert error["code"] == "context_length_exceeded" and not ring.asked

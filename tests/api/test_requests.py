@@ -42,9 +42,9 @@ def test_all_ways_to_sample_and_to_stop_arrive() -> None:
 
 def test_a_prompt_is_a_text_or_token_ids_alone_or_in_a_list() -> None:
     for prompt in ("text", ["text"]):
-        assert parse({"prompt": prompt}, is_chat=False).text == "text"
+        assert parse({"prompt": prompt}, is_chat=False).prompts == ("text",)
     for ids in ([1, 2], [[1, 2]]):
-        assert parse({"prompt": ids}, is_chat=False).token_ids == (1, 2)
+        assert parse({"prompt": ids}, is_chat=False).prompts == ((1, 2),)
 
 
 def test_parts_of_a_content_are_joined() -> None:
@@ -152,10 +152,10 @@ def test_usual_synonyms_and_ways_to_write_a_value_are_taken() -> None:
     assert _params({**HELLO, "top_p": None, "stop": None, "max_tokens": None}).top_p == 1.0
 
 
-@pytest.mark.parametrize("prompt", [None, "", [], [[]], ["a", "b"], [1, "a"], [-1], [True], {}, "\udfff"])
+@pytest.mark.parametrize("prompt", [None, "", [], [[]], ["a", [1, "b"]], ["a"] * 65, [1, "a"], [-1], [True], {}, "\udfff"])
 def test_a_prompt_that_is_none_is_refused(prompt: object) -> None:
     if prompt == "":  # a text, whose tokens decide
-        assert parse({"prompt": prompt}, is_chat=False).text == ""
+        assert parse({"prompt": prompt}, is_chat=False).prompts == ("",)
         return
     with pytest.raises(BadRequest, match="^prompt"):
         parse({"prompt": prompt}, is_chat=False)
