@@ -152,7 +152,9 @@ def test_usual_synonyms_and_ways_to_write_a_value_are_taken() -> None:
     assert _params({**HELLO, "top_p": None, "stop": None, "max_tokens": None}).top_p == 1.0
 
 
-@pytest.mark.parametrize("prompt", [None, "", [], [[]], ["a", [1, "b"]], ["a"] * 65, [1, "a"], [-1], [True], {}, "\udfff"])
+@pytest.mark.parametrize(
+    "prompt", [None, "", [], [[]], ["a", [1, "b"]], ["a"] * 65, [1, "a"], [-1], [True], {}, "\udfff"]
+)
 def test_a_prompt_that_is_none_is_refused(prompt: object) -> None:
     if prompt == "":  # a text, whose tokens decide
         assert parse({"prompt": prompt}, is_chat=False).prompts == ("",)
