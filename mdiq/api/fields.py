@@ -21,7 +21,7 @@ SAMPLING = (
     "seed",
 )
 """Of SamplingParams, as clients name them too; max_tokens has more names, see MAX_TOKENS."""
-MAX_TOKENS = ("max_completion_tokens", "max_tokens", "n_predict")
+MAX_TOKENS = ("max_completion_tokens", "max_tokens", "n_predict", "max_new_tokens")
 """The first one that is given counts."""
 _SYNONYMS = {"repeat_penalty": "repetition_penalty"}
 _WHOLE = ("top_k", "seed", *MAX_TOKENS)
@@ -57,6 +57,7 @@ _NOT_SERVED: dict[str, tuple[str, tuple[object, ...]]] = {
     "guided_choice": (_FORM, ()),
     "guided_grammar": (_FORM, ()),
     "structured_outputs": (_FORM, ()),
+    "structural_tag": (_FORM, ("",)),
     "grammar": (_FORM, ("",)),
     "json_schema": (_FORM, ()),
     "logit_bias": ("logits cannot be changed", ()),
@@ -64,6 +65,10 @@ _NOT_SERVED: dict[str, tuple[str, tuple[object, ...]]] = {
     "allowed_token_ids": ("tokens cannot be forbidden", ()),
     "frequency_penalty": ("tokens are not penalized by how often they came (repetition_penalty is there)", (0,)),
     "presence_penalty": ("tokens are not penalized for having come (repetition_penalty is there)", (0,)),
+    "no_repeat_ngram_size": ("tokens cannot be forbidden", (0,)),
+    "logits_processors": ("logits cannot be changed", ()),
+    "penalty_alpha": (_SAMPLER, (0,)),
+    "t_max_predict_ms": ("the time of an answer cannot be set", (0, -1)),
     "repeat_last_n": ("repetition_penalty looks at all tokens", (-1,)),
     "dry_multiplier": (_SAMPLER, (0,)),
     "xtc_probability": (_SAMPLER, (0,)),
@@ -83,6 +88,8 @@ _NOT_SERVED: dict[str, tuple[str, tuple[object, ...]]] = {
     "include_stop_str_in_output": ("a stop text is not a part of the answer", ()),
     "skip_special_tokens": ("special tokens have no text", (True,)),
     "return_tokens_as_token_ids": ("tokens are given as text", ()),
+    "prompt_embeds": ("prompts are texts or token ids", ()),
+    "add_special_tokens": ("special tokens are added as the model's file says", (True,)),
     "add_generation_prompt": (_PROMPT, (True,)),
     "continue_final_message": (_PROMPT, ()),
     "chat_template": (_PROMPT, ()),

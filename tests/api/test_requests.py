@@ -193,3 +193,27 @@ def test_errors_have_openais_types() -> None:
         429: "rate_limit_error",
         503: "unavailable_error",
     }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "nothing"),
+    [
+        ("structural_tag", "x", ""),
+        ("no_repeat_ngram_size", 2, 0),
+        ("logits_processors", ["a"], []),
+        ("penalty_alpha", 0.5, 0),
+        ("t_max_predict_ms", 5, -1),
+        ("prompt_embeds", "x", None),
+        ("add_special_tokens", False, True),
+    ],
+)
+def test_fields_of_other_servers_are_refused_by_name_unless_they_ask_for_nothing(
+    field: str, value: object, nothing: object
+) -> None:
+    parse({**HELLO, field: nothing}, is_chat=True)
+    with pytest.raises(BadRequest, match=f"^{field}: "):
+        parse({**HELLO, field: value}, is_chat=True)
+
+
+def test_the_limit_of_tokens_has_the_names_of_other_servers() -> None:
+    assert parse({**HELLO, "max_new_tokens": 7}, is_chat=True).max_tokens == 7
