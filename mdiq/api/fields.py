@@ -89,7 +89,6 @@ _NOT_SERVED: dict[str, tuple[str, tuple[object, ...]]] = {
     "skip_special_tokens": ("special tokens have no text", (True,)),
     "return_tokens_as_token_ids": ("tokens are given as text", ()),
     "prompt_embeds": ("prompts are texts or token ids", ()),
-    "add_special_tokens": ("special tokens are added as the model's file says", (True,)),
     "add_generation_prompt": (_PROMPT, (True,)),
     "continue_final_message": (_PROMPT, ()),
     "chat_template": (_PROMPT, ()),

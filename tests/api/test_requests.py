@@ -204,7 +204,6 @@ def test_errors_have_openais_types() -> None:
         ("penalty_alpha", 0.5, 0),
         ("t_max_predict_ms", 5, -1),
         ("prompt_embeds", "x", None),
-        ("add_special_tokens", False, True),
     ],
 )
 def test_fields_of_other_servers_are_refused_by_name_unless_they_ask_for_nothing(
