@@ -157,7 +157,7 @@ def test_a_node_that_dies_ends_what_runs_and_the_ring_is_formed_with_its_next_pr
             return await response.text()
 
     events = asyncio.run(ask_and_kill())
-    assert "pi1: it was started anew" in events and events.endswith("data: [DONE]\n\n")
+    assert "pi1: it was started anew" in events and "[DONE]" not in events
     served.until_serves(*ALL, rings=rings + 1)
     assert served.ask(PROMPT) == [expected]
 
