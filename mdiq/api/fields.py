@@ -114,8 +114,6 @@ def check_served(given: Mapping[str, Any], error: Callable[[str, str], Exception
             harmless = (*_NOTHING, *harmless)
         if not any(_equal(given[field], value) for value in harmless):
             raise error(f"{field}: {words} by this version of mdiq; leave it out", field)
-    if given.get("tool_choice") == "required":
-        raise error(f"tool_choice: {_TOOLS} by this version of mdiq; leave it out", "tool_choice")
 
 
 def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,12 @@ torch takes another way for the elements behind its last whole vector, and which
 rows and threads.
 """
 
-from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 
-from mdiq.engine.device import cpu_flags
 from mdiq.engine.families import Activation
-from mdiq.engine.llvm_matmul import compiled, in_threads
+from mdiq.engine.llvm_matmul import compiled, compiled_or_none, in_threads
 from mdiq.engine.model_config import ModelConfig
 
 _FEW_ELEMENTS = 16_384  # of a thread: with fewer, telling it costs as much as its work
@@ -39,13 +37,7 @@ class CompiledActivation:
     @classmethod
     def find(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> "CompiledActivation | None":
         """Return it where it can be had, None elsewhere."""
-        has_fused_sums = bool({"fma", "asimd"} & cpu_flags())
-        if dtype != torch.float32 or device.type != "cpu" or not has_fused_sums or find_spec("llvmlite") is None:
-            return None
-        try:
-            return cls(config)
-        except RuntimeError:
-            return None
+        return compiled_or_none(lambda: cls(config), dtype, device)
 
     def __call__(self, up: torch.Tensor) -> torch.Tensor:
         """Return what goes down again: [T, mlp_size]."""

@@ -6,15 +6,13 @@ their keys copied to one length. And its sums depend on how many tokens of a Seq
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import accumulate, pairwise
 
 import torch
 
-from mdiq.engine.device import cpu_flags
 from mdiq.engine.kv_cache import Slots
 from mdiq.engine.layers import Attend, Span, store, write_slots
-from mdiq.engine.llvm_matmul import compiled, in_threads
+from mdiq.engine.llvm_matmul import compiled, compiled_or_none, in_threads
 from mdiq.engine.model_config import ModelConfig
 
 _FEW_SLOTS = 128  # of a thread: with fewer, telling it costs as much as its work
@@ -45,14 +43,7 @@ class CompiledAttention:
     @classmethod
     def find(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> "CompiledAttention | None":
         """Return it where it is faster than torch's, None elsewhere."""
-        # Without them each sum of products would be a call of C's library.
-        has_fused_sums = bool({"fma", "asimd"} & cpu_flags())
-        if dtype != torch.float32 or device.type != "cpu" or not has_fused_sums or find_spec("llvmlite") is None:
-            return None
-        try:
-            return cls(config)
-        except RuntimeError:
-            return None
+        return compiled_or_none(lambda: cls(config), dtype, device)
 
     def over(self, spans: Sequence[Span]) -> Attend:
         """Return the attention of one Batch, for all Layers.

@@ -5,13 +5,18 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from mdiq.engine.device import cpu_flags
+
 if TYPE_CHECKING:
     from mdiq.engine.llvm_code import Machine
+
+T = TypeVar("T")
 
 _FEW_OUTPUTS = 256  # of a thread: with fewer, telling it costs as much as its work
 _OUTPUT_STEP = 16  # a thread's outputs begin at a multiple
@@ -126,3 +131,15 @@ def compiled(code: str, **options: int) -> "Machine":
     except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
         raise RuntimeError(f"llvmlite: {error}") from error
     return Machine(module.build(host_features(), **options))
+
+
+def compiled_or_none(make: Callable[[], T], dtype: torch.dtype, device: torch.device) -> T | None:
+    """Return what ``make`` compiles for this CPU in f32, or None where that cannot be had."""
+    # Without them each sum of products would be a call of C's library.
+    has_fused_sums = bool({"fma", "asimd"} & cpu_flags())
+    if dtype != torch.float32 or device.type != "cpu" or not has_fused_sums or find_spec("llvmlite") is None:
+        return None
+    try:
+        return make()
+    except RuntimeError:
+        return None

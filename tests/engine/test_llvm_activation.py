@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from mdiq.engine import llvm_activation
+from mdiq.engine import llvm_matmul
 from mdiq.engine.families import FAMILIES, Activation
 from mdiq.engine.layers import activated
 from mdiq.engine.llvm_activation import CompiledActivation
@@ -67,5 +67,5 @@ def test_where_it_cannot_be_compiled_torch_does_it(monkeypatch: pytest.MonkeyPat
     assert CompiledActivation.find(replace(fitting, mlp_size=15), torch.float32, CPU) is None
     assert CompiledActivation.find(fitting, torch.bfloat16, CPU) is None
     assert CompiledActivation.find(fitting, torch.float32, torch.device("cuda")) is None
-    monkeypatch.setattr(llvm_activation, "find_spec", lambda name: None)
+    monkeypatch.setattr(llvm_matmul, "find_spec", lambda name: None)
     assert CompiledActivation.find(fitting, torch.float32, CPU) is None

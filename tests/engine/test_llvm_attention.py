@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdiq.core.types import SeqId
-from mdiq.engine import llvm_attention
+from mdiq.engine import llvm_attention, llvm_matmul
 from mdiq.engine.families import FAMILIES
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache, Placement
 from mdiq.engine.layers import Span, attention_over
@@ -224,5 +224,5 @@ def test_where_it_cannot_be_compiled_torch_does_it(monkeypatch: pytest.MonkeyPat
     assert CompiledAttention.find(_config(4, 2, 24), torch.float32, CPU) is None  # not whole vectors
     assert CompiledAttention.find(fitting, torch.bfloat16, CPU) is None
     assert CompiledAttention.find(fitting, torch.float32, torch.device("cuda")) is None
-    monkeypatch.setattr(llvm_attention, "find_spec", lambda name: None)
+    monkeypatch.setattr(llvm_matmul, "find_spec", lambda name: None)
     assert CompiledAttention.find(fitting, torch.float32, CPU) is None
