@@ -14,6 +14,7 @@ of any other place.
 import argparse
 import asyncio
 import hashlib
+import io
 import os
 import shlex
 import stat
@@ -418,6 +419,8 @@ def _chosen(devices: Sequence[Device], only: Sequence[str] | None, canary: str |
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = _arguments(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a device's words may have letters that this terminal lacks
     # Short: the path of a Unix socket has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="mdiq-") as control:
         try:

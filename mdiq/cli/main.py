@@ -3,6 +3,8 @@
 Exit codes: 0 ok, 1 failed, 2 bad usage or input, 130 interrupted (143 by SIGTERM).
 """
 
+import io
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -52,6 +54,16 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
+
+
+def _make_stdout_utf8(is_json: bool) -> bool:
+    # JSON is UTF-8, whatever the terminal or the file's reader expects of text.
+    if is_json and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    return is_json
+
+
+_Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", callback=_make_stdout_utf8)]
 
 
 @app.callback(invoke_without_command=True)
@@ -126,7 +138,9 @@ def run(
     no_prefix_reuse: Annotated[
         bool, typer.Option("--no-prefix-reuse", help="Compute every prompt whole, also one that begins like another.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout, a summary last.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON lines on stdout, a summary last.", callback=_make_stdout_utf8)
+    ] = False,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
 ) -> None:
@@ -199,7 +213,7 @@ def perplexity(
     text: Annotated[Path | None, typer.Option(help="Text to read. [default: Python's own documentation]")] = None,
     tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Tokens of it.")] = 4096,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads. [default: cores]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Measure what packed weights cost in quality: perplexity on a real text, beside f32."""
     from mdiq.cli.perplexity import PerplexityOptions, measure
@@ -331,7 +345,7 @@ def init(
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="The topology file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Tell everything that is wrong with a topology file, and what will hurt."""
     from mdiq.cli.check import check as execute
@@ -412,7 +426,7 @@ def plan(
     forget: Annotated[
         bool, typer.Option("--forget", help="Forget what the nodes measured: they measure before the next ring.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Show which layers go where, and why, from what the nodes measured in an earlier ring."""
     from mdiq.cli.plan import forget as execute_forget
@@ -439,9 +453,7 @@ def serve(
 
 
 @app.command()
-def status(
-    topology: _Topology, as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False
-) -> None:
+def status(topology: _Topology, as_json: _Json = False) -> None:
     """Show the ring that mdiq serve keeps up on this machine; exit with 1 when it does not serve."""
     from mdiq.cli.admin import status as execute
 
@@ -470,6 +482,7 @@ def reload(topology: _Topology) -> None:
 
 def main() -> None:
     """Run the command line; an error that mdiq raises on purpose is one line on stderr."""
+    _show_any_text()
     try:
         app(standalone_mode=True)
     except MdiqError as error:
@@ -478,3 +491,13 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("mdiq: interrupted\n")
         sys.exit(130)
+
+
+def _show_any_text() -> None:
+    """Have stdout and stderr show what their encoding lacks as ? or as an escape, in place of an error."""
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before this process began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)

@@ -359,7 +359,7 @@ def _results_file(options: RunOptions, finished: set[int]) -> Iterator[TextIO | 
     try:
         if options.out.exists():
             _drop_cut_line(options.out)
-        with options.out.open("a", encoding="utf-8") as file:
+        with options.out.open("a", encoding="utf-8", errors="replace") as file:
             yield file
     except OSError as error:
         raise ConfigError(f"{options.out}: {error.strerror}; --out must be a file that can be written") from None
