@@ -251,10 +251,11 @@ class Api:
             if asked.messages is not None:
                 prompts = [tuple(await asyncio.to_thread(backend.chat_ids, asked.messages, asked.template_kwargs))]
             else:
-                prompts = [
-                    tuple(await asyncio.to_thread(backend.encode, prompt)) if isinstance(prompt, str) else prompt
-                    for prompt in asked.prompts
-                ]
+                texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
+                encoded = iter(await asyncio.to_thread(backend.encode, texts) if texts else ())
+                prompts = [tuple(next(encoded)) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+        except CapacityError as error:
+            raise too_long(str(error), backend.context_tokens, field) from None
         except MdiqError as error:
             raise BadRequest(str(error), field) from None
         if not all(prompts):

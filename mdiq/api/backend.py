@@ -35,8 +35,12 @@ class Backend(Protocol):
         """Requests that are not finished."""
         ...
 
-    def encode(self, text: str) -> Sequence[int]:
-        """Return a text's tokens, without a chat template. Called in a thread."""
+    def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Return the tokens of each text, without a chat template. Called in a thread.
+
+        Raises:
+            CapacityError: one of them cannot fit; none is tokenized then.
+        """
         ...
 
     def chat_ids(
@@ -45,6 +49,7 @@ class Backend(Protocol):
         """Return the tokens of a chat in the model's template, which is told template_kwargs too. Called in a thread.
 
         Raises:
+            CapacityError: the chat cannot fit; it is not tokenized then.
             MdiqError: the model has no template, or it refuses these messages.
         """
         ...

@@ -104,7 +104,7 @@ def execute(options: RunOptions) -> int:
         else:
             rings = _topology_rings(options, loaded, model, config, threads, console)
             ring_options = rings.options()
-        run = _Run(options, ring_options, Tokenizer.load(model), todo, console, results_file, rings, config.vocab_size)
+        run = _Run(options, ring_options, Tokenizer.load(model), todo, console, results_file, rings, config)
         return run_until_signal(run.main())
 
 
@@ -148,14 +148,15 @@ class _Run:
         console: Console,
         results_file: TextIO | None,
         rings: "TopologyRings | None",
-        vocab_size: int,
+        config: "ModelConfig",
     ) -> None:
         self._options = options
         self._rings = rings
         self._ring_options = ring_options
         self._tokenizer = tokenizer
         self._lines = lines
-        self._vocab_size = vocab_size
+        self._config = config
+        self._checked: dict[int, Sequence] = {}  # made to be checked before the ring loads; nothing is tokenized twice
         self._console = console
         self._is_single = options.prompts is None
         self._printer = AnswerPrinter(
@@ -196,27 +197,31 @@ class _Run:
 
         Raises:
             ConfigError: a request has token ids that the model does not have, or no token.
+            ContextLengthError: the only one cannot fit the model's context.
         """
         for line in self._lines:
             if line.token_ids:
                 self._check_ids(line, line.token_ids)
             if self._is_single or not (line.token_ids or line.text or line.messages):
-                self._sequence(line)
+                self._checked[line.index] = self._sequence(line, self._config.context_tokens)
 
     def _check_ids(self, line: PromptLine, ids: AbstractSequence[int]) -> None:
-        if (largest := max(ids)) >= self._vocab_size:
-            raise ConfigError(f"{line.where}: token id {largest}: the model has {self._vocab_size} tokens only")
+        if (largest := max(ids)) >= self._config.vocab_size:
+            raise ConfigError(f"{line.where}: token id {largest}: the model has {self._config.vocab_size} tokens only")
 
-    def _sequence(self, line: PromptLine) -> Sequence:
+    def _sequence(self, line: PromptLine, room: int) -> Sequence:
+        """Make a request; a text that cannot fit ``room`` tokens is refused before it is tokenized."""
         tokenizer = self._tokenizer
+        text = line.text or ""
         if line.token_ids is not None:
             prompt = line.token_ids
         elif line.messages is not None:
-            prompt = tuple(tokenizer.chat_ids(line.messages))
+            prompt = tuple(tokenizer.chat_ids(line.messages, room=room))
         elif self._options.raw or not tokenizer.has_chat_template:
-            prompt = tuple(tokenizer.encode(line.text or ""))
+            tokenizer.check_fits(text, room)
+            prompt = tuple(tokenizer.encode(text))
         else:
-            prompt = tuple(tokenizer.chat_ids([{"role": "user", "content": line.text or ""}]))
+            prompt = tuple(tokenizer.chat_ids([{"role": "user", "content": text}], room=room))
         if not prompt:
             raise ConfigError(f"{line.where}: the prompt is empty; give at least one token")
         # A tokenizer may know tokens that the model has no embedding of.
@@ -242,10 +247,11 @@ class _Run:
     async def _serve(self, ring: "LocalRing", line: PromptLine) -> None:
         result = Result(line.index, (), submitted_s=self._now(), request=line.digest)
         self._results.append(result)
-        sequence: Sequence | None = None
+        sequence = self._checked.pop(line.index, None)
         try:
-            # In a thread: a template and a long text take longer than other requests' tokens can wait.
-            sequence = await asyncio.to_thread(self._sequence, line)
+            if sequence is None:
+                # In a thread: a template and a long text take longer than other requests' tokens can wait.
+                sequence = await asyncio.to_thread(self._sequence, line, ring.context_tokens)
             result.prompt_token_ids = sequence.prompt
             async for event in ring.stream(sequence):
                 at_s = event.at_s - self._start_s

@@ -147,13 +147,15 @@ class _RingBackend:
     def num_running(self) -> int:
         return self._keeper.num_running
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+    def encode(self, texts: AbstractSequence[str]) -> list[list[int]]:
+        for text in texts:
+            self._tokenizer.check_fits(text, self.context_tokens)
+        return [self._tokenizer.encode(text) for text in texts]
 
     def chat_ids(
         self, messages: AbstractSequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
     ) -> list[int]:
-        return self._tokenizer.chat_ids(messages, template_kwargs)
+        return self._tokenizer.chat_ids(messages, template_kwargs, room=self.context_tokens)
 
     def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> "AsyncGenerator[StreamEvent, None]":
         params = self._tokenizer.with_special_stops(params)

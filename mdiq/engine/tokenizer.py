@@ -17,7 +17,8 @@ from tokenizers.decoders import DecodeStream
 from mdiq.core.sequence import SamplingParams
 from mdiq.engine.chat_template import ChatTemplate
 from mdiq.engine.gguf_tokenizer import TokenizerParts, load_gguf_tokenizer
-from mdiq.errors import ConfigError, ModelError
+from mdiq.engine.token_bound import TokenBound
+from mdiq.errors import ConfigError, ContextLengthError, ModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_ID = (1 << 31) - 1
@@ -76,6 +77,18 @@ class Tokenizer:
         """
         return [*self._parts.prefix, *self._ids(text), *self._parts.suffix]
 
+    def check_fits(self, text: str, room: int) -> None:
+        """Refuse a text that cannot leave room for an answer among ``room`` tokens. It is not tokenized.
+
+        Raises:
+            ContextLengthError: it has too many tokens; a text that passes still may.
+        """
+        if len(text) <= room:  # nothing that could hold anybody up
+            return
+        least = self._bound.least_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
+        if least >= room:
+            raise ContextLengthError(f"the prompt has {least} tokens at least: there is no room for an answer")
+
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """Return params whose stop texts that are special tokens end the answer as tokens: they have no text in it."""
         ids = [self._backend.token_to_id(text) for text in params.stop]
@@ -83,20 +96,28 @@ class Tokenizer:
         return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
 
     def chat_ids(
-        self, messages: Iterable[Mapping[str, object]], template_kwargs: Mapping[str, object] | None = None
+        self,
+        messages: Iterable[Mapping[str, object]],
+        template_kwargs: Mapping[str, object] | None = None,
+        *,
+        room: int | None = None,
     ) -> list[int]:
         """Return the ids of a chat in the model's own format, up to where the assistant's answer begins.
 
-        The model's BOS stands at the start once, whether its template writes it or not.
+        The model's BOS stands at the start once, whether its template writes it or not. room: see check_fits.
 
         Raises:
             ConfigError: the model has no chat template, or its template refuses the messages.
+            ContextLengthError: it cannot fit.
             ModelError: the template is broken or hostile.
         """
         source = self._parts.chat_template or ""
         if "developer" not in source:  # OpenAI's newer name of the system's part
             messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
-        ids = self._ids(self._template.render(messages, self._parts.special_texts, template_kwargs))
+        text = self._template.render(messages, self._parts.special_texts, template_kwargs)
+        if room is not None:
+            self.check_fits(text, room)
+        ids = self._ids(text)
         prefix = list(self._parts.prefix)
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
@@ -127,6 +148,10 @@ class Tokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        return TokenBound(self._backend)
 
     @cached_property
     def _template(self) -> ChatTemplate:

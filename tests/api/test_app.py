@@ -39,14 +39,17 @@ class FakeRing:
     told: list[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def encode(self, text: str) -> list[int]:
-        return [len(word) for word in text.split()]
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            if len(text) > 1_000:
+                raise CapacityError("the prompt has 100 tokens at least")
+        return [[len(word) for word in text.split()] for text in texts]
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
         self.told.append((messages, template_kwargs))
         if messages[0]["content"] == "Ahoy":
             raise ConfigError("the template knows no pirate")
-        return [1, *self.encode(messages[0]["content"])]
+        return [1, *self.encode([messages[0]["content"]])[0]]
 
     async def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
         if not self.is_serving:
@@ -276,9 +279,9 @@ async def test_requests_whose_texts_still_become_tokens_count_too() -> None:
     go_on = threading.Event()
 
     class SlowTexts(FakeRing):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, texts: Sequence[str]) -> list[list[int]]:
             go_on.wait(10)
-            return [1]
+            return [[1] for _ in texts]
 
     async with _client(SlowTexts(), most_running=2) as client:
         asked = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})) for _ in range(5)]
@@ -443,3 +446,25 @@ async def test_one_of_several_prompts_that_cannot_be_served_ends_them_all() -> N
         body = {"prompt": ["a", "x " * 70], "max_tokens": 2}
         error = await _error(await client.post("/v1/completions", json=body))
     assert error["code"] == "context_length_exceeded" and not ring.asked
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x" * 2_000}),
+        ("/v1/completions", {"prompt": ["a", [1, 2], "x" * 2_000]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2_000}]}),
+    ],
+)
+async def test_a_text_that_cannot_fit_is_told_as_one_that_does_not(path: str, body: dict[str, Any]) -> None:
+    ring = FakeRing()
+    async with _client(ring) as client:
+        response = await client.post(path, json=body)
+        error = await _error(response)
+    assert response.status == 400 and not ring.asked
+    assert (error["type"], error["code"], error["param"]) == (
+        "exceed_context_size_error",
+        "context_length_exceeded",
+        "messages" if "messages" in body else "prompt",
+    )
+    assert error["message"].startswith("This model's maximum context length is 64 tokens; the prompt has 100 tokens")

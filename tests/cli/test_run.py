@@ -12,7 +12,7 @@ from rich.console import Console
 from mdiq.cli import run
 from mdiq.cli.prompts import PromptLine
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
-from mdiq.errors import CapacityError
+from mdiq.errors import CapacityError, ContextLengthError
 from mdiq.runtime.starter_service import StreamEvent
 
 
@@ -27,6 +27,10 @@ class FakeTokenizer:
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
         return params
 
+    def check_fits(self, text: str, room: int) -> None:
+        if len(text) >= room:
+            raise ContextLengthError("too long for me")
+
     def encode(self, text: str) -> list[int]:
         self.num_encoded += 1
         return list(text.encode())
@@ -34,6 +38,8 @@ class FakeTokenizer:
 
 class FakeRing:
     """Answers each request with one token; a prompt of one byte does not fit."""
+
+    context_tokens = 100
 
     def __init__(self, tokenizer: FakeTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -51,9 +57,12 @@ class FakeRing:
         yield StreamEvent(TokenEvent(sequence.index, 7, len(sequence.prompt), FinishReason.LENGTH), "x", 0.0)
 
 
-def _run(lines: list[PromptLine], out: io.StringIO, tokenizer: FakeTokenizer) -> Any:
-    options: Any = SimpleNamespace(prompts=Path("in.jsonl"), as_json=False, raw=True, max_live=None)
-    return run._Run(options, SimpleNamespace(), tokenizer, lines, Console(file=io.StringIO()), out, None, 1_000)  # type: ignore[arg-type]
+def _run(
+    lines: list[PromptLine], out: io.StringIO, tokenizer: FakeTokenizer, prompts: Path | None = Path("in.jsonl")
+) -> Any:
+    options: Any = SimpleNamespace(prompts=prompts, as_json=False, raw=True, max_live=None)
+    config: Any = SimpleNamespace(vocab_size=1_000, context_tokens=200)
+    return run._Run(options, SimpleNamespace(), tokenizer, lines, Console(file=io.StringIO()), out, None, config)  # type: ignore[arg-type]
 
 
 async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +76,24 @@ async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monk
     results = [line for line in out.getvalue().splitlines()]
     assert len(results) == 100 and sum('"finish_reason": "error"' in line for line in results) == 1
     assert "too short for me" in next(line for line in results if '"request": "50"' in line)
+
+
+async def test_a_lone_prompt_is_checked_before_the_ring_loads_and_tokenized_once() -> None:
+    tokenizer = FakeTokenizer()
+    ring: Any = FakeRing(tokenizer)
+    one = _run([PromptLine(0, "prompt", SamplingParams(), text="hello")], io.StringIO(), tokenizer, None)
+    one._check_lines()
+    assert tokenizer.num_encoded == 1
+    await one.serve_all(ring)
+    assert tokenizer.num_encoded == 1 and one._results[0].text == "x"
+    with pytest.raises(ContextLengthError):
+        _run([PromptLine(0, "prompt", SamplingParams(), text="a" * 300)], io.StringIO(), tokenizer, None)._check_lines()
+
+
+async def test_a_line_that_cannot_fit_the_ring_is_refused_before_it_is_tokenized() -> None:
+    lines = [PromptLine(i, f"in.jsonl:{i}", SamplingParams(), text=text) for i, text in enumerate(["ab", "a" * 150])]
+    out, tokenizer = io.StringIO(), FakeTokenizer()
+    ring: Any = FakeRing(tokenizer)
+    await _run(lines, out, tokenizer).serve_all(ring)
+    assert tokenizer.num_encoded == 1
+    assert "too long for me" in next(line for line in out.getvalue().splitlines() if '"index": 1' in line)
