@@ -136,6 +136,7 @@ class World:
         self.kv_tokens: list[int] = []
         self._beginnings = [self._random_tokens(length) for length in (6, 16)]
         self._polled_for: float | None = None
+        self._quiet_after = 0.0  # users and nodes do nothing of their own after this
 
     # -- running ----------------------------------------------------------------------------------------------
 
@@ -143,9 +144,9 @@ class World:
         """Play the schedule to its end, and fail if it hangs."""
         self._begin_epoch()
         for index in range(self.rng.randint(1, 8)):
-            self._at(self.rng.random() * 3.0, partial(self._submit, index))
+            self._plan(self.rng.random() * 3.0, partial(self._submit, index))
         for _ in range(self.faults.num_crashes):
-            self._at(self.rng.random() * 4.0, self._crash)
+            self._plan(self.rng.random() * 4.0, self._crash)
         self._probe()
         self._play()
         self.ring.drop_prefixes()
@@ -186,6 +187,11 @@ class World:
     def _at(self, delay: float, event: Callable[[], None]) -> None:
         self._at_time(self.now + delay, event)
 
+    def _plan(self, delay: float, event: Callable[[], None]) -> None:
+        """Have a user or a node do something of its own."""
+        self._quiet_after = max(self._quiet_after, self.now + delay)
+        self._at(delay, event)
+
     def _at_time(self, time: float, event: Callable[[], None]) -> None:
         self._num_pushed += 1
         heapq.heappush(self._events, (time, self._num_pushed, event))
@@ -224,7 +230,7 @@ class World:
         is_answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
         if is_answered and sequence.num_tokens < MOST_HISTORY and self.rng.random() < 0.4:
             history = sequence.tokens(0, sequence.num_tokens)
-            self._at(self.rng.random() * 0.5, partial(self._submit, FOLLOW_UP + index, history))
+            self._plan(self.rng.random() * 0.5, partial(self._submit, FOLLOW_UP + index, history))
 
     def _cancel(self, index: int) -> None:
         self.ring.cancel(index)
@@ -273,8 +279,8 @@ class World:
         self._poll()
 
     def _probe(self) -> None:
-        """Send a PROBE round, and another one later, while there is anything to wait for."""
-        if self._events or not self.ring.is_quiet:
+        """Send a PROBE round, and another one later, while there is anything to wait for but probes."""
+        if self.now <= self._quiet_after or not self.ring.is_quiet:
             self._at(0.4, self._probe)
             if self.ring.epoch:
                 self._arrive(self.nodes[0], Frame(self.ring.epoch, FrameKind.PROBE, (Segment(SeqId(0), 0, 0),)))
@@ -451,8 +457,8 @@ class World:
         self.happened["crash"] += 1
         node.is_up = False
         node.life += 1
-        self._at(0.3 + self.rng.random(), self._begin_epoch)
-        self._at(1.5 + self.rng.random() * 3.0, lambda: self._rejoin(node))
+        self._plan(0.3 + self.rng.random(), self._begin_epoch)
+        self._plan(1.5 + self.rng.random() * 3.0, lambda: self._rejoin(node))
 
     def _rejoin(self, node: Node) -> None:
         self.happened["rejoin"] += 1
