@@ -108,6 +108,7 @@ class _Topologies:
             join_wait_s=JOIN_S,
             even_split=self._even_split,
             on_note=lambda note: log.info("ring_planned", note=note),
+            before=self._rings,
         )
         rings.options()  # what is wrong with it is told now
         self._rings = rings

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles, without
+from mdiq.cli.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
 from mdiq.cli.ring_file import flags_of, remote_ring
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange
-from mdiq.errors import PlanError
-from mdiq.plan.measured import MeasuredRing
+from mdiq.errors import MdiqError, PlanError
+from mdiq.plan.measured import MeasuredRing, Profiles
 from mdiq.plan.pace import PaceSettings
+from mdiq.plan.plan import Plan, plan_split
 from mdiq.plan.split import check_split, split_layers
 from mdiq.runtime.options import RingOptions, StandingBy, parse_wires
 
@@ -21,15 +22,19 @@ if TYPE_CHECKING:  # torch is imported behind set_threads
 
 SURVEY_LAYERS = 4
 SURVEY_KV_TOKENS = 2_048  # what engine/measure.py asks for: 16 Sequences with their context
+BETTER = 1.1  # a predicted gain that is worth forming the ring again; figures of one ring differ by less
+MAX_CHANGES = 2  # of the plan of one topology in one process: figures that swing must not move layers for ever
 
 
 class TopologyRings:
     """Gives the options of a topology's next Ring.
 
-    What Nodes measured in earlier Rings is read once, so a Ring that is formed again is the same; what a survey finds
-    is taken up by ``keep``.
+    What Nodes measured in earlier Rings is read once, so a Ring that is formed again is the same. What a survey finds
+    is taken up by ``keep``. What a serving Ring finds is kept for later processes, and taken up only if it predicts
+    ``BETTER`` times the rate with another split, at most ``MAX_CHANGES`` times.
 
-    on_note: told what an operator should know of a plan. even_split: share ``auto`` Layers evenly, measure nothing.
+    on_note: called with what an operator should know of a plan. even_split: share ``auto`` Layers evenly, measure
+    nothing. before: the same of an earlier reading of the file: its figures stay.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class TopologyRings:
         join_wait_s: float,
         even_split: bool,
         on_note: Callable[[str], None],
+        before: "TopologyRings | None" = None,
     ) -> None:
         self._loaded = loaded
         self._model = model
@@ -51,7 +57,20 @@ class TopologyRings:
         self._even_split = even_split
         self._on_note = on_note
         self._told: tuple[str, ...] = ()
-        self._profiles = None if even_split else read_profiles(loaded)
+        self._drained: frozenset[str] = frozenset()
+        self._num_changes = 0
+        self._profiles: Profiles | None = None
+        self._is_kept = False  # the figures, in a file
+        if even_split:
+            return
+        path = profiles_path(loaded)
+        is_forgotten = before is not None and before._is_kept and not path.exists()  # mdiq plan --forget
+        if before is not None and profiles_path(before._loaded) == path and not is_forgotten:
+            self._profiles = before._profiles
+            if before._loaded.topology == loaded.topology:
+                self._num_changes, self._told = before._num_changes, before._told
+        self._profiles = self._profiles or read_profiles(loaded)
+        self._is_kept = path.exists()
 
     def options(self, drained: frozenset[str] = frozenset()) -> RingOptions:
         """Return the next Ring, a survey where Nodes are not measured yet.
@@ -61,6 +80,7 @@ class TopologyRings:
             PlanError: the model does not fit, or layers by hand do not cover it.
         """
         loaded = without(self._loaded, drained)
+        self._drained = drained
         num_layers = self._config.num_layers
         idle = {node.name: "it is a spare" for node in loaded.topology.spares} | dict.fromkeys(drained, "it is drained")
         if self._even_split:
@@ -78,10 +98,32 @@ class TopologyRings:
         )
 
     def keep(self, measured: MeasuredRing, *, is_survey: bool = False) -> None:
-        """Keep what a Ring measured, for later ones; of a survey, for the next one already."""
+        """Keep what a Ring measured; see the class for what this process does with it."""
         profiles = keep_profiles(self._loaded, measured)
+        self._is_kept = profiles_path(self._loaded).exists()
         if is_survey:
             self._profiles = profiles
+        elif profiles is not None and not self._even_split and self._num_changes < MAX_CHANGES:
+            self._take_up(profiles, {stage.name: stage.num_layers for stage in measured.stages})
+
+    def _take_up(self, profiles: Profiles, split: Mapping[str, int]) -> None:
+        """Plan with a Ring's own figures from now on, if they predict a much better Ring than this split."""
+        try:
+            loaded = without(self._loaded, self._drained)
+            plan = planned_ring(loaded, profiles, self._config.num_layers).plan
+        except MdiqError:
+            return  # a Ring that serves is better than none
+        if plan is None or {str(stage.node): len(stage.layers) for stage in plan.stages} == split:
+            return
+        value = _value_of(loaded, profiles, split)
+        if value is None or plan.value < BETTER * value:
+            return
+        self._profiles = profiles
+        self._num_changes += 1
+        self._on_note(
+            f"a better split, by what the ring measured of itself: {_split_text(plan)}; {plan.value:.1f} tokens/s "
+            f"predicted, and {value:.1f} as it is; the ring is formed with it the next time, and when it is idle"
+        )
 
     def _options(
         self,
@@ -131,3 +173,21 @@ class TopologyRings:
                 "needs one: make some of them spares"
             )
         return split_layers(num_layers, num_nodes, self._config.head_layers)
+
+
+def _value_of(loaded: "LoadedTopology", profiles: Profiles, split: Mapping[str, int]) -> float | None:
+    """Return the rate that is predicted of a split, or None where the figures say nothing of it."""
+    nodes = loaded.topology.ring_nodes
+    names = [node.name for node in nodes]
+    known = profiles.of(names, {node.name: node.memory_bytes for node in nodes})
+    if known is None:
+        return None
+    layers = tuple(split.get(name, 0) for name in names)
+    try:
+        return plan_split(profiles.model, known, profiles.links, goal_of(loaded.topology), layers).value
+    except PlanError:
+        return None  # it runs all the same
+
+
+def _split_text(plan: Plan) -> str:
+    return ", ".join(f"{stage.node} {len(stage.layers)}" for stage in plan.stages)

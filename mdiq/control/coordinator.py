@@ -123,6 +123,11 @@ class Coordinator:
         """Return a future of what a Node sees of a burst that it receives; raises as ``begin`` does."""
         return self._await(node, control.BurstArrived, number)
 
+    def replace_standing_by(self, standing_by: Mapping[NodeId, str]) -> None:
+        """Have other Nodes stand by; those that do no more are strangers from now on."""
+        self._standing_by = dict(standing_by)
+        self._idle = {node: identity for node, identity in self._idle.items() if node in standing_by}
+
     async def drain(self, deadline_s: float) -> None:
         """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
         self._is_draining = True

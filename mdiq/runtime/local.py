@@ -36,7 +36,7 @@ from mdiq.runtime.engine_worker import TorchStarter, make_worker, wire_limits
 from mdiq.runtime.in_process import InProcessStages
 from mdiq.runtime.link_survey import survey_hops
 from mdiq.runtime.loops import Worker
-from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
 from mdiq.runtime.processes import ProcessStages
 from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
 from mdiq.runtime.remote import RemoteStages
@@ -136,6 +136,11 @@ class LocalRing:
     def missing(self) -> list[str]:
         """The Nodes that the Ring waits for, while it starts."""
         return self._stages.missing if isinstance(self._stages, SocketStages) else []
+
+    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
+        """Have these Nodes stand by, in place of those that did; others lose their connections."""
+        if isinstance(self._stages, RemoteStages):
+            await self._stages.replace_standing_by(nodes)
 
     async def until_lost(self) -> MdiqError:
         """Wait until the Ring cannot serve any more; return why."""

@@ -25,7 +25,7 @@ from mdiq.engine.model_source import cache_directory
 from mdiq.engine.quantize import FORMATS
 from mdiq.engine.weight_map import map_weights
 from mdiq.errors import MdiqError, RingError, TransportError
-from mdiq.runtime.options import RemoteRing
+from mdiq.runtime.options import RemoteRing, StandingBy
 from mdiq.runtime.stages import SocketStages
 from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
 from mdiq.transport.push_pull import PullSource, PushSink
@@ -62,7 +62,7 @@ class RemoteStages(SocketStages):
             server,
             control.CHECKSUM_KEY,
             drains_strangers=True,
-            standing_by={NodeId(node.name): node.reason for node in ring.standing_by},
+            standing_by=_reasons(ring.standing_by),
         )
         if not self._names:
             return []
@@ -115,13 +115,24 @@ class RemoteStages(SocketStages):
     async def _open_gate(self, ring: RemoteRing) -> Gate:
         gate = Gate(self._context)
         gate.start()
-        last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
         workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
-        idle = {node.public_key or "": node.name for node in ring.standing_by}
-        for domain, listed in ((DATA, last), (CONTROL, workers | idle), (WEIGHTS, workers)):
+        last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
+        for domain, listed in ((DATA, last), (CONTROL, self._speakers(ring.standing_by)), (WEIGHTS, workers)):
             await gate.replace(domain, listed)
         self._run(self._serve(gate.run(), "gate"), "gate")
         return gate
+
+    def _speakers(self, standing_by: Sequence[StandingBy]) -> dict[str, str]:
+        """Return who may speak on the control plane, by key."""
+        workers = {node.public_key or "": node.name for node in self._ring.nodes[1:]}
+        return workers | {node.public_key or "": node.name for node in standing_by}
+
+    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
+        """Have these Nodes stand by, in place of those that did; the keys of others are cut off before this returns."""
+        if self._coordinator is not None:
+            self._coordinator.replace_standing_by(_reasons(nodes))
+        if self._gate is not None:
+            await self._gate.replace(CONTROL, self._speakers(nodes))
 
     async def _prepare(self, server: RouterServer) -> Mapping[str, bytes]:
         """Begin to serve weights; return the hot columns of packed ones, found first if they never were."""
@@ -194,6 +205,10 @@ class RemoteStages(SocketStages):
             log.error("loop_failed", loop=what, error=repr(error))
             known = error if isinstance(error, MdiqError) else RingError(f"{what}: {error!r}; see the log")
             self._lost(NodeId(self._options.node_names[0]), known)
+
+
+def _reasons(standing_by: Sequence[StandingBy]) -> dict[NodeId, str]:
+    return {NodeId(node.name): node.reason for node in standing_by}
 
 
 async def _tell(coordinator: Coordinator) -> None:

@@ -2,13 +2,14 @@
 
 surveying ──all Nodes measured──▶ forming
 forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ forming
-                                 └──reload, drain──▶ draining ──nothing runs──▶ forming
+                                 ├──reload, drain──▶ draining ──nothing runs──▶ forming
+                                 └──it knows a better plan, and was idle──▶ forming
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import structlog
@@ -16,7 +17,7 @@ import structlog
 from mdiq.core.sequence import Sequence
 from mdiq.errors import CapacityError, ConfigError, MdiqError, PlanError, RingError
 from mdiq.runtime.loops import Clock, Worker
-from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
 from mdiq.runtime.starter_service import StarterService, StreamEvent
 
 log = structlog.get_logger()
@@ -24,6 +25,7 @@ log = structlog.get_logger()
 RETRY_S = 5.0
 NO_ROOM_RETRY_S = 60.0  # each try has the Nodes measure again
 DRAIN_S = 600.0  # how long what runs may hold up a reload
+IDLE_S = 60.0  # without a Sequence, before a better plan is taken up
 
 Form = Callable[[frozenset[str]], RingOptions]
 """What a topology says: returns the Ring without the Nodes that are drained.
@@ -47,6 +49,7 @@ class KeptRing(Protocol):
     def context_tokens(self) -> int: ...
     async def __aenter__(self) -> Any: ...
     async def aclose(self) -> None: ...
+    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None: ...
     async def until_lost(self) -> MdiqError: ...
     def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]: ...
     def figures(self) -> list[NodeFigures]: ...
@@ -86,7 +89,8 @@ class RingKeeper:
         self._on_state = on_state
         self._form = read()
         self._drained: frozenset[str] = frozenset()
-        self._options = self._form(self._drained)
+        self._options = self._form(self._drained)  # of the Ring that is up, or that is being formed
+        self._wanted = self._options  # of the next one
         self._ring: KeptRing | None = None
         self._is_entered = False  # the Ring, else it starts
         self._loading: dict[str, tuple[int, int]] = {}
@@ -100,6 +104,7 @@ class RingKeeper:
         self._changing = asyncio.Lock()
         self._serving_since_s = 0.0
         self._num_running = 0
+        self._num_taken = 0
         self._num_rings = 0
         self._context_tokens: int | None = None
         self._num_done = 0
@@ -136,6 +141,7 @@ class RingKeeper:
         if ring is None or not self.state.is_serving:
             raise RingError(f"the ring does not serve: {self.state.text}; ask again in a while")
         self._num_running += 1
+        self._num_taken += 1
         self._quiet.clear()
         is_done = False
         error: Exception | None = None
@@ -188,10 +194,21 @@ class RingKeeper:
             form = self._read()
             options = form(self._drained)
             self._form = form
-            if options == self._options:
-                return "nothing that the ring depends on has changed"
-            is_revoked = bool(_members(self._options) - _members(options))
-            await self._change(options, self._drained, "reloads", at_once=is_revoked)
+            if options == self._wanted:
+                waits = "" if self._wanted == self._options else "; a better plan is taken up when nothing runs"
+                return f"nothing that the ring depends on has changed{waits}"
+            revoked = _members(self._options) - _members(options)
+            old, new = self._options.remote, options.remote
+            if self._ring is not None and self._is_entered and old is not None and new is not None:
+                if _without_idle(options) == _without_idle(self._options):
+                    await self._ring.replace_standing_by(new.standing_by)
+                    self._options = self._wanted = options
+                    return "the ring goes on; nodes that stand by are as the topology says now"
+                stay = tuple(node for node in old.standing_by if (node.name, node.public_key) not in revoked)
+                if len(stay) < len(old.standing_by):
+                    await self._ring.replace_standing_by(stay)
+            is_cut = bool(revoked & _in_ring(self._options))
+            await self._change(options, self._drained, "reloads", at_once=is_cut)
             return f"the ring is formed with {_names(options)}"
 
     async def finish(self) -> None:
@@ -284,12 +301,14 @@ class RingKeeper:
     async def _one_ring(self) -> None:
         """Form a Ring and serve on it until it is to be renewed; raise why when it is lost."""
         self._loading = {}
+        self._options = self._wanted
         self._ring = ring = self._open_ring(self._options, self._note_loading)
         self._closed.clear()
         self._say(self.describe())
         renewing = asyncio.create_task(self._renew.wait(), name="renew")
         entering = asyncio.create_task(ring.__aenter__(), name="form")
         losing: asyncio.Task[MdiqError] | None = None
+        idling: asyncio.Task[None] | None = None
         try:
             await asyncio.wait({entering, renewing}, return_when=asyncio.FIRST_COMPLETED)
             if not entering.done():
@@ -298,8 +317,9 @@ class RingKeeper:
             self._is_entered = True
             if self._on_formed is not None:
                 await self._on_formed(ring)
+            if not self._renew.is_set():
+                self._wanted = self._form(self._drained)  # with what it has measured
             if self._options.is_survey:
-                self._options = self._form(self._drained)
                 return
             self._num_rings += 1
             self._serving_since_s = self._clock()
@@ -308,15 +328,19 @@ class RingKeeper:
             log.info("ring_formed", nodes=_names(self._options))
             if not self._is_ending and not self._holds_back:
                 self._say(f"serves on {_names(self._options)}", is_serving=True)
-            await asyncio.wait({losing, renewing}, return_when=asyncio.FIRST_COMPLETED)
+            waited_for: set[asyncio.Task[Any]] = {losing, renewing}
+            if self._wanted != self._options:
+                idling = asyncio.create_task(self._until_idle(), name="idle")
+                waited_for.add(idling)
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
             if losing.done():
                 raise losing.result()
             ring.service.fail_all(RingError("the ring is formed anew; ask again"))
         finally:
-            for task in (renewing, entering, losing):
-                if task is not None:
-                    task.cancel()
-            await asyncio.gather(*(t for t in (renewing, entering, losing) if t is not None), return_exceptions=True)
+            tasks = [task for task in (renewing, entering, losing, idling) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._ring, self._is_entered = None, False
             self._say("ends" if self._is_ending else "forms the ring anew")
             await ring.aclose()
@@ -334,9 +358,18 @@ class RingKeeper:
             log.warning("drain_cut_short", running=self._num_running)
         finally:
             self._holds_back = False
-        self._options, self._drained = options, drained
+        self._wanted, self._drained = options, drained
         self._renew.set()
         await self._closed.wait()
+
+    async def _until_idle(self) -> None:
+        """Wait until nothing has run for a while."""
+        while True:
+            await self._quiet.wait()
+            num_taken = self._num_taken
+            await asyncio.sleep(IDLE_S)
+            if self._num_taken == num_taken:
+                return
 
     async def _pause(self, pause_s: float) -> None:
         try:
@@ -360,5 +393,17 @@ def _names(options: RingOptions) -> str:
 
 
 def _members(options: RingOptions) -> set[tuple[str, str | None]]:
+    """Return all Nodes that may connect, those that stand by too, with their keys."""
+    idle = options.remote.standing_by if options.remote else ()
+    return _in_ring(options) | {(node.name, node.public_key) for node in idle}
+
+
+def _in_ring(options: RingOptions) -> set[tuple[str, str | None]]:
     """Return the Ring's Nodes with their keys."""
     return {(node.name, node.public_key) for node in options.remote.nodes} if options.remote else set()
+
+
+def _without_idle(options: RingOptions) -> RingOptions:
+    """Return the options without the Nodes that stand by."""
+    assert options.remote is not None  # it is a Ring over several machines
+    return replace(options, remote=replace(options.remote, standing_by=()))

@@ -220,10 +220,19 @@ class _Config:
     head_layers = 2.0
 
 
-def _rings(loaded: LoadedTopology, notes: list[str], *, even_split: bool = False) -> TopologyRings:
+def _rings(
+    loaded: LoadedTopology, notes: list[str], *, even_split: bool = False, before: TopologyRings | None = None
+) -> TopologyRings:
     config: Any = _Config()
     return TopologyRings(
-        loaded, Path("m.gguf"), config, threads=1, join_wait_s=1.0, even_split=even_split, on_note=notes.append
+        loaded,
+        Path("m.gguf"),
+        config,
+        threads=1,
+        join_wait_s=1.0,
+        even_split=even_split,
+        on_note=notes.append,
+        before=before,
     )
 
 
@@ -241,13 +250,63 @@ def test_the_first_ring_is_planned_from_a_survey_of_a_few_layers_each(tmp_path: 
     assert "measure" in notes[0] and "layers as planned" in notes[1]
 
 
-def test_what_a_ring_measures_is_for_the_next_topology_that_is_read(tmp_path: Path) -> None:
+def _serve(rings: TopologyRings, **layer_s: float) -> None:
+    """Have the next ring serve, and measure these times of a Layer."""
+    options = rings.options()
+    ring = _ring(**{name: layer_s[name] for name in options.node_names})
+
+    def as_served(stage: MeasuredStage, num_layers: int) -> MeasuredStage:
+        time_s = num_layers * layer_s[stage.name]
+        cost = StageCost.of(((1, time_s), (8, 6 * time_s)), ((64, 8 * time_s),))
+        return replace(
+            stage,
+            num_layers=num_layers,
+            cost=cost,
+            weight_bytes=num_layers * 4 * MIB,
+            kv_bytes_per_token=num_layers * 1_536,
+        )
+
+    stages = (as_served(*pair) for pair in zip(ring.stages, map(len, options.layers), strict=True))
+    rings.keep(replace(ring, stages=tuple(stages)))
+
+
+def test_a_topology_that_is_read_again_gives_the_ring_that_serves(tmp_path: Path) -> None:
     rings = _rings(_topology(tmp_path), [])
     rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.004), is_survey=True)
     before = rings.options()
-    rings.keep(_ring(desk=0.004, pi1=0.002, pi2=0.002))
+    _serve(rings, desk=0.0022, pi1=0.002, pi2=0.004)
     assert rings.options() == before
-    assert _rings(_topology(tmp_path), []).options() != before
+    assert _rings(_topology(tmp_path), [], before=rings).options() == before
+    assert _rings(_topology(tmp_path), []).options() != before  # a process that is started anew knows the newer figures
+
+
+def test_figures_that_are_forgotten_are_measured_anew_at_a_reload(tmp_path: Path) -> None:
+    loaded = _topology(tmp_path)
+    rings = _rings(loaded, [])
+    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.004), is_survey=True)
+    assert not rings.options().is_survey
+    CliRunner().invoke(app, ["plan", str(loaded.file), "--forget"])
+    assert _rings(loaded, [], before=rings).options().is_survey
+
+
+def test_a_much_better_split_by_a_rings_own_figures_is_told_and_taken_up_and_not_for_ever(tmp_path: Path) -> None:
+    notes: list[str] = []
+    rings = _rings(_topology(tmp_path), notes)
+    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.02), is_survey=True)
+    first = rings.options()
+
+    _serve(rings, desk=0.02, pi1=0.002, pi2=0.002)
+    second = rings.options()
+    assert second != first and len(second.layers[0]) < len(first.layers[0])
+    assert any(note.startswith("a better split, by what the ring measured of itself: desk ") for note in notes)
+    _serve(rings, desk=0.002, pi1=0.02, pi2=0.002)
+    third = rings.options()
+    _serve(rings, desk=0.02, pi1=0.002, pi2=0.002)
+    assert third != second and rings.options() == third
+    again = _rings(_topology(tmp_path), notes, before=rings)
+    assert again.options() == third
+    _serve(again, desk=0.02, pi1=0.002, pi2=0.002)
+    assert again.options() == third
 
 
 def test_a_first_ring_keeps_to_stated_limits_and_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class FakeRing:
         self.steps = asyncio.Event()
         self.failure: MdiqError | None = None
         self.is_closed = False
+        self.standing_by = options.remote.standing_by if options.remote else ()
         self.service: Any = FakeService(self)
         self.worker: Any = None
 
@@ -60,6 +61,9 @@ class FakeRing:
 
     async def aclose(self) -> None:
         self.is_closed = True
+
+    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
+        self.standing_by = nodes
 
     async def until_lost(self) -> MdiqError:
         return await asyncio.shield(self.loss)
@@ -91,6 +95,8 @@ class House:
 
     def __init__(self, *, is_measured: bool = True) -> None:
         self.nodes = dict(NODES)
+        self.spares: dict[str, str] = {}
+        self.has_better = False  # a plan
         self.rings: list[FakeRing] = []
         self.opened = asyncio.Event()
         self.now = 0.0
@@ -100,7 +106,7 @@ class House:
         self.running = asyncio.create_task(self.keeper.run(), name="keeper")
 
     def read(self) -> Form:
-        nodes = dict(self.nodes)
+        nodes, spares = dict(self.nodes), dict(self.spares)
         if "broken" in nodes:
             raise ConfigError("topology.yaml:3: it is broken")
 
@@ -111,7 +117,12 @@ class House:
             if not self.fits:
                 raise PlanError("the model needs 4 GiB more")
             layers = tuple(LayerRange(i, i + 1) for i in range(len(ring)))
-            idle = tuple(StandingBy(name, nodes[name], "it is drained") for name in sorted(drained))
+            if self.has_better:
+                layers = (*layers[:-1], LayerRange(layers[-1].start, layers[-1].stop + 4))
+            idle = (
+                *(StandingBy(name, nodes[name], "it is drained") for name in sorted(drained)),
+                *(StandingBy(name, key, "it is a spare") for name, key in spares.items()),
+            )
             remote = RemoteRing(tuple(ring), "tcp://c", "tcp://w", standing_by=idle)
             return RingOptions(Path("model"), layers, remote=remote, is_survey=not self.is_measured)
 
@@ -398,3 +409,60 @@ async def test_what_still_runs_when_the_service_ends_is_told_so(house: House) ->
     with pytest.raises(RingError, match="the service ends; ask again"):
         await _to_the_end(events)
     await finishing
+
+
+async def test_a_revoked_key_of_a_node_that_stands_by_is_cut_at_once_and_what_runs_goes_on(house: House) -> None:
+    house.spares = {"pi3": "k3", "pi4": "k4"}
+    await house.keeper.reload()
+    ring = await house.serving_ring(len(house.rings))
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    del house.spares["pi3"]
+    house.spares["pi4"] = "another key"
+    assert "the ring goes on" in await house.keeper.reload()
+    assert [(node.name, node.public_key) for node in ring.standing_by] == [("pi4", "another key")]
+    assert [node["name"] for node in house.keeper.status()["nodes"] if node["state"] == "stands by"] == ["pi4"]
+    assert house.keeper.state.is_serving and not ring.is_closed
+    del house.spares["pi4"]
+    house.nodes["pi5"] = "k5"  # and the ring is to change as well, when nothing runs
+    reloading = asyncio.create_task(house.keeper.reload())
+    await _settle()
+    assert ring.standing_by == () and not ring.is_closed
+    ring.steps.set()
+    assert (await _to_the_end(events)).step.error is None
+    await reloading
+
+
+async def test_a_node_that_becomes_a_spare_leaves_when_nothing_runs(house: House) -> None:
+    ring = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    house.spares["pi2"] = house.nodes.pop("pi2")
+    reloading = asyncio.create_task(house.keeper.reload())
+    await _settle()
+    assert not ring.is_closed
+    ring.steps.set()
+    await _to_the_end(events)
+    await reloading
+
+
+async def test_a_better_plan_is_taken_up_when_the_ring_is_idle_and_not_by_a_reload(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_keeper, "IDLE_S", 0.02)
+    first = await house.ring(1)
+    house.has_better = True  # known when the ring has measured itself
+    first.joined.set()
+    await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    assert "a better plan is taken up when nothing runs" in await house.keeper.reload()
+    await asyncio.sleep(0.05)
+    assert not first.is_closed
+    first.steps.set()
+    await _to_the_end(events)
+    second = await house.serving_ring(2)
+    assert first.is_closed and len(second.options.layers[-1]) == 5
+    assert "nothing" in await house.keeper.reload()
+    await asyncio.sleep(0.05)
+    assert not second.is_closed
