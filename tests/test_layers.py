@@ -12,16 +12,17 @@ SCRIPTS = sorted((PACKAGE.parent / "nodes").glob("*.py"))
 
 MAY_USE = {
     "errors": set(),
+    "cache": {"errors"},
     "core": {"core", "errors"},
     "plan": {"plan", "core", "errors"},
     "config": {"config", "plan", "core", "errors"},
-    "engine": {"engine", "plan", "core", "errors"},
+    "engine": {"engine", "plan", "core", "cache", "errors"},
     "telemetry": {"telemetry", "plan", "core", "errors"},
     "transport": {"transport", "telemetry.trace", "plan", "core", "errors"},
-    "control": {"control", "transport", "telemetry.trace", "plan", "core", "errors"},
-    "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "errors"},
+    "control": {"control", "transport", "telemetry.trace", "plan", "core", "cache", "errors"},
+    "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "cache", "errors"},
     "api": {"api", "runtime", "core", "errors"},
-    "bench": {"bench", "runtime", "engine", "transport", "telemetry.logging", "core", "errors"},
+    "bench": {"bench", "runtime", "engine", "transport", "telemetry.logging", "core", "cache", "errors"},
     "nodes": {"cli", "config", "errors"},
     "cli": {
         "cli",
@@ -35,6 +36,7 @@ MAY_USE = {
         "telemetry",
         "plan",
         "core",
+        "cache",
         "errors",
     },
 }

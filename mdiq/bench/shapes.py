@@ -14,7 +14,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mdiq.engine.model_source import cache_directory
+from mdiq.cache import cache_directory
 from mdiq.errors import ConfigError
 
 FILE_VERSION = 1

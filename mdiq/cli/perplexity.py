@@ -48,9 +48,10 @@ def measure(options: PerplexityOptions) -> int:
     set_threads(options.threads or usable_threads())
     import torch
 
+    from mdiq.cache import cache_directory
     from mdiq.core.types import LayerRange
     from mdiq.engine.checkpoint import open_checkpoint
-    from mdiq.engine.model_source import cache_directory, find_model
+    from mdiq.engine.model_source import find_model
     from mdiq.engine.perplexity import perplexity
     from mdiq.engine.quantize import chosen_format
     from mdiq.engine.sample_text import sample_text

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import structlog
 
+from mdiq.cache import cache_directory
 from mdiq.config.load import LoadedTopology
 from mdiq.config.topology import Topology
-from mdiq.engine.model_source import cache_directory
 from mdiq.errors import ConfigError
 from mdiq.plan.explain import reason
 from mdiq.plan.measured import MeasuredRing, Profiles, from_json, profiles_of, to_json

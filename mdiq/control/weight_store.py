@@ -21,7 +21,6 @@ still have the hash that it says.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -32,6 +31,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from mdiq import cache
 from mdiq.core.weights import PART_SUFFIX, FileRange, Manifest, encode
 from mdiq.errors import CapacityError, ModelError
 
@@ -39,7 +39,6 @@ _RECORD = struct.Struct("<II32sI")
 _MARK = 0xFFFF_FFFF
 _FILES, _CLOSED, _MENDED, _EARLIER = 0, 1, 2, 3
 _MENDED_AT = struct.Struct("<IQ20x")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Chunk = tuple[int, int]
 """Index of a file, and of a chunk in it."""
@@ -51,7 +50,7 @@ def file_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in cache.NO_SPACE:
             raise CapacityError(
                 f"{folder}: no space left for weights; free some there, or set MDIQ_CACHE to a directory with more"
             ) from None
@@ -69,12 +68,18 @@ def try_lock(folder: Path) -> int | None:
     with file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    is_ours = False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+        is_ours = cache.try_lock(handle)
+    except OSError as error:
+        # Two processes that fill one folder would spoil each other's journal.
+        raise ModelError(
+            f"{folder}: no file locks there ({error.strerror}); set MDIQ_CACHE to a directory of a local disk"
+        ) from None
+    finally:
+        if not is_ours:
+            os.close(handle)
+    return handle if is_ours else None
 
 
 class WeightStore:

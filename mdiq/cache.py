@@ -1,0 +1,91 @@
+"""This machine's cache folder: where it is, file locks, and what is forgotten when room is short.
+
+    models/    model files that were fetched          packed/    weights in 8 and 4 bits, by model and format
+    weights/   a Node's copies of its Starter's model shapes/    files of random weights
+    hashes/, profiles/, kernels.json                  what was measured or computed once; small
+
+An entry is what lies directly in one of these folders. A process that uses an entry holds a shared lock on it until it
+ends; see ``hold``. The limit is soft: what a run needs is kept, and entries that nobody holds go, those first that were
+used longest ago. Other processes map entries into memory by their names, so they are plain files: a store of values
+under keys, such as diskcache, could not hold them.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from mdiq.errors import ConfigError
+
+log = structlog.get_logger()
+
+LIMIT = "MDIQ_CACHE_GB"
+"""Names the environment variable with the cache's limit; without it, half of what it and free space come to."""
+KINDS = ("models", "weights", "packed", "shapes", "hashes", "profiles")
+LARGE = ("models", "weights", "packed", "shapes")
+"""KINDS that are forgotten to make room; the others take next to none."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNSURE_S = 86_400.0  # without locks nobody knows whether an entry is in use: one that was used today may be
+_LOCK = ".lock"
+_held: dict[Path, int] = {}
+_warned: set[str] = set()
+
+
+def cache_directory() -> Path:
+    """Return the cache folder: $MDIQ_CACHE, else mdiq under $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        ConfigError: none is named, and this user has no home.
+    """
+    if own := os.environ.get("MDIQ_CACHE"):
+        return Path(os.path.expanduser(own))
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative path there is to be ignored, says the XDG base directory specification.
+    if not os.path.isabs(shared):
+        shared = os.path.expanduser("~/.cache")
+    if not os.path.isabs(shared):
+        raise ConfigError("no folder for models and packed weights: there is no home directory; set MDIQ_CACHE to one")
+    return Path(shared) / "mdiq"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock file at ``path``, waiting for it; it goes with the process, however that ends.
+
+    Yields False, with a warning, where the file system has no locks. So the lock may only save work: what is written
+    below it has a name of its own until it is renamed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file:
+        is_locked = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            is_locked = False
+            _warn("no_file_locks", path, f"{error.strerror}; processes that start together may do the same work twice")
+        yield is_locked
+
+
+def try_lock(handle: int) -> bool:
+    """Take the lock of an open file, or return False while another process has it.
+
+    Raises:
+        OSError: its file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _warn(event: str, path: Path, error: str) -> None:
+    if event not in _warned:
+        _warned.add(event)
+        log.warning(event, path=str(path), error=error)
