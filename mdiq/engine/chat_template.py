@@ -1,7 +1,8 @@
 """Chat templates: messages to the prompt text that a model was trained on.
 
-A template is a program that comes with a model's file, so it is treated as hostile: it runs in jinja's immutable
-sandbox, and its time and the size of every value are bounded. It is never taken from a request; engine/tokenizer.py
+A template is a program that comes with a model's file, and messages come from anyone: it runs in jinja's immutable
+sandbox, and the size of every value and the number of its steps are bounded. Steps are counted, not timed, so that a
+chat that a fast machine renders is rendered by a slow one too. It is never taken from a request; engine/tokenizer.py
 says where it comes from.
 """
 
@@ -9,14 +10,12 @@ import json
 import re
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from types import FrameType
 from typing import Any, TypeVar
 
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -31,14 +30,13 @@ MOST_SIZE = 1 << 22  # of one value, in characters; long messages raise it
 MOST_WRITTEN = 8  # times that size: all that a template writes, macros and blocks included
 MOST_NUMBER = 1 << 16  # given to a method, a filter or a format: center(n), indent(n), '%9d'
 MOST_RESULT_BITS = 1 << 12
-DEADLINE_S = 2.0
-DEADLINE_CHARS = 10_000  # of messages: as many more take DEADLINE_S more, which small boards need for a quarter of them
-COMPILE_DEADLINE_S = 20.0  # it grows with the length of the template only; 20 000 characters take about 1 s
+MAX_STEPS = 1 << 22  # rounds of loops, calls, items looked at; walking 1 MB by character takes about as many
+_STEP_CHARS = 1 << 10  # of a text that is copied or compared: one step
 _ITEM_SIZE = 32  # what an item of a list counts, beside its text
 # About web pages rather than prompts, or slow on what the size limits let through.
 _DROPPED_FILTERS = ("pprint", "random", "sum", "urlize", "wordwrap", "xmlattr")
 _DROPPED_METHODS = ("expandtabs", "translate")
-_TEMPLATE_FILENAME = "<template>"  # jinja's name for code that comes from a string
+_CONSTANT_TIME_FILTERS = ("default", "d", "length", "count", "first", "last")
 _NUMBER = re.compile(r"\d+")
 _NESTED_FIELD = re.compile(r":[^{}]*\{")
 T = TypeVar("T")
@@ -53,19 +51,16 @@ class ChatTemplate:
         ModelError: the template is too long, or is not valid jinja.
     """
 
-    def __init__(self, source: str, where: str, *, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, source: str, where: str, *, max_steps: int = MAX_STEPS) -> None:
         self._where = where
-        self._deadline_s = deadline_s
         self._lock = threading.Lock()
         if len(source) > MOST_TEMPLATE_CHARS:
             raise ModelError(
                 f"{where}: the chat template has {len(source)} characters, and {MOST_TEMPLATE_CHARS} is the limit; "
                 "use the model's original template"
             )
-        self._environment = _Environment()
-        self._template = self._bounded(
-            "cannot be compiled", COMPILE_DEADLINE_S, lambda: self._environment.from_string(source)
-        )
+        self._environment = _Environment(max_steps)
+        self._template = self._in_words("cannot be compiled", lambda: self._environment.from_string(source))
 
     def render(
         self,
@@ -80,7 +75,7 @@ class ChatTemplate:
 
         Raises:
             ConfigError: the template refuses these messages ("roles must alternate"), or they are not plain data.
-            ModelError: the template is wrong, tries to leave its sandbox, runs too long or grows too large.
+            ModelError: the template is wrong, tries to leave its sandbox, takes too many steps or grows too large.
         """
         plain = [_plain(dict(message)) for message in messages]
         variables: dict[str, object] = {
@@ -92,42 +87,15 @@ class ChatTemplate:
             "add_generation_prompt": True,
         }
         with self._lock:
-            # A template may copy a long document a few times, so the limit grows with what came in.
-            size = _size(plain, sys.maxsize)
-            self._environment.begin(most_size=MOST_SIZE + 4 * size)
-            # So does the time: some templates walk over every character.
-            deadline_s = self._deadline_s * (1 + size / DEADLINE_CHARS)
-            return self._bounded("cannot be rendered", deadline_s, lambda: self._template.render(variables))
+            self._environment.begin(plain)
+            return self._in_words("cannot be rendered", lambda: self._template.render(variables))
 
-    def _bounded(self, what: str, deadline_s: float, work: Callable[[], T]) -> T:
-        """Do the work, for so long; every failure becomes one line.
-
-        A trace function sees every call in this thread, and every line of the template's own code, so it ends loops;
-        nothing else stops code in a thread that is not the main one. Time is the thread's own processor time: a busy
-        machine is not the template's fault. What would run in C for long is refused beforehand, by the size limits
-        of _Environment.
-        """
-        end_s = time.thread_time() + deadline_s
-
-        def trace(frame: FrameType, event: str, arg: object) -> Any:
-            filename = frame.f_code.co_filename
-            if filename == __file__:  # these checks are bounded themselves, and called often
-                return None
-            if time.thread_time() > end_s:
-                raise _DeadlinePassed
-            return trace if filename == _TEMPLATE_FILENAME else None
-
-        previous = sys.gettrace()  # a debugger's or a coverage tool's
+    def _in_words(self, what: str, work: Callable[[], T]) -> T:
+        """Do the work; every failure becomes one line."""
         try:
-            sys.settrace(trace)
-            try:
-                return work()
-            finally:
-                sys.settrace(previous)
+            return work()
         except _MessagesRefusedError as error:
             raise ConfigError(f"messages: the model's chat template refuses them: {_line(error)}") from None
-        except _DeadlinePassed:
-            reason = f"it runs longer than {deadline_s:g} s"
         except TemplateSyntaxError as error:
             reason = f"line {error.lineno}: {_line(error.message or error)}"
         except TemplateError as error:
@@ -143,19 +111,33 @@ class ChatTemplate:
         )
 
 
-class _DeadlinePassed(BaseException):  # noqa: N818
-    """No Exception: jinja catches those in some places and goes on."""
-
-
 class _MessagesRefusedError(TemplateError):
     """The template called raise_exception."""
 
 
 class _CodeGenerator(CodeGenerator):
-    """Sends what jinja itself cannot intercept through the environment: the operator ~, and literals.
+    """Sends what jinja itself cannot intercept through the environment: loops, slices, comparisons, ~ and literals.
 
     Nested literals grow without any operator: `[x, x]` forty times over cannot be printed, or compared.
     """
+
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        node.iter = nodes.Call(nodes.EnvironmentAttribute("counted"), [node.iter], [], None, None)
+        super().visit_For(node, frame)
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        self.write("(")
+        self._visit_checked(self.visit, node.expr, frame)
+        for operand in node.ops:
+            self.write(f" {operators[operand.op]} ")
+            self._visit_checked(self.visit, operand.expr, frame)
+        self.write(")")
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        if isinstance(node.arg, nodes.Slice):
+            self._visit_checked(super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat(str(part) for part in (")
@@ -200,16 +182,19 @@ class _Namespace(Namespace):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment for chat templates, with the size of every value bounded where it is made.
+    """transformers' environment for chat templates, with sizes and steps bounded.
 
-    jinja's sandbox keeps a template from Python's internals, and bounds `range`; the rest is here.
+    jinja's sandbox keeps a template from Python's internals, and bounds `range`; the rest is here. The size of every
+    value is checked where it is made. Steps are what a rendering may do in all: a round of a loop, a call, an item
+    that is looked at. So a loop ends, and so does a short one over operations that take long each.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     code_generator_class = _CodeGenerator
 
-    def __init__(self) -> None:
-        self.begin(most_size=MOST_SIZE)
+    def __init__(self, max_steps: int) -> None:
+        self._max_steps = max_steps
+        self.begin([])
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -223,20 +208,31 @@ class _Environment(ImmutableSandboxedEnvironment):
             for name, function in self.filters.items()
             if name not in _DROPPED_FILTERS
         }
+        tests: Mapping[str, Any] = self.tests
+        self.tests = {name: self._counted_test(function) for name, function in tests.items()}
         del self.globals["lipsum"]
         self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = self._strftime_now
 
-    def begin(self, most_size: int) -> None:
+    def begin(self, messages: object) -> None:
         """Set the limits of the next rendering."""
-        self._most_size = most_size
         self._written = 0
+        self._steps_left = sys.maxsize
+        # A template may copy a long document a few times, so the limit grows with what came in.
+        self._most_size = MOST_SIZE + 4 * self._size(messages, sys.maxsize)
+        self._steps_left = self._max_steps
 
     def checked(self, value: T) -> T:
-        """Return a value that a template has just made, if it is small enough."""
-        _size(value, self._most_size)
+        """Return a value that a template has just made, or looks at, if it is small enough."""
+        self._size(value, self._most_size)
         return value
+
+    def counted(self, items: Iterable[T]) -> Iterator[T]:
+        """Pass on what a loop goes over."""
+        for item in items:
+            self._spend(1)
+            yield item
 
     def concat(self, parts: Iterable[str]) -> str:  # jinja keeps "".join here
         """Join what a template, a macro, a block or the operator ~ writes."""
@@ -252,12 +248,14 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(times, int):
-                    _limit(times * _size(value, self._most_size), self._most_size)
+                    _limit(times * self._size(value, self._most_size), self._most_size)
         return self.checked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902
         """Call a method, a macro or a global, if the result cannot be huge."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        for value in (owner, *args):
+            __self._look_at(value)
         if isinstance(owner, str | int):
             __self._check_numbers(args, kwargs)
         if isinstance(owner, bytes | bytearray) or (isinstance(owner, str) and name in _DROPPED_METHODS):
@@ -287,8 +285,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
             before, value, others = args[:num_before], args[num_before], args[num_before + 1 :]
-            if name not in ("default", "d"):
+            if name not in _CONSTANT_TIME_FILTERS:
                 self._check_numbers(others, kwargs)
+                self._look_at(value)
             given = (*others, *kwargs.values())
             if name == "replace" and len(given) > 1:
                 self._check_replace(str(value), str(given[0]), str(given[1]))
@@ -300,16 +299,23 @@ class _Environment(ImmutableSandboxedEnvironment):
             elif name == "join":
                 value = list(value)
                 separator = max((len(item) for item in given if isinstance(item, str)), default=0)
-                _limit(_size(value, self._most_size) + separator * len(value), self._most_size)
+                _limit(self._size(value, self._most_size) + separator * len(value), self._most_size)
             return self.checked(function(*before, value, *others, **kwargs))
 
-        for mark in ("jinja_pass_arg", "jinja_async_variant"):
-            if hasattr(function, mark):
-                setattr(bounded, mark, getattr(function, mark))
-        return bounded
+        return _marked_as(function, bounded)
+
+    def _counted_test(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        num_before = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if len(args) > num_before + 1:  # one that compares
+                self.checked(args[num_before:])
+            return function(*args, **kwargs)
+
+        return _marked_as(function, counted)
 
     def _count_written(self, value: T) -> T:
-        self._written += _size(value, self._most_size)
+        self._written += self._size(value, self._most_size)
         _limit(self._written, self._most_size * MOST_WRITTEN)
         return value
 
@@ -317,6 +323,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         taken: list[str] = []
         size = 0
         for part in parts:
+            self._look_at(part)
             taken.append(part)
             size += len(part) + len(separator)
             _limit(size, self._most_size)
@@ -336,29 +343,51 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError("a width from a value is not supported")
         width = max((int(number[:9]) for number in _NUMBER.findall(text)), default=0)
         _limit(width, MOST_NUMBER)
-        size = width + sum(_size(value, self._most_size) for value in values)
+        size = width + sum(self._size(value, self._most_size) for value in values)
         _limit(len(text) + text.count(mark) * size, self._most_size)
 
     def _strftime_now(self, text: str) -> str:
         self._check_format(text, (), "%")
         return datetime.now().strftime(text)
 
+    def _size(self, value: object, most: int) -> int:
+        """Count a value's characters and items; shared parts count each time, as when they are written or compared."""
+        self._look_at(value)
+        if isinstance(value, str | bytes):
+            size = len(value)
+        elif isinstance(value, Mapping | list | tuple | set | frozenset):
+            size = 0
+            for item in value:
+                size += _ITEM_SIZE + self._size(item, most - size)
+                if isinstance(value, Mapping):
+                    size += self._size(value[item], most - size)
+                _limit(size, most)
+        else:
+            size = 1
+        _limit(size, most)
+        return size
 
-def _size(value: object, most: int) -> int:
-    """Count a value's characters and items; shared parts count each time, as when they are written or compared."""
-    if isinstance(value, str | bytes):
-        size = len(value)
-    elif isinstance(value, Mapping | list | tuple | set | frozenset):
-        size = 0
-        for item in value:
-            size += _ITEM_SIZE + _size(item, most - size)
-            if isinstance(value, Mapping):
-                size += _size(value[item], most - size)
-            _limit(size, most)
-    else:
-        size = 1
-    _limit(size, most)
-    return size
+    def _look_at(self, value: object) -> None:
+        """Count what a look at a value takes, without its items' own parts."""
+        if isinstance(value, str | bytes):
+            self._spend(1 + len(value) // _STEP_CHARS)
+        elif isinstance(value, list | tuple | range):
+            self._spend(1 + len(value))
+        else:
+            self._spend(1)
+
+    def _spend(self, steps: int) -> None:
+        self._steps_left -= steps
+        if self._steps_left < 0:
+            raise SecurityError("it takes too many steps")
+
+
+def _marked_as(function: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the wrapper with the marks by which jinja knows what a filter or a test wants to be called with."""
+    for mark in ("jinja_pass_arg", "jinja_async_variant"):
+        if hasattr(function, mark):
+            setattr(wrapper, mark, getattr(function, mark))
+    return wrapper
 
 
 def _limit(size: int, most: int) -> None:

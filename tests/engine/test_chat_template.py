@@ -1,14 +1,14 @@
 """Templates render as transformers renders them, and hostile ones end soon in a typed error."""
 
-import sys
+import itertools
 import threading
 import time
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mdiq.engine.chat_template import MOST_TEMPLATE_CHARS, ChatTemplate
-from mdiq.errors import ConfigError, MdiqError, ModelError
+from mdiq.engine.chat_template import MAX_STEPS, MOST_TEMPLATE_CHARS, ChatTemplate
+from mdiq.errors import ConfigError, ModelError
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -66,15 +66,15 @@ HOSTILE = {
 }
 
 
-def render(source: str, messages=MESSAGES, **tokens: str) -> str:
-    return ChatTemplate(source, "model.gguf: tokenizer.chat_template", deadline_s=0.3).render(messages, tokens)
+def render(source: str, messages=MESSAGES, *, max_steps: int = MAX_STEPS, **tokens: str) -> str:
+    return ChatTemplate(source, "model.gguf: tokenizer.chat_template", max_steps=max_steps).render(messages, tokens)
 
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_template_ends_soon_in_a_typed_error(source):
     start_s = time.thread_time()
     with pytest.raises(ModelError, match=r"^model\.gguf: tokenizer\.chat_template: the chat template cannot") as caught:
-        render(source)
+        render(source, max_steps=1 << 19)
     assert time.thread_time() - start_s < 3
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
@@ -144,24 +144,48 @@ def test_template_that_is_too_long_is_refused():
         render("a" * (MOST_TEMPLATE_CHARS + 1))
 
 
-@pytest.mark.parametrize("source", ["{{ 1 }}", HOSTILE["endless loop"], HOSTILE["power"], "{{ "])
-def test_previous_trace_function_comes_back(source):
-    def trace(*_):
-        return None
+def test_a_slow_machine_renders_what_a_fast_one_does(monkeypatch):
+    monkeypatch.setattr(time, "thread_time", itertools.count(0, 100).__next__)  # a call takes 100 s
+    assert render("{% for m in messages %}{{ m.role }}{% endfor %}").endswith("user")
 
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        with_error = None
-        try:
-            render(source)
-        except MdiqError as error:
-            with_error = error
-        seen = sys.gettrace()
-    finally:
-        sys.settrace(previous)
-    assert seen is trace
-    assert (with_error is None) == (source == "{{ 1 }}")
+
+@pytest.mark.parametrize(
+    ("source", "num_messages"),
+    [
+        ("{% for m in messages %}{% for n in messages %}{% endfor %}{% endfor %}", 5_000),
+        ("{% for m in messages %}{% if m in messages %}{% endif %}{% endfor %}", 5_000),
+        (
+            "{% for m in messages %}{{ messages | selectattr('role', 'equalto', 'x') | list | length }}{% endfor %}",
+            5_000,
+        ),
+        ("{% for m in messages %}{% set x = messages[1:] %}{% endfor %}", 5_000),
+        ("{% set ns = namespace(l=[]) %}{% for m in messages %}{% set ns.l = ns.l + [m] %}{% endfor %}", 5_000),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(messages | length) }}",
+            60,
+        ),
+    ],
+)
+def test_messages_without_end_do_not_take_time_without_end(source, num_messages):
+    messages = [{"role": "user", "content": str(i)} for i in range(num_messages)]
+    start_s = time.thread_time()
+    with pytest.raises(ModelError, match="too many steps"):
+        render(source, messages, max_steps=1 << 19)
+    assert time.thread_time() - start_s < 3
+    assert render(source, messages[:10]) is not None
+
+
+def test_a_usual_template_takes_few_steps():
+    source = """{%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+    {%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+    {%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>')) %}
+    {%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}
+    {%- for message in messages %}{%- set content = message.content %}
+    {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}{%- endfor %}"""
+    messages = [{"role": "user", "content": "<think>a</think>" + "word " * 1_000} for _ in range(1_000)]
+    assert len(render(source, messages, max_steps=1 << 18)) > 5_000_000
 
 
 def test_threads_share_a_template():
