@@ -5,6 +5,7 @@ The file lies in a folder that nobody else can enter; who can open it may stop t
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -27,19 +28,35 @@ Command = Callable[[Mapping[str, Any]], Awaitable[Any]]
 
 
 class AdminServer:
-    """Answers commands by name. Each gets the question and returns what becomes JSON; MdiqErrors go to who asked."""
+    """Answers commands by name. Each gets the question and returns what becomes JSON; MdiqErrors go to who asked.
+
+    A lock on a file beside the socket file lasts as long as this process: a second one changes nothing and is refused.
+    """
 
     def __init__(self, path: Path, commands: Mapping[str, Command]) -> None:
         self._path = path
         self._commands = commands
         self._server: asyncio.Server | None = None
+        self._lock: int | None = None
 
     async def __aenter__(self) -> "AdminServer":
+        try:
+            return await self._open()
+        except BaseException:
+            self._unlock()
+            raise
+
+    async def _open(self) -> "AdminServer":
         try:
             folder = self._path.parent
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
                 raise ConfigError(f"{folder}: others can write there; remove it, or set XDG_RUNTIME_DIR")
+            self._lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self._path}: mdiq serve of this topology runs already; stop that one first") from None
             self._path.unlink(missing_ok=True)  # of one that was killed
             before = os.umask(0o177)
             try:
@@ -54,6 +71,13 @@ class AdminServer:
         if self._server is not None:
             self._server.close()
         self._path.unlink(missing_ok=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        # The lock file stays: one that is removed while another process waits for it would be locked by two.
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

@@ -86,3 +86,20 @@ def test_each_topology_has_a_socket_of_its_own(tmp_path: Path, environ: Mapping[
     (tmp_path / "sub").mkdir()
     one, same, other = (socket_path(tmp_path / name, environ) for name in ("a.yaml", "sub/../a.yaml", "b.yaml"))
     assert one == same != other
+
+
+async def test_a_second_service_of_a_topology_is_refused_and_the_first_is_unharmed(
+    tmp_path: Path, environ: Mapping[str, str]
+) -> None:
+    topology = tmp_path / "topology.yaml"
+    place = socket_path(topology, environ)
+    async with AdminServer(place, COMMANDS):
+        with pytest.raises(ConfigError, match="runs already"):
+            async with AdminServer(place, COMMANDS):
+                pass
+        assert await asyncio.to_thread(ask, topology, {"do": "echo", "say": 1}, environ) == 1
+    async with AdminServer(place, COMMANDS):  # the first has ended
+        assert await asyncio.to_thread(ask, topology, {"do": "echo", "say": 2}, environ) == 2
+    place.touch()  # of a service that was killed
+    async with AdminServer(place, COMMANDS):
+        assert await asyncio.to_thread(ask, topology, {"do": "echo", "say": 3}, environ) == 3
