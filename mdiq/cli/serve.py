@@ -245,7 +245,9 @@ class _Service:
     async def _keep_telling(self) -> None:
         # Waiting for nodes is no start that stands still: without this the manager would end it.
         while True:
-            if not self._keeper.state.is_serving:
+            if self._keeper.state.is_serving:
+                self._tell(self._keeper.state)  # a node that was silent speaks again
+            else:
                 self._notifier.starting(self._keeper.describe())
             await asyncio.sleep(TELL_S)
 

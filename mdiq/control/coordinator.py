@@ -17,6 +17,8 @@ from mdiq.transport.base import ControlServer
 log = structlog.get_logger()
 
 SILENT_S = 3.0  # three heartbeats
+WATCH_S = 1.0
+LATE_S = 0.5  # of the watcher; less than that hides no heartbeat
 MOST_STRANGERS = 256
 
 A = TypeVar("A", control.Begun, control.BurstSent, control.BurstArrived)
@@ -89,6 +91,12 @@ class Coordinator:
     def missing(self) -> list[NodeId]:
         """The expected Nodes that have not joined yet."""
         return [node for node, future in self._joined.items() if not future.done()]
+
+    def silent(self, least_s: float) -> dict[NodeId, float]:
+        """Return the Nodes that have not been heard for so long, and for how long; those that are gone are not here."""
+        now = self._clock()
+        silent = {node: self._members.silent_s(node, now) for node, gone in self._gone.items() if not gone.done()}
+        return {node: silent_s for node, silent_s in silent.items() if silent_s >= least_s}
 
     async def assign(self, assignments: Mapping[NodeId, control.Assign]) -> Mapping[NodeId, control.Ready]:
         """Tell the Nodes what to load and wait until all have.
@@ -282,8 +290,14 @@ class Coordinator:
             future.set_result(answer)
 
     async def _watch_leases(self) -> None:
+        time_of, pause_s = asyncio.get_running_loop().time, min(self._lease_s / 4, WATCH_S)
         while True:
-            await asyncio.sleep(self._lease_s / 4)
+            due_s = time_of() + pause_s
+            await asyncio.sleep(pause_s)
+            # This process may have been stopped, with its machine or alone: silence of that time is its own.
+            if (late_s := time_of() - due_s) > LATE_S:
+                log.warning("watcher_late", late_s=round(late_s, 1))
+                self._members.stretch(late_s)
             for node in self._members.expire(self._clock()):
                 if not self._gone[node].done():
                     error = NodeDiedError(f"{node}: no heartbeat for {self._lease_s:g} s; it hangs or its link is down")

@@ -87,6 +87,11 @@ class Membership:
             self._members[node].state = NodeState.LOST
         return ended
 
+    def stretch(self, late_s: float) -> None:
+        """Make all Leases longer: the watcher was stopped for so long, and heard nobody then."""
+        for member in self._members.values():
+            member.lease_until += late_s
+
     def silent_s(self, node: NodeId, now: float) -> float:
         """Return the seconds since a Node was last heard; 0 for one that never joined."""
         member = self._members.get(node)

@@ -56,7 +56,7 @@ class AdminServer:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{self._path}: mdiq serve of this topology runs already; stop that one first") from None
+                raise ConfigError(f"{self._path}: mdiq serve of this topology runs already; stop that first") from None
             self._path.unlink(missing_ok=True)  # of one that was killed
             before = os.umask(0o177)
             try:

@@ -137,6 +137,10 @@ class LocalRing:
         """The Nodes that the Ring waits for, while it starts."""
         return self._stages.missing if isinstance(self._stages, SocketStages) else []
 
+    def silent(self, least_s: float) -> Mapping[str, float]:
+        """Return the Nodes that have not been heard for so long, and for how long."""
+        return self._stages.silent(least_s) if isinstance(self._stages, SocketStages) else {}
+
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
         """Have these Nodes stand by, in place of those that did; others lose their connections."""
         if isinstance(self._stages, RemoteStages):

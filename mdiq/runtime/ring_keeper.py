@@ -8,7 +8,7 @@ forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ fo
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 RETRY_S = 5.0
 NO_ROOM_RETRY_S = 60.0  # each try has the Nodes measure again
 DRAIN_S = 600.0  # how long what runs may hold up a reload
+SILENT_S = 5.0  # heartbeats of five seconds that a Node owes, and the Ring does not serve any more
 IDLE_S = 60.0  # without a Sequence, before a better plan is taken up
 
 Form = Callable[[frozenset[str]], RingOptions]
@@ -49,6 +50,7 @@ class KeptRing(Protocol):
     def context_tokens(self) -> int: ...
     async def __aenter__(self) -> Any: ...
     async def aclose(self) -> None: ...
+    def silent(self, least_s: float) -> Mapping[str, float]: ...
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None: ...
     async def until_lost(self) -> MdiqError: ...
     def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]: ...
@@ -112,7 +114,15 @@ class RingKeeper:
         self._num_refused = 0
         self._num_left = 0
         self.last_error: str | None = None
-        self.state = KeeperState(False, "starts")
+        self._state = KeeperState(False, "starts")
+
+    @property
+    def state(self) -> KeeperState:
+        """Whether the Ring serves now; not while a Node of it is silent, though its Lease lasts longer."""
+        if self._state.is_serving and self._ring is not None and (silent := self._ring.silent(SILENT_S)):
+            names = ", ".join(f"{name} (silent for {silent_s:.0f} s)" for name, silent_s in silent.items())
+            return KeeperState(False, f"degraded: waits for {names}")
+        return self._state
 
     @property
     def num_running(self) -> int:
@@ -245,17 +255,18 @@ class RingKeeper:
 
     def status(self) -> dict[str, Any]:
         """Return what `mdiq status --json` shows."""
-        options = self._options
+        options, state = self._options, self.state
         ring = self._ring if self._is_entered else None
         since_s = self._clock() - self._serving_since_s
         figures = {} if ring is None else {node.name: node for node in ring.figures()}
         nodes: list[dict[str, Any]] = []
+        silent = {} if ring is None else ring.silent(SILENT_S)
         missing = set() if self._ring is None or ring is not None else set(self._ring.missing)
         for name, layers in zip(options.node_names, options.layers, strict=True):
             node: dict[str, Any] = {"name": name, "layers": [layers.start, layers.stop]}
             if (found := figures.get(name)) is not None:
                 node |= {
-                    "state": "serves",
+                    "state": "silent" if name in silent else "serves",
                     "rss_bytes": found.rss_bytes,
                     "weight_bytes": found.weight_bytes,
                     "busy_share": round(min(found.busy_s / since_s, 1.0), 4) if since_s > 0 else 0.0,
@@ -274,8 +285,8 @@ class RingKeeper:
         standing_by = options.remote.standing_by if options.remote else ()
         nodes += [{"name": node.name, "state": "stands by", "reason": node.reason} for node in standing_by]
         status: dict[str, Any] = {
-            "is_serving": self.state.is_serving,
-            "state": self.state.text,
+            "is_serving": state.is_serving,
+            "state": state.text,
             "model": str(options.model),
             "nodes": nodes,
             "requests": {
@@ -384,8 +395,8 @@ class RingKeeper:
             self._say(self.describe())
 
     def _say(self, text: str, *, is_serving: bool = False) -> None:
-        self.state = KeeperState(is_serving, text)
-        self._on_state(self.state)
+        self._state = KeeperState(is_serving, text)
+        self._on_state(self._state)
 
 
 def _names(options: RingOptions) -> str:

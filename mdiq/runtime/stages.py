@@ -67,6 +67,10 @@ class SocketStages(ABC):
         """The Nodes that have not joined yet."""
         return [*self._coordinator.missing] if self._coordinator else [*self._names]
 
+    def silent(self, least_s: float) -> Mapping[str, float]:
+        """Return the Nodes that have not been heard for so long, and for how long."""
+        return dict[str, float](self._coordinator.silent(least_s).items()) if self._coordinator else {}
+
     @abstractmethod
     async def start(self) -> Sequence[control.Ready]:
         """Have every Node join and load; return what each has, in ring order.

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 
 import pytest
 import zmq.asyncio
@@ -206,6 +207,34 @@ async def test_a_lease_ends_when_no_heartbeat_renews_it(plane: Plane) -> None:
     assert (await plane.lost.get())[0] == ONE
     with pytest.raises(NodeDiedError):
         await plane.coordinator._ready[TWO]
+
+
+async def test_a_starter_that_was_stopped_itself_does_not_take_its_nodes_for_dead() -> None:
+    server = MemoryControlServer()
+    lost: list[NodeId] = []
+    coordinator = Coordinator(
+        server,
+        KEY,
+        VERSION,
+        [ONE],
+        clock=time.monotonic,
+        lease_s=0.2,
+        on_fault=lambda *_: None,
+        on_loading=lambda *_: None,
+        on_lost=lambda node, _: lost.append(node),
+    )
+    running = asyncio.create_task(coordinator.run())
+    await server.connect(b"node-1").send(control.encode(control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION), KEY))
+    await coordinator.all_joined()
+    await asyncio.sleep(0.06)
+    time.sleep(0.8)  # noqa: ASYNC251 - the whole process stands still
+    await asyncio.sleep(0.06)
+    assert not lost
+    assert 0.0 < coordinator.silent(0.0)[ONE] < 0.2
+    await asyncio.sleep(0.3)  # and now it is the node that is silent
+    assert lost == [ONE] and coordinator.silent(0.0) == {}
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_a_node_that_dies_while_others_load_ends_the_wait(plane: Plane) -> None:

@@ -30,6 +30,14 @@ def test_a_heartbeat_renews_a_lease_and_silence_ends_it_once() -> None:
     assert members.state(NODE) is NodeState.LOST
 
 
+def test_the_watchers_own_lateness_is_no_silence_of_the_nodes() -> None:
+    members = Membership(lease_s=10)
+    members.joined(NODE, now=0.0)
+    members.stretch(70.0)
+    assert members.silent_s(NODE, now=75.0) == 5.0
+    assert members.expire(now=79.0) == [] and members.expire(now=80.0) == [NODE]
+
+
 def test_a_lost_node_may_join_again_and_a_live_one_may_not() -> None:
     members = Membership(lease_s=10)
     members.joined(NODE, now=0.0)

@@ -41,6 +41,7 @@ class FakeRing:
         self.steps = asyncio.Event()
         self.failure: MdiqError | None = None
         self.is_closed = False
+        self.silence: dict[str, float] = {}
         self.standing_by = options.remote.standing_by if options.remote else ()
         self.service: Any = FakeService(self)
         self.worker: Any = None
@@ -61,6 +62,9 @@ class FakeRing:
 
     async def aclose(self) -> None:
         self.is_closed = True
+
+    def silent(self, least_s: float) -> dict[str, float]:
+        return {name: silent_s for name, silent_s in self.silence.items() if silent_s >= least_s}
 
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
         self.standing_by = nodes
@@ -195,6 +199,24 @@ async def test_a_ring_that_serves_shows_its_figures(house: House) -> None:
     assert status["requests"] == {"running": 0, "done": 1, "failed": 0, "refused": 0, "left": 0}
     assert status["nodes"][1]["busy_share"] == 0.25
     assert len(status["hops"]) == 3
+
+
+async def test_a_ring_with_a_node_that_is_silent_does_not_serve_until_it_speaks(house: House) -> None:
+    ring = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    ring.silence = {"pi1": 2.0}  # a machine that is busy
+    assert house.keeper.state.is_serving
+    ring.silence = {"pi1": 7.0}
+    assert house.keeper.describe() == "degraded: waits for pi1 (silent for 7 s)"
+    status = house.keeper.status()
+    assert not status["is_serving"] and [node["state"] for node in status["nodes"]] == ["serves", "silent", "serves"]
+    with pytest.raises(RingError, match="waits for pi1"):
+        await anext(house.keeper.stream(_sequence(1)))
+    ring.silence = {}
+    assert house.keeper.state.is_serving
+    ring.steps.set()
+    assert (await _to_the_end(events)).step.error is None  # what ran goes on
 
 
 async def test_news_of_loading_that_come_late_change_nothing(house: House) -> None:
