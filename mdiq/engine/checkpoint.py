@@ -6,7 +6,9 @@ roles of ``families.py`` and the shape [out, in].
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +33,10 @@ from mdiq.errors import ModelError
 _NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm")
 _ENDS = ("embedding", "positions", "final_norm", "head")
 _ROPE_FACTORS = "rope_freqs.weight"
+# Constants that some libraries store: tables of the rotation, and the mask of GPT-2's attention.
+_UNUSED = re.compile(
+    r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn_rot_embd\.weight|attn\.(masked_)?bias)"
+)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -89,6 +95,31 @@ class Checkpoint:
         for name in self._source.names():
             digest.update(name.encode() + b"\0" + self._source.fingerprint(name))
         return digest.hexdigest()
+
+    def check_names(self) -> None:
+        """Raise ModelError if a tensor is stored that nothing asks for: without it the answers would be wrong."""
+        asked = {_ROPE_FACTORS} if self._is_gguf else set()
+        parts = [part for rows in self._parts().values() for part in rows]
+        for i in range(self.config.num_layers):
+            asked.update(self._name(role, i, kind) for role in parts for kind in ("weight", "bias"))
+            asked.update(self._norm_names(_NORMS if self.config.family.has_qk_norm else _NORMS[:2], i))
+        asked.update(self._norm_names(("final_norm",), 0))
+        # A head beside the embedding that a config ties it to is the embedding once more.
+        asked.update(self._name(role, 0, "weight") for role in ("embedding", "head"))
+        if not self.config.family.has_rotary:
+            asked.add(self._name("positions", 0, "weight"))
+        unknown = [name for name in self._source.names() if name not in asked and not _UNUSED.fullmatch(name)]
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise ModelError(
+                f"{self.path}: tensor {', '.join(unknown[:3])}{more}: it is not used for a model of type "
+                f"{self.config.family.name}, and without it the answers would be wrong; use the model's original "
+                "directory (bf16, f16 or f32, not quantized, adapters merged), or a .gguf file (Q4_K_M or Q8_0)"
+            )
+
+    def _norm_names(self, roles: Iterable[str], i: int) -> list[str]:
+        kinds = {role: ("weight", "bias") if role in self.config.family.biases else ("weight",) for role in roles}
+        return [self._name(role, i, kind) for role in roles for kind in kinds[role]]
 
     @property
     def is_partial(self) -> bool:
@@ -268,19 +299,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ModelError: missing, truncated, malformed, or of an unsupported kind.
     """
     note = read_note(path)
-    if path.is_dir():
-        where = path / "config.json"
-        config = config_from_hf(read_json(where), str(where))
-        shards = SafetensorsSource(path)
-        return Checkpoint(path, config, shards if note is None else PartialSource(shards, note, path), is_gguf=False)
-    file = GgufFile(path)
-    try:
-        tensors = GgufSource(file)
-        source = tensors if note is None else PartialSource(tensors, note, path)
-        return Checkpoint(path, config_from_gguf(file), source, is_gguf=True)
-    except ModelError:
-        file.close()
-        raise
+    with ExitStack() as opened:
+        source: Source
+        if path.is_dir():
+            where = path / "config.json"
+            config = config_from_hf(read_json(where), str(where))
+            source = SafetensorsSource(path)
+            opened.callback(source.close)
+        else:
+            file = opened.enter_context(GgufFile(path))
+            config, source = config_from_gguf(file), GgufSource(file)
+        if note is not None:
+            source = PartialSource(source, note, path)
+        checkpoint = Checkpoint(path, config, source, is_gguf=not path.is_dir())
+        checkpoint.check_names()
+        opened.pop_all()
+        return checkpoint
 
 
 def _stacked(parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -20,8 +20,6 @@ from mdiq.errors import ModelError, RemoteProtocolError
 
 _SAMPLE_BYTES = 4096
 _MOST_CONFIG_BYTES = 1 << 20
-# Beside the weights of the usual methods: FP8, compressed-tensors, GPTQ, AWQ, bitsandbytes.
-_SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "weight_packed", "qweight", "qzeros", "absmax", ".SCB")
 _QUANTIZED_KINDS = ("F8", "F6", "F4")
 
 
@@ -217,7 +215,7 @@ class SafetensorsSource:
         """Refuse quantized weights: without the scales beside them they would be noise."""
         for name, file in self._files.items():
             kind = str(file.get_slice(name).get_dtype())
-            if name.endswith(_SCALES) or kind.startswith(_QUANTIZED_KINDS):
+            if kind.startswith(_QUANTIZED_KINDS):
                 raise ModelError(
                     f"{self._path}: tensor {name} ({kind}) is of quantized weights, which are not read; use the "
                     "model's original directory (bf16, f16 or f32), or a .gguf file (Q4_K_M or Q8_0)"

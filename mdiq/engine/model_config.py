@@ -1,8 +1,11 @@
 """A model's shape and constants, from a Hugging Face config.json or a GGUF file's metadata. No tensors."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
+
+import numpy as np
 
 from mdiq.engine.families import FAMILIES, Family
 from mdiq.engine.gguf_file import GgufFile
@@ -86,13 +89,15 @@ def config_from_hf(config: Mapping[str, object], where: str) -> ModelConfig:
         ModelError: the family or something it uses is not supported, or a field is missing or of the wrong type.
     """
     family = _family(_get(config, "model_type", str, where, ""), where)
-    for key in ("quantization_config", "compression_config"):
-        if quantized := config.get(key):
-            method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
-            raise ModelError(
-                f"{where}: {key}: weights quantized by {str(method or 'an unknown method')[:40]} are not read; use the "
-                "model's original directory (bf16, f16 or f32), or a .gguf file (Q4_K_M or Q8_0)"
-            )
+    parts = [("", config), *((f"{key}.", part) for key, part in config.items() if isinstance(part, Mapping))]
+    for prefix, part in parts:
+        for key in ("quantization_config", "compression_config"):
+            if quantized := part.get(key):
+                method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+                raise ModelError(
+                    f"{where}: {prefix}{key}: weights quantized by {str(method or 'an unknown method')[:40]} are not "
+                    "read; use the model's original directory (bf16, f16 or f32), or a .gguf file (Q4_K_M or Q8_0)"
+                )
     if family.name == "gpt2":
         result = _gpt2_from_hf(config, family, where)
     else:
@@ -114,7 +119,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     def count(key: str, default: int | None = None) -> int:
         return file.get(f"{architecture}.{key}", int, default)
 
-    if count("expert_count", 0):
+    if count("expert_count", 0) > 0:
         raise ModelError(f"{where}: mixture-of-experts models are not supported; use a dense one")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -125,6 +130,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     head_dim = count("attention.key_length", rope_dims)
     if family.has_rotary and rope_dims != head_dim:
         raise ModelError(f"{where}: rotary embedding of {rope_dims} of {head_dim} dimensions is not supported")
+    _check_gguf_keys(file, architecture, head_dim)
     window = count("attention.sliding_window", 0)
     norm = "layer_norm_rms_epsilon" if family.has_rms_norm else "layer_norm_epsilon"
     result = ModelConfig(
@@ -145,6 +151,52 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     )
     result.check(where)
     return result
+
+
+_GGUF_KEYS = frozenset(
+    {
+        # Applied, or checked where they are read.
+        *("block_count", "context_length", "embedding_length", "feed_forward_length", "expert_count"),
+        *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.sliding_window"),
+        *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"),
+        *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
+        # Without effect on a dense model whose rotation is scaled linearly or not at all.
+        *("vocab_size", "tensor_data_layout", "expert_used_count", "rope.scaling.original_context_length"),
+        *("rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_ext_factor"),
+        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+    }
+)
+_FACTORS = ("scale", "factor")
+
+
+def _check_gguf_keys(file: GgufFile, architecture: str, head_dim: int) -> None:
+    """Raise ModelError if a key of the architecture is not applied and says more than that something is off.
+
+    A number is neutral at 0, a factor also at 1, and these at what the families have anyway.
+    """
+    neutral = {
+        "attention.causal": True,
+        "attention.scale": head_dim**-0.5,
+        "attention.value_length": head_dim,
+        "rope.dimension_count_swa": head_dim,
+        "rope.freq_base_swa": file.fields.get(f"{architecture}.rope.freq_base"),
+    }
+    for key, value in file.fields.items():
+        name = key.removeprefix(f"{architecture}.")
+        if name == key or name in _GGUF_KEYS:
+            continue
+        if isinstance(value, bool) or name == "attention.causal":
+            is_neutral = value is neutral.get(name, False)
+        elif isinstance(value, int | float):
+            wanted = neutral.get(name, 1.0 if name.endswith(_FACTORS) else 0)
+            is_neutral = not value or (isinstance(wanted, int | float) and math.isclose(value, wanted, rel_tol=1e-5))
+        else:
+            is_neutral = isinstance(value, np.ndarray | list | str) and not np.any(np.asarray(value))
+        if not is_neutral:
+            raise ModelError(
+                f"{file.path}: {key[:80]} is {str(value)[:40]}: it may change the answers and is not known here; "
+                "use a model without it"
+            )
 
 
 def _family(name: str, where: str) -> Family:
@@ -243,6 +295,11 @@ def _rope_from_hf(config: Mapping[str, object], where: str) -> RopeConfig:
     if not isinstance(parameters, Mapping):
         raise ModelError(f"{where}: rope_scaling is not an object; fetch the model again")
     theta = _get(parameters, "rope_theta", float, where, _get(config, "rope_theta", float, where, 10_000.0))
+    share = _get(
+        parameters, "partial_rotary_factor", float, where, _get(config, "partial_rotary_factor", float, where, 1.0)
+    )
+    if share != 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor is {share}; only 1 is supported: use another model")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta)
