@@ -24,6 +24,7 @@ CONTEXT_TOKENS = 96
 DECODE_SIZES = (1, 2, 4, 8, 16)
 PROMPT_SIZES = (16, 64, 192)
 PACKING_SIZES = (1, 8, 64)
+Progress = Callable[[int, int], object]
 REPEATS = 3
 ENOUGH_S = 1.0  # larger sizes are left out when a forward takes as long: the curve's last line goes on
 SUSTAINED_S = 0.3  # several periods of a control group's quota
@@ -32,8 +33,10 @@ _DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(D
 MOST_S = 0.25  # a size is not repeated when its forwards have taken as long: a long one varies little
 
 
-def measure_cost(runner: StageRunner, *, least_s: float = 0.0) -> StageCost:
+def measure_cost(runner: StageRunner, *, least_s: float = 0.0, progress: Progress = lambda *_: None) -> StageCost:
     """Return the Stage's cost, from medians; the runner's cache is empty afterwards.
+
+    progress: called after each forward with (how many were run, 0): nobody knows how many there will be.
 
     least_s: measure each size for as long and take the mean: a device whose CPU time is rationed computes in bursts,
     and a short measurement sees only those.
@@ -53,18 +56,19 @@ def measure_cost(runner: StageRunner, *, least_s: float = 0.0) -> StageCost:
         return _batch(runner, num_segments, 1, context(num_segments) + i)
 
     return StageCost(
-        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode, least_s),
+        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode, least_s, progress),
         prompt=_curve(
             runner,
             [n for n in PROMPT_SIZES if n <= most_tokens] or [1],
             lambda n, i: _batch(runner, 1, n, 0, seq_id=i),
             least_s,
+            progress,
         ),
     )
 
 
-def measure_head(runner: StageRunner, *, least_s: float = 0.0) -> Curve:
-    """Return the seconds of the Starter's head and draws, by rows. least_s: as for measure_cost."""
+def measure_head(runner: StageRunner, *, least_s: float = 0.0, progress: Progress = lambda *_: None) -> Curve:
+    """Return the seconds of the Starter's head and draws, by rows. The arguments are those of measure_cost."""
     row = TensorRows(torch.zeros(1, runner.config.hidden_size))
 
     def seconds(size: int) -> float:
@@ -73,6 +77,7 @@ def measure_head(runner: StageRunner, *, least_s: float = 0.0) -> Curve:
             start_s = time.perf_counter()
             _draw(runner.logits([row] * size))
             times.append(time.perf_counter() - start_s)
+            progress(len(times), 0)
         return statistics.fmean(times[1:]) if least_s else statistics.median(times[1:])
 
     return Curve(tuple((size, seconds(size)) for size in DECODE_SIZES))
@@ -98,9 +103,13 @@ def measure_packing(width: int) -> Curve:
     return Curve(tuple(points))
 
 
-def _curve(runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], least_s: float) -> Curve:
+def _curve(
+    runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], least_s: float, progress: Progress
+) -> Curve:
     """Measure the sizes in turns: what disturbs the device for a moment is not all one size's."""
     _forward_s(runner, make_batch(sizes[0], 0))  # pays for pages that are not in memory yet
+    num_run = 1
+    progress(num_run, 0)
     runner.reset()
     times: dict[int, list[float]] = {size: [] for size in sizes}
     left = sizes
@@ -109,6 +118,8 @@ def _curve(runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int
             # The first forward of a size warms up. It counts where that took so long that it will not be repeated.
             for i in range(2 if not times[size] else 1):
                 time_s = _forward_s(runner, make_batch(size, i))
+                num_run += 1
+                progress(num_run, 0)
                 if i or times[size] or time_s > MOST_S:
                     times[size].append(time_s)
                 if time_s > MOST_S:

@@ -149,6 +149,7 @@ class PackedModel:
     folder: where the files are kept; without one that can be written they are temporary.
     find_hot: finds the hot columns; called once for a model.
     known_hot: hot columns that somebody else found; then none are looked for.
+    on_step: called after each matrix that was packed, or part of a large one: the first load takes long.
 
     Tensor names in a file: "<role>." and the names of quantize_columns for int8 or of gguf_blocks.Blocks for int4, and
     "<role>.bias"; norms by their role. What a matrix is stacked of has "<role>.0", "<role>.1".. for a role where the
@@ -162,7 +163,9 @@ class PackedModel:
         folder: Path,
         find_hot: Callable[[], dict[str, torch.Tensor]],
         known_hot: Mapping[str, torch.Tensor] | None = None,
+        on_step: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_step = on_step
         self._known_hot = known_hot or {}
         self._checkpoint = checkpoint
         self._weights = weights
@@ -246,6 +249,7 @@ class PackedModel:
                 if role in biases:
                     packed[f"{name}.bias"] = biases[role][rows].clone()
                 first += num_rows
+                self._on_step()
         return packed
 
     @property
@@ -282,6 +286,7 @@ class PackedModel:
             part = read(start, min(start + _ROWS, self._checkpoint.config.vocab_size))
             assert part is not None  # asked for only where there is one
             parts.append(quantize_columns(part, hot))
+            self._on_step()
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "hot"}
         if "hot" in parts[0]:
             whole["hot"] = parts[0]["hot"]

@@ -55,7 +55,7 @@ class StageModel:
         device: torch.device,
         progress: Callable[[int, int], object],
     ) -> None:
-        """Read the weights, one Layer at a time; ``progress`` is told (done, total) in Layers.
+        """Read the weights, one Layer at a time; ``progress`` is called with (done, total) in Layers after each step.
 
         dtype: of activations, and of weights unless they are packed.
 
@@ -68,7 +68,12 @@ class StageModel:
         self._dtype = dtype
         self._device = device
         total = len(layers) + owns_embedding_and_head
-        progress(0, total)
+        done = 0
+
+        def step() -> None:
+            progress(done, total)
+
+        step()
         self._embedding: Embedding | None = None
         self._positions: torch.Tensor | None = None
         self._final_norm: Norm | None = None
@@ -84,16 +89,17 @@ class StageModel:
         with ExitStack() as stack:
             packed = None
             if weights.format in FORMATS:
-                find_hot = partial(hot_columns, checkpoint)
+                find_hot = partial(hot_columns, checkpoint, lambda *_: step())
                 packed = stack.enter_context(
-                    PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot, weights.hot)
+                    PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot, weights.hot, step)
                 )
             if owns_embedding_and_head:
                 if packed is None:
                     self._load_ends(checkpoint)
                 else:
                     self._load_packed_ends(packed, choice)
-                progress(1, total)
+                done = 1
+                step()
             for layer in layers:
                 loaded = (
                     plain_layer(checkpoint, layer, dtype, device)
@@ -103,7 +109,8 @@ class StageModel:
                 self._weights.append(loaded)
                 self.weight_bytes += _num_bytes(loaded)
                 return_free_memory()
-                progress(total - (layers.stop - 1 - layer), total)
+                done += 1
+                step()
 
     @property
     def owns_embedding(self) -> bool:

@@ -15,7 +15,7 @@ from mdiq.engine.runner import StageRunner
 from mdiq.errors import MdiqError
 from mdiq.plan.pace import StageCost
 from mdiq.runtime.engine_worker import make_worker, wire_limits
-from mdiq.runtime.loops import Worker
+from mdiq.runtime.loops import Progress, Worker
 from mdiq.runtime.options import NodeFigures, RingOptions
 from mdiq.runtime.stage_service import StageService
 from mdiq.telemetry.trace import Span, Tracer
@@ -56,7 +56,7 @@ class InProcessStages:
         for i in range(1, self._options.num_nodes):
             worker = make_worker(time.monotonic, self._tracers[i - 1], self._options.threads)
             self._workers.append(worker)
-            runner, cost = await worker.run_uncounted(partial(self._load, i, asyncio.get_running_loop()))
+            runner, cost = await worker.run_long(partial(self._load, i), partial(self._on_loading, f"node-{i}"))
             self._runners.append(runner)
             worker.reset_meter()
             stage = StageProtocol()
@@ -129,9 +129,9 @@ class InProcessStages:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for worker in self._workers:
-            worker.close()
+            await worker.aclose()
 
-    def _load(self, i: int, loop: asyncio.AbstractEventLoop) -> tuple[StageRunner, StageCost]:
+    def _load(self, i: int, progress: Progress) -> tuple[StageRunner, StageCost]:
         options = self._options
         runner = StageRunner.load(
             options.model,
@@ -145,7 +145,7 @@ class InProcessStages:
             exact=options.exact,
             wire=options.wire(i),
             memory_share=1 / options.num_nodes,
-            progress=lambda done, total: loop.call_soon_threadsafe(self._on_loading, f"node-{i}", done, total),
+            progress=progress,
         )
         return runner, measure_cost(runner)
 

@@ -200,7 +200,9 @@ class LocalRing:
         """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
         runner, options = self._runner, self._options
         assert runner is not None  # __aenter__ has run
-        head = await self._worker.run_uncounted(partial(measure_head, runner, least_s=self._least_s))
+        head = await self._worker.run_long(
+            lambda progress: measure_head(runner, least_s=self._least_s, progress=progress)
+        )
         # Nodes of one machine would each count all of its memory.
         shares = [node.memory_share for node in options.remote.nodes] if options.remote else [1.0] * options.num_nodes
         own = MeasuredStage(
@@ -245,7 +247,7 @@ class LocalRing:
             await asyncio.gather(self._serving, return_exceptions=True)
         if self._stages is not None:
             await self._stages.aclose()
-        self._worker.close()
+        await self._worker.aclose()
         if self._quota is not None:
             self._quota.close()
         # The next Ring's Layers may need the room.
@@ -254,7 +256,6 @@ class LocalRing:
 
     async def _start(self) -> None:
         options = self._options
-        loop = asyncio.get_running_loop()
         digest, weights = await self._worker.run_uncounted(partial(_seen, options))
         # One Node decides: all hold their Layers alike.
         self._options = options = replace(options, weights=weights)
@@ -283,11 +284,15 @@ class LocalRing:
             wire=options.wire(0),
             memory_share=options.remote.nodes[0].memory_share if options.remote else 1 / options.num_nodes,
             memory_bytes=options.remote.nodes[0].memory_bytes if options.remote else None,
-            progress=lambda done, total: loop.call_soon_threadsafe(self._on_loading, self._name, done, total),
         )
         try:
             async with asyncio.TaskGroup() as tasks:
-                loading = tasks.create_task(self._worker.run_uncounted(load), name="load")
+                loading = tasks.create_task(
+                    self._worker.run_long(
+                        lambda progress: load(progress=progress), partial(self._on_loading, self._name)
+                    ),
+                    name="load",
+                )
                 starting = tasks.create_task(self._stages.start(), name="stages") if self._stages else None
         except* MdiqError as group:
             raise first_of(group) from None
@@ -298,7 +303,10 @@ class LocalRing:
             # Behind the start of the others: a child begins in its parent's control group.
             self._quota = CpuQuota.create(self._name, options.cpu)
             self._quota.add(os.getpid())
-        own_cost = await self._worker.run_uncounted(partial(measure_cost, self._runner, least_s=self._least_s))
+        runner = self._runner
+        own_cost = await self._worker.run_long(
+            lambda progress: measure_cost(runner, least_s=self._least_s, progress=progress)
+        )
         self._ready = others
         self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in others)]
         self._spec = RingSpec(

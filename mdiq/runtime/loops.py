@@ -7,9 +7,9 @@ runs in one worker thread per Node, and nothing spins: every loop sleeps on a so
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -23,8 +23,15 @@ from mdiq.transport.base import FrameSink, FrameSource
 
 log = structlog.get_logger()
 
+CLOSE_S = 20.0  # a service that ends is killed by its manager 30 s after it was told to
 Clock = Callable[[], float]
+Progress = Callable[[int, int], None]
+"""Called with (done, total) after each step of a long job."""
 T = TypeVar("T")
+
+
+class GivenUp(Exception):
+    """Ends a long job from within: nobody waits for its result any more."""
 
 
 @dataclass(slots=True)
@@ -52,14 +59,15 @@ class Worker:
         self._tracer = tracer
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="mdiq-compute", initializer=initialize)
         self._work_since: float | None = None
-        self._is_running = False
+        self._jobs: set[Future[Any]] = set()  # queued or running, also those that nobody waits for any more
+        self._is_closing = False
         self._last_progress_s = clock()
         self.meter = Meter()
 
     @property
     def has_work(self) -> bool:
         """Whether anything waits for the worker or runs in it."""
-        return self._is_running or self._work_since is not None
+        return bool(self._jobs) or self._work_since is not None
 
     @property
     def last_progress_s(self) -> float:
@@ -67,12 +75,12 @@ class Worker:
         return self._last_progress_s
 
     def note_progress(self) -> None:
-        """Say from within a long job that it goes on; for a watchdog it is no stuck one then. From any thread."""
+        """Say that a job goes on: a watchdog does not take it for a stuck one then. From any thread."""
         self._last_progress_s = self._clock()
 
     def work_waits(self) -> None:
         """Note that there is work: from now on an idle worker is one that lets work wait."""
-        if not self._is_running and self._work_since is None:
+        if not self._jobs and self._work_since is None:
             self._work_since = self._clock()
 
     async def run(self, label: str, job: Callable[[], T]) -> T:
@@ -87,9 +95,30 @@ class Worker:
         return result
 
     async def run_uncounted(self, job: Callable[[], T]) -> T:
-        """Run ``job`` in the worker thread outside of all figures: loading, measuring."""
+        """Run ``job``, which is short, in the worker thread outside of all figures."""
         result, _, _ = await self._timed(job)
         return result
+
+    async def run_long(self, job: Callable[[Progress], T], on_progress: Progress = lambda *_: None) -> T:
+        """Run ``job`` in the worker thread outside of all figures: loading, measuring.
+
+        job: called with a function that it calls with (done, total) after each of its steps. A watchdog sees by that
+        how it goes on, and a job that nobody waits for any more ends there. on_progress: called with the same on the
+        event loop.
+        """
+        loop = asyncio.get_running_loop()
+        is_given_up = False
+
+        def note(done: int, total: int) -> None:
+            if is_given_up or self._is_closing:
+                raise GivenUp
+            self.note_progress()
+            loop.call_soon_threadsafe(on_progress, done, total)
+
+        try:
+            return await self.run_uncounted(lambda: job(note))
+        finally:
+            is_given_up = True
 
     def nothing_waits(self) -> None:
         """Note that the worker is idle for want of work."""
@@ -100,9 +129,15 @@ class Worker:
         self.meter = Meter(dropped=self.meter.dropped)
         self._work_since = None
 
-    def close(self) -> None:
-        """Let the thread end behind its running job; does not wait for it."""
+    async def aclose(self) -> None:
+        """End the thread after its running job, a long one after its step; wait for that, at most CLOSE_S."""
+        self._is_closing = True
         self._executor.shutdown(wait=False, cancel_futures=True)
+        ending = [asyncio.wrap_future(job) for job in self._jobs]
+        for job in ending:
+            job.add_done_callback(lambda job: job.cancelled() or job.exception())  # whoever waited has it too
+        if ending and (await asyncio.wait(ending, timeout=CLOSE_S))[1]:
+            log.warning("job_goes_on", waited_s=CLOSE_S, text="it holds its memory until it ends")
 
     async def _timed(self, job: Callable[[], T]) -> tuple[T, float, float]:
         def timed() -> tuple[T, float, float]:
@@ -110,12 +145,14 @@ class Worker:
             result = job()
             return result, start_s, self._clock()
 
-        self._is_running = True
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
-        finally:
-            self._is_running = False
-            self.note_progress()
+        running = self._executor.submit(timed)
+        self._jobs.add(running)
+        running.add_done_callback(self._ended)
+        return await asyncio.wrap_future(running)
+
+    def _ended(self, job: "Future[Any]") -> None:
+        self.note_progress()
+        self._jobs.discard(job)
 
 
 async def receive_frames(

@@ -8,7 +8,6 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,7 +121,7 @@ class NodeProcess:
             for part in (self._sink, self._source, link, self._gate):
                 if part is not None:
                     await part.aclose()
-            self.worker.close()
+            await self.worker.aclose()
             self._context.term()
             # The next Ring's Layers may need the room.
             self._runner = self._service = self._serving = None
@@ -217,28 +216,30 @@ class NodeProcess:
         await self._admit()
         self._tracer.is_on = assign.trace
         model = await self._fetch(self._peers, layers, assign.model_digest) if self._peers else Path(assign.model)
-        runner = await self.worker.run_uncounted(
-            partial(
-                StageRunner.load,
-                model,
-                layers,
-                is_last=assign.is_last,
-                owns_embedding_and_head=False,
-                dtype=assign.dtype,
-                device=assign.device,
-                kv_tokens=assign.kv_tokens or None,
-                weights=assign.weights,
-                exact=assign.exact,
-                wire=assign.wire,
-                memory_share=assign.memory_share,
-                memory_bytes=self._memory_bytes(),
-                digest=assign.model_digest,
-                hot=assign.hot,
-                progress=self._noting_progress(asyncio.get_running_loop()),
-            )
+        load = partial(
+            StageRunner.load,
+            model,
+            layers,
+            is_last=assign.is_last,
+            owns_embedding_and_head=False,
+            dtype=assign.dtype,
+            device=assign.device,
+            kv_tokens=assign.kv_tokens or None,
+            weights=assign.weights,
+            exact=assign.exact,
+            wire=assign.wire,
+            memory_share=assign.memory_share,
+            memory_bytes=self._memory_bytes(),
+            digest=assign.model_digest,
+            hot=assign.hot,
         )
-        cost = await self.worker.run_uncounted(
-            partial(measure_cost, runner, least_s=SUSTAINED_S if self._peers else 0.0)
+        runner = await self.worker.run_long(
+            lambda progress: load(progress=progress), partial(self._progress, "loading")
+        )
+        least_s = SUSTAINED_S if self._peers else 0.0
+        cost = await self.worker.run_long(
+            lambda progress: measure_cost(runner, least_s=least_s, progress=progress),
+            lambda *_: self._notifier.starting(f"measures {self._layers}"),
         )
         self._runner = runner
         self._sink = await self._connect_hop(assign.next_endpoint)
@@ -299,15 +300,6 @@ class NodeProcess:
         self._notifier.starting(f"{what} {self._layers}{share}")
         if self._agent is not None:
             self._agent.loading(done, total)
-
-    def _noting_progress(self, loop: asyncio.AbstractEventLoop) -> Callable[[int, int], None]:
-        """Return what the worker calls while it loads."""
-
-        def note(done: int, total: int) -> None:
-            self.worker.note_progress()
-            loop.call_soon_threadsafe(self._progress, "loading", done, total)
-
-        return note
 
     async def _connect_hop(self, endpoint: str) -> PushSink:
         if self._peers is None:

@@ -187,7 +187,7 @@ class Ring:
         for link in (*self.sinks, *self.sources):
             await link.aclose()
         for worker in self.workers:
-            worker.close()
+            await worker.aclose()
         assert not failed, "a service ended by itself"
 
     def _source(self, i: int) -> FrameSource:

@@ -19,7 +19,7 @@ from mdiq.runtime.lifecycle import (
     serve_until_signal,
     watchdog_interval_s,
 )
-from mdiq.runtime.loops import Worker
+from mdiq.runtime.loops import GivenUp, Progress, Worker
 from mdiq.telemetry.trace import Tracer
 
 
@@ -320,15 +320,77 @@ async def test_the_watchdog_runs_by_itself_and_a_stuck_worker_starves_it(
         worker.nothing_waits()
         assert await next_feed() == "WATCHDOG=1"
     running.cancel()
-    worker.close()
+    await worker.aclose()
 
 
-def test_a_long_job_that_tells_of_its_progress_is_not_late(clock: Clock) -> None:
-    worker = Worker(clock, Tracer(is_on=False))
-    clock.now += 500.0
-    worker.note_progress()
-    assert worker.last_progress_s == clock.now
-    worker.close()
+async def test_a_long_job_that_tells_of_its_progress_is_not_late(clock: Clock) -> None:
+    worker, loop, told = Worker(clock, Tracer(is_on=False)), asyncio.get_running_loop(), asyncio.Queue[int]()
+    resume = asyncio.Event()
+
+    def job(progress: Progress) -> str:
+        for done in range(3):
+            clock.now += 500.0
+            progress(done, 3)
+            asyncio.run_coroutine_threadsafe(resume.wait(), loop).result()
+        return "loaded"
+
+    running = asyncio.create_task(worker.run_long(job, lambda done, _: told.put_nowait(done)))
+    assert await told.get() == 0
+    assert worker.has_work and worker.last_progress_s == clock.now
+    resume.set()
+    assert await running == "loaded"
+    assert not worker.has_work
+    await worker.aclose()
+
+
+async def test_a_long_job_that_nobody_waits_for_any_more_ends_at_its_next_step(clock: Clock) -> None:
+    worker, loop = Worker(clock, Tracer(is_on=False)), asyncio.get_running_loop()
+    began, resume = asyncio.Event(), asyncio.Event()
+    steps: list[int] = []
+
+    def job(progress: Progress) -> None:
+        for done in range(100):
+            steps.append(done)
+            loop.call_soon_threadsafe(began.set)
+            asyncio.run_coroutine_threadsafe(resume.wait(), loop).result()
+            progress(done, 100)
+
+    given_up = asyncio.create_task(worker.run_long(job))
+    await began.wait()
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    assert worker.has_work, "the thread is still busy with it"
+    following = asyncio.create_task(worker.run_uncounted(lambda: list(steps)))
+    resume.set()
+    assert await following == [0], "the next job waits for it, and it ended at its step"
+    await worker.aclose()
+
+
+async def test_closing_a_worker_waits_for_its_job(clock: Clock) -> None:
+    worker, loop = Worker(clock, Tracer(is_on=False)), asyncio.get_running_loop()
+    began, resume = asyncio.Event(), asyncio.Event()
+    ended: list[str] = []
+
+    def job(progress: Progress) -> None:
+        try:
+            loop.call_soon_threadsafe(began.set)
+            asyncio.run_coroutine_threadsafe(resume.wait(), loop).result()
+            progress(1, 2)
+            ended.append("it went on")
+        finally:
+            ended.append("ended")
+
+    running = asyncio.create_task(worker.run_long(job))
+    await began.wait()
+    closing = asyncio.create_task(worker.aclose())
+    await asyncio.sleep(0.02)
+    assert not closing.done()
+    resume.set()
+    await closing
+    assert ended == ["ended"]
+    with pytest.raises(GivenUp):
+        await running
 
 
 class Service:

@@ -8,6 +8,7 @@ from mdiq.bench.shapes import shape_file
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange
 from mdiq.runtime.local import LocalRing
+from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, RingOptions
 
 
@@ -34,3 +35,33 @@ async def test_hops_inside_a_process_are_not_measured_and_carry_what_the_stages_
 async def test_a_ring_of_one_has_no_hops(tiny: Path) -> None:
     async with LocalRing(RingOptions(tiny, (LayerRange(0, 4),), wires=("auto",), kv_tokens=128)) as ring:
         assert ring.hops() == []
+
+
+@pytest.mark.parametrize("weights", ["plain", "int8"])
+async def test_a_starter_that_loads_and_measures_notes_its_progress_for_the_watchdog(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    num_notes = 0
+    note_progress = Worker.note_progress
+
+    def note(worker: Worker) -> None:
+        nonlocal num_notes
+        num_notes += 1
+        note_progress(worker)
+
+    monkeypatch.setattr(Worker, "note_progress", note)
+    num_loaded: list[int] = []
+
+    def on_loading(node: str, done: int, total: int) -> None:
+        num_loaded.append(done)
+
+    options = RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128, weights=weights)
+    async with LocalRing(options, on_loading=on_loading):
+        # Each layer and the two ends, each of the 24 forwards that are measured, and with packed weights each matrix.
+        assert num_notes >= 5 + 24 + (4 * 4 if weights == "int8" else 0)
+        assert num_loaded[-1] == 5
+        num_notes = 0
+    async with LocalRing(options) as ring:
+        num_notes = 0
+        await ring.measured()
+        assert num_notes > 5, "the head is measured by several sizes"
