@@ -190,7 +190,7 @@ class Checkpoint:
     def layer_blocks(self, i: int) -> dict[str, list[tuple[int, Blocks | None]]]:
         """Return what Layer ``i``'s matrices are stacked of, by the roles of LayerTensors, as it is stored.
 
-        Each part is (its rows, its blocks of 4 bits, or None where the file has it in another type).
+        Each part is (its rows, its blocks, or None where the file has it in another type).
         """
         heads = {"q": self.config.num_heads, "k": self.config.num_kv_heads}
         found: dict[str, list[tuple[int, Blocks | None]]] = {}
@@ -204,7 +204,7 @@ class Checkpoint:
         return found
 
     def head_blocks(self) -> Blocks | None:
-        """Return the output matrix as it is stored, where it is 4 bits and not the embedding too; else None."""
+        """Return the output matrix as it is stored; None where it is the embedding too or of another type."""
         return None if self.config.is_tied else self._source.blocks(self._name("head", 0, "weight"))
 
     def _parts(self) -> dict[str, dict[str, int]]:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mdiq.core.weights import PART_SUFFIX, SHA256_BYTES, Manifest, decode
-from mdiq.engine.gguf_blocks import FOUR_BITS, Blocks, take_apart
+from mdiq.engine.gguf_blocks import KEPT, Blocks, take_apart
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.errors import ModelError, RemoteProtocolError
 
@@ -52,7 +52,7 @@ class Source(Protocol):
         ...
 
     def blocks(self, name: str) -> Blocks | None:
-        """Return a matrix as it is stored, or None where its type is not one of FOUR_BITS.
+        """Return a matrix as it is stored, or None where its type is not one of KEPT.
 
         Raises:
             ModelError: it is missing or cannot be read.
@@ -168,7 +168,7 @@ class GgufSource:
         return self._file.tensors[name].type.name
 
     def blocks(self, name: str) -> Blocks | None:
-        if name not in self._file.tensors or self.kind(name) not in FOUR_BITS:
+        if name not in self._file.tensors or self.kind(name) not in KEPT:
             return None
         return take_apart(self._file.stored(name), self.kind(name))
 

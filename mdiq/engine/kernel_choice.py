@@ -110,6 +110,8 @@ def _format(file: PackedFile, role: str) -> str:
     """Return what KERNELS call a matrix's format."""
     if f"{role}.mins" in file.names:
         return "q4_k"
+    if f"{role}.high" in file.names:
+        return "q6_k"
     return "int4" if f"{role}.nibbles" in file.names else "int8"
 
 
@@ -178,6 +180,10 @@ def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tens
         small = {f"w.{name}": torch.full(groups, 0.001, dtype=torch.float16) for name in ("d", "dmin")}
         large = {f"w.{name}": torch.randint(0, 64, blocks, dtype=torch.uint8) for name in ("scales", "mins")}
         return nibbles | small | large
+    if weights == "q6_k":
+        high = torch.randint(0, 256, (*blocks, BLOCK // 4), dtype=torch.uint8)
+        scales = torch.randint(-60, 61, (*blocks, 2), dtype=torch.int8)
+        return nibbles | {"w.high": high, "w.scales": scales, "w.d": torch.full(groups, 0.001, dtype=torch.float16)}
     # With offsets, as most matrices have them: some kernels pay for them.
     return nibbles | {"w.scale": torch.full(blocks, 0.01), "w.offset": torch.full(blocks, 0.01)}
 

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from mdiq.engine.device import drop_pages
-from mdiq.engine.gguf_blocks import BLOCK, scale_and_offset
+from mdiq.engine.gguf_blocks import BLOCK, q6_values, scale_and_offset
 from mdiq.engine.hot_split import HotSplit
-from mdiq.engine.llvm_int4 import LlvmInt4, LlvmInt4Wide, LlvmQ4K, LlvmQ4KWide
+from mdiq.engine.llvm_int4 import LlvmInt4, LlvmInt4Wide, LlvmQ4K, LlvmQ4KWide, LlvmQ6K, LlvmQ6KWide
 from mdiq.engine.llvm_int8 import LlvmInt8
 from mdiq.engine.quantize import PackedFile, unpack_int4
 
@@ -182,7 +182,46 @@ class TorchInt4:
         return (y if self._bias is None else y.float().add_(self._bias)).to(x.dtype)
 
 
-Kernel = LlvmInt8 | FbgemmInt8 | TorchInt8 | LlvmInt4 | LlvmInt4Wide | LlvmQ4K | LlvmQ4KWide | TorchInt4
+class TorchQ6K:
+    """Weights of Q6_K in bf16, for devices where nothing can be compiled. A matmul for every row is batch-invariant."""
+
+    name = "torch-q6k"
+    formats = ("q6_k",)
+    rounding = name
+
+    def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        blocks = {name: file.tensor(f"{role}.{name}") for name in ("nibbles", "high", "scales", "d")}
+        self._weight = q6_values(blocks).to(torch.bfloat16)
+        self._bias = _bias(file, role)
+        drop_pages(blocks["nibbles"])
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = [functional.linear(row[None], self._weight) for row in x.to(torch.bfloat16)]
+        y = torch.cat(rows).float()
+        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+
+
+Kernel = (
+    LlvmInt8
+    | FbgemmInt8
+    | TorchInt8
+    | LlvmInt4
+    | LlvmInt4Wide
+    | LlvmQ4K
+    | LlvmQ4KWide
+    | LlvmQ6K
+    | LlvmQ6KWide
+    | TorchInt4
+    | TorchQ6K
+)
 KERNELS: tuple[type[Kernel], ...] = (
     LlvmInt8,
     FbgemmInt8,
@@ -191,7 +230,10 @@ KERNELS: tuple[type[Kernel], ...] = (
     LlvmInt4Wide,
     LlvmQ4K,
     LlvmQ4KWide,
+    LlvmQ6K,
+    LlvmQ6KWide,
     TorchInt4,
+    TorchQ6K,
 )
 """The candidates for packed weights; of each format, the rounding that exact mode wants most comes first."""
 

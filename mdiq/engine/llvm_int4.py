@@ -28,7 +28,7 @@ class LlvmInt4:
     name = "llvm-int4"
     formats = ("int4",)
     rounding = "int8 groups"
-    _build: ClassVar[dict[str, bool]] = {}
+    _build: ClassVar[dict[str, int]] = {}
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         machine = compiled("llvm_int4_code", **self._build)
@@ -99,7 +99,7 @@ class LlvmInt4Wide(LlvmInt4):
     """The same, to the last bit, with vectors of 512 bits."""
 
     name = "llvm-int4-wide"
-    _build: ClassVar[dict[str, bool]] = {"is_wide": True}
+    _build: ClassVar[dict[str, int]] = {"is_wide": True}
 
     @staticmethod
     def is_available() -> bool:
@@ -115,7 +115,7 @@ class LlvmQ4K(LlvmInt4):
 
     name = "llvm-q4k"
     formats = ("q4_k",)
-    _build: ClassVar[dict[str, bool]] = {"is_grouped": True}
+    _build: ClassVar[dict[str, int]] = {"grouped": 4}
 
     @staticmethod
     def _interleaved(file: PackedFile, role: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +133,37 @@ class LlvmQ4KWide(LlvmQ4K):
     """The same, to the last bit, with vectors of 512 bits."""
 
     name = "llvm-q4k-wide"
-    _build: ClassVar[dict[str, bool]] = {"is_grouped": True, "is_wide": True}
+    _build: ClassVar[dict[str, int]] = {"grouped": 4, "is_wide": True}
+
+    @staticmethod
+    def is_available() -> bool:
+        return LlvmInt4Wide.is_available()
+
+
+class LlvmQ6K(LlvmInt4):
+    """6-bit weights in groups as Q6_K has them: w = d * scales * (q - 32), kept as they are."""
+
+    name = "llvm-q6k"
+    formats = ("q6_k",)
+    _build: ClassVar[dict[str, int]] = {"grouped": 6}
+
+    @staticmethod
+    def _interleaved(file: PackedFile, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+        from mdiq.engine.llvm_int4_code import ROWS
+
+        nibbles, high, scales, d = (file.tensor(f"{role}.{name}") for name in ("nibbles", "high", "scales", "d"))
+        blocks = [_in_lanes(tensor, size) for tensor, size in ((nibbles, 4), (high, 4), (scales, 2))]
+        groups = torch.cat(blocks, dim=-1).view(-1, d.shape[1], GROUP // BLOCK * sum(part.shape[-1] for part in blocks))
+        packed = torch.cat((groups, _in_lanes(d, 2)), dim=-1)
+        drop_pages(nibbles)
+        return packed, torch.ones(packed.shape[0] * ROWS)
+
+
+class LlvmQ6KWide(LlvmQ6K):
+    """The same, to the last bit, with vectors of 512 bits."""
+
+    name = "llvm-q6k-wide"
+    _build: ClassVar[dict[str, int]] = {"grouped": 6, "is_wide": True}
 
     @staticmethod
     def is_available() -> bool:

@@ -6,6 +6,8 @@ then the ROWS scales and the ROWS offsets of their blocks, in f16. A wide vector
 
 Of matrices in groups, as Q4_K has them, the scales and mins of blocks are bytes, and behind the blocks of a GROUP come
 its ROWS scales of scales and its ROWS scales of mins, in f16. What a group adds up to are then integers but for these.
+In Q6_K's groups a block has behind its nibbles the upper two bits of all of them (see gguf_blocks.py), two words for
+each row, then two scales for each row, a byte with a sign for half of the block; there are no mins.
 """
 
 from functools import reduce
@@ -37,13 +39,16 @@ ROWS = 8
 """Of the matrix, interleaved."""
 PACKED_BYTES = ROWS * (BLOCK // 2 + 4)
 """Of a block of ROWS rows."""
-GROUPED_BYTES = ROWS * (GROUP // 2 + 2 * GROUP // BLOCK + 4)
-"""Of a group of ROWS rows, where a matrix has groups."""
 ZERO = 8
 """The nibble that stands for 0."""
 PAD = 64
 """Bytes between rows of activations: rows that lie a power of two apart push each other out of the cache."""
-_GROUPED_BLOCK_BYTES = ROWS * (BLOCK // 2 + 2)
+_GROUPED_BLOCK_BYTES = {4: ROWS * (BLOCK // 2 + 2), 6: ROWS * (BLOCK // 2 + BLOCK // 4 + 2)}
+_GROUP_BYTES = {
+    bits: GROUP // BLOCK * size + ROWS * numbers
+    for (bits, size), numbers in zip(_GROUPED_BLOCK_BYTES.items(), (4, 2), strict=True)
+}
+_ZERO_OF_6 = 5  # bits: 32 stands for 0 of six
 _LEVELS = 127  # of an activation, above and below 0
 _WORDS = BLOCK // 8  # of a block's nibbles in one row: four bytes, eight columns
 _FEW_ROWS = 2  # of activations, for which the matrix is read as it lies
@@ -52,18 +57,19 @@ _AHEAD = 2_048  # bytes: how far weights are asked for ahead for few rows
 _LINE = 64  # bytes
 
 
-def build(features: frozenset[str], *, is_wide: bool = False, is_grouped: bool = False) -> Value:
+def build(features: frozenset[str], *, is_wide: bool = False, grouped: int = 0) -> Value:
     """Return the module for a CPU with such features; the bits of results are the same for all.
 
-    is_wide: use vectors of 512 bits where several rows of activations come. is_grouped: for matrices in groups.
+    is_wide: use vectors of 512 bits where several rows of activations come. grouped: for matrices in groups with
+    quants of so many bits, 4 or 6; 0 is for others.
     """
     module = ir.Module()
-    _build_prepare(module, start=1 if is_grouped else -ZERO)
+    _build_prepare(module, start=1 if grouped else -ZERO, halves=grouped == 6)
     most_rows = 8 if {"avx512vl", "neon"} & features else 6  # what 32 or 16 registers hold the sums of
     for num_rows in range(1, most_rows + 1):
         # Few rows of activations wait for memory, which likes to be read in the order of its addresses.
         num_places = 2 if is_wide and num_rows > _FEW_ROWS else 1
-        _build_tile(module, num_rows, features, num_places=num_places, is_grouped=is_grouped)
+        _build_tile(module, num_rows, features, num_places=num_places, grouped=grouped)
     build_multiply(
         module,
         num_weights=2,
@@ -89,13 +95,13 @@ def _smaller(f: Function, one: Value, other: Value) -> Value:
     return f.b.select(f.b.icmp_signed("<", one, other), one, other)
 
 
-def _build_prepare(module: Value, *, start: int) -> None:
+def _build_prepare(module: Value, *, start: int, halves: bool) -> None:
     """Build prepare(x, rounded, steps, sums, starts, num_rows, in): what a matmul wants of activations.
 
     x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every block the even columns before the odd ones. steps: f32
     [rows, groups], what one of _LEVELS stands for in a group. sums: f32 [rows, blocks], of the rounded activations.
     starts: i32 [rows, blocks], the same sums times ``start``: where sums of products begin whose nibbles stand for
-    -ZERO to 15 - ZERO.
+    -ZERO to 15 - ZERO. halves: instead, the sums of both halves of a block, 16 bits each.
     """
     f = Function(module, "prepare", [POINTER] * 5 + [LONG] * 2)
     b = f.b
@@ -134,7 +140,13 @@ def _build_prepare(module: Value, *, start: int) -> None:
                     f.store(part, rounded_row, b.add(column, LONG(parity * BLOCK // 2)))
                 total = f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, whole)
                 f.store(b.sitofp(total, FLOAT), sums_row, b.ashr(column, LONG(3)))
-                f.store(b.mul(total, INT(start)), starts_row, b.ashr(column, LONG(3)))
+                begin = b.mul(total, INT(start))
+                if halves:
+                    half = f.pick(whole, range(BLOCK // 2))
+                    first_total = f.call(f"llvm.vector.reduce.add.v{BLOCK // 2}i32", INT, half)
+                    other_total = b.shl(b.sub(total, first_total), INT(16))
+                    begin = b.or_(b.and_(first_total, INT(0xFFFF)), other_total)
+                f.store(begin, starts_row, b.ashr(column, LONG(3)))
                 return []
 
             f.loop(first, stop, BLOCK, [], columns)
@@ -147,7 +159,7 @@ def _build_prepare(module: Value, *, start: int) -> None:
     f.finish()
 
 
-def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int, is_grouped: bool) -> None:
+def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int, grouped: int) -> None:
     """Build tile<num_rows>(packed, unit, rounded, steps, sums, starts, y, out, first, stop, begin, end, in).
 
     It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y: f32
@@ -169,8 +181,8 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
 
     def num_bytes(num_columns: Value) -> Value:
         """Of so many columns of ROWS rows: columns are a multiple of BLOCK, or of GROUP."""
-        if is_grouped:
-            return b.mul(b.ashr(num_columns, LONG(8)), LONG(GROUPED_BYTES))
+        if grouped:
+            return b.mul(b.ashr(num_columns, LONG(8)), LONG(_GROUP_BYTES[grouped]))
         return b.mul(b.ashr(num_columns, LONG(5)), LONG(PACKED_BYTES))
 
     def output(i: Value, _: list[Value]) -> list[Value]:
@@ -238,32 +250,57 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
             step = [f.spread(f.load(FLOAT, row, at), num_lanes) for row in steps_rows]
             return [f.call(f"llvm.fma.{of_floats}", floats, *three) for three in zip(found, step, totals, strict=True)]
 
+        def with_upper_bits(weights: list[Value], at: Value) -> list[Value]:
+            """Return quants of six bits for nibbles."""
+            bytes_, shorts = vector(BYTE, 4 * num_lanes), vector(SHORT, 2 * num_lanes)
+            wide: list[Value] = []
+            for i, weight in enumerate(weights):
+                upper = b.bitcast(load(BYTE, 4 * ROWS, at, 4 * ROWS * (_WORDS + i // 4)), shorts)
+                shift = 4 - 2 * (i % 4)
+                by = splat(SHORT, 2 * num_lanes, abs(shift))
+                upper = b.lshr(upper, by) if shift < 0 else b.shl(upper, by) if shift else upper
+                wide.append(b.or_(weight, b.and_(b.bitcast(upper, bytes_), splat(BYTE, 4 * num_lanes, 48))))
+            return wide
+
         def whole_group(column: Value, totals: list[Value]) -> list[Value]:
-            group_at, end_of_blocks = num_bytes(column), GROUP // BLOCK * _GROUPED_BLOCK_BYTES
+            group_at, block_bytes = num_bytes(column), _GROUPED_BLOCK_BYTES[grouped]
 
             def grouped_block(i: Value, carried: list[Value]) -> list[Value]:
-                at = b.add(group_at, b.mul(i, LONG(_GROUPED_BLOCK_BYTES)))
-                ask(at, _GROUPED_BLOCK_BYTES)
+                at = b.add(group_at, b.mul(i, LONG(block_bytes)))
+                ask(at, block_bytes)
                 weights = load_weights(at)
-                scale, low = (
-                    b.zext(load(BYTE, ROWS, at, _GROUPED_BLOCK_BYTES - ROWS * k), vector(INT, num_lanes))
-                    for k in (2, 1)
-                )
                 block_column = b.add(column, b.mul(i, LONG(BLOCK)))
+                if grouped == 6:
+                    weights = with_upper_bits(weights, at)
+                    pairs = b.sext(load(BYTE, 2 * ROWS, at, block_bytes - 2 * ROWS), vector(SHORT, 2 * num_lanes))
+                else:
+                    scale, low = (
+                        b.zext(load(BYTE, ROWS, at, block_bytes - ROWS * k), vector(INT, num_lanes)) for k in (2, 1)
+                    )
                 results = []
                 for rounded_row, (_, sums_row), k in zip(rounded_rows, blocks_rows, range(num_rows), strict=True):
                     activations = load_activations(rounded_row, block_column)
-                    products = _scaled_products(f, scale, weights, activations, features)
-                    lows = _small_product(f, low, of_block(INT, sums_row, block_column), features)
+                    block_sum = of_block(INT, sums_row, block_column)
+                    if grouped == 6:
+                        products = _products_of_6(f, pairs, weights, activations, features)
+                        lows = _pair_products(f, pairs, b.bitcast(block_sum, pairs.type), features)
+                    else:
+                        products = _scaled_products(f, scale, weights, activations, features)
+                        lows = _small_product(f, low, block_sum, features)
                     results += [b.add(carried[2 * k], products), b.add(carried[2 * k + 1], lows)]
                 return results
 
             nothing = [splat(INT, num_lanes, 0)] * (2 * num_rows)
             found = f.loop(LONG(0), LONG(GROUP // BLOCK), 1, nothing, grouped_block)
-            of_scales, of_mins = (
-                b.fpext(load(HALF, ROWS, group_at, end_of_blocks + 2 * ROWS * k), floats) for k in (0, 1)
-            )
+            end_of_blocks = GROUP // BLOCK * block_bytes
+            of_scales = b.fpext(load(HALF, ROWS, group_at, end_of_blocks), floats)
             values = []
+            if grouped == 6:
+                for high, low in zip(found[::2], found[1::2], strict=True):
+                    total = b.sub(high, b.shl(low, splat(INT, num_lanes, _ZERO_OF_6)))
+                    values.append(b.fmul(b.sitofp(total, floats), of_scales))
+                return with_steps(column, values, totals)
+            of_mins = b.fpext(load(HALF, ROWS, group_at, end_of_blocks + 2 * ROWS), floats)
             for k in range(num_rows):
                 high, low = (b.sitofp(total, floats) for total in found[2 * k : 2 * k + 2])
                 low = b.fneg(b.fmul(low, of_mins))
@@ -273,7 +310,7 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
         def part(part_begin: Value, _: list[Value]) -> list[Value]:
             part_end = _smaller(f, b.add(part_begin, width), end)
             nothing = [splat(FLOAT, num_lanes, 0.0)] * num_rows
-            totals = f.loop(part_begin, part_end, GROUP, nothing, whole_group if is_grouped else group)
+            totals = f.loop(part_begin, part_end, GROUP, nothing, whole_group if grouped else group)
             is_first = b.icmp_signed("==", part_begin, LONG(0))
             is_last = b.icmp_signed("==", part_end, num_in)
             values, pointers = [], []
@@ -337,3 +374,39 @@ def _small_product(f: Function, low: Value, total: Value, features: frozenset[st
         return f.b.mul(low, total)
     shorts = vector(SHORT, 2 * ROWS)  # the upper half of ``low`` is 0, and so is what it is multiplied with
     return f.call("llvm.x86.avx2.pmadd.wd", low.type, f.b.bitcast(low, shorts), f.b.bitcast(total, shorts))
+
+
+def _products_of_6(
+    f: Function, pairs: Value, weights: list[Value], activations: list[Value], features: frozenset[str]
+) -> Value:
+    """Return for each lane the sum of its two scales times the products of bytes of half a block: weights in 0..63."""
+    b = f.b
+    num_lanes = pairs.type.count // 2
+    kind, half = vector(INT, num_lanes), len(weights) // 2
+    found = []
+    for parity, places in enumerate((slice(half), slice(half, None))):
+        of_half = weights[places], activations[places]
+        if "avx2" not in features or has_dot_products(features):
+            scale = _of_pairs(f, pairs)[parity]
+            found.append(b.mul(scale, _products(f, splat(INT, num_lanes, 0), *of_half, features)))
+            continue
+        scale = f.pick(pairs, [lane // 2 * 2 + parity for lane in range(2 * num_lanes)])
+        for k in range(0, half, 2):  # sums of four products of 63 * 127 at most: 16 bits hold them
+            total = _short_products(f, of_half[0][k : k + 2], of_half[1][k : k + 2])
+            found.append(f.call("llvm.x86.avx2.pmadd.wd", kind, total, scale))
+    return reduce(b.add, found)
+
+
+def _pair_products(f: Function, pairs: Value, others: Value, features: frozenset[str]) -> Value:
+    """Return for each lane the sum of two products of 16 bits with a sign."""
+    b, kind = f.b, vector(INT, pairs.type.count // 2)
+    if "avx2" in features and kind.count == ROWS:
+        return f.call("llvm.x86.avx2.pmadd.wd", kind, pairs, others)
+    products = [b.mul(*sides) for sides in zip(_of_pairs(f, pairs), _of_pairs(f, others), strict=True)]
+    return b.add(*products)
+
+
+def _of_pairs(f: Function, pairs: Value) -> list[Value]:
+    """Return the first and the second number of each lane's two, as i32."""
+    kind = vector(INT, pairs.type.count // 2)
+    return [f.b.sext(f.pick(pairs, range(parity, pairs.type.count, 2)), kind) for parity in range(2)]

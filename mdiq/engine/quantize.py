@@ -4,7 +4,7 @@ int8: one scale per row of the matrix, w = scale * q with q in -127..127. Copies
 follow behind the matrix's own columns, and no two neighbours of a row may exceed what 16 bits hold of their products
 with activations in 8 bits: x86 without VNNI adds two products in so many.
 int4: blocks of 32 columns; see gguf_blocks.Blocks. A file of few bits decides for each matrix: blocks of 4 bits
-stay as they are, and what it has in more is packed in 8. Others are packed in 4 with the offsets of Q4_1, or without.
+and of Q6_K stay as they are, and what else it has is packed in 8. Other files are packed in 4.
 
 A layer is packed the first time that it is loaded, and written to a file; from then on the file is mapped into memory.
 So no more than one layer is ever held in f32, and a restart reads no weights that it does not use.
@@ -29,7 +29,7 @@ from mdiq.engine.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, Blocks
 from mdiq.errors import ModelError
 
 FORMATS = ("int8", "int4")
-VERSION = 4
+VERSION = 5
 """Of the files' layout."""
 _HOT_SHARE = 0.03  # copies, of a matrix's columns
 _HOT_SHARES = {"down": 0.08}  # its activations are products, and spread the most

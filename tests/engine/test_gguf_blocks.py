@@ -5,25 +5,30 @@ import numpy as np
 import pytest
 import torch
 
-from mdiq.engine.gguf_blocks import Blocks, scale_and_offset, take_apart
+from mdiq.engine.gguf_blocks import Blocks, q6_values, scale_and_offset, take_apart
 from mdiq.engine.quantize import unpack_int4
 
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q4_K": 144}
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q6_K": 210}
 
 
 def random_rows(kind: str, num_rows: int, num_groups: int = 2, seed: int = 0) -> np.ndarray:
     """Return rows of ``num_groups`` times 256 columns of a type: random bytes, with small scales."""
     numbers = np.random.default_rng(seed)
-    num_blocks = num_groups if kind == "Q4_K" else 8 * num_groups
+    num_blocks = num_groups if kind.endswith("K") else 8 * num_groups
     rows = numbers.integers(0, 256, (num_rows, num_blocks, BLOCK_BYTES[kind]), dtype=np.uint8)
     scales = (numbers.standard_normal((num_rows, num_blocks, 2)) * 0.01).astype(np.float16)
-    num_scale_bytes = 2 if kind == "Q4_0" else 4
-    rows[..., :num_scale_bytes] = scales.view(np.uint8)[..., :num_scale_bytes]
+    if kind == "Q6_K":
+        rows[..., 208:] = scales.view(np.uint8)[..., :2]
+    else:
+        num_scale_bytes = 2 if kind == "Q4_0" else 4
+        rows[..., :num_scale_bytes] = scales.view(np.uint8)[..., :num_scale_bytes]
     return rows.reshape(num_rows, -1)
 
 
 def values(blocks: Blocks) -> torch.Tensor:
     """Return the matrix that blocks stand for: f64 [out, in]."""
+    if "high" in blocks:
+        return q6_values(blocks).double()
     scale, offset = (part.double()[..., None] for part in scale_and_offset(blocks))
     q = unpack_int4(blocks["nibbles"]).view(*scale.shape[:2], -1).double()
     return ((q - 8) * scale + offset).flatten(1)

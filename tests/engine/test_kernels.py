@@ -17,7 +17,7 @@ from mdiq.engine.gguf_blocks import BLOCK, scale_and_offset, take_apart
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
 from mdiq.engine.llvm_code import Machine, host_features
-from mdiq.engine.llvm_int4 import LlvmInt4, LlvmQ4K
+from mdiq.engine.llvm_int4 import LlvmInt4, LlvmQ4K, LlvmQ6K
 from mdiq.engine.llvm_int8 import LlvmInt8
 from mdiq.engine.llvm_matmul import compiled
 from mdiq.engine.quantize import PackedFile, quantize_columns, quantize_int4, unpack_int4
@@ -34,11 +34,14 @@ TOLERANCE = {
     "llvm-int4-wide": 4e-2,
     "llvm-q4k": 4e-2,
     "llvm-q4k-wide": 4e-2,
+    "llvm-q6k": 6e-2,
+    "llvm-q6k-wide": 6e-2,
+    "torch-q6k": 6e-3,
     "torch-int4": 6e-3,
 }
 AVAILABLE = [kernel for kernel in KERNELS if kernel.is_available()]
 # They work on every CPU, and are available where they are fast.
-COMPILED: list[type] = [LlvmInt4, LlvmQ4K, LlvmInt8]
+COMPILED: list[type] = [LlvmInt4, LlvmQ4K, LlvmQ6K, LlvmInt8]
 TESTED = [kernel for kernel in KERNELS if kernel in AVAILABLE or kernel in COMPILED]
 
 
@@ -60,8 +63,8 @@ def _packed(
         columns = quantize_columns(weight, hot)
         tensors |= {f"w.{name}": tensor for name, tensor in columns.items()}
         wide = columns["q"][:, :IN].double() * columns["scale"][:, None]
-    elif weights == "q4_k":
-        blocks = take_apart(random_rows("Q4_K", OUT), "Q4_K")
+    elif weights in ("q4_k", "q6_k"):
+        blocks = take_apart(random_rows(weights.upper(), OUT), weights.upper())
         tensors |= {f"w.{name}": tensor for name, tensor in blocks.items()}
         wide = values(blocks)
     else:
@@ -128,7 +131,7 @@ def test_sums_of_the_largest_activations_and_weights_do_not_overflow(kernel: typ
         assert torch.allclose(linear(torch.ones(3, IN)), torch.full((3, OUT), sign * IN), rtol=1e-2)
 
 
-@pytest.mark.parametrize("kernel", [LlvmInt4, LlvmQ4K], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [LlvmInt4, LlvmQ4K, LlvmQ6K], ids=lambda kernel: kernel.name)
 def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
     kernel: type[LlvmInt4], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +145,7 @@ def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
     if "avx512bw" in here:
         kinds.append((here, True))
     for features, is_wide in kinds:
-        machine = Machine(build(features, is_wide=is_wide, is_grouped=kernel is LlvmQ4K))
+        machine = Machine(build(features, is_wide=is_wide, grouped={LlvmQ4K: 4, LlvmQ6K: 6}.get(kernel, 0)))
         monkeypatch.setattr("mdiq.engine.llvm_int4.compiled", lambda *_, machine=machine, **__: machine)
         assert torch.equal(kernel(file, "w", exact=True)(x), found)
     monkeypatch.setattr("mdiq.engine.llvm_matmul._FEW_OUTPUTS", 16)
@@ -150,7 +153,9 @@ def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
     assert torch.equal(kernel(file, "w", exact=True)(x), found)
 
 
-@pytest.mark.parametrize(("kind", "kernel"), [("Q4_0", LlvmInt4), ("Q4_1", LlvmInt4), ("Q4_K", LlvmQ4K)])
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("Q4_0", LlvmInt4), ("Q4_1", LlvmInt4), ("Q4_K", LlvmQ4K), ("Q6_K", LlvmQ6K)]
+)
 def test_blocks_of_a_gguf_file_keep_their_values_in_the_kernel(
     kind: str, kernel: type[LlvmInt4], tmp_path: Path
 ) -> None:
@@ -160,9 +165,9 @@ def test_blocks_of_a_gguf_file_keep_their_values_in_the_kernel(
     linear = kernel(PackedFile(tmp_path / "w.safetensors"), "w", exact=True)
     expected = values(blocks)
     found = linear(torch.eye(expected.shape[1])).t()
-    scale, _ = scale_and_offset(blocks)
-    # Scales and offsets are f16 in Q4_K as in the file, and f16 of a row's largest scale else.
-    most = 1e-6 if kind == "Q4_K" else 15 * 2.0**-10
+    # Scales and offsets are f16 as in the file where there are groups, and f16 of a row's largest scale else.
+    scale = expected if kind.endswith("K") else scale_and_offset(blocks)[0]
+    most = 1e-6 if kind.endswith("K") else 15 * 2.0**-10
     assert ((found - expected).abs() <= most * scale.abs().amax(1, keepdim=True) + 1e-6 * expected.abs()).all()
 
 
