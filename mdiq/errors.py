@@ -13,6 +13,7 @@
     │   └── RemoteProtocolError     a peer sent what it must not send
     ├── TransportError              a socket that cannot be bound or reached
     ├── EngineError                 a forward pass failed
+    │   └── SequenceError           some Sequences of a Batch cannot be computed, and nothing was yet
     └── RingError                   the ring stopped answering
         ├── RingStalledError        one Sequence made no progress in spite of its replays
         └── NodeDiedError           a process of the ring ended
@@ -83,6 +84,14 @@ class TransportError(MdiqError):
 
 class EngineError(MdiqError):
     """A forward pass failed on a node."""
+
+
+class SequenceError(EngineError):
+    """Some Sequences of a Batch cannot be computed; the Batch can be run without them. seq_ids: theirs."""
+
+    def __init__(self, text: str, seq_ids: Sequence[int]) -> None:
+        super().__init__(text)
+        self.seq_ids = tuple(seq_ids)
 
 
 class RingError(MdiqError):

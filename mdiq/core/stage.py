@@ -25,6 +25,7 @@ Stage.
 """
 
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from mdiq.core.coalesce import Queued, coalesce
@@ -175,6 +176,19 @@ class StageProtocol:
         seq_ids = tuple(segment.seq_id for segment in batch.segments)
         self._forget(set(seq_ids))
         return seq_ids, self._release_frames(batch)
+
+    def drop(self, batch: Batch, seq_ids: Collection[SeqId]) -> Batch:
+        """Give up some Sequences of the Batch that runs, as ``fail`` does; return the Batch to run in its place."""
+        self._stop_running(batch)
+        if batch.epoch == self.epoch:
+            self._forget(set(seq_ids))
+        kept = [i for i, segment in enumerate(batch.segments) if segment.seq_id not in seq_ids]
+        self._running = replace(
+            batch,
+            segments=tuple(batch.segments[i] for i in kept),
+            payloads=tuple(batch.payloads[i] for i in kept),
+        )
+        return self._running
 
     def _take_segments(self) -> list[Queued]:
         is_prompts_turn = bool(self._prompts) and not (self._decoding and self._was_prompt)

@@ -16,7 +16,7 @@ from mdiq.engine.layers import Span
 from mdiq.engine.model_config import ModelConfig
 from mdiq.engine.stage_model import StageModel, WeightSettings
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
-from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError
+from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError, SequenceError
 
 KV_MEMORY_SHARE = 0.5  # of what is free behind the weights: the rest is for activations and for others
 MOST_SEQUENCES = 64
@@ -148,11 +148,13 @@ class StageRunner:
         """Run a Batch; see core's Engine.
 
         Raises:
+            SequenceError: some have a token id without an embedding; nothing but releases was done.
             EngineError: a payload does not fit, a position is out of order, or torch failed.
             CapacityError: the KV cache is full.
         """
         for seq_id in batch.releases:
             self._cache.free(seq_id)
+        self._check_ids(batch)
         if not batch.segments:
             return TensorRows(torch.empty(0, self.config.hidden_size, dtype=self._dtype))
         try:
@@ -197,11 +199,22 @@ class StageRunner:
         """Return what enters the Layers: [T, hidden_size]."""
         if all(isinstance(payload, TokenIds) for payload in batch.payloads):
             ids = [token for payload in batch.payloads if isinstance(payload, TokenIds) for token in payload.ids]
-            if max(ids) >= self.config.vocab_size:
-                raise EngineError(f"token id {max(ids)} is not one of the model's {self.config.vocab_size}")
             return self._model.embed(torch.tensor(ids, device=self._device), positions)
         rows = [self._rows(payload) for payload in batch.payloads]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _check_ids(self, batch: Batch) -> None:
+        vocab_size = self.config.vocab_size
+        wrong = {
+            segment.seq_id: token
+            for segment, payload in zip(batch.segments, batch.payloads, strict=True)
+            if isinstance(payload, TokenIds)
+            for token in payload.ids
+            if not 0 <= token < vocab_size
+        }
+        if wrong:
+            token = next(iter(wrong.values()))
+            raise SequenceError(f"token id {token} is not one of the model's {vocab_size}", tuple(wrong))
 
     def _rows(self, payload: Payload) -> torch.Tensor:
         return to_tensor(payload, self.config.hidden_size, self._dtype, self._device)

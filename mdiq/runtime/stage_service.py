@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
@@ -10,7 +11,7 @@ from mdiq.core.frame import Engine, Frame, FrameKind
 from mdiq.core.hop_survey import BurstMeter
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, SeqId
-from mdiq.errors import EngineError, MdiqError
+from mdiq.errors import EngineError, MdiqError, SequenceError
 from mdiq.runtime.loops import Clock, Worker, queue_burst, receive_frames, send_frames
 from mdiq.telemetry.trace import Tracer
 from mdiq.transport.base import FrameSink, FrameSource
@@ -117,9 +118,17 @@ async def compute_batch(
     if batch is None:
         return None
     try:
-        output = await worker.run(
-            f"{len(batch.segments)} segments, {batch.num_tokens} tokens", lambda: engine.forward(batch)
-        )
+        output = None
+        while output is None:
+            try:
+                output = await worker.run(
+                    f"{len(batch.segments)} segments, {batch.num_tokens} tokens", partial(engine.forward, batch)
+                )
+            except SequenceError as error:  # of some: the others of the Batch are run without them
+                seq_ids = tuple(map(SeqId, error.seq_ids))
+                log.warning("sequences_refused", seq_ids=seq_ids, error=str(error))
+                report_failure(batch.epoch, seq_ids, error)
+                batch = stage.drop(batch, seq_ids)
     except MdiqError as error:
         log.error("forward_failed", segments=len(batch.segments), tokens=batch.num_tokens, error=str(error))
         seq_ids, frames = stage.fail(batch)

@@ -180,6 +180,29 @@ def test_a_failed_batch_gives_up_its_sequences_and_still_sends_releases_on() -> 
     assert stage.receive(_hidden((1, 3, 1))) == Receipt(gaps=(SeqId(1),))
 
 
+def test_some_sequences_of_a_batch_are_given_up_and_the_others_run() -> None:
+    stage = _stage()
+    stage.receive(_release(0))
+    stage.receive(_hidden((1, 0, 2), (2, 0, 1), (3, 0, 1)))
+    batch = stage.take()
+    assert batch is not None
+    rest = stage.drop(batch, [SeqId(2)])
+    assert [segment.seq_id for segment in rest.segments] == [1, 3]
+    assert [payload.num_rows for payload in rest.payloads] == [2, 1]
+    assert rest.releases == batch.releases == (SeqId(0),)
+    with pytest.raises(LocalProtocolError):
+        stage.complete(batch, TokenIds((0, 0, 0, 0)))
+    assert [str(frame) for frame in stage.complete(rest, TokenIds((0, 0, 0)))] == [
+        "RELEASE epoch 3 [0[0:0]]",
+        "HIDDEN epoch 3 [1[0:2] 3[0:1]]",
+    ]
+    assert stage.receive(_hidden((1, 2, 1), (2, 1, 1))) == Receipt(queued=1, gaps=(SeqId(2),))
+    batch = stage.take()
+    assert batch is not None
+    stage.assign(Epoch(9), is_last=False)
+    assert stage.complete(stage.drop(batch, [SeqId(1)]), TokenIds(())) == []
+
+
 def test_an_assignment_forgets_every_sequence() -> None:
     stage = _stage()
     stage.receive(_hidden((5, 0, 2)))

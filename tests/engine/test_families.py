@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mdiq.core.types import LayerRange
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.runner import StageRunner
-from mdiq.errors import ModelError
+from mdiq.errors import ModelError, SequenceError
 from tests.engine.tiny_models import MODELS, NEAR_TIE, Chain, make_model, reference_tokens
 
 PROMPTS = {0: [5], 1: [3, 14, 15, 92, 65], 2: [i * 31 % 97 for i in range(40)]}
@@ -148,3 +148,16 @@ def test_missing_and_damaged_files_say_where(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match="not JSON"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [97, 2**31, -1])
+def test_a_token_id_without_an_embedding_is_refused_for_its_sequence_alone(wrong: int, tmp_path: Path) -> None:
+    model = make_model("llama-gqa-tied")
+    model.save_pretrained(tmp_path)
+    chain = Chain.load(tmp_path, [4])
+    pieces = [(0, 0, PROMPTS[0]), (1, 0, [3, wrong, 4]), (2, 0, PROMPTS[2])]
+    with pytest.raises(SequenceError, match=f"token id {wrong} is not one of the model's 97") as caught:
+        chain.forward(pieces)
+    assert caught.value.seq_ids == (1,)
+    expected = [reference_tokens(model, PROMPTS[i], 1)[0][0] for i in (0, 2)]
+    assert chain.forward([pieces[0], pieces[2]]) == expected

@@ -13,7 +13,7 @@ from mdiq.core.frame import Batch, Buffer
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason
 from mdiq.core.types import LayerRange, RingSpec, SeqId
-from mdiq.errors import CapacityError, EngineError, RingError, RingStalledError
+from mdiq.errors import CapacityError, EngineError, RingError, RingStalledError, SequenceError
 from tests.fakes import ChainEngine, ChainRows
 from tests.runtime.conftest import OpenRing, make_sequence, right_answer
 
@@ -147,6 +147,30 @@ async def test_an_engine_of_the_starter_that_fails_ends_only_its_sequence(open_r
         assert good.generated == right_answer(good)
         assert bad.finish_reason is FinishReason.ERROR
         await ring.check_quiet()
+
+
+async def test_a_sequence_that_cannot_be_computed_ends_alone_and_not_with_its_batch(open_ring: OpenRing) -> None:
+    async with open_ring(2, caps=(4,)) as ring:
+        forward = ring.engines[0].forward
+        met: list[int] = []
+
+        def fails(batch: Batch) -> ChainRows:
+            if wrong := [s.seq_id for s in batch.segments if s.seq_id in (1, 2)]:
+                met.append(len(batch.segments))
+                raise SequenceError("token id 99 is not one of the model's 97", wrong)
+            return forward(batch)
+
+        ring.engines[0].forward = fails  # type: ignore[method-assign]
+        sequences = [make_sequence(i) for i in range(6)]
+        await asyncio.gather(*(ring.stream(sequence) for sequence in sequences))
+        for sequence in sequences:
+            if sequence.index in (1, 2):
+                assert sequence.finish_reason is FinishReason.ERROR and "token id 99" in str(sequence.error)
+            else:
+                assert sequence.generated == right_answer(sequence)
+        assert max(met) > 1, "none had company"
+        await ring.check_quiet()
+        await ring.check(make_sequence(7))
 
 
 @pytest.mark.parametrize("error", [EngineError("a row is not a number"), IndexError("a mistake of ours")])
