@@ -49,9 +49,13 @@ class BadRequest(ApiError):
 
 
 def too_long(text: str, context_tokens: int, param: str | None = None, **more: object) -> BadRequest:
-    """Return the error of a prompt that does not fit, in the words and with the code that clients know it by."""
+    """Return the error of a prompt that does not fit, in the words and with the code that clients know it by.
+
+    litellm looks for the first words of the message, langchain-openai for "prompt is too long" or the code.
+    """
     return BadRequest(
-        f"This model's maximum context length is {context_tokens} tokens; {text}",
+        f"This model's maximum context length is {context_tokens} tokens, and the prompt is too long: "
+        f"{text.removeprefix('prompt: ')}",
         param,
         "exceed_context_size_error",
         code="context_length_exceeded",
@@ -87,7 +91,7 @@ class Asked:
         room = context_tokens - num_prompt_tokens
         wanted = self.max_tokens or room
         if room < 1:
-            text = f"the prompt has {num_prompt_tokens}: there is no room for an answer"
+            text = f"{num_prompt_tokens} tokens leave no room for an answer; shorten it"
             field = "messages" if self.is_chat else "prompt"
             raise too_long(text, context_tokens, field, n_prompt_tokens=num_prompt_tokens)
         try:

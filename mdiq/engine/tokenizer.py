@@ -87,7 +87,7 @@ class Tokenizer:
             return
         least = self._bound.least_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
         if least >= room:
-            raise ContextLengthError(f"the prompt has {least} tokens at least: there is no room for an answer")
+            raise ContextLengthError(f"prompt: at least {least} tokens leave no room for an answer in {room}; shorten it")
 
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """Return params whose stop texts that are special tokens end the answer as tokens: they have no text in it."""

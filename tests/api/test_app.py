@@ -42,7 +42,7 @@ class FakeRing:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
             if len(text) > 1_000:
-                raise CapacityError("the prompt has 100 tokens at least")
+                raise CapacityError("prompt: at least 100 tokens leave no room")
         return [[len(word) for word in text.split()] for text in texts]
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
@@ -467,4 +467,4 @@ async def test_a_text_that_cannot_fit_is_told_as_one_that_does_not(path: str, bo
         "context_length_exceeded",
         "messages" if "messages" in body else "prompt",
     )
-    assert error["message"].startswith("This model's maximum context length is 64 tokens; the prompt has 100 tokens")
+    assert error["message"].endswith("tokens, and the prompt is too long: at least 100 tokens leave no room")

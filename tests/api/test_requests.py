@@ -176,6 +176,11 @@ def test_what_does_not_fit_the_context_is_told_with_both_numbers() -> None:
         body = caught.value.body
         assert body["type"] == "exceed_context_size_error"
         assert (body["n_prompt_tokens"], body["n_ctx"]) == (num_prompt, 100)
+        # What litellm and langchain-openai know a prompt that is too long by; newer openai clients hand on only the
+        # message, without the code.
+        assert body["code"] == "context_length_exceeded"
+        assert "this model's maximum context length is" in str(body["message"]).lower()
+        assert "prompt is too long" in str(body["message"])
 
 
 def test_an_answer_longer_than_what_is_left_is_what_is_left() -> None:
