@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import yarl
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
@@ -468,3 +469,15 @@ async def test_a_text_that_cannot_fit_is_told_as_one_that_does_not(path: str, bo
         "messages" if "messages" in body else "prompt",
     )
     assert error["message"].endswith("tokens, and the prompt is too long: at least 100 tokens leave no room")
+
+
+@pytest.mark.parametrize(
+    "path", ["/chat/completions", "/v1/chat/completions/", "//v1/chat/completions", "/v1//chat/completions", "/v1", "/"]
+)
+async def test_an_address_that_is_not_there_is_told_the_one_that_is(path: str) -> None:
+    async with _client(FakeRing()) as client:
+        url = str(client.make_url("/")).removesuffix("/") + path
+        response = await client.session.post(yarl.URL(url, encoded=True), json=CHAT, allow_redirects=False)
+        error = await _error(response)
+    assert response.status == 404
+    assert f"POST {path}: " in error["message"] and "/v1/chat/completions" in error["message"].partition(": ")[2]
