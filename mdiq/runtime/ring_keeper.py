@@ -286,7 +286,7 @@ class RingKeeper:
         nodes += [{"name": node.name, "state": "stands by", "reason": node.reason} for node in standing_by]
         status: dict[str, Any] = {
             "is_serving": state.is_serving,
-            "state": state.text,
+            "state": self.describe(),
             "model": str(options.model),
             "nodes": nodes,
             "requests": {
@@ -325,7 +325,8 @@ class RingKeeper:
             if not entering.done():
                 return
             entering.result()
-            self._is_entered = True
+            # A survey serves nobody: it has no pace and no hops to show, and its KV cache is not the Ring's.
+            self._is_entered = not self._options.is_survey
             if self._on_formed is not None:
                 await self._on_formed(ring)
             if not self._renew.is_set():

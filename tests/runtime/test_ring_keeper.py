@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mdiq.api.metrics import metrics_text
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
@@ -88,9 +89,11 @@ class FakeRing:
         return [NodeFigures(n, r, 10, 5, 1.0, 0.0, 1, 2, {}) for n, r in zip(names, layers, strict=True)]
 
     def hops(self) -> list[HopFigures]:
+        assert not self.options.is_survey, "its hops have no formats yet"
         return [HopFigures("bf16", 0.001, 1e6) for _ in self.options.layers]
 
     def pace(self) -> PaceFigures:
+        assert not self.options.is_survey, "it is not paced"
         return PaceFigures(1, 2, 4, 0.01, 9.0, 16, 0.0)
 
 
@@ -106,7 +109,9 @@ class House:
         self.now = 0.0
         self.is_measured = is_measured
         self.fits = True
-        self.keeper = RingKeeper(self.read, self.open, clock=lambda: self.now)
+        self.kept = asyncio.Event()  # what the newest ring has measured
+        self.kept.set()
+        self.keeper = RingKeeper(self.read, self.open, clock=lambda: self.now, on_formed=lambda _: self.kept.wait())
         self.running = asyncio.create_task(self.keeper.run(), name="keeper")
 
     def read(self) -> Form:
@@ -385,6 +390,27 @@ async def test_nodes_measure_before_the_first_ring_and_it_is_asked_for_again_beh
         ring = await house.serving_ring(2)
         assert survey.is_closed and not ring.options.is_survey
         assert house.keeper.status()["rings_formed"] == 1
+    finally:
+        await house.close()
+
+
+async def test_while_nodes_measure_themselves_status_and_metrics_say_so_and_leave_the_pace_out() -> None:
+    house = House(is_measured=False)
+    try:
+        survey = await house.ring(1)
+        house.kept.clear()
+        survey.on_loading("pi1", 4, 4)
+        survey.joined.set()
+        await _settle()
+        status = house.keeper.status()
+        assert status["state"] == house.keeper.describe() == "nodes measure themselves; measures the ring"
+        assert not status["is_serving"] and "pace" not in status and "hops" not in status
+        assert "mdiq_serving 0" in metrics_text(status)
+        assert house.keeper.context_tokens is None, "what the ring will hold is not known yet"
+        house.is_measured = True
+        house.kept.set()
+        await house.serving_ring(2)
+        assert "pace" in house.keeper.status()
     finally:
         await house.close()
 
