@@ -22,7 +22,8 @@ log = structlog.get_logger()
 
 MOST_KEY_CHARACTERS = 128
 REJOIN_S = 0.5
-STOP_S = 5.0
+LEAVE_S = 25.0  # for what is in the ring
+STOP_S = 28.0  # the unit's TimeoutStopSec is 30
 
 
 def serve_topology(file: Path, name: str, *, once: bool) -> NoReturn:
@@ -58,6 +59,7 @@ class _Service:
         self._options = read()
         self._running: asyncio.Task[None] | None = None
         self._is_renewing = False
+        self._is_leaving = False
         self._notifier = notifier
         self._once = once
         self._process: NodeProcess | None = None
@@ -106,6 +108,8 @@ class _Service:
                     return
             finally:
                 self._process = None  # there is no ring to leave until the next one
+            if self._is_leaving:
+                return
             await asyncio.sleep(REJOIN_S)
 
     async def _reload(self) -> None:
@@ -122,8 +126,17 @@ class _Service:
             self._is_renewing = self._running.cancel()
 
     async def _leave(self) -> None:
-        if self._process is not None:
-            await self._process.leave()
+        """Let what is in the ring end, then leave; the Starter ends what takes longer with an error."""
+        self._is_leaving = True
+        process, running = self._process, self._running
+        if process is None or running is None:
+            return
+        try:
+            if await process.ask_to_leave():
+                await asyncio.wait({running}, timeout=LEAVE_S)
+        finally:  # also when a second signal comes
+            if not running.done():
+                await process.leave()
 
     def _has_work(self) -> bool:
         return self._process is not None and self._process.worker.has_work

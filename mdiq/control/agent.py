@@ -11,7 +11,7 @@ import structlog
 
 from mdiq.core import control
 from mdiq.core.types import Epoch, SeqId
-from mdiq.errors import MdiqError, RemoteProtocolError
+from mdiq.errors import MdiqError, RemoteProtocolError, TransportError
 from mdiq.telemetry.trace import Span
 from mdiq.transport.base import ControlLink
 
@@ -77,9 +77,17 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def leaving(self) -> bool:
+        """Ask the Starter to drain this Node when what is in the Ring has ended; return whether it can be told."""
+        with contextlib.suppress(TimeoutError, TransportError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._send(control.Leaving())
+                return True
+        return False
+
     async def leave(self, error: MdiqError) -> None:
         """Tell the Starter that this Node ends by itself."""
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, TransportError):  # it may have been drained just now
             async with asyncio.timeout(GOODBYE_S):
                 await self._send(control.Failed(type(error).__name__, str(error)))
 

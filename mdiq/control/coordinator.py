@@ -69,6 +69,7 @@ class Coordinator:
         self._ready: dict[NodeId, asyncio.Future[control.Ready]] = {name: loop.create_future() for name in names}
         self._gone: dict[NodeId, asyncio.Future[None]] = {name: loop.create_future() for name in names}
         self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
+        self.leaving: asyncio.Future[NodeId] = loop.create_future()  # the first Node that asks to be drained
         self.heartbeats: dict[NodeId, control.Heartbeat] = {}
         self.spans: dict[NodeId, list[Span]] = {name: [] for name in names}
 
@@ -222,6 +223,9 @@ class Coordinator:
                 self._on_fault(node, message)
             case control.TraceChunk():
                 self.spans[node] += [Span(*span) for span in message.spans]
+            case control.Leaving():
+                if not self.leaving.done():
+                    self.leaving.set_result(node)
             case control.Goodbye():
                 if not self._gone[node].done():
                     self._gone[node].set_result(None)

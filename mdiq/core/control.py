@@ -219,6 +219,11 @@ class StandBy:
 
 
 @dataclass(frozen=True, slots=True)
+class Leaving:
+    """A Node that serves is to end: the Starter drains it when what is in the Ring has ended. Failed follows if not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Finish, report and end."""
 
@@ -249,6 +254,7 @@ Message = (
     | Fault
     | Failed
     | StandBy
+    | Leaving
     | Drain
     | Goodbye
     | TraceChunk

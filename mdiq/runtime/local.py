@@ -141,6 +141,13 @@ class LocalRing:
         """Return the Nodes that have not been heard for so long, and for how long."""
         return self._stages.silent(least_s) if isinstance(self._stages, SocketStages) else {}
 
+    async def until_leaving(self) -> str:
+        """Wait until a Node asks to be drained; return its name."""
+        if isinstance(self._stages, SocketStages):
+            return await self._stages.until_leaving()
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
+
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
         """Have these Nodes stand by, in place of those that did; others lose their connections."""
         if isinstance(self._stages, RemoteStages):

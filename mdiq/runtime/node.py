@@ -127,8 +127,12 @@ class NodeProcess:
             self._runner = self._service = self._serving = None
             await asyncio.to_thread(return_free_memory, collect=True)
 
+    async def ask_to_leave(self) -> bool:
+        """Ask the Starter to drain this Node when what is in the Ring has ended; return whether that will happen."""
+        return self._agent is not None and self.has_served and await self._agent.leaving()
+
     async def leave(self) -> None:
-        """Tell the Starter, if this Node is in its Ring, that it ends because it was told to here."""
+        """Tell the Starter, if this Node is in its Ring, that it ends at once because it was told to here."""
         if self._agent is not None and self.is_assigned:
             await self._agent.leave(NodeDiedError("it was stopped on its device"))
 

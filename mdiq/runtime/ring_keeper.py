@@ -53,6 +53,7 @@ class KeptRing(Protocol):
     def silent(self, least_s: float) -> Mapping[str, float]: ...
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None: ...
     async def until_lost(self) -> MdiqError: ...
+    async def until_leaving(self) -> str: ...
     def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]: ...
     def figures(self) -> list[NodeFigures]: ...
     def hops(self) -> list[HopFigures]: ...
@@ -319,6 +320,7 @@ class RingKeeper:
         renewing = asyncio.create_task(self._renew.wait(), name="renew")
         entering = asyncio.create_task(ring.__aenter__(), name="form")
         losing: asyncio.Task[MdiqError] | None = None
+        ending: asyncio.Task[None] | None = None
         idling: asyncio.Task[None] | None = None
         try:
             await asyncio.wait({entering, renewing}, return_when=asyncio.FIRST_COMPLETED)
@@ -340,7 +342,8 @@ class RingKeeper:
             log.info("ring_formed", nodes=_names(self._options))
             if not self._is_ending and not self._holds_back:
                 self._say(f"serves on {_names(self._options)}", is_serving=True)
-            waited_for: set[asyncio.Task[Any]] = {losing, renewing}
+            ending = asyncio.create_task(self._until_left(ring), name="leaving")
+            waited_for: set[asyncio.Task[Any]] = {losing, renewing, ending}
             if self._wanted != self._options:
                 idling = asyncio.create_task(self._until_idle(), name="idle")
                 waited_for.add(idling)
@@ -349,7 +352,7 @@ class RingKeeper:
                 raise losing.result()
             ring.service.fail_all(RingError("the ring is formed anew; ask again"))
         finally:
-            tasks = [task for task in (renewing, entering, losing, idling) if task is not None]
+            tasks = [task for task in (renewing, entering, losing, ending, idling) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -373,6 +376,14 @@ class RingKeeper:
         self._wanted, self._drained = options, drained
         self._renew.set()
         await self._closed.wait()
+
+    async def _until_left(self, ring: KeptRing) -> None:
+        """Wait until a Node asks to be drained and nothing runs any more; it ends with the Ring then."""
+        name = await ring.until_leaving()
+        log.info("node_leaves", node=name, running=self._num_running)
+        if not self._is_ending:
+            self._say(f"{name} leaves when what runs is done")
+        await self._quiet.wait()
 
     async def _until_idle(self) -> None:
         """Wait until nothing has run for a while."""

@@ -71,6 +71,11 @@ class SocketStages(ABC):
         """Return the Nodes that have not been heard for so long, and for how long."""
         return dict[str, float](self._coordinator.silent(least_s).items()) if self._coordinator else {}
 
+    async def until_leaving(self) -> str:
+        """Wait until a Node asks to be drained; return its name."""
+        assert self._coordinator is not None  # start has run
+        return await asyncio.shield(self._coordinator.leaving)
+
     @abstractmethod
     async def start(self) -> Sequence[control.Ready]:
         """Have every Node join and load; return what each has, in ring order.

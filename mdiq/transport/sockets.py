@@ -250,13 +250,27 @@ class PartReader:
 
 
 async def send_whole(socket: zmq.asyncio.Socket, parts: Sequence[Buffer], *, copy: bool = True) -> None:
-    """Send one message, however often its connection ends meanwhile; wait while there is none."""
+    """Send one message, however often its connection ends meanwhile; wait while there is none.
+
+    Raises:
+        TransportError: the socket is closed.
+    """
     while True:
         try:
             await socket.send_multipart(parts, copy=copy)
             return
         except zmq.Again:
             continue  # the connection ended just then: libzmq has taken back the parts that it had
+        except zmq.ZMQError:
+            if socket.closed:
+                raise TransportError("the link is closed") from None
+            raise
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            # Closing cancels pyzmq's own futures, of which a sender that is not cancelled itself knows nothing.
+            if socket.closed and task is not None and not task.cancelling():
+                raise TransportError("the link is closed") from None
+            raise
 
 
 def _content(frame: zmq.Frame) -> Buffer:

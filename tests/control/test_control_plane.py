@@ -488,6 +488,17 @@ async def test_a_node_that_leaves_by_itself_is_lost_with_its_reason(plane: Plane
     assert (node, str(error)) == (ONE, "node-1: it was stopped on its device")
 
 
+async def test_a_node_that_is_stopped_asks_to_be_drained(plane: Plane) -> None:
+    agent, task = plane.agent("node-1")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    assert await agent.leaving()
+    assert await plane.coordinator.leaving == ONE
+    assert plane.lost.empty()
+    await plane.coordinator.drain(10.0)
+    await task
+
+
 async def test_a_process_in_place_of_a_silent_one_ends_the_ring_at_once(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:

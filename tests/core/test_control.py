@@ -77,6 +77,7 @@ MESSAGES: st.SearchStrategy[control.Message] = st.one_of(
     st.builds(control.Fault, COUNTS, st.lists(COUNTS, max_size=9).map(tuple), TEXTS, TEXTS),
     st.builds(control.Failed, TEXTS, TEXTS),
     st.just(control.Drain()),
+    st.just(control.Leaving()),
     st.just(control.Goodbye()),
     st.builds(control.TraceChunk, st.lists(st.tuples(TEXTS, TEXTS, FLOATS, FLOATS), max_size=5).map(tuple)),
 )

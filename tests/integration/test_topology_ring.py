@@ -132,6 +132,9 @@ def test_a_node_that_is_stopped_ends_the_run_with_its_name(ring: LoopbackRing) -
         starter = _starter(ring, *endless)
         assert starter.stdout.read(20)  # type: ignore[union-attr]
         two.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            two.wait(1)  # what is in the ring ends first
+        two.terminate()  # at once
         assert two.wait(20) == 0
         errors = starter.communicate(timeout=20)[1].decode()
         assert starter.returncode == 1

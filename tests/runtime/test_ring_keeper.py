@@ -39,6 +39,7 @@ class FakeRing:
         self.joined = asyncio.Event()
         self.refused: MdiqError | None = None
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
+        self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.steps = asyncio.Event()
         self.failure: MdiqError | None = None
         self.is_closed = False
@@ -72,6 +73,9 @@ class FakeRing:
 
     async def until_lost(self) -> MdiqError:
         return await asyncio.shield(self.loss)
+
+    async def until_leaving(self) -> str:
+        return await asyncio.shield(self.leaving)
 
     def lose(self, error: MdiqError) -> None:
         self.failure = error
@@ -296,6 +300,21 @@ async def test_a_drained_node_leaves_when_nothing_runs_and_may_come_back(house: 
     assert "already" in await house.keeper.drain_node("pi1")
     assert "back" in await house.keeper.drain_node("pi1", undo=True)
     assert (await house.serving_ring(3)).options.node_names == ("desk", "pi1", "pi2")
+
+
+async def test_what_runs_ends_before_a_node_that_is_stopped_leaves(house: House) -> None:
+    first = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    first.leaving.set_result("pi1")
+    await _settle()
+    assert not first.is_closed and not house.keeper.state.is_serving
+    with pytest.raises(RingError, match="pi1 leaves when what runs is done"):
+        await anext(house.keeper.stream(_sequence(1)))
+    first.steps.set()
+    assert (await _to_the_end(events)).step.error is None
+    await house.serving_ring(2)
+    assert first.is_closed
 
 
 async def test_a_drain_that_leaves_no_ring_is_refused_and_changes_nothing(house: House) -> None:

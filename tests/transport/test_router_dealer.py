@@ -123,3 +123,16 @@ async def test_what_was_sent_last_still_arrives(context: zmq.asyncio.Context) ->
 async def test_a_name_that_no_peer_can_have_is_refused(context: zmq.asyncio.Context, name: str) -> None:
     with pytest.raises(TransportError, match="1 to 255 bytes"):
         await DealerLink.connect(context, "tcp://127.0.0.1:1", identity=name)
+
+
+async def test_a_message_that_waits_for_a_peer_ends_with_an_error_when_its_link_is_closed(
+    context: zmq.asyncio.Context,
+) -> None:
+    link = await DealerLink.connect(context, "tcp://127.0.0.1:9", identity="node-1")  # nobody is there
+    sending = asyncio.create_task(link.send(b"I leave"))
+    await asyncio.sleep(0)
+    await link.aclose()
+    with pytest.raises(TransportError, match="closed"):
+        await sending
+    with pytest.raises(TransportError, match="closed"):
+        await link.send(b"I leave")
