@@ -184,6 +184,24 @@ def test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing(se
     assert served.ask(PROMPT) == [expected]
 
 
+def test_a_node_that_is_stopped_lets_what_runs_end_first(served: Served) -> None:
+    """The last one: the ring waits for pi1 from here on."""
+
+    async def ask_and_stop() -> str:
+        body = {**PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": True}
+        async with aiohttp.ClientSession() as session, session.post(f"{API}/v1/completions", json=body) as response:
+            await response.content.readline()
+            served.ring._nodes["pi1"].terminate()
+            return await response.text()
+
+    events = asyncio.run(ask_and_stop())
+    assert "error" not in events and events.endswith("data: [DONE]\n\n")
+    assert served.ring._nodes["pi1"].wait(20) == 0
+    log = served.ring.log("pi1").read_text()
+    assert "drain_ended" in log and "Traceback" not in log
+    served.until(lambda status: _states(status)["pi1"] == "missing")
+
+
 def _states(status: Any) -> dict[str, str]:
     return {node["name"]: node["state"] for node in status["nodes"]}
 

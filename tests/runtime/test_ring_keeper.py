@@ -273,10 +273,17 @@ async def test_a_lost_node_ends_what_runs_and_the_ring_is_formed_again(
     assert house.keeper.status()["requests"] == {"running": 0, "done": 1, "failed": 1, "refused": 0, "left": 0}
 
 
-async def test_a_ring_that_cannot_be_formed_is_tried_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [NodeDiedError("pi2: no memory"), ConfigError("pi1: tcp://pi2: no node of this topology is there")],
+    ids=["died", "pi1_has_another_topology"],
+)
+async def test_a_ring_that_cannot_be_formed_is_tried_again(
+    house: House, monkeypatch: pytest.MonkeyPatch, error: MdiqError
+) -> None:
     monkeypatch.setattr(ring_keeper, "RETRY_S", 0.0)
     ring = await house.ring(1)
-    ring.refused = NodeDiedError("pi2: no memory")
+    ring.refused = error
     ring.joined.set()
     await house.serving_ring(2)
     assert ring.is_closed
