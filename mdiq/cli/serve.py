@@ -1,6 +1,7 @@
 """`mdiq serve`: the Starter of a topology as a service: a ring that is kept up, its API, and an operator's socket."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from contextlib import asynccontextmanager
@@ -81,7 +82,7 @@ class _Topologies:
     def model_name(self) -> str:
         """As clients name it."""
         model = self._first.topology.model
-        return model.name or Path(model.path).name.removesuffix(".gguf")
+        return model.name or re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", Path(model.path).name)
 
     @property
     def context_tokens(self) -> int:

@@ -131,6 +131,11 @@ class Checkpoint:
         """The files that hold tensors, by name, and the bytes in front of the tensors of each."""
         return self._source.headers()
 
+    @property
+    def folder(self) -> Path:
+        """Where those files lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def fingerprints(self) -> bytes:
         """Return what the digest is made of: 32 bytes of each tensor, in the order of their names."""
         return b"".join(map(self._source.fingerprint, self._source.names()))
@@ -301,17 +306,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
     note = read_note(path)
     with ExitStack() as opened:
         source: Source
-        if path.is_dir():
-            where = path / "config.json"
+        where = path / "config.json"
+        # The copy of a split GGUF file, as other nodes have it, is a directory of its parts.
+        parts = sorted(path.glob("*-00001-of-*.gguf")) if path.is_dir() and not where.exists() else []
+        is_gguf = bool(parts) or not path.is_dir()
+        if not is_gguf:
             config = config_from_hf(read_json(where), str(where))
             source = SafetensorsSource(path)
             opened.callback(source.close)
         else:
-            file = opened.enter_context(GgufFile(path))
+            file = opened.enter_context(GgufFile(parts[0] if parts else path))
             config, source = config_from_gguf(file), GgufSource(file)
         if note is not None:
             source = PartialSource(source, note, path)
-        checkpoint = Checkpoint(path, config, source, is_gguf=not path.is_dir())
+        checkpoint = Checkpoint(path, config, source, is_gguf=is_gguf)
         checkpoint.check_names()
         opened.pop_all()
         return checkpoint

@@ -153,7 +153,7 @@ class PartialSource:
 
 
 class GgufSource:
-    """Tensors of a .gguf file."""
+    """Tensors of a .gguf file, or of all files of one that is split."""
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
@@ -182,10 +182,10 @@ class GgufSource:
 
     def place(self, name: str) -> Place:
         tensor = self._file.tensors[name]
-        return Place(self._file.path.name, tensor.offset, tensor.num_bytes)
+        return Place(self._file.file_of(tensor).name, tensor.offset, tensor.num_bytes)
 
     def headers(self) -> Mapping[str, int]:
-        return {self._file.path.name: self._file.header_bytes}
+        return self._file.headers
 
     def close(self) -> None:
         self._file.close()

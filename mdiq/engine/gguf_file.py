@@ -1,4 +1,7 @@
-"""GGUF files: metadata and tensors, read lazily from a memory map. Owns the parsing; `gguf` owns the quantized types.
+"""GGUF files: metadata and tensors, read lazily from memory maps. Owns the parsing; `gguf` owns the quantized types.
+
+A model that is split (``NAME-00001-of-0000N.gguf``) is read whole, whichever of its parts is named: its metadata is the
+first part's, its tensors are those of all.
 
 ``gguf.GGUFReader`` builds a numpy array for every token of the vocabulary, which takes seconds in each process of a
 ring; this reader takes milliseconds, and checks every length against the file before it believes it.
@@ -7,8 +10,10 @@ Format: GGUF version 2 and 3, little endian (ggml's docs/gguf.md).
 """
 
 import mmap
+import re
 import struct
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -27,44 +32,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies. ``shape`` is in row-major order: [rows, columns]."""
+    """Where a tensor lies: in which part. ``shape`` is in row-major order: [rows, columns]."""
 
     name: str
     shape: tuple[int, ...]
     type: gguf.GGMLQuantizationType
     offset: int
     num_bytes: int
+    part: int = 0
 
 
 class GgufFile:
-    """An open GGUF file; use it as a context manager, or call ``close``.
+    """An open GGUF file, with all its parts; use it as a context manager, or call ``close``.
 
     fields: metadata by key; arrays are lists (of str) or numpy arrays (of numbers).
-    tensors: where each tensor lies, by name, in the file's order.
-    header_bytes: what lies in front of the tensors.
+    tensors: where each tensor lies, by name, in the files' order.
 
     Raises:
-        ModelError: the file is missing, truncated, malformed or of an unsupported version.
+        ModelError: a file is missing, truncated, malformed or of an unsupported version.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            reason = "it is empty" if isinstance(error, ValueError) else error.strerror
-            raise ModelError(f"{path}: cannot be read ({reason}); give a .gguf file") from None
-        try:
-            self._parse()
-        except ModelError:
-            self._map.close()
-            raise
-        except (struct.error, IndexError, ValueError, OverflowError) as error:
-            self._map.close()
-            raise ModelError(
-                f"{path}: its header is truncated or malformed ({str(error)[:100]}); fetch the file again"
-            ) from None
+        with ExitStack() as opened:
+            first = opened.enter_context(_Part(path))
+            self._parts = [first]
+            num_parts = _number(first, "split.count")
+            if num_parts > 1:
+                paths = _part_paths(path, _number(first, "split.no"), num_parts)
+                self._parts = [first if part == path else opened.enter_context(_Part(part)) for part in paths]
+            self.fields = self._parts[0].fields
+            self.tensors = self._all_tensors()
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> "GgufFile":
         return self
@@ -75,8 +74,17 @@ class GgufFile:
         self.close()
 
     def close(self) -> None:
-        """Unmap the file, so that its pages no longer count as this process's memory."""
-        self._map.close()
+        """Unmap the files, so that their pages no longer count as this process's memory."""
+        self._opened.close()
+
+    @property
+    def headers(self) -> dict[str, int]:
+        """Return the names of the files, and what lies in front of the tensors of each."""
+        return {part.path.name: part.header_bytes for part in self._parts}
+
+    def file_of(self, tensor: GgufTensor) -> Path:
+        """Return the file that a tensor lies in."""
+        return self._parts[tensor.part].path
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Return a metadata value of the wanted type, or the default where it is missing.
@@ -101,7 +109,7 @@ class GgufFile:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise ModelError(f"{self.path}: tensor {name} is missing; fetch or convert the file again")
-        data = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        data = np.frombuffer(self._parts[tensor.part].map, np.uint8, tensor.num_bytes, tensor.offset)
         shape = tensor.shape
         if start or stop is not None:
             data = data.reshape(shape[0], -1)[start:stop].reshape(-1)
@@ -126,7 +134,7 @@ class GgufFile:
     def stored(self, name: str) -> np.ndarray:
         """Return the rows of a matrix as stored: u8 [rows, bytes], a copy."""
         tensor = self.tensors[name]
-        data = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        data = np.frombuffer(self._parts[tensor.part].map, np.uint8, tensor.num_bytes, tensor.offset)
         rows = data.reshape(tensor.shape[0], -1).copy()
         self._drop_pages(tensor)
         return rows
@@ -134,23 +142,73 @@ class GgufFile:
     def _drop_pages(self, tensor: GgufTensor) -> None:
         """Let the tensor's pages go: they would count as this process's memory until the file is closed."""
         first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.num_bytes - first)
+        self._parts[tensor.part].map.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.num_bytes - first)
 
     def sample(self, name: str, num_bytes: int) -> bytes:
         """Return the first bytes of a tensor as stored, for a fingerprint of the file."""
         tensor = self.tensors[name]
-        return self._map[tensor.offset : tensor.offset + min(num_bytes, tensor.num_bytes)]
+        return self._parts[tensor.part].map[tensor.offset : tensor.offset + min(num_bytes, tensor.num_bytes)]
+
+    def _all_tensors(self) -> dict[str, GgufTensor]:
+        tensors: dict[str, GgufTensor] = {}
+        for i, part in enumerate(self._parts):
+            found = _number(part, "split.no"), _number(part, "split.count")
+            if len(self._parts) > 1 and found != (i, len(self._parts)):
+                raise ModelError(
+                    f"{part.path}: it is part {found[0] + 1} of {found[1]}, and its name says {i + 1} of "
+                    f"{len(self._parts)}; fetch the file again"
+                )
+            for tensor in part.tensors:
+                if tensor.name in tensors:
+                    raise ModelError(f"{part.path}: tensor {tensor.name[:80]} is there twice; fetch the model again")
+                tensors[tensor.name] = replace(tensor, part=i) if i else tensor
+        num_tensors = _number(self._parts[0], "split.tensors.count", len(tensors))
+        if len(self._parts) > 1 and num_tensors != len(tensors):
+            raise ModelError(
+                f"{self.path}: its {len(self._parts)} parts have {len(tensors)} tensors, and the model {num_tensors}; "
+                "fetch all parts again, from one place"
+            )
+        return tensors
+
+
+class _Part:
+    """One file, mapped and parsed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            reason = "it is empty" if isinstance(error, ValueError) else error.strerror
+            raise ModelError(f"{path}: cannot be read ({reason}); give a .gguf file") from None
+        try:
+            self._parse()
+        except ModelError:
+            self.map.close()
+            raise
+        except (struct.error, IndexError, ValueError, OverflowError) as error:
+            self.map.close()
+            raise ModelError(
+                f"{path}: its header is truncated or malformed ({str(error)[:100]}); fetch the file again"
+            ) from None
+
+    def __enter__(self) -> "_Part":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.map.close()
 
     def _parse(self) -> None:
-        if self._map[:4] != b"GGUF":
+        if self.map[:4] != b"GGUF":
             raise ModelError(f"{self.path}: not a GGUF file (it does not begin with 'GGUF'); give a .gguf file")
-        (version,) = struct.unpack_from("<I", self._map, 4)
+        (version,) = struct.unpack_from("<I", self.map, 4)
         if version not in (2, 3):
             raise ModelError(
                 f"{self.path}: GGUF version {version & 0xFFFF or version >> 16} (or big endian) is not supported; "
                 "convert it to version 3, little endian"
             )
-        num_tensors, num_fields = struct.unpack_from("<QQ", self._map, 8)
+        num_tensors, num_fields = struct.unpack_from("<QQ", self.map, 8)
         if max(num_tensors, num_fields) > MOST_ENTRIES:
             raise ValueError(f"{num_tensors} tensors and {num_fields} fields")
         self._at = 24
@@ -158,17 +216,12 @@ class GgufFile:
         for _ in range(num_fields):
             key = self._string()
             self.fields[key] = self._value(self._unpack("I"))
-        if (num_parts := self.get("split.count", int, 0)) > 1:
-            raise ModelError(
-                f"{self.path}: it is part {self.get('split.no', int, 0) + 1} of {num_parts} of a split model; join "
-                "them first: llama-gguf-split --merge FIRST-PART WHOLE.gguf"
-            )
-        alignment = self.get("general.alignment", int, 32)
+        alignment = _number(self, "general.alignment", 32)
         if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment}")
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        self.header_bytes = data_start = min(-(-self._at // alignment) * alignment, len(self._map))
-        self.tensors: dict[str, GgufTensor] = {}
+        self.header_bytes = data_start = min(-(-self._at // alignment) * alignment, len(self.map))
+        self.tensors: list[GgufTensor] = []
         for name, shape, kind, offset in infos:
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             num_elements = 1
@@ -177,23 +230,23 @@ class GgufFile:
             if shape[-1] % block:
                 raise ValueError(f"tensor {name}: {shape[-1]} columns in blocks of {block}")
             tensor = GgufTensor(name, shape, kind, data_start + offset, num_elements // block * block_bytes)
-            if tensor.offset + tensor.num_bytes > len(self._map):
+            if tensor.offset + tensor.num_bytes > len(self.map):
                 raise ModelError(
                     f"{self.path}: tensor {name} ends at byte {tensor.offset + tensor.num_bytes} and the file at "
-                    f"{len(self._map)}: it is truncated; fetch it again"
+                    f"{len(self.map)}: it is truncated; fetch it again"
                 )
-            self.tensors[name] = tensor
+            self.tensors.append(tensor)
 
     def _unpack(self, code: str) -> int:
-        value: int = struct.unpack_from("<" + code, self._map, self._at)[0]
+        value: int = struct.unpack_from("<" + code, self.map, self._at)[0]
         self._at += struct.calcsize("<" + code)
         return value
 
     def _string(self) -> str:
         size = self._unpack("Q")
-        if size > len(self._map) - self._at:
+        if size > len(self.map) - self._at:
             raise ValueError(f"a text of {size} bytes")
-        text = self._map[self._at : self._at + size].decode("utf-8", errors="replace")
+        text = self.map[self._at : self._at + size].decode("utf-8", errors="replace")
         self._at += size
         return text
 
@@ -204,11 +257,11 @@ class GgufFile:
             if depth > 3:
                 raise ValueError("arrays nested too deeply")
             item_kind, count = self._unpack("I"), self._unpack("Q")
-            if count > len(self._map) - self._at:
+            if count > len(self.map) - self._at:
                 raise ValueError(f"an array of {count} items")
             if item_kind in _SCALARS:
                 dtype = np.dtype("<" + _SCALARS[item_kind])
-                values = np.frombuffer(self._map[self._at : self._at + count * dtype.itemsize], dtype, count)
+                values = np.frombuffer(self.map[self._at : self._at + count * dtype.itemsize], dtype, count)
                 self._at += count * dtype.itemsize
                 return values
             return [self._value(item_kind, depth=depth + 1) for _ in range(count)]
@@ -229,6 +282,30 @@ class GgufFile:
         return name, shape, gguf.GGMLQuantizationType(kind), self._unpack("Q")
 
 
+def _number(part: _Part, key: str, default: int = 0) -> int:
+    value = part.fields.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ModelError(f"{part.path}: {key} is of type {type(value).__name__}; fetch or convert the file again")
+    return value
+
+
+def _part_paths(path: Path, no: int, num_parts: int) -> list[Path]:
+    """Return the files of a split model, one of which is ``path``."""
+    name = _PART_NAME.fullmatch(path.name)
+    if name is None or int(name[3]) != num_parts:
+        raise ModelError(
+            f"{path}: it is part {no + 1} of {num_parts} of a split model, and its name does not end in "
+            f"-{no + 1:05}-of-{num_parts:05}.gguf; give all parts their names back, or join them: llama-gguf-split "
+            "--merge FIRST-PART WHOLE.gguf"
+        )
+    paths = [path.with_name(f"{name[1]}-{n:05}-of-{name[3]}{name[4]}") for n in range(1, num_parts + 1)]
+    for part in paths:
+        if not part.is_file():
+            raise ModelError(f"{part}: it is missing; {path.name} is one of {num_parts} parts, and all are needed")
+    return paths
+
+
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 _KINDS = frozenset(int(kind) for kind in gguf.GGMLQuantizationType)
 _NOT_READ = "which is not read; use the model in Q4_K_M or Q8_0"
 _PLAIN: dict[gguf.GGMLQuantizationType, np.dtype] = {

@@ -172,7 +172,7 @@ class PackedModel:
         self._find_hot = find_hot
         self._hot: PackedFile | None = None
         # The digest samples; a file that was changed in place has another time.
-        sources = [checkpoint.path] if checkpoint.path.is_file() else list(checkpoint.path.glob("*.safetensors"))
+        sources = [checkpoint.folder / name for name in checkpoint.headers]
         stamp = max(source.stat().st_mtime_ns for source in sources)
         name = f"{checkpoint.digest[:16]}-{stamp:x}"
         self._folder = folder / f"{name}-{weights}-v{VERSION}"

@@ -21,8 +21,10 @@ def map_weights(path: Path, *, chunk_bytes: int = CHUNK_BYTES) -> WeightMap:
     with open_checkpoint(path) as checkpoint:
         if checkpoint.is_partial:
             raise ModelError(f"{path}: it is a partial copy and cannot be given to others; name the model itself")
-        is_directory = path.is_dir()
-        small = [name for name in ("config.json", _INDEX) if (path / name).is_file()]
+        # A split GGUF file is sent as a directory of its parts.
+        is_directory = path.is_dir() or len(checkpoint.headers) > 1
+        folder = checkpoint.folder
+        small = [name for name in ("config.json", _INDEX) if path.is_dir() and (path / name).is_file()]
         names = [*small, *checkpoint.headers]
         index = {name: i for i, name in enumerate(names)}
 
@@ -30,7 +32,7 @@ def map_weights(path: Path, *, chunk_bytes: int = CHUNK_BYTES) -> WeightMap:
             # An empty tensor has no bytes that anybody could need.
             return tuple((index[p.file], p.offset, p.offset + p.num_bytes) for p in places if p.num_bytes)
 
-        files = tuple(_entry(path / name, name) for name in names) if is_directory else (_entry(path, _GGUF_NAME),)
+        files = tuple(_entry(folder / name, name) for name in names) if is_directory else (_entry(path, _GGUF_NAME),)
         shared = [Place(name, 0, files[index[name]][1]) for name in small]
         shared += [Place(name, 0, num_bytes) for name, num_bytes in checkpoint.headers.items()]
         return WeightMap(

@@ -139,11 +139,13 @@ class RemoteStages(SocketStages):
         options = self._options
         weights = await asyncio.to_thread(map_weights, options.model)
         rate = self._ring.transfer_bytes_per_s
+        is_split = weights.is_directory and not options.model.is_dir()
+        model = options.model.parent if is_split else options.model
         weight_server = WeightServer(
             server,
             weights,
-            options.model,
-            await asyncio.to_thread(ChunkHashes, cache_directory() / "hashes", options.model, weights),
+            model,
+            await asyncio.to_thread(ChunkHashes, cache_directory() / "hashes", model, weights),
             clock=time.monotonic,
             limit=None if rate is None else TokenBucket(rate, PIECE_BYTES),
             may_fetch=partial(self._may_fetch, server),

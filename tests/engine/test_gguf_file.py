@@ -7,10 +7,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 
+from mdiq.bench.shapes import shape_file
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.errors import ModelError
+from tests.engine.tiny_models import split_gguf
 
 PLAIN = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F64)
 QUANTIZED = [kind for kind in gguf.quants._type_traits if kind not in PLAIN]
@@ -94,15 +97,44 @@ def test_a_type_that_is_not_read_is_named_with_its_tensor(tmp_path: Path, kind: 
         GgufFile(path)
 
 
-def test_a_part_of_a_split_model_says_how_to_join_it(tmp_path: Path) -> None:
-    path = tmp_path / "m-00002-of-00003.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint16("split.no", 1)
-    writer.add_uint16("split.count", 3)
-    writer.add_tensor("t", np.ones((1, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ModelError, match="it is part 2 of 3 of a split model; join them first: llama-gguf-split"):
-        GgufFile(path)
+@pytest.fixture
+def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MDIQ_CACHE", str(tmp_path / "cache"))
+    return shape_file("tiny")
+
+
+@pytest.mark.parametrize("has_empty_first", [True, False])
+def test_a_split_model_is_read_whole_whichever_part_is_named(
+    whole: Path, tmp_path: Path, has_empty_first: bool
+) -> None:
+    parts = split_gguf(whole, tmp_path / "split", has_empty_first=has_empty_first)
+    assert len(parts) > 3 and (GgufFile(parts[0]).headers[parts[0].name] == parts[0].stat().st_size) == has_empty_first
+    with open_checkpoint(whole) as expected:
+        for part in parts:
+            with open_checkpoint(part) as found:
+                assert found.config == expected.config and found.digest == expected.digest
+                assert torch.equal(found.layer(3).matrices["down"], expected.layer(3).matrices["down"])
+                assert torch.equal(found.embedding(5, 7), expected.embedding(5, 7))
+
+
+def test_parts_that_do_not_make_up_a_model_are_named(whole: Path, tmp_path: Path) -> None:
+    def refuses(part: Path, text: str) -> None:
+        with pytest.raises(ModelError, match=text) as caught:
+            GgufFile(part)
+        assert "\n" not in str(caught.value)
+
+    parts = split_gguf(whole, tmp_path / "split")
+    contents = [part.read_bytes() for part in parts]
+    parts[2].unlink()
+    refuses(parts[0], rf"{parts[2]}: it is missing; {parts[0].name} is one of {len(parts)} parts, and all are needed")
+    parts[2].write_bytes(contents[1])
+    refuses(parts[1], rf"{parts[2]}: it is part 2 of {len(parts)}, and its name says 3 of")
+    parts[2].write_bytes(contents[2][:-40])
+    refuses(parts[0], rf"{parts[2]}: tensor .* is truncated; fetch it again")
+    parts[2].write_bytes(contents[2])
+    (alone := tmp_path / "renamed.gguf").write_bytes(contents[1])
+    refuses(alone, rf"it is part 2 of {len(parts)} of a split model, and its name does not end in -00002-of-0000")
+    others = split_gguf(whole, tmp_path / "others", per_part=8)
+    assert len(others) == len(parts)
+    parts[1].write_bytes(others[1].read_bytes())
+    refuses(parts[0], "its 6 parts have 38 tensors, and the model 39; fetch all parts again")

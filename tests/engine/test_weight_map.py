@@ -18,7 +18,7 @@ from mdiq.engine.hot_table import hot_table, of_layers
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.weight_map import map_weights
 from mdiq.errors import ModelError
-from tests.engine.tiny_models import MODELS, make_model
+from tests.engine.tiny_models import MODELS, make_model, split_gguf
 
 CHUNK = 4_096
 STAGES = (LayerRange(0, 1), LayerRange(1, 3), LayerRange(3, 4))
@@ -33,6 +33,8 @@ def _model(name: str, folder: Path) -> Path:
     """Return a tiny model: of a family as one file or as shards, or a GGUF file."""
     if name == "gguf":
         return shape_file("tiny")
+    if name == "gguf/split":
+        return split_gguf(shape_file("tiny"), folder)[1]
     family, _, is_sharded = name.partition("/")
     make_model(family).save_pretrained(folder, max_shard_size="60KB" if is_sharded else "1GB")
     assert len(list(folder.glob("*.safetensors"))) > 2 or not is_sharded
@@ -47,7 +49,8 @@ def _copy(model: Path, weights: WeightMap, layers: LayerRange, folder: Path, *, 
     if manifest.is_directory:
         copy.mkdir()
     for i, (name, size, mtime_ns) in enumerate(manifest.files):
-        content = (model / name if manifest.is_directory else model).read_bytes()
+        root = model.parent if model.is_file() else model
+        content = (root / name if manifest.is_directory else model).read_bytes()
         path = copy / name if manifest.is_directory else copy
         with path.open("wb") as file:
             file.truncate(size)
@@ -84,7 +87,7 @@ def _logits(paths: list[Path], weights: str, digest: str, table: Mapping[str, by
     return runners[0].logits([payloads[0]])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("name", [*MODELS, "llama-gqa-tied/sharded", "gpt2/sharded", "gguf"])
+@pytest.mark.parametrize("name", [*MODELS, "llama-gqa-tied/sharded", "gpt2/sharded", "gguf", "gguf/split"])
 def test_stages_on_partial_copies_give_the_same_bits_as_on_the_whole_model(name: str, tmp_path: Path) -> None:
     model = _model(name, tmp_path / "whole")
     weights = map_weights(model, chunk_bytes=CHUNK)
@@ -95,8 +98,9 @@ def test_stages_on_partial_copies_give_the_same_bits_as_on_the_whole_model(name:
     assert torch.equal(_logits(copies, "plain", weights.digest), _logits([model] * 3, "plain", weights.digest))
 
 
-def test_packed_weights_of_a_partial_copy_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    model = _model("gguf", tmp_path)
+@pytest.mark.parametrize("name", ["gguf", "gguf/split"])
+def test_packed_weights_of_a_partial_copy_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    model = _model(name, tmp_path / "whole")
     weights = map_weights(model, chunk_bytes=CHUNK)
     copies = [model, *(_copy(model, weights, STAGES[i], tmp_path / f"node-{i}", with_ends=False) for i in (1, 2))]
     packed = _logits(copies, "int8", weights.digest, hot_table(model, "int8"))
@@ -104,7 +108,7 @@ def test_packed_weights_of_a_partial_copy_are_those_of_the_whole_model(tmp_path:
     assert torch.equal(packed, _logits([model] * 3, "int8", weights.digest))
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-tied/sharded", "gguf"])
+@pytest.mark.parametrize("name", ["llama-gqa-tied/sharded", "gguf", "gguf/split"])
 def test_what_was_not_fetched_is_refused_and_never_read_as_zeros(name: str, tmp_path: Path) -> None:
     model = _model(name, tmp_path / "whole")
     weights = map_weights(model, chunk_bytes=CHUNK)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import torch
 from transformers import (
     GPT2Config,
@@ -85,6 +86,23 @@ def make_model(name: str) -> PreTrainedModel:
             is_matrix = parameter.dim() > 1
             parameter.normal_(0.0 if is_matrix else 0.5, 0.3)
     return model
+
+
+def split_gguf(whole: Path, folder: Path, *, has_empty_first: bool = True, per_part: int = 9) -> list[Path]:
+    """Write a GGUF file as its parts, as llama.cpp splits it, and return them in order; the first without tensors."""
+    folder.mkdir(exist_ok=True)
+    reader = gguf.GGUFReader(whole)
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=per_part, small_first_shard=has_empty_first)
+    for field in reader.fields.values():
+        if field.types and field.name != "general.architecture" and not field.name.startswith("GGUF."):
+            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("m-*.gguf"))
 
 
 def reference_tokens(model: PreTrainedModel, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
