@@ -68,19 +68,20 @@ class _Service:
         """Serve until a signal comes."""
         from mdiq.runtime.lifecycle import Watchdog, serve_until_signal, watchdog_interval_s
 
-        watching: asyncio.Task[None] | None = None
+        beside = {}
         if (interval_s := watchdog_interval_s()) is not None:
             watchdog = Watchdog(
                 self._notifier, interval_s, has_work=self._has_work, last_progress_s=self._last_progress_s
             )
-            watching = asyncio.create_task(watchdog.run(), name="watchdog")
-        try:
-            await serve_until_signal(
-                self._rings(), notifier=self._notifier, drain=self._leave, drain_s=STOP_S, reload=self._reload
-            )
-        finally:
-            if watching is not None:
-                watching.cancel()
+            beside["watchdog"] = watchdog.run()
+        await serve_until_signal(
+            self._rings(),
+            notifier=self._notifier,
+            drain=self._leave,
+            drain_s=STOP_S,
+            reload=self._reload,
+            beside=beside,
+        )
         self._notifier.stopping("ends")
 
     async def _rings(self) -> None:

@@ -194,19 +194,20 @@ class _Service:
         )
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AdminServer(socket_path(self._file), commands), self._api(keeper):
-            beside = [asyncio.create_task(self._keep_telling(), name="telling")]
+            beside = {"telling": self._keep_telling()}
             if (interval_s := watchdog_interval_s()) is not None:
                 watchdog = Watchdog(
                     self._notifier, interval_s, has_work=keeper.has_work, last_progress_s=keeper.last_progress_s
                 )
-                beside.append(asyncio.create_task(watchdog.run(), name="watchdog"))
-            try:
-                await serve_until_signal(
-                    keeper.run(), notifier=self._notifier, drain=keeper.finish, drain_s=STOP_S, reload=self._reload
-                )
-            finally:
-                for task in beside:
-                    task.cancel()
+                beside["watchdog"] = watchdog.run()
+            await serve_until_signal(
+                keeper.run(),
+                notifier=self._notifier,
+                drain=keeper.finish,
+                drain_s=STOP_S,
+                reload=self._reload,
+                beside=beside,
+            )
         self._notifier.stopping("ends")
 
     @asynccontextmanager

@@ -22,6 +22,7 @@ LATE_S = 0.5  # of the watcher; less than that hides no heartbeat
 MOST_STRANGERS = 256
 
 A = TypeVar("A", control.Begun, control.BurstSent, control.BurstArrived)
+T = TypeVar("T")
 
 
 class Coordinator:
@@ -85,8 +86,7 @@ class Coordinator:
         Raises:
             MdiqError: one of them failed or died; see ``fail``.
         """
-        # A caller that gives up must not end the futures: they tell who is missing.
-        return {node: await asyncio.shield(future) for node, future in self._joined.items()}
+        return await _all_of(self._joined)
 
     @property
     def missing(self) -> list[NodeId]:
@@ -108,7 +108,7 @@ class Coordinator:
         for node, assignment in assignments.items():
             self._members.assigned(node)
             await self._send(node, assignment)
-        return {node: await self._ready[node] for node in assignments}
+        return await _all_of({node: self._ready[node] for node in assignments})
 
     async def begin(self, begins: Mapping[NodeId, control.Begin]) -> None:
         """Tell the Nodes to begin an Epoch and wait until all have.
@@ -116,11 +116,10 @@ class Coordinator:
         Raises:
             MdiqError: one of them failed or died; see ``fail``.
         """
-        begun = [self._await(node, control.Begun, message.epoch) for node, message in begins.items()]
+        begun = {node: self._await(node, control.Begun, message.epoch) for node, message in begins.items()}
         for node, message in begins.items():
             await self._send(node, message)
-        for future in begun:
-            await future
+        await _all_of(begun)
 
     async def send_burst(self, node: NodeId, burst: control.SendBurst) -> control.BurstSent:
         """Have a Node send a burst and return when it did; raises as ``begin`` does."""
@@ -320,6 +319,19 @@ class Coordinator:
             await self._server.send(identity, control.encode(message, self._key))
         except errors.TransportError as error:
             log.info("control_message_not_sent", peer=repr(identity), error=str(error))
+
+
+async def _all_of(futures: Mapping[NodeId, "asyncio.Future[T]"]) -> dict[NodeId, T]:
+    """Return what every Node answers, or raise the first failure, whoever has not answered yet.
+
+    A caller that gives up does not end the futures: they tell who is missing.
+    """
+    if futures:
+        await asyncio.wait(futures.values(), return_when=asyncio.FIRST_EXCEPTION)
+    for future in futures.values():
+        if future.done():
+            future.result()  # raises what has failed
+    return {node: future.result() for node, future in futures.items()}
 
 
 def error_from(node: NodeId, failed: control.Failed) -> MdiqError:

@@ -87,7 +87,9 @@ class Tokenizer:
             return
         least = self._bound.least_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
         if least >= room:
-            raise ContextLengthError(f"prompt: at least {least} tokens leave no room for an answer in {room}; shorten it")
+            raise ContextLengthError(
+                f"prompt: at least {least} tokens leave no room for an answer in {room}; shorten it"
+            )
 
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """Return params whose stop texts that are special tokens end the answer as tokens: they have no text in it."""

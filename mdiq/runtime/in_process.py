@@ -15,7 +15,7 @@ from mdiq.engine.runner import StageRunner
 from mdiq.errors import MdiqError
 from mdiq.plan.pace import StageCost
 from mdiq.runtime.engine_worker import make_worker, wire_limits
-from mdiq.runtime.loops import Progress, Worker
+from mdiq.runtime.loops import Progress, Worker, loop_failed
 from mdiq.runtime.options import NodeFigures, RingOptions
 from mdiq.runtime.stage_service import StageService
 from mdiq.telemetry.trace import Span, Tracer
@@ -152,8 +152,8 @@ class InProcessStages:
     async def _serve(self, service: StageService) -> None:
         try:
             await service.run()
-        except* MdiqError as group:
-            self._on_lost(MdiqError(f"a stage of this process failed: {group.exceptions[0]}"))
+        except Exception as error:
+            self._on_lost(loop_failed("a stage of this process", error))
 
     def _report_failure(self, epoch: Epoch, seq_ids: tuple[SeqId, ...], error: MdiqError) -> None:
         self._on_fault(control.Fault(epoch, seq_ids, type(error).__name__, str(error)))

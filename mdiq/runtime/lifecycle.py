@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 import structlog
@@ -244,14 +244,16 @@ async def serve_until_signal(
     drain: Callable[[], Awaitable[None]],
     drain_s: float,
     reload: Callable[[], Awaitable[None]] | None = None,
+    beside: Mapping[str, Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     """Run ``serving`` until it ends, or until SIGTERM or SIGINT and then ``drain`` end it.
 
     drain: stops admitting and returns when what was admitted has ended; it gets ``drain_s`` seconds, then ``serving``
     is cancelled. A second signal cuts it short. reload: called by SIGHUP; what it refuses is logged and the old state
-    stays. Without it, SIGHUP keeps its usual meaning.
+    stays. Without it, SIGHUP keeps its usual meaning. beside: loops by name that run as long as ``serving``; the
+    service ends if one of them fails, since nobody would miss it otherwise.
 
-    Raises: what ``serving`` raises.
+    Raises: what ``serving`` raises, or a loop.
     """
     loop = asyncio.get_running_loop()
     end, hurry, hup = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -263,20 +265,21 @@ async def serve_until_signal(
     task = asyncio.ensure_future(serving)
     ending = asyncio.ensure_future(end.wait())
     reloading = asyncio.ensure_future(_reload_at(hup, reload, notifier))
+    loops = [reloading, *(asyncio.create_task(loop, name=name) for name, loop in (beside or {}).items())]
     try:
-        await asyncio.wait({task, ending, reloading}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, ending, *loops}, return_when=asyncio.FIRST_COMPLETED)
         reloading.cancel()
         if end.is_set() and not task.done():
             await _drain_before(task, hurry, notifier, drain, drain_s)
-        for ended in (task, reloading):
+        for ended in (task, *loops):
             if ended.done() and not ended.cancelled():
                 ended.result()
     finally:
         for number in handlers:
             loop.remove_signal_handler(number)
-        for left in (task, ending, reloading):
+        for left in (task, ending, *loops):
             left.cancel()
-        await asyncio.gather(task, ending, reloading, return_exceptions=True)
+        await asyncio.gather(task, ending, *loops, return_exceptions=True)
 
 
 async def _drain_before(

@@ -26,7 +26,7 @@ from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head, measure
 from mdiq.engine.quantize import chosen_format
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.wire_check import check_tokens, divergence_nats
-from mdiq.errors import MdiqError, RingError, first_of
+from mdiq.errors import MdiqError, first_of
 from mdiq.plan.measured import MeasuredRing, MeasuredStage
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
@@ -35,7 +35,7 @@ from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.engine_worker import TorchStarter, make_worker, wire_limits
 from mdiq.runtime.in_process import InProcessStages
 from mdiq.runtime.link_survey import survey_hops
-from mdiq.runtime.loops import Worker
+from mdiq.runtime.loops import Worker, loop_failed
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
 from mdiq.runtime.processes import ProcessStages
 from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
@@ -94,7 +94,7 @@ class LocalRing:
 
     async def __aenter__(self) -> "LocalRing":
         try:
-            await self._start()
+            await self._start_unless_lost()
         except BaseException:
             await self.aclose()
             raise
@@ -261,6 +261,20 @@ class LocalRing:
         self._runner = self._service = self._serving = None
         await asyncio.to_thread(return_free_memory, collect=True)
 
+    async def _start_unless_lost(self) -> None:
+        """Start; a Node that is lost meanwhile, or a loop that fails, ends that at once, whatever is waited for."""
+        starting = asyncio.create_task(self._start(), name="start")
+        losing = asyncio.create_task(self._is_lost.wait(), name="lost")
+        try:
+            await asyncio.wait({starting, losing}, return_when=asyncio.FIRST_COMPLETED)
+            if self._loss is not None and not starting.done():
+                raise self._loss
+        finally:
+            for task in (starting, losing):
+                task.cancel()
+            await asyncio.gather(starting, losing, return_exceptions=True)
+        starting.result()
+
     async def _start(self) -> None:
         options = self._options
         digest, weights = await self._worker.run_uncounted(partial(_seen, options))
@@ -426,8 +440,7 @@ class LocalRing:
 
     def _on_loops_ended(self, serving: "asyncio.Task[None]") -> None:
         if not serving.cancelled() and (error := serving.exception()) is not None:
-            first = first_of(error)
-            self._on_lost(first if isinstance(first, MdiqError) else RingError(f"starter: {first!r}; see the log"))
+            self._on_lost(loop_failed("starter", error))
 
 
 def _seen(options: RingOptions) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from mdiq.core import wire
 from mdiq.core.control import SendBurst
 from mdiq.core.frame import Frame
 from mdiq.core.hop_survey import burst_frames
-from mdiq.errors import RemoteProtocolError
+from mdiq.errors import MdiqError, RemoteProtocolError, RingError, first_of
 from mdiq.telemetry.trace import COMPUTE, Tracer
 from mdiq.transport.base import FrameSink, FrameSource
 
@@ -153,6 +153,15 @@ class Worker:
     def _ended(self, job: "Future[Any]") -> None:
         self.note_progress()
         self._jobs.discard(job)
+
+
+def loop_failed(name: str, error: BaseException) -> MdiqError:
+    """Return why the Ring ends when a loop of this name has failed; what nobody has foreseen is logged whole."""
+    first = first_of(error)
+    if isinstance(first, MdiqError):
+        return first
+    log.error("loop_failed", loop=name, exc_info=first)
+    return RingError(f"{name}: {first!r}; see the log")
 
 
 async def receive_frames(

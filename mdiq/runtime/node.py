@@ -76,6 +76,7 @@ class NodeProcess:
         self._waits_for = "the starter"  # or for nothing
         self._gate: Gate | None = None
         self._guarding: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._previous = ""  # the Node before this one; unknown before the assignment
         self._layers = ""
         self._num_links = 0
@@ -97,7 +98,7 @@ class NodeProcess:
             MdiqError: the port or the model cannot be used, or a loop failed.
         """
         link: DealerLink | None = None
-        telling = asyncio.create_task(self._tell_what_it_waits_for(), name="telling")
+        self._telling = asyncio.create_task(self._tell_what_it_waits_for(), name="telling")
         try:
             self._source, link = await self._open_links()
             hello = control.Hello(self._options.name, self._source.endpoint, os.getpid(), mdiq.__version__)
@@ -114,7 +115,7 @@ class NodeProcess:
             )
             await self._until_drained(self._agent)
         finally:
-            tasks = [task for task in (telling, self._serving, self._guarding) if task is not None]
+            tasks = [task for task in (self._telling, self._serving, self._guarding) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -196,7 +197,7 @@ class NodeProcess:
         obeying = asyncio.create_task(agent.run(), name="agent")
         try:
             while not obeying.done():
-                loops = {task for task in (self._serving, self._guarding) if task is not None}
+                loops = {task for task in (self._telling, self._serving, self._guarding) if task is not None}
                 # The Stage begins to serve while the agent obeys: look again when it does.
                 done, _ = await asyncio.wait({obeying, *loops}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done & loops:

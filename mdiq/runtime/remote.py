@@ -6,10 +6,9 @@ questions for weights from the workers, and everyone speaks for its own name onl
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import structlog
 
@@ -24,7 +23,7 @@ from mdiq.core.weights import PIECE_BYTES
 from mdiq.engine.hot_table import hot_table, of_layers
 from mdiq.engine.quantize import FORMATS
 from mdiq.engine.weight_map import map_weights
-from mdiq.errors import MdiqError, RingError, TransportError
+from mdiq.errors import MdiqError, TransportError, first_of
 from mdiq.runtime.options import RemoteRing, StandingBy
 from mdiq.runtime.stages import SocketStages
 from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
@@ -76,13 +75,13 @@ class RemoteStages(SocketStages):
             security=self._server_security(WEIGHTS),
             insecure=insecure,
         )
-        preparing = asyncio.create_task(self._prepare(self._weights), name="prepare-weights")
         try:
-            await self._all_joined(coordinator)
-            hot = await preparing
-        finally:
-            preparing.cancel()
-            await asyncio.gather(preparing, return_exceptions=True)
+            async with asyncio.TaskGroup() as tasks:
+                preparing = tasks.create_task(self._prepare(self._weights), name="prepare-weights")
+                tasks.create_task(self._all_joined(coordinator), name="join")
+        except* MdiqError as group:
+            raise first_of(group) from None
+        hot = preparing.result()
         following = ring.nodes[1]
         self.sink = await PushSink.connect(
             self._context,
@@ -119,7 +118,7 @@ class RemoteStages(SocketStages):
         last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
         for domain, listed in ((DATA, last), (CONTROL, self._speakers(ring.standing_by)), (WEIGHTS, workers)):
             await gate.replace(domain, listed)
-        self._run(self._serve(gate.run(), "gate"), "gate")
+        self._run(gate.run(), "gate")
         return gate
 
     def _speakers(self, standing_by: Sequence[StandingBy]) -> dict[str, str]:
@@ -150,7 +149,7 @@ class RemoteStages(SocketStages):
             limit=None if rate is None else TokenBucket(rate, PIECE_BYTES),
             may_fetch=partial(self._may_fetch, server),
         )
-        self._run(self._serve(weight_server.run(), "weights"), "weights")
+        self._run(weight_server.run(), "weights")
         if options.weights not in FORMATS:
             return {}
         return await asyncio.to_thread(hot_table, options.model, options.weights)
@@ -198,15 +197,6 @@ class RemoteStages(SocketStages):
     def _client_security(self, public_key: str | None) -> ClientSecurity | None:
         secret = self._ring.secret
         return None if secret is None else ClientSecurity(secret, public_key or "")
-
-    async def _serve(self, loop: Coroutine[Any, Any, None], what: str) -> None:
-        """Run a loop that only ends by a mistake; the Ring ends with it then."""
-        try:
-            await loop
-        except Exception as error:
-            log.error("loop_failed", loop=what, error=repr(error))
-            known = error if isinstance(error, MdiqError) else RingError(f"{what}: {error!r}; see the log")
-            self._lost(NodeId(self._options.node_names[0]), known)
 
 
 def _reasons(standing_by: Sequence[StandingBy]) -> dict[NodeId, str]:

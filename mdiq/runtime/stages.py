@@ -18,6 +18,7 @@ from mdiq.core import control
 from mdiq.core.types import Epoch, NodeId
 from mdiq.core.wire import hop_key
 from mdiq.errors import MdiqError
+from mdiq.runtime.loops import loop_failed
 from mdiq.runtime.options import NodeFigures, RingOptions
 from mdiq.telemetry.trace import Span
 from mdiq.transport.push_pull import PullSource, PushSink
@@ -173,8 +174,14 @@ class SocketStages(ABC):
         return coordinator
 
     def _run(self, loop: Coroutine[Any, Any, None], name: str) -> None:
-        """Run a loop until ``aclose``."""
-        self._tasks.append(asyncio.create_task(loop, name=name))
+        """Run a loop until ``aclose``; the Ring is lost if it fails."""
+        self._tasks.append(asyncio.create_task(self._supervised(loop, name), name=name))
+
+    async def _supervised(self, loop: Coroutine[Any, Any, None], name: str) -> None:
+        try:
+            await loop
+        except Exception as error:
+            self._lost(NodeId(self._options.node_names[0]), loop_failed(name, error))
 
     def _assignment(self, i: int, next_endpoint: str) -> control.Assign:
         """Return what Stage ``i`` is to do in a Ring on this machine."""

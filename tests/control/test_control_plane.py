@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from typing import NoReturn
 
 import pytest
 import zmq.asyncio
@@ -71,6 +72,43 @@ async def test_a_failed_load_is_the_error_of_whoever_waits_and_ends_the_agent(pl
     assert (node, type(error)) == (TWO, ModelError)
     with pytest.raises(ModelError, match="^weights.bin"):
         await failing
+
+
+async def _never(_: object) -> NoReturn:
+    await asyncio.Event().wait()
+    raise AssertionError("it never ends")
+
+
+async def _fails(_: object) -> NoReturn:
+    raise ModelError("no room")
+
+
+@pytest.mark.parametrize("fails", ["node-1", "node-2"])
+async def test_the_first_failure_is_heard_whoever_has_not_answered_yet(plane: Plane, fails: str) -> None:
+    for name in ("node-1", "node-2"):
+        plane.agent(name, load=_fails if name == fails else _never)
+    await plane.coordinator.all_joined()
+    async with asyncio.timeout(20):
+        with pytest.raises(ModelError, match=f"{fails}: no room"):
+            await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})
+
+
+@pytest.mark.parametrize("fails", ["node-1", "node-2"])
+async def test_the_first_failure_to_begin_is_heard_whoever_has_not_begun_yet(plane: Plane, fails: str) -> None:
+    for name in ("node-1", "node-2"):
+        plane.agent(name, begin=_fails if name == fails else _never)
+    await plane.coordinator.all_joined()
+    async with asyncio.timeout(20):
+        with pytest.raises(ModelError, match=f"{fails}: no room"):
+            await plane.coordinator.begin({ONE: control.Begin(2, "f32"), TWO: control.Begin(2, "f32")})
+
+
+async def test_a_node_of_another_version_is_heard_of_before_the_others_have_joined(plane: Plane) -> None:
+    plane.agent("node-2", version="9.9.9")
+    async with asyncio.timeout(20):
+        with pytest.raises(EngineError, match=r"node-2: it runs mdiq 9\.9\.9"):
+            await plane.coordinator.all_joined()
+    assert plane.coordinator.missing == [ONE]
 
 
 async def test_another_version_is_refused_with_both_named(plane: Plane) -> None:

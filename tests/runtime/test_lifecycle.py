@@ -430,6 +430,21 @@ async def _start(service: Service, notifier: Notifier, drain_s: float = 20.0) ->
     return running
 
 
+async def test_a_loop_beside_the_service_that_fails_ends_it_with_its_reason(notifier: Notifier) -> None:
+    service = Service()
+
+    async def fail() -> None:
+        await service.began.wait()
+        raise RuntimeError("nobody fed the watchdog any more")
+
+    async with asyncio.timeout(20):
+        with pytest.raises(RuntimeError, match="nobody fed the watchdog"):
+            await serve_until_signal(
+                service.serve(), notifier=notifier, drain=service.drain, drain_s=1.0, beside={"watchdog": fail()}
+            )
+    assert service.was_closed
+
+
 async def test_sigterm_drains_and_ends_without_an_error(manager: Manager, notifier: Notifier) -> None:
     service = Service()
     running = await _start(service, notifier)

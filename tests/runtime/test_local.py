@@ -1,15 +1,20 @@
 """A Ring of this one process, on a model of random weights."""
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mdiq.bench.shapes import shape_file
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange
+from mdiq.errors import MdiqError, NodeDiedError, RingError
+from mdiq.runtime import in_process, local
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, RingOptions
+from mdiq.runtime.processes import ProcessStages
 
 
 @pytest.fixture
@@ -65,3 +70,70 @@ async def test_a_starter_that_loads_and_measures_notes_its_progress_for_the_watc
         num_notes = 0
         await ring.measured()
         assert num_notes > 5, "the head is measured by several sizes"
+
+
+class LosingStages:
+    """Stages of which one is lost while the Ring waits for another."""
+
+    source = sink = None
+
+    def __init__(self, options: RingOptions, **callbacks: Any) -> None:
+        self._on_lost = callbacks["on_lost"]
+
+    async def start(self) -> None:
+        self._on_lost(NodeDiedError("node-2: no heartbeat"))
+        await asyncio.Event().wait()
+
+    async def aclose(self) -> None:
+        pass
+
+
+async def test_a_node_that_is_lost_ends_the_start_whatever_is_waited_for(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_kind_of_stages", lambda _: LosingStages)
+    options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), kv_tokens=128)
+    async with asyncio.timeout(30):
+        with pytest.raises(NodeDiedError, match="node-2: no heartbeat"):
+            await LocalRing(options).__aenter__()
+
+
+async def test_a_loop_of_the_stages_that_fails_ends_the_ring_with_its_reason(tiny: Path) -> None:
+    lost: asyncio.Queue[MdiqError] = asyncio.Queue()
+    stages = ProcessStages(
+        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
+        ring_key=b"the ring's key, of thirty bytes",
+        model_digest="",
+        on_fault=lambda _: None,
+        on_lost=lost.put_nowait,
+        on_loading=lambda *_: None,
+    )
+
+    async def fail() -> None:
+        raise RuntimeError("a table is full")
+
+    stages._run(fail(), "coordinator")
+    async with asyncio.timeout(20):
+        error = await lost.get()
+    assert isinstance(error, RingError) and "coordinator: RuntimeError('a table is full')" in str(error)
+    await stages.aclose()
+
+
+async def test_a_stage_of_this_process_that_breaks_ends_the_ring_with_its_reason(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks = asyncio.Event()
+
+    class BreakingStage(in_process.StageService):
+        async def run(self) -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(super().run())
+                await breaks.wait()
+                raise KeyError("a row that nobody has")
+
+    monkeypatch.setattr(in_process, "StageService", BreakingStage)
+    options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), in_process=True, kv_tokens=128)
+    async with LocalRing(options) as ring, asyncio.timeout(20):
+        breaks.set()
+        error = await ring.until_lost()
+    assert isinstance(error, RingError) and "a row that nobody has" in str(error)
