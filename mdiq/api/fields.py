@@ -1,7 +1,10 @@
-"""Fields of requests as clients of OpenAI, vLLM and llama.cpp name them: which are served, and which are refused.
+"""Fields of requests as clients of OpenAI and of other servers name them: which are served, and which are refused.
 
 A field that would change the answer and is not served is refused by name, unless its value asks for nothing. Others are
-ignored. Requests of the HTTP API and lines of a prompts file follow the same table.
+ignored: what only says how a request is kept, counted or scheduled, and what only tunes a field that is refused itself.
+Requests of the HTTP API and lines of a prompts file follow the same table.
+
+The names are those of OpenAI, vLLM, SGLang, llama.cpp, TGI, Ollama, KoboldCpp, text-generation-webui and transformers.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,84 +24,213 @@ SAMPLING = (
     "seed",
 )
 """Of SamplingParams, as clients name them too; max_tokens has more names, see MAX_TOKENS."""
-MAX_TOKENS = ("max_completion_tokens", "max_tokens", "n_predict", "max_new_tokens")
+MAX_TOKENS = ("max_completion_tokens", "max_tokens", "n_predict", "max_new_tokens", "num_predict")
 """The first one that is given counts."""
-_SYNONYMS = {"repeat_penalty": "repetition_penalty"}
+_SYNONYMS = {
+    "repeat_penalty": "repetition_penalty",
+    "rep_pen": "repetition_penalty",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "stopping_strings": "stop",
+}
 _WHOLE = ("top_k", "seed", *MAX_TOKENS)
 
-_PROBABILITIES = "log probabilities are not given"
-_FORM = "the answer's form is not enforced"
-_TOOLS = "tools are not called"
-_SAMPLER = "there is no such sampler (temperature, top_k, top_p, min_p and repetition_penalty are there)"
-_SEARCH = "one answer is drawn, token by token"
-_PROMPT = "the prompt is made of the messages and the model's chat template alone"
-_NOT_SERVED: dict[str, tuple[str, tuple[object, ...]]] = {
-    # name: why not, and the values that ask for nothing beside null, false, [] and {}
-    "logprobs": (_PROBABILITIES, ()),
-    "top_logprobs": (_PROBABILITIES, ()),
-    "prompt_logprobs": (_PROBABILITIES, ()),
-    "n_probs": (_PROBABILITIES, (0,)),
-    "echo": ("the prompt is not repeated", ()),
-    "suffix": ("text is not inserted", ("",)),
-    "n": ("one answer a request; ask several times", (1,)),
-    "best_of": ("one answer a request; ask several times", (1,)),
-    "use_beam_search": (_SEARCH, ()),
-    "num_beams": (_SEARCH, (1,)),
-    "length_penalty": (_SEARCH, (1, 0)),
-    "early_stopping": (_SEARCH, ()),
-    "tools": (_TOOLS, ()),
-    "tool_choice": (_TOOLS, ("none", "auto")),
-    "functions": (_TOOLS, ()),
-    "function_call": (_TOOLS, ("none", "auto")),
-    "web_search_options": (_TOOLS, ()),
-    "response_format": (_FORM, ({"type": "text"},)),
-    "guided_json": (_FORM, ()),
-    "guided_regex": (_FORM, ()),
-    "guided_choice": (_FORM, ()),
-    "guided_grammar": (_FORM, ()),
-    "structured_outputs": (_FORM, ()),
-    "structural_tag": (_FORM, ("",)),
-    "grammar": (_FORM, ("",)),
-    "json_schema": (_FORM, ()),
-    "logit_bias": ("logits cannot be changed", ()),
-    "bad_words": ("tokens cannot be forbidden", ()),
-    "allowed_token_ids": ("tokens cannot be forbidden", ()),
-    "frequency_penalty": ("tokens are not penalized by how often they came (repetition_penalty is there)", (0,)),
-    "presence_penalty": ("tokens are not penalized for having come (repetition_penalty is there)", (0,)),
-    "no_repeat_ngram_size": ("tokens cannot be forbidden", (0,)),
-    "logits_processors": ("logits cannot be changed", ()),
-    "penalty_alpha": (_SAMPLER, (0,)),
-    "t_max_predict_ms": ("the time of an answer cannot be set", (0, -1)),
-    "repeat_last_n": ("repetition_penalty looks at all tokens", (-1,)),
-    "dry_multiplier": (_SAMPLER, (0,)),
-    "xtc_probability": (_SAMPLER, (0,)),
-    "typical_p": (_SAMPLER, (1,)),
-    "tfs_z": (_SAMPLER, (1,)),
-    "top_a": (_SAMPLER, (0,)),
-    "top_n_sigma": (_SAMPLER, (-1, 0)),
-    "mirostat": (_SAMPLER, (0,)),
-    "dynatemp_range": (_SAMPLER, (0,)),
-    "epsilon_cutoff": (_SAMPLER, (0,)),
-    "eta_cutoff": (_SAMPLER, (0,)),
-    "samplers": (_SAMPLER, ()),
-    "min_keep": (_SAMPLER, (0,)),
-    "min_tokens": ("the least length of an answer cannot be set", (0,)),
-    "n_keep": ("nothing of a prompt is left out", (0,)),
-    "truncate_prompt_tokens": ("nothing of a prompt is left out", ()),
-    "include_stop_str_in_output": ("a stop text is not a part of the answer", ()),
-    "skip_special_tokens": ("special tokens have no text", (True,)),
-    "return_tokens_as_token_ids": ("tokens are given as text", ()),
-    "prompt_embeds": ("prompts are texts or token ids", ()),
-    "add_generation_prompt": (_PROMPT, (True,)),
-    "continue_final_message": (_PROMPT, ()),
-    "chat_template": (_PROMPT, ()),
-    "documents": (_PROMPT, ()),
-    "audio": ("answers are texts", ()),
-    "modalities": ("answers are texts", (["text"],)),
-    "prediction": ("answers are not predicted", ()),
-    "lora": ("there are no adapters", ()),
+# Reason: names, each with the values that ask for nothing beside null, false, [], {} and "". True: it is on by default.
+_NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    "log probabilities are not given": {
+        "logprobs": (),
+        "top_logprobs": (),
+        "prompt_logprobs": (),
+        "n_probs": (0,),
+        "top_n_tokens": (0,),
+        "decoder_input_details": (),
+        "details": (),
+    },
+    "one answer a request is given; ask several times": {
+        "n": (1,),
+        "n_cmpl": (1,),
+        "best_of": (1,),
+        "num_return_sequences": (1,),
+    },
+    "one answer is drawn, token by token": {
+        "use_beam_search": (),
+        "num_beams": (1,),
+        "num_beam_groups": (1,),
+        "diversity_penalty": (0,),
+        "length_penalty": (1, 0),
+        "early_stopping": (),
+    },
+    "tokens are drawn; temperature 0 takes the likeliest": {"do_sample": (True,)},
+    "tools are not called": {
+        "tools": (),
+        "tool_choice": ("none", "auto"),
+        "functions": (),
+        "function_call": ("none", "auto"),
+        "web_search_options": (),
+        "tool_prompt": (),
+        "guideline": (),
+    },
+    "the answer's form is not enforced": {
+        "response_format": ({"type": "text"},),
+        "response_schema": (),
+        "response_mime_type": ("text/plain",),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "structured_outputs": (),
+        "structural_tag": (),
+        "grammar": (),
+        "grammar_string": (),
+        "json_schema": (),
+        "regex": (),
+        "ebnf": (),
+        "format": (),
+        "n_indent": (0,),
+        "watermark": (),
+        "verbosity": ("medium",),
+    },
+    "no token can be made likelier, less likely or impossible": {
+        "logit_bias": (),
+        "bad_words": (),
+        "bad_words_ids": (),
+        "banned_tokens": (),
+        "banned_strings": (),
+        "custom_token_bans": (),
+        "ban_eos_token": (),
+        "allowed_token_ids": (),
+        "suppress_tokens": (),
+        "begin_suppress_tokens": (),
+        "force_words_ids": (),
+        "forced_bos_token_id": (),
+        "forced_eos_token_id": (),
+        "sequence_bias": (),
+        "no_repeat_ngram_size": (0,),
+        "encoder_no_repeat_ngram_size": (0,),
+        "logits_processors": (),
+        "logits_processor": (),
+        "custom_logit_processor": (),
+        "negative_prompt": (),
+        "guidance_scale": (1, 0),
+        "cfg_scale": (1, 0),
+    },
+    "tokens are penalized by repetition_penalty alone": {
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "encoder_repetition_penalty": (1,),
+        "exponential_decay_length_penalty": (),
+        "rep_pen_slope": (0, 1),
+        "repetition_detection": (),
+    },
+    "repetition_penalty looks at all tokens": {
+        "repeat_last_n": (-1,),
+        "repetition_penalty_range": (),
+        "rep_pen_range": (),
+        "penalize_nl": (True,),
+    },
+    "there is no such sampler (temperature, top_k, top_p, min_p and repetition_penalty are there)": {
+        "typical_p": (1,),
+        "typical": (1,),
+        "tfs_z": (1,),
+        "tfs": (1,),
+        "top_a": (0,),
+        "top_n_sigma": (-1, 0),
+        "mirostat": (0,),
+        "mirostat_mode": (0,),
+        "dynatemp_range": (0,),
+        "dynamic_temperature": (),
+        "smoothing_factor": (0,),
+        "dry_multiplier": (0,),
+        "xtc_probability": (0,),
+        "adaptive_target": (-1,),
+        "penalty_alpha": (0,),
+        "epsilon_cutoff": (0,),
+        "eta_cutoff": (0,),
+        "min_keep": (0,),
+        "samplers": (),
+        "sampler_order": (),
+        "sampler_priority": (),
+        "temperature_last": (),
+        "preset": (),
+    },
+    "an answer ends at stop texts, stop tokens, the model's own end and max_tokens": {
+        "min_tokens": (0,),
+        "min_length": (0,),
+        "min_new_tokens": (0,),
+        "stop_regex": (),
+        "t_max_predict_ms": (0, -1),
+        "max_time": (),
+    },
+    "a stop text is not a part of the answer": {"include_stop_str_in_output": (), "no_stop_trim": ()},
+    "special tokens have no text in an answer": {"skip_special_tokens": (True,)},
+    "answers are texts": {
+        "audio": (),
+        "modalities": (["text"],),
+        "return_tokens_as_token_ids": (),
+        "return_token_ids": (),
+        "return_tokens": (),
+        "return_hidden_states": (),
+    },
+    "the prompt is not repeated": {"echo": (), "return_full_text": ()},
+    "text is not inserted": {"suffix": (), "input_prefix": (), "input_suffix": (), "input_extra": ()},
+    "answers are not predicted": {"prediction": ()},
+    "nothing of a prompt is left out": {
+        "n_keep": (0, -1),
+        "num_keep": (0, -1),
+        "truncate_prompt_tokens": (),
+        "truncate": (),
+        "truncation_length": (),
+    },
+    "prompts are texts or token ids": {"prompt_embeds": (), "images": (), "image_data": (), "input_ids": ()},
+    "the prompt is made of the messages and the model's chat template alone": {
+        "add_generation_prompt": (True,),
+        "continue_final_message": (),
+        "continue_": (),
+        "chat_template": (),
+        "template": (),
+        "instruction_template": (),
+        "character": (),
+        "mode": ("instruct",),
+        "raw": (),
+        "system": (),
+        "context": (),
+        "documents": (),
+    },
+    "the tokenizer says which special tokens come before and after a text": {
+        "add_special_tokens": (True,),
+        "add_bos_token": (True,),
+    },
+    "chat_template_kwargs say what the template is told of thinking": {
+        "thinking": (),
+        "think": (),
+        "thinking_budget": (-1,),
+        "thinking_budget_tokens": (-1,),
+        "thinking_token_budget": (),
+        "reasoning_budget": (-1,),
+        "reasoning": (),
+    },
+    "what a model thinks is a part of its answer": {
+        "include_reasoning": (True,),
+        "reasoning_format": ("none", "auto"),
+    },
+    "there are no adapters": {"lora": (), "lora_path": (), "adapter_id": ()},
+    "its fields stand beside the messages or the prompt": {"options": (), "parameters": (), "extra_body": ()},
 }
-_NOTHING: tuple[object, ...] = (None, False, [], {})
+_REASONS = {name: (reason, nothing) for reason, names in _NOT_SERVED.items() for name, nothing in names.items()}
+_NOTHING: tuple[object, ...] = (None, False, [], {}, "")
+
+
+def _penalizes_nothing(given: Mapping[str, Any]) -> bool:
+    names = ("repetition_penalty", *(name for name, meant in _SYNONYMS.items() if meant == "repetition_penalty"))
+    return all(given.get(name) in (None, 1) for name in names)
+
+
+# What changes nothing beside other fields of the same request.
+_WITHOUT_EFFECT: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    **dict.fromkeys(_NOT_SERVED["repetition_penalty looks at all tokens"], _penalizes_nothing),
+    "add_special_tokens": lambda given: "messages" in given,  # a template writes them itself
+    "do_sample": lambda given: given.get("temperature") == 0,
+}
 
 
 def check_served(given: Mapping[str, Any], error: Callable[[str, str], Exception]) -> None:
@@ -106,14 +238,15 @@ def check_served(given: Mapping[str, Any], error: Callable[[str, str], Exception
 
     error: makes the exception of a message and the field's name.
     """
-    for field in given.keys() & _NOT_SERVED.keys():
-        words, harmless = _NOT_SERVED[field]
-        if any(value is True for value in harmless):  # what is on by default: false asks for something
-            harmless = (None, True)
-        else:
-            harmless = (*_NOTHING, *harmless)
-        if not any(_equal(given[field], value) for value in harmless):
-            raise error(f"{field}: {words} by this version of mdiq; leave it out", field)
+    for field in given.keys() & _REASONS.keys():
+        reason, nothing = _REASONS[field]
+        if field in _WITHOUT_EFFECT and _WITHOUT_EFFECT[field](given):
+            continue
+        # What is on by default: false asks for something.
+        is_on = any(value is True for value in nothing)
+        nothing = (None, *nothing) if is_on else (*_NOTHING, *nothing)
+        if not any(_equal(given[field], value) for value in nothing):
+            raise error(f"{field}: {reason}; leave it out", field)
 
 
 def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +260,7 @@ def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in (*SAMPLING, *_SYNONYMS):
         value = given.get(field)
-        if value is None or (field == "stop" and value == []):
+        if value is None or (_SYNONYMS.get(field, field) == "stop" and value == []):
             continue
         value = _whole(field, value)
         if field in ("top_k", "seed") and value == -1:

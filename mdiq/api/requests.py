@@ -135,7 +135,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "model": model,
     }
     if is_chat:
-        return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=_template_kwargs(body))
+        return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=template_kwargs_of(body))
     return Asked(**common, prompts=_prompts(body.get("prompt")))
 
 
@@ -146,8 +146,12 @@ def _flag(given: Mapping[str, Any], name: str) -> bool:
     return value is True
 
 
-def _template_kwargs(body: Mapping[str, Any]) -> Mapping[str, str | int | float | bool]:
-    """Return what a chat template is told beside the messages, such as enable_thinking."""
+def template_kwargs_of(body: Mapping[str, Any]) -> Mapping[str, str | int | float | bool]:
+    """Return what a chat template is told beside the messages, such as enable_thinking.
+
+    Raises:
+        BadRequest: it is not plain.
+    """
     where = "chat_template_kwargs"
     given = body.get(where) or {}
     if not isinstance(given, dict):
@@ -155,9 +159,15 @@ def _template_kwargs(body: Mapping[str, Any]) -> Mapping[str, str | int | float 
     for name, value in given.items():
         if name in _TEMPLATE_NAMES or not name.isidentifier() or not isinstance(value, str | int | float | bool):
             raise BadRequest(f"{where}: {name[:40]}: only names of its own with a text, a number or true/false", where)
-    if isinstance(body.get("reasoning_effort"), str):  # of OpenAI's API; templates of reasoning models know it
-        return {"reasoning_effort": body["reasoning_effort"], **given}
-    return given
+    told: dict[str, str | int | float | bool] = {}
+    if body.get("enable_thinking") is not None:  # some clients have it here
+        told["enable_thinking"] = _flag(body, "enable_thinking")
+    effort = body.get("reasoning_effort")  # of OpenAI's API; templates of reasoning models know it
+    if effort is not None:
+        if not isinstance(effort, str):
+            raise BadRequest("reasoning_effort: not a text", "reasoning_effort")
+        told["reasoning_effort"] = effort
+    return {**told, **given}
 
 
 def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:

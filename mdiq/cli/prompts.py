@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mdiq.api.fields import check_served, sampling_values
-from mdiq.api.requests import BadRequest, messages_of
+from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
@@ -21,7 +21,8 @@ _KINDS = ("prompt", "prompt_token_ids", "messages")
 class PromptLine:
     """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set. ``where`` names it in errors.
 
-    digest: of the line; a results file tells by it which request it answered.
+    template_kwargs: what the chat template is told beside the messages. digest: of the line; a results file tells by it
+    which request it answered.
     """
 
     index: int
@@ -30,6 +31,7 @@ class PromptLine:
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     digest: str = ""
 
 
@@ -115,25 +117,21 @@ def _parse_line(line: bytes, where: str, index: int, defaults: SamplingParams) -
     params = defaults.replaced(values, where)
     digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
     given = value[kinds[0]]
-    match kinds[0]:
-        case "prompt":
-            if not isinstance(given, str):
-                raise ConfigError(f"{where}: prompt: not a text")
-            _check_text(given, f"{where}: prompt")
-            return PromptLine(index, where, params, text=given, digest=digest)
-        case "prompt_token_ids":
-            if not isinstance(given, list) or not all(type(token) is int and token >= 0 for token in given):
-                raise ConfigError(f"{where}: prompt_token_ids: not a list of token ids")
-            return PromptLine(index, where, params, token_ids=tuple(given), digest=digest)
-        case _:
-            return PromptLine(index, where, params, messages=_messages(given, where), digest=digest)
-
-
-def _messages(given: object, where: str) -> tuple[Mapping[str, Any], ...]:
+    common: dict[str, Any] = {"digest": digest}
     try:
-        return messages_of(given)
+        common["template_kwargs"] = template_kwargs_of(value)
+        if kinds[0] == "messages":
+            return PromptLine(index, where, params, messages=messages_of(given), **common)
     except BadRequest as error:
         raise ConfigError(f"{where}: {error}") from None
+    if kinds[0] == "prompt":
+        if not isinstance(given, str):
+            raise ConfigError(f"{where}: prompt: not a text")
+        _check_text(given, f"{where}: prompt")
+        return PromptLine(index, where, params, text=given, **common)
+    if not isinstance(given, list) or not all(type(token) is int and token >= 0 for token in given):
+        raise ConfigError(f"{where}: prompt_token_ids: not a list of token ids")
+    return PromptLine(index, where, params, token_ids=tuple(given), **common)
 
 
 def _check_text(text: str, where: str) -> None:

@@ -216,12 +216,13 @@ class _Run:
         if line.token_ids is not None:
             prompt = line.token_ids
         elif line.messages is not None:
-            prompt = tuple(tokenizer.chat_ids(line.messages, room=room))
+            prompt = tuple(tokenizer.chat_ids(line.messages, line.template_kwargs, room=room))
         elif self._options.raw or not tokenizer.has_chat_template:
             tokenizer.check_fits(text, room)
             prompt = tuple(tokenizer.encode(text))
         else:
-            prompt = tuple(tokenizer.chat_ids([{"role": "user", "content": text}], room=room))
+            messages = [{"role": "user", "content": text}]
+            prompt = tuple(tokenizer.chat_ids(messages, line.template_kwargs, room=room))
         if not prompt:
             raise ConfigError(f"{line.where}: the prompt is empty; give at least one token")
         # A tokenizer may know tokens that the model has no embedding of.

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from mdiq.api.fields import _REASONS
 from mdiq.api.requests import ApiError, BadRequest, parse
 from mdiq.core.sequence import SamplingParams
 
@@ -217,6 +218,108 @@ def test_fields_of_other_servers_are_refused_by_name_unless_they_ask_for_nothing
     parse({**HELLO, field: nothing}, is_chat=True)
     with pytest.raises(BadRequest, match=f"^{field}: "):
         parse({**HELLO, field: value}, is_chat=True)
+
+
+# What each server's clients may send, beside what OpenAI has: names that are served, and those that change no answer.
+SERVED = {
+    "max_new_tokens",
+    "n_predict",
+    "num_predict",
+    "repeat_penalty",
+    "rep_pen",
+    "stop_sequences",
+    "chat_template_kwargs",
+}
+SERVED |= {
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop_token_ids",
+    "ignore_eos",
+    "reasoning_effort",
+    "enable_thinking",
+}
+SERVED |= {"temperature", "top_p", "stop", "seed", "max_tokens", "max_completion_tokens", "stream", "stream_options"}
+WITHOUT_EFFECT = set(
+    "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls priority request_id "
+    "cache_salt rid cache_prompt id_slot timings_per_token return_progress post_sampling_probs keep_alive "
+    "dynatemp_exponent smoothing_curve dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers "
+    "xtc_threshold mirostat_tau mirostat_eta guided_decoding_backend guided_whitespace_pattern separate_reasoning "
+    "spaces_between_special_tokens num_ctx prompt_lookup_num_tokens".split()
+)
+SENT = {
+    "openai": "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
+    "metadata modalities n parallel_tool_calls prediction presence_penalty prompt_cache_key reasoning_effort "
+    "response_format safety_identifier seed service_tier stop store stream stream_options temperature tool_choice "
+    "tools top_logprobs top_p user verbosity web_search_options best_of echo suffix",
+    "vllm": "use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids include_stop_str_in_output "
+    "ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens prompt_logprobs "
+    "allowed_token_ids bad_words add_generation_prompt continue_final_message add_special_tokens documents "
+    "chat_template chat_template_kwargs include_reasoning guided_json guided_regex guided_choice guided_grammar "
+    "structural_tag guided_decoding_backend guided_whitespace_pattern structured_outputs priority request_id "
+    "logits_processors return_tokens_as_token_ids return_token_ids cache_salt prompt_embeds thinking_token_budget",
+    "sglang": "regex ebnf json_schema stop_regex no_stop_trim separate_reasoning lora_path custom_logit_processor "
+    "return_hidden_states rid input_ids image_data",
+    "llama.cpp": "dynatemp_range dynatemp_exponent n_predict n_indent n_keep n_cmpl typical_p repeat_penalty "
+    "repeat_last_n penalize_nl dry_multiplier dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers "
+    "xtc_probability xtc_threshold mirostat mirostat_tau mirostat_eta grammar n_probs min_keep t_max_predict_ms "
+    "id_slot cache_prompt return_tokens samplers timings_per_token return_progress post_sampling_probs lora "
+    "top_n_sigma tfs_z adaptive_target reasoning_format thinking_budget_tokens input_prefix input_suffix input_extra",
+    "tgi": "do_sample max_new_tokens details decoder_input_details return_full_text top_n_tokens truncate watermark "
+    "adapter_id guideline tool_prompt",
+    "ollama": "options format raw template system context images think keep_alive num_predict num_ctx num_keep",
+    "koboldcpp": "typical tfs top_a rep_pen rep_pen_range rep_pen_slope sampler_order smoothing_factor banned_tokens "
+    "stop_sequences",
+    "transformers": "num_beams num_beam_groups diversity_penalty early_stopping min_length min_new_tokens max_time "
+    "no_repeat_ngram_size encoder_repetition_penalty encoder_no_repeat_ngram_size bad_words_ids force_words_ids "
+    "forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens sequence_bias guidance_scale "
+    "penalty_alpha epsilon_cutoff eta_cutoff num_return_sequences exponential_decay_length_penalty",
+    "text-generation-webui": "dynamic_temperature smoothing_curve temperature_last sampler_priority custom_token_bans "
+    "ban_eos_token negative_prompt repetition_penalty_range truncation_length mirostat_mode grammar_string "
+    "add_bos_token mode character instruction_template continue_ preset prompt_lookup_num_tokens",
+    "others": "thinking enable_thinking thinking_budget reasoning response_schema response_mime_type",
+}
+
+
+@pytest.mark.parametrize("server", SENT)
+def test_every_field_of_a_server_is_served_refused_or_without_effect(server: str) -> None:
+    for name in SENT[server].split():
+        assert (name in _REASONS) + (name in SERVED) + (name in WITHOUT_EFFECT) == 1, name
+        if name in _REASONS:
+            is_on = any(value is True for value in _REASONS[name][1])
+            with pytest.raises(BadRequest, match=f"^{name}: .*; leave it out$"):
+                body = {"prompt": "a", "repetition_penalty": 1.1, name: False if is_on else "x"}
+                parse(body, is_chat=False)
+
+
+def test_what_means_something_only_beside_another_field_is_refused_only_there() -> None:
+    for name, value in (("repeat_last_n", 64), ("penalize_nl", False), ("rep_pen_range", 1024)):
+        parse({**HELLO, name: value, "repeat_penalty": 1.0}, is_chat=True)
+        for penalty in ("repeat_penalty", "repetition_penalty", "rep_pen"):
+            with pytest.raises(BadRequest, match=f"^{name}: "):
+                parse({**HELLO, name: value, penalty: 1.1}, is_chat=True)
+    parse({**HELLO, "do_sample": False, "temperature": 0}, is_chat=True)
+    with pytest.raises(BadRequest, match="^do_sample: tokens are drawn; temperature 0"):
+        parse({**HELLO, "do_sample": False}, is_chat=True)
+    parse({**HELLO, "add_special_tokens": False}, is_chat=True)
+    with pytest.raises(BadRequest, match="^add_special_tokens"):
+        parse({"prompt": "a", "add_special_tokens": False}, is_chat=False)
+
+
+def test_words_for_the_template_may_stand_in_the_request_itself() -> None:
+    asked = parse({**HELLO, "enable_thinking": False, "reasoning_effort": "low"}, is_chat=True)
+    assert asked.template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
+    both = {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}
+    assert parse({**HELLO, **both}, is_chat=True).template_kwargs == {"enable_thinking": False}
+    for wrong in ({"enable_thinking": "no"}, {"reasoning_effort": 3}):
+        with pytest.raises(BadRequest, match=f"^{next(iter(wrong))}: "):
+            parse({**HELLO, **wrong}, is_chat=True)
+
+
+def test_stop_texts_have_the_names_of_other_servers() -> None:
+    for name in ("stop_sequences", "stop_strings", "stopping_strings"):
+        assert _params({**HELLO, name: ["a"]}).stop == ("a",)
+        assert _params({**HELLO, name: []}).stop == ()
 
 
 def test_the_limit_of_tokens_has_the_names_of_other_servers() -> None:

@@ -68,3 +68,15 @@ def test_a_line_takes_the_names_that_clients_of_the_api_use(tmp_path: Path) -> N
 def test_a_line_that_asks_for_what_is_not_served_is_refused(tmp_path: Path, more: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"in.jsonl:1: (grammar|logprobs|seed|n): "):
         _prompts(tmp_path / "in.jsonl", {"prompt": "a", **more})
+
+
+def test_a_line_tells_the_template_more_than_its_messages(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}]
+    lines = _prompts(
+        tmp_path / "in.jsonl",
+        {"messages": chat, "chat_template_kwargs": {"enable_thinking": False}},
+        {"prompt": "a", "enable_thinking": False},
+    )
+    assert [line.template_kwargs for line in lines] == [{"enable_thinking": False}] * 2
+    with pytest.raises(ConfigError, match="in.jsonl:1: chat_template_kwargs: deep: only names"):
+        _prompts(tmp_path / "in.jsonl", {"messages": chat, "chat_template_kwargs": {"deep": {}}})
