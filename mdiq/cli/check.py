@@ -5,8 +5,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from mdiq.config.load import Report, check_file
+from mdiq.cli.ring_file import Needs, needs_of
+from mdiq.config.load import Report, check_file, load_topology
 from mdiq.config.topology import Topology
+from mdiq.errors import ConfigError
 
 
 def check(file: Path, *, as_json: bool) -> int:
@@ -28,6 +30,19 @@ def check(file: Path, *, as_json: bool) -> int:
             counts = _count("", report.errors, "error") + _count(", ", report.warnings, "warning")
             sys.stderr.write(f"mdiq: {file}: {counts}\n")
     return 0 if report.topology is not None else 2
+
+
+def since(file: Path, old: Path, name: str) -> int:
+    """Print what the service of a node needs when ``file`` takes the place of ``old``; return the exit code."""
+    new = load_topology(file).topology
+    try:
+        before = load_topology(old).topology
+    except ConfigError:  # nothing of use runs with it
+        needs = Needs.RESTART
+    else:
+        needs = needs_of(before, new, name)
+    sys.stdout.write(f"{needs}\n")
+    return 0
 
 
 def print_findings(report: Report) -> None:

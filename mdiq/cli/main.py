@@ -346,10 +346,18 @@ def init(
 def check(
     file: Annotated[Path, typer.Argument(help="The topology file.")],
     as_json: _Json = False,
+    since: Annotated[
+        Path | None,
+        typer.Option(help="Say what the service of --name needs to go on after this file."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="A node of the file.")] = "",
 ) -> None:
     """Tell everything that is wrong with a topology file, and what will hurt."""
     from mdiq.cli.check import check as execute
+    from mdiq.cli.check import since as execute_since
 
+    if since is not None:
+        raise typer.Exit(execute_since(file, since, name))
     raise typer.Exit(execute(file, as_json=as_json))
 
 

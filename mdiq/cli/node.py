@@ -30,15 +30,15 @@ def serve_topology(file: Path, name: str, *, once: bool) -> NoReturn:
     """Serve ring after ring until a signal comes, or one ring; end the process then."""
     from mdiq.cli.ring_file import node_of, peers_of
     from mdiq.config.load import load_topology
-    from mdiq.runtime.lifecycle import Notifier
+    from mdiq.runtime.lifecycle import LOADS_PROGRAM, READS, Notifier
 
     notifier = Notifier.from_environment()
-    notifier.starting(f"reads {file.name}")
+    notifier.starting(f"{READS} {file.name}")
     loaded = load_topology(file)
     _, threads = node_of(loaded, name)
     peers_of(loaded, name)  # a key that is wrong is told before torch is loaded
     set_threads(threads)
-    notifier.starting("loads its program")
+    notifier.starting(LOADS_PROGRAM)
     from mdiq.core.control import CHECKSUM_KEY
     from mdiq.runtime.node import NodeOptions
 

@@ -1,6 +1,7 @@
 """What a topology file means to the runtime, which reads no files: Nodes, endpoints, keys, and flags that it sets."""
 
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,31 @@ from mdiq.errors import ConfigError
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingPeers
 from mdiq.runtime.placement import usable_threads
 from mdiq.transport.keys import private_of, public_of
+
+
+class Needs(StrEnum):
+    """What a service needs to follow a topology that has changed."""
+
+    NOTHING = "nothing"
+    RELOAD = "reload"
+    RESTART = "restart"
+
+
+def needs_of(old: Topology, new: Topology, name: str) -> Needs:
+    """Return what the service of a node needs when its topology file changes: of all that is in it, what it reads."""
+    try:
+        before, now = old.node(name), new.node(name)
+    except KeyError:
+        return Needs.RESTART
+    if before.is_starter != now.is_starter or _threads(old, before) != _threads(new, now):
+        return Needs.RESTART
+    if now.is_starter:
+        fixed = [(t.model.path, t.model.name, t.api) for t in (old, new)]
+        if fixed[0] != fixed[1]:
+            return Needs.RESTART
+        return Needs.NOTHING if old == new else Needs.RELOAD
+    read = [(_remote_nodes(t), t.node(name), t.starter, t.security) for t in (old, new)]
+    return Needs.NOTHING if read[0] == read[1] else Needs.RELOAD
 
 
 def flags_of(loaded: LoadedTopology) -> dict[str, Any]:

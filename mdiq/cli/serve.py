@@ -21,7 +21,7 @@ from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.errors import ConfigError
 from mdiq.runtime.admin import AdminServer, socket_path
-from mdiq.runtime.lifecycle import Notifier, Watchdog, serve_until_signal, watchdog_interval_s
+from mdiq.runtime.lifecycle import LOADS_PROGRAM, READS, Notifier, Watchdog, serve_until_signal, watchdog_interval_s
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import set_threads
 
@@ -42,13 +42,13 @@ STOP_S = 25.0  # the unit's TimeoutStopSec is 30
 def serve(file: Path, *, even_split: bool = False) -> NoReturn:
     """Serve until a signal comes; end the process then."""
     notifier = Notifier.from_environment()
-    notifier.starting(f"reads {file.name}")
+    notifier.starting(f"{READS} {file.name}")
     loaded = load_topology(file)
     remote_ring(loaded, JOIN_S)  # a key that is wrong is told before torch is loaded
     flags = flags_of(loaded)
     threads = flags["threads"]
     set_threads(threads)
-    notifier.starting("loads its program")
+    notifier.starting(LOADS_PROGRAM)
     from mdiq.engine.checkpoint import open_checkpoint
     from mdiq.engine.model_source import find_model
     from mdiq.engine.tokenizer import Tokenizer

@@ -6,6 +6,7 @@ What loading means and what there is to report come as callables: torch and the 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import structlog
 
@@ -26,7 +27,8 @@ SPANS_PER_CHUNK = 2_000
 class Agent:
     """Serves one Node until the Starter drains it.
 
-    load: does what an Assign says and returns what it gave; send_burst and begin, likewise.
+    load: does what an Assign says and returns what it gave; send_burst and begin, likewise. A newer Assign, or the end,
+    cancels it.
     stand_by: told why the Ring goes without this Node.
     heartbeat: returns the figures of now.
     spans: returns the trace so far.
@@ -108,33 +110,57 @@ class Agent:
         self._post(control.Fault(epoch, tuple(seq_ids), type(error).__name__, str(error)))
 
     async def _obey(self) -> None:
-        while True:
-            data = await self._link.receive()
-            try:
-                message = control.decode(data, self._key)
-            except RemoteProtocolError as error:
-                log.warning("control_message_dropped", error=str(error))
-                continue
-            if isinstance(message, control.Drain):
-                with contextlib.suppress(TimeoutError):  # the Starter may be gone by now
-                    async with asyncio.timeout(GOODBYE_S):
-                        await self._say_goodbye()
-                return
-            if isinstance(message, control.StandBy):
-                self._stand_by(message.reason)
-                continue
-            try:
-                answer = await self._do(message)
-            except MdiqError as error:
-                await self._send(control.Failed(type(error).__name__, str(error)))
-                raise
-            if answer is None:
-                log.warning("control_message_dropped", error=f"{type(message).__name__}: not for an agent")
-            else:
-                await self._send(answer)
+        """Do what the Starter says until it drains this Node. What comes while something is done may end it."""
+        reading = asyncio.create_task(self._link.receive(), name="control-receive")
+        job: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await asyncio.wait({reading} if job is None else {reading, job}, return_when=asyncio.FIRST_COMPLETED)
+                if job is not None and job.done():
+                    job.result()
+                    job = None
+                if not reading.done():
+                    continue
+                data = reading.result()
+                reading = asyncio.create_task(self._link.receive(), name="control-receive")
+                try:
+                    message = control.decode(data, self._key)
+                except RemoteProtocolError as error:
+                    log.warning("control_message_dropped", error=str(error))
+                    continue
+                match message:
+                    case control.Drain():
+                        with contextlib.suppress(TimeoutError):  # the Starter may be gone by now
+                            async with asyncio.timeout(GOODBYE_S):
+                                await self._say_goodbye()
+                        return
+                    case control.StandBy():
+                        self._stand_by(message.reason)
+                    case control.Assign() | control.SendBurst() | control.Begin():
+                        if isinstance(message, control.Assign):
+                            await _give_up(job)  # nobody waits for what was assigned before
+                            job = None
+                        job = asyncio.create_task(self._answer(message, job), name=type(message).__name__)
+                    case _:
+                        log.warning("control_message_dropped", error=f"{type(message).__name__}: not for an agent")
+        finally:
+            await _give_up(reading)
+            await _give_up(job)
 
-    async def _do(self, message: control.Message) -> control.Message | None:
-        """Do what a message says and return the answer, or None where it says nothing to an Agent."""
+    async def _answer(
+        self, message: control.Assign | control.SendBurst | control.Begin, before: "asyncio.Task[None] | None"
+    ) -> None:
+        """Do what a message says, after what is done already, and answer it."""
+        if before is not None:
+            await before
+        try:
+            answer = await self._do(message)
+        except MdiqError as error:
+            await self._send(control.Failed(type(error).__name__, str(error)))
+            raise
+        await self._send(answer)
+
+    async def _do(self, message: control.Assign | control.SendBurst | control.Begin) -> control.Message:
         match message:
             case control.Assign():
                 return await self._load(message)
@@ -142,8 +168,6 @@ class Agent:
                 return await self._send_burst(message)
             case control.Begin():
                 return await self._begin(message)
-            case _:
-                return None
 
     async def _say_goodbye(self) -> None:
         spans = self._spans()
@@ -173,3 +197,9 @@ class Agent:
 
     async def _send(self, message: control.Message) -> None:
         await self._link.send(control.encode(message, self._key))
+
+
+async def _give_up(task: "asyncio.Task[Any] | None") -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

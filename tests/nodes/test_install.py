@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,68 @@ def test_where_systemd_knows_no_credentials_the_key_is_a_file_of_a_user_of_its_o
     assert ("/etc/mdiq/node.key.new" in done.stdout) is has_credentials
     assert ("useradd --system" in done.stdout) is not has_credentials
     assert ("/etc/mdiq/keys/pi1.key.new" in done.stdout) is not has_credentials
+
+
+FAKE_PYTHON = """#!/bin/sh
+# A venv whose mdiq is the one under test.
+[ "$2" = -m ] || exit 0
+mkdir -p "$4/bin"
+printf '#!/bin/sh\\nexit 0\\n' >"$4/bin/pip"
+printf '#!/bin/sh\\nexec {python} -P -m mdiq "$@"\\n' >"$4/bin/mdiq"
+chmod +x "$4/bin/pip" "$4/bin/mdiq"
+"""
+FAKE_SYSTEMCTL = """#!/bin/sh
+case "$*" in
+  *--version*) echo "systemd 252 (252.1)" ;;
+  *is-active*) echo active ;;
+  *) echo "$*" >>{log} ;;
+esac
+"""
+TOPOLOGY = """version: 1
+model: {path: model.gguf}
+security: {insecure: true}
+nodes:
+- {name: desk, role: starter, address: 127.0.0.1, threads: 1}
+- {name: pi1, address: 127.0.0.2, threads: 1}
+- {name: pi2, address: 127.0.0.3, threads: 1}
+"""
+
+
+@pytest.fixture
+def device(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], list[str]]:
+    """Install a topology on a device that has a stand-in for systemd; return how its unit is told."""
+    programs, log = tmp_path / "bin", tmp_path / "log"
+    programs.mkdir()
+    texts = {"python": FAKE_PYTHON.format(python=sys.executable), "systemctl": FAKE_SYSTEMCTL.format(log=log)}
+    for name, text in texts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+
+    def put(role: str, name: str, text: str) -> list[str]:
+        log.write_text("")
+        (tmp_path / "new.yaml").write_text(text)
+        (tmp_path / name).mkdir(exist_ok=True)
+        arguments = ("--user", "--role", role, "--name", name, "--wheels", wheels, "--topology", tmp_path / "new.yaml")
+        done = install(*arguments, "--python", programs / "python", home=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        return [line for line in log.read_text().splitlines() if "restart" in line or "reload " in line]
+
+    return put
+
+
+def test_a_changed_topology_restarts_only_what_reads_the_change_and_cannot_take_it_over(
+    device: Callable[[str, str, str], list[str]],
+) -> None:
+    def told(text: str) -> dict[str, str]:
+        all_of_them = {name: device("starter" if name == "desk" else "node", name, text) for name in ("desk", "pi1")}
+        return {name: lines[0].split()[1] for name, lines in all_of_them.items() if lines}
+
+    assert told(TOPOLOGY) == {"desk": "restart", "pi1": "restart"}
+    assert told(TOPOLOGY) == {}
+    assert told(f"{TOPOLOGY}ring: {{users: 4}}\n") == {"desk": "reload"}
+    moved = TOPOLOGY.replace("127.0.0.3", "127.0.0.4")
+    assert told(moved) == {"desk": "reload", "pi1": "reload"}
+    more_threads = moved.replace("127.0.0.2, threads: 1", "127.0.0.2, threads: 2")
+    assert told(more_threads) == {"desk": "reload", "pi1": "restart"}
+    assert told(more_threads.replace("model.gguf", "other.gguf")) == {"desk": "restart"}

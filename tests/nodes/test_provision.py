@@ -43,7 +43,8 @@ elif "tar -x" in remote:
             print(f"{{digest}}  ./{{member.name}}", file=state)
 elif "systemctl show" in remote:
     active = "active" if address == "pi1.lan" else "activating"
-    print(f"ActiveState={{active}}\\nSubState=start\\nMainPID=7\\nStatusText=waiting for pi2\\nResult=success")
+    status = os.environ.get("STATUS_OF_" + address[:3], "waiting for pi2")
+    print(f"ActiveState={{active}}\\nSubState=start\\nMainPID=7\\nStatusText={{status}}\\nResult=success")
 elif "--version" in remote:
     print("mdiq 1.2.3")
 else:
@@ -224,8 +225,20 @@ def test_a_unit_that_fails_shows_the_end_of_its_journal(world: World, capsys: py
     ssh.write_text(ssh.read_text().replace('"activating"', '"failed"'))
     assert world.run() == 1
     out = capsys.readouterr().out
-    assert "mdiq-node does not come up (failed, success)" in out
+    assert "mdiq-node does not come up (failed, success, waiting for pi2)" in out
     assert "--rollback" in out
+
+
+@pytest.mark.parametrize("status", ["reads topology.yaml", "loads its program"])
+def test_a_unit_that_is_still_at_its_beginning_has_not_come_up(
+    status: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provision, "START_S", 3.0)
+    monkeypatch.setenv("STATUS_OF_pi2", status)
+    assert world.run() == 1
+    out = capsys.readouterr().out
+    assert f"mdiq-node does not come up (activating, success, {status})" in out
+    assert "pi1          check    mdiq 1.2.3, active: waiting for pi2" in out
 
 
 def test_host_keys_are_checked_unless_new_ones_are_asked_for(tmp_path: Path) -> None:
