@@ -17,7 +17,7 @@ from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 MOST_TEXT = 4_096
 """Characters of a string."""
-MOST_ITEMS = 16_384
+MOST_ITEMS = 65_536
 """Items of a sequence or a map."""
 _TYPE = "type"
 

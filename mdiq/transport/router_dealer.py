@@ -6,7 +6,7 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from mdiq.core.control import MOST_BYTES
+from mdiq.core import control, weights
 from mdiq.errors import TransportError
 from mdiq.transport.curve import ClientSecurity, ServerSecurity
 from mdiq.transport.sockets import PartReader, SocketEnd, make_socket, send_whole
@@ -15,7 +15,8 @@ log = structlog.get_logger()
 
 CONTROL_HWM = 1_000
 CONTROL_LINGER_MS = 500  # a last word such as Failed or Goodbye gets out
-MOST_CONTROL_BYTES = MOST_BYTES + 4_096  # a message that is a little too long is refused by name, not by a cut
+# A message that is a little too long is refused by name, not by a cut.
+MOST_CONTROL_BYTES = max(control.MOST_BYTES, weights.MOST_BYTES) + 4_096
 
 
 class RouterServer(SocketEnd):

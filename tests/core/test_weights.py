@@ -119,9 +119,19 @@ def test_a_long_refusal_is_cut_rather_than_lost() -> None:
     assert isinstance(back, weights.Refused) and len(back.text) == 4_096
 
 
+def test_a_manifest_has_room_for_ninety_layers_of_experts_wherever_their_tensors_lie() -> None:
+    num_tensors = 90 * (3 * 128 + 12)
+    manifest = _manifest(
+        files=tuple((f"model-{i:05}-of-00200.safetensors", 2**33, 2**60) for i in range(200)),
+        ranges=tuple((i // 200, 2 * (i % 200), 2 * (i % 200) + 1) for i in range(num_tensors)),
+        fingerprints=bytes(32) * num_tensors,
+    )
+    assert weights.decode(weights.encode(manifest)) == manifest
+
+
 def test_a_manifest_that_no_node_would_take_is_our_own_bug() -> None:
     with pytest.raises(LocalProtocolError, match="Manifest: fingerprints"):
-        weights.encode(_manifest(fingerprints=bytes(2**19 + 32)))
+        weights.encode(_manifest(fingerprints=bytes(3 * 2**19 + 32)))
 
 
 def test_changed_bytes_are_refused_and_nothing_else_happens() -> None:

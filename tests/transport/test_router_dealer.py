@@ -6,7 +6,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from mdiq.core.control import MOST_BYTES
+from mdiq.core.weights import MOST_BYTES
 from mdiq.errors import TransportError
 from mdiq.transport.router_dealer import MOST_CONTROL_BYTES, DealerLink, RouterServer
 from tests.transport.conftest import Until
