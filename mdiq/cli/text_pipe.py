@@ -24,5 +24,4 @@ class TokenizerPipe:
 
     def finish(self) -> str:
         # Half a character at the end of a limited answer is not shown: its other half is not there.
-        text = self._stream.finish().rstrip("\N{REPLACEMENT CHARACTER}")
-        return self._stop_text.push(text) + self._stop_text.finish()
+        return self._stop_text.push(self._stream.finish(drops_half=True)) + self._stop_text.finish()

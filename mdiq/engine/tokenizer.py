@@ -4,7 +4,9 @@ Owns incremental decoding. GGUF vocabularies are built in engine/gguf_tokenizer.
 engine/chat_template.py.
 """
 
+import codecs
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,6 +24,11 @@ from mdiq.errors import ConfigError, ContextLengthError, ModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_ID = (1 << 31) - 1
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+# GPT-2's characters for bytes: printable ones are themselves, the others follow from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted({*range(256)} - {*_PRINTABLE})
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 # Special tokens with these texts end an answer, whatever else a file names; llama.cpp has them so too.
 _END_TEXTS = frozenset(
     {
@@ -191,14 +198,41 @@ class TextStream:
         self._given, self._waiting = self._waiting, []
         return text
 
-    def finish(self) -> str:
-        """Return what waits for the rest of a character that does not come."""
+    def finish(self, *, drops_half: bool = False) -> str:
+        """Return what waits for the rest of a character that does not come.
+
+        drops_half: without half a character at the end, which would be U+FFFD; one that the tokens spell stays.
+        """
+        num_lost = len(self._half()) if drops_half else 0
+        is_byte_level = num_lost and self._is_byte_level()
+        if num_lost and not is_byte_level:  # each of its bytes is a token
+            del self._waiting[-num_lost:]
         before = self._backend.decode(self._given, skip_special_tokens=True)
         text = self._backend.decode(self._given + self._waiting, skip_special_tokens=True)
         if not text.startswith(before):
             before, text = "", self._backend.decode(self._waiting, skip_special_tokens=True)
         self._given, self._waiting = [], []
-        return text[len(before) :]
+        text = text[len(before) :]
+        return text.removesuffix(_REPLACEMENT) if is_byte_level else text
+
+    def _half(self) -> bytes:
+        """Return the bytes of a character at the end of the waiting tokens whose other bytes are missing."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        is_byte_level = self._is_byte_level()
+        for token in self._waiting:
+            text = self._backend.id_to_token(token) or ""
+            if is_byte_level and all(char in _BYTES for char in text):
+                decoder.decode(bytes(_BYTES[char] for char in text))
+            elif not is_byte_level and (byte := _BYTE_TOKEN.fullmatch(text)):
+                decoder.decode(bytes([int(byte[1], 16)]))
+            else:
+                decoder.decode(text.encode())
+        half: bytes = decoder.getstate()[0]
+        return half
+
+    def _is_byte_level(self) -> bool:
+        """Return whether each character of a token's text is a byte of what it decodes to."""
+        return self._backend.decoder is not None and b'"ByteLevel"' in self._backend.decoder.__getstate__()
 
     def _restart(self) -> str:
         """Go on without the last piece: the bytes that came since change how it decodes, and it is written."""
