@@ -98,6 +98,24 @@ put() { # MODE SOURCE TARGET: install a file if it differs; contents are never s
   run mv -f "$3.new" "$3"
 }
 
+put_topology() { # a device restarts, or reads again, only for what it reads of the file
+  local target=$etc/topology.yaml needs=restart was=$is_changed mark=false
+  if cmp -s "$topology" "$target"; then return; fi
+  if [ -e "$target" ] && [ -r "$etc/node.env" ] && [ -x "$home/current/bin/mdiq" ]; then
+    needs=$("$home/current/bin/mdiq" check --since "$target" --name "$(sed -n 's/^MDIQ_NAME=//p' "$etc/node.env")" \
+      "$topology" 2>/dev/null) || needs=restart
+  fi
+  if [ "$needs" != restart ] && [ ! -e "$home/.changed" ]; then
+    mark=true
+    if [ "$needs" = reload ]; then run touch "$home/.reload"; fi # also when this run is cut off
+  fi
+  put 0644 "$topology" "$target"
+  if $mark; then
+    is_changed=$was
+    $is_changed || run rm -f "$home/.changed"
+  fi
+}
+
 link() { # TARGET NAME: point a link at a release, in one step
   run ln -sfn "$1" "$home/$2.new"
   run mv -fT "$home/$2.new" "$home/$2"
@@ -204,10 +222,14 @@ restart() {
   elif [ -e "$home/.changed" ] || $is_changed || ! is_up; then
     # A node is ready when its ring is: nobody waits for that here.
     run systemctl restart --no-block "mdiq-$role"
-    run rm -f "$home/.changed"
+    run rm -f "$home/.changed" "$home/.reload"
     say "starts mdiq-$role; systemctl status mdiq-$role shows how far it is"
+  elif [ -e "$home/.reload" ]; then
+    run systemctl reload --no-block "mdiq-$role"
+    run rm -f "$home/.reload"
+    say "mdiq-$role reads the topology again"
   else
-    say "mdiq-$role runs, and nothing has changed"
+    say "mdiq-$role runs, and nothing that it reads has changed"
   fi
 }
 
@@ -230,7 +252,7 @@ switch() {
   elif [ "$role" = node ] && [ ! -e "$etc/node.env" ]; then
     die "give --name NAME: the name of this device in the topology"
   fi
-  [ -z "$topology" ] || put 0644 "$topology" "$etc/topology.yaml"
+  [ -z "$topology" ] || put_topology
   put_key
   put_units "$here/systemd"
   if [ -e "$units/mdiq-$other.service" ]; then

@@ -26,6 +26,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mdiq.cli.signals import LOADS_PROGRAM, READS
 from mdiq.config.load import load_topology
 from mdiq.errors import TopologyError
 
@@ -38,7 +39,7 @@ PUSHED = "/opt/mdiq/push"
 """Where wheels and scripts lie on a device; of root."""
 SHORT_STAGE_S = 120.0
 START_S = 90.0
-"""Within this a unit says its first status; Python and torch take a while on a small device."""
+"""Within this a unit has loaded its program; Python and torch take a while on a small device."""
 SETTLE_S = 3.0
 POLL_S = 1.0
 MOST_ERROR_LINES = 12
@@ -272,18 +273,21 @@ async def check(plan: Plan, device: Device) -> str:
         if state.get("ActiveState") != "deactivating" and not is_over:
             is_over = pid not in ("0", state.get("MainPID"))
             pid = state.get("MainPID", "0")
-        if state.get("StatusText") and status_since_s is None:
-            status_since_s = now
+        status = state.get("StatusText", "")
+        if state.get("ActiveState") == "active" or (status and not status.startswith((READS, LOADS_PROGRAM))):
+            status_since_s = now if status_since_s is None else status_since_s
         if is_over or now - started_s > START_S:
+            at = f"{state.get('ActiveState')}, {state.get('Result')}{', ' if status else ''}{status}"
             raise ProvisionError(
-                f"{_unit(device)} does not come up ({state.get('ActiveState')}, {state.get('Result')}); its journal "
-                f"ends:\n{await _journal(plan, device)}\n  --rollback brings the release before back"
+                f"{_unit(device)} does not come up ({at}); its journal ends:\n{await _journal(plan, device)}\n"
+                "  --rollback brings the release before back"
             )
         if pid != "0" and status_since_s is not None and now - status_since_s > SETTLE_S:
             break
         await asyncio.sleep(POLL_S)
     version = await plan.ssh.run(device, "/opt/mdiq/current/bin/mdiq --version", timeout_s=SHORT_STAGE_S)
-    return f"{version.strip()}, {state['ActiveState']}: {state['StatusText']}"
+    waits = "" if state["ActiveState"] == "active" or plan.ready_within_s else "; --ready-within S waits for the ring"
+    return f"{version.strip()}, {state['ActiveState']}: {status}{waits}"
 
 
 def _unit(device: Device) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
-from mdiq.cli.signals import run_service
+from mdiq.cli.signals import LOADS_PROGRAM, READS, run_service
 from mdiq.errors import ConfigError, MdiqError, first_of
 from mdiq.runtime.placement import bind_to_core, set_threads
 
@@ -30,7 +30,7 @@ def serve_topology(file: Path, name: str, *, once: bool) -> NoReturn:
     """Serve ring after ring until a signal comes, or one ring; end the process then."""
     from mdiq.cli.ring_file import node_of, peers_of
     from mdiq.config.load import load_topology
-    from mdiq.runtime.lifecycle import LOADS_PROGRAM, READS, Notifier
+    from mdiq.runtime.lifecycle import Notifier
 
     notifier = Notifier.from_environment()
     notifier.starting(f"{READS} {file.name}")

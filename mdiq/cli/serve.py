@@ -14,14 +14,14 @@ import structlog
 
 from mdiq.api.keys import read_keys
 from mdiq.cli.ring_file import flags_of, remote_ring
-from mdiq.cli.signals import run_service
+from mdiq.cli.signals import LOADS_PROGRAM, READS, run_service
 from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.cli.topology_ring import TopologyRings
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.errors import ConfigError
 from mdiq.runtime.admin import AdminServer, socket_path
-from mdiq.runtime.lifecycle import LOADS_PROGRAM, READS, Notifier, Watchdog, serve_until_signal, watchdog_interval_s
+from mdiq.runtime.lifecycle import Notifier, Watchdog, serve_until_signal, watchdog_interval_s
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import set_threads
 

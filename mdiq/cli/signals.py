@@ -9,6 +9,9 @@ from typing import Any, NoReturn, TypeVar
 
 from mdiq.errors import first_of
 
+READS, LOADS_PROGRAM = "reads", "loads its program"
+"""How the status of a unit begins while nobody knows yet whether it comes up; nodes/provision.py waits for more."""
+
 T = TypeVar("T")
 
 

@@ -25,8 +25,6 @@ log = structlog.get_logger()
 
 Clock = Callable[[], float]
 
-READS, LOADS_PROGRAM = "reads", "loads its program"
-"""How the status of a unit begins while nobody knows yet whether it comes up; nodes/provision.py waits for more."""
 EXTEND_S = 120.0
 """How much longer a start may take, counted from its last progress."""
 MOST_STATUS_CHARACTERS = 200
