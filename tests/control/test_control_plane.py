@@ -111,6 +111,75 @@ async def test_a_node_of_another_version_is_heard_of_before_the_others_have_join
     assert plane.coordinator.missing == [ONE]
 
 
+async def test_a_node_that_loads_hears_that_it_is_drained(plane: Plane) -> None:
+    is_loading, was_given_up = asyncio.Event(), asyncio.Event()
+
+    async def load(_: control.Assign) -> NoReturn:
+        is_loading.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            was_given_up.set()
+        raise AssertionError("it never ends")
+
+    _, one = plane.agent("node-1", load=load)
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    assigning = asyncio.create_task(plane.coordinator.assign({ONE: assignment(), TWO: assignment()}))
+    async with asyncio.timeout(20):
+        await is_loading.wait()
+        await plane.coordinator.drain(10.0)
+        await one
+    assert was_given_up.is_set()
+    assigning.cancel()
+
+
+async def test_a_newer_assignment_takes_the_place_of_one_that_loads() -> None:
+    told: asyncio.Queue[control.Assign] = asyncio.Queue()
+    ended: list[int] = []
+    release = asyncio.Event()
+
+    async def load(message: control.Assign) -> control.Ready:
+        told.put_nowait(message)
+        try:
+            await release.wait()
+        finally:
+            ended.append(message.layer_start)
+        return ready(kv_tokens=100 + message.layer_start)
+
+    server = MemoryControlServer()
+    link = server.connect(b"node-9")
+    agent = Agent(
+        link,
+        KEY,
+        control.Hello("node-9", "tcp://127.0.0.1:6009", 1, VERSION),
+        load=load,
+        send_burst=send_burst,
+        begin=begin,
+        stand_by=lambda _: None,
+        heartbeat=heartbeat,
+        spans=list,
+    )
+    running = asyncio.create_task(agent.run())
+    async with asyncio.timeout(20):
+        identity, _ = await server.receive()
+        await server.send(identity, control.encode(assignment(layer_start=2), KEY))
+        assert (await told.get()).layer_start == 2
+        await server.send(identity, control.encode(assignment(layer_start=3), KEY))
+        await server.send(identity, control.encode(control.Begin(2, "f32"), KEY))  # after what it was assigned
+        assert (await told.get()).layer_start == 3
+        assert ended == [2]
+        release.set()
+        answers: list[control.Message] = []
+        while len(answers) < 2:
+            answer = control.decode((await server.receive())[1], KEY)
+            if not isinstance(answer, control.Heartbeat):
+                answers.append(answer)
+    assert answers == [ready(kv_tokens=103), control.Begun(2)]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_another_version_is_refused_with_both_named(plane: Plane) -> None:
     plane.agent("node-1", version="9.9.9")
     with pytest.raises(EngineError, match=f"node-1: it runs mdiq 9.9.9 and the starter {VERSION}; install"):
