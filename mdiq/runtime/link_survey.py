@@ -1,14 +1,18 @@
-"""Measures every Hop before the Ring serves: asks Nodes for bursts and hands what they report to core/hop_survey.py."""
+"""Measures every Hop before the Ring serves: asks Nodes for bursts and hands what they report to core/hop_survey.py.
+
+A Ring with a Hop that nothing crosses would take requests and answer none, so that every Hop is tried first.
+"""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import structlog
 
 from mdiq.core import control
-from mdiq.core.hop_survey import BurstReport, HopLink, HopSurvey
+from mdiq.core.hop_survey import SINGLE_BYTES, BurstReport, HopLink, HopSurvey
 from mdiq.core.types import Epoch
+from mdiq.errors import TransportError
 from mdiq.runtime.loops import Clock
 from mdiq.runtime.starter_service import StarterService
 
@@ -36,13 +40,18 @@ async def survey_hops(
     num_hops: int,
     clock: Clock,
     *,
+    unreached: Callable[[int], str],
     timeout_s: float = BURST_TIMEOUT_S,
 ) -> tuple[HopLink | None, ...]:
-    """Return what each Hop is like, the first one out of the Starter first; None where a burst did not arrive.
+    """Return what each Hop is like, the first one out of the Starter first; None where a larger burst did not arrive.
+
+    unreached: returns what to tell of a Hop over which not even a small Frame arrives.
 
     Raises:
+        TransportError: there are such Hops.
         MdiqError: a Node is gone.
     """
+    await _try_all(starter, nodes, epoch, num_hops, unreached, timeout_s)
     survey = HopSurvey(epoch, num_hops)
     while (wanted := survey.next_burst()) is not None:
         hop, burst = wanted
@@ -63,6 +72,41 @@ async def survey_hops(
     return links
 
 
+async def _try_all(
+    starter: StarterService,
+    nodes: Nodes,
+    epoch: Epoch,
+    num_hops: int,
+    unreached: Callable[[int], str],
+    timeout_s: float,
+) -> None:
+    """Send a small Frame over every Hop, over all at once."""
+    probe = control.SendBurst(epoch, 0, 1, SINGLE_BYTES)
+    arriving = [
+        nodes.burst_arrived(receiver, probe.number) if receiver else starter.burst_arrived(probe.number)
+        for receiver in ((hop + 1) % num_hops for hop in range(num_hops))
+    ]
+    sending = [asyncio.ensure_future(starter.send_burst(probe))]
+    sending += [asyncio.ensure_future(_sent_s(nodes, hop, probe)) for hop in range(1, num_hops)]
+    try:
+        await asyncio.wait(arriving, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        for arrived in arriving:
+            if arrived.done():
+                arrived.result()
+        if missing := [hop for hop, arrived in enumerate(arriving) if not arrived.done()]:
+            raise TransportError("; ".join(unreached(hop) for hop in missing))
+    finally:
+        for arrived in arriving:
+            arrived.cancel()
+        for sent in sending:
+            sent.cancel()
+        await asyncio.gather(*arriving, *sending, return_exceptions=True)
+
+
+async def _sent_s(nodes: Nodes, hop: int, burst: control.SendBurst) -> float:
+    return (await nodes.send_burst(hop, burst)).sent_s
+
+
 async def _run(
     starter: StarterService,
     nodes: Nodes,
@@ -72,6 +116,6 @@ async def _run(
     clock: Clock,
 ) -> BurstReport:
     asked_s = clock()
-    sent_s = (await nodes.send_burst(hop, burst)).sent_s if hop else await starter.send_burst(burst)
+    sent_s = await _sent_s(nodes, hop, burst) if hop else await starter.send_burst(burst)
     answered_s = clock()
     return BurstReport(asked_s, answered_s, sent_s, await arriving)

@@ -355,7 +355,9 @@ class LocalRing:
         self._serving = asyncio.create_task(service.run(), name="starter")
         self._serving.add_done_callback(self._on_loops_ended)
         if isinstance(self._stages, SocketStages) and options.num_nodes > 1:
-            self._links = await survey_hops(service, self._stages, self._epoch, options.num_nodes, self._clock)
+            self._links = await survey_hops(
+                service, self._stages, self._epoch, options.num_nodes, self._clock, unreached=self._stages.unreached
+            )
         if options.is_survey:
             self._wires = self._first_wires
             return

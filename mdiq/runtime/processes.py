@@ -68,6 +68,7 @@ class ProcessStages(SocketStages):
         if self._options.link is not None:
             self._relays = await RelayProcess.start(self._options.link, endpoints)
             endpoints = self._relays.endpoints
+        self._endpoints = endpoints
         self.sink = await PushSink.connect(self._context, endpoints[0])
         assignments = {node: self._assignment(i, endpoints[i]) for i, node in enumerate(self._names, 1)}
         ready = await coordinator.assign(assignments)

@@ -78,10 +78,12 @@ class RemoteStages(SocketStages):
         try:
             async with asyncio.TaskGroup() as tasks:
                 preparing = tasks.create_task(self._prepare(self._weights), name="prepare-weights")
-                tasks.create_task(self._all_joined(coordinator), name="join")
+                joining = tasks.create_task(self._all_joined(coordinator), name="join")
         except* MdiqError as group:
             raise first_of(group) from None
         hot = preparing.result()
+        self._listening = {node: hello.data_endpoint for node, hello in joining.result().items()}
+        self._endpoints = [node.data_endpoint for node in (*ring.nodes[1:], ring.nodes[0])]
         following = ring.nodes[1]
         self.sink = await PushSink.connect(
             self._context,
@@ -159,12 +161,12 @@ class RemoteStages(SocketStages):
         name = server.sender or identity.partition(b"/")[0].decode(errors="replace")
         return dict(zip(self._options.node_names[1:], self._options.layers[1:], strict=True)).get(name) == layers
 
-    async def _all_joined(self, coordinator: Coordinator) -> None:
+    async def _all_joined(self, coordinator: Coordinator) -> Mapping[NodeId, control.Hello]:
         ring = self._ring
         telling = asyncio.create_task(_tell(coordinator), name="telling")
         try:
             async with asyncio.timeout(ring.join_wait_s):
-                await coordinator.all_joined()
+                return await coordinator.all_joined()
         except TimeoutError:
             num_refused = self._gate.refusals.num_refused if self._gate else 0
             refused = f"; {num_refused} connections were refused here, see the log above" if num_refused else ""

@@ -58,6 +58,8 @@ class SocketStages(ABC):
         self._coordinator: Coordinator | None = None
         self._server: RouterServer | None = None
         self._ready: dict[NodeId, control.Ready] = {}
+        self._endpoints: list[str] = []  # that each Hop leads to, the one out of the Starter first
+        self._listening: dict[str, str] = {}  # where Nodes say that they listen
         self._is_drained = False
         self._is_closing = False
         self.source: PullSource | None = None
@@ -105,6 +107,22 @@ class SocketStages(ABC):
         """Return a future of what a Node sees of a burst; see Coordinator."""
         assert self._coordinator is not None  # start has run
         return self._coordinator.burst_arrived(self._names[stage - 1], number)
+
+    def unreached(self, hop: int) -> str:
+        """Return what is wrong when nothing arrives over a Hop, and what to do."""
+        names = self._options.node_names
+        sender, receiver, endpoint = names[hop], names[(hop + 1) % len(names)], self._endpoints[hop]
+        port, own = endpoint.rpartition(":")[2], self._listening.get(receiver, endpoint).rpartition(":")[2]
+        if own != port:
+            return (
+                f"{sender} to {receiver}: {sender} sends to {endpoint}, and {receiver} listens on port {own} by its "
+                "copy of the topology; copy the starter's topology to it"
+            )
+        return (
+            f"{sender} to {receiver}: nothing that {sender} sends to {endpoint} arrives there; see whether a firewall "
+            f"on {receiver} lets port {port} in, whether {receiver} has that address, and what its log says of peers "
+            "that it refused"
+        )
 
     async def drain(self) -> None:
         """Ask the Nodes to end and take their last figures; ``aclose`` does not wait for those that do not answer."""

@@ -9,9 +9,9 @@ import pytest
 
 from mdiq.core import control
 from mdiq.core.frame import Buffer, FrameKind
-from mdiq.core.hop_survey import HopLink
+from mdiq.core.hop_survey import SINGLE_BYTES, HopLink
 from mdiq.core.types import Epoch
-from mdiq.errors import NodeDiedError
+from mdiq.errors import NodeDiedError, TransportError
 from mdiq.runtime.link_survey import survey_hops
 from tests.runtime.conftest import OpenRing, Ring, make_sequence
 
@@ -52,7 +52,7 @@ async def nodes_of(ring: Ring) -> AsyncIterator[RingNodes]:
 @pytest.mark.parametrize(("size", "kind"), [(2, "memory"), (3, "memory"), (2, "sockets"), (3, "sockets")])
 async def test_every_hop_is_measured_and_the_ring_answers_as_ever(open_ring: OpenRing, size: int, kind: str) -> None:
     async with open_ring(size, kind) as ring, nodes_of(ring) as nodes:
-        links = await survey_hops(ring.starter, nodes, EPOCH, size, time.monotonic)
+        links = await survey_hops(ring.starter, nodes, EPOCH, size, time.monotonic, unreached=str)
         assert len(links) == size
         assert all(isinstance(link, HopLink) and link.delay_s >= 0 and link.bytes_per_s > 0 for link in links)
         await ring.check(*(make_sequence(i) for i in range(4)))
@@ -60,14 +60,39 @@ async def test_every_hop_is_measured_and_the_ring_answers_as_ever(open_ring: Ope
         assert all(not worker.meter.dropped for worker in ring.workers)
 
 
-async def test_hops_that_lose_bursts_are_unknown_and_the_ring_answers_as_ever(open_ring: OpenRing) -> None:
-    def drops_bursts(parts: Sequence[Buffer]) -> int:
-        return parts[0][3] != FrameKind.BURST
+async def test_hops_that_lose_larger_bursts_are_unknown_and_the_ring_answers_as_ever(open_ring: OpenRing) -> None:
+    def drops_large_bursts(parts: Sequence[Buffer]) -> int:
+        return parts[0][3] != FrameKind.BURST or len(memoryview(parts[1]).cast("B")) <= SINGLE_BYTES
 
-    async with open_ring(3, copies=drops_bursts) as ring, nodes_of(ring) as nodes:
-        links = await survey_hops(ring.starter, nodes, EPOCH, 3, time.monotonic, timeout_s=0.02)
+    async with open_ring(3, copies=drops_large_bursts) as ring, nodes_of(ring) as nodes:
+        links = await survey_hops(ring.starter, nodes, EPOCH, 3, time.monotonic, unreached=str, timeout_s=0.05)
         assert links == (None, None, None)
         await ring.check(make_sequence(0))
+
+
+@pytest.mark.parametrize("blocked", [{0}, {1}, {2}, {0, 2}])
+async def test_hops_that_nothing_crosses_are_all_named_and_there_is_no_ring(
+    open_ring: OpenRing, blocked: set[int]
+) -> None:
+    async with open_ring(3) as ring, nodes_of(ring) as nodes:
+        for hop in blocked:
+            ring.sinks[hop]._copies = lambda _: 0
+        with pytest.raises(TransportError) as refusal:
+            await survey_hops(
+                ring.starter, nodes, EPOCH, 3, time.monotonic, unreached=lambda hop: f"hop {hop}", timeout_s=0.1
+            )
+        assert str(refusal.value) == "; ".join(f"hop {hop}" for hop in sorted(blocked))
+
+
+async def test_a_node_that_is_gone_is_heard_of_before_the_time_for_its_hop_is_over(open_ring: OpenRing) -> None:
+    async with open_ring(3, copies=lambda _: 0) as ring, nodes_of(ring) as nodes, asyncio.timeout(20):
+        surveying = asyncio.create_task(
+            survey_hops(ring.starter, nodes, EPOCH, 3, time.monotonic, unreached=str, timeout_s=600.0)
+        )
+        await asyncio.sleep(0.02)
+        ring.starter.fail_all(NodeDiedError("pi2: no heartbeat"))
+        with pytest.raises(NodeDiedError, match="pi2"):
+            await surveying
 
 
 async def test_bursts_of_another_epoch_are_not_reported(open_ring: OpenRing) -> None:

@@ -13,8 +13,9 @@ from mdiq.errors import MdiqError, NodeDiedError, RingError
 from mdiq.runtime import in_process, local
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.loops import Worker
-from mdiq.runtime.options import HopFigures, RingOptions
+from mdiq.runtime.options import HopFigures, RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.processes import ProcessStages
+from mdiq.runtime.remote import RemoteStages
 
 
 @pytest.fixture
@@ -116,6 +117,38 @@ async def test_a_loop_of_the_stages_that_fails_ends_the_ring_with_its_reason(tin
     async with asyncio.timeout(20):
         error = await lost.get()
     assert isinstance(error, RingError) and "coordinator: RuntimeError('a table is full')" in str(error)
+    await stages.aclose()
+
+
+@pytest.mark.parametrize(
+    ("listening", "says"),
+    [
+        (
+            "tcp://0.0.0.0:5002",
+            "desk to pi1: nothing that desk sends to tcp://10.0.0.2:5002 arrives there; see whether a",
+        ),
+        (
+            "tcp://0.0.0.0:5009",
+            "to tcp://10.0.0.2:5002, and pi1 listens on port 5009 by its copy of the topology; copy",
+        ),
+    ],
+)
+async def test_a_hop_that_nothing_crosses_is_named_with_its_address_and_what_to_look_at(
+    tiny: Path, listening: str, says: str
+) -> None:
+    nodes = (RemoteNode("desk", "tcp://10.0.0.1:5001", None), RemoteNode("pi1", "tcp://10.0.0.2:5002", None))
+    stages = RemoteStages(
+        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), remote=RemoteRing(nodes, "tcp://c:1", "tcp://w:1")),
+        ring_key=b"the ring's key, of thirty bytes",
+        model_digest="",
+        on_fault=lambda _: None,
+        on_lost=lambda _: None,
+        on_loading=lambda *_: None,
+    )
+    stages._endpoints = [nodes[1].data_endpoint, nodes[0].data_endpoint]
+    stages._listening = {"pi1": listening}
+    assert says in stages.unreached(0)
+    assert stages.unreached(1).startswith("pi1 to desk: nothing that pi1 sends to tcp://10.0.0.1:5001 arrives there")
     await stages.aclose()
 
 
