@@ -60,6 +60,31 @@ WORD = (
 AFTER_WORD = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = WORD.replace("@", "") + r"|\p{N}" + AFTER_WORD
 GPT4O = WORD.replace("@", APOSTROPHE + "?") + r"|\p{N}{1,3}" + AFTER_WORD
+QWEN35 = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+CASED = (
+    r"A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
+    r"\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
+    r"\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
+    r"\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d"
+    r"\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb"
+    r"\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128"
+    r"\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4"
+    r"\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf"
+    r"\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3"
+    r"\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+DEEPSEEK_LLM = [
+    *("[\r\n]", rf"\s?[{CASED}]+", r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$"),
+    *(r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}+"),
+]
+ASCII_MARKS = regex.escape("".join(chr(i) for i in range(33, 127) if not chr(i).isalnum()))
+DEEPSEEK_V3 = [
+    r"\p{N}{1,3}",
+    r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    rf"[{ASCII_MARKS}][A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+]
+SEED_CODER = APOSTROPHE + (r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+")
 PATTERNS = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
     "gpt-2": [GPT2],
@@ -74,6 +99,17 @@ PATTERNS = {
     "dbrx": [LLAMA3],
     "qwen2": [QWEN2],
     "deepseek-r1-qwen": [QWEN2],
+    "stablelm2": [QWEN2],
+    "hunyuan": [QWEN2],
+    "qwen35": [QWEN35],
+    "glm4": [LLAMA3],
+    "chatglm-bpe": [LLAMA3],
+    "mellum": [GPT2],
+    "deepseek-coder": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"],
+    "deepseek-llm": DEEPSEEK_LLM,
+    "deepseek-v3": DEEPSEEK_V3,
+    "hunyuan-dense": DEEPSEEK_V3,
+    "seed-coder": [SEED_CODER],
     "tekken": [TEKKEN],
     "gpt-4o": [GPT4O],
 }
@@ -277,7 +313,7 @@ class TestByteLevelFiles:
     def test_ids_equal_the_reference(self, tmp_path, byte_level, pre):
         tokenizer = Tokenizer.load(byte_level_file(tmp_path / "a.gguf", byte_level, pre=pre, add_bos_token=False))
         whole = pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
-        reference = ByteLevelReference(byte_level, pre, nfc=pre in ("qwen2", "command-r"), whole=whole)
+        reference = ByteLevelReference(byte_level, pre, nfc=pre in ("qwen2", "qwen35", "command-r"), whole=whole)
 
         @few
         @given(assigned_texts)
