@@ -21,7 +21,7 @@ from mdiq.errors import ConfigError
 from mdiq.plan.explain import reason
 from mdiq.plan.measured import MeasuredRing, Profiles, from_json, profiles_of, to_json
 from mdiq.plan.partition import Goal, Objective
-from mdiq.plan.plan import Plan, make_plan
+from mdiq.plan.plan import LeftOut, Plan, make_plan
 
 log = structlog.get_logger()
 
@@ -63,7 +63,7 @@ def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: 
         return PlannedRing(loaded, notes=(f"{new}: not measured yet; the nodes measure first",), is_unmeasured=True)
     goal = goal_of(topology)
     plan = make_plan(profiles.model, known, profiles.links, goal)
-    left_out = {str(node.node): reason(plan, node) for node in plan.left_out}
+    left_out = {str(node.node): _reason(plan, node) for node in plan.left_out}
     layers = ", ".join(f"{stage.node} {len(stage.layers)}" for stage in plan.stages)
     notes = (
         f"layers as planned: {layers}; {plan.value:.1f} tokens/s predicted for "
@@ -77,6 +77,13 @@ def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: 
         left_out,
         notes,
     )
+
+
+def _reason(plan: Plan, node: LeftOut) -> str:
+    """Return why the plan leaves a node out, short enough for a status line."""
+    if node.rate_with is None:
+        return reason(plan, node)
+    return f"{100 * (1 - node.rate_with / plan.value):.0f} % slower with it"
 
 
 def goal_of(topology: Topology, objective: Objective | None = None, users: int | None = None) -> Goal:

@@ -1,6 +1,6 @@
 """The Rings of a topology: which Nodes take part, and with which Layers, as planned from what they measured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,7 @@ class TopologyRings:
             planned.loaded,
             planned.layers,
             idle | {name: f"the plan leaves it out: {why}" for name, why in planned.left_out.items()},
+            left_out=planned.left_out,
             is_survey=planned.is_unmeasured,
         )
 
@@ -131,13 +132,15 @@ class TopologyRings:
         planned: tuple[int, ...] | None,
         idle: Mapping[str, str],
         *,
+        left_out: Collection[str] = (),
         is_survey: bool = False,
     ) -> RingOptions:
         flags = flags_of(loaded)
         remote = replace(
             remote_ring(loaded, self._join_wait_s),
             standing_by=tuple(
-                StandingBy(name, self._loaded.topology.node(name).public_key, reason) for name, reason in idle.items()
+                StandingBy(name, self._loaded.topology.node(name).public_key, reason, name in left_out)
+                for name, reason in idle.items()
             ),
         )
         layers = self._layers(planned, flags, len(remote.nodes))

@@ -46,11 +46,15 @@ class RemoteNode:
 
 @dataclass(frozen=True, slots=True)
 class StandingBy:
-    """A Node that has no Layers now, and why: the topology, the plan or an operator wants it so."""
+    """A Node that has no Layers now, and why: the topology, the plan or an operator wants it so.
+
+    is_left_out: it is the plan.
+    """
 
     name: str
     public_key: str | None
     reason: str
+    is_left_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)

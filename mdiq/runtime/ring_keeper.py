@@ -341,7 +341,7 @@ class RingKeeper:
             losing = asyncio.create_task(ring.until_lost(), name="lost")
             log.info("ring_formed", nodes=_names(self._options))
             if not self._is_ending and not self._holds_back:
-                self._say(f"serves on {_names(self._options)}", is_serving=True)
+                self._say(_serves(self._options), is_serving=True)
             ending = asyncio.create_task(self._until_left(ring), name="leaving")
             waited_for: set[asyncio.Task[Any]] = {losing, renewing, ending}
             if self._wanted != self._options:
@@ -413,6 +413,16 @@ class RingKeeper:
 
 def _names(options: RingOptions) -> str:
     return ", ".join(options.node_names)
+
+
+def _serves(options: RingOptions) -> str:
+    """Return who serves, and whom the plan leaves out: the operator has brought them up, and may want them."""
+    left_out = [node for node in options.remote.standing_by if node.is_left_out] if options.remote else []
+    if not left_out:
+        return f"serves on {_names(options)}"
+    alone = " alone" if options.num_nodes == 1 else ""
+    idle = ", ".join(f"{node.name} ({node.reason.rpartition(': ')[2]})" for node in left_out)
+    return f"serves on {_names(options)}{alone}; stand by: {idle}; layers by hand or --even-split use all"
 
 
 def _members(options: RingOptions) -> set[tuple[str, str | None]]:

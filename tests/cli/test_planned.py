@@ -1,6 +1,7 @@
 """Layers of a topology from kept figures; mdiq plan."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,10 @@ def test_a_node_that_only_slows_the_ring_down_is_left_out_and_it_is_said(tmp_pat
     assert [node.name for node in planned.loaded.topology.ring_nodes] == ["desk", "pi1"]
     assert planned.layers is not None and len(planned.layers) == 2
     _, note = planned.notes
-    assert note.startswith("left out: pi2: ")
+    assert re.fullmatch(r"left out: pi2: \d+ % slower with it", note)
+    rings = _rings(loaded, [])
+    [idle] = rings.options().remote.standing_by  # type: ignore[union-attr]
+    assert idle.name == "pi2" and idle.is_left_out and re.search(r": \d+ % slower with it$", idle.reason)
 
 
 def test_a_ring_is_planned_for_the_users_and_the_cache_that_the_topology_names(tmp_path: Path) -> None:

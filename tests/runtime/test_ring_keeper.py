@@ -107,6 +107,7 @@ class House:
     def __init__(self, *, is_measured: bool = True) -> None:
         self.nodes = dict(NODES)
         self.spares: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self.has_better = False  # a plan
         self.rings: list[FakeRing] = []
         self.opened = asyncio.Event()
@@ -119,7 +120,7 @@ class House:
         self.running = asyncio.create_task(self.keeper.run(), name="keeper")
 
     def read(self) -> Form:
-        nodes, spares = dict(self.nodes), dict(self.spares)
+        nodes, spares, left_out = dict(self.nodes), dict(self.spares), dict(self.left_out)
         if "broken" in nodes:
             raise ConfigError("topology.yaml:3: it is broken")
 
@@ -135,6 +136,7 @@ class House:
             idle = (
                 *(StandingBy(name, nodes[name], "it is drained") for name in sorted(drained)),
                 *(StandingBy(name, key, "it is a spare") for name, key in spares.items()),
+                *(StandingBy(name, "k", f"the plan leaves it out: {why}", True) for name, why in left_out.items()),
             )
             remote = RemoteRing(tuple(ring), "tcp://c", "tcp://w", standing_by=idle)
             return RingOptions(Path("model"), layers, remote=remote, is_survey=not self.is_measured)
@@ -505,6 +507,18 @@ async def test_a_revoked_key_of_a_node_that_stands_by_is_cut_at_once_and_what_ru
     ring.steps.set()
     assert (await _to_the_end(events)).step.error is None
     await reloading
+
+
+async def test_a_ring_that_serves_says_whom_the_plan_leaves_out_and_how_to_use_them(house: House) -> None:
+    house.nodes = {"desk": "k0"}
+    house.left_out = dict.fromkeys(("pi1", "pi2"), "3 % slower with it")
+    house.spares = {"pi3": "k3"}
+    await house.keeper.reload()
+    await house.serving_ring(len(house.rings))
+    assert house.keeper.state.text == (
+        "serves on desk alone; stand by: pi1 (3 % slower with it), pi2 (3 % slower with it); "
+        "layers by hand or --even-split use all"
+    )
 
 
 async def test_a_node_that_becomes_a_spare_leaves_when_nothing_runs(house: House) -> None:
