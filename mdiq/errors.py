@@ -25,9 +25,10 @@ from collections.abc import Sequence
 
 
 class MdiqError(Exception):
-    """Root of all errors that mdiq raises on purpose."""
+    """Root of all errors that mdiq raises on purpose. node: of another process than this one, where it is its error."""
 
     exit_code = 1
+    node: str | None = None
 
 
 class UsageError(MdiqError):

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import structlog
 
@@ -42,10 +43,15 @@ class PlannedRing:
     is_unmeasured: bool = False
 
 
-def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: int) -> PlannedRing:
+def planned_ring(
+    loaded: LoadedTopology,
+    profiles: Profiles | None,
+    num_layers: int,
+    most_bytes: Mapping[str, int] = MappingProxyType({}),
+) -> PlannedRing:
     """Return the ring that the planner makes of a topology with ``auto`` layers, if it knows all of its nodes.
 
-    num_layers: of the model as it is now.
+    num_layers: of the model as it is now. most_bytes: memory of some nodes, where that is less than they say.
 
     Raises:
         PlanError: the model does not fit.
@@ -57,7 +63,9 @@ def planned_ring(loaded: LoadedTopology, profiles: Profiles | None, num_layers: 
     # Another model under the old name has other Layers.
     if profiles is None or profiles.model.num_layers != num_layers:
         return PlannedRing(loaded, notes=("the nodes measure themselves first",), is_unmeasured=True)
-    known = profiles.of([node.name for node in nodes], {node.name: node.memory_bytes for node in nodes})
+    limits = {node.name: node.memory_bytes for node in nodes}
+    limits |= {name: min(limits[name] or most, most) for name, most in most_bytes.items() if name in limits}
+    known = profiles.of([node.name for node in nodes], limits)
     if known is None:
         new = ", ".join(profiles.unknown([node.name for node in nodes]))
         return PlannedRing(loaded, notes=(f"{new}: not measured yet; the nodes measure first",), is_unmeasured=True)

@@ -19,7 +19,7 @@ from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.cli.topology_ring import TopologyRings
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.errors import ConfigError
+from mdiq.errors import ConfigError, MdiqError
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, Watchdog, serve_until_signal, watchdog_interval_s
 from mdiq.runtime.options import RingOptions
@@ -120,6 +120,11 @@ class _Topologies:
         assert self._rings is not None  # a Ring has been formed
         self._rings.keep(await ring.measured(), is_survey=ring.is_survey)
 
+    def note_failure(self, options: RingOptions, error: MdiqError) -> None:
+        """Learn from a Ring that could not be formed: see TopologyRings."""
+        assert self._rings is not None  # the keeper has read the file
+        self._rings.note_failure(options, error)
+
 
 class _RingBackend:
     """What the API sees: the ring that is up, and the tokenizer."""
@@ -190,7 +195,11 @@ class _Service:
             return LocalRing(options, make_pipe=self._pipe, on_loading=on_loading)
 
         self._keeper = keeper = RingKeeper(
-            self._topologies.read, open_ring, on_state=self._tell, on_formed=self._topologies.keep_measured
+            self._topologies.read,
+            open_ring,
+            on_state=self._tell,
+            on_formed=self._topologies.keep_measured,
+            on_not_formed=self._topologies.note_failure,
         )
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AdminServer(socket_path(self._file), commands), self._api(keeper):

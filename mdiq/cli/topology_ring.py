@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from mdiq.cli.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
 from mdiq.cli.ring_file import flags_of, remote_ring
 from mdiq.core.ring import RingSettings
-from mdiq.core.types import LayerRange
-from mdiq.errors import MdiqError, PlanError
+from mdiq.core.types import LayerRange, NodeId
+from mdiq.errors import CapacityError, MdiqError, NodeDiedError, PlanError
 from mdiq.plan.measured import MeasuredRing, Profiles
 from mdiq.plan.pace import PaceSettings
 from mdiq.plan.plan import Plan, plan_split
+from mdiq.plan.room import format_bytes
 from mdiq.plan.split import check_split, split_layers
 from mdiq.runtime.options import RingOptions, StandingBy, parse_wires
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # torch is imported behind set_threads
 SURVEY_LAYERS = 4
 SURVEY_KV_TOKENS = 2_048  # what engine/measure.py asks for: 16 Sequences with their context
 BETTER = 1.1  # a predicted gain that is worth forming the ring again; figures of one ring differ by less
+SMALLER = 0.9  # of the memory that a node was planned with and did not have
 MAX_CHANGES = 2  # of the plan of one topology in one process: figures that swing must not move layers for ever
 
 
@@ -32,6 +34,9 @@ class TopologyRings:
     What Nodes measured in earlier Rings is read once, so a Ring that is formed again is the same. What a survey finds
     is taken up by ``keep``. What a serving Ring finds is kept for later processes, and taken up only if it predicts
     ``BETTER`` times the rate with another split, at most ``MAX_CHANGES`` times.
+
+    A Node whose memory did not hold what it was to load is planned with less from then on; so is one that died twice
+    while it loaded the same Layers. One that has no room for a survey is left out.
 
     on_note: called with what an operator should know of a plan. even_split: share ``auto`` Layers evenly, measure
     nothing. before: the same of an earlier reading of the file: its figures stay.
@@ -59,6 +64,9 @@ class TopologyRings:
         self._told: tuple[str, ...] = ()
         self._drained: frozenset[str] = frozenset()
         self._num_changes = 0
+        self._most_bytes: dict[str, int] = {}  # of memory, learnt by failures
+        self._unfit: dict[str, str] = {}  # Nodes that cannot even measure, and why
+        self._died: tuple[str, tuple[LayerRange, ...]] | None = None  # a Node, and the Ring that was formed then
         self._profiles: Profiles | None = None
         self._is_kept = False  # the figures, in a file
         if even_split:
@@ -69,6 +77,7 @@ class TopologyRings:
             self._profiles = before._profiles
             if before._loaded.topology == loaded.topology:
                 self._num_changes, self._told = before._num_changes, before._told
+                self._most_bytes, self._unfit = before._most_bytes, before._unfit
         self._profiles = self._profiles or read_profiles(loaded)
         self._is_kept = path.exists()
 
@@ -79,13 +88,14 @@ class TopologyRings:
             ConfigError: the topology cannot be used, or there is no Ring without the Nodes that are drained.
             PlanError: the model does not fit, or layers by hand do not cover it.
         """
-        loaded = without(self._loaded, drained)
+        loaded = without(self._loaded, drained | self._unfit.keys())
         self._drained = drained
         num_layers = self._config.num_layers
-        idle = {node.name: "it is a spare" for node in loaded.topology.spares} | dict.fromkeys(drained, "it is drained")
+        idle = {node.name: "it is a spare" for node in loaded.topology.spares} | self._unfit
+        idle |= dict.fromkeys(drained, "it is drained")
         if self._even_split:
             return self._options(loaded, None, idle)
-        planned = planned_ring(loaded, self._profiles, num_layers)
+        planned = planned_ring(loaded, self._profiles, num_layers, self._most_bytes)
         if planned.notes != self._told:
             self._told = planned.notes
             for note in planned.notes:
@@ -107,11 +117,34 @@ class TopologyRings:
         elif profiles is not None and not self._even_split and self._num_changes < MAX_CHANGES:
             self._take_up(profiles, {stage.name: stage.num_layers for stage in measured.stages})
 
+    def note_failure(self, options: RingOptions, error: MdiqError) -> None:
+        """Learn from a Ring that could not be formed, so that the same plan is not tried for ever."""
+        starter = options.node_names[0]
+        name = error.node or starter
+        if isinstance(error, NodeDiedError) and self._died != (name, options.layers):
+            self._died = (name, options.layers)  # it may have been stopped, or lost its power
+            return
+        if not isinstance(error, NodeDiedError | CapacityError) or name not in options.node_names:
+            return
+        num_layers = len(options.layers[options.node_names.index(name)])
+        if options.is_survey and name != starter:
+            self._unfit[name] = f"its memory does not hold {num_layers} layers to measure: {error}"
+            self._on_note(f"left out: {name}: {self._unfit[name]}; give it more memory, then reload or restart")
+        elif self._profiles is not None and (profile := self._profiles.nodes.get(NodeId(name))) is not None:
+            model = self._profiles.model
+            layer_bytes = model.layer_bytes + goal_of(self._loaded.topology).kv_tokens * model.kv_bytes
+            needed = profile.memory_bytes - profile.room_bytes(model, is_starter=name == starter)
+            self._most_bytes[name] = most = int(SMALLER * (needed + num_layers * layer_bytes))
+            self._on_note(
+                f"{name}: its memory did not hold {num_layers} layers ({error}); it is planned with "
+                f"{format_bytes(most)} from now on"
+            )
+
     def _take_up(self, profiles: Profiles, split: Mapping[str, int]) -> None:
         """Plan with a Ring's own figures from now on, if they predict a much better Ring than this split."""
         try:
-            loaded = without(self._loaded, self._drained)
-            plan = planned_ring(loaded, profiles, self._config.num_layers).plan
+            loaded = without(self._loaded, self._drained | self._unfit.keys())
+            plan = planned_ring(loaded, profiles, self._config.num_layers, self._most_bytes).plan
         except MdiqError:
             return  # a Ring that serves is better than none
         if plan is None or {str(stage.node): len(stage.layers) for stage in plan.stages} == split:

@@ -150,6 +150,7 @@ class Coordinator:
 
     def fail(self, node: NodeId, error: MdiqError) -> None:
         """Note that a Node is gone or cannot do its part: whoever waits for it gets the error."""
+        error.node = node
         futures: list[asyncio.Future[Any]] = [self._joined[node], self._ready[node]]
         futures += [future for (whom, _, _), future in self._awaited.items() if whom == node]
         for future in futures:

@@ -73,7 +73,8 @@ class RingKeeper:
 
     read: reads the topology; called at the start and at a reload. Raises ConfigError.
     open_ring: gives a Ring that is not entered yet.
-    on_state: told at every change. on_formed: awaited with every Ring that is formed, before it serves.
+    on_state: told at every change. on_formed: awaited with every Ring that is formed, before it serves. on_not_formed:
+    called with a Ring that could not be formed, and why; the topology is asked for the next one after it.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class RingKeeper:
         clock: Clock = time.monotonic,
         on_state: Callable[[KeeperState], None] = lambda _: None,
         on_formed: Callable[[Any], Awaitable[None]] | None = None,
+        on_not_formed: Callable[[RingOptions, MdiqError], None] = lambda *_: None,
     ) -> None:
         self._on_formed = on_formed
+        self._on_not_formed = on_not_formed
         self._read = read
         self._open_ring = open_ring
         self._clock = clock
@@ -94,6 +97,7 @@ class RingKeeper:
         self._drained: frozenset[str] = frozenset()
         self._options = self._form(self._drained)  # of the Ring that is up, or that is being formed
         self._wanted = self._options  # of the next one
+        self._has_plan = True  # else the last one failed, and there is no better one
         self._ring: KeptRing | None = None
         self._is_entered = False  # the Ring, else it starts
         self._loading: dict[str, tuple[int, int]] = {}
@@ -135,6 +139,8 @@ class RingKeeper:
         while True:
             self._renew.clear()
             try:
+                if not self._has_plan:
+                    self._plan()
                 await self._one_ring()
             except MdiqError as error:
                 self.last_error = str(error)
@@ -310,6 +316,11 @@ class RingKeeper:
             status["pace"] = {"most_live": pace.num_live, "in_flight": pace.in_flight, "cap": pace.cap}
         return status
 
+    def _plan(self) -> None:
+        """Ask the topology for the next Ring."""
+        self._wanted = self._form(self._drained)
+        self._has_plan = True
+
     async def _one_ring(self) -> None:
         """Form a Ring and serve on it until it is to be renewed; raise why when it is lost."""
         self._loading = {}
@@ -326,7 +337,12 @@ class RingKeeper:
             await asyncio.wait({entering, renewing}, return_when=asyncio.FIRST_COMPLETED)
             if not entering.done():
                 return
-            entering.result()
+            if (error := entering.exception()) is not None:
+                if isinstance(error, MdiqError) and not self._renew.is_set():
+                    self._on_not_formed(self._options, error)
+                    self._has_plan = False
+                    self._plan()  # with what there is to learn from it
+                raise error
             # A survey serves nobody: it has no pace and no hops to show, and its KV cache is not the Ring's.
             self._is_entered = not self._options.is_survey
             if self._on_formed is not None:
@@ -373,7 +389,7 @@ class RingKeeper:
             log.warning("drain_cut_short", running=self._num_running)
         finally:
             self._holds_back = False
-        self._wanted, self._drained = options, drained
+        self._wanted, self._drained, self._has_plan = options, drained, True
         self._renew.set()
         await self._closed.wait()
 

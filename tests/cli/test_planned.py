@@ -1,5 +1,6 @@
 """Layers of a topology from kept figures; mdiq plan."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles, without
 from mdiq.cli.topology_ring import TopologyRings
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.hop_survey import HopLink
-from mdiq.errors import ConfigError, PlanError
+from mdiq.errors import CapacityError, ConfigError, MdiqError, NodeDiedError, PlanError, RingError
 from mdiq.plan.measured import MeasuredRing, MeasuredStage
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
@@ -311,6 +312,51 @@ def test_a_much_better_split_by_a_rings_own_figures_is_told_and_taken_up_and_not
     assert again.options() == third
     _serve(again, desk=0.02, pi1=0.002, pi2=0.002)
     assert again.options() == third
+
+
+def _failure(error: MdiqError, node: str | None) -> MdiqError:
+    error.node = node
+    return error
+
+
+def test_layers_that_a_nodes_memory_did_not_hold_are_not_planned_for_it_again(tmp_path: Path) -> None:
+    notes: list[str] = []
+    rings = _rings(_topology(tmp_path), notes)
+    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.002), is_survey=True)
+    first = rings.options()
+    rings.note_failure(first, _failure(RingError("pi1: something else"), "pi1"))
+    rings.note_failure(first, _failure(NodeDiedError("pi1: it was started anew"), "pi1"))
+    assert rings.options() == first  # it may have been stopped
+    rings.note_failure(first, _failure(NodeDiedError("pi1: it was started anew"), "pi1"))
+    second = rings.options()
+    assert 0 < len(second.layers[1]) < len(first.layers[1])
+    assert notes[-2].startswith(
+        f"pi1: its memory did not hold {len(first.layers[1])} layers (pi1: it was started anew)"
+    )
+    assert _rings(_topology(tmp_path), notes, before=rings).options() == second
+    for _ in range(9):  # it has nearly nothing
+        options = rings.options()
+        if "pi1" in options.node_names:
+            rings.note_failure(options, _failure(CapacityError("pi1: no memory"), "pi1"))
+    [idle] = rings.options().remote.standing_by  # type: ignore[union-attr]
+    assert idle.name == "pi1" and "memory does not hold a layer" in idle.reason
+    for _ in range(20):
+        with contextlib.suppress(PlanError):
+            rings.note_failure(rings.options(), CapacityError("no memory here"))
+    with pytest.raises(PlanError, match="desk"):
+        rings.options()
+
+
+def test_a_node_that_has_no_room_to_measure_is_left_out_before_anything_is_planned(tmp_path: Path) -> None:
+    notes: list[str] = []
+    rings = _rings(_topology(tmp_path), notes)
+    error = CapacityError("pi2: KV cache: 0 MiB (of its 256 MiB the process takes 300) are free")
+    rings.note_failure(rings.options(), _failure(error, "pi2"))
+    survey = rings.options()
+    assert survey.is_survey and survey.node_names == ("desk", "pi1")
+    [idle] = survey.remote.standing_by  # type: ignore[union-attr]
+    assert idle.name == "pi2" and "of its 256 MiB the process takes 300" in idle.reason
+    assert notes[-1].startswith("left out: pi2: its memory does not hold 4 layers to measure")
 
 
 def test_a_first_ring_keeps_to_stated_limits_and_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ async def test_a_failed_load_is_the_error_of_whoever_waits_and_ends_the_agent(pl
     with pytest.raises(ModelError, match="node-2: weights.bin: truncated; copy it again"):
         await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})
     node, error = await plane.lost.get()
-    assert (node, type(error)) == (TWO, ModelError)
+    assert (node, type(error), error.node) == (TWO, ModelError, TWO)
     with pytest.raises(ModelError, match="^weights.bin"):
         await failing
 

@@ -116,7 +116,14 @@ class House:
         self.fits = True
         self.kept = asyncio.Event()  # what the newest ring has measured
         self.kept.set()
-        self.keeper = RingKeeper(self.read, self.open, clock=lambda: self.now, on_formed=lambda _: self.kept.wait())
+        self.failures: list[str] = []
+        self.keeper = RingKeeper(
+            self.read,
+            self.open,
+            clock=lambda: self.now,
+            on_formed=lambda _: self.kept.wait(),
+            on_not_formed=self.note_failure,
+        )
         self.running = asyncio.create_task(self.keeper.run(), name="keeper")
 
     def read(self) -> Form:
@@ -142,6 +149,9 @@ class House:
             return RingOptions(Path("model"), layers, remote=remote, is_survey=not self.is_measured)
 
         return form
+
+    def note_failure(self, options: RingOptions, error: MdiqError) -> None:
+        self.failures.append(str(error))
 
     def open(self, options: RingOptions, on_loading: OnLoading) -> FakeRing:
         self.rings.append(FakeRing(options, on_loading))
@@ -289,6 +299,26 @@ async def test_a_ring_that_cannot_be_formed_is_tried_again(
     ring.joined.set()
     await house.serving_ring(2)
     assert ring.is_closed
+
+
+async def test_a_plan_that_failed_is_asked_for_again_and_not_tried_again_where_there_is_none(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_keeper, "RETRY_S", 0.0)
+    monkeypatch.setattr(ring_keeper, "NO_ROOM_RETRY_S", 0.0)
+    ring = await house.ring(1)
+    house.has_better = True  # when it is asked again
+    ring.refused = CapacityError("pi2: no memory")
+    ring.joined.set()
+    second = await house.ring(2)
+    assert house.failures == ["pi2: no memory"] and len(second.options.layers[-1]) == 5
+    house.fits = False
+    second.refused = CapacityError("pi2: no memory")
+    second.joined.set()
+    await asyncio.sleep(0.02)
+    assert len(house.rings) == 2 and house.keeper.last_error == "the model needs 4 GiB more"
+    house.fits = True
+    await house.serving_ring(3)
 
 
 async def test_a_drained_node_leaves_when_nothing_runs_and_may_come_back(house: House) -> None:
