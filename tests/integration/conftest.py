@@ -14,11 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mdiq.engine.model_source import find_model
+from mdiq.engine.model_source import QWEN_CODER_0_5B, find_model
 from mdiq.runtime.placement import usable_cores
+from tests.real_models import fetched
 
 NEAR_TIE = 1e-3
 HERE = Path(__file__).parent
+IS_WHOLE = bool(os.environ.get("MDIQ_TEST_WHOLE"))
+"""Run every ring, prompt and token of the tests of equal tokens; by itself a run takes a part that covers each kind."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -136,10 +139,15 @@ class Reference:
 
 
 @pytest.fixture(scope="session")
-def reference(real_model: Path) -> Iterator[Reference]:
-    model = AutoModelForCausalLM.from_pretrained(
-        str(real_model.parent), gguf_file=real_model.name, dtype=torch.float32
-    ).eval()
+def qwen_model() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct, Q4_K_M: another family, biases, a head of its own, blocks of 4 bits."""
+    return fetched(QWEN_CODER_0_5B)
+
+
+@contextmanager
+def reference_of(path: Path) -> Iterator[Reference]:
+    """Give transformers' model of a GGUF file, and say at the end how many near ties there were."""
+    model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
     reference = Reference(model)
     yield reference
     print(f"\nnear ties (gap under {NEAR_TIE}) that counted as equal: {reference.near_ties}")  # noqa: T201

@@ -1,75 +1,96 @@
 """The ring's tokens are those of transformers for the same weights, however many nodes there are."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Reference, run_mdiq, write_prompts
+from mdiq.engine.tokenizer import Tokenizer
+from tests.integration.conftest import IS_WHOLE, Reference, reference_of, run_mdiq, write_prompts
 from tests.integration.corpus import CHAT, RAW
 
-COUNT = 64
+COUNT = 64 if IS_WHOLE else 16
 # The reference rounds nothing, so neither do weights and hops.
 EXACT = ("--weights", "plain", "--wire", "f32")
-GREEDY = ("--max-tokens", str(COUNT), "--ignore-eos", "--temperature", "0", *EXACT, "--json")
-Answers = dict[int, tuple[list[int], list[int]]]
+GREEDY = ("--ignore-eos", "--temperature", "0", "--raw", *EXACT, "--json")
+REQUESTS: list[Mapping[str, object]] = [{"prompt": text} for text in RAW] + [{"messages": chat} for chat in CHAT]
+LONGEST = RAW.index(max(RAW, key=len))
+
+
+@dataclass
+class Expected:
+    """Prompt ids of REQUESTS, and the reference's answers, each computed once."""
+
+    prompts: list[list[int]]
+    reference: Reference
+    known: dict[int, list[int]]
+
+    @classmethod
+    def of(cls, model: Path, reference: Reference) -> "Expected":
+        tokenizer = Tokenizer.load(model)
+        raw = [tokenizer.encode(text) for text in RAW]
+        return cls(raw + [tokenizer.chat_ids(chat) for chat in CHAT], reference, {})
+
+    def check(self, index: int, result: Mapping[str, Sequence[int]], count: int, where: str) -> None:
+        """Fail unless a result is the reference's, with ``count`` tokens."""
+        if len(self.known.get(index, ())) < count:
+            self.known[index] = self.reference.generate(self.prompts[index], count)
+        answer = self.known[index][:count]
+        assert result["prompt_token_ids"] == self.prompts[index]
+        self.reference.check(self.prompts[index], result["token_ids"], answer, f"{where}, prompt {index}")
 
 
 @pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    requests = [{"prompt": text} for text in RAW] + [{"messages": messages} for messages in CHAT]
-    return write_prompts(tmp_path_factory.mktemp("prompts") / "24.jsonl", requests)
+def expected(real_model: Path) -> Iterator[Expected]:
+    with reference_of(real_model) as reference:
+        of_smollm = Expected.of(real_model, reference)
+        lengths = sorted(map(len, of_smollm.prompts))
+        assert len(lengths) == 24 and lengths[0] == 1 and 1_300 < lengths[-1] <= 1_500, lengths
+        yield of_smollm
 
 
-@pytest.fixture(scope="module")
-def expected(prompts_file: Path, reference: Reference) -> Answers:
-    """Prompt ids and the reference's answer, by index."""
-    done = run_mdiq("run", "--prompts", prompts_file, "--raw", "--nodes", "1", "--max-tokens", "1", "--json")
+RINGS = [("--nodes", "1"), ("--nodes", "2"), ("--nodes", "3"), ("--nodes", "5"), ("--nodes", "3", "--in-process")]
+
+
+@pytest.mark.parametrize("ring", RINGS if IS_WHOLE else [RINGS[3]], ids=" ".join)
+def test_the_ring_gives_the_reference_tokens(ring: tuple[str, ...], expected: Expected, tmp_path: Path) -> None:
+    # All of it on one node and on three; on the others every second prompt, the longest among them.
+    is_all = ring in (RINGS[0], RINGS[2])
+    chosen = list(range(24)) if is_all else list(range(LONGEST % 2, 24, 2))
+    count = COUNT if is_all else COUNT // 2
+    file = write_prompts(tmp_path / "prompts.jsonl", [REQUESTS[index] for index in chosen])
+    done = run_mdiq("run", "--prompts", file, *ring, *GREEDY, "--max-tokens", str(count))
     assert done.code == 0, done.errors
-    prompts = {index: result["prompt_token_ids"] for index, result in done.results.items()}
-    lengths = sorted(map(len, prompts.values()))
-    assert len(lengths) == 24 and lengths[0] == 1 and 1_300 < lengths[-1] <= 1_500, lengths
-    return {index: (prompt, reference.generate(prompt, COUNT)) for index, prompt in prompts.items()}
-
-
-@pytest.mark.parametrize(
-    "ring", [("--nodes", "1"), ("--nodes", "2"), ("--nodes", "3"), ("--nodes", "5"), ("--nodes", "3", "--in-process")]
-)
-def test_the_ring_gives_the_reference_tokens(
-    ring: tuple[str, ...], prompts_file: Path, expected: Answers, reference: Reference, tmp_path: Path
-) -> None:
-    # All of it on one node and on three; on the others the beginnings of every second one, the longest among them.
-    by_length = sorted(expected, key=lambda index: len(expected[index][0]))
-    is_whole = ring in (("--nodes", "1"), ("--nodes", "3"))
-    count, chosen = (COUNT, by_length) if is_whole else (COUNT // 2, by_length[1::2])
-    lines = prompts_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(lines[index] for index in chosen), encoding="utf-8")
-    done = run_mdiq("run", "--prompts", file, "--raw", *ring, *GREEDY, "--max-tokens", str(count))
-    assert done.code == 0, done.errors
-    assert len(done.results) == len(chosen) and max(len(expected[index][0]) for index in chosen) > 1_300
+    assert len(done.results) == len(chosen) and LONGEST in chosen
     for i, index in enumerate(chosen):
-        prompt, whole = expected[index]
-        result, answer = done.results[i], whole[:count]
-        assert result["prompt_token_ids"] == prompt
-        assert result["finish_reason"] == "length"
-        reference.check(prompt, result["token_ids"], answer, f"{' '.join(ring)}, prompt {index}")
+        assert done.results[i]["finish_reason"] == "length"
+        expected.check(index, done.results[i], count, " ".join(ring))
     assert len(done.summary["nodes"]) == int(ring[1])
 
 
-def test_sixteen_at_once_give_the_same_tokens_as_one_by_one(
-    prompts_file: Path, expected: Answers, reference: Reference, tmp_path: Path
-) -> None:
+def test_sixteen_at_once_give_the_same_tokens_as_one_by_one(expected: Expected, tmp_path: Path) -> None:
     """Some alone, some beside fifteen others: coalesced batches change nothing."""
-    short = [index for index, (prompt, _) in expected.items() if len(prompt) < 300][:16]
+    short = [index for index, prompt in enumerate(expected.prompts) if len(prompt) < 300][:16]
     assert len(short) == 16
-    requests = [{"prompt_token_ids": expected[index][0]} for index in short]
-    together = run_mdiq("run", "--prompts", write_prompts(tmp_path / "16.jsonl", requests), "--nodes", "3", *GREEDY)
-    assert together.code == 0, together.errors
-    for i, index in enumerate(short):
-        prompt, answer = expected[index]
-        reference.check(prompt, together.results[i]["token_ids"], answer, f"one of 16: {index}")
-    for i in 0, 7, 15:
-        alone = run_mdiq(
-            "run", "--prompts", write_prompts(tmp_path / f"{i}.jsonl", requests[i : i + 1]), "--nodes", "3", *GREEDY
-        )
-        reference.check(expected[short[i]][0], alone.results[0]["token_ids"], expected[short[i]][1], f"alone: {i}")
+    for name, chosen in (("16", short), ("1", [short[0], short[7], short[15]])):
+        file = write_prompts(tmp_path / "prompts.jsonl", [REQUESTS[index] for index in chosen])
+        options = ("--nodes", "3", "--max-live", name, *GREEDY, "--max-tokens", str(COUNT))
+        done = run_mdiq("run", "--prompts", file, *options)
+        assert done.code == 0, done.errors
+        for i, index in enumerate(chosen):
+            expected.check(index, done.results[i], COUNT, f"{name} at once")
+
+
+def test_a_qwen_of_q4_k_m_gives_the_reference_tokens_on_three_nodes(qwen_model: Path, tmp_path: Path) -> None:
+    chosen = list(range(24)) if IS_WHOLE else [0, 2, 5, 7, 10, 18, 20, 22]
+    count = 16 if IS_WHOLE else 8
+    file = write_prompts(tmp_path / "prompts.jsonl", [REQUESTS[index] for index in chosen])
+    # The ring first: its nodes and the reference together would take 5 GB.
+    options = ("--model", qwen_model, "--nodes", "3", *GREEDY, "--max-tokens", str(count))
+    done = run_mdiq("run", "--prompts", file, *options)
+    assert done.code == 0, done.errors
+    with reference_of(qwen_model) as reference:
+        expected = Expected.of(qwen_model, reference)
+        for i, index in enumerate(chosen):
+            expected.check(index, done.results[i], count, "Qwen")

@@ -1,15 +1,16 @@
 """Exact mode, all settings as they come: the same tokens, none aside, on any number of nodes, alone and in company."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import run_mdiq, write_prompts
+from tests.integration.conftest import IS_WHOLE, run_mdiq, write_prompts
 from tests.integration.corpus import CHAT, RAW
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(600)
 
-COUNT = 16
+COUNT = 16 if IS_WHOLE else 8
 GREEDY = ("--max-tokens", str(COUNT), "--ignore-eos", "--temperature", "0", "--threads", "1", "--json")
 ALONE, TOGETHER = ("--max-live", "1"), ("--max-live", "8")
 RINGS = [
@@ -19,40 +20,52 @@ RINGS = [
     ("--nodes", "3", "--in-process", *TOGETHER),
     ("--nodes", "5", *TOGETHER),
 ]
+SOME = {"real_model": RINGS[3:], "qwen_model": [("--nodes", "3", *TOGETHER)]}
+CASES = [(model, ring) for model, some in SOME.items() for ring in (RINGS if IS_WHOLE else some)]
+Answers = dict[int, list[int]]
 LONG = "\n".join(f"{i}. {text}" for i, text in enumerate(text for text in RAW if len(text) < 1_000) if text.strip())
 """Of it the longest prompts are made: they go through the ring in several chunks."""
 
 
-def twelve_prompts() -> list[dict[str, object]]:
-    """Return four short texts, five chats, and three prompts of more than one chunk."""
+def twelve_prompts(lengths: tuple[int, int, int]) -> list[dict[str, object]]:
+    """Return four short texts, five chats, and three texts of these lengths."""
     short = [{"prompt": text} for text in RAW if 20 < len(text) < 200][:4]
     return [
         *short,
         *({"messages": messages} for messages in CHAT[:5]),
-        *({"prompt": LONG[start : start + length]} for start, length in ((0, 1_500), (200, 2_500), (50, 1_100))),
+        *({"prompt": LONG[start : start + length]} for start, length in zip((0, 200, 50), lengths, strict=True)),
     ]
 
 
 @pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompts(tmp_path_factory.mktemp("prompts") / "12.jsonl", twelve_prompts())
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[Path, Answers]]:
+    """Return a file of prompts, and what one node of a model answers to each alone; computed once."""
+    known: dict[Path, tuple[Path, Answers]] = {}
+
+    def answers(model: Path) -> tuple[Path, Answers]:
+        if model not in known:
+            lengths = (1_500, 2_500, 1_100) if IS_WHOLE else (300, 1_100, 200)
+            file = write_prompts(tmp_path_factory.mktemp("prompts") / "12.jsonl", twelve_prompts(lengths))
+            done = run_mdiq("run", "--model", model, "--prompts", file, "--nodes", "1", *ALONE, *GREEDY)
+            assert done.code == 0, done.errors
+            assert any(len(result["prompt_token_ids"]) > 256 for result in done.results.values()), "one chunk each"
+            known[model] = file, {index: result["token_ids"] for index, result in done.results.items()}
+        return known[model]
+
+    return answers
 
 
-@pytest.fixture(scope="module")
-def answers(prompts_file: Path) -> dict[int, list[int]]:
-    """What one node answers to each prompt alone."""
-    done = run_mdiq("run", "--prompts", prompts_file, "--nodes", "1", *ALONE, *GREEDY)
-    assert done.code == 0, done.errors
-    assert sorted(len(result["prompt_token_ids"]) > 256 for result in done.results.values()) == [False] * 9 + [True] * 3
-    return {index: result["token_ids"] for index, result in done.results.items()}
-
-
-@pytest.mark.parametrize("ring", RINGS, ids=" ".join)
+@pytest.mark.parametrize(("model", "ring"), CASES, ids=lambda part: part if isinstance(part, str) else " ".join(part))
 def test_any_ring_gives_the_same_tokens_alone_and_in_company(
-    ring: tuple[str, ...], prompts_file: Path, answers: dict[int, list[int]]
+    model: str,
+    ring: tuple[str, ...],
+    answers: Callable[[Path], tuple[Path, Answers]],
+    request: pytest.FixtureRequest,
 ) -> None:
-    done = run_mdiq("run", "--prompts", prompts_file, *ring, *GREEDY)
+    path: Path = request.getfixturevalue(model)
+    file, expected = answers(path)
+    done = run_mdiq("run", "--model", path, "--prompts", file, *ring, *GREEDY)
     assert done.code == 0, done.errors
     assert len(done.results) == 12
     for index, result in done.results.items():
-        assert result["token_ids"] == answers[index], f"prompt {index}"
+        assert result["token_ids"] == expected[index], f"prompt {index}"
