@@ -112,6 +112,23 @@ def rss_bytes() -> int:
     return psutil.Process(os.getpid()).memory_info().rss
 
 
+def reset_peak() -> bool:
+    """Begin to count ``peak_bytes`` anew; return whether the kernel lets us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """Return the most resident memory that this process has had since ``reset_peak``."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return rss_bytes()
+
+
 def _cgroup_free_bytes() -> int:
     """Return what the memory limits of this process's cgroups leave; a very large number without a limit."""
     free = 1 << 62

@@ -23,7 +23,11 @@ _LEAST_S = 1e-7  # of a Layer: noise may make the head longer than the forward t
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStage:
-    """A Stage as it serves. rss_bytes: of its process; free_bytes: what its device leaves beside that."""
+    """A Stage as it serves.
+
+    rss_bytes: of its process; free_bytes: what its device leaves beside that; peak_bytes: what its process took at most
+    while it loaded, 0 where nobody knows.
+    """
 
     name: str
     num_layers: int
@@ -32,6 +36,7 @@ class MeasuredStage:
     kv_bytes_per_token: int
     rss_bytes: int
     free_bytes: int
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,8 @@ def _node(stage: MeasuredStage, head: Curve | None) -> NodeProfile:
         layer_decode=per_layer(stage.cost.decode, head),
         layer_prompt=per_layer(stage.cost.prompt, one_row),
         head=head,
-        process_bytes=max(stage.rss_bytes - stage.weight_bytes, 0),
+        # A process that is over its limit while it loads is ended, however little it takes later.
+        process_bytes=max(max(stage.rss_bytes, stage.peak_bytes) - stage.weight_bytes, 0),
     )
 
 

@@ -20,7 +20,7 @@ from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, RingSpec, SeqId
 from mdiq.core.wire import hop_key
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.device import choose_device, free_bytes, return_free_memory, rss_bytes
+from mdiq.engine.device import choose_device, free_bytes, peak_bytes, reset_peak, return_free_memory, rss_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head, measure_packing
 from mdiq.engine.quantize import chosen_format
@@ -81,6 +81,7 @@ class LocalRing:
         self._serving: asyncio.Task[None] | None = None
         self._quota: CpuQuota | None = None
         self._spec: RingSpec | None = None
+        self._can_peak = False  # the process's peak is this Ring's
         self._costs: list[StageCost] = []
         self._ready: list[control.Ready] = []  # of the others
         self._micro_batches: MicroBatches | None = None
@@ -220,6 +221,7 @@ class LocalRing:
             runner.kv_bytes_per_token,
             rss_bytes(),
             int(shares[0] * free_bytes(choose_device(options.device))),
+            peak_bytes() if self._can_peak else 0,
         )
         stages = [
             MeasuredStage(
@@ -230,6 +232,7 @@ class LocalRing:
                 ready.kv_bytes_per_token,
                 ready.rss_bytes,
                 int(share * ready.free_bytes),
+                ready.peak_bytes,
             )
             for name, layers, cost, ready, share in zip(
                 options.node_names[1:], options.layers[1:], self._costs[1:], self._ready, shares[1:], strict=True
@@ -291,6 +294,7 @@ class LocalRing:
                 on_lost=self._on_lost,
                 on_loading=self._on_loading,
             )
+        self._can_peak = not options.in_process and reset_peak()
         load = partial(
             StageRunner.load,
             options.model,

@@ -22,7 +22,7 @@ from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
-from mdiq.engine.device import choose_device, free_bytes, return_free_memory, rss_bytes
+from mdiq.engine.device import choose_device, free_bytes, peak_bytes, reset_peak, return_free_memory, rss_bytes
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import EngineError, LocalProtocolError, MdiqError, NodeDiedError, TransportError, first_of
@@ -238,6 +238,7 @@ class NodeProcess:
             digest=assign.model_digest,
             hot=assign.hot,
         )
+        can_peak = reset_peak()
         runner = await self.worker.run_long(
             lambda progress: load(progress=progress), partial(self._progress, "loading")
         )
@@ -278,6 +279,7 @@ class NodeProcess:
             decode_s=cost.decode.points,
             prompt_s=cost.prompt.points,
             free_bytes=free_bytes(choose_device(assign.device)),
+            peak_bytes=peak_bytes() if can_peak else 0,
         )
 
     def _memory_bytes(self) -> int | None:

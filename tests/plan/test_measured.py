@@ -144,3 +144,11 @@ def test_a_file_with_a_time_that_no_clock_gave_is_as_good_as_none(junk: float) -
     value = json.loads(to_json(profiles))
     value["hops"][0]["delay_s"] = junk
     assert from_json(json.dumps(value)) is None
+
+
+def test_a_process_takes_what_it_took_at_most_while_it_loaded() -> None:
+    desk, pi1, pi2 = _ring().stages
+    profiles = profiles_of(replace(_ring(), stages=(desk, replace(pi1, peak_bytes=647 * MIB), pi2)), "int8")
+    assert profiles is not None
+    assert profiles.nodes["pi1"].process_bytes == (647 - 30) * MIB
+    assert profiles.nodes["pi2"].process_bytes == (400 - 48) * MIB
