@@ -119,6 +119,8 @@ class TopologyRings:
 
     def note_failure(self, options: RingOptions, error: MdiqError) -> None:
         """Learn from a Ring that could not be formed, so that the same plan is not tried for ever."""
+        if any(node.layers is not None for node in self._loaded.topology.ring_nodes):
+            return  # nothing is planned
         starter = options.node_names[0]
         name = error.node or starter
         if isinstance(error, NodeDiedError) and self._died != (name, options.layers):

@@ -25,7 +25,7 @@ from mdiq.core.types import Epoch, LayerRange
 from mdiq.engine.device import choose_device, free_bytes, peak_bytes, reset_peak, return_free_memory, rss_bytes
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.runner import StageRunner
-from mdiq.errors import EngineError, LocalProtocolError, MdiqError, NodeDiedError, TransportError, first_of
+from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError, TransportError, first_of
 from mdiq.runtime.engine_worker import make_worker, wire_limits
 from mdiq.runtime.lifecycle import Notifier
 from mdiq.runtime.options import RingPeers
@@ -135,7 +135,7 @@ class NodeProcess:
     async def leave(self) -> None:
         """Tell the Starter, if this Node is in its Ring, that it ends at once because it was told to here."""
         if self._agent is not None and self.is_assigned:
-            await self._agent.leave(NodeDiedError("it was stopped on its device"))
+            await self._agent.leave(RingError("it was stopped on its device"))
 
     async def renew(self, options: NodeOptions) -> None:
         """Take over, in the midst of a Ring, who may send to this Node: whose key is revoked loses its connection."""
@@ -217,6 +217,8 @@ class NodeProcess:
         layers = LayerRange(assign.layer_start, assign.layer_stop)
         self._layers = f"layers {layers.start}-{layers.stop - 1}"
         self.is_assigned, self._waits_for = True, ""
+        if self._peers is not None and assign.previous:
+            self._peers.check_name(assign.previous)
         self._previous = assign.previous
         await self._admit()
         self._tracer.is_on = assign.trace

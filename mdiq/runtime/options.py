@@ -103,6 +103,15 @@ class RingPeers:
             f"{data_endpoint}: no node of this topology is there; copy the starter's topology to this device"
         )
 
+    def check_name(self, name: str) -> None:
+        """See that a Node of the Ring, which is to send Frames here, is known here.
+
+        Raises:
+            ConfigError: nobody here has its key, so it could never connect.
+        """
+        if name not in {node.name for node in self.nodes}:
+            raise ConfigError(f"{name}: no node of this topology; copy the starter's topology to this device")
+
 
 @dataclass(frozen=True, slots=True)
 class RingOptions:

@@ -347,6 +347,17 @@ def test_layers_that_a_nodes_memory_did_not_hold_are_not_planned_for_it_again(tm
         rings.options()
 
 
+def test_layers_by_hand_stay_whatever_fails(tmp_path: Path) -> None:
+    notes: list[str] = []
+    rings = _rings(_topology(tmp_path), notes)
+    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.002), is_survey=True)
+    by_hand = _topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
+    rings = _rings(by_hand, notes, before=rings)
+    first = rings.options()
+    rings.note_failure(first, _failure(CapacityError("pi1: no memory"), "pi1"))
+    assert rings.options() == first and not notes
+
+
 def test_a_node_that_has_no_room_to_measure_is_left_out_before_anything_is_planned(tmp_path: Path) -> None:
     notes: list[str] = []
     rings = _rings(_topology(tmp_path), notes)

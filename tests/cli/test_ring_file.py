@@ -63,6 +63,9 @@ def test_both_ends_know_each_other_by_address_and_key(loaded: LoadedTopology) ->
     assert peers.public_key("tcp://192.168.1.10:7400") == public_of(ring.secret)
     with pytest.raises(ConfigError, match=r"tcp://192.168.1.99:7400: no node of this topology"):
         peers.public_key("tcp://192.168.1.99:7400")
+    peers.check_name("desk")
+    with pytest.raises(ConfigError, match=r"pi9: no node of this topology; copy the starter's"):
+        peers.check_name("pi9")
     assert "secret" not in repr(ring) + repr(peers)
 
 
