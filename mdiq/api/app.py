@@ -1,4 +1,4 @@
-"""Routes, errors, streams and keys of the HTTP API; what goes through it is never logged.
+"""Routes, errors and keys of the HTTP API; what goes through it is never logged.
 
 A client that goes away cancels its Sequence: aiohttp cancels its handler, which closes the Backend's iterator.
 """
@@ -6,12 +6,9 @@ A client that goes away cancels its Sequence: aiohttp cancels its handler, which
 import asyncio
 import hmac
 import json
-import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
 
 import structlog
 from aiohttp import web
@@ -19,54 +16,19 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from mdiq.api.backend import Backend
 from mdiq.api.metrics import metrics_text
-from mdiq.api.requests import ApiError, Asked, BadRequest, parse, too_long
+from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response
-from mdiq.core.sequence import FinishReason
-from mdiq.errors import CapacityError, MdiqError, RingError
-from mdiq.runtime.starter_service import StreamEvent
+from mdiq.api.shapes import Answer, Chat, Completion, Shape
+from mdiq.api.streams import merged, send_stream
+from mdiq.errors import CapacityError, MdiqError
 
 log = structlog.get_logger()
 
 MOST_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 MOST_RUNNING = 512
-SILENCE_S = 10.0  # then a comment keeps proxies from closing a stream
 _PUBLIC = ("/health",)
-_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would keep the stream until it is whole
-}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What a request has come to."""
-
-    num_prompt: int
-    num_tokens: int = 0
-    text: str = ""
-    finish_reason: str | None = None
-
-    def add(self, event: StreamEvent) -> None:
-        step = event.step
-        self.num_tokens += step.token is not None
-        self.text += event.text
-        if step.finish_reason is FinishReason.ERROR:
-            raise step.error or RingError("the ring failed")
-        if step.finish_reason is not None:
-            self.finish_reason = str(step.finish_reason)
-
-
-def _usage(answers: Sequence[_Answer]) -> dict[str, int]:
-    num_prompt = sum(answer.num_prompt for answer in answers)
-    num_tokens = sum(answer.num_tokens for answer in answers)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_tokens,
-        "total_tokens": num_prompt + num_tokens,
-    }
 
 
 class Api:
@@ -129,7 +91,7 @@ class Api:
             raise
         except Exception:  # of one request; the client is not told how we are made
             log.exception("request_broke", path=request.path)
-            return error_response(_broke())
+            return error_response(broke())
 
     def _origin(self, request: web.Request) -> str | None:
         """Return the request's origin if web pages of it may ask."""
@@ -182,13 +144,13 @@ class Api:
             raise ApiError(404, text, param="model", code="model_not_found")
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, _Chat)
+        return await self._answer(request, Chat)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, _Completion)
+        return await self._answer(request, Completion)
 
-    async def _answer(self, request: web.Request, shape: "type[_Shape]") -> web.StreamResponse:
-        asked = parse(await self._body(request), is_chat=shape is _Chat)
+    async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
+        asked = parse(await self._body(request), is_chat=shape is Chat)
         backend = self._backend
         if asked.model is not None:
             self._check_model(asked.model)
@@ -219,17 +181,17 @@ class Api:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
             raise BadRequest(f"the body is not JSON ({reason})") from None
 
-    async def _run(self, request: web.Request, asked: Asked, shape: "type[_Shape]") -> web.StreamResponse:
+    async def _run(self, request: web.Request, asked: Asked, shape: type[Shape]) -> web.StreamResponse:
         backend = self._backend
         prompts = await self._prompts(asked)
         params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
-        answers, out = [_Answer(len(prompt)) for prompt in prompts], shape(backend.model_name)
+        answers, out = [Answer(len(prompt)) for prompt in prompts], shape(backend.model_name)
         start_s = time.monotonic()
         streams = [backend.answer(*each) for each in zip(prompts, params, strict=True)]
         try:
-            async with aclosing(_merged(streams, SILENCE_S)) as events:
+            async with aclosing(merged(streams)) as events:
                 if asked.is_streamed:
-                    return await _stream(request, events, out, answers, asked.wants_usage)
+                    return await send_stream(request, events, out, answers, asked.wants_usage)
                 async for event in events:
                     if event is not None:
                         answers[event[0]].add(event[1])
@@ -266,145 +228,6 @@ class Api:
         return prompts
 
 
-class _Shape:
-    """How an answer looks to a client."""
-
-    def __init__(self, model: str) -> None:
-        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-
-    prefix = ""
-    has_opening = False  # a first chunk that says who answers
-    kind = ""
-    chunk_kind = ""
-
-    def whole(self, answers: Sequence[_Answer]) -> dict[str, Any]:
-        choices = [
-            {"index": i, **self.text(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
-            for i, answer in enumerate(answers)
-        ]
-        return {**self._head, "object": self.kind, "choices": choices, "usage": _usage(answers)}
-
-    def chunk(self, index: int, text: str, finish_reason: str | None, *, is_first: bool = False) -> dict[str, Any]:
-        choice = {"index": index, **self.delta(text, is_first), "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": self.chunk_kind, "choices": [choice]}
-
-    def usage(self, answers: Sequence[_Answer]) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": _usage(answers)}
-
-    def text(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
-        raise NotImplementedError
-
-
-class _Chat(_Shape):
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    has_opening = True
-
-    def text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
-        return {"delta": {"role": "assistant", "content": ""} if is_first else {"content": text} if text else {}}
-
-
-class _Completion(_Shape):
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-
-    def text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
-        return {"text": text}
-
-
-_Events = AsyncGenerator[tuple[int, StreamEvent] | None, None]
-
-
-async def _stream(
-    request: web.Request, events: _Events, out: _Shape, answers: Sequence[_Answer], wants_usage: bool
-) -> web.StreamResponse:
-    """Send events as they come. The first one decides whether it is a stream: an error before it has a status."""
-    response = web.StreamResponse(headers=_STREAM_HEADERS)
-    is_whole = True
-    is_opened = not out.has_opening
-    try:
-        async for numbered in events:
-            if numbered is None:
-                await _begun(request, response)
-                await response.write(b": keep-alive\n\n")
-                continue
-            index, event = numbered
-            answers[index].add(event)
-            await _begun(request, response)
-            if not is_opened:
-                await _send(response, out.chunk(index, "", None, is_first=True))
-                is_opened = True
-            if event.text:
-                await _send(response, out.chunk(index, event.text, None))
-            if answers[index].finish_reason:
-                await _send(response, out.chunk(index, "", answers[index].finish_reason))
-        if wants_usage:
-            await _send(response, out.usage(answers))
-    except MdiqError as error:
-        if not response.prepared:
-            raise
-        await _send(response, {"error": ApiError(503, str(error)).body})
-        is_whole = False
-    except ConnectionError:  # the client's end of it
-        raise
-    except Exception:  # of one stream; its client is told that it broke, and the others go on
-        if not response.prepared:
-            raise
-        # A second response inside of this one would leave the client waiting for its end.
-        log.exception("request_broke", path=request.path)
-        await _send(response, {"error": _broke().body})
-        is_whole = False
-    if is_whole:
-        await response.write(b"data: [DONE]\n\n")
-    await response.write_eof()
-    return response
-
-
-async def _begun(request: web.Request, response: web.StreamResponse) -> None:
-    if not response.prepared:
-        await response.prepare(request)
-
-
-async def _send(response: web.StreamResponse, value: Mapping[str, Any]) -> None:
-    # write() waits while the client does not read: its events stay where they are, and its Sequence is bounded.
-    await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
-
-
-async def _merged(streams: Sequence[AsyncGenerator[StreamEvent, None]], silence_s: float) -> _Events:
-    """Yield the events of all streams with their numbers, and None whenever none came for ``silence_s`` seconds."""
-    coming = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
-    try:
-        while coming:
-            done, _ = await asyncio.wait(coming, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                yield None
-            for future in sorted(done, key=lambda future: coming[future]):
-                i = coming.pop(future)
-                try:
-                    event = future.result()
-                except StopAsyncIteration:
-                    continue
-                yield i, event
-                coming[asyncio.ensure_future(anext(streams[i]))] = i
-    finally:
-        for future in coming:
-            future.cancel()
-        await asyncio.gather(*coming, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()
-
-
 def _no_route(request: web.Request, error: web.HTTPException) -> str:
     text = f"{request.method} {request.path[:200]}: {error.reason}"
     return f"{text}; the API is under /v1, as in POST /v1/chat/completions" if error.status == 404 else text
-
-
-def _broke() -> ApiError:
-    return ApiError(500, "mdiq failed at this request; its log says how", "internal_error")

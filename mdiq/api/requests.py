@@ -48,6 +48,11 @@ class BadRequest(ApiError):
         super().__init__(400, message, kind, param=param, **more)
 
 
+def broke() -> ApiError:
+    """Return the error of a mistake of ours; the client is not told how we are made."""
+    return ApiError(500, "mdiq failed at this request; its log says how", "internal_error")
+
+
 def too_long(text: str, context_tokens: int, param: str | None = None, **more: object) -> BadRequest:
     """Return the error of a prompt that does not fit, in the words and with the code that clients know it by.
 

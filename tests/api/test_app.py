@@ -15,7 +15,7 @@ import yarl
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from mdiq.api import app as app_module
+from mdiq.api import streams
 from mdiq.api.app import MOST_BODY_BYTES, Api
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, RingError
@@ -368,7 +368,7 @@ async def test_a_client_that_goes_away_ends_its_sequence(stream: bool) -> None:
 
 
 async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "SILENCE_S", 0.01)
+    monkeypatch.setattr(streams, "SILENCE_S", 0.01)
     go_on = asyncio.Event()
 
     async with _client(FakeRing(before=lambda i: go_on.wait() if i == 1 else None)) as client:

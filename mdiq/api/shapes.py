@@ -1,0 +1,93 @@
+"""How answers look to clients: OpenAI's objects, whole and in chunks. No sockets."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mdiq.core.sequence import FinishReason
+from mdiq.errors import RingError
+from mdiq.runtime.starter_service import StreamEvent
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a request has come to."""
+
+    num_prompt: int
+    num_tokens: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+
+    def add(self, event: StreamEvent) -> None:
+        step = event.step
+        self.num_tokens += step.token is not None
+        self.text += event.text
+        if step.finish_reason is FinishReason.ERROR:
+            raise step.error or RingError("the ring failed")
+        if step.finish_reason is not None:
+            self.finish_reason = str(step.finish_reason)
+
+
+def _usage(answers: Sequence[Answer]) -> dict[str, int]:
+    num_prompt = sum(answer.num_prompt for answer in answers)
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt + num_tokens,
+    }
+
+
+class Shape:
+    """How an answer looks to a client."""
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    prefix = ""
+    has_opening = False  # a first chunk that says who answers
+    kind = ""
+    chunk_kind = ""
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        choices = [
+            {"index": i, **self.text(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
+            for i, answer in enumerate(answers)
+        ]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": _usage(answers)}
+
+    def chunk(self, index: int, text: str, finish_reason: str | None, *, is_first: bool = False) -> dict[str, Any]:
+        choice = {"index": index, **self.delta(text, is_first), "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head, "object": self.chunk_kind, "choices": [choice]}
+
+    def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": _usage(answers)}
+
+    def text(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Chat(Shape):
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    has_opening = True
+
+    def text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""} if is_first else {"content": text} if text else {}}
+
+
+class Completion(Shape):
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def delta(self, text: str, is_first: bool) -> dict[str, Any]:
+        return {"text": text}
