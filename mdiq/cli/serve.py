@@ -60,6 +60,11 @@ def serve(file: Path, *, even_split: bool = False) -> NoReturn:
     run_service(_Service(topologies, Tokenizer.load(model), notifier).run())
 
 
+def name_of(path: str) -> str:
+    """Return what a model is called after its path: without the ending, and without the number of a part."""
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", Path(path).name)
+
+
 class _Topologies:
     """What the topology file says, read when it is asked for; see RingKeeper."""
 
@@ -82,7 +87,7 @@ class _Topologies:
     def model_name(self) -> str:
         """As clients name it."""
         model = self._first.topology.model
-        return model.name or re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", Path(model.path).name)
+        return model.name or name_of(model.path)
 
     @property
     def context_tokens(self) -> int:
