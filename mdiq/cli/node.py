@@ -85,33 +85,40 @@ class _Service:
         self._notifier.stopping("ends")
 
     async def _rings(self) -> None:
-        from mdiq.runtime.node import NodeProcess
+        from mdiq.engine.device import return_free_memory
 
         log.info("waits_for_starter", control=self._options.control)
-        while True:
-            self._process = process = NodeProcess(self._options, self._notifier)
-            self._running = asyncio.create_task(process.run(), name="node")
-            try:
-                await self._running
-            except asyncio.CancelledError:
-                if not self._is_renewing:
-                    raise
-                self._is_renewing = False
-            except (MdiqError, ExceptionGroup) as group:
-                error = first_of(group)
-                if self._once or not process.is_assigned or not isinstance(error, MdiqError):
-                    raise
-                # What went wrong was told to the Starter, whose next Ring may do better.
-                log.error("ring_failed", error=str(error))
-            else:
-                log.info("ring_ended")
-                if self._once and process.has_served:
-                    return
-            finally:
-                self._process = None  # there is no ring to leave until the next one
-            if self._is_leaving:
-                return
+        while await self._one_ring():
+            self._running = None
+            # Only now nothing refers to the ring any more: its tasks and errors had frames that held the weights.
+            await asyncio.to_thread(return_free_memory, collect=True)
             await asyncio.sleep(REJOIN_S)
+
+    async def _one_ring(self) -> bool:
+        """Serve one ring; return whether there is to be a next one."""
+        from mdiq.runtime.node import NodeProcess
+
+        self._process = process = NodeProcess(self._options, self._notifier)
+        self._running = asyncio.create_task(process.run(), name="node")
+        try:
+            await self._running
+        except asyncio.CancelledError:
+            if not self._is_renewing:
+                raise
+            self._is_renewing = False
+        except (MdiqError, ExceptionGroup) as group:
+            error = first_of(group)
+            if self._once or not process.is_assigned or not isinstance(error, MdiqError):
+                raise
+            # What went wrong was told to the Starter, whose next Ring may do better.
+            log.error("ring_failed", error=str(error))
+        else:
+            log.info("ring_ended")
+            if self._once and process.has_served:
+                return False
+        finally:
+            self._process = None  # there is no ring to leave until the next one
+        return not self._is_leaving
 
     async def _reload(self) -> None:
         """Read topology and keys again: for the ring that this Node waits for, or for the next one.

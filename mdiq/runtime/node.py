@@ -22,7 +22,7 @@ from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
-from mdiq.engine.device import choose_device, free_bytes, peak_bytes, reset_peak, return_free_memory, rss_bytes
+from mdiq.engine.device import choose_device, free_bytes, peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError, TransportError, first_of
@@ -124,9 +124,7 @@ class NodeProcess:
                     await part.aclose()
             await self.worker.aclose()
             self._context.term()
-            # The next Ring's Layers may need the room.
             self._runner = self._service = self._serving = None
-            await asyncio.to_thread(return_free_memory, collect=True)
 
     async def ask_to_leave(self) -> bool:
         """Ask the Starter to drain this Node when what is in the Ring has ended; return whether that will happen."""
