@@ -14,12 +14,14 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
 
-from mdiq.errors import ConfigError
+from mdiq.errors import CapacityError, ConfigError
 
 log = structlog.get_logger()
 
@@ -83,6 +85,53 @@ def try_lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def scratch_directory(folder: Path) -> Path:
+    """Return ``folder`` if files can be written there, else the system's folder for temporary ones.
+
+    Raises:
+        ConfigError: neither can be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    _warn("cache_not_writable", folder, f"{reason}; what is made is not kept; set MDIQ_CACHE")
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:
+        raise ConfigError(
+            f"{folder}: {reason}, and there is no temporary folder; set MDIQ_CACHE to a folder that can be written"
+        ) from None
+
+
+def make_room(folder: Path, num_bytes: int) -> None:
+    """See that ``folder`` has room for so many bytes, before they are written.
+
+    Raises:
+        CapacityError: it has not.
+        OSError: there is no such folder.
+    """
+    if num_bytes > shutil.disk_usage(folder).free:
+        raise no_space(folder, num_bytes)
+
+
+def no_space(folder: Path, num_bytes: int) -> CapacityError:
+    """Return the error of a disk that has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    return CapacityError(
+        f"no space left in {folder}: {-(-num_bytes // 10**6)} MB needed, {free // 10**6} MB free; free some there, "
+        "or set MDIQ_CACHE to a directory with more"
+    )
+
+
+def says_no_space(text: str) -> bool:
+    """Tell whether the words of a library or of another process say that a disk is full."""
+    return any(os.strerror(number) in text for number in NO_SPACE)
 
 
 def _warn(event: str, path: Path, error: str) -> None:

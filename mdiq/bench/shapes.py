@@ -14,7 +14,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mdiq.cache import cache_directory
+from mdiq.cache import NO_SPACE, cache_directory, make_room, no_space
 from mdiq.errors import ConfigError
 
 FILE_VERSION = 1
@@ -63,6 +63,7 @@ def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambd
 
     Raises:
         ConfigError: there is no such shape or format, or the cache cannot be written.
+        CapacityError: there is no room for it.
     """
     if name not in SHAPES:
         raise ConfigError(f"--shape {name}: no such shape; known are {', '.join(SHAPES)}")
@@ -78,12 +79,15 @@ def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambd
         progress(f"writing {path.name} ({num_bytes >> 20} MiB of random weights), once")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        make_room(directory, num_bytes)
         # Beside its destination, and moved when it is whole: another process never sees a part of it.
         with tempfile.TemporaryDirectory(prefix="write-", dir=directory) as scratch:
             part = Path(scratch) / path.name
             _write(part, name, shape, kind)
             os.replace(part, path)
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise no_space(directory, num_bytes) from None
         raise ConfigError(
             f"{directory}: {error.strerror or error}; set MDIQ_CACHE to a directory with {num_bytes >> 20} MiB free"
         ) from None

@@ -3,6 +3,8 @@
 Exit codes: 0 ok, 1 failed, 2 bad usage or input, 130 interrupted (143 by SIGTERM).
 """
 
+import contextlib
+import errno
 import io
 import os
 import sys
@@ -13,6 +15,7 @@ from typing import Annotated
 import typer
 
 import mdiq
+from mdiq.cache import NO_SPACE
 from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
 from mdiq.plan.partition import Objective
@@ -45,6 +48,7 @@ class Weights(StrEnum):
 
 
 _USUAL = Weights(USUAL_WEIGHTS)
+_OF_THE_MACHINE = (*NO_SPACE, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 
 class LogLevel(StrEnum):
@@ -489,7 +493,7 @@ def reload(topology: _Topology) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error that mdiq raises on purpose is one line on stderr."""
+    """Run the command line; errors that mdiq raises on purpose, and those of files and disks, are a line on stderr."""
     _show_any_text()
     try:
         app(standalone_mode=True)
@@ -499,6 +503,15 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("mdiq: interrupted\n")
         sys.exit(130)
+    except OSError as error:
+        if error.filename is None and error.errno not in _OF_THE_MACHINE:
+            raise
+        where = error.filename or ("this process" if error.errno in (errno.EMFILE, errno.ENFILE) else "output")
+        sys.stderr.write(f"mdiq: {where}: {error.strerror}\n")
+        if error.filename is None:  # Python writes what is left in stdout's buffer once more when it ends
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _show_any_text() -> None:

@@ -1,5 +1,6 @@
 """What a topology file means to the runtime, which reads no files: Nodes, endpoints, keys, and flags that it sets."""
 
+import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -48,7 +49,7 @@ def flags_of(loaded: LoadedTopology) -> dict[str, Any]:
     topology = loaded.topology
     nodes, model = topology.ring_nodes, topology.model
     by_hand = [node.layers for node in nodes]
-    named = Path(model.path).expanduser()
+    named = Path(os.path.expanduser(model.path))
     beside = loaded.file.parent / named
     following = [*nodes[1:], nodes[0]]
     return {

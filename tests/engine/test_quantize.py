@@ -1,5 +1,6 @@
 """Packing to 8 and 4 bits, and the files that keep it."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -8,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from mdiq.cli.main import Weights
 from mdiq.core.types import WeightFormat
@@ -26,6 +28,7 @@ from mdiq.engine.quantize import (
     quantize_int8,
     unpack_int4,
 )
+from mdiq.errors import CapacityError
 from tests.engine.test_gguf_blocks import BLOCK_BYTES, random_rows, values
 from tests.engine.tiny_models import make_model
 
@@ -158,6 +161,38 @@ def test_without_a_folder_that_can_be_written_the_files_are_temporary(tmp_path: 
             path = packed.layer(0).path
             assert path.is_file()
         assert not path.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
+    hot = {"head": torch.tensor([2, 4])}
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        with PackedModel(checkpoint, "int8", tmp_path / "packed", lambda: hot) as packed:
+            kept = [packed.layer(0).path, packed.ends().path]
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        with PackedModel(checkpoint, "int8", tmp_path / "packed", dict) as packed:
+            assert [packed.layer(0).path, packed.ends().path] == kept
+            assert torch.equal(packed.hot_columns()["head"], hot["head"])
+            own = packed.layer(1).path
+            assert own.is_file() and tmp_path not in own.parents
+        assert not own.exists()
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_disk_that_is_full_is_named(is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    if is_early:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000))
+    else:
+        monkeypatch.setattr("mdiq.engine.quantize.save_file", fill)
+    make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        with PackedModel(checkpoint, "int8", tmp_path / "packed", dict) as packed:
+            with pytest.raises(CapacityError, match=r"^no space left in .*: \d MB needed, \d+ MB free"):
+                packed.layer(0)
+    assert not list(tmp_path.glob("packed/*/*"))
 
 
 def test_hot_columns_are_found_once_for_both_formats(tmp_path: Path) -> None:
