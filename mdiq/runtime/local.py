@@ -366,7 +366,7 @@ class LocalRing:
             self._wires = self._first_wires
             return
         delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
-        self._plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * options.num_nodes)
+        await self._plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * options.num_nodes)
         await self._begin_epoch(await self._choose_wires(engine))
 
     @property
@@ -422,9 +422,11 @@ class LocalRing:
             self._bytes_before = self._stages.source.bytes_in, self._stages.sink.bytes_out
         log.info("epoch_began", epoch=self._epoch, wires=wires)
 
-    def _plan_pace(self, hops_s: float) -> RingSpec:
+    async def _plan_pace(self, hops_s: float) -> RingSpec:
         assert self._spec is not None  # the Ring is known before it is paced
-        self._spec, self._micro_batches = paced(self._spec, self._costs, hops_s, self._options.pace)
+        # In a thread: 30 to 120 ms on a desktop machine.
+        planned = await asyncio.to_thread(paced, self._spec, self._costs, hops_s, self._options.pace)
+        self._spec, self._micro_batches = planned
         return self._spec
 
     def _on_fault(self, fault: control.Fault) -> None:

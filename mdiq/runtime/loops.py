@@ -6,16 +6,17 @@ runs in one worker thread per Node, and nothing spins: every loop sleeps on a so
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
 
 from mdiq.core import wire
 from mdiq.core.control import SendBurst
-from mdiq.core.frame import Frame
+from mdiq.core.frame import Buffer, Frame
 from mdiq.core.hop_survey import burst_frames
 from mdiq.errors import MdiqError, RemoteProtocolError, RingError, first_of
 from mdiq.telemetry.trace import COMPUTE, Tracer
@@ -23,6 +24,8 @@ from mdiq.transport.base import FrameSink, FrameSource
 
 log = structlog.get_logger()
 
+LARGE_BYTES = 2**20
+"""A tag over as many bytes is computed in a thread: 1.3 ms on a desktop machine, where a thread costs 0.1 ms."""
 CLOSE_S = 20.0  # a service that ends is killed by its manager 30 s after it was told to
 Clock = Callable[[], float]
 Progress = Callable[[int, int], None]
@@ -178,7 +181,8 @@ async def receive_frames(
         parts = await source.receive()
         start_s = clock()
         try:
-            frame = wire.decode(parts, key, limits)
+            decode = partial(wire.decode, parts, key, limits)
+            frame = await asyncio.to_thread(decode) if _num_bytes(parts) >= LARGE_BYTES else decode()
             accept(frame)
         except RemoteProtocolError as error:
             reason = error.reason if isinstance(error, wire.BadFrame) else "protocol"
@@ -195,8 +199,14 @@ async def send_frames(queue: "asyncio.Queue[Frame]", sink: FrameSink, key: bytes
     while True:
         frame = await queue.get()
         start_s = clock()
-        await sink.send(wire.encode(frame, key))
+        encode = partial(wire.encode, frame, key)
+        is_large = _num_bytes(frame.payload.parts()[2]) >= LARGE_BYTES
+        await sink.send(await asyncio.to_thread(encode) if is_large else encode())
         tracer.add("send", f"{len(frame.segments)} segments", start_s, clock())
+
+
+def _num_bytes(parts: Sequence[Buffer]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)
 
 
 async def queue_burst(burst: SendBurst, limits: wire.WireLimits, queue: "asyncio.Queue[Frame]", clock: Clock) -> float:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -90,7 +90,8 @@ class StarterService:
 
     source: what the last Stage sends, or None when this Stage is the only one; sink: the next Stage, likewise.
     make_pipe: gives each Sequence its TextPipe.
-    plan_pace: told how long the Hops take when that is news, returns the Ring's new pace; None: they are not measured.
+    plan_pace: called with how long the Hops take when that has changed noticeably; returns the Ring's new pace. None
+    disables the measuring.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class StarterService:
         clock: Clock,
         tracer: Tracer,
         make_pipe: Callable[[Sequence], TextPipe] = lambda _: NoText(),
-        plan_pace: Callable[[float], RingSpec] | None = None,
+        plan_pace: Callable[[float], Awaitable[RingSpec]] | None = None,
     ) -> None:
         self._ring = ring
         self._stage = stage
@@ -124,6 +125,8 @@ class StarterService:
         self._make_pipe = make_pipe
         self._plan_pace = plan_pace
         self._hops = HopMeter()
+        self._new_hops_s = 0.0
+        self._is_pace_old = asyncio.Event()
         self._returned: deque[Frame] = deque()
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
         self._wake = asyncio.Event()
@@ -159,6 +162,7 @@ class StarterService:
                     )
                     if self._plan_pace is not None:
                         tasks.create_task(self._probe_hops(), name="probe")
+                        tasks.create_task(self._renew_pace(self._plan_pace), name="pace")
         except BaseException as error:
             self.fail_all(RingError(f"starter: its loops have ended: {error!r}; see the log"))
             raise
@@ -256,9 +260,19 @@ class StarterService:
             self._ring.heard(self._clock())
             self._poll()
         hops_s = self._hops.returned(frame.segments[0].seq_id, self._clock())
-        if hops_s is not None and self._plan_pace is not None:
+        if hops_s is not None:
+            self._new_hops_s = hops_s
+            self._is_pace_old.set()
+
+    async def _renew_pace(self, plan_pace: Callable[[float], Awaitable[RingSpec]]) -> None:
+        """Plan anew when the Hops take longer or less: not while a probe is received, since planning takes long."""
+        while True:
+            await self._is_pace_old.wait()
+            self._is_pace_old.clear()
+            hops_s = self._new_hops_s
+            spec = await plan_pace(hops_s)
             log.info("pace_planned", hops_s=round(hops_s, 6))
-            self._ring.pace(self._plan_pace(hops_s))
+            self._ring.pace(spec)
             self._poll()
 
     def _burst_frame_came(self, frame: Frame) -> None:

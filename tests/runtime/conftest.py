@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as AbstractSequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any
@@ -108,7 +108,7 @@ class Ring:
         settings: RingSettings,
         spec: RingSpec,
         make_engine: MakeEngine | None,
-        plan_pace: Callable[[float], RingSpec] | None = None,
+        plan_pace: Callable[[float], Awaitable[RingSpec]] | None = None,
     ) -> None:
         self.sources, self.sinks = sources, sinks
         self.endpoints: list[str] = []
@@ -239,7 +239,7 @@ def open_ring() -> OpenRing:
         kv_tokens: int = 4_096,
         caps: tuple[int, ...] = (1, 1, 2, 4),
         make_engine: MakeEngine | None = None,
-        plan_pace: Callable[[float], RingSpec] | None = None,
+        plan_pace: Callable[[float], Awaitable[RingSpec]] | None = None,
     ) -> AsyncIterator[Ring]:
         spec = RingSpec(num_stages, kv_tokens, context_tokens=256, caps=caps)
         ring_settings = settings or RingSettings(chunk_tokens=4, prefill_tokens=16)

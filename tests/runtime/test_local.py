@@ -1,6 +1,7 @@
 """A Ring of this one process, on a model of random weights."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mdiq.bench.shapes import shape_file
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange
 from mdiq.errors import MdiqError, NodeDiedError, RingError
+from mdiq.plan.pace import paced
 from mdiq.runtime import in_process, local
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.loops import Worker
@@ -71,6 +73,21 @@ async def test_a_starter_that_loads_and_measures_notes_its_progress_for_the_watc
         num_notes = 0
         await ring.measured()
         assert num_notes > 5, "the head is measured by several sizes"
+
+
+async def test_the_pace_is_planned_beside_the_event_loop(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned_on: list[threading.Thread] = []
+
+    def noted(*arguments: Any) -> Any:
+        planned_on.append(threading.current_thread())
+        return paced(*arguments)
+
+    monkeypatch.setattr(local, "paced", noted)
+    options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), in_process=True, kv_tokens=128)
+    async with LocalRing(options) as ring, asyncio.timeout(30):
+        while len(planned_on) < 2 or ring.service.hops_s is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert threading.main_thread() not in planned_on
 
 
 class LosingStages:

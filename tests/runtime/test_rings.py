@@ -264,7 +264,7 @@ async def test_the_starter_measures_the_hops_and_goes_on_at_the_pace_that_follow
     told: list[float] = []
     was_told = asyncio.Event()
 
-    def plan_pace(hops_s: float) -> RingSpec:
+    async def plan_pace(hops_s: float) -> RingSpec:
         told.append(hops_s)
         was_told.set()
         return replace(spec, caps=(9,), shared_chunks=(32,))

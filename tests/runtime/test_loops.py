@@ -1,0 +1,57 @@
+"""The loops of a Stage: nothing that takes long runs on the event loop, and Frames keep their order."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from mdiq.core import wire
+from mdiq.core.frame import Buffer, Frame, FrameKind, Segment
+from mdiq.core.types import Epoch, SeqId
+from mdiq.runtime.loops import LARGE_BYTES, Worker, receive_frames, send_frames
+from mdiq.telemetry.trace import Tracer
+from mdiq.transport.memory import MemoryLink
+
+KEY = b"the key of a hop, thirty bytes"
+WIDTH = 4_096
+LIMITS = wire.WireLimits(max_width=WIDTH, max_context=1_024)
+
+
+def _frame(number: int, num_rows: int) -> Frame:
+    payload = wire.WirePayload("f32", WIDTH, memoryview(bytes(num_rows * WIDTH * 4)))
+    return Frame(Epoch(1), FrameKind.HIDDEN, (Segment(SeqId(number), 0, num_rows),), payload)
+
+
+async def test_tags_of_large_frames_are_computed_in_a_thread_and_frames_keep_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_loop: list[tuple[int, bool]] = []
+    make_tag = wire.make_tag
+
+    def noted(key: bytes, *parts: Buffer) -> bytes:
+        num_bytes = sum(memoryview(part).nbytes for part in parts)
+        on_loop.append((num_bytes, threading.current_thread() is threading.main_thread()))
+        return make_tag(key, *parts)
+
+    monkeypatch.setattr(wire, "make_tag", noted)
+    link, worker, tracer = MemoryLink(), Worker(time.monotonic, Tracer(is_on=False)), Tracer(is_on=False)
+    queue: asyncio.Queue[Frame] = asyncio.Queue()
+    arrived: asyncio.Queue[Frame] = asyncio.Queue()
+    tasks = [
+        asyncio.create_task(send_frames(queue, link, KEY, time.monotonic, tracer)),
+        asyncio.create_task(receive_frames(link, KEY, LIMITS, arrived.put_nowait, worker, time.monotonic, tracer)),
+    ]
+    sizes: Sequence[int] = (1, 256, 1, 2, 128, 1)
+    for number, num_rows in enumerate(sizes):
+        queue.put_nowait(_frame(number, num_rows))
+    async with asyncio.timeout(20):
+        frames = [await arrived.get() for _ in sizes]
+    assert [frame.segments[0].seq_id for frame in frames] == list(range(len(sizes)))
+    assert len(on_loop) == 2 * len(sizes)
+    assert all(is_on_loop == (num_bytes < LARGE_BYTES) for num_bytes, is_on_loop in on_loop)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await worker.aclose()
