@@ -87,3 +87,9 @@ def test_the_readme_explains_every_setting_of_the_units() -> None:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_a_bad_configuration_is_not_tried_again(unit: Path) -> None:
     assert f"RestartPreventExitStatus={ConfigError.exit_code}" in _settings(unit)
+
+
+@pytest.mark.parametrize("unit", ["mdiq-node.service", "mdiq-starter.service"])
+def test_a_thousand_connections_of_strangers_do_not_take_all_descriptors(unit: str) -> None:
+    lines = (Path(__file__).parents[2] / "nodes" / "systemd" / unit).read_text(encoding="utf-8").splitlines()
+    assert "LimitNOFILE=65536" in lines
