@@ -1,13 +1,8 @@
-"""This machine's cache folder: where it is, file locks, and what is forgotten when room is short.
+"""This machine's cache folder: where it is, its file locks, and whether there is room.
 
-    models/    model files that were fetched          packed/    weights in 8 and 4 bits, by model and format
-    weights/   a Node's copies of its Starter's model shapes/    files of random weights
-    hashes/, profiles/, kernels.json                  what was measured or computed once; small
-
-An entry is what lies directly in one of these folders. A process that uses an entry holds a shared lock on it until it
-ends; see ``hold``. The limit is soft: what a run needs is kept, and entries that nobody holds go, those first that were
-used longest ago. Other processes map entries into memory by their names, so they are plain files: a store of values
-under keys, such as diskcache, could not hold them.
+models/    model files that were fetched              packed/  weights in 8 and 4 bits, by model and format
+weights/   a Node's copies of its Starter's model     shapes/  files of random weights
+hashes/, profiles/, kernels.json                      what was measured or computed once; small
 """
 
 import contextlib
@@ -25,15 +20,7 @@ from mdiq.errors import CapacityError, ConfigError
 
 log = structlog.get_logger()
 
-LIMIT = "MDIQ_CACHE_GB"
-"""Names the environment variable with the cache's limit; without it, half of what it and free space come to."""
-KINDS = ("models", "weights", "packed", "shapes", "hashes", "profiles")
-LARGE = ("models", "weights", "packed", "shapes")
-"""KINDS that are forgotten to make room; the others take next to none."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNSURE_S = 86_400.0  # without locks nobody knows whether an entry is in use: one that was used today may be
-_LOCK = ".lock"
-_held: dict[Path, int] = {}
 _warned: set[str] = set()
 
 
