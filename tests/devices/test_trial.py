@@ -152,7 +152,7 @@ def _local(layers: list[int], wires: list[str], weights: str) -> dict[str, Any]:
     return result
 
 
-def _local_text(status: dict[str, Any], weights: str = "int8") -> str:
+def _local_text(status: dict[str, Any], weights: str = "auto") -> str:
     """Return the text of a ring on this machine that is like the one which a status shows."""
     layers = [node["layers"][1] - node["layers"][0] for node in _members(status)]
     return str(_local(layers, [hop["wire"] for hop in status["hops"]], weights)["text"]).strip()
