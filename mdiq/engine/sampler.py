@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from mdiq.core.sequence import SamplingParams
+from mdiq.engine.llvm_softmax import CompiledSoftmax
 from mdiq.errors import EngineError
 
 # A smaller one would make infinities of f32 logits; greedy long before.
 LEAST_TEMPERATURE = 1e-30
 LEAST_PENALTY = 1e-30
-_BLOCK = 128  # probabilities that are summed together before one of them is looked for
+_BLOCK = 128  # weights that are summed together before one of them is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +62,14 @@ def _sample_row(logits: torch.Tensor, row: SampleRow) -> int:
     if 0 < params.top_k < logits.numel():
         ids = _largest(logits, params.top_k)
         logits = logits[ids]
-    if params.temperature != 1:
-        # The largest is taken away first: it must stay finite.
-        logits = (logits - logits.amax()) / max(params.temperature, LEAST_TEMPERATURE)
-    probabilities: np.ndarray = torch.softmax(logits, dim=-1).numpy()
+    weights, sums = _softened(logits, max(params.temperature, LEAST_TEMPERATURE))
     if params.top_p < 1:
-        probabilities = _nucleus(probabilities, params.top_p)
-    if params.min_p > 0:
-        least = np.float32(params.min_p) * probabilities.max()
-        probabilities = np.where(probabilities < least, np.float32(0), probabilities)
-    chosen = _draw(probabilities, uniform(params.seed, row.position))
+        weights = _nucleus(weights, float(sums.sum(dtype=np.float64)), params.top_p)
+    if params.min_p > 0:  # of the largest, which is 1
+        weights = np.where(weights < np.float32(params.min_p), np.float32(0), weights)
+    if params.top_p < 1 or params.min_p > 0:
+        sums = _sums(weights)
+    chosen = _draw(weights, sums, uniform(params.seed, row.position))
     return chosen if ids is None else int(ids[chosen])
 
 
@@ -85,37 +84,53 @@ def _largest(logits: torch.Tensor, count: int) -> np.ndarray:
     return candidates[np.argsort(-logits.numpy()[candidates], kind="stable")[:count]]
 
 
-def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
-    """Return probabilities without those of the tokens that are not needed to reach ``top_p``, the most likely first.
+def _softened(logits: torch.Tensor, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return e^((logit - largest) / temperature), f32 [n], and the sums of their blocks; read them before the next."""
+    if (compiled := CompiledSoftmax.find()) is not None:
+        weights, sums = compiled(logits, temperature)
+        return weights.numpy(), sums.numpy()
+    # The largest is taken away first: it must stay finite.
+    found: np.ndarray = ((logits - logits.amax()) / temperature).exp_().numpy()
+    return found, _sums(found)
+
+
+def _sums(weights: np.ndarray) -> np.ndarray:
+    """Return the sums of each _BLOCK of weights, and of the rest if there is one."""
+    whole = len(weights) // _BLOCK * _BLOCK
+    blocks = torch.from_numpy(weights[:whole]).view(-1, _BLOCK).sum(1).numpy()  # numpy takes three times as long
+    return np.append(blocks, weights[whole:].sum()) if whole < len(weights) else blocks
+
+
+def _nucleus(weights: np.ndarray, total: float, top_p: float) -> np.ndarray:
+    """Return weights without those of the tokens that are not needed to reach ``top_p`` of their total, largest first.
 
     See Holtzman et al. 2020, 3.1. The token that reaches it stays.
     """
     # All below any token of the nucleus, with it, weigh over 1 - top_p: so it has more than its share of that. Half of
-    # it, since the sum is 1 only nearly.
-    ids = np.flatnonzero(probabilities >= np.float32((1 - top_p) / len(probabilities) / 2))
-    left = probabilities[ids]
+    # it, since the total is rounded.
+    ids = np.flatnonzero(weights >= np.float32(total * (1 - top_p) / len(weights) / 2))
+    left = weights[ids]
     # No order of all is needed: positive floats lie in the order of their bits, and one of the classes that the upper
     # bits make holds the token that reaches top_p. In it alone order counts.
     classes = left.view(np.int32) >> 16
-    weights = np.bincount(classes, weights=left)[::-1].cumsum()
-    last = len(weights) - 1 - min(int(np.searchsorted(weights, top_p)), len(weights) - 1)
+    reached = np.bincount(classes, weights=left)[::-1].cumsum()
+    last = len(reached) - 1 - min(int(np.searchsorted(reached, total * top_p)), len(reached) - 1)
     in_last = np.flatnonzero(classes == last)
     in_last = in_last[np.argsort(-left[in_last], kind="stable")]
     above = left[classes > last].sum(dtype=np.float64)
-    num_needed = int(np.searchsorted(above + left[in_last].cumsum(dtype=np.float64), top_p)) + 1
+    num_needed = int(np.searchsorted(above + left[in_last].cumsum(dtype=np.float64), total * top_p)) + 1
     kept = np.concatenate((np.flatnonzero(classes > last), in_last[:num_needed]))
-    nucleus = np.zeros_like(probabilities)
+    nucleus = np.zeros_like(weights)
     nucleus[ids[kept]] = left[kept]
     return nucleus
 
 
-def _draw(weights: np.ndarray, share: float) -> int:
-    """Return the index at which the sum of ``weights`` exceeds ``share``, in [0, 1), of the sum of all."""
-    whole = len(weights) // _BLOCK * _BLOCK
-    blocks = torch.from_numpy(weights[:whole]).view(-1, _BLOCK).sum(1).numpy()  # numpy takes three times as long
-    if whole < len(weights):
-        blocks = np.append(blocks, weights[whole:].sum())
-    before = np.append(0.0, blocks.cumsum(dtype=np.float64))
+def _draw(weights: np.ndarray, sums: np.ndarray, share: float) -> int:
+    """Return the index at which the sum of ``weights`` exceeds ``share``, in [0, 1), of the sum of all.
+
+    sums: of their blocks.
+    """
+    before = np.append(0.0, sums.cumsum(dtype=np.float64))
     target = share * before[-1]
     block = _first_over(before[1:], target)
     inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)

@@ -18,7 +18,7 @@ from tests.fakes import ChainEngine, ChainRows
 from tests.runtime.conftest import OpenRing, make_sequence, right_answer
 
 RINGS = [(size, kind) for size in (1, 2, 3) for kind in ("memory", "sockets")]
-QUICK = RingSettings(chunk_tokens=4, prefill_tokens=16, lap_timeout_s=0.1, token_timeout_s=0.001, max_replays=60)
+QUICK = RingSettings(chunk_tokens=4, prefill_tokens=16, lap_timeout_s=0.5, token_timeout_s=0.001, max_replays=60)
 
 
 @pytest.mark.parametrize(("size", "kind"), RINGS)
