@@ -1,8 +1,8 @@
 """Templates render as transformers renders them, and hostile ones end soon in a typed error."""
 
 import itertools
-import time
 import threading
+import time
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
