@@ -66,21 +66,15 @@ class _Service:
 
     async def run(self) -> None:
         """Serve until a signal comes."""
-        from mdiq.runtime.lifecycle import Watchdog, serve_until_signal, watchdog_interval_s
+        from mdiq.runtime.lifecycle import serve_until_signal, watchdog_loops
 
-        beside = {}
-        if (interval_s := watchdog_interval_s()) is not None:
-            watchdog = Watchdog(
-                self._notifier, interval_s, has_work=self._has_work, last_progress_s=self._last_progress_s
-            )
-            beside["watchdog"] = watchdog.run()
         await serve_until_signal(
             self._rings(),
             notifier=self._notifier,
             drain=self._leave,
             drain_s=STOP_S,
             reload=self._reload,
-            beside=beside,
+            beside=watchdog_loops(self._notifier, self._has_work, self._last_progress_s),
         )
         self._notifier.stopping("ends")
 

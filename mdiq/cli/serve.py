@@ -21,7 +21,7 @@ from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.runtime.admin import AdminServer, socket_path
-from mdiq.runtime.lifecycle import Notifier, Watchdog, serve_until_signal, watchdog_interval_s
+from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import set_threads
 
@@ -208,19 +208,14 @@ class _Service:
         )
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AdminServer(socket_path(self._file), commands), self._api(keeper):
-            beside = {"telling": self._keep_telling()}
-            if (interval_s := watchdog_interval_s()) is not None:
-                watchdog = Watchdog(
-                    self._notifier, interval_s, has_work=keeper.has_work, last_progress_s=keeper.last_progress_s
-                )
-                beside["watchdog"] = watchdog.run()
+            watchdog = watchdog_loops(self._notifier, keeper.has_work, keeper.last_progress_s)
             await serve_until_signal(
                 keeper.run(),
                 notifier=self._notifier,
                 drain=keeper.finish,
                 drain_s=STOP_S,
                 reload=self._reload,
-                beside=beside,
+                beside={"telling": self._keep_telling()} | watchdog,
             )
         self._notifier.stopping("ends")
 

@@ -237,6 +237,17 @@ class Watchdog:
             await asyncio.sleep(self._interval_s / _FEEDS_PER_INTERVAL)
 
 
+def watchdog_loops(
+    notifier: Notifier, has_work: Callable[[], bool], last_progress_s: Callable[[], float]
+) -> dict[str, Coroutine[Any, Any, None]]:
+    """Return the Watchdog's loop for ``serve_until_signal``'s ``beside``; none where the manager watches nobody."""
+    interval_s = watchdog_interval_s()
+    if interval_s is None:
+        return {}
+    watchdog = Watchdog(notifier, interval_s, has_work=has_work, last_progress_s=last_progress_s)
+    return {"watchdog": watchdog.run()}
+
+
 async def serve_until_signal(
     serving: Awaitable[None],
     *,
