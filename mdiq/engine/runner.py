@@ -234,16 +234,16 @@ def _make_cache(
     if memory_bytes is not None:
         return_free_memory(collect=True)  # what loading took for a while is not what the process takes
     free, of_limit = free_bytes(device), ""
+    share = int(free * memory_share)
     if memory_bytes is not None and memory_bytes - (taken := rss_bytes()) < free:
         free = max(memory_bytes - taken, 0)
+        share = min(share, free)  # a process has its limit for itself, whoever shares the machine
         of_limit = f" (of its {memory_bytes >> 20} MiB the process takes {taken >> 20})"
     if kv_tokens is None:
-        kv_tokens = min(
-            int(free * KV_MEMORY_SHARE * memory_share) // token_bytes, MOST_SEQUENCES * config.context_tokens
-        )
+        kv_tokens = min(int(share * KV_MEMORY_SHARE) // token_bytes, MOST_SEQUENCES * config.context_tokens)
         if kv_tokens < BLOCK_TOKENS:
             raise CapacityError(
-                f"KV cache: {free >> 20} MiB{of_limit} are free behind the weights of layers {layers}, too little for "
+                f"KV cache: {share >> 20} MiB{of_limit} are free behind the weights of layers {layers}, too little for "
                 f"{BLOCK_TOKENS} tokens; use more nodes, free memory, or set a higher limit"
             )
     kv_tokens = -(-kv_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
