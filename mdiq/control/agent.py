@@ -15,6 +15,7 @@ from mdiq.core.types import Epoch, SeqId
 from mdiq.errors import MdiqError, RemoteProtocolError, TransportError
 from mdiq.telemetry.trace import Span
 from mdiq.transport.base import ControlLink
+from mdiq.transport.junk import JunkBudget
 
 log = structlog.get_logger()
 
@@ -113,6 +114,7 @@ class Agent:
         """Do what the Starter says until it drains this Node. What comes while something is done may end it."""
         reading = asyncio.create_task(self._link.receive(), name="control-receive")
         job: asyncio.Task[None] | None = None
+        junk, time_of = JunkBudget(), asyncio.get_running_loop().time
         try:
             while True:
                 await asyncio.wait({reading} if job is None else {reading, job}, return_when=asyncio.FIRST_COMPLETED)
@@ -121,12 +123,13 @@ class Agent:
                     job = None
                 if not reading.done():
                     continue
-                data = reading.result()
+                start_s, data = time_of(), reading.result()
                 reading = asyncio.create_task(self._link.receive(), name="control-receive")
                 try:
                     message = control.decode(data, self._key)
                 except RemoteProtocolError as error:
                     log.warning("control_message_dropped", error=str(error))
+                    await junk.spent(time_of() - start_s)
                     continue
                 match message:
                     case control.Drain():

@@ -13,6 +13,7 @@ from mdiq.core.types import NodeId
 from mdiq.errors import EngineError, MdiqError, NodeDiedError, RemoteProtocolError
 from mdiq.telemetry.trace import Span
 from mdiq.transport.base import ControlServer
+from mdiq.transport.junk import JunkBudget
 
 log = structlog.get_logger()
 
@@ -161,20 +162,28 @@ class Coordinator:
             self._gone[node].set_result(None)
 
     async def _listen(self) -> None:
+        junk = JunkBudget()
         while True:
             identity, data = await self._server.receive()
+            start_s = self._clock()
             try:
-                message = control.decode(data, self._key)
-                if isinstance(message, control.Hello) and message.node in self._standing_by:
-                    await self._have_stand_by(identity, self._server.sender, NodeId(message.node))
-                elif identity in self._idle.values():
-                    pass  # it says that it lives
-                elif self._drains_strangers and identity not in self._nodes and not isinstance(message, control.Hello):
-                    await self._drain_stranger(identity)
-                else:
-                    self._handle(identity, self._server.sender, message)
+                await self._take_in(identity, control.decode(data, self._key))
+                is_of_use = identity in self._nodes
             except RemoteProtocolError as error:
                 log.warning("control_message_dropped", error=str(error))
+                is_of_use = False
+            if not is_of_use:
+                await junk.spent(self._clock() - start_s)
+
+    async def _take_in(self, identity: bytes, message: control.Message) -> None:
+        if isinstance(message, control.Hello) and message.node in self._standing_by:
+            await self._have_stand_by(identity, self._server.sender, NodeId(message.node))
+        elif identity in self._idle.values():
+            pass  # it says that it lives
+        elif self._drains_strangers and identity not in self._nodes and not isinstance(message, control.Hello):
+            await self._drain_stranger(identity)
+        else:
+            self._handle(identity, self._server.sender, message)
 
     async def _drain_stranger(self, identity: bytes) -> None:
         """Tell a Node of an earlier Ring once to end; what else it says meanwhile is of no use."""

@@ -21,6 +21,7 @@ from mdiq.core.types import LayerRange
 from mdiq.core.weights import CREDIT_CHUNKS, PIECE_BYTES, Manifest, WeightMap
 from mdiq.errors import MdiqError, ModelError, RemoteProtocolError, TransportError
 from mdiq.transport.base import ControlServer
+from mdiq.transport.junk import JunkBudget
 
 log = structlog.get_logger()
 
@@ -84,13 +85,17 @@ class WeightServer:
         """Serve until cancelled."""
         try:
             async with asyncio.TaskGroup() as tasks:
+                junk = JunkBudget()
                 while True:
                     identity, data = await self._server.receive()
+                    start_s = self._clock()
                     try:
                         await self._handle(identity, messages.decode(data), tasks)
                     except RemoteProtocolError as error:
                         self.num_dropped += 1
                         log.warning("weights_message_dropped", peer=repr(identity), error=str(error))
+                    if identity not in self._peers:
+                        await junk.spent(self._clock() - start_s)
         finally:
             await asyncio.to_thread(self._save_hashes)
 

@@ -21,6 +21,7 @@ from mdiq.core.hop_survey import burst_frames
 from mdiq.errors import MdiqError, RemoteProtocolError, RingError, first_of
 from mdiq.telemetry.trace import COMPUTE, Tracer
 from mdiq.transport.base import FrameSink, FrameSource
+from mdiq.transport.junk import JunkBudget
 
 log = structlog.get_logger()
 
@@ -177,6 +178,7 @@ async def receive_frames(
     tracer: Tracer,
 ) -> None:
     """Decode what arrives and hand it to ``accept``, for ever; what is not a legal Frame is dropped and counted."""
+    junk = JunkBudget()
     while True:
         parts = await source.receive()
         start_s = clock()
@@ -187,9 +189,8 @@ async def receive_frames(
         except RemoteProtocolError as error:
             reason = error.reason if isinstance(error, wire.BadFrame) else "protocol"
             worker.meter.dropped[reason] += 1
-            # The first of a kind is news, the thousandth is a number.
-            if worker.meter.dropped[reason] == 1:
-                log.warning("frame_dropped", reason=reason, error=str(error))
+            log.warning("frame_dropped", reason=reason, error=str(error))
+            await junk.spent(clock() - start_s)
             continue
         tracer.add("receive", f"{len(frame.segments)} segments", start_s, clock())
 

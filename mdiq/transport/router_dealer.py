@@ -9,6 +9,7 @@ import zmq.asyncio
 from mdiq.core import control, weights
 from mdiq.errors import TransportError
 from mdiq.transport.curve import ClientSecurity, ServerSecurity
+from mdiq.transport.junk import JunkBudget
 from mdiq.transport.sockets import PartReader, SocketEnd, make_socket, send_whole
 
 log = structlog.get_logger()
@@ -70,13 +71,14 @@ class RouterServer(SocketEnd):
 
     async def receive(self) -> tuple[bytes, bytes]:
         """Wait for the next message of one part and return its sender's identity and the message."""
+        junk = JunkBudget()
         while True:
             parts = await self._reader.read()
             if len(parts) == 2:
                 return bytes(parts[0]), bytes(parts[1])
             self.num_dropped += 1
-            if self.num_dropped == 1:
-                log.warning("control_message_dropped", error=f"{len(parts) - 1} parts; a control message has 1")
+            log.warning("control_message_dropped", error=f"{len(parts) - 1} parts; a control message has 1")
+            await junk.spent(0.0)
 
     async def send(self, identity: bytes, data: bytes) -> None:
         """Send one message to a peer, without waiting for it: one that hangs must not hold up the others.
@@ -146,13 +148,14 @@ class DealerLink(SocketEnd):
 
     async def receive(self) -> bytes:
         """Wait for the next message of one part and return it."""
+        junk = JunkBudget()
         while True:
             parts = await self._reader.read()
             if len(parts) == 1:
                 return bytes(parts[0])
             self.num_dropped += 1
-            if self.num_dropped == 1:
-                log.warning("control_message_dropped", error=f"{len(parts)} parts; a control message has 1")
+            log.warning("control_message_dropped", error=f"{len(parts)} parts; a control message has 1")
+            await junk.spent(0.0)
 
     async def send(self, data: bytes) -> None:
         """Send one message to the Coordinator; wait while very many are queued."""

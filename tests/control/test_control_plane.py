@@ -14,6 +14,7 @@ from mdiq.control.coordinator import Coordinator, error_from
 from mdiq.core import control
 from mdiq.core.types import Epoch, NodeId, SeqId
 from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError
+from mdiq.telemetry.logging import MAX_LINES, configure
 from mdiq.telemetry.trace import Span
 from mdiq.transport.memory import MemoryControlLink, MemoryControlServer
 from mdiq.transport.router_dealer import DealerLink, RouterServer
@@ -404,6 +405,28 @@ async def test_junk_wrong_keys_and_wrong_directions_are_dropped_at_both_ends(pla
     await plane.coordinator.drain(10.0)
     await two
     assert plane.lost.empty()
+
+
+async def test_a_flood_of_junk_costs_few_log_lines_and_nodes_join_beside_it(
+    plane: Plane, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure()
+    hostile = plane.server.connect(b"hostile")
+    beat = control.encode(heartbeat(), KEY)  # well made, from a peer that has not joined
+
+    async def flood() -> None:
+        for i in range(3_000):
+            await hostile.send(beat if i % 2 else b"junk %d" % i)
+
+    flooding = asyncio.create_task(flood())
+    plane.agent("node-1")
+    plane.agent("node-2")
+    async with asyncio.timeout(30):
+        assert set(await plane.coordinator.all_joined()) == {ONE, TWO}
+        await flooding
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 2 * MAX_LINES
+    assert "control_message_dropped" in lines[0]
 
 
 async def test_with_security_a_node_speaks_for_itself_alone(plane: Plane) -> None:

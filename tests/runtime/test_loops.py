@@ -55,3 +55,37 @@ async def test_tags_of_large_frames_are_computed_in_a_thread_and_frames_keep_the
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await worker.aclose()
+
+
+async def test_beside_a_flood_of_junk_the_loop_is_free_for_others_and_frames_arrive() -> None:
+    """The reader would otherwise run all the time: the thread that computes waits for it wherever it needs Python."""
+    link, worker, tracer = MemoryLink(), Worker(time.monotonic, Tracer(is_on=False)), Tracer(is_on=False)
+    receiving: list[bytes] = []
+
+    class Flood:
+        """Has a message at once, whenever it is asked: junk, and every hundredth time a Frame."""
+
+        bytes_in = 0
+
+        async def receive(self) -> list[Buffer]:
+            receiving.append(b"")
+            if len(receiving) % 100:
+                return [b"junk"] * 3
+            return list(wire.encode(_frame(len(receiving), 1), KEY))
+
+        async def aclose(self) -> None:
+            await link.aclose()
+
+    arrived: list[Frame] = []
+    reading = asyncio.create_task(
+        receive_frames(Flood(), KEY, LIMITS, arrived.append, worker, time.monotonic, tracer), name="receive"
+    )
+    cpu_s, start_s = time.thread_time(), time.monotonic()
+    await asyncio.sleep(0.5)
+    used = (time.thread_time() - cpu_s) / (time.monotonic() - start_s)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await worker.aclose()
+    assert arrived
+    assert worker.meter.dropped
+    assert used < 0.6  # a fifth, and what waking up costs

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import structlog
 
-from mdiq.telemetry.logging import configure
+from mdiq.telemetry.logging import MAX_LINES, WINDOW_S, configure
 
 log = structlog.get_logger()
 
@@ -131,3 +131,51 @@ def test_a_traceback_shows_no_values(
     text = capsys.readouterr().err
     assert "RuntimeError: it failed" in text
     assert "a secret prompt" not in text
+
+
+def test_lines_of_an_event_that_comes_too_often_are_held_back_and_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MDIQ_LOG", "json")
+    now = 0.0
+    configure("info", clock=lambda: now)
+    for i in range(114_000):
+        log.warning("control_message_dropped", error=f"junk {i}")
+    log.warning("lap_overdue")  # another kind is not concerned
+    lines = json_lines(capsys.readouterr().err)
+    assert len(lines) == MAX_LINES + 1
+    assert lines[0]["error"] == "junk 0"
+    assert lines[-1]["event"] == "lap_overdue"
+    now = WINDOW_S
+    for i in range(1_000):
+        log.warning("control_message_dropped", error=f"junk again {i}")
+    (line,) = json_lines(capsys.readouterr().err)
+    assert (line["error"], line["num_not_logged"]) == ("junk again 0", 114_000 - MAX_LINES)
+    now = 2 * WINDOW_S
+    log.warning("control_message_dropped", error="junk")
+    (line,) = json_lines(capsys.readouterr().err)
+    assert line["num_not_logged"] == 999
+    now = 3 * WINDOW_S
+    for _ in range(MAX_LINES):  # it was quiet: all is as at first
+        log.warning("control_message_dropped", error="junk")
+    assert [line.get("num_not_logged") for line in json_lines(capsys.readouterr().err)] == [None] * MAX_LINES
+
+
+def test_lines_of_other_loggers_are_held_back_by_the_place_that_logs_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MDIQ_LOG", "json")
+    configure()
+    for i in range(1_000):
+        logging.getLogger("asyncio").error("socket.accept() out of system resource %d", i)
+    logging.getLogger("asyncio").error("something else")
+    lines = json_lines(capsys.readouterr().err)
+    assert len(lines) == MAX_LINES + 1
+    assert lines[-1]["event"] == "something else"
+
+
+def test_each_request_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("info")
+    for _ in range(3 * MAX_LINES):
+        log.info("request_ended", tokens=5)
+    assert len(capsys.readouterr().err.splitlines()) == 3 * MAX_LINES
