@@ -21,7 +21,7 @@ MAY_USE = {
     "transport": {"transport", "telemetry.trace", "plan", "core", "errors"},
     "control": {"control", "transport", "telemetry.trace", "plan", "core", "cache", "errors"},
     "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "cache", "errors"},
-    "api": {"api", "runtime", "core", "errors"},
+    "api": {"api", "runtime", "transport.room", "core", "errors"},
     "bench": {"bench", "runtime", "engine", "transport", "telemetry.logging", "core", "cache", "errors"},
     "nodes": {"cli", "config", "errors"},
     "cli": {

@@ -3,6 +3,7 @@
 Nothing that a client sends is logged, and nothing of it is sent back.
 """
 
+import asyncio
 from typing import Any, cast
 
 import structlog
@@ -10,6 +11,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from mdiq.api.requests import ApiError
+from mdiq.transport.room import Room, max_connections
 
 log = structlog.get_logger()
 
@@ -27,6 +29,23 @@ def error_response(error: ApiError) -> web.Response:
 
 class _Connection(RequestHandler):
     """One connection. aiohttp's own would log what came, with traceback, and send it back as plain text."""
+
+    has_asked = False
+    room: "Room[_Connection]"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.room.accepted(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.room.ended(self)
+        super().connection_lost(exc)
+
+    def end(self) -> None:
+        """Close the connection for want of room."""
+        log.warning("too_many_connections", most=max_connections())
+        if self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,
@@ -48,14 +67,28 @@ class _Connection(RequestHandler):
 
 
 class _Server(web.Server):
+    room: "Room[_Connection]"
+
     def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
+        connection = _Connection(self, loop=self._loop, **self._kwargs)
+        connection.room = self.room
+        return connection
 
 
 class ApiRunner(web.AppRunner):
-    """Runs the application; a connection is closed when a request's head does not come within client_timeout_s."""
+    """Runs the application; a connection is closed when a request's head does not come within client_timeout_s.
 
-    def __init__(self, app: web.Application, *, client_timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+    most_connections: of more the oldest is closed that has not asked anything; see transport/room.py.
+    """
+
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        client_timeout_s: float = CLIENT_TIMEOUT_S,
+        most_connections: int | None = None,
+    ) -> None:
+        self._most_connections = most_connections or max_connections()
         super().__init__(
             app,
             access_log=None,
@@ -67,4 +100,12 @@ class ApiRunner(web.AppRunner):
     async def _make_server(self) -> Any:
         server = cast(Any, await super()._make_server())
         server.__class__ = _Server  # aiohttp has no parameter for the class of its connections
+        server.room = Room[_Connection](self._most_connections, lambda it: it.has_asked, _Connection.end)
+        make_request = server.request_factory
+
+        def noted(message: Any, payload: Any, protocol: _Connection, *rest: Any) -> Any:
+            protocol.has_asked = True  # the head of a request is here
+            return make_request(message, payload, protocol, *rest)
+
+        server.request_factory = noted
         return server

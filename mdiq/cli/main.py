@@ -20,6 +20,7 @@ from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
 from mdiq.plan.partition import Objective
 from mdiq.telemetry import logging
+from mdiq.transport.room import raise_descriptor_limit
 
 app = typer.Typer(
     name="mdiq",
@@ -495,6 +496,7 @@ def reload(topology: _Topology) -> None:
 def main() -> None:
     """Run the command line; errors that mdiq raises on purpose, and those of files and disks, are a line on stderr."""
     _show_any_text()
+    raise_descriptor_limit()
     try:
         app(standalone_mode=True)
     except MdiqError as error:

@@ -107,9 +107,15 @@ def _drop(first: int, count: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(count), mmap.MADV_DONTNEED)
 
 
+_last_rss_bytes = 0
+
+
 def rss_bytes() -> int:
-    """Return this process's resident memory."""
-    return psutil.Process(os.getpid()).memory_info().rss
+    """Return this process's resident memory; what it was last where it cannot be read: no descriptor may be left."""
+    global _last_rss_bytes
+    with contextlib.suppress(OSError):
+        _last_rss_bytes = psutil.Process(os.getpid()).memory_info().rss
+    return _last_rss_bytes
 
 
 def reset_peak() -> bool:

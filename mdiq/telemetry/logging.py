@@ -25,7 +25,12 @@ LEVELS: Mapping[str, int] = {
 }
 MAX_LINES = 20
 WINDOW_S = 60.0
-UNLIMITED = frozenset({"request_ended"})  # one for each request that was let in: the access log
+UNLIMITED = frozenset(
+    {
+        "request_ended",  # one for each request that was let in: the access log
+        "peer_refused",  # each address has its line; see transport/curve.py, which bounds them
+    }
+)
 
 
 def configure(level: str = "warning", *, clock: Callable[[], float] = time.monotonic, **bound: str | int) -> None:

@@ -17,7 +17,7 @@ import zmq.asyncio
 from mdiq.core.frame import Buffer
 from mdiq.errors import TransportError
 from mdiq.transport.curve import ClientSecurity, Security, ServerSecurity, check_plain_text
-from mdiq.transport.watch import ClientWatch, ServerWatch
+from mdiq.transport.watch import ClientWatch, ListenerWatch, ServerWatch
 
 MOST_FRAME_BYTES = 32 * 2**20
 """Most bytes of one part unless the caller knows better: a full Batch of 512 tokens of 16,384 f32."""
@@ -42,7 +42,7 @@ class SocketEnd:
         self._socket = socket
         self.endpoint = endpoint
         self._server_security: ServerSecurity | None = None
-        self._watch: ServerWatch | ClientWatch | None = None
+        self._watch: ListenerWatch | ClientWatch | None = None
 
     async def aclose(self) -> None:
         """Close the socket; what is queued still goes out for the socket's linger time, within ``Context.term``."""
@@ -68,17 +68,19 @@ class SocketEnd:
         Raises:
             TransportError: the address cannot be used.
         """
-        if security is None:
+        self._watch = watch = (
+            ListenerWatch(self._socket)
+            if security is None
+            else ServerWatch(self._socket, security.domain, security.gate.refusals)
+        )
+        watch.start()
+        try:
             self.endpoint = bind_socket(self._socket, self.endpoint)
-        else:
-            self._watch = watch = ServerWatch(self._socket, security.domain, security.gate.refusals)
-            watch.start()
-            try:
-                self.endpoint = bind_socket(self._socket, self.endpoint)
-            except TransportError:
-                await self.aclose()
-                raise
-            watch.listening()
+        except TransportError:
+            await self.aclose()
+            raise
+        watch.listening()
+        if security is not None:
             self._server_security = security
             security.gate.add_renewal(security.domain, self.renew)
 

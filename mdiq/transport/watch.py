@@ -1,9 +1,10 @@
-"""What libzmq does in the background of a secured socket: who was refused, and connections that it gives up.
+"""What libzmq does in the background of a socket: who comes, who was refused, and connections that it gives up.
 
-A ServerWatch learns the addresses of peers that fail before the Gate is asked. libzmq does not tell them, and has often
-closed such a connection before anybody can look. So a filter in the kernel holds back what a new peer sends until its
-address is read; TCP then sends it again, which takes a new connection about 0.2 s. Without the filter (a kernel that
-refuses it) all works but for addresses.
+A ListenerWatch bounds the connections of a socket that listens; see room.py. A ServerWatch is that of a secured one. It
+learns the addresses of peers that fail before the Gate is asked. libzmq does not tell them, and has often closed such a
+connection before anybody can look. So a filter in the kernel holds back what a new peer sends until its address is
+read; TCP then sends it again, which takes a new connection about 0.2 s. Without the filter (a kernel that refuses it)
+all works but for addresses.
 
 A ClientWatch connects anew where libzmq does not: after a refusal, or bytes that somebody garbled, its session is over.
 
@@ -27,6 +28,15 @@ import zmq.asyncio
 
 from mdiq.errors import TransportError
 from mdiq.transport.curve import Refusals
+from mdiq.transport.room import (
+    CURVE_HANDSHAKE_BYTES,
+    HANDSHAKE_BYTES,
+    Room,
+    borrowed,
+    bytes_received,
+    end_connection,
+    max_connections,
+)
 
 log = structlog.get_logger()
 
@@ -106,18 +116,48 @@ class Watch:
         raise NotImplementedError
 
 
-class ServerWatch(Watch):
+class ListenerWatch(Watch):
+    """Bounds the connections that strangers can open to a socket that listens."""
+
+    _EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+    _HANDSHAKE_BYTES = HANDSHAKE_BYTES
+
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+        super().__init__(socket)
+        self._port = 0
+        self._most = max_connections()
+        self._room = Room(self._most, lambda it: bytes_received(it) > self._HANDSHAKE_BYTES, self._end)
+
+    def listening(self) -> None:
+        """Call it as soon as the socket is bound: no peer shall come in between."""
+        self._take_in()
+
+    def _handle(self, event: int, value: int) -> None:
+        match event:
+            case zmq.EVENT_LISTENING:
+                with contextlib.suppress(OSError), borrowed(value) as listener:
+                    self._port = listener.getsockname()[1]
+            case zmq.EVENT_ACCEPTED:
+                self._room.accepted(value)
+            case zmq.EVENT_DISCONNECTED:
+                self._room.ended(value)
+
+    def _end(self, connection: int) -> None:
+        log.warning("too_many_connections", port=self._port, most=self._most, ended=_address(connection))
+        end_connection(connection, self._port)
+
+
+class ServerWatch(ListenerWatch):
     """Logs peers that fail in the handshake, and tells when the port is free again behind an unbind."""
 
     _EVENTS = (
-        zmq.EVENT_LISTENING
-        | zmq.EVENT_ACCEPTED
+        ListenerWatch._EVENTS
         | zmq.EVENT_HANDSHAKE_SUCCEEDED
         | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        | zmq.EVENT_DISCONNECTED
         | zmq.EVENT_CLOSED
     )
+    _HANDSHAKE_BYTES = CURVE_HANDSHAKE_BYTES
 
     def __init__(self, socket: zmq.asyncio.Socket, domain: str, refusals: Refusals) -> None:
         super().__init__(socket)
@@ -129,10 +169,6 @@ class ServerWatch(Watch):
         self._reason: str | None = None
         self._is_gate_missing = False
         self._closed = asyncio.Event()
-
-    def listening(self) -> None:
-        """Call it as soon as the socket is bound: no peer shall come in between."""
-        self._take_in()
 
     async def rebind(self, endpoint: str) -> None:
         """End every connection of the socket and listen again; peers connect anew by themselves.
@@ -146,6 +182,7 @@ class ServerWatch(Watch):
             async with asyncio.timeout(CLOSE_S):
                 await self._closed.wait()
             # libzmq does not tell of each one's end.
+            self._room.clear()
             self._shaking.clear()
             self._num_succeeded = self._num_unlisted = 0
             self._socket.bind(endpoint)
@@ -154,6 +191,7 @@ class ServerWatch(Watch):
             raise TransportError(f"{endpoint}: cannot listen again behind a revocation: {error}; restart") from None
 
     def _handle(self, event: int, value: int) -> None:
+        super()._handle(event, value)
         match event:
             case zmq.EVENT_LISTENING:
                 _hold_back(value)
@@ -255,7 +293,7 @@ def _hold_back(listener: int) -> None:
     code = array.array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in _HOLD_BACK))
     program = struct.pack("@HP", len(_HOLD_BACK), code.buffer_info()[0])
     try:
-        with _socket_of(listener) as socket:
+        with borrowed(listener) as socket:
             socket.setsockopt(sockets.SOL_SOCKET, _SO_ATTACH_FILTER, program)
     except OSError as error:
         log.info("addresses_may_be_unknown", error=error.strerror)
@@ -263,24 +301,17 @@ def _hold_back(listener: int) -> None:
 
 def _let_go(connection: int) -> str:
     """Let a new connection deliver, and return its peer's address."""
+    address = _address(connection)
     # libzmq owns the descriptor and may have closed it: then it is nothing, or another socket, which this cannot harm.
+    with contextlib.suppress(OSError), borrowed(connection) as socket:  # also where there was no filter
+        socket.setsockopt(sockets.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+    return address
+
+
+def _address(connection: int) -> str:
     try:
-        with _socket_of(connection) as socket:
-            try:
-                peer = socket.getpeername()
-            finally:
-                with contextlib.suppress(OSError):  # there was no filter
-                    socket.setsockopt(sockets.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+        with borrowed(connection) as socket:
             is_tcp = socket.family in (sockets.AF_INET, sockets.AF_INET6)
-        return str(peer[0]) if is_tcp else UNKNOWN
+            return str(socket.getpeername()[0]) if is_tcp else UNKNOWN
     except OSError:
         return UNKNOWN
-
-
-def _socket_of(descriptor: int) -> sockets.socket:
-    duplicate = os.dup(descriptor)
-    try:
-        return sockets.socket(fileno=duplicate)
-    except OSError:
-        os.close(duplicate)
-        raise

@@ -1,6 +1,7 @@
 """What is not HTTP, what comes too slowly, and what of it is told: over real sockets."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,9 +19,9 @@ HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}
 
 
 @asynccontextmanager
-async def _port(client_timeout_s: float = 10.0) -> AsyncIterator[int]:
+async def _port(client_timeout_s: float = 10.0, most_connections: int | None = None) -> AsyncIterator[int]:
     api = Api(FakeRing(), [KEY], client_timeout_s=client_timeout_s)
-    runner = ApiRunner(api.application(), client_timeout_s=client_timeout_s)
+    runner = ApiRunner(api.application(), client_timeout_s=client_timeout_s, most_connections=most_connections)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -73,3 +74,20 @@ async def test_heads_and_bodies_that_do_not_come_are_closed() -> None:
     assert half_head == nothing == ""
     assert half_body.startswith("HTTP/1.1 408 ")
     assert "within 0.3 s" in half_body
+
+
+async def test_silent_connections_are_bounded_and_requests_are_answered_beside_them() -> None:
+    async with _port(most_connections=8) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+        asking, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await asking.readline()).startswith(b"HTTP/1.1 200 ")
+        more = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+        await asyncio.sleep(0)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")  # it has not been closed
+        assert (await asking.read()).count(b"HTTP/1.1 200 ") == 1
+        for reader, _ in silent:
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+        for _, each in [*silent, *more, (asking, writer)]:
+            each.close()

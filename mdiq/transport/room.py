@@ -1,0 +1,116 @@
+"""Room for connections: how many a listener holds, and which one ends when a stranger opens too many.
+
+Anyone who reaches a port can open connections and say nothing, each of which costs a descriptor until the time for its
+handshake is up. So a listener holds a bounded number. The oldest connection that is not through with its handshake goes
+first: a peer that belongs to the Ring needs it for a fraction of a second, and a stranger never gets through.
+"""
+
+import contextlib
+import resource
+import socket as sockets
+import struct
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, TypeVar
+
+MAX_DESCRIPTORS = 65_536
+MAX_CONNECTIONS = 256
+LISTENERS = 8
+"""One in so many parts of the descriptors is a listener's: a Starter has four, and models and threads need some."""
+_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in struct tcp_info, since Linux 4.1; see linux/tcp.h
+_GREETING_BYTES = 64  # ZMTP 3.1, RFC 37
+HANDSHAKE_BYTES = _GREETING_BYTES + 24
+"""More than so many bytes come from a peer that is through, even without security: a greeting and a READY."""
+CURVE_HANDSHAKE_BYTES = _GREETING_BYTES + 202 + 257
+"""The same with CURVE, RFC 26: a greeting, a HELLO and an INITIATE, which is more with its metadata."""
+
+T = TypeVar("T", bound=Hashable)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors as it may have, up to MAX_DESCRIPTORS; the usual 1,024 are soon gone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # a sandbox may forbid it: then there is less room
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def max_connections() -> int:
+    """Return how many connections a listener of this process may hold."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(8, min(MAX_CONNECTIONS, soft // LISTENERS))
+
+
+class Room(Generic[T]):
+    """The connections of one listener.
+
+    is_through: tells whether a connection's handshake is over; once that is so, it stays so. end: ends a connection.
+    """
+
+    def __init__(self, most: int, is_through: Callable[[T], bool], end: Callable[[T], None]) -> None:
+        self._most = most
+        self._is_through = is_through
+        self._end = end
+        self._shaking: dict[T, None] = {}  # oldest first; a dict for its order
+        self._through: set[T] = set()
+
+    def accepted(self, connection: T) -> None:
+        """Take in a new connection. If there are too many, the oldest ends that is not through, or else the new one."""
+        self.ended(connection)
+        self._shaking[connection] = None
+        if len(self._shaking) + len(self._through) > self._most:
+            leaving = self._oldest_shaking(connection)
+            self.ended(leaving)
+            self._end(leaving)
+
+    def ended(self, connection: T) -> None:
+        """Note that a connection has ended."""
+        self._shaking.pop(connection, None)
+        self._through.discard(connection)
+
+    def clear(self) -> None:
+        """Note that all connections have ended."""
+        self._shaking.clear()
+        self._through.clear()
+
+    def _oldest_shaking(self, newest: T) -> T:
+        for connection in list(self._shaking):
+            if connection == newest or not self._is_through(connection):
+                return connection
+            del self._shaking[connection]
+            self._through.add(connection)
+        return newest
+
+
+def bytes_received(connection: int) -> int:
+    """Return how many bytes have come on a TCP connection so far; 0 if it has ended or the kernel does not tell."""
+    try:
+        with borrowed(connection) as socket:
+            info = socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES_RECEIVED + 8)
+    except OSError:
+        return 0
+    return int(struct.unpack_from("=Q", info, _BYTES_RECEIVED)[0]) if len(info) >= _BYTES_RECEIVED + 8 else 0
+
+
+def end_connection(connection: int, port: int) -> None:
+    """End a connection that came in on a port: its owner reads the end of the stream, and closes it.
+
+    The owner may have closed it meanwhile, and the descriptor be another one's: that is left alone.
+    """
+    with contextlib.suppress(OSError), borrowed(connection) as socket:
+        if socket.family in (sockets.AF_INET, sockets.AF_INET6) and socket.getsockname()[1] == port:
+            socket.shutdown(sockets.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def borrowed(descriptor: int) -> Iterator[sockets.socket]:
+    """Give a socket for a descriptor that is libzmq's: it is not closed, and no other descriptor is taken for it.
+
+    Raises:
+        OSError: it stands for no socket.
+    """
+    socket = sockets.socket(fileno=descriptor)
+    try:
+        yield socket
+    finally:
+        socket.detach()
