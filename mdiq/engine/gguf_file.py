@@ -26,6 +26,7 @@ from mdiq.errors import ModelError
 MOST_ENTRIES = 1 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_SIZE = struct.Struct("<Q")  # before a text
 _CHUNK_ELEMENTS = 4 << 20  # dequantizing makes copies of what it is given: give it little at a time
 T = TypeVar("T")
 
@@ -243,12 +244,19 @@ class _Part:
         return value
 
     def _string(self) -> str:
-        size = self._unpack("Q")
-        if size > len(self.map) - self._at:
-            raise ValueError(f"a text of {size} bytes")
-        text = self.map[self._at : self._at + size].decode("utf-8", errors="replace")
-        self._at += size
-        return text
+        return self._strings(1)[0]
+
+    def _strings(self, count: int) -> list[str]:
+        # A vocabulary is read in every process that opens the file, and a small board's processor is slow: one loop.
+        data, at, end, texts, unpack = self.map, self._at, len(self.map), [], _SIZE.unpack_from
+        for _ in range(count):
+            start = at + _SIZE.size
+            at = start + unpack(data, at)[0]
+            if at > end:
+                raise ValueError(f"a text of {at - start} bytes")
+            texts.append(data[start:at].decode("utf-8", errors="replace"))
+        self._at = at
+        return texts
 
     def _value(self, kind: int, *, depth: int = 0) -> object:
         if kind == _STRING:
@@ -264,6 +272,8 @@ class _Part:
                 values = np.frombuffer(self.map[self._at : self._at + count * dtype.itemsize], dtype, count)
                 self._at += count * dtype.itemsize
                 return values
+            if item_kind == _STRING:
+                return self._strings(count)
             return [self._value(item_kind, depth=depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"a value of type {kind}")
