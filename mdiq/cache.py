@@ -2,7 +2,7 @@
 
 models/    model files that were fetched              packed/  weights in 8 and 4 bits, by model and format
 weights/   a Node's copies of its Starter's model     shapes/  files of random weights
-hashes/, profiles/, kernels.json                      what was measured or computed once; small
+hashes/, profiles/, kernels.json, code/               what was measured, computed or compiled once; small
 """
 
 import contextlib

@@ -4,11 +4,16 @@ No wheel carries code for what the CPUs of old PCs can do, and devices have no c
 own language, one instruction a call; what the loops compute is their caller's.
 """
 
+import contextlib
 import ctypes
+import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
@@ -41,6 +46,7 @@ _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
 _POWERS = 7  # of the series of 2^x: what is left out is below half a unit in the last place for |x| <= 1/2
 # Of activations that a tile takes at once: half of a nearest cache of 32 KiB, since weights pass there too.
 _NEAR_BYTES = 16_384
+_DIGEST_BYTES = 32  # of SHA-256, before compiled code that is kept
 
 
 class Function:
@@ -343,20 +349,31 @@ def host_features() -> frozenset[str]:
 
 
 class Machine:
-    """The compiled functions of a module; they live as long as this does."""
+    """The compiled functions of a module; they live as long as this does.
 
-    def __init__(self, module: Value) -> None:
+    kept: a folder where compiled code is looked for, and put for the next process; None compiles anew.
+    """
+
+    def __init__(self, module: Value, kept: Path | None = None) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        parsed = llvm.parse_assembly(str(module))
-        parsed.verify()
-        features = llvm.get_host_cpu_features().flatten().split(",") + [f"+{name}" for name in host_features()]
-        target = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=",".join(filter(None, features)), opt=3
-        )
-        passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
-        passes.getModulePassManager().run(parsed, passes)
-        self._engine = llvm.create_mcjit_compiler(parsed, target)
+        features = llvm.get_host_cpu_features().flatten().split(",") + [f"+{name}" for name in sorted(host_features())]
+        cpu, abilities = llvm.get_host_cpu_name(), ",".join(filter(None, features))
+        target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=abilities, opt=3)
+        text = str(module)
+        # All that the code follows from; the version's LLVM is its own.
+        follows = "\n".join([llvmlite.__version__, target.triple, cpu, abilities, text])
+        path = None if kept is None else kept / f"{hashlib.sha256(follows.encode()).hexdigest()}.o"
+        code = _read_code(path)
+        if code is None:
+            parsed = llvm.parse_assembly(text)
+            parsed.verify()
+            passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+            passes.getModulePassManager().run(parsed, passes)
+            code = target.emit_object(parsed)
+            _write_code(path, code)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         drop_library("libllvmlite")  # 70 MB, which only compiling touches
 
@@ -364,3 +381,27 @@ class Machine:
         """Return a function that takes addresses and then integers; it runs without Python's lock."""
         kinds = [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * num_integers
         return ctypes.CFUNCTYPE(None, *kinds)(self._engine.get_function_address(name))
+
+
+def _read_code(path: Path | None) -> bytes | None:
+    """Return the code that a file holds, or None where there is none, or not as it was written."""
+    try:
+        kept = b"" if path is None else path.read_bytes()
+    except OSError:
+        return None
+    digest, code = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
+    return code if code and hashlib.sha256(code).digest() == digest else None
+
+
+def _write_code(path: Path | None, code: bytes) -> None:
+    """Keep code for the next process; where that fails, it compiles too."""
+    if path is None:
+        return
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(hashlib.sha256(code).digest() + code)
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from mdiq.cache import cache_directory
 from mdiq.engine.device import cpu_flags
+from mdiq.errors import ConfigError
 
 if TYPE_CHECKING:
     from mdiq.engine.llvm_code import Machine
@@ -117,7 +119,7 @@ def _threads() -> ThreadPoolExecutor:
 
 @cache
 def compiled(code: str, **options: int) -> "Machine":
-    """Return a module of this package, compiled now if it never was: half a second.
+    """Return a module of this package, compiled now if this machine has not kept its code: half a second.
 
     code: of a module with a function ``build``, its name in this package. options: for ``build``.
 
@@ -130,7 +132,11 @@ def compiled(code: str, **options: int) -> "Machine":
         module = importlib.import_module(f"mdiq.engine.{code}")
     except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
         raise RuntimeError(f"llvmlite: {error}") from error
-    return Machine(module.build(host_features(), **options))
+    try:
+        kept = cache_directory() / "code"
+    except ConfigError:  # a user without a home compiles each time
+        kept = None
+    return Machine(module.build(host_features(), **options), kept)
 
 
 def compiled_or_none(make: Callable[[], T], dtype: torch.dtype, device: torch.device) -> T | None:
