@@ -41,6 +41,7 @@ SHORT_STAGE_S = 120.0
 START_S = 90.0
 """Within this a unit has loaded its program; Python and torch take a while on a small device."""
 SETTLE_S = 3.0
+READY_WORDS = ("serves ", "stands by")  # how the status of a unit begins whose part of the ring is up
 POLL_S = 1.0
 MOST_ERROR_LINES = 12
 _CHUNK_BYTES = 256 * 1024
@@ -322,8 +323,9 @@ async def wait_until_ready(plan: Plan, device: Device) -> str:
     while True:
         state = await _unit_state(plan, device)
         status = state.get("StatusText", "")
-        if state.get("ActiveState") == "active":
-            return status or "ready"
+        # A unit that was ready once stays active while its ring is formed anew.
+        if state.get("ActiveState") == "active" and status.startswith(READY_WORDS):
+            return status
         if state.get("ActiveState") == "failed" or time.monotonic() > deadline:
             raise ProvisionError(
                 f"{_unit(device)} is {state.get('ActiveState')} ({status or 'no status'}); its journal ends:\n"

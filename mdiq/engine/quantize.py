@@ -150,6 +150,7 @@ class PackedModel:
     find_hot: finds the hot columns; called once for a model.
     known_hot: hot columns that somebody else found; then none are looked for.
     on_step: called after each matrix that was packed, or part of a large one: the first load takes long.
+    has_packed: whether anything was packed since it was last set to False.
 
     Tensor names in a file: "<role>." and the names of quantize_columns for int8 or of gguf_blocks.Blocks for int4, and
     "<role>.bias"; norms by their role. What a matrix is stacked of has "<role>.0", "<role>.1".. for a role where the
@@ -166,6 +167,7 @@ class PackedModel:
         on_step: Callable[[], object] = lambda: None,
     ) -> None:
         self._on_step = on_step
+        self.has_packed = False
         self._known_hot = known_hot or {}
         self._checkpoint = checkpoint
         self._weights = weights
@@ -219,6 +221,7 @@ class PackedModel:
                 # Others may have been packed for a Starter that found other hot columns.
                 if all(self._has_known_hot(file, hot) for hot in file.names if hot.endswith(".hot")):
                     return file
+        self.has_packed = True
         return written(self._folder / name, make())
 
     def _has_known_hot(self, file: PackedFile, name: str) -> bool:

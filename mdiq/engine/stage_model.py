@@ -10,7 +10,7 @@ import torch
 
 from mdiq.core.types import LayerRange
 from mdiq.engine.checkpoint import Checkpoint, Tensors
-from mdiq.engine.device import return_free_memory
+from mdiq.engine.device import reset_peak, return_free_memory
 from mdiq.engine.hot_columns import hot_columns
 from mdiq.engine.kernel_choice import KernelChoice
 from mdiq.engine.kernels import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
@@ -99,6 +99,7 @@ class StageModel:
                 else:
                     self._load_packed_ends(packed, choice)
                 done = 1
+                _settle(packed)
                 step()
             for layer in layers:
                 loaded = (
@@ -108,7 +109,7 @@ class StageModel:
                 )
                 self._weights.append(loaded)
                 self.weight_bytes += _num_bytes(loaded)
-                return_free_memory()
+                _settle(packed)
                 done += 1
                 step()
 
@@ -188,3 +189,11 @@ def _num_bytes(layer: LayerWeights) -> int:
 
 def _norm_bytes(norm: Norm) -> int:
     return norm.weight.nbytes + (0 if norm.bias is None else norm.bias.nbytes)
+
+
+def _settle(packed: PackedModel | None) -> None:
+    """Give freed memory back, and leave out of the process's peak what packing took: it is done once on a device."""
+    return_free_memory()
+    if packed is not None and packed.has_packed:
+        packed.has_packed = False
+        reset_peak()

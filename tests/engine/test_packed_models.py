@@ -7,6 +7,7 @@ import torch
 
 from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId
+from mdiq.engine import stage_model
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.perplexity import perplexity
 from mdiq.engine.runner import StageRunner
@@ -126,3 +127,14 @@ def test_the_sample_text_is_long_and_english() -> None:
     text = sample_text()
     assert len(text) > 300_000
     assert text.count(" the ") > 3_000
+
+
+def test_what_packing_takes_is_no_part_of_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done once on a device; a node that was planned by it would be refused what it serves on well."""
+    make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
+    resets: list[None] = []
+    monkeypatch.setattr(stage_model, "reset_peak", lambda: resets.append(None))
+    _runner(tmp_path / "model", "int8")
+    assert len(resets) == 5  # the ends, and four Layers
+    _runner(tmp_path / "model", "int8")
+    assert len(resets) == 5

@@ -42,7 +42,7 @@ elif "tar -x" in remote:
             digest = hashlib.sha256(archive.extractfile(member).read()).hexdigest()
             print(f"{{digest}}  ./{{member.name}}", file=state)
 elif "systemctl show" in remote:
-    active = "active" if address == "pi1.lan" else "activating"
+    active = "active" if address == "pi1.lan" or "ALL_ACTIVE" in os.environ else "activating"
     status = os.environ.get("STATUS_OF_" + address[:3], "waiting for pi2")
     print(f"ActiveState={{active}}\\nSubState=start\\nMainPID=7\\nStatusText={{status}}\\nResult=success")
 elif "--version" in remote:
@@ -321,3 +321,28 @@ async def test_a_command_that_hangs_is_ended_at_its_limit(world: World) -> None:
     ssh = Ssh("root", 22, None, None, False, world.folder)
     with pytest.raises(ProvisionError, match="took longer than 0 s"):
         await ssh.run(Device("pi1", "pi1.lan", "worker", None), "true", timeout_s=0.2)
+
+
+def test_ready_is_a_unit_that_serves_or_stands_by(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_ACTIVE", "1")
+    for name, status in zip(KEYS, ("serves layers 5-18", "stands by: it is a spare"), strict=True):
+        monkeypatch.setenv(f"STATUS_OF_{name[:3]}", status)
+    assert world.run("--ready-within", "5") == 0
+    ready = [line.split(maxsplit=2)[::2] for line in capsys.readouterr().out.splitlines() if " ready " in line]
+    assert sorted(ready) == [["pi1", "serves layers 5-18"], ["pi2", "stands by: it is a spare"]]
+
+
+@pytest.mark.parametrize(
+    "status", ["waits for the starter", "loading layers 5-18: 20 %", "degraded: waits for pi2", ""]
+)
+def test_a_unit_that_was_ready_once_is_not_while_its_ring_is_formed_anew(
+    status: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd calls it active from the first time on."""
+    monkeypatch.setenv("ALL_ACTIVE", "1")
+    for name in KEYS:
+        monkeypatch.setenv(f"STATUS_OF_{name[:3]}", status)
+    assert world.run("--ready-within", "0.05") == 1
+    assert f"is active ({status or 'no status'})" in capsys.readouterr().out
