@@ -20,6 +20,7 @@ from zmq.utils import z85
 
 from mdiq.errors import ConfigError, TransportError
 from mdiq.transport.keys import is_public_key, public_of
+from mdiq.transport.names import plain_address
 
 log = structlog.get_logger()
 
@@ -162,7 +163,7 @@ class Gate:
     def _answer(self, request: list[bytes]) -> list[bytes]:
         """Return the reply to a ZAP request (RFC 27): version, id, domain, address, identity, mechanism, key."""
         _, request_id, domain_bytes, address_bytes, _, mechanism, *credentials = request
-        domain, address = domain_bytes.decode(errors="replace"), address_bytes.decode(errors="replace")
+        domain, address = domain_bytes.decode(errors="replace"), plain_address(address_bytes.decode(errors="replace"))
         name = None
         if mechanism == b"CURVE" and len(credentials) == 1 and len(credentials[0]) == 32:
             name = self._lists.get(domain, {}).get(credentials[0])

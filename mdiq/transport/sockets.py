@@ -7,7 +7,6 @@ security (curve.py) a port must be reachable by trusted peers only.
 
 import asyncio
 import errno
-import ipaddress
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -17,6 +16,7 @@ import zmq.asyncio
 from mdiq.core.frame import Buffer
 from mdiq.errors import TransportError
 from mdiq.transport.curve import ClientSecurity, Security, ServerSecurity, check_plain_text
+from mdiq.transport.names import has_ipv6, name_in
 from mdiq.transport.watch import ClientWatch, ListenerWatch, ServerWatch
 
 MOST_FRAME_BYTES = 32 * 2**20
@@ -85,19 +85,20 @@ class SocketEnd:
             security.gate.add_renewal(security.domain, self.renew)
 
     async def _connect(self, security: ClientSecurity | None) -> None:
-        """Connect to ``endpoint``.
+        """Connect to ``endpoint``; the address of a host that has a name is looked up meanwhile.
 
         Raises:
             TransportError: the endpoint is no address.
         """
-        if security is not None:
-            self._watch = ClientWatch(self._socket, self.endpoint)
-            self._watch.start()
-        try:
+        if security is None and name_in(self.endpoint) is None:
             connect_socket(self._socket, self.endpoint)
-        except TransportError:
+            return
+        self._watch = watch = ClientWatch(self._socket, self.endpoint)
+        try:
+            watch.start()
+        except zmq.ZMQError as error:
             await self.aclose()
-            raise
+            raise TransportError(f"{self.endpoint}: cannot connect there: {_advice(error)}") from None
 
 
 def make_socket(
@@ -154,16 +155,15 @@ def make_socket(
 def listen_endpoint(endpoint: str) -> str:
     """Return where a Node listens that others reach at ``endpoint``: there, or on all interfaces if that is a name.
 
-    What a machine's own name stands for on that machine is often another address than for others.
+    What a machine's own name stands for on that machine is often another address than for others, and it may be one of
+    IPv6: where the machine has that, it listens on both.
     """
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     if host == "localhost":
         return f"tcp://127.0.0.1:{port}"
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return f"tcp://0.0.0.0:{port}"
-    return endpoint
+    if name_in(endpoint) is None:
+        return endpoint
+    return f"tcp://[::]:{port}" if has_ipv6() else f"tcp://0.0.0.0:{port}"
 
 
 def bind_socket(socket: zmq.asyncio.Socket, endpoint: str) -> str:

@@ -7,6 +7,7 @@ read; TCP then sends it again, which takes a new connection about 0.2 s. Without
 all works but for addresses.
 
 A ClientWatch connects anew where libzmq does not: after a refusal, or bytes that somebody garbled, its session is over.
+It also looks names up, which libzmq would do in a bad place; see names.py.
 
 Nobody asks for HANDSHAKE_FAILED_PROTOCOL, which would say more: libzmq 4.3.5 also tells it of a garbled message, and
 loses the error by telling it, so that the connection hangs instead of ending.
@@ -28,6 +29,7 @@ import zmq.asyncio
 
 from mdiq.errors import TransportError
 from mdiq.transport.curve import Refusals
+from mdiq.transport.names import look_up, name_in, plain_address, with_address
 from mdiq.transport.room import (
     CURVE_HANDSHAKE_BYTES,
     HANDSHAKE_BYTES,
@@ -42,6 +44,8 @@ log = structlog.get_logger()
 
 RETRY_S = 2.0
 CLOSE_S = 5.0
+LOOK_AGAIN_S = 5.0
+SLOW_S = 5.0
 UNKNOWN = "unknown"
 _NUMBERS = itertools.count()
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; Python has no names for them
@@ -237,7 +241,11 @@ class ServerWatch(ListenerWatch):
 
 
 class ClientWatch(Watch):
-    """Connects a socket anew when libzmq has given up, and says once why a peer is not reached."""
+    """Connects a socket, anew when libzmq has given up or its peer's name has another address; says why one is away.
+
+    ``start`` connects. A name is looked up first, and again while there is no connection: each time another one of its
+    addresses is tried.
+    """
 
     _EVENTS = (
         zmq.EVENT_CONNECTED
@@ -255,6 +263,31 @@ class ClientWatch(Watch):
         self._retry_s = retry_s
         self._retry_at: float | None = None
         self._is_told = False
+        self._name = name_in(endpoint)
+        self._naming: asyncio.Task[None] | None = None
+        self._address = endpoint  # of the name: where the socket is connected to
+        self._is_away = asyncio.Event()
+        self._is_away.set()
+
+    def start(self) -> None:
+        """Begin to watch, and to connect.
+
+        Raises:
+            ZMQError: the endpoint is no address.
+        """
+        super().start()
+        if self._name is None:
+            self._connect()
+        else:
+            self._address = ""
+            self._naming = asyncio.create_task(self._follow(self._name), name="names")
+
+    async def aclose(self) -> None:
+        """Stop watching, and looking for the peer; the socket can be closed then."""
+        if self._naming is not None:
+            self._naming.cancel()
+            await asyncio.gather(self._naming, return_exceptions=True)
+        await super().aclose()
 
     def _wait_ms(self) -> int | None:
         return None if self._retry_at is None else max(0, round((self._retry_at - time.monotonic()) * 1e3))
@@ -265,15 +298,18 @@ class ClientWatch(Watch):
             self._tell(
                 "peer_not_trusted", "it has another key than its public_key in the topology, or bytes are garbled"
             )
-            with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
-                self._socket.disconnect(self._endpoint)
-            self._socket.connect(self._endpoint)
+            self._disconnect()
+            self._connect()
 
     def _handle(self, event: int, value: int) -> None:
         match event:
             case zmq.EVENT_DISCONNECTED:
+                self._is_away.set()
                 self._retry_at = time.monotonic() + self._retry_s  # unless libzmq says that it tries itself
-            case zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CONNECTED:
+            case zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED:
+                self._retry_at = None
+            case zmq.EVENT_CONNECTED:
+                self._is_away.clear()
                 self._retry_at = None
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_told = False
@@ -286,6 +322,52 @@ class ClientWatch(Watch):
         if not self._is_told:
             self._is_told = True
             log.warning(event, endpoint=self._endpoint, error=error)
+
+    async def _follow(self, name: str) -> None:
+        """Keep the socket connected to an address that the name has now."""
+        try:
+            for i in itertools.count():
+                addresses = await self._look_up(name)
+                if addresses:
+                    self._move_to(with_address(self._endpoint, addresses[i % len(addresses)]))
+                await asyncio.sleep(LOOK_AGAIN_S)
+                await self._is_away.wait()
+        except Exception as error:
+            log.error("watch_failed", error=repr(error))
+            raise
+
+    async def _look_up(self, name: str) -> list[str]:
+        slow = asyncio.get_running_loop().call_later(
+            SLOW_S, self._tell, "name_server_silent", f"nobody has said yet what address {name} has; others go on"
+        )
+        try:
+            return await look_up(name)
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it cannot be a name"
+            self._tell("name_not_found", f"{name}: {reason}; mend the name, or write its address")
+            return []
+        finally:
+            slow.cancel()
+
+    def _move_to(self, address: str) -> None:
+        if address != self._address:
+            if self._address:
+                self._disconnect()
+            self._address = address
+            self._retry_at = None
+            try:
+                self._connect()
+            except zmq.ZMQError as error:
+                self._address = ""
+                self._tell("address_not_usable", f"{address}: {error.strerror}; write another address")
+
+    def _connect(self) -> None:
+        self._socket.setsockopt(zmq.IPV6, int("[" in self._address))
+        self._socket.connect(self._address)
+
+    def _disconnect(self) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
+            self._socket.disconnect(self._address)
 
 
 def _hold_back(listener: int) -> None:
@@ -312,6 +394,6 @@ def _address(connection: int) -> str:
     try:
         with borrowed(connection) as socket:
             is_tcp = socket.family in (sockets.AF_INET, sockets.AF_INET6)
-            return str(socket.getpeername()[0]) if is_tcp else UNKNOWN
+            return plain_address(str(socket.getpeername()[0])) if is_tcp else UNKNOWN
     except OSError:
         return UNKNOWN

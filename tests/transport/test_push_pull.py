@@ -232,8 +232,13 @@ async def test_a_source_that_comes_back_on_its_port_is_found_again(context: zmq.
         ("tcp://192.168.1.10:7400", "tcp://192.168.1.10:7400"),
         ("tcp://[fd00::1]:7400", "tcp://[fd00::1]:7400"),
         ("tcp://localhost:7400", "tcp://127.0.0.1:7400"),
-        ("tcp://pi1.lan:7400", "tcp://0.0.0.0:7400"),
+        ("tcp://pi1.lan:7400", "tcp://[::]:7400"),
     ],
 )
-def test_a_node_that_is_reached_by_name_listens_on_all_interfaces(reached: str, listens: str) -> None:
+def test_a_node_that_is_reached_by_name_listens_on_all_interfaces_of_both_families(
+    reached: str, listens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdiq.transport.sockets.has_ipv6", lambda: True)
     assert listen_endpoint(reached) == listens
+    monkeypatch.setattr("mdiq.transport.sockets.has_ipv6", lambda: False)
+    assert listen_endpoint(reached) == listens.replace("[::]", "0.0.0.0")
