@@ -21,7 +21,9 @@ COMMANDS = {
 def _options() -> set[str]:
     """Return every spelling of every option of the commands that users call."""
     spellings: set[str] = set()
-    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+    commands = [typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
         if not command.hidden:
             options = [*command.params, command.get_help_option(typer.Context(command))]
             spellings |= {spelling for option in options for spelling in [*option.opts, *option.secondary_opts]}

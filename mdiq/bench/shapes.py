@@ -6,7 +6,6 @@ activations stay finite: each matrix keeps the size of what it multiplies. There
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mdiq.cache import NO_SPACE, cache_directory, make_room, no_space
+from mdiq.cache import NO_SPACE, cache_directory, keep, make_room, no_space, temporary
 from mdiq.errors import ConfigError
 
 FILE_VERSION = 1
@@ -57,7 +56,7 @@ SHAPES = {
 
 
 def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambda _: None) -> Path:
-    """Return the file of a shape; it is written first if the cache does not hold it.
+    """Return the file of a shape; it is written first if the cache does not hold it, and kept while this process runs.
 
     bits: 8 (Q8_0) or 4 (Q4_0). progress: told before something that takes long.
 
@@ -72,6 +71,7 @@ def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambd
     shape, kind = SHAPES[name], _TYPES[bits]
     directory = cache_directory() / "shapes"
     path = directory / f"{name}-{kind.name.lower()}-v{FILE_VERSION}.gguf"
+    keep(path)
     if path.is_file():
         return path
     num_bytes = sum(_num_bytes(size, kind) for _, size in _tensors(shape))
@@ -81,8 +81,8 @@ def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambd
         directory.mkdir(parents=True, exist_ok=True)
         make_room(directory, num_bytes)
         # Beside its destination, and moved when it is whole: another process never sees a part of it.
-        with tempfile.TemporaryDirectory(prefix="write-", dir=directory) as scratch:
-            part = Path(scratch) / path.name
+        with temporary(directory, "write-") as scratch:
+            part = scratch / path.name
             _write(part, name, shape, kind)
             os.replace(part, path)
     except OSError as error:
@@ -91,6 +91,7 @@ def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambd
         raise ConfigError(
             f"{directory}: {error.strerror or error}; set MDIQ_CACHE to a directory with {num_bytes >> 20} MiB free"
         ) from None
+    keep(path)
     return path
 
 

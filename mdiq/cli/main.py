@@ -493,6 +493,33 @@ def reload(topology: _Topology) -> None:
     raise typer.Exit(execute(topology))
 
 
+_cache = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(_cache, name="cache", help="Show what the cache holds, or forget it.")
+
+
+@_cache.command("list")
+def cache_list(as_json: _Json = False) -> None:
+    """Show models, packed weights and copies of weights in the cache: what is forgotten next comes first."""
+    from mdiq.cli.cache import show
+
+    raise typer.Exit(show(as_json=as_json))
+
+
+@_cache.command("clear")
+def cache_clear(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names as mdiq cache list shows them, or folders such as packed. [default: all]"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+) -> None:
+    """Remove from the cache what no process uses."""
+    from mdiq.cli.cache import clear
+
+    logging.configure(LogLevel.WARNING.value, node="")
+    raise typer.Exit(clear(names or (), dry_run=dry_run))
+
+
 def main() -> None:
     """Run the command line; errors that mdiq raises on purpose, and those of files and disks, are a line on stderr."""
     _show_any_text()

@@ -17,7 +17,8 @@ from typing import TypeVar
 
 import structlog
 
-from mdiq.control.weight_store import Chunk, WeightStore, try_lock
+from mdiq import cache
+from mdiq.control.weight_store import Chunk, WeightStore, file_errors, try_lock
 from mdiq.core import weights as messages
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import CREDIT_CHUNKS, Manifest
@@ -38,13 +39,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What ``fetch_weights`` did. ``path`` is what the engine opens.
+    """What ``fetch_weights`` did. ``path`` is what the engine opens; it stays there as long as ``in_use`` does.
 
     num_fetched: chunks that came. num_confirmed: that were there and only had to be asked about. num_bad: that came
     with wrong bytes. num_mended: that had changed on this disk.
     """
 
     path: Path
+    in_use: cache.Use
     num_fetched: int
     num_confirmed: int
     num_bad: int
@@ -143,6 +145,9 @@ class _Transfer:
                 "start it again"
             )
         folder = self._folder / manifest.digest
+        make = partial(folder.mkdir, parents=True, exist_ok=True)
+        with file_errors(folder):
+            in_use = await self._in_worker(partial(cache.use, folder, make))
         lock = await self._lock(folder)
         store: WeightStore | None = None
 
@@ -165,7 +170,7 @@ class _Transfer:
             await asyncio.shield(asyncio.wrap_future(self.worker.submit(finish)))
         with contextlib.suppress(_InterruptedError):  # all is here, whether the Starter hears of it or not
             await self._send(link, messages.Done())
-        return Fetched(store.path, self._num_fetched, self._num_confirmed, self._bad.total(), self._num_mended)
+        return Fetched(store.path, in_use, self._num_fetched, self._num_confirmed, self._bad.total(), self._num_mended)
 
     async def _fill(self, link: ControlLink, manifest: Manifest, store: WeightStore) -> None:
         missing = deque(store.missing())

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import mdiq
-from mdiq.cache import scratch_directory
+from mdiq.cache import scratch_directory, temporary
 from mdiq.engine.device import is_out_of_memory
 from mdiq.engine.gguf_blocks import BLOCK, GROUP
 from mdiq.engine.kernels import KERNELS, Kernel, Linear, StackedLinear
@@ -132,10 +132,10 @@ def _serves(kernel: type[Kernel], weights: str) -> bool:
 def _measured(weights: str, shape: tuple[int, int], folder: Path, *, exact: bool) -> Iterator[tuple[str, list[float]]]:
     # Not in /tmp if it can be helped: it may be small, and is often memory.
     with (
-        tempfile.TemporaryDirectory(prefix="measure-", dir=scratch_directory(folder)) as scratch,
+        temporary(scratch_directory(folder), "measure-") as scratch,
         torch.inference_mode(),
     ):
-        path = written(Path(scratch) / "matrix.safetensors", _random_matrix(weights, shape)).path
+        path = written(scratch / "matrix.safetensors", _random_matrix(weights, shape)).path
         flush = torch.zeros(_FLUSH_BYTES // 8, dtype=torch.int64)
         rounding = None
         for kernel in KERNELS:

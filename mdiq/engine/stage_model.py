@@ -93,6 +93,7 @@ class StageModel:
                 packed = stack.enter_context(
                     PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot, weights.hot, step)
                 )
+                self._in_use = packed.in_use
             if owns_embedding_and_head:
                 if packed is None:
                     self._load_ends(checkpoint)

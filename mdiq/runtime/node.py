@@ -16,7 +16,7 @@ import structlog
 import zmq.asyncio
 
 import mdiq
-from mdiq.cache import cache_directory
+from mdiq.cache import Use, cache_directory
 from mdiq.control.agent import Agent
 from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
@@ -82,6 +82,7 @@ class NodeProcess:
         self._num_links = 0
         self._stage = StageProtocol()
         self._runner: StageRunner | None = None
+        self._weights: Use | None = None  # the Ring's, on this machine's disk
         self._sink: PushSink | None = None
         self._serving: asyncio.Task[None] | None = None
         self._context = zmq.asyncio.Context()
@@ -124,7 +125,7 @@ class NodeProcess:
                     await part.aclose()
             await self.worker.aclose()
             self._context.term()
-            self._runner = self._service = self._serving = None
+            self._runner = self._service = self._serving = self._weights = None
 
     async def ask_to_leave(self) -> bool:
         """Ask the Starter to drain this Node when what is in the Ring has ended; return whether that will happen."""
@@ -299,6 +300,7 @@ class NodeProcess:
             digest=digest,
             progress=partial(self._progress, "fetching"),
         )
+        self._weights = fetched.in_use
         log.info("weights_here", chunks_fetched=fetched.num_fetched, chunks_mended=fetched.num_mended)
         return fetched.path
 

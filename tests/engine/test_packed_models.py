@@ -1,10 +1,12 @@
 """Whole tiny models with packed weights: close to plain ones, the same alone and in company, whole and split."""
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 
+from mdiq.cache import State, entries, state_of
 from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId
 from mdiq.engine import stage_model
@@ -101,6 +103,19 @@ def test_packed_weights_are_refused_off_the_cpu(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("mdiq.engine.runner.choose_device", lambda _: torch.device("cuda"))
     with pytest.raises(ConfigError, match="packed weights run on the CPU only"):
         _runner(tmp_path, "int8")
+
+
+def test_packed_files_are_in_use_as_long_as_a_model_computes_with_them(tmp_path: Path) -> None:
+    make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
+
+    def states() -> set[State]:
+        return {state_of(entry) for entry in entries(tmp_path / "cache") if entry.path.is_dir()}
+
+    runner = _runner(tmp_path / "model", "int8")
+    assert states() == {State.IN_USE}
+    del runner
+    gc.collect()
+    assert states() == {State.FREE}
 
 
 def test_perplexity_is_that_of_the_mean_loss_over_windows(tmp_path: Path) -> None:
