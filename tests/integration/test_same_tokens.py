@@ -69,3 +69,19 @@ def test_any_ring_gives_the_same_tokens_alone_and_in_company(
     assert len(done.results) == 12
     for index, result in done.results.items():
         assert result["token_ids"] == expected[index], f"prompt {index}"
+
+
+def test_chats_that_are_put_back_for_want_of_room_get_the_tokens_of_a_roomy_ring(
+    real_model: Path, tmp_path: Path
+) -> None:
+    """16 chats that grow beyond the room for three or four of them."""
+    chats: list[dict[str, object]] = [{"messages": messages} for messages in CHAT if len(str(messages)) < 200][:16]
+    file = write_prompts(tmp_path / "chats.jsonl", (chats * 16)[:16])
+    options = ("--prompts", file, "--nodes", "2", *GREEDY[2:], "--max-tokens", "48")
+    roomy = run_mdiq("run", "--model", real_model, *options)
+    tight = run_mdiq("run", "--model", real_model, *options, "--kv-tokens", "320")
+    assert (roomy.code, tight.code) == (0, 0), roomy.errors + tight.errors
+    assert roomy.summary["counts"].get("preemptions", 0) == 0 < tight.summary["counts"]["preemptions"]
+    assert {i: result["token_ids"] for i, result in tight.results.items()} == {
+        i: result["token_ids"] for i, result in roomy.results.items()
+    }
