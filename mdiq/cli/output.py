@@ -246,10 +246,17 @@ class AnswerPrinter:
             self._out.flush()
 
     def finished(self, result: Result) -> None:
-        """Show or store a finished Sequence."""
+        """Show or store a finished Sequence.
+
+        Raises:
+            OSError: it cannot be stored; the error names the file.
+        """
         if self._results_file is not None:
-            self._results_file.write(result.as_json() + "\n")
-            self._results_file.flush()
+            try:
+                self._results_file.write(result.as_json() + "\n")
+                self._results_file.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._results_file.name) from None
         if self._as_json:
             self._out.write(result.as_json() + "\n")
         elif self._results_file is None and self._is_single:

@@ -86,7 +86,7 @@ def execute(options: RunOptions) -> int:
         if not options.in_process and num_nodes > usable_cores():
             raise ConfigError(f"--pin: {num_nodes} nodes need as many cores; there are {usable_cores()}")
         bind_to_core(core_of(0))
-    with _results_file(options, finished) as results_file:
+    with _results_file(options.out) as results_file:
         todo = [line for line in lines if line.index not in finished]
         if not todo:
             console.print(f"{options.out}: all {len(lines)} requests are done already")
@@ -359,17 +359,22 @@ def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:
 
 
 @contextlib.contextmanager
-def _results_file(options: RunOptions, finished: set[int]) -> Iterator[TextIO | None]:
-    if options.out is None:
+def _results_file(path: Path | None) -> Iterator[TextIO | None]:
+    if path is None:
         yield None
         return
     try:
-        if options.out.exists():
-            _drop_cut_line(options.out)
-        with options.out.open("a", encoding="utf-8", errors="replace") as file:
-            yield file
+        if path.is_file():
+            _drop_cut_line(path)
+        file = path.open("a", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ConfigError(f"{options.out}: {error.strerror}; --out must be a file that can be written") from None
+        raise ConfigError(f"{path}: {error.strerror}; --out must be a file that can be written") from None
+    try:
+        yield file
+    finally:
+        # Each result was brought to the file, or its error is on its way.
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from mdiq.cli import run
+from mdiq.cli.output import AnswerPrinter, Result
 from mdiq.cli.prompts import PromptLine
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
-from mdiq.errors import CapacityError, ContextLengthError
+from mdiq.errors import CapacityError, ConfigError, ContextLengthError
 from mdiq.runtime.starter_service import StreamEvent
 
 
@@ -97,3 +98,20 @@ async def test_a_line_that_cannot_fit_the_ring_is_refused_before_it_is_tokenized
     await _run(lines, out, tokenizer).serve_all(ring)
     assert tokenizer.num_encoded == 1
     assert "too long for me" in next(line for line in out.getvalue().splitlines() if '"index": 1' in line)
+
+
+def test_an_error_of_the_run_is_not_taken_for_one_of_the_results_file(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError) as caught, run._results_file(tmp_path / "out.jsonl"):
+        raise PermissionError(13, "Permission denied", "trace.json")
+    assert caught.value.filename == "trace.json"
+    with pytest.raises(ConfigError, match="gone/out.jsonl: No such file or directory; --out must be a file"):
+        with run._results_file(tmp_path / "gone" / "out.jsonl"):
+            pass
+
+
+def test_a_results_file_that_cannot_be_written_any_more_is_named() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        with run._results_file(Path("/dev/full")) as file:
+            AnswerPrinter(io.StringIO(), as_json=False, is_single=False, results_file=file).finished(
+                Result(0, (1,), 0.0, [2], "text")
+            )
