@@ -175,8 +175,8 @@ def use(path: Path, make: Callable[[], object] | None = None) -> Use:
 def keep(path: Path) -> None:
     """Keep an Entry from being forgotten as long as this process runs; what is missing, or is none, is let be."""
     with contextlib.suppress(OSError, ConfigError):
-        if path not in _kept and path.parent.parent.samefile(cache_directory()):
-            _kept[path] = use(path)
+        if path.parent.parent.samefile(cache_directory()):
+            _kept[path] = use(path)  # again, where another file took its place
 
 
 @contextlib.contextmanager

