@@ -8,6 +8,10 @@ Of matrices in groups, as Q4_K has them, the scales and mins of blocks are bytes
 its ROWS scales of scales and its ROWS scales of mins, in f16. What a group adds up to are then integers but for these.
 In Q6_K's groups a block has behind its nibbles the upper two bits of all of them (see gguf_blocks.py), two words for
 each row, then two scales for each row, a byte with a sign for half of the block; there are no mins.
+
+Activations lie in blocks, too: BLOCK levels of a byte, the even columns before the odd ones; their step, which is what
+one level stands for, f32; and the sum of levels: f32 and times the step; or for groups i32; or for Q6_K's groups the
+sums of both halves, 16 bits each. A step is of a block, or of a group: then its blocks all have it.
 """
 
 from functools import reduce
@@ -39,16 +43,15 @@ ROWS = 8
 """Of the matrix, interleaved."""
 PACKED_BYTES = ROWS * (BLOCK // 2 + 4)
 """Of a block of ROWS rows."""
-ZERO = 8
-"""The nibble that stands for 0."""
-PAD = 64
-"""Bytes between rows of activations: rows that lie a power of two apart push each other out of the cache."""
+_ZERO = 8  # the nibble that stands for 0
+_STEP_AT, _SUM_AT, _ROUNDED_BYTES = BLOCK, BLOCK + 4, BLOCK + 8  # of a block of activations
+_PAD = 64  # bytes between rows of activations: rows a power of two apart push each other out of the cache
 _GROUPED_BLOCK_BYTES = {4: ROWS * (BLOCK // 2 + 2), 6: ROWS * (BLOCK // 2 + BLOCK // 4 + 2)}
 _GROUP_BYTES = {
     bits: GROUP // BLOCK * size + ROWS * numbers
     for (bits, size), numbers in zip(_GROUPED_BLOCK_BYTES.items(), (4, 2), strict=True)
 }
-_ZERO_OF_6 = 5  # bits: 32 stands for 0 of six
+_ZERO_OF_6 = 32
 _LEVELS = 127  # of an activation, above and below 0
 _WORDS = BLOCK // 8  # of a block's nibbles in one row: four bytes, eight columns
 _FEW_ROWS = 2  # of activations, for which the matrix is read as it lies
@@ -64,7 +67,7 @@ def build(features: frozenset[str], *, is_wide: bool = False, grouped: int = 0) 
     quants of so many bits, 4 or 6; 0 is for others.
     """
     module = ir.Module()
-    _build_prepare(module, start=1 if grouped else -ZERO, halves=grouped == 6)
+    _build_prepare(module, grouped=grouped)
     most_rows = 8 if {"avx512vl", "neon"} & features else 6  # what 32 or 16 registers hold the sums of
     for num_rows in range(1, most_rows + 1):
         # Few rows of activations wait for memory, which likes to be read in the order of its addresses.
@@ -73,12 +76,7 @@ def build(features: frozenset[str], *, is_wide: bool = False, grouped: int = 0) 
     build_multiply(
         module,
         num_weights=2,
-        strides=(
-            lambda f, sizes: f.b.add(sizes[0], LONG(PAD)),
-            lambda f, sizes: f.b.mul(_num_groups(f, sizes[0]), LONG(4)),
-            lambda f, sizes: f.b.ashr(sizes[0], LONG(3)),
-            lambda f, sizes: f.b.ashr(sizes[0], LONG(3)),
-        ),
+        strides=(lambda f, sizes: _rounded_bytes(f, sizes[0], LONG(_PAD)),),
         num_sizes=1,
         most_rows=most_rows,
         outputs=_OUTPUTS,
@@ -87,35 +85,42 @@ def build(features: frozenset[str], *, is_wide: bool = False, grouped: int = 0) 
     return module
 
 
-def _num_groups(f: Function, num_in: Value) -> Value:
-    return f.b.sdiv(f.b.add(num_in, LONG(GROUP - 1)), LONG(GROUP))
-
-
 def _smaller(f: Function, one: Value, other: Value) -> Value:
     return f.b.select(f.b.icmp_signed("<", one, other), one, other)
 
 
-def _build_prepare(module: Value, *, start: int, halves: bool) -> None:
-    """Build prepare(x, rounded, steps, sums, starts, num_rows, in): what a matmul wants of activations.
+def row_bytes(num_in: int) -> int:
+    """Return how many bytes a row of rounded activations takes."""
+    return num_in // BLOCK * _ROUNDED_BYTES + _PAD
 
-    x: f32 [rows, in]. rounded: i8 [rows, in + PAD], of every block the even columns before the odd ones. steps: f32
-    [rows, groups], what one of _LEVELS stands for in a group. sums: f32 [rows, blocks], of the rounded activations.
-    starts: i32 [rows, blocks], the same sums times ``start``: where sums of products begin whose nibbles stand for
-    -ZERO to 15 - ZERO. halves: instead, the sums of both halves of a block, 16 bits each.
-    """
-    f = Function(module, "prepare", [POINTER] * 5 + [LONG] * 2)
+
+def _rounded_bytes(f: Function, num_columns: Value, more: Value) -> Value:
+    """Return what so many columns of activations take, a multiple of BLOCK, and ``more`` bytes."""
+    return f.b.add(f.b.mul(f.b.ashr(num_columns, LONG(5)), LONG(_ROUNDED_BYTES)), more)
+
+
+def _build_prepare(module: Value, *, grouped: int) -> None:
+    """Build prepare(x, rounded, num_rows, in): blocks of activations, see above, for x: f32 [rows, in]."""
+    f = Function(module, "prepare", [POINTER] * 2 + [LONG] * 2)
     b = f.b
-    x, rounded, steps, sums, starts, num_rows, num_in = f.arguments
+    x, rounded, num_rows, num_in = f.arguments
     floats, ints, of_floats = vector(FLOAT, BLOCK), vector(INT, BLOCK), f"v{BLOCK}f32"
-    num_groups = _num_groups(f, num_in)
+    width = GROUP if grouped else BLOCK
+
+    def block_sum(levels: Value, step: Value) -> Value:
+        total = f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, levels)
+        if grouped == 6:
+            first = f.call(f"llvm.vector.reduce.add.v{BLOCK // 2}i32", INT, f.pick(levels, range(BLOCK // 2)))
+            return b.or_(b.and_(first, INT(0xFFFF)), b.shl(b.sub(total, first), INT(16)))
+        return total if grouped else b.fmul(b.sitofp(total, FLOAT), step)
 
     def row(i: Value, _: list[Value]) -> list[Value]:
         x_row = f.at(x, b.mul(i, b.mul(num_in, LONG(4))))
-        rounded_row = f.at(rounded, b.mul(i, b.add(num_in, LONG(PAD))))
-        sums_row, starts_row = (f.at(start, b.mul(i, b.ashr(num_in, LONG(3)))) for start in (sums, starts))
+        rounded_row = f.at(rounded, b.mul(i, _rounded_bytes(f, num_in, LONG(_PAD))))
 
-        def group(first: Value, _: list[Value]) -> list[Value]:
-            stop = _smaller(f, b.add(first, LONG(GROUP)), num_in)
+        def sharing(first: Value, _: list[Value]) -> list[Value]:
+            """Do what has one step."""
+            stop = _smaller(f, b.add(first, LONG(width)), num_in)
 
             def most(column: Value, found: list[Value]) -> list[Value]:
                 sizes = f.call(f"llvm.fabs.{of_floats}", floats, f.load(floats, x_row, b.mul(column, LONG(4))))
@@ -123,11 +128,11 @@ def _build_prepare(module: Value, *, start: int, halves: bool) -> None:
 
             largest = f.loop(first, stop, BLOCK, [splat(FLOAT, BLOCK, 1e-30)], most)[0]
             largest = f.call(f"llvm.vector.reduce.fmax.{of_floats}", FLOAT, largest)
-            place = b.add(b.mul(i, num_groups), b.sdiv(first, LONG(GROUP)))
-            f.store(b.fdiv(largest, FLOAT(_LEVELS)), steps, b.mul(place, LONG(4)))
+            step = b.fdiv(largest, FLOAT(_LEVELS))
             per_step = f.spread(b.fdiv(FLOAT(_LEVELS), largest), BLOCK)
 
-            def columns(column: Value, _: list[Value]) -> list[Value]:
+            def block(column: Value, _: list[Value]) -> list[Value]:
+                place = _rounded_bytes(f, column, LONG(0))
                 levels = b.fmul(f.load(floats, x_row, b.mul(column, LONG(4))), per_step)
                 levels = f.call(f"llvm.rint.{of_floats}", floats, levels)
                 # Of an activation that is no number these make a level: LLVM's conversion to integers wants one.
@@ -137,22 +142,15 @@ def _build_prepare(module: Value, *, start: int, halves: bool) -> None:
                 small = b.trunc(whole, vector(BYTE, BLOCK))
                 for parity in range(2):
                     part = f.pick(small, range(parity, BLOCK, 2))
-                    f.store(part, rounded_row, b.add(column, LONG(parity * BLOCK // 2)))
-                total = f.call(f"llvm.vector.reduce.add.v{BLOCK}i32", INT, whole)
-                f.store(b.sitofp(total, FLOAT), sums_row, b.ashr(column, LONG(3)))
-                begin = b.mul(total, INT(start))
-                if halves:
-                    half = f.pick(whole, range(BLOCK // 2))
-                    first_total = f.call(f"llvm.vector.reduce.add.v{BLOCK // 2}i32", INT, half)
-                    other_total = b.shl(b.sub(total, first_total), INT(16))
-                    begin = b.or_(b.and_(first_total, INT(0xFFFF)), other_total)
-                f.store(begin, starts_row, b.ashr(column, LONG(3)))
+                    f.store(part, rounded_row, b.add(place, LONG(parity * BLOCK // 2)))
+                f.store(step, rounded_row, b.add(place, LONG(_STEP_AT)))
+                f.store(block_sum(whole, step), rounded_row, b.add(place, LONG(_SUM_AT)))
                 return []
 
-            f.loop(first, stop, BLOCK, [], columns)
+            f.loop(first, stop, BLOCK, [], block)
             return []
 
-        f.loop(LONG(0), num_in, GROUP, [], group)
+        f.loop(LONG(0), num_in, width, [], sharing)
         return []
 
     f.loop(LONG(0), num_rows, 1, [], row)
@@ -160,24 +158,20 @@ def _build_prepare(module: Value, *, start: int, halves: bool) -> None:
 
 
 def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_places: int, grouped: int) -> None:
-    """Build tile<num_rows>(packed, unit, rounded, steps, sums, starts, y, out, first, stop, begin, end, in).
+    """Build tile<num_rows>(packed, unit, rounded, y, out, first, stop, begin, end, in).
 
     It adds what columns ``begin`` to ``end - 1`` of the matrix give to columns ``first`` to ``stop - 1`` of y: f32
     [num_rows, out], which needs no start. All of ``out``, ``first`` and ``stop`` are multiples of ROWS. What it is
-    given is as LlvmInt4 and _build_prepare have it. A row's sums are made in the same order whatever num_rows is.
+    given is as LlvmInt4 and prepare have it. A row's sums are made in the same order whatever num_rows is.
     """
-    f = Function(module, f"tile{num_rows}", [POINTER] * 7 + [LONG] * 6)
+    f = Function(module, f"tile{num_rows}", [POINTER] * 4 + [LONG] * 6)
     b = f.b
-    packed, unit, rounded, steps, sums, starts, y, num_out, first, stop, begin, end, num_in = f.arguments
+    packed, unit, rounded, y, num_out, first, stop, begin, end, num_in = f.arguments
     num_lanes = num_places * ROWS
     floats, of_floats = vector(FLOAT, num_lanes), f"v{num_lanes}f32"
-    num_groups, width = _num_groups(f, num_in), part_width(f, num_in, _COLUMNS)
+    width = part_width(f, num_in, _COLUMNS)
     numbers = [LONG(row) for row in range(num_rows)]
-    rounded_rows = [f.at(rounded, b.mul(row, b.add(num_in, LONG(PAD)))) for row in numbers]
-    steps_rows = [f.at(steps, b.mul(row, b.mul(num_groups, LONG(4)))) for row in numbers]
-    blocks_rows = [
-        tuple(f.at(start, b.mul(row, b.ashr(num_in, LONG(3)))) for start in (sums, starts)) for row in numbers
-    ]
+    rounded_rows = [f.at(rounded, b.mul(row, _rounded_bytes(f, num_in, LONG(_PAD)))) for row in numbers]
 
     def num_bytes(num_columns: Value) -> Value:
         """Of so many columns of ROWS rows: columns are a multiple of BLOCK, or of GROUP."""
@@ -219,36 +213,27 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
                 weights += [b.and_(both, splat(BYTE, 4 * num_lanes, 15)), b.lshr(both, fours)]
             return weights
 
-        def load_activations(rounded_row: Value, column: Value) -> list[Value]:
+        def load_activations(rounded_row: Value, at: Value) -> list[Value]:
             places = [4 * word + parity * BLOCK // 2 for word in range(_WORDS) for parity in range(2)]
-            return [f.spread(f.load(INT, rounded_row, b.add(column, LONG(place))), num_lanes) for place in places]
+            return [load_number(INT, rounded_row, at, place) for place in places]
 
-        def of_block(kind: Value, row: Value, column: Value) -> Value:
-            return f.spread(f.load(kind, row, b.ashr(column, LONG(3))), num_lanes)
+        def load_number(kind: Value, rounded_row: Value, at: Value, place: int) -> Value:
+            return f.spread(f.load(kind, rounded_row, b.add(at, LONG(place))), num_lanes)
 
         def block(column: Value, totals: list[Value]) -> list[Value]:
-            at = num_bytes(column)
+            at, rounded_at = num_bytes(column), _rounded_bytes(f, column, LONG(0))
             ask(at, PACKED_BYTES)
             weights = load_weights(at)
             scale, offset = (b.fpext(load(HALF, ROWS, at, PACKED_BYTES - 2 * ROWS * k), floats) for k in (2, 1))
+            offset = f.call(f"llvm.fma.{of_floats}", floats, scale, splat(FLOAT, num_lanes, -_ZERO), offset)
             results = []
-            for rounded_row, (sums_row, starts_row), total in zip(rounded_rows, blocks_rows, totals, strict=True):
-                activations = load_activations(rounded_row, column)
-                block_sum, start = of_block(FLOAT, sums_row, column), of_block(INT, starts_row, column)
-                products = _products(f, start, weights, activations, features)
-                total = f.call(f"llvm.fma.{of_floats}", floats, b.sitofp(products, floats), scale, total)
+            for rounded_row, total in zip(rounded_rows, totals, strict=True):
+                products = _products(f, weights, load_activations(rounded_row, rounded_at), features)
+                found = b.fmul(b.sitofp(products, floats), load_number(FLOAT, rounded_row, rounded_at, _STEP_AT))
+                total = f.call(f"llvm.fma.{of_floats}", floats, found, scale, total)
+                block_sum = load_number(FLOAT, rounded_row, rounded_at, _SUM_AT)
                 results.append(f.call(f"llvm.fma.{of_floats}", floats, offset, block_sum, total))
             return results
-
-        def group(column: Value, totals: list[Value]) -> list[Value]:
-            group_end = _smaller(f, b.add(column, LONG(GROUP)), num_in)
-            found = f.loop(column, group_end, BLOCK, [splat(FLOAT, num_lanes, 0.0)] * num_rows, block)
-            return with_steps(column, found, totals)
-
-        def with_steps(column: Value, found: list[Value], totals: list[Value]) -> list[Value]:
-            at = b.mul(b.sdiv(column, LONG(GROUP)), LONG(4))
-            step = [f.spread(f.load(FLOAT, row, at), num_lanes) for row in steps_rows]
-            return [f.call(f"llvm.fma.{of_floats}", floats, *three) for three in zip(found, step, totals, strict=True)]
 
         def with_upper_bits(weights: list[Value], at: Value) -> list[Value]:
             """Return quants of six bits for nibbles."""
@@ -262,55 +247,60 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
                 wide.append(b.or_(weight, b.and_(b.bitcast(upper, bytes_), splat(BYTE, 4 * num_lanes, 48))))
             return wide
 
-        def whole_group(column: Value, totals: list[Value]) -> list[Value]:
+        def group(column: Value, totals: list[Value]) -> list[Value]:
             group_at, block_bytes = num_bytes(column), _GROUPED_BLOCK_BYTES[grouped]
+            num_sums = 2 if grouped == 4 else 1  # for each row: of products, and of what mins meet
 
             def grouped_block(i: Value, carried: list[Value]) -> list[Value]:
                 at = b.add(group_at, b.mul(i, LONG(block_bytes)))
+                rounded_at = _rounded_bytes(f, b.add(column, b.mul(i, LONG(BLOCK))), LONG(0))
                 ask(at, block_bytes)
                 weights = load_weights(at)
-                block_column = b.add(column, b.mul(i, LONG(BLOCK)))
                 if grouped == 6:
                     weights = with_upper_bits(weights, at)
                     pairs = b.sext(load(BYTE, 2 * ROWS, at, block_bytes - 2 * ROWS), vector(SHORT, 2 * num_lanes))
+                    zeros = b.mul(pairs, splat(SHORT, 2 * num_lanes, -_ZERO_OF_6))
                 else:
                     scale, low = (
                         b.zext(load(BYTE, ROWS, at, block_bytes - ROWS * k), vector(INT, num_lanes)) for k in (2, 1)
                     )
                 results = []
-                for rounded_row, (_, sums_row), k in zip(rounded_rows, blocks_rows, range(num_rows), strict=True):
-                    activations = load_activations(rounded_row, block_column)
-                    block_sum = of_block(INT, sums_row, block_column)
+                for k, rounded_row in enumerate(rounded_rows):
+                    activations = load_activations(rounded_row, rounded_at)
+                    sums = load_number(INT, rounded_row, rounded_at, _SUM_AT)
                     if grouped == 6:
                         products = _products_of_6(f, pairs, weights, activations, features)
-                        lows = _pair_products(f, pairs, b.bitcast(block_sum, pairs.type), features)
+                        found = [b.add(products, _pair_products(f, zeros, b.bitcast(sums, pairs.type), features))]
                     else:
                         products = _scaled_products(f, scale, weights, activations, features)
-                        lows = _small_product(f, low, block_sum, features)
-                    results += [b.add(carried[2 * k], products), b.add(carried[2 * k + 1], lows)]
+                        found = [products, _small_product(f, low, sums, features)]
+                    before = carried[num_sums * k : num_sums * (k + 1)]
+                    results += [b.add(*sides) for sides in zip(before, found, strict=True)]
                 return results
 
-            nothing = [splat(INT, num_lanes, 0)] * (2 * num_rows)
+            nothing = [splat(INT, num_lanes, 0)] * (num_sums * num_rows)
             found = f.loop(LONG(0), LONG(GROUP // BLOCK), 1, nothing, grouped_block)
-            end_of_blocks = GROUP // BLOCK * block_bytes
-            of_scales = b.fpext(load(HALF, ROWS, group_at, end_of_blocks), floats)
-            values = []
-            if grouped == 6:
-                for high, low in zip(found[::2], found[1::2], strict=True):
-                    total = b.sub(high, b.shl(low, splat(INT, num_lanes, _ZERO_OF_6)))
-                    values.append(b.fmul(b.sitofp(total, floats), of_scales))
-                return with_steps(column, values, totals)
-            of_mins = b.fpext(load(HALF, ROWS, group_at, end_of_blocks + 2 * ROWS), floats)
-            for k in range(num_rows):
-                high, low = (b.sitofp(total, floats) for total in found[2 * k : 2 * k + 2])
-                low = b.fneg(b.fmul(low, of_mins))
-                values.append(f.call(f"llvm.fma.{of_floats}", floats, high, of_scales, low))
-            return with_steps(column, values, totals)
+            factors = [
+                b.fpext(load(HALF, ROWS, group_at, GROUP // BLOCK * block_bytes + 2 * ROWS * k), floats)
+                for k in range(num_sums)
+            ]
+            results = []
+            for k, (rounded_row, total) in enumerate(zip(rounded_rows, totals, strict=True)):
+                sums = [b.sitofp(of_group, floats) for of_group in found[num_sums * k : num_sums * (k + 1)]]
+                if grouped == 6:
+                    value = b.fmul(sums[0], factors[0])
+                else:
+                    low = b.fneg(b.fmul(sums[1], factors[1]))
+                    value = f.call(f"llvm.fma.{of_floats}", floats, sums[0], factors[0], low)
+                step = load_number(FLOAT, rounded_row, _rounded_bytes(f, column, LONG(0)), _STEP_AT)
+                results.append(f.call(f"llvm.fma.{of_floats}", floats, value, step, total))
+            return results
 
         def part(part_begin: Value, _: list[Value]) -> list[Value]:
             part_end = _smaller(f, b.add(part_begin, width), end)
             nothing = [splat(FLOAT, num_lanes, 0.0)] * num_rows
-            totals = f.loop(part_begin, part_end, GROUP, nothing, whole_group if grouped else group)
+            step, body = (GROUP, group) if grouped else (BLOCK, block)
+            totals = f.loop(part_begin, part_end, step, nothing, body)
             is_first = b.icmp_signed("==", part_begin, LONG(0))
             is_last = b.icmp_signed("==", part_end, num_in)
             values, pointers = [], []
@@ -333,18 +323,16 @@ def _build_tile(module: Value, num_rows: int, features: frozenset[str], *, num_p
     f.finish()
 
 
-def _products(
-    f: Function, start: Value, weights: list[Value], activations: list[Value], features: frozenset[str]
-) -> Value:
-    """Return for each lane ``start`` and all products of bytes: of weights in 0..15 and activations with a sign."""
-    b = f.b
-    kind = start.type
+def _products(f: Function, weights: list[Value], activations: list[Value], features: frozenset[str]) -> Value:
+    """Return for each lane the sum of all products of bytes: of weights in 0..15 and activations with a sign."""
+    kind = activations[0].type
     if "avx2" not in features or has_dot_products(features):
+        total = splat(INT, kind.count, 0)
         for weight, activation in zip(weights, activations, strict=True):
-            start = with_dot_products(f, start, b.bitcast(weight, kind), activation, features)
-        return start
+            total = with_dot_products(f, total, f.b.bitcast(weight, kind), activation, features)
+        return total
     total = _short_products(f, weights, activations)
-    return b.add(start, f.call("llvm.x86.avx2.pmadd.wd", kind, total, splat(SHORT, 2 * kind.count, 1)))
+    return f.call("llvm.x86.avx2.pmadd.wd", kind, total, splat(SHORT, 2 * kind.count, 1))
 
 
 def _short_products(f: Function, weights: list[Value], activations: list[Value]) -> Value:
@@ -354,7 +342,9 @@ def _short_products(f: Function, weights: list[Value], activations: list[Value])
         f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, weight, f.b.bitcast(activation, weight.type))
         for weight, activation in zip(weights, activations, strict=True)
     ]
-    return reduce(f.b.add, products)
+    while len(products) > 1:
+        products = [f.b.add(*pair) for pair in zip(products[::2], products[1::2], strict=True)]
+    return products[0]
 
 
 def _scaled_products(
@@ -363,7 +353,7 @@ def _scaled_products(
     """Return for each lane its scale, 0 to 63, times the sum of products of bytes; see _products."""
     b, kind = f.b, scale.type
     if "avx2" not in features or has_dot_products(features):
-        return b.mul(scale, _products(f, splat(INT, kind.count, 0), weights, activations, features))
+        return b.mul(scale, _products(f, weights, activations, features))
     both = b.bitcast(b.or_(scale, b.shl(scale, splat(INT, kind.count, 16))), vector(SHORT, 2 * kind.count))
     return f.call("llvm.x86.avx2.pmadd.wd", kind, _short_products(f, weights, activations), both)
 
@@ -388,7 +378,7 @@ def _products_of_6(
         of_half = weights[places], activations[places]
         if "avx2" not in features or has_dot_products(features):
             scale = _of_pairs(f, pairs)[parity]
-            found.append(b.mul(scale, _products(f, splat(INT, num_lanes, 0), *of_half, features)))
+            found.append(b.mul(scale, _products(f, *of_half, features)))
             continue
         scale = f.pick(pairs, [lane // 2 * 2 + parity for lane in range(2 * num_lanes)])
         for k in range(0, half, 2):  # sums of four products of 63 * 127 at most: 16 bits hold them
