@@ -181,11 +181,15 @@ def keep(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary(folder: Path, prefix: str) -> Iterator[Path]:
-    """Make a folder in ``folder`` that is gone afterwards; what a killed process leaves of it is forgotten first.
+    """Make a folder in ``folder`` that is gone afterwards; what killed processes left of theirs there goes first.
 
     Raises:
         OSError: it cannot be made.
     """
+    for entry in _entries(folder) if folder.name in _NAMES and _root_of(folder) is not None else ():
+        if _TEMPORARY.fullmatch(entry.path.name):
+            with contextlib.suppress(OSError):
+                forget(entry)
     while True:
         with ExitStack() as made:
             name = made.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=folder))

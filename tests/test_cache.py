@@ -165,6 +165,15 @@ def test_what_a_killed_process_left_is_forgotten_first(root: Path, add: Callable
     assert not living.exists()
 
 
+def test_a_temporary_folder_takes_the_place_of_those_that_killed_processes_left(root: Path) -> None:
+    (root / "packed" / "measure-left").mkdir()
+    (root / "packed" / "measure-left" / "matrix.safetensors").touch()
+    (root / "models" / "fetch-left").mkdir()
+    with cache.temporary(root / "packed", "measure-") as first, cache.temporary(root / "packed", "measure-") as second:
+        assert set((root / "packed").iterdir()) == {first, second}
+    assert _names(root) == ["models/fetch-left"]
+
+
 def test_what_is_used_is_not_forgotten_until_its_user_ends(root: Path, add: Callable[[str, int], Path]) -> None:
     path = add(f"packed/{PACKED}", 1)
     add("shapes/tiny-q8_0-v1.gguf", 2)
