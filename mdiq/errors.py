@@ -88,9 +88,12 @@ class EngineError(MdiqError):
 
 
 class SequenceError(EngineError):
-    """Some Sequences of a Batch cannot be computed; the Batch can be run without them. seq_ids: theirs."""
+    """Some Sequences of a Batch cannot be computed; the Batch can be run without them. seq_ids: theirs.
 
-    def __init__(self, text: str, seq_ids: Sequence[int]) -> None:
+    Of one that another Node reports only the text is known: its report names the Sequences.
+    """
+
+    def __init__(self, text: str, seq_ids: Sequence[int] = ()) -> None:
         super().__init__(text)
         self.seq_ids = tuple(seq_ids)
 

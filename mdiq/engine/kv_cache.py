@@ -7,11 +7,13 @@ A Sequence may begin with whole KvBlocks of another. They are full, so nobody wr
 back when the last Sequence that holds them ends.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
+from mdiq.core.frame import Segment
 from mdiq.core.types import SeqId
 from mdiq.errors import CapacityError, EngineError
 
@@ -77,6 +79,31 @@ class KvCache:
     def tokens_in_use(self) -> int:
         """Slots of all KvBlocks that Sequences hold."""
         return (self._num_blocks - self._num_free) * BLOCK_TOKENS
+
+    def misfits(self, segments: Sequence[Segment]) -> dict[SeqId, str]:
+        """Return the Sequences of a Batch for which ``fork`` or ``extend`` would fail, and why; nothing is changed.
+
+        The others fit together without them.
+        """
+        wrong: dict[SeqId, str] = {}
+        num_free = self._num_free
+        for segment in segments:
+            table = self._tables.get(segment.seq_id) or _Table()
+            num_tokens, num_blocks = table.num_tokens, len(table.blocks)
+            if segment.parent is not None:
+                parent = self._tables.get(segment.parent) or _Table()
+                if num_tokens or segment.start > parent.num_tokens or segment.start % BLOCK_TOKENS:
+                    wrong[segment.seq_id] = f"it cannot begin with {segment.start} of {parent.num_tokens} tokens"
+                    continue
+                num_tokens, num_blocks = segment.start, segment.start // BLOCK_TOKENS
+            missing = max(-(-segment.stop // BLOCK_TOKENS) - num_blocks, 0)
+            if segment.start != num_tokens:
+                wrong[segment.seq_id] = f"{num_tokens} tokens are cached, a segment begins at {segment.start}"
+            elif missing > num_free:
+                wrong[segment.seq_id] = f"KV cache: {missing} blocks are needed and {num_free} are free"
+            else:
+                num_free -= missing
+        return wrong
 
     def extend(self, seq_id: SeqId, start: int, length: int) -> Placement:
         """Make room for a Segment and return where it goes.

@@ -149,13 +149,16 @@ class StageRunner:
         """Run a Batch; see core's Engine.
 
         Raises:
-            SequenceError: some have a token id without an embedding; nothing but releases was done.
-            EngineError: a payload does not fit, a position is out of order, or torch failed.
-            CapacityError: the KV cache is full.
+            SequenceError: some have a token id without an embedding, a position out of order, or no room in the KV
+                cache; nothing but releases was done.
+            EngineError: a payload does not fit, or torch failed.
         """
         for seq_id in batch.releases:
             self._cache.free(seq_id)
         self._check_ids(batch)
+        if wrong := self._cache.misfits(batch.segments):
+            seq_id, reason = next(iter(wrong.items()))
+            raise SequenceError(f"sequence {seq_id}: {reason}", tuple(wrong))
         if not batch.segments:
             return TensorRows(torch.empty(0, self.config.hidden_size, dtype=self._dtype))
         try:

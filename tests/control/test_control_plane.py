@@ -13,7 +13,7 @@ from mdiq.control.agent import SPANS_PER_CHUNK, Agent
 from mdiq.control.coordinator import Coordinator, error_from
 from mdiq.core import control
 from mdiq.core.types import Epoch, NodeId, SeqId
-from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError
+from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError, SequenceError
 from mdiq.telemetry.logging import MAX_LINES, configure
 from mdiq.telemetry.trace import Span
 from mdiq.transport.memory import MemoryControlLink, MemoryControlServer
@@ -515,7 +515,12 @@ async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pyte
 
 
 def test_a_reported_error_has_the_class_that_it_names_if_it_is_one_of_ours() -> None:
-    for kind, expected in [("ModelError", ModelError), ("SystemExit", EngineError), ("Counter", EngineError)]:
+    for kind, expected in [
+        ("ModelError", ModelError),
+        ("SequenceError", SequenceError),
+        ("SystemExit", EngineError),
+        ("Counter", EngineError),
+    ]:
         error = error_from(ONE, control.Failed(kind, "text"))
         assert type(error) is expected
         assert str(error) == "node-1: text"

@@ -161,3 +161,24 @@ def test_a_token_id_without_an_embedding_is_refused_for_its_sequence_alone(wrong
     assert caught.value.seq_ids == (1,)
     expected = [reference_tokens(model, PROMPTS[i], 1)[0][0] for i in (0, 2)]
     assert chain.forward([pieces[0], pieces[2]]) == expected
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        ((1, 5, [3, 4]), "sequence 1: 0 tokens are cached, a segment begins at 5"),
+        ((1, 0, [3] * 1_024), "sequence 1: KV cache: 32 blocks are needed and 31 are free"),
+    ],
+)
+def test_a_sequence_out_of_order_or_without_room_is_refused_alone(
+    piece: tuple[int, int, list[int]], message: str, tmp_path: Path
+) -> None:
+    model = make_model("llama-gqa-tied")
+    model.save_pretrained(tmp_path)
+    chain = Chain.load(tmp_path, [4])
+    pieces = [(0, 0, PROMPTS[0]), piece, (2, 0, PROMPTS[2])]
+    with pytest.raises(SequenceError, match=message) as caught:
+        chain.forward(pieces)
+    assert caught.value.seq_ids == (1,)
+    expected = [reference_tokens(model, PROMPTS[i], 1)[0][0] for i in (0, 2)]
+    assert chain.forward([pieces[0], pieces[2]]) == expected

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdiq.core.frame import Segment
 from mdiq.core.types import SeqId
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache, Slots
 from mdiq.errors import CapacityError, EngineError
@@ -61,6 +62,59 @@ def test_a_lone_sequence_reads_one_view_of_the_pool() -> None:
         assert isinstance(cache.extend(SeqId(1), start, BLOCK_TOKENS).read, slice)
     with pytest.raises(CapacityError, match="1 blocks are needed and 0 are free"):
         cache.extend(SeqId(1), 8 * BLOCK_TOKENS, 1)
+
+
+def test_what_does_not_fit_is_told_before_anything_is_done_and_the_others_fit_together() -> None:
+    cache = _cache(6)
+    cache.extend(SeqId(1), 0, BLOCK_TOKENS)
+    cache.extend(SeqId(2), 0, 3)
+    segments = [
+        Segment(SeqId(1), BLOCK_TOKENS, 1),
+        Segment(SeqId(2), 5, 1),  # two tokens are missing
+        Segment(SeqId(3), 0, 3 * BLOCK_TOKENS),  # three blocks are left beside the first one's
+        Segment(SeqId(4), 0, 1),
+        Segment(SeqId(5), BLOCK_TOKENS, 1, parent=SeqId(9)),
+        Segment(SeqId(6), 2, 1),
+    ]
+    wrong = cache.misfits(segments)
+    assert wrong == {
+        2: "3 tokens are cached, a segment begins at 5",
+        4: "KV cache: 1 blocks are needed and 0 are free",
+        5: f"it cannot begin with {BLOCK_TOKENS} of 0 tokens",
+        6: "0 tokens are cached, a segment begins at 2",
+    }
+    assert cache.tokens_in_use == 2 * BLOCK_TOKENS
+    for segment in segments:
+        if segment.seq_id not in wrong:
+            cache.extend(segment.seq_id, segment.start, segment.length)
+    assert cache.tokens_in_use == 6 * BLOCK_TOKENS
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000))
+def test_misfits_are_those_that_fork_and_extend_refuse(seed: int) -> None:
+    rng = random.Random(seed)
+    cache = _cache(10)
+    lengths: dict[SeqId, int] = {}
+    for _ in range(30):
+        segments = []
+        for seq_id in rng.sample(range(8), 3):
+            parent = SeqId(rng.randrange(8)) if rng.random() < 0.3 else None
+            at = rng.choice([0, BLOCK_TOKENS, lengths.get(SeqId(seq_id), 0), lengths.get(SeqId(seq_id), 0)])
+            segments.append(Segment(SeqId(seq_id), at, rng.choice([1, 7, 40]), parent=None if at == 0 else parent))
+        wrong = cache.misfits(segments)
+        fits = [segment for segment in segments if segment.seq_id not in wrong]
+        assert not cache.misfits(fits)
+        for segment in fits:
+            if segment.parent is not None:
+                cache.fork(segment.seq_id, segment.parent, segment.start)
+        for segment in fits:
+            cache.extend(segment.seq_id, segment.start, segment.length)
+            lengths[segment.seq_id] = segment.stop
+        if rng.random() < 0.3:
+            gone = SeqId(rng.randrange(8))
+            cache.free(gone)
+            lengths.pop(gone, None)
 
 
 def test_a_segment_out_of_order_is_an_error() -> None:
