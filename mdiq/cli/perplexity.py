@@ -1,11 +1,13 @@
 """`mdiq perplexity`: what packed weights cost in quality, measured on a real text beside f32."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -14,8 +16,20 @@ from rich.table import Table
 from mdiq.errors import ConfigError
 from mdiq.runtime.placement import set_threads, usable_threads
 
-BOUNDS = {"int8": 1.01, "int4": 1.04}
-"""Most that the perplexity may grow by, as a factor."""
+if TYPE_CHECKING:
+    import torch
+
+_MOST = {"int8": 1.005, "int4": 1.04}
+_MOST_OF_4_BITS = 1.01  # of a file of 4-bit types in 4 bits: its values are kept, and activations are rounded
+_ERRORS = 2  # standard ones: by so many a ratio must be above what it may be, or it may be chance
+
+
+def most_ratio(weights: str, best: str) -> float | None:
+    """Return the most that perplexity may grow by, as a factor, or None where there is no bound.
+
+    best: the format that suits the file; see quantize.best_format.
+    """
+    return _MOST_OF_4_BITS if weights == best == "int4" else _MOST.get(weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +47,23 @@ class PerplexityOptions:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one format gave. ratio: to f32. most: what the ratio may be, where there is a bound."""
+    """What one format gave.
+
+    ratio: to f32. error: its standard error, over the tokens of the text. most: what it may be, where there is a bound.
+    """
 
     weights: str
     mode: str
     perplexity: float
     ratio: float
+    error: float
     most: float | None
     weight_bytes: int
+
+    @property
+    def is_within(self) -> bool:
+        """Whether nothing says that the bound is missed: chance alone may explain the rest."""
+        return self.most is None or self.ratio - _ERRORS * self.error <= self.most
 
 
 def measure(options: PerplexityOptions) -> int:
@@ -52,8 +75,8 @@ def measure(options: PerplexityOptions) -> int:
     from mdiq.core.types import LayerRange
     from mdiq.engine.checkpoint import open_checkpoint
     from mdiq.engine.model_source import find_model
-    from mdiq.engine.perplexity import perplexity
-    from mdiq.engine.quantize import chosen_format
+    from mdiq.engine.perplexity import losses
+    from mdiq.engine.quantize import best_format, chosen_format
     from mdiq.engine.sample_text import sample_text
     from mdiq.engine.stage_model import StageModel, WeightSettings
     from mdiq.engine.tokenizer import Tokenizer
@@ -66,11 +89,13 @@ def measure(options: PerplexityOptions) -> int:
     if len(token_ids) < 2:
         raise ConfigError(f"{options.text}: {len(token_ids)} tokens are too few; give a longer text")
     rows: list[Row] = []
+    plain: torch.Tensor | None = None
     for weights in ("plain", *options.weights):
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task(f"{weights}: loads", total=None)
             show = partial(_advance, bars, task)
             with open_checkpoint(path) as checkpoint:
+                best = best_format(checkpoint)
                 weights = chosen_format(weights, checkpoint, torch.device("cpu"))
                 model = StageModel(
                     checkpoint,
@@ -82,14 +107,17 @@ def measure(options: PerplexityOptions) -> int:
                     progress=show,
                 )
             bars.update(task, description=f"{weights}: reads")
-            value = perplexity(model, token_ids, progress=show)
+            found = losses(model, token_ids, progress=show)
+        plain = found if plain is None else plain
+        ratio, error = compared(found, plain)
         rows.append(
             Row(
                 weights="f32" if weights == "plain" else weights,
                 mode="exact" if options.exact else "fast",
-                perplexity=value,
-                ratio=value / rows[0].perplexity if rows else 1.0,
-                most=BOUNDS.get(weights),
+                perplexity=math.exp(found.mean()),
+                ratio=ratio,
+                error=error,
+                most=most_ratio(weights, best),
                 weight_bytes=model.weight_bytes,
             )
         )
@@ -99,7 +127,14 @@ def measure(options: PerplexityOptions) -> int:
         sys.stdout.write(json.dumps(report) + "\n")
     else:
         _print_table(rows)
-    return 0 if all(row.most is None or row.ratio <= row.most for row in rows) else 1
+    return 0 if all(row.is_within for row in rows) else 1
+
+
+def compared(found: "torch.Tensor", plain: "torch.Tensor") -> tuple[float, float]:
+    """Return the ratio of perplexities of two rows of losses of the same tokens, and its standard error."""
+    more = found - plain
+    ratio = math.exp(more.mean())
+    return ratio, ratio * float(more.std(correction=0)) / math.sqrt(len(more))
 
 
 def _advance(bars: Progress, task: TaskID, done: int, total: int) -> None:
@@ -118,7 +153,8 @@ def _read(path: Path) -> str:
 def _print_table(rows: Sequence[Row]) -> None:
     table = Table("weights", "mode", "perplexity", "of f32", "at most", "weights in memory")
     for row in rows:
-        most = "" if row.most is None else f"{row.most:.2f}"
+        most = "" if row.most is None else f"{row.most:.3f}"
+        ratio = f"{row.ratio:.4f} ± {row.error:.4f}"
         size = f"{row.weight_bytes / 1e6:.0f} MB"
-        table.add_row(row.weights, row.mode, f"{row.perplexity:.3f}", f"{row.ratio:.4f}", most, size)
+        table.add_row(row.weights, row.mode, f"{row.perplexity:.3f}", ratio, most, size)
     Console().print(table)

@@ -1,6 +1,5 @@
 """How well a model in some format predicts a real text: the measure of what packing its weights costs."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,14 +10,16 @@ from mdiq.engine.layers import Span
 from mdiq.engine.stage_model import StageModel
 
 
-def perplexity(
+def losses(
     model: StageModel,
     token_ids: Sequence[int],
     *,
     window: int = 512,
     progress: Callable[[int, int], object] = lambda *_: None,
-) -> float:
-    """Return exp(mean negative log likelihood) of each token but the first in windows of ``window`` tokens.
+) -> torch.Tensor:
+    """Return the negative log likelihood of each token but the first in windows of ``window`` tokens: f64, in one row.
+
+    Perplexity is e to the power of their mean.
 
     model: all Layers with embedding and head, on the CPU. What is left behind the last whole window is not used.
     ``progress`` is told (done, total) in windows.
@@ -35,7 +36,7 @@ def perplexity(
     )
     positions = torch.arange(window)
     starts = range(0, len(token_ids) - window + 1, window)
-    loss, count = 0.0, 0
+    found: list[torch.Tensor] = []
     with torch.inference_mode():
         for done, start in enumerate(starts):
             progress(done, len(starts))
@@ -44,7 +45,6 @@ def perplexity(
             spans = [Span(0, window, 0, cache.extend(SeqId(0), 0, window))]
             hidden = model.run(model.embed(ids, positions), positions, cache, spans)
             logits = model.logits(hidden)[:-1]
-            loss += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
-            count += window - 1
+            found.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").double())
     progress(len(starts), len(starts))
-    return math.exp(loss / count)
+    return torch.cat(found)

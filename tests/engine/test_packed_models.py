@@ -11,7 +11,7 @@ from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId
 from mdiq.engine import stage_model
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.perplexity import perplexity
+from mdiq.engine.perplexity import losses
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.sample_text import sample_text
 from mdiq.engine.stage_model import StageModel, WeightSettings
@@ -118,7 +118,7 @@ def test_packed_files_are_in_use_as_long_as_a_model_computes_with_them(tmp_path:
     assert states() == {State.FREE}
 
 
-def test_perplexity_is_that_of_the_mean_loss_over_windows(tmp_path: Path) -> None:
+def test_losses_are_those_of_the_reference_over_windows(tmp_path: Path) -> None:
     reference = make_model("llama-gqa-tied").eval()
     reference.save_pretrained(tmp_path / "model")
     with open_checkpoint(tmp_path / "model") as checkpoint:
@@ -133,9 +133,11 @@ def test_perplexity_is_that_of_the_mean_loss_over_windows(tmp_path: Path) -> Non
         )
     ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        losses = [reference(row[None], labels=row[None]).loss for row in ids]
-    expected = torch.stack(losses).mean().exp().item()
-    assert perplexity(model, ids.flatten().tolist() + [1, 2], window=40) == pytest.approx(expected, rel=1e-4)
+        rows = [reference(row[None], labels=row[None]).loss for row in ids]
+    expected = torch.stack(rows).mean().item()
+    found = losses(model, ids.flatten().tolist() + [1, 2], window=40)
+    assert len(found) == 2 * 39
+    assert found.mean().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_sample_text_is_long_and_english() -> None:
