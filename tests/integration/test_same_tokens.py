@@ -74,10 +74,10 @@ def test_any_ring_gives_the_same_tokens_alone_and_in_company(
 def test_chats_that_are_put_back_for_want_of_room_get_the_tokens_of_a_roomy_ring(
     real_model: Path, tmp_path: Path
 ) -> None:
-    """16 chats that grow beyond the room for three or four of them."""
-    chats: list[dict[str, object]] = [{"messages": messages} for messages in CHAT if len(str(messages)) < 200][:16]
-    file = write_prompts(tmp_path / "chats.jsonl", (chats * 16)[:16])
-    options = ("--prompts", file, "--nodes", "2", *GREEDY[2:], "--max-tokens", "48")
+    """Three of them begin in 10 blocks of 32 tokens, and each needs 5 in the end."""
+    chats: list[dict[str, object]] = [{"messages": messages} for messages in CHAT if len(str(messages)) < 200]
+    file = write_prompts(tmp_path / "chats.jsonl", (chats * 8)[:8])
+    options = ("--prompts", file, "--nodes", "2", *GREEDY[2:], *TOGETHER, "--max-tokens", "112")
     roomy = run_mdiq("run", "--model", real_model, *options)
     tight = run_mdiq("run", "--model", real_model, *options, "--kv-tokens", "320")
     assert (roomy.code, tight.code) == (0, 0), roomy.errors + tight.errors
