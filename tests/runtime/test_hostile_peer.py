@@ -75,7 +75,7 @@ def attack(endpoint: str, recorded: list[list[bytes]], num_frames: int, is_over:
     return num_illegal, num_repeated
 
 
-@pytest.mark.parametrize(("target", "num_frames"), [(1, 3_000), (0, 3_000)], ids=["stage", "starter"])
+@pytest.mark.parametrize(("target", "num_frames"), [(1, 10_000), (0, 3_000)], ids=["stage", "starter"])
 @pytest.mark.timeout(300)  # what is of no use waits, on a busy machine for long
 async def test_noise_and_damaged_and_repeated_frames_change_no_token(
     open_ring: OpenRing, target: int, num_frames: int
