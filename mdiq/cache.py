@@ -223,6 +223,23 @@ def scratch_directory(folder: Path) -> Path:
         ) from None
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file, and its folder if need be, so that other processes see the whole of it or what was before.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, own = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(own, path)
+    except OSError:
+        os.unlink(own)
+        raise
+
+
 def entries(root: Path) -> list[Entry]:
     """Return what is in a cache folder, in the order in which it is forgotten; nothing where there is no such folder.
 

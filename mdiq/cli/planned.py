@@ -6,8 +6,6 @@ are those of every ring, and the next one is planned from them.
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from types import MappingProxyType
 
 import structlog
 
-from mdiq.cache import cache_directory
+from mdiq.cache import cache_directory, write_whole
 from mdiq.config.load import LoadedTopology
 from mdiq.config.topology import Topology
 from mdiq.errors import ConfigError
@@ -138,11 +136,7 @@ def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> Profiles | None
         return None
     path = profiles_path(loaded)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, own = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(to_json(profiles))
-        Path(own).replace(path)
+        write_whole(path, to_json(profiles).encode())
     except OSError as error:
         log.warning("measurements_not_kept", path=str(path.parent), error=error.strerror)
     return profiles

@@ -7,9 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 
 import mdiq
-from mdiq.cache import scratch_directory, temporary
+from mdiq.cache import scratch_directory, temporary, write_whole
 from mdiq.engine.device import is_out_of_memory
 from mdiq.engine.gguf_blocks import BLOCK, GROUP
 from mdiq.engine.kernels import KERNELS, Kernel, Linear, StackedLinear
@@ -235,8 +233,4 @@ def _read(path: Path) -> dict[str, dict[str, Times]]:
 
 def _write(path: Path, kept: dict[str, dict[str, Times]]) -> None:
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, own = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump(kept, file, indent=1)
-        Path(own).replace(path)
+        write_whole(path, json.dumps(kept, indent=1).encode())

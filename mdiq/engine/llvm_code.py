@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from mdiq.cache import write_whole
 from mdiq.engine.device import cpu_flags, drop_library
 
 Value = Any
@@ -395,13 +395,6 @@ def _read_code(path: Path | None) -> bytes | None:
 
 def _write_code(path: Path | None, code: bytes) -> None:
     """Keep code for the next process; where that fails, it compiles too."""
-    if path is None:
-        return
-    part = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(hashlib.sha256(code).digest() + code)
-        part.replace(path)
-    except OSError:
+    if path is not None:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            write_whole(path, hashlib.sha256(code).digest() + code)
