@@ -1,4 +1,4 @@
-"""What the package says of itself, and what README.md says of the package."""
+"""What the package says of itself, and what the pages for users say of the package."""
 
 import importlib.metadata
 import re
@@ -9,9 +9,8 @@ import typer
 
 import mdiq
 from mdiq.cli.main import app
+from tests.docs.book import PAGES, README, ROOT, name_of, text_of
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = {
     "run": 'python3 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/mdiq run "Why is the sky blue?"',
     "tests": 'python3 -m venv .venv && .venv/bin/pip install -q "tox>=4.30,<5" && .venv/bin/tox',
@@ -30,18 +29,18 @@ def _options() -> set[str]:
     return spellings
 
 
-def _block(mark: str) -> list[str]:
-    """Return the lines of the fenced block directly behind a comment line, which stands in README once."""
-    found = re.findall(rf"^<!-- {mark} -->\n```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(found) == 1, f"<!-- {mark} -->: {len(found)} blocks directly behind it"
+def _block(page: Path, mark: str) -> list[str]:
+    """Return the lines of the fenced block directly after a comment line, which stands on the page once."""
+    found = re.findall(rf"^<!-- {mark} -->\n```\w+\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+    assert len(found) == 1, f"<!-- {mark} -->: {len(found)} blocks directly after it"
     return found[0].splitlines()
 
 
 def _tree_folders() -> list[Path]:
-    """Return the folders that README's tree names; two spaces of indentation are one level."""
+    """Return the folders that the tree of CONTRIBUTING.md names; two spaces of indentation are one level."""
     parents: list[str] = []
     folders = []
-    for line in _block("tree"):
+    for line in _block(ROOT / "CONTRIBUTING.md", "tree"):
         indentation, name = re.match(r"( *)(\S+)/ *", line).groups()  # type: ignore[union-attr]
         parents[len(indentation) // 2 :] = [name]
         folders.append(Path(*parents))
@@ -54,21 +53,26 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 @pytest.mark.parametrize("mark", COMMANDS)
 def test_the_readme_has_the_command(mark: str) -> None:
-    assert _block(mark) == [COMMANDS[mark]]
-    assert f"<!-- {mark} -->\n```bash\n" in README
+    assert _block(README, mark) == [COMMANDS[mark]]
+    assert f"<!-- {mark} -->\n```bash\n" in text_of(README)
 
 
-def test_every_option_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
-    assert {"--nodes", "--json"} <= named, "it tests too little"
-    assert named - _options() == set()
+def test_every_option_that_the_pages_name_exists() -> None:
+    named = {
+        option: name_of(page)
+        for page in PAGES
+        if name_of(page) != "nodes/README.md"  # it has options of the programs beside it
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text_of(page))
+    }
+    assert {"--nodes", "--json", "--explain", "--dry-run"} <= named.keys(), "it tests too little"
+    assert {option: page for option, page in named.items() if option not in _options()} == {}
 
 
-def test_every_folder_of_the_readmes_tree_exists() -> None:
+def test_every_folder_of_the_tree_of_the_house_exists() -> None:
     folders = _tree_folders()
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
 
 
-def test_every_room_is_in_the_readmes_tree() -> None:
+def test_every_room_is_in_the_tree_of_the_house() -> None:
     rooms = {module.parent.relative_to(ROOT) for module in (ROOT / "mdiq").glob("*/__init__.py")}
     assert rooms - set(_tree_folders()) == set()

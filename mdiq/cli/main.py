@@ -49,11 +49,23 @@ class Weights(StrEnum):
 
 
 _USUAL = Weights(USUAL_WEIGHTS)
+_MODEL_HELP = (
+    "Model directory, .gguf file, or a name (fetched once): smollm2-135m-instruct, qwen2.5-coder-0.5b-instruct, "
+    "qwen2.5-coder-1.5b-instruct. [default: smollm2-135m-instruct]"
+)
+_WEIGHTS_HELP = (
+    "How weights are held: auto (4 bits for a file of 4-bit types, else 8; plain on a GPU), plain (as --dtype says), "
+    "int8 or int4."
+)
+_EXACT_HELP = (
+    "The same tokens on any number of nodes, alone and among other requests; or whatever kernel and hop is fastest."
+)
+_SPLIT_HELP = "Share a topology's auto layers evenly instead of by the plan."
 _OF_THE_MACHINE = (*NO_SPACE, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 
 class LogLevel(StrEnum):
-    """Least severe log line that is shown."""
+    """Minimum severity of log lines."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -83,71 +95,89 @@ def run(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; or use --prompts.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
+        typer.Option(help=_MODEL_HELP, show_default=False),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Nodes of the ring. [default: 2]", show_default=False)
+        int | None,
+        typer.Option(min=1, max=64, help="Nodes of the ring; each needs a layer. [default: 2]", show_default=False),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of each node, by hand: 10,12,8.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of each node by hand: 10,12,8. [default: even work; the head counts as layers of the Starter]"
+        ),
+    ] = None,
     topology: Annotated[
-        Path | None, typer.Option(help="Run on the nodes of this topology file; what it says wins over other flags.")
+        Path | None, typer.Option(help="Run on the nodes of this topology file, which wins over other flags.")
     ] = None,
     join_wait: Annotated[
-        float, typer.Option(min=1, help="Most seconds to wait for the nodes of a topology to join.")
+        float, typer.Option(min=1, help="Seconds to wait for the nodes of a topology to join, at most.")
     ] = 120.0,
-    even_split: Annotated[
-        bool, typer.Option("--even-split", help="Share a topology's auto layers evenly, not as they are planned.")
-    ] = False,
-    prompts: Annotated[Path | None, typer.Option(help="File of JSON lines, one request each.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write results there as JSON lines, as they finish.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where --out stopped.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the model's end token.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    even_split: Annotated[bool, typer.Option("--even-split", help=_SPLIT_HELP)] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of JSON lines, one request each, instead of a prompt.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write results to this file as JSON lines, as they finish.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue where --out stopped.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")] = 256,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens that add up to p.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this times the most likely.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Over 1 avoids tokens seen before.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(help="A token that ends it; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
-    in_process: Annotated[bool, typer.Option("--in-process", help="All stages in this one process.")] = False,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="A token that ends the answer; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Use prompts as they are, without the chat template.")] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run all stages in this process, without sockets.")
+    ] = False,
     dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,
-    weights: Annotated[
-        Weights, typer.Option(help="Weights: as suits the model's file, as --dtype says, or packed.")
-    ] = _USUAL,
-    exact: Annotated[
-        bool, typer.Option("--exact/--fast", help="Packed weights: the same tokens alone and among others, or speed.")
-    ] = True,
+    weights: Annotated[Weights, typer.Option(help=_WEIGHTS_HELP)] = _USUAL,
+    exact: Annotated[bool, typer.Option("--exact/--fast", help=_EXACT_HELP)] = True,
     wire: Annotated[
         str, typer.Option(help="Activations on the hops: auto, f32, bf16 or i8; or one for each hop: bf16,auto.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto; the same for all nodes.")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads per node. [default: cores / nodes]", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Threads that compute, per node. [default: cores / nodes, within the control group's CPU time]",
+            show_default=False,
+        ),
     ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Bind node i to core i.")] = False,
     kv_tokens: Annotated[
-        int | None, typer.Option(min=1, help="KV cache of each node in tokens. [default: by free memory]")
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV cache of each node in tokens, in steps of 32. [default: half of a node's share of free memory]",
+        ),
     ] = None,
     base_port: Annotated[
-        int, typer.Option(min=0, max=65000, help="Node i listens on this port + i; 0: any free ones.")
+        int, typer.Option(min=0, max=65000, help="Node i listens on this port + i; 0: any free port.")
     ] = 0,
     decode_wait: Annotated[
-        float, typer.Option(min=1, help="Most ms that a decoding request waits for a token beside others' prompts.")
+        float,
+        typer.Option(min=1, help="Max ms between two tokens of a request while prompts of others are in the ring."),
     ] = 200.0,
     max_live: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Requests in the ring at once. [default: what fills it]")
+        int | None,
+        typer.Option(min=1, max=1024, help="Requests in the ring at once. [default: what fills it, 64 to 256]"),
     ] = None,
     no_prefix_reuse: Annotated[
-        bool, typer.Option("--no-prefix-reuse", help="Compute every prompt whole, also one that begins like another.")
+        bool, typer.Option("--no-prefix-reuse", help="Compute every prompt whole, even if it begins like another.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON lines on stdout, a summary last.", callback=_make_stdout_utf8)
     ] = False,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None,
-    log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
+    log_level: Annotated[LogLevel, typer.Option(help="Minimum severity of log lines.")] = LogLevel.WARNING,
 ) -> None:
     """Run prompts on a ring of local node processes, or of the nodes of a topology, and print the answers."""
     from mdiq.cli.run import RunOptions, execute
@@ -203,7 +233,7 @@ def run(
 def perplexity(
     model: Annotated[
         str | None,
-        typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
+        typer.Option(help=_MODEL_HELP, show_default=False),
     ] = None,
     weights: Annotated[
         list[Weights] | None,
@@ -212,11 +242,11 @@ def perplexity(
     exact: Annotated[
         bool,
         typer.Option(
-            "--exact/--fast", help="Kernels that give the same tokens alone and among others, or the fastest."
+            "--exact/--fast", help="Kernels that give the same tokens alone and among other requests, or the fastest."
         ),
     ] = True,
     text: Annotated[Path | None, typer.Option(help="Text to read. [default: Python's own documentation]")] = None,
-    tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Tokens of it.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Tokens of the text to read.")] = 4096,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads. [default: cores]")] = None,
     as_json: _Json = False,
 ) -> None:
@@ -231,35 +261,37 @@ def perplexity(
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
+        typer.Option(help=_MODEL_HELP, show_default=False),
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Random weights of this shape instead: tiny, smollm2-135m, tinyllama-1.1b, llama-3.2-1b."),
+        typer.Option(
+            help="Random weights of this shape instead, written to the cache once: "
+            "tiny, smollm2-135m, tinyllama-1.1b, llama-3.2-1b."
+        ),
     ] = None,
     bits: Annotated[int, typer.Option(help="Bits of a shape's weights in its file: 8 (Q8_0) or 4 (Q4_0).")] = 8,
-    nodes: Annotated[str, typer.Option(help="Nodes of the rings to measure, with commas between.")] = "1,2",
+    nodes: Annotated[
+        str, typer.Option(help="Sizes of the rings to measure, separated by commas; every combination is measured.")
+    ] = "1,2",
     users: Annotated[
-        str | None, typer.Option(help="Users that ask at once, likewise. [default: 1,4]", show_default=False)
+        str | None, typer.Option(help="Users that ask at once, separated by commas. [default: 1,4]", show_default=False)
     ] = None,
     users_per_node: Annotated[
-        str | None, typer.Option(help="Users for each node instead; and the smallest ring's users on every ring.")
+        str | None,
+        typer.Option(help="Users for each node instead of --users; also the smallest ring's users on every ring."),
     ] = None,
-    prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt, likewise.")] = "32",
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt, separated by commas.")] = "32",
     answer_tokens: Annotated[int, typer.Option(min=1, max=65536, help="Tokens of each answer.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; medians are shown.")] = 3,
-    weights: Annotated[
-        Weights, typer.Option(help="Weights: as suits the model's file, as --dtype says, or packed.")
-    ] = _USUAL,
-    exact: Annotated[
-        bool, typer.Option("--exact/--fast", help="Packed weights: the same tokens alone and among others, or speed.")
-    ] = True,
-    wire: Annotated[str, typer.Option(help="Activations on the hops: auto, f32, bf16 or i8.")] = "auto",
+    weights: Annotated[Weights, typer.Option(help=_WEIGHTS_HELP)] = _USUAL,
+    exact: Annotated[bool, typer.Option("--exact/--fast", help=_EXACT_HELP)] = True,
+    wire: Annotated[str, typer.Option(help="Activations on all hops: auto, f32, bf16 or i8.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")] = Dtype.F32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto; the same for all nodes.")] = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=1024, help="Threads per node. [default: cores / most nodes]", show_default=False),
+        typer.Option(min=1, max=1024, help="Threads per node. [default: cores / max nodes]", show_default=False),
     ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Bind node i to core i, and the peer to its first cores.")] = False,
     kv_tokens: Annotated[
@@ -267,24 +299,29 @@ def bench(
     ] = None,
     link: Annotated[
         list[str] | None,
-        typer.Option(help="Slow every hop: delay=20ms,bandwidth=10mbit,jitter=5ms, or none; may be repeated."),
+        typer.Option(help="Slow every hop down: delay=20ms,bandwidth=10mbit,jitter=5ms, or none; may be repeated."),
     ] = None,
-    cpu: Annotated[float | None, typer.Option(help="CPU time of each node in cores, by control groups: 0.5.")] = None,
+    cpu: Annotated[
+        float | None, typer.Option(help="CPU time of each node in cores, by control groups: 0.5. [default: no limit]")
+    ] = None,
     apart: Annotated[
-        bool, typer.Option("--apart", help="Also measure as many rings of one node at once: what the cores can do.")
+        bool, typer.Option("--apart", help="Also measure as many rings of one node at once: what the machine can do.")
     ] = False,
-    peer: Annotated[str | None, typer.Option(help="Compare with llama-cpp in the same run.")] = None,
+    peer: Annotated[str | None, typer.Option(help="llama-cpp: run the same load through it, too.")] = None,
     peer_python: Annotated[
         str | None, typer.Option(help="Interpreter that has llama-cpp-python. [default: this one]")
     ] = None,
     peer_threads: Annotated[
-        str | None, typer.Option(help="Threads of the peer, with commas between. [default: those of each ring]")
+        str | None,
+        typer.Option(help="Threads of the peer, separated by commas. [default: those of each ring's nodes together]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts, and of the draws.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of the draws; 0 is greedy.")] = 0.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything there as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write plots into this directory, SVG and PNG.")] = None,
-    log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.WARNING,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the draws.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Temperature of the draws; 0 is greedy; not with a peer.")
+    ] = 0.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write plots to this directory, as SVG and PNG.")] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="Minimum severity of log lines.")] = LogLevel.WARNING,
 ) -> None:
     """Measure rings of local nodes under load: tokens/s, time to first token, inter-token latency."""
     from mdiq.cli.bench import BenchOptions, execute
@@ -327,17 +364,22 @@ def bench(
 def init(
     node: Annotated[
         list[str] | None,
-        typer.Option(help="A device: name=address, and after commas memory=700M,threads=1; the Starter first. Repeat."),
+        typer.Option(
+            help="A device: name=address; after commas data_port, control_port, weights_port, device, threads, memory "
+            "or layers, as in memory=700M. The Starter first; may be repeated."
+        ),
     ] = None,
-    spare: Annotated[list[str] | None, typer.Option(help="Likewise a device that steps in when another fails.")] = None,
+    spare: Annotated[
+        list[str] | None, typer.Option(help="A device that steps in when another fails; may be repeated.")
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Model directory, .gguf file, or name. [default: smollm2-135m-instruct]", show_default=False),
+        typer.Option(help=_MODEL_HELP, show_default=False),
     ] = None,
-    weights: Annotated[Weights, typer.Option(help="Weights in memory.")] = _USUAL,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Plain text in the network, without keys.")] = False,
-    out: Annotated[Path, typer.Option(help="File to write; its schema lies beside it.")] = Path("topology.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,
+    weights: Annotated[Weights, typer.Option(help=_WEIGHTS_HELP)] = _USUAL,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Plain text on the network, without keys.")] = False,
+    out: Annotated[Path, typer.Option(help="File to write; its schema is written beside it.")] = Path("topology.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write an annotated topology file from flags, or from questions on a terminal."""
     from mdiq.cli.init import InitOptions
@@ -353,11 +395,11 @@ def check(
     as_json: _Json = False,
     since: Annotated[
         Path | None,
-        typer.Option(help="Say what the service of --name needs to go on after this file."),
+        typer.Option(help="Say what the service of --name needs after a change from this older file."),
     ] = None,
     name: Annotated[str, typer.Option(help="A node of the file.")] = "",
 ) -> None:
-    """Tell everything that is wrong with a topology file, and what will hurt."""
+    """List all errors of a topology file at once, and warn of what is allowed but will hurt."""
     from mdiq.cli.check import check as execute
     from mdiq.cli.check import since as execute_since
 
@@ -394,16 +436,14 @@ def node(
     name: Annotated[
         str, typer.Option(help="This node's name in the topology.", envvar="MDIQ_NAME", show_default=False)
     ] = "",
-    once: Annotated[
-        bool, typer.Option("--once", help="End with the first ring, in place of joining the next.")
-    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="End with the first ring instead of joining the next.")] = False,
     control: Annotated[str, typer.Option(hidden=True)] = "",
     listen: Annotated[str, typer.Option(hidden=True)] = "",
     threads: Annotated[int, typer.Option(min=1, hidden=True)] = 1,
     pin: Annotated[int | None, typer.Option(hidden=True)] = None,
     stdin_key: Annotated[bool, typer.Option("--stdin-key", hidden=True)] = False,
     log_level: Annotated[
-        LogLevel | None, typer.Option(help="Least severe log line to show. [default: info]", show_default=False)
+        LogLevel | None, typer.Option(help="Minimum severity of log lines. [default: info]", show_default=False)
     ] = None,
 ) -> None:
     """Serve one node of a topology, ring after ring, until it is stopped."""
@@ -424,11 +464,11 @@ _Topology = Annotated[Path, typer.Argument(help="The topology file.")]
 def plan(
     topology: _Topology,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Also other splits, and what a device more or less would bring.")
+        bool, typer.Option("--explain", help="Also show other splits, and what one device more or less would bring.")
     ] = False,
     objective: Annotated[
         Objective | None,
-        typer.Option(help="For several users, or for one. [default: as the topology says]", show_default=False),
+        typer.Option(help="Plan for several users, or for one. [default: as the topology says]", show_default=False),
     ] = None,
     users: Annotated[
         int | None,
@@ -437,7 +477,7 @@ def plan(
         ),
     ] = None,
     forget: Annotated[
-        bool, typer.Option("--forget", help="Forget what the nodes measured: they measure before the next ring.")
+        bool, typer.Option("--forget", help="Forget what the nodes measured; they measure again before the next ring.")
     ] = False,
     as_json: _Json = False,
 ) -> None:
@@ -453,10 +493,8 @@ def plan(
 @app.command()
 def serve(
     topology: _Topology,
-    even_split: Annotated[
-        bool, typer.Option("--even-split", help="Share auto layers evenly, not as they are planned.")
-    ] = False,
-    log_level: Annotated[LogLevel, typer.Option(help="Least severe log line to show.")] = LogLevel.INFO,
+    even_split: Annotated[bool, typer.Option("--even-split", help=_SPLIT_HELP)] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="Minimum severity of log lines.")] = LogLevel.INFO,
 ) -> None:
     """Serve a topology on its Starter, with the HTTP API, until it is stopped."""
     from mdiq.cli.serve import serve as execute
@@ -467,7 +505,7 @@ def serve(
 
 @app.command()
 def status(topology: _Topology, as_json: _Json = False) -> None:
-    """Show the ring that mdiq serve keeps up on this machine; exit with 1 when it does not serve."""
+    """Show the ring that mdiq serve keeps up on this machine; exit with 1 while it does not serve."""
     from mdiq.cli.admin import status as execute
 
     raise typer.Exit(execute(topology, as_json=as_json))
@@ -479,7 +517,7 @@ def drain(
     node: Annotated[str, typer.Argument(help="A node of the ring.")],
     undo: Annotated[bool, typer.Option("--undo", help="Let the node in again.")] = False,
 ) -> None:
-    """Take a node out of the ring when what runs there is done; the others take its layers."""
+    """Take a node out of the ring once its work is done; the others take its layers."""
     from mdiq.cli.admin import drain as execute
 
     raise typer.Exit(execute(topology, node, undo=undo))
@@ -487,19 +525,19 @@ def drain(
 
 @app.command()
 def reload(topology: _Topology) -> None:
-    """Have mdiq serve read its topology again; a node that is not in it any more is cut off."""
+    """Have mdiq serve read its topology again; a node that is no longer in it is cut off."""
     from mdiq.cli.admin import reload as execute
 
     raise typer.Exit(execute(topology))
 
 
 _cache = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(_cache, name="cache", help="Show what the cache holds, or forget it.")
+app.add_typer(_cache, name="cache", help="Show what the cache holds, or clear it.")
 
 
 @_cache.command("list")
 def cache_list(as_json: _Json = False) -> None:
-    """Show models, packed weights and copies of weights in the cache: what is forgotten next comes first."""
+    """Show models, packed weights and copies of weights in the cache, in the order in which they will be removed."""
     from mdiq.cli.cache import show
 
     raise typer.Exit(show(as_json=as_json))
@@ -513,7 +551,7 @@ def cache_clear(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
 ) -> None:
-    """Remove from the cache what no process uses."""
+    """Remove everything from the cache that no process uses."""
     from mdiq.cli.cache import clear
 
     logging.configure(LogLevel.WARNING.value, node="")

@@ -1,1 +1,1 @@
-"""The pure core: values and state machines. No I/O, no clock, no torch; see HOUSE in README.md."""
+"""The pure core: values and state machines. No I/O, no clock, no torch; see House in CONTRIBUTING.md."""

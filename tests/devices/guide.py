@@ -10,16 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.devices.conftest import ROOT, UP_S, Shelf, must, run
+from tests.docs.book import commands_of
 
 CHECKOUT = ("mdiq", "nodes", "pyproject.toml", "README.md", "LICENSE")
 MODEL_THERE = "~/.cache/mdiq/models/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def commands_of(text: str) -> list[str]:
-    """Return the commands of a README's bash blocks, without comments, long ones in one line."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines if line.strip()]
 
 
 @dataclass(slots=True)

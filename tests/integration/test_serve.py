@@ -3,9 +3,11 @@
 import asyncio
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import yaml
 
 from nodes.loopback import LoopbackRing
+from tests.docs.book import PAGES, commands_of, text_of
 from tests.integration.conftest import mdiq_command, run_mdiq
 
 pytestmark = pytest.mark.timeout(400)  # a ring is formed several times
@@ -123,6 +126,19 @@ def test_users_beside_each_other_get_what_one_process_answers(served: Served, ex
     status = served.status()
     assert status["requests"]["running"] == 0 and status["requests"]["done"] >= 3
     assert all(node["rss_bytes"] > 0 and node["bytes_out"] > 0 for node in status["nodes"])
+
+
+def test_the_pages_requests_are_answered(served: Served) -> None:
+    """Each `curl` of the pages, sent to this ring's port; JSON is what curl sends without saying so."""
+    requests = {command for page in PAGES for command in commands_of(text_of(page)) if command.startswith("curl ")}
+    assert requests
+    for command in requests:
+        _, address, flag, body = shlex.split(command)
+        assert address.startswith("http://127.0.0.1:8080/") and flag == "-d"
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        request = urllib.request.Request(address.replace("8080", "17480"), body.encode(), headers)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            assert json.load(response)["choices"][0]["message"]["content"]
 
 
 def test_a_drained_node_leaves_the_others_its_layers_and_comes_back(served: Served, expected: str) -> None:
