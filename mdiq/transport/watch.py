@@ -1,10 +1,9 @@
 """What libzmq does in the background of a socket: who comes, who was refused, and connections that it gives up.
 
 A ListenerWatch bounds the connections of a socket that listens; see room.py. A ServerWatch is that of a secured one. It
-learns the addresses of peers that fail before the Gate is asked. libzmq does not tell them, and has often closed such a
-connection before anybody can look. So a filter in the kernel holds back what a new peer sends until its address is
-read; TCP then sends it again, which takes a new connection about 0.2 s. Without the filter (a kernel that refuses it)
-all works but for addresses.
+logs peers that fail before the Gate is asked. libzmq does not tell their addresses, which are read from the connection
+as soon as it is accepted. A peer that sends junk at once may be gone by then: its address is "unknown" in the log, and
+never that of another peer whose connection has the same descriptor.
 
 A ClientWatch connects anew where libzmq does not: after a refusal, or bytes that somebody garbled, its session is over.
 It also looks names up, which libzmq would do in a bad place; see names.py.
@@ -13,7 +12,6 @@ Nobody asks for HANDSHAKE_FAILED_PROTOCOL, which would say more: libzmq 4.3.5 al
 loses the error by telling it, so that the connection hangs instead of ending.
 """
 
-import array
 import asyncio
 import contextlib
 import errno
@@ -21,7 +19,6 @@ import itertools
 import os
 import socket as sockets
 import struct
-import time
 
 import structlog
 import zmq
@@ -48,73 +45,43 @@ LOOK_AGAIN_S = 5.0
 SLOW_S = 5.0
 UNKNOWN = "unknown"
 _NUMBERS = itertools.count()
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; Python has no names for them
-# Classic BPF, run on each TCP segment from its header on: keep those that are no longer than their header.
-_HOLD_BACK = [
-    (0x80, 0, 0, 0),  # A = length of the segment
-    (0x02, 0, 0, 0),  # M[0] = A
-    (0x30, 0, 0, 12),  # A = byte 12 of the header
-    (0x74, 0, 0, 4),  # A >>= 4: the header's length in words
-    (0x64, 0, 0, 2),  # A <<= 2
-    (0x07, 0, 0, 0),  # X = A
-    (0x60, 0, 0, 0),  # A = M[0]
-    (0x1D, 0, 1, 0),  # if A == X go on, else skip one
-    (0x06, 0, 0, 0xFFFFFFFF),  # keep
-    (0x06, 0, 0, 0),  # drop
-]
 
 
 class Watch:
-    """Reads the events of one socket in a task of its own, from ``start`` to ``aclose``."""
+    """Reads the events of one socket as soon as they come, from ``start`` to ``aclose``."""
 
     _EVENTS = 0
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
-        self._monitor: zmq.asyncio.Socket | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
 
     def start(self) -> None:
         """Begin to watch; before the socket binds or connects."""
-        self._monitor = self._socket.get_monitor_socket(self._EVENTS, f"inproc://mdiq-watch-{next(_NUMBERS)}")
-        self._task = asyncio.create_task(self._run(self._monitor), name="watch")
+        address = f"inproc://mdiq-watch-{next(_NUMBERS)}"
+        self._socket.monitor(address, self._EVENTS)
+        # A plain socket: that of zmq.asyncio takes some rounds of the loop more until an event is seen.
+        self._monitor = self._socket.context.socket(zmq.PAIR, socket_class=zmq.Socket)
+        self._monitor.connect(address)
+        asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._take_in)
+        self._take_in()
 
     async def aclose(self) -> None:
         """Stop watching; the socket can be closed then."""
-        if self._task is not None and self._monitor is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        if self._monitor is not None and not self._monitor.closed:
+            asyncio.get_running_loop().remove_reader(self._monitor.fileno())
             if not self._socket.closed:
                 self._socket.disable_monitor()
             self._monitor.close(linger=0)
 
-    async def _run(self, monitor: zmq.asyncio.Socket) -> None:
-        try:
-            while True:
-                # Polling, unlike receiving, loses nothing when its time is up.
-                if not await monitor.poll(self._wait_ms()):
-                    self._time_is_up()
-                    continue
-                self._take_in()
-        except Exception as error:
-            log.error("watch_failed", error=repr(error))
-            raise
-
     def _take_in(self) -> None:
-        """Handle the events that have come so far."""
+        """Handle the events that have come so far. libzmq wakes us again only after a look that found none."""
         assert self._monitor is not None, "start comes first"
-        plain: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor.underlying)
         with contextlib.suppress(zmq.Again):
             while True:
-                head, _ = plain.recv_multipart(zmq.NOBLOCK)
+                head, _ = self._monitor.recv_multipart(zmq.NOBLOCK)
                 event, value = struct.unpack("=Hi", head)
                 self._handle(event, value)
-
-    def _wait_ms(self) -> int | None:
-        return None
-
-    def _time_is_up(self) -> None:
-        """Nothing to do unless ``_wait_ms`` gives a time."""
 
     def _handle(self, event: int, value: int) -> None:
         raise NotImplementedError
@@ -168,6 +135,7 @@ class ServerWatch(ListenerWatch):
         self._domain = domain
         self._refusals = refusals
         self._shaking: dict[int, str] = {}  # connections whose handshake goes on: their descriptor and peer
+        self._accepted: set[int] = set()  # of these: those that were accepted since the events were last all read
         self._num_succeeded = 0  # of these; libzmq does not say which
         self._num_unlisted = 0  # refused by the Gate, which has logged them, and not yet disconnected
         self._reason: str | None = None
@@ -194,13 +162,16 @@ class ServerWatch(ListenerWatch):
         except (zmq.ZMQError, TimeoutError) as error:
             raise TransportError(f"{endpoint}: cannot listen again behind a revocation: {error}; restart") from None
 
+    def _take_in(self) -> None:
+        super()._take_in()
+        self._accepted.clear()
+
     def _handle(self, event: int, value: int) -> None:
         super()._handle(event, value)
         match event:
-            case zmq.EVENT_LISTENING:
-                _hold_back(value)
             case zmq.EVENT_ACCEPTED:
-                self._shaking[value] = _let_go(value)
+                self._shaking[value] = _address(value)
+                self._accepted.add(value)
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_gate_missing = False
                 self._num_succeeded += 1
@@ -228,6 +199,10 @@ class ServerWatch(ListenerWatch):
         libzmq tells of a failure and of the end of its connection in a row, but not for keys that the Gate has refused.
         """
         address = self._shaking.pop(connection, None)
+        if connection in self._accepted:
+            # libzmq tells of the end before it closes, so an address that is read while no end is told is right. Here
+            # the end may have been waiting to be read, and the descriptor been another connection's already.
+            address = UNKNOWN
         reason, self._reason = self._reason, None
         if reason is None and self._num_unlisted and address is not None:
             if self._refusals.has_noted_key(self._domain, address):
@@ -261,7 +236,7 @@ class ClientWatch(Watch):
         super().__init__(socket)
         self._endpoint = endpoint
         self._retry_s = retry_s
-        self._retry_at: float | None = None
+        self._retry: asyncio.TimerHandle | None = None
         self._is_told = False
         self._name = name_in(endpoint)
         self._naming: asyncio.Task[None] | None = None
@@ -287,30 +262,30 @@ class ClientWatch(Watch):
         if self._naming is not None:
             self._naming.cancel()
             await asyncio.gather(self._naming, return_exceptions=True)
+        self._retry_no_more()
         await super().aclose()
 
-    def _wait_ms(self) -> int | None:
-        return None if self._retry_at is None else max(0, round((self._retry_at - time.monotonic()) * 1e3))
+    def _connect_anew(self) -> None:
+        self._tell("peer_not_trusted", "it has another key than its public_key in the topology, or bytes are garbled")
+        self._disconnect()
+        self._connect()
 
-    def _time_is_up(self) -> None:
-        if self._retry_at is not None and time.monotonic() >= self._retry_at:
-            self._retry_at = None
-            self._tell(
-                "peer_not_trusted", "it has another key than its public_key in the topology, or bytes are garbled"
-            )
-            self._disconnect()
-            self._connect()
+    def _retry_no_more(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
 
     def _handle(self, event: int, value: int) -> None:
         match event:
             case zmq.EVENT_DISCONNECTED:
                 self._is_away.set()
-                self._retry_at = time.monotonic() + self._retry_s  # unless libzmq says that it tries itself
+                self._retry_no_more()
+                # unless libzmq says that it tries itself
+                self._retry = asyncio.get_running_loop().call_later(self._retry_s, self._connect_anew)
             case zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED:
-                self._retry_at = None
+                self._retry_no_more()
             case zmq.EVENT_CONNECTED:
                 self._is_away.clear()
-                self._retry_at = None
+                self._retry_no_more()
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_told = False
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -354,7 +329,7 @@ class ClientWatch(Watch):
             if self._address:
                 self._disconnect()
             self._address = address
-            self._retry_at = None
+            self._retry_no_more()
             try:
                 self._connect()
             except zmq.ZMQError as error:
@@ -368,26 +343,6 @@ class ClientWatch(Watch):
     def _disconnect(self) -> None:
         with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
             self._socket.disconnect(self._address)
-
-
-def _hold_back(listener: int) -> None:
-    """Have new connections of a listener deliver nothing before ``_let_go``; they inherit its filter."""
-    code = array.array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in _HOLD_BACK))
-    program = struct.pack("@HP", len(_HOLD_BACK), code.buffer_info()[0])
-    try:
-        with borrowed(listener) as socket:
-            socket.setsockopt(sockets.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-    except OSError as error:
-        log.info("addresses_may_be_unknown", error=error.strerror)
-
-
-def _let_go(connection: int) -> str:
-    """Let a new connection deliver, and return its peer's address."""
-    address = _address(connection)
-    # libzmq owns the descriptor and may have closed it: then it is nothing, or another socket, which this cannot harm.
-    with contextlib.suppress(OSError), borrowed(connection) as socket:  # also where there was no filter
-        socket.setsockopt(sockets.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-    return address
 
 
 def _address(connection: int) -> str:
