@@ -79,7 +79,7 @@ class _Service:
         self._notifier.stopping("ends")
 
     async def _rings(self) -> None:
-        from mdiq.engine.device import return_free_memory
+        from mdiq.engine.memory import return_free_memory
 
         log.info("waits_for_starter", control=self._options.control)
         while await self._one_ring():

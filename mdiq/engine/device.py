@@ -1,17 +1,12 @@
-"""Device, dtype and memory: which a Node uses and how much is free."""
+"""Device and dtype: which a Node uses, and how much memory is free there."""
 
 import contextlib
-import ctypes
 import functools
-import gc
-import mmap
-import os
-import re
 from pathlib import Path
 
-import psutil
 import torch
 
+from mdiq.engine.memory import machine_free_bytes
 from mdiq.engine.tensors import DTYPES
 from mdiq.errors import ConfigError
 
@@ -61,113 +56,9 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes that can be taken on the device: for the CPU, what the machine and the cgroup leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return max(min(psutil.virtual_memory().available, _cgroup_free_bytes()), 0)
-
-
-def return_free_memory(*, collect: bool = False) -> None:
-    """Give memory that was freed back to the system; the C library keeps blocks below some size to itself.
-
-    collect: first find what only circles of references keep alive: tasks and callbacks of a Ring that has ended.
-    """
-    if collect:
-        gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    return machine_free_bytes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether torch, or Python, could not allocate: on the CPU torch has no class for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def drop_pages(tensor: torch.Tensor) -> None:
-    """Let the pages go that hold a tensor of a mapped file; who touches them again reads them from the file."""
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    count = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if count > 0:
-        _drop(first, count)
-
-
-def drop_library(name: str) -> None:
-    """Let the pages of a shared library go that were never written: it did its work, and is read again if need be."""
-    with contextlib.suppress(OSError):
-        found: tuple[int, int] | None = None
-        for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
-            if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \S+ *(.*)", line):
-                start, stop, rights, path = mapping.groups()
-                is_its = Path(path).name.startswith(name) and "w" not in rights
-                found = (int(start, 16), int(stop, 16)) if is_its else None
-            # What the loader wrote and then locked lies in the file as it was before.
-            elif found is not None and re.fullmatch(r"Private_Dirty: +0 kB", line):
-                _drop(found[0], found[1] - found[0])
-
-
-def _drop(first: int, count: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(count), mmap.MADV_DONTNEED)
-
-
-_last_rss_bytes = 0
-
-
-def rss_bytes() -> int:
-    """Return this process's resident memory; what it was last where it cannot be read: no descriptor may be left."""
-    global _last_rss_bytes
-    with contextlib.suppress(OSError):
-        _last_rss_bytes = psutil.Process(os.getpid()).memory_info().rss
-    return _last_rss_bytes
-
-
-def reset_peak() -> bool:
-    """Begin to count ``peak_bytes`` anew; return whether the kernel lets us."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_bytes() -> int:
-    """Return the most resident memory that this process has had since ``reset_peak``."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
-            return int(found[1]) * 1024
-    return rss_bytes()
-
-
-def _cgroup_free_bytes() -> int:
-    """Return what the memory limits of this process's cgroups leave; a very large number without a limit."""
-    free = 1 << 62
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return free
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        group = root / path.lstrip("/")
-        # A limit binds all groups below it.
-        for folder in (group, *group.parents):
-            if folder == root.parent:
-                break
-            try:
-                limit = (folder / names[0]).read_text().strip()
-                if limit != "max":
-                    free = min(free, int(limit) - int((folder / names[1]).read_text()) + _cache_bytes(folder))
-            except (OSError, ValueError):
-                continue
-    return free
-
-
-def _cache_bytes(folder: Path) -> int:
-    """Return the page cache of a cgroup: it counts as used, and the kernel gives it up when memory is wanted."""
-    try:
-        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(fields.get("inactive_file", fields.get("total_inactive_file", "0")))

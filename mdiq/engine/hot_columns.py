@@ -19,11 +19,11 @@ import torch
 
 from mdiq.core.types import SeqId
 from mdiq.engine.checkpoint import Checkpoint
-from mdiq.engine.device import return_free_memory
 from mdiq.engine.kernels import Linear
 from mdiq.engine.kv_cache import KvCache
 from mdiq.engine.layer_loading import make_norm, plain_layer
 from mdiq.engine.layers import Rope, Span, activated, attention_over, run_layer
+from mdiq.engine.memory import return_free_memory
 from mdiq.engine.quantize import num_hot
 from mdiq.engine.sample_text import sample_text
 from mdiq.engine.tokenizer import Tokenizer

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from mdiq.engine.device import drop_pages
 from mdiq.engine.gguf_blocks import BLOCK, q6_values, scale_and_offset
 from mdiq.engine.hot_split import HotSplit
 from mdiq.engine.llvm_int4 import LlvmInt4, LlvmInt4Wide, LlvmQ4K, LlvmQ4KWide, LlvmQ6K, LlvmQ6KWide
 from mdiq.engine.llvm_int8 import LlvmInt8
+from mdiq.engine.memory import drop_pages
 from mdiq.engine.quantize import PackedFile, unpack_int4
 
 _LEVELS = 127  # of an activation rounded to 8 bits, above and below 0

@@ -17,7 +17,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from mdiq.cache import write_whole
-from mdiq.engine.device import cpu_flags, drop_library
+from mdiq.engine.device import cpu_flags
+from mdiq.engine.memory import drop_library
 
 Value = Any
 """Of the function being built: llvmlite gives its classes no types."""

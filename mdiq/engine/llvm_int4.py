@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from mdiq.engine.device import cpu_flags, drop_pages
+from mdiq.engine.device import cpu_flags
 from mdiq.engine.gguf_blocks import BLOCK, GROUP
 from mdiq.engine.llvm_matmul import CompiledMatmul, compiled
+from mdiq.engine.memory import drop_pages
 from mdiq.engine.quantize import PackedFile
 
 

@@ -10,7 +10,6 @@ import torch
 
 from mdiq.core.types import LayerRange
 from mdiq.engine.checkpoint import Checkpoint, Tensors
-from mdiq.engine.device import reset_peak, return_free_memory
 from mdiq.engine.hot_columns import hot_columns
 from mdiq.engine.kernel_choice import KernelChoice
 from mdiq.engine.kernels import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
@@ -19,6 +18,7 @@ from mdiq.engine.layer_loading import ROLES, make_norm, packed_layer, plain_laye
 from mdiq.engine.layers import Activate, LayerWeights, Norm, Rope, Span, activated, attention_over, run_layer
 from mdiq.engine.llvm_activation import CompiledActivation
 from mdiq.engine.llvm_attention import CompiledAttention
+from mdiq.engine.memory import reset_peak, return_free_memory
 from mdiq.engine.quantize import FORMATS, PackedModel
 
 

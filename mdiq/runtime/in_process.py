@@ -9,8 +9,8 @@ from mdiq.core import control
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, SeqId
 from mdiq.core.wire import hop_key
-from mdiq.engine.device import rss_bytes
 from mdiq.engine.measure import measure_cost
+from mdiq.engine.memory import rss_bytes
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import MdiqError
 from mdiq.plan.pace import StageCost

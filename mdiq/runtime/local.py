@@ -20,9 +20,10 @@ from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, RingSpec, SeqId
 from mdiq.core.wire import hop_key
 from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.device import choose_device, free_bytes, peak_bytes, reset_peak, return_free_memory, rss_bytes
+from mdiq.engine.device import choose_device, free_bytes
 from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head, measure_packing
+from mdiq.engine.memory import peak_bytes, reset_peak, return_free_memory, rss_bytes
 from mdiq.engine.quantize import chosen_format
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.wire_check import check_tokens, divergence_nats

@@ -22,8 +22,9 @@ from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
-from mdiq.engine.device import choose_device, free_bytes, peak_bytes, reset_peak, rss_bytes
+from mdiq.engine.device import choose_device, free_bytes
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
+from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError, TransportError, first_of
 from mdiq.runtime.engine_worker import make_worker, wire_limits

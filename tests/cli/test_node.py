@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mdiq.cli.node import _Service
-from mdiq.engine import device
+from mdiq.engine import memory
 from mdiq.runtime import node
 from mdiq.runtime.lifecycle import Notifier
 
@@ -40,7 +40,7 @@ async def test_memory_goes_back_when_nothing_refers_to_the_ring_any_more(monkeyp
         loop.call_soon_threadsafe(freed.put_nowait, FakeProcess.held[-1]() is None)
 
     monkeypatch.setattr(node, "NodeProcess", FakeProcess)
-    monkeypatch.setattr(device, "return_free_memory", give_back)
+    monkeypatch.setattr(memory, "return_free_memory", give_back)
     options: Any = type("Options", (), {"control": "tcp://starter"})
     serving = asyncio.create_task(_Service(lambda: options, Notifier(None), once=False)._rings())
     async with asyncio.timeout(5):

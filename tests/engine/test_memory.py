@@ -1,6 +1,6 @@
 """What a process knows of its memory."""
 
-from mdiq.engine.device import peak_bytes, reset_peak, rss_bytes
+from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 
 MIB = 1 << 20
 
