@@ -37,7 +37,7 @@ def main() -> None:
 
 
 async def _measured(spec: dict[str, Any]) -> dict[str, Any]:
-    from mdiq.runtime.local import LocalRing  # torch comes with it: behind the binding to a core
+    from mdiq.runtime.local import LocalRing
 
     options = RingOptions(
         model=Path(spec["model"]),

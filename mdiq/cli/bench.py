@@ -80,11 +80,10 @@ def execute(options: BenchOptions) -> int:
     threads = options.threads or max(usable_threads() // nodes[-1], 1)
     set_threads(threads)
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    from mdiq.engine.checkpoint import open_checkpoint
+    from mdiq.engine.model_config import read_config
 
     model = _model(options, console)
-    with open_checkpoint(model) as checkpoint:
-        config = checkpoint.config
+    config = read_config(model)
     _check_model(options, cells, config, model)
     if options.pin:
         bind_to_core(core_of(0))

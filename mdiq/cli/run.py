@@ -91,13 +91,12 @@ def execute(options: RunOptions) -> int:
         if not todo:
             console.print(f"{options.out}: all {len(lines)} requests are done already")
             return 0
-        from mdiq.engine.checkpoint import open_checkpoint
+        from mdiq.engine.model_config import read_config
         from mdiq.engine.model_source import find_model
         from mdiq.engine.tokenizer import Tokenizer
 
         model = find_model(options.model, progress=lambda text: console.print(text, style="dim"))
-        with open_checkpoint(model) as checkpoint:
-            config = checkpoint.config
+        config = read_config(model)
         rings: TopologyRings | None = None
         if loaded is None:
             ring_options = _local_ring(options, model, config, num_nodes, wires, threads)

@@ -21,13 +21,12 @@ from mdiq.engine.checkpoint_files import (
     Place,
     SafetensorsSource,
     Source,
-    read_json,
     read_note,
 )
 from mdiq.engine.families import GGUF_NAMES, LLAMA
 from mdiq.engine.gguf_blocks import Blocks
 from mdiq.engine.gguf_file import GgufFile
-from mdiq.engine.model_config import ModelConfig, config_from_gguf, config_from_hf
+from mdiq.engine.model_config import ModelConfig, config_from_gguf, gguf_file_of, read_config
 from mdiq.errors import ModelError
 
 _NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm")
@@ -306,20 +305,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     note = read_note(path)
     with ExitStack() as opened:
         source: Source
-        where = path / "config.json"
-        # The copy of a split GGUF file, as other nodes have it, is a directory of its parts.
-        parts = sorted(path.glob("*-00001-of-*.gguf")) if path.is_dir() and not where.exists() else []
-        is_gguf = bool(parts) or not path.is_dir()
-        if not is_gguf:
-            config = config_from_hf(read_json(where), str(where))
+        gguf_file = gguf_file_of(path)
+        if gguf_file is None:
+            config = read_config(path)
             source = SafetensorsSource(path)
             opened.callback(source.close)
         else:
-            file = opened.enter_context(GgufFile(parts[0] if parts else path))
+            file = opened.enter_context(GgufFile(gguf_file))
             config, source = config_from_gguf(file), GgufSource(file)
         if note is not None:
             source = PartialSource(source, note, path)
-        checkpoint = Checkpoint(path, config, source, is_gguf=is_gguf)
+        checkpoint = Checkpoint(path, config, source, is_gguf=gguf_file is not None)
         checkpoint.check_names()
         opened.pop_all()
         return checkpoint

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from mdiq.core.weights import PART_SUFFIX, SHA256_BYTES, Manifest, decode
 from mdiq.engine.gguf_blocks import KEPT, Blocks, take_apart
 from mdiq.engine.gguf_file import GgufFile
+from mdiq.engine.model_config import read_json
 from mdiq.errors import ModelError, RemoteProtocolError
 
 _SAMPLE_BYTES = 4096
-_MOST_CONFIG_BYTES = 1 << 20
 _QUANTIZED_KINDS = ("F8", "F6", "F4")
 
 
@@ -280,25 +280,6 @@ class SafetensorsSource:
     def close(self) -> None:
         self._files.clear()
         self._stack.close()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file.
-
-    Raises:
-        ModelError: it is missing, too large, or no JSON object.
-    """
-    try:
-        if path.stat().st_size > 64 * _MOST_CONFIG_BYTES:
-            raise ModelError(f"{path}: it is too large for what it should be; fetch it again")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; give a model directory or a .gguf file") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON ({str(error)[:80]}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object; fetch it again")
-    return value
 
 
 def _shard_names(path: Path) -> list[str]:

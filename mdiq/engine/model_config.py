@@ -1,9 +1,11 @@
 """A model's shape and constants, from a Hugging Face config.json or a GGUF file's metadata. No tensors."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from mdiq.engine.families import FAMILIES, Family
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.errors import ModelError
 
+_MOST_JSON_BYTES = 64 << 20
 T = TypeVar("T")
 
 
@@ -80,6 +83,47 @@ class ModelConfig:
             raise ModelError(f"{where}: {self.num_heads} heads do not share {self.num_kv_heads} KV heads evenly")
         if self.family.has_rotary and self.head_dim % 2:
             raise ModelError(f"{where}: head_dim is {self.head_dim}; rotary embedding needs an even number")
+
+
+def read_config(model: Path) -> ModelConfig:
+    """Return the ModelConfig of a model directory in the Hugging Face layout, or of a .gguf file.
+
+    Raises:
+        ModelError: it is missing, malformed, or of an unsupported kind.
+    """
+    if (path := gguf_file_of(model)) is not None:
+        with GgufFile(path) as file:
+            return config_from_gguf(file)
+    where = model / "config.json"
+    return config_from_hf(read_json(where), str(where))
+
+
+def gguf_file_of(model: Path) -> Path | None:
+    """Return the GGUF file that a model is, or the first of its parts; None for a directory of another layout."""
+    if not model.is_dir():
+        return model
+    # The copy of a split GGUF file, as other nodes have it, is a directory of its parts.
+    parts = [] if (model / "config.json").exists() else sorted(model.glob("*-00001-of-*.gguf"))
+    return parts[0] if parts else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file.
+
+    Raises:
+        ModelError: it is missing, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ModelError(f"{path}: it is too large for what it should be; fetch it again")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}; give a model directory or a .gguf file") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON ({str(error)[:80]}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object; fetch it again")
+    return value
 
 
 def config_from_hf(config: Mapping[str, object], where: str) -> ModelConfig:

@@ -1,6 +1,7 @@
 """Runs Batches on a Stage's part of the model: payloads in, rows out. No sockets; one thread calls it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -8,7 +9,8 @@ import torch
 from mdiq.cache import cache_directory
 from mdiq.core.frame import Batch, Payload, TokenIds
 from mdiq.core.types import LayerRange, SeqId
-from mdiq.engine.checkpoint import open_checkpoint
+from mdiq.core.wire import WireLimits
+from mdiq.engine.checkpoint import Checkpoint, open_checkpoint
 from mdiq.engine.device import choose_device, choose_dtype, free_bytes, is_out_of_memory
 from mdiq.engine.hot_table import hot_columns_from
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
@@ -50,7 +52,7 @@ class StageRunner:
     @classmethod
     def load(
         cls,
-        path: Path,
+        model: Path | Checkpoint,
         layers: LayerRange,
         *,
         is_last: bool,
@@ -67,8 +69,9 @@ class StageRunner:
         hot: Mapping[str, bytes] | None = None,
         progress: Callable[[int, int], object] = lambda *_: None,
     ) -> "StageRunner":
-        """Load Layers ``layers`` of the model at ``path`` and make room for their KV cache.
+        """Load Layers ``layers`` of a model and make room for their KV cache.
 
+        model: where it is, or as somebody has opened it, who closes it.
         kv_tokens: capacity in tokens, or None for what free memory allows. memory_share: the part of the machine's free
         memory that this Stage may plan with. memory_bytes: most that this process may take, or None. weights, exact:
         see WeightSettings. wire: the format of the Hop out of this Stage, or None where the rows stay here. digest:
@@ -83,11 +86,13 @@ class StageRunner:
         if weights != "plain" and torch_device.type != "cpu":
             raise ConfigError(f"--weights {weights}: packed weights run on the CPU only; use --dtype bf16 on {device}")
         folder = cache_directory() if weights != "plain" else Path()  # a user without a home needs none then
-        with open_checkpoint(path) as checkpoint, torch.inference_mode():
+        with ExitStack() as opened, torch.inference_mode():
+            checkpoint = model if isinstance(model, Checkpoint) else opened.enter_context(open_checkpoint(model))
+            path = checkpoint.path
             if digest and checkpoint.digest != digest:
                 raise ModelError(f"{path}: it is not the starter's model (their digests differ); copy it here again")
             try:
-                model = StageModel(
+                stage = StageModel(
                     checkpoint,
                     layers,
                     owns_embedding_and_head=owns_embedding_and_head,
@@ -102,8 +107,13 @@ class StageRunner:
                 raise CapacityError(
                     f"{path}: no memory for layers {layers}; use more nodes or --weights int8"
                 ) from None
-            cache = _make_cache(model.config, layers, torch_dtype, torch_device, kv_tokens, memory_share, memory_bytes)
-        return cls(model, cache, is_last=is_last, dtype=torch_dtype, device=torch_device, wire=wire)
+            cache = _make_cache(stage.config, layers, torch_dtype, torch_device, kv_tokens, memory_share, memory_bytes)
+        return cls(stage, cache, is_last=is_last, dtype=torch_dtype, device=torch_device, wire=wire)
+
+    @property
+    def wire_limits(self) -> WireLimits:
+        """The largest Frame that a Ring of this model may send."""
+        return WireLimits(max_width=self.config.hidden_size, max_context=self.config.context_tokens)
 
     @property
     def owns_embedding(self) -> bool:

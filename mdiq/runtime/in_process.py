@@ -3,23 +3,25 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mdiq.core import control
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, SeqId
 from mdiq.core.wire import hop_key
-from mdiq.engine.measure import measure_cost
 from mdiq.engine.memory import rss_bytes
-from mdiq.engine.runner import StageRunner
 from mdiq.errors import MdiqError
 from mdiq.plan.pace import StageCost
-from mdiq.runtime.engine_worker import make_worker, wire_limits
-from mdiq.runtime.loops import Progress, Worker, loop_failed
+from mdiq.runtime.loops import Progress, Worker, loop_failed, make_worker
 from mdiq.runtime.options import NodeFigures, RingOptions
 from mdiq.runtime.stage_service import StageService
 from mdiq.telemetry.trace import Span, Tracer
 from mdiq.transport.memory import MemoryLink
+
+if TYPE_CHECKING:
+    from mdiq.engine.runner import StageRunner
 
 
 class InProcessStages:
@@ -30,7 +32,6 @@ class InProcessStages:
         options: RingOptions,
         *,
         ring_key: bytes,
-        model_digest: str,
         on_fault: Callable[[control.Fault], None],
         on_lost: Callable[[MdiqError], None],
         on_loading: Callable[[str, int, int], None],
@@ -50,8 +51,12 @@ class InProcessStages:
         self.source = self._links[0]
         self.sink = self._links[1]
 
-    async def start(self) -> Sequence[control.Ready]:
+    async def open(self) -> None:
+        """Nothing of them starts before the model is open."""
+
+    async def start(self, model_digest: str, weights: str) -> Sequence[control.Ready]:
         """Load every Stage, one after the other, and begin to serve; return what each has, in ring order."""
+        self._options = replace(self._options, weights=weights)
         ready: list[control.Ready] = []
         for i in range(1, self._options.num_nodes):
             worker = make_worker(time.monotonic, self._tracers[i - 1], self._options.threads)
@@ -69,7 +74,7 @@ class InProcessStages:
                 self._links[(i + 1) % len(self._links)],
                 receive_key=hop_key(self._ring_key, i),
                 send_key=hop_key(self._ring_key, (i + 1) % len(self._links)),
-                limits=wire_limits(runner),
+                limits=runner.wire_limits,
                 worker=worker,
                 clock=time.monotonic,
                 tracer=self._tracers[i - 1],
@@ -131,7 +136,10 @@ class InProcessStages:
         for worker in self._workers:
             await worker.aclose()
 
-    def _load(self, i: int, progress: Progress) -> tuple[StageRunner, StageCost]:
+    def _load(self, i: int, progress: Progress) -> "tuple[StageRunner, StageCost]":
+        from mdiq.engine.measure import measure_cost
+        from mdiq.engine.runner import StageRunner
+
         options = self._options
         runner = StageRunner.load(
             options.model,

@@ -1,13 +1,16 @@
-"""A whole Ring: the Starter here, the other Stages in child processes, in this process, or on other machines."""
+"""A whole Ring: the Starter here, the other Stages in child processes, in this process, or on other machines.
+
+Torch is imported in the worker's thread, when the other Nodes have begun to start: they take as long for it.
+"""
 
 import asyncio
 import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -19,31 +22,25 @@ from mdiq.core.sequence import Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, RingSpec, SeqId
 from mdiq.core.wire import hop_key
-from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.device import choose_device, free_bytes
-from mdiq.engine.kv_cache import BLOCK_TOKENS
-from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head, measure_packing
-from mdiq.engine.memory import peak_bytes, reset_peak, return_free_memory, rss_bytes
-from mdiq.engine.quantize import chosen_format
-from mdiq.engine.runner import StageRunner
-from mdiq.engine.wire_check import check_tokens, divergence_nats
+from mdiq.engine.memory import return_free_memory, rss_bytes
 from mdiq.errors import MdiqError, first_of
 from mdiq.plan.measured import MeasuredRing, MeasuredStage
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
 from mdiq.plan.wire_choice import AUTO, USUAL, WireCosts, choose_wires
 from mdiq.runtime.cpu_quota import CpuQuota
-from mdiq.runtime.engine_worker import TorchStarter, make_worker, wire_limits
 from mdiq.runtime.in_process import InProcessStages
 from mdiq.runtime.link_survey import survey_hops
-from mdiq.runtime.loops import Worker, loop_failed
+from mdiq.runtime.loops import Worker, loop_failed, make_worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
 from mdiq.runtime.processes import ProcessStages
-from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
 from mdiq.runtime.remote import RemoteStages
 from mdiq.runtime.stages import SocketStages
 from mdiq.runtime.starter_service import NoText, StarterService, StreamEvent, TextPipe
 from mdiq.telemetry.trace import Span, Tracer
+
+if TYPE_CHECKING:
+    from mdiq.runtime.starter_stage import StarterStage
 
 log = structlog.get_logger()
 
@@ -72,17 +69,14 @@ class LocalRing:
         self._on_loading = on_loading
         self._clock = time.monotonic
         self._tracer = Tracer(is_on=options.trace)
-        # Devices, unlike cores of one machine, may have their CPU time rationed.
-        self._least_s = SUSTAINED_S if options.remote is not None else 0.0
         self._worker = make_worker(self._clock, self._tracer, options.threads)
         self._ring_key = secrets.token_bytes(32)
         self._stages: SocketStages | InProcessStages | None = None
-        self._runner: StageRunner | None = None
+        self._stage: StarterStage | None = None
         self._service: StarterService | None = None
         self._serving: asyncio.Task[None] | None = None
         self._quota: CpuQuota | None = None
         self._spec: RingSpec | None = None
-        self._can_peak = False  # the process's peak is this Ring's
         self._costs: list[StageCost] = []
         self._ready: list[control.Ready] = []  # of the others
         self._micro_batches: MicroBatches | None = None
@@ -173,7 +167,7 @@ class LocalRing:
             name=self._name,
             layers=self._options.layers[0],
             rss_bytes=rss_bytes(),
-            weight_bytes=self._runner.weight_bytes if self._runner else 0,
+            weight_bytes=self._stage.runner.weight_bytes if self._stage else 0,
             busy_s=meter.busy_s,
             waiting_s=meter.waiting_s,
             bytes_in=stages.source.bytes_in - bytes_in if stages and stages.source else 0,
@@ -207,23 +201,12 @@ class LocalRing:
 
     async def measured(self) -> MeasuredRing:
         """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
-        runner, options = self._runner, self._options
-        assert runner is not None  # __aenter__ has run
-        head = await self._worker.run_long(
-            lambda progress: measure_head(runner, least_s=self._least_s, progress=progress)
-        )
+        stage, options = self._stage, self._options
+        assert stage is not None  # __aenter__ has run
+        head = await self._worker.run_long(stage.measure_head)
         # Nodes of one machine would each count all of its memory.
         shares = [node.memory_share for node in options.remote.nodes] if options.remote else [1.0] * options.num_nodes
-        own = MeasuredStage(
-            options.node_names[0],
-            len(options.layers[0]),
-            self._costs[0],
-            runner.weight_bytes,
-            runner.kv_bytes_per_token,
-            rss_bytes(),
-            int(shares[0] * free_bytes(choose_device(options.device))),
-            peak_bytes() if self._can_peak else 0,
-        )
+        own = stage.measured(self._costs[0], shares[0])
         stages = [
             MeasuredStage(
                 name,
@@ -240,10 +223,10 @@ class LocalRing:
             )
         ]
         return MeasuredRing(
-            runner.config.num_layers,
+            stage.runner.config.num_layers,
             (own, *stages),
             head,
-            runner.config.hidden_size,
+            stage.runner.config.hidden_size,
             tuple(zip(self._wires, self._links, strict=False)),
         )
 
@@ -262,7 +245,9 @@ class LocalRing:
         if self._quota is not None:
             self._quota.close()
         # The next Ring's Layers may need the room.
-        self._runner = self._service = self._serving = None
+        if self._stage is not None:
+            self._stage.close()
+        self._stage = self._service = self._serving = None
         await asyncio.to_thread(return_free_memory, collect=True)
 
     async def _start_unless_lost(self) -> None:
@@ -281,76 +266,42 @@ class LocalRing:
 
     async def _start(self) -> None:
         options = self._options
-        digest, weights = await self._worker.run_uncounted(partial(_seen, options))
-        # One Node decides: all hold their Layers alike.
-        self._options = options = replace(options, weights=weights)
-        others: list[control.Ready] = []
         if options.num_nodes > 1 or (options.remote is not None and options.remote.standing_by):
             make = _kind_of_stages(options)
             self._stages = make(
                 options,
                 ring_key=self._ring_key,
-                model_digest=digest,
                 on_fault=self._on_fault,
                 on_lost=self._on_lost,
                 on_loading=self._on_loading,
             )
-        self._can_peak = not options.in_process and reset_peak()
-        load = partial(
-            StageRunner.load,
-            options.model,
-            options.layers[0],
-            is_last=options.num_nodes == 1,
-            owns_embedding_and_head=True,
-            dtype=options.dtype,
-            device=options.device,
-            kv_tokens=options.kv_tokens,
-            weights=options.weights,
-            exact=options.exact,
-            wire=options.wire(0),
-            memory_share=options.remote.nodes[0].memory_share if options.remote else 1 / options.num_nodes,
-            memory_bytes=options.remote.nodes[0].memory_bytes if options.remote else None,
-        )
+            await self._stages.open()
+        self._stage = stage = await self._worker.run_uncounted(partial(_open_model, options))
         try:
             async with asyncio.TaskGroup() as tasks:
-                loading = tasks.create_task(
-                    self._worker.run_long(
-                        lambda progress: load(progress=progress), partial(self._on_loading, self._name)
-                    ),
-                    name="load",
-                )
-                starting = tasks.create_task(self._stages.start(), name="stages") if self._stages else None
+                on_loading = partial(self._on_loading, self._name)
+                tasks.create_task(self._worker.run_long(stage.load, on_loading), name="load")
+                if self._stages is not None:
+                    starting = tasks.create_task(self._stages.start(stage.digest, stage.weights), name="stages")
         except* MdiqError as group:
             raise first_of(group) from None
-        self._runner = loading.result()
-        if starting is not None:
-            others = list(starting.result())
+        self._ready = list(starting.result()) if self._stages is not None else []
         if options.cpu is not None:
             # Behind the start of the others: a child begins in its parent's control group.
             self._quota = CpuQuota.create(self._name, options.cpu)
             self._quota.add(os.getpid())
-        runner = self._runner
-        own_cost = await self._worker.run_long(
-            lambda progress: measure_cost(runner, least_s=self._least_s, progress=progress)
-        )
-        self._ready = others
-        self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in others)]
-        self._spec = RingSpec(
-            num_stages=options.num_nodes,
-            kv_tokens=min([self._runner.kv_capacity_tokens, *(ready.kv_tokens for ready in others)]),
-            context_tokens=self._runner.config.context_tokens,
-            kv_block_tokens=BLOCK_TOKENS,
-        )
-        engine = TorchStarter(self._runner)
+        own_cost = await self._worker.run_long(stage.measure)
+        self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in self._ready)]
+        self._spec = stage.spec(self._ready)
         self._service = service = StarterService(
             RingProtocol(options.ring),
             StageProtocol(),
-            engine,
+            stage.engine,
             self._stages.source if self._stages else None,
             self._stages.sink if self._stages else None,
             receive_key=hop_key(self._ring_key, 0),
             send_key=hop_key(self._ring_key, 1 % options.num_nodes),
-            limits=wire_limits(self._runner),
+            limits=stage.runner.wire_limits,
             worker=self._worker,
             clock=self._clock,
             tracer=self._tracer,
@@ -368,7 +319,7 @@ class LocalRing:
             return
         delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
         await self._plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * options.num_nodes)
-        await self._begin_epoch(await self._choose_wires(engine))
+        await self._begin_epoch(await self._choose_wires(stage))
 
     @property
     def _first_wires(self) -> tuple[str, ...]:
@@ -376,13 +327,17 @@ class LocalRing:
         options = self._options
         return tuple(options.wire(i) or USUAL for i in range(options.num_nodes)) if options.num_nodes > 1 else ()
 
-    async def _choose_wires(self, engine: TorchStarter) -> tuple[str, ...]:
+    async def _choose_wires(self, stage: "StarterStage") -> tuple[str, ...]:
         """Return the format of each Hop; where i8 is in question, try it first."""
+        from mdiq.engine.measure import measure_packing
+        from mdiq.engine.wire_check import check_tokens, divergence_nats
+        from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
+
         options, first = self._options, self._first_wires
         if not self._links or AUTO not in options.wanted_wires:
             return first
-        assert self._runner is not None and self._spec is not None  # the Ring is loaded and paced
-        config = self._runner.config
+        assert self._spec is not None  # the Ring is paced
+        config = stage.runner.config
         packing = await self._worker.run_uncounted(partial(measure_packing, config.hidden_size))
         costs = WireCosts(config.hidden_size, self._costs, self._spec.cap(self._spec.max_live), packing)
         choose = partial(choose_wires, options.wanted_wires, self._links, costs)
@@ -393,7 +348,7 @@ class LocalRing:
         logits = []
         for tried in (first, wires):
             await self._begin_epoch(tried)
-            logits.append(await rehearse(self.service, engine, tokens))
+            logits.append(await rehearse(self.service, stage.engine, tokens))
         self.wire_check_nats = divergence_nats(*logits)
         if self.wire_check_nats <= options.most_divergence_nats:
             return wires
@@ -404,8 +359,8 @@ class LocalRing:
 
     async def _begin_epoch(self, wires: tuple[str, ...]) -> None:
         """Have every Stage serve in a new Epoch with these formats; figures count from here on."""
-        assert self._runner is not None and self._spec is not None  # the Ring is loaded and paced
-        options = self._options
+        assert self._stage is not None and self._spec is not None  # the Ring is loaded and paced
+        options, runner = self._options, self._stage.runner
         self._epoch = Epoch(self._epoch + 1)
         self._wires = wires
         if options.exact and options.rounds(wires):
@@ -413,8 +368,8 @@ class LocalRing:
         if self._stages is not None:
             await self._stages.begin(self._epoch, wires)
         if wires:
-            self._runner.set_wire(wires[0])
-        await self._worker.run_uncounted(self._runner.reset)
+            runner.set_wire(wires[0])
+        await self._worker.run_uncounted(runner.reset)
         self.service.begin_epoch(self._epoch, self._spec)
         self.service.ring.reset_counts()
         self._worker.reset_meter()
@@ -452,10 +407,10 @@ class LocalRing:
             self._on_lost(loop_failed("starter", error))
 
 
-def _seen(options: RingOptions) -> tuple[str, str]:
-    """Return the model's digest, and how its weights are to be held."""
-    with open_checkpoint(options.model) as checkpoint:
-        return checkpoint.digest, chosen_format(options.weights, checkpoint, choose_device(options.device))
+def _open_model(options: RingOptions) -> "StarterStage":
+    from mdiq.runtime.starter_stage import StarterStage
+
+    return StarterStage(options)
 
 
 def _kind_of_stages(options: RingOptions) -> type[RemoteStages] | type[InProcessStages] | type[ProcessStages]:

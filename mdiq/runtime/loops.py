@@ -159,6 +159,17 @@ class Worker:
         self._jobs.discard(job)
 
 
+def make_worker(clock: Clock, tracer: Tracer, threads: int) -> Worker:
+    """Return the Node's worker; its thread count is set inside the thread too, since torch keeps it per thread."""
+
+    def initialize() -> None:
+        import torch  # if nobody has yet, it is the first job of this thread that waits for it
+
+        torch.set_num_threads(threads)
+
+    return Worker(clock, tracer, initialize)
+
+
 def loop_failed(name: str, error: BaseException) -> MdiqError:
     """Return why the Ring ends when a loop of this name has failed; what nobody has foreseen is logged whole."""
     first = first_of(error)

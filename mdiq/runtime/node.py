@@ -27,8 +27,8 @@ from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError, TransportError, first_of
-from mdiq.runtime.engine_worker import make_worker, wire_limits
 from mdiq.runtime.lifecycle import Notifier
+from mdiq.runtime.loops import make_worker
 from mdiq.runtime.options import RingPeers
 from mdiq.runtime.stage_service import StageService
 from mdiq.telemetry.trace import Tracer
@@ -261,7 +261,7 @@ class NodeProcess:
             self._sink,
             receive_key=assign.receive_key,
             send_key=assign.send_key,
-            limits=wire_limits(runner),
+            limits=runner.wire_limits,
             worker=self.worker,
             clock=self._clock,
             tracer=self._tracer,

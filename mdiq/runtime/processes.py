@@ -32,7 +32,6 @@ class ProcessStages(SocketStages):
         options: RingOptions,
         *,
         ring_key: bytes,
-        model_digest: str,
         on_fault: Callable[[control.Fault], None],
         on_lost: Callable[[MdiqError], None],
         on_loading: Callable[[str, int, int], None],
@@ -40,7 +39,6 @@ class ProcessStages(SocketStages):
         super().__init__(
             options,
             ring_key=ring_key,
-            model_digest=model_digest,
             on_fault=on_fault,
             on_lost=on_lost,
             on_loading=on_loading,
@@ -50,19 +48,23 @@ class ProcessStages(SocketStages):
         self._quotas: list[CpuQuota] = []
         self._relays: RelayProcess | None = None
 
-    async def start(self) -> Sequence[control.Ready]:
-        """Start the processes and have them load; return what each has, in ring order.
+    async def open(self) -> None:
+        """Start the processes, which import what they need and join.
 
         Raises:
-            MdiqError: a port, a process or a model failed; the message names the Node.
+            MdiqError: a port or a process failed; the message names the Node.
         """
         self.source = await PullSource.bind(self._context, _listen(self._options, 0))
         server = await RouterServer.bind(self._context, "tcp://127.0.0.1:0")
-        coordinator = self._coordinate(server, self._control_key)
+        self._coordinate(server, self._control_key)
         for i, node in enumerate(self._names, 1):
             child = await self._spawn(node, i, server.endpoint)
             self._children[node] = child
             self._run(self._watch(node, child), f"watch-{node}")
+
+    async def _join_and_load(self) -> Sequence[control.Ready]:
+        assert self._coordinator is not None and self.source is not None  # open has run
+        coordinator = self._coordinator
         hellos = await coordinator.all_joined()
         endpoints = [hellos[node].data_endpoint for node in self._names] + [self.source.endpoint]
         if self._options.link is not None:

@@ -11,8 +11,8 @@ import torch
 
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.errors import MdiqError, first_of
-from mdiq.runtime.engine_worker import TorchStarter
 from mdiq.runtime.starter_service import StarterService
+from mdiq.runtime.starter_stage import TorchStarter
 
 NUM_PIECES = 2
 PIECE_TOKENS = 32
@@ -30,7 +30,7 @@ class PieceScript:
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
 
     def take(self, logits: torch.Tensor, sequences: AbstractSequence[Sequence]) -> list[int]:
-        """Return the tokens that follow; see engine_worker.Script."""
+        """Return the tokens that follow; see starter_stage.Script."""
         places = [(sequence.index, sequence.num_tokens) for sequence in sequences]
         self._logits.update(zip(places, logits, strict=True))
         return [self._pieces[index][position] for index, position in places]

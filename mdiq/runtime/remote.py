@@ -20,9 +20,6 @@ from mdiq.core import control
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange, NodeId
 from mdiq.core.weights import PIECE_BYTES
-from mdiq.engine.hot_table import hot_table, of_layers
-from mdiq.engine.quantize import FORMATS
-from mdiq.engine.weight_map import map_weights
 from mdiq.errors import MdiqError, TransportError, first_of
 from mdiq.runtime.options import RemoteRing, StandingBy
 from mdiq.runtime.stages import SocketStages
@@ -42,13 +39,11 @@ class RemoteStages(SocketStages):
     _gate: Gate | None = None
     _weights: RouterServer | None = None
 
-    async def start(self) -> Sequence[control.Ready]:
-        """Wait for the Nodes, have them fetch and load their Layers; return what each has, in ring order.
-
-        Without any Node, the Starter only tells those that stand by that they do.
+    async def open(self) -> None:
+        """Listen to the Nodes; without any, the Starter only tells those that stand by that they do.
 
         Raises:
-            MdiqError: a port cannot be used, Nodes are missing, or one failed; the message names it.
+            MdiqError: a port cannot be used.
         """
         ring = self._ring
         if ring.secret is not None:
@@ -57,14 +52,14 @@ class RemoteStages(SocketStages):
         server = await RouterServer.bind(
             self._context, listen(ring.control_endpoint), security=self._server_security(CONTROL), insecure=insecure
         )
-        coordinator = self._coordinate(
+        self._coordinate(
             server,
             control.CHECKSUM_KEY,
             drains_strangers=True,
             standing_by=_reasons(ring.standing_by),
         )
         if not self._names:
-            return []
+            return
         self.source = await PullSource.bind(
             self._context, listen(ring.nodes[0].data_endpoint), security=self._server_security(DATA), insecure=insecure
         )
@@ -75,6 +70,13 @@ class RemoteStages(SocketStages):
             security=self._server_security(WEIGHTS),
             insecure=insecure,
         )
+
+    async def _join_and_load(self) -> Sequence[control.Ready]:
+        """Wait for the Nodes, have them fetch and load their Layers."""
+        ring, coordinator = self._ring, self._coordinator
+        assert coordinator is not None  # open has run
+        if self._weights is None:
+            return []
         try:
             async with asyncio.TaskGroup() as tasks:
                 preparing = tasks.create_task(self._prepare(self._weights), name="prepare-weights")
@@ -89,7 +91,7 @@ class RemoteStages(SocketStages):
             self._context,
             following.data_endpoint,
             security=self._client_security(following.public_key),
-            insecure=insecure,
+            insecure=ring.insecure,
         )
         assignments = {node: self._remote_assignment(i, hot) for i, node in enumerate(self._names, 1)}
         ready = await coordinator.assign(assignments)
@@ -137,6 +139,10 @@ class RemoteStages(SocketStages):
 
     async def _prepare(self, server: RouterServer) -> Mapping[str, bytes]:
         """Begin to serve weights; return the hot columns of packed ones, found first if they never were."""
+        from mdiq.engine.hot_table import hot_table
+        from mdiq.engine.quantize import FORMATS
+        from mdiq.engine.weight_map import map_weights
+
         options = self._options
         weights = await asyncio.to_thread(map_weights, options.model)
         rate = self._ring.transfer_bytes_per_s
@@ -181,6 +187,8 @@ class RemoteStages(SocketStages):
             await asyncio.gather(telling, return_exceptions=True)
 
     def _remote_assignment(self, i: int, hot: Mapping[str, bytes]) -> control.Assign:
+        from mdiq.engine.hot_table import of_layers
+
         ring = self._ring
         node, following = ring.nodes[i], ring.nodes[(i + 1) % len(ring.nodes)]
         return replace(

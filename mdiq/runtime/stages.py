@@ -7,6 +7,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -41,14 +42,13 @@ class SocketStages(ABC):
         options: RingOptions,
         *,
         ring_key: bytes,
-        model_digest: str,
         on_fault: Callable[[control.Fault], None],
         on_lost: Callable[[MdiqError], None],
         on_loading: Callable[[str, int, int], None],
     ) -> None:
         self._options = options
         self._ring_key = ring_key
-        self._model_digest = model_digest
+        self._model_digest = ""
         self._on_fault = on_fault
         self._on_lost = on_lost
         self._on_loading = on_loading
@@ -80,8 +80,26 @@ class SocketStages(ABC):
         return await asyncio.shield(self._coordinator.leaving)
 
     @abstractmethod
-    async def start(self) -> Sequence[control.Ready]:
-        """Have every Node join and load; return what each has, in ring order.
+    async def open(self) -> None:
+        """Have the Nodes start, and listen to them.
+
+        Raises:
+            MdiqError: a port or a process failed.
+        """
+
+    async def start(self, model_digest: str, weights: str) -> Sequence[control.Ready]:
+        """Have every Node join and load; return what each has, in ring order. weights: how they all hold them.
+
+        Raises:
+            MdiqError: a port, a Node or a model failed; the message names the Node.
+        """
+        self._model_digest = model_digest
+        self._options = replace(self._options, weights=weights)
+        return await self._join_and_load()
+
+    @abstractmethod
+    async def _join_and_load(self) -> Sequence[control.Ready]:
+        """See ``start``.
 
         Raises:
             MdiqError: a port, a Node or a model failed; the message names the Node.

@@ -10,9 +10,11 @@ import pytest
 from mdiq.bench.shapes import shape_file
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange
-from mdiq.errors import MdiqError, NodeDiedError, RingError
+from mdiq.engine import runner
+from mdiq.engine.checkpoint import Checkpoint, open_checkpoint
+from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
 from mdiq.plan.pace import paced
-from mdiq.runtime import in_process, local
+from mdiq.runtime import in_process, local, starter_stage
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, RemoteNode, RemoteRing, RingOptions
@@ -98,7 +100,10 @@ class LosingStages:
     def __init__(self, options: RingOptions, **callbacks: Any) -> None:
         self._on_lost = callbacks["on_lost"]
 
-    async def start(self) -> None:
+    async def open(self) -> None:
+        pass
+
+    async def start(self, model_digest: str, weights: str) -> None:
         self._on_lost(NodeDiedError("node-2: no heartbeat"))
         await asyncio.Event().wait()
 
@@ -116,12 +121,44 @@ async def test_a_node_that_is_lost_ends_the_start_whatever_is_waited_for(
             await LocalRing(options).__aenter__()
 
 
+async def test_the_other_nodes_start_before_torch_and_the_model_are_loaded_here(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class StartingStages(LosingStages):
+        async def open(self) -> None:
+            events.append("nodes start")
+
+    def open_model(options: RingOptions) -> None:
+        events.append("model is opened")
+        raise ModelError("none of ours")
+
+    monkeypatch.setattr(local, "_kind_of_stages", lambda _: StartingStages)
+    monkeypatch.setattr(local, "_open_model", open_model)
+    with pytest.raises(ModelError, match="none of ours"):
+        await LocalRing(RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)))).__aenter__()
+    assert events == ["nodes start", "model is opened"]
+
+
+async def test_the_starter_opens_its_model_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+
+    def noted(path: Path) -> Checkpoint:
+        opened.append(path)
+        return open_checkpoint(path)
+
+    monkeypatch.setattr(starter_stage, "open_checkpoint", noted)
+    monkeypatch.setattr(runner, "open_checkpoint", noted)
+    async with LocalRing(RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128)):
+        assert opened == [tiny]
+
+
 async def test_a_loop_of_the_stages_that_fails_ends_the_ring_with_its_reason(tiny: Path) -> None:
     lost: asyncio.Queue[MdiqError] = asyncio.Queue()
     stages = ProcessStages(
         RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
         ring_key=b"the ring's key, of thirty bytes",
-        model_digest="",
         on_fault=lambda _: None,
         on_lost=lost.put_nowait,
         on_loading=lambda *_: None,
@@ -157,7 +194,6 @@ async def test_a_hop_that_nothing_crosses_is_named_with_its_address_and_what_to_
     stages = RemoteStages(
         RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), remote=RemoteRing(nodes, "tcp://c:1", "tcp://w:1")),
         ring_key=b"the ring's key, of thirty bytes",
-        model_digest="",
         on_fault=lambda _: None,
         on_lost=lambda _: None,
         on_loading=lambda *_: None,

@@ -9,9 +9,9 @@ import torch
 from mdiq.core.frame import Payload, TokenIds
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.errors import EngineError
-from mdiq.runtime.engine_worker import TorchStarter
 from mdiq.runtime.rehearsal import ANSWER_TOKENS, NUM_PIECES, NUM_TOKENS, PIECE_TOKENS, rehearse
 from mdiq.runtime.starter_service import StarterService, StreamEvent
+from mdiq.runtime.starter_stage import TorchStarter
 
 
 class Runner:

@@ -1,0 +1,156 @@
+"""The Starter's own Stage: the ends of the model and its first Layers, opened, loaded, measured and run in its worker.
+
+Torch comes with this module: LocalRing imports it in the worker's thread, while the Ring's other Nodes start.
+"""
+
+from collections.abc import Sequence as AbstractSequence
+from contextlib import ExitStack
+from typing import Protocol
+
+import torch
+
+from mdiq.core.control import Ready
+from mdiq.core.frame import Batch, Payload
+from mdiq.core.sequence import Sequence
+from mdiq.core.types import RingSpec
+from mdiq.engine.checkpoint import open_checkpoint
+from mdiq.engine.device import choose_device, free_bytes
+from mdiq.engine.kv_cache import BLOCK_TOKENS
+from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head
+from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
+from mdiq.engine.quantize import chosen_format
+from mdiq.engine.runner import StageRunner
+from mdiq.engine.sampler import SampleRow, sample
+from mdiq.plan.measured import MeasuredStage
+from mdiq.plan.micro_batches import Curve
+from mdiq.plan.pace import StageCost
+from mdiq.runtime.loops import Progress
+from mdiq.runtime.options import RingOptions
+
+
+class StarterStage:
+    """The Starter's part of one Ring; make it in the worker's thread, and call ``load`` and ``measure`` there.
+
+    digest: the model's. weights: how all Nodes hold theirs, since one Node decides. runner, engine: after ``load``.
+    """
+
+    runner: StageRunner
+    engine: "TorchStarter"
+
+    def __init__(self, options: RingOptions) -> None:
+        """Open the model.
+
+        Raises:
+            ModelError: it is missing, malformed or unsupported.
+        """
+        self._options = options
+        # Devices, unlike cores of one machine, may have their CPU time rationed.
+        self._least_s = SUSTAINED_S if options.remote is not None else 0.0
+        self._can_peak = False  # the process's peak is this Ring's
+        with ExitStack() as opened:
+            self._checkpoint = checkpoint = opened.enter_context(open_checkpoint(options.model))
+            self._device = choose_device(options.device)
+            self.digest = checkpoint.digest
+            self.weights = chosen_format(options.weights, checkpoint, self._device)
+            self._opened = opened.pop_all()
+
+    def load(self, progress: Progress) -> None:
+        """Load the Layers, from the model as it was opened, and close it.
+
+        Raises:
+            MdiqError: see StageRunner.load.
+        """
+        options = self._options
+        self._can_peak = not options.in_process and reset_peak()
+        with self._opened.pop_all():
+            self.runner = StageRunner.load(
+                self._checkpoint,
+                options.layers[0],
+                is_last=options.num_nodes == 1,
+                owns_embedding_and_head=True,
+                dtype=options.dtype,
+                device=options.device,
+                kv_tokens=options.kv_tokens,
+                weights=self.weights,
+                exact=options.exact,
+                wire=options.wire(0),
+                memory_share=options.remote.nodes[0].memory_share if options.remote else 1 / options.num_nodes,
+                memory_bytes=options.remote.nodes[0].memory_bytes if options.remote else None,
+                progress=progress,
+            )
+        self.engine = TorchStarter(self.runner)
+
+    def close(self) -> None:
+        """Close the model, if no load has begun."""
+        self._opened.close()
+
+    def measure(self, progress: Progress) -> StageCost:
+        """Return what a forward costs; the KV cache is empty afterwards."""
+        return measure_cost(self.runner, least_s=self._least_s, progress=progress)
+
+    def measure_head(self, progress: Progress) -> Curve:
+        """Return what the head costs."""
+        return measure_head(self.runner, least_s=self._least_s, progress=progress)
+
+    def spec(self, others: AbstractSequence[Ready]) -> RingSpec:
+        """Return what the ring protocol is to know of the Ring of this Stage and others."""
+        return RingSpec(
+            num_stages=self._options.num_nodes,
+            kv_tokens=min([self.runner.kv_capacity_tokens, *(ready.kv_tokens for ready in others)]),
+            context_tokens=self.runner.config.context_tokens,
+            kv_block_tokens=BLOCK_TOKENS,
+        )
+
+    def measured(self, cost: StageCost, memory_share: float) -> MeasuredStage:
+        """Return what the planner is told of this Stage."""
+        return MeasuredStage(
+            self._options.node_names[0],
+            len(self._options.layers[0]),
+            cost,
+            self.runner.weight_bytes,
+            self.runner.kv_bytes_per_token,
+            rss_bytes(),
+            int(memory_share * free_bytes(self._device)),
+            peak_bytes() if self._can_peak else 0,
+        )
+
+
+class Script(Protocol):
+    """Knows the tokens before they are drawn."""
+
+    def take(self, logits: torch.Tensor, sequences: AbstractSequence[Sequence]) -> list[int]:
+        """Return the next token of each Sequence; logits: [n, vocab_size], what they would have been drawn from."""
+        ...
+
+
+class TorchStarter:
+    """The Starter's engine: a StageRunner that owns embedding and head, and the sampler.
+
+    script: draws the tokens instead of the sampler, while there is one.
+    """
+
+    def __init__(self, runner: StageRunner) -> None:
+        self._runner = runner
+        self.script: Script | None = None
+
+    def forward(self, batch: Batch) -> Payload:
+        return self._runner.forward(batch)
+
+    def reset(self) -> None:
+        self._runner.reset()
+
+    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[int]:
+        """Return the next token of each Sequence; see starter_service.StarterEngine."""
+        logits = self._runner.logits(rows)
+        if self.script is not None:
+            return self.script.take(logits, sequences)
+        sample_rows = [
+            SampleRow(
+                sequence.params,
+                # Only the repetition penalty reads the history.
+                sequence.tokens(0, sequence.num_tokens) if sequence.params.repetition_penalty != 1.0 else (),
+                sequence.num_tokens,
+            )
+            for sequence in sequences
+        ]
+        return sample(logits, sample_rows)
