@@ -13,9 +13,10 @@ from contextlib import aclosing
 import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from mdiq.api.backend import Backend
-from mdiq.api.metrics import metrics_text
+from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response
 from mdiq.api.shapes import Answer, Chat, Completion, Shape
@@ -54,6 +55,7 @@ class Api:
         self._most_running = most_running
         self._created = int(time.time())
         self._num_taken = 0
+        self._registry = metrics_registry(backend.status)
 
     def application(self) -> web.Application:
         """Return it with its routes."""
@@ -120,7 +122,7 @@ class Api:
         raise ApiError(503, self._backend.state, code=503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(text=metrics_text(self._backend.status()), content_type="text/plain", charset="utf-8")
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._described()]})

@@ -153,8 +153,10 @@ async def test_models_health_and_metrics() -> None:
         (model,) = (await (await client.get("/v1/models")).json())["data"]
         assert (model["id"], model["max_model_len"]) == ("tiny", 64)
         assert (await client.get("/health")).status == 200
-        metrics = await (await client.get("/metrics")).text()
-        assert {"mdiq_requests_done_total 2", "mdiq_preemptions_total 5"} <= set(metrics.splitlines())
+        response = await client.get("/metrics")
+        assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        metrics = await response.text()
+        assert {"mdiq_requests_done_total 2.0", "mdiq_preemptions_total 5.0"} <= set(metrics.splitlines())
         assert 'mdiq_stage_busy_ratio{node="desk"} 0.5' in metrics.splitlines()
         assert 'node="pi1"' not in metrics
         ring.is_serving = False

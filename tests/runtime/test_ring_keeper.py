@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mdiq.api.metrics import metrics_text
+from mdiq.api.metrics import metrics_registry
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
@@ -463,7 +463,7 @@ async def test_while_nodes_measure_themselves_status_and_metrics_say_so_and_leav
         status = house.keeper.status()
         assert status["state"] == house.keeper.describe() == "nodes measure themselves; measures the ring"
         assert not status["is_serving"] and "pace" not in status and "hops" not in status
-        assert "mdiq_serving 0" in metrics_text(status)
+        assert metrics_registry(house.keeper.status).get_sample_value("mdiq_serving") == 0
         assert house.keeper.context_tokens is None, "what the ring will hold is not known yet"
         house.is_measured = True
         house.kept.set()

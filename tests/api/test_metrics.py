@@ -1,0 +1,87 @@
+"""The figures for Prometheus, as dashboards know them."""
+
+from typing import Any
+
+from prometheus_client import REGISTRY, generate_latest
+from prometheus_client.parser import text_string_to_metric_families as families
+
+from mdiq.api.metrics import metrics_registry
+
+DESK = {"busy_share": 0.25, "rss_bytes": 123456789012, "weight_bytes": 9, "bytes_in": 10, "bytes_out": 11}
+STATUS = {
+    "is_serving": True,
+    "rings_formed": 4,
+    "requests": {"running": 1, "done": 2, "failed": 3, "refused": 6, "left": 7},
+    "counts": {"preemptions": 5},
+    "nodes": [{"name": "desk", **DESK}, {"name": "pi-1", "state": "drained"}],
+}
+EXPECTED = """\
+# HELP mdiq_serving Whether the ring takes requests.
+# TYPE mdiq_serving gauge
+mdiq_serving 1
+# HELP mdiq_rings_formed_total How often the ring was formed.
+# TYPE mdiq_rings_formed_total counter
+mdiq_rings_formed_total 4
+# HELP mdiq_requests_running Requests that are not finished.
+# TYPE mdiq_requests_running gauge
+mdiq_requests_running 1
+# HELP mdiq_requests_done_total Requests that were answered.
+# TYPE mdiq_requests_done_total counter
+mdiq_requests_done_total 2
+# HELP mdiq_requests_failed_total Requests that the ring failed to answer.
+# TYPE mdiq_requests_failed_total counter
+mdiq_requests_failed_total 3
+# HELP mdiq_requests_refused_total Requests that can never fit.
+# TYPE mdiq_requests_refused_total counter
+mdiq_requests_refused_total 6
+# HELP mdiq_requests_left_total Requests whose client went away.
+# TYPE mdiq_requests_left_total counter
+mdiq_requests_left_total 7
+# HELP mdiq_preemptions_total Requests put back to make room for older ones.
+# TYPE mdiq_preemptions_total counter
+mdiq_preemptions_total 5
+# HELP mdiq_stage_busy_ratio Share of the time in which a node computes.
+# TYPE mdiq_stage_busy_ratio gauge
+mdiq_stage_busy_ratio{node="desk"} 0.25
+# HELP mdiq_stage_resident_bytes Resident memory of a node's process.
+# TYPE mdiq_stage_resident_bytes gauge
+mdiq_stage_resident_bytes{node="desk"} 123456789012
+# HELP mdiq_stage_weight_bytes Weights of a node's layers.
+# TYPE mdiq_stage_weight_bytes gauge
+mdiq_stage_weight_bytes{node="desk"} 9
+# HELP mdiq_stage_received_bytes_total Bytes of activations that a node took in.
+# TYPE mdiq_stage_received_bytes_total counter
+mdiq_stage_received_bytes_total{node="desk"} 10
+# HELP mdiq_stage_sent_bytes_total Bytes of activations that a node sent on.
+# TYPE mdiq_stage_sent_bytes_total counter
+mdiq_stage_sent_bytes_total{node="desk"} 11
+"""
+
+
+def text_of(status: dict[str, Any]) -> str:
+    return generate_latest(metrics_registry(lambda: status)).decode()
+
+
+def test_names_types_labels_and_values_are_those_that_dashboards_know() -> None:
+    assert list(families(text_of(STATUS))) == list(families(EXPECTED))
+
+
+def test_figures_that_nobody_knows_yet_are_left_out() -> None:
+    status = {key: value for key, value in STATUS.items() if key != "counts"} | {"nodes": [{"name": "pi-1"}]}
+    left_out = {family.name for family in families(EXPECTED)} - {family.name for family in families(text_of(status))}
+    assert left_out == {
+        "mdiq_preemptions",
+        "mdiq_stage_busy_ratio",
+        "mdiq_stage_resident_bytes",
+        "mdiq_stage_weight_bytes",
+        "mdiq_stage_received_bytes",
+        "mdiq_stage_sent_bytes",
+    }
+
+
+def test_figures_are_read_when_they_are_asked_for_and_two_services_share_nothing() -> None:
+    serving = [True]
+    registries = [metrics_registry(lambda: {**STATUS, "is_serving": serving[0]}), metrics_registry(lambda: STATUS)]
+    serving[0] = False
+    assert [registry.get_sample_value("mdiq_serving") for registry in registries] == [0, 1]
+    assert REGISTRY.get_sample_value("mdiq_serving") is None
