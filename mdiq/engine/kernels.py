@@ -59,25 +59,26 @@ class StackedLinear:
     """Matrices on top of each other that different kernels serve."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
-        self._parts = parts
+        self.parts = parts
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.num_bytes for part in self._parts)
+        return sum(part.num_bytes for part in self.parts)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self._parts], dim=1)
+        return torch.cat([part(x) for part in self.parts], dim=1)
 
 
 class FbgemmInt8:
     """int8 weights in FBGEMM's packing, int8 activations with one scale per row. x86 only.
 
-    Batch-invariant, and so the same in both modes: what is summed are integers.
+    Batch-invariant, and so the same in both modes: what is summed are integers. Its results have the bits of LlvmInt8,
+    and yet a rounding of its own: norms beside it are torch's, beside LlvmInt8 they are compiled.
     """
 
     name = "fbgemm"
     formats = ("int8",)
-    rounding = LlvmInt8.rounding
+    rounding = name
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         self._bias = _bias(file, role)

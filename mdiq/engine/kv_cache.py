@@ -69,6 +69,10 @@ class KvCache:
                 f"KV cache: {num_bytes >> 20} MiB for {self.capacity_tokens} tokens cannot be allocated; "
                 "lower --kv-tokens or free memory"
             ) from None
+        # Where the pools of each Layer are, for compiled code: i64 [layers, 2].
+        self.addresses = torch.tensor(
+            [[k.data_ptr(), v.data_ptr()] for k, v in zip(self.keys, self.values, strict=True)]
+        )
         self._device = device
         self._tables: dict[SeqId, _Table] = {}
         self._is_free = bytearray(b"\1" * self._num_blocks)

@@ -31,7 +31,7 @@ class CompiledActivation:
 
         if config.mlp_size < LANES:
             raise RuntimeError(f"rows of {config.mlp_size} are shorter than {LANES}")
-        self._machine = machine  # its code lives as long as it does
+        self.machine = machine  # its code lives as long as it does
         self._function = machine.function("activate", 2, 5)
 
     @classmethod

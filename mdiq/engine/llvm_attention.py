@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from mdiq.engine.kv_cache import Slots
-from mdiq.engine.layers import Attend, Span, store, write_slots
+from mdiq.engine.layers import Span, store, write_slots
 from mdiq.engine.llvm_matmul import compiled, compiled_or_none, in_threads
 from mdiq.engine.model_config import ModelConfig
 
@@ -35,9 +35,9 @@ class CompiledAttention:
 
         if config.head_dim % LANES:
             raise RuntimeError(f"heads of {config.head_dim} are no multiple of {LANES}")
-        self._machine = machine  # its code lives as long as it does
+        self.machine = machine  # its code lives as long as it does
         self.function = machine.function("attend", 6, 7)
-        self.groups, self.spare = groups, SPARE
+        self.groups, self.num_kv_heads, self.spare = groups, config.num_kv_heads, SPARE
         self._all_slots = torch.arange(0)
 
     @classmethod
@@ -45,12 +45,12 @@ class CompiledAttention:
         """Return it where it is faster than torch's, None elsewhere."""
         return compiled_or_none(lambda: cls(config), dtype, device)
 
-    def over(self, spans: Sequence[Span]) -> Attend:
+    def over(self, spans: Sequence[Span]) -> "CompiledBatch":
         """Return the attention of one Batch, for all Layers.
 
         A token gets the same bits in any company: alone, as a token of a prompt, and however that is cut in Segments.
         """
-        return _CompiledBatch(self, spans, write_slots(spans, torch.device("cpu")))
+        return CompiledBatch(self, spans, write_slots(spans, torch.device("cpu")))
 
     def all_slots(self, count: int) -> torch.Tensor:
         """Return the numbers from 0 on, at least as many: any run of slots is a part of them."""
@@ -59,8 +59,11 @@ class CompiledAttention:
         return self._all_slots
 
 
-class _CompiledBatch:
-    """The attention of one Batch; see layers.Attend."""
+class CompiledBatch:
+    """The attention of one Batch; see layers.Attend.
+
+    reads, width, scores: as the compiled function wants them, see llvm_attention_code.py; scores are of each thread.
+    """
 
     def __init__(self, compiled: CompiledAttention, spans: Sequence[Span], writes: Slots) -> None:
         self._compiled, self._writes = compiled, writes
@@ -68,9 +71,10 @@ class _CompiledBatch:
         # What lies at addresses lives as long as this does.
         self._gathered = reads
         self._slots = compiled.all_slots(max(read.stop if isinstance(read, slice) else 0 for read in reads))
-        self._width = max(span.start + span.length for span in spans) + compiled.spare
-        most = min(max(_MOST_SCORES // (compiled.groups * self._width), 1), _MOST_TOKENS)
         first = self._slots.data_ptr()
+        self.width = max(span.start + span.length for span in spans) + compiled.spare
+        self.slots = first + 8 * writes.start if isinstance(writes, slice) else writes.data_ptr()
+        most = min(max(_MOST_SCORES // (compiled.groups * self.width), 1), _MOST_TOKENS)
         tiles: list[tuple[int, int, int, int]] = []
         for span, read in zip(spans, reads, strict=True):
             address = first + 8 * read.start if isinstance(read, slice) else read.data_ptr()
@@ -78,10 +82,10 @@ class _CompiledBatch:
                 (address, span.start + i + 1, span.first + i, min(most, span.length - i))
                 for i in range(0, span.length, most)
             ]
-        self._reads = torch.tensor(tiles)
+        self.reads = torch.tensor(tiles)
         self._slots_until = list(accumulate((end * count for _, end, _, count in tiles), initial=0))
         num_threads = max(min(torch.get_num_threads(), self._slots_until[-1] // _FEW_SLOTS), 1)
-        self._scores = torch.empty(num_threads, max(tile[3] for tile in tiles) * compiled.groups, self._width)
+        self.scores = torch.empty(num_threads, max(tile[3] for tile in tiles) * compiled.groups, self.width)
 
     def __call__(
         self,
@@ -94,20 +98,25 @@ class _CompiledBatch:
     ) -> torch.Tensor:
         store(self._writes, k, v, keys, values)
         found = torch.empty(len(q), q.shape[1] * q.shape[2])
-        addresses = [tensor.data_ptr() for tensor in (q, keys, values, found, self._reads)]
-        sizes = (k.shape[1], 4 * q.stride(0), 4 * found.stride(0), window, self._width)
+        addresses = [tensor.data_ptr() for tensor in (q, keys, values, found, self.reads)]
+        sizes = (k.shape[1], 4 * q.stride(0), 4 * found.stride(0), window, self.width)
         in_threads(
             self._compiled.function,
             [
                 (*addresses, scores.data_ptr(), *sizes, first, stop)
-                for scores, (first, stop) in zip(self._scores, pairwise(self._bounds(k.shape[1])), strict=True)
+                for scores, (first, stop) in zip(self.scores, pairwise(self._bounds(k.shape[1])), strict=True)
             ],
         )
         return found
 
+    def bounds(self, num_threads: int) -> torch.Tensor:
+        """Return which items each of so many threads begins with, and the end; some have none: i64 [threads + 1]."""
+        bounds = self._bounds(self._compiled.num_kv_heads)
+        return torch.tensor(bounds + bounds[-1:] * (num_threads + 1 - len(bounds)))
+
     def _bounds(self, num_kv_heads: int) -> list[int]:
         """Return which items each thread does, from one number to the next: about as many slots to read in each."""
-        num_threads, total = len(self._scores), self._slots_until[-1]
+        num_threads, total = len(self.scores), self._slots_until[-1]
         bounds = [0]
         for i in range(1, num_threads):
             tile = bisect_right(self._slots_until, total * i // num_threads) - 1

@@ -1,24 +1,10 @@
-"""Machine code made on the device itself: loops over vectors, built with llvmlite and compiled for this very CPU.
+"""Loops over vectors in LLVM's own language, one instruction a call; what the loops compute is their caller's."""
 
-No wheel carries code for what the CPUs of old PCs can do, and devices have no compiler. What is built here is LLVM's
-own language, one instruction a call; what the loops compute is their caller's.
-"""
-
-import contextlib
-import ctypes
-import hashlib
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import llvmlite
-import llvmlite.binding as llvm
 from llvmlite import ir
-
-from mdiq.cache import write_whole
-from mdiq.engine.device import cpu_flags
-from mdiq.engine.memory import drop_library
 
 Value = Any
 """Of the function being built: llvmlite gives its classes no types."""
@@ -47,7 +33,6 @@ _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
 _POWERS = 7  # of the series of 2^x: what is left out is below half a unit in the last place for |x| <= 1/2
 # Of activations that a tile takes at once: half of a nearest cache of 32 KiB, since weights pass there too.
 _NEAR_BYTES = 16_384
-_DIGEST_BYTES = 32  # of SHA-256, before compiled code that is kept
 
 
 class Function:
@@ -178,6 +163,13 @@ def power_of_2(f: Function, x: Value) -> Value:
     return b.fmul(series, b.bitcast(b.shl(exponent, splat(INT, count, _MANTISSA_BITS)), kind))
 
 
+def matrix_words(f: Function, matrix: Value, num_pointers: int, num_sizes: int) -> tuple[list[Value], list[Value]]:
+    """Return what describes a matrix, words of 64 bits one behind the other: addresses, then sizes."""
+    kinds = [POINTER] * num_pointers + [LONG] * num_sizes
+    words = [f.load(kind, matrix, LONG(8 * i)) for i, kind in enumerate(kinds)]
+    return words[:num_pointers], words[num_pointers:]
+
+
 def build_multiply(
     module: Value,
     *,
@@ -189,24 +181,30 @@ def build_multiply(
     columns: int | None,
     finishes: bool = False,
 ) -> None:
-    """Build multiply(weights.., activations.., y, out, first, stop, num_rows, sizes..): a matmul, tile by tile.
+    """Build multiply(matrix, rounded, y, out, first, stop, num_rows): a matmul, tile by tile.
 
     It fills columns ``first`` to ``stop - 1`` of y, f32 [num_rows, out]. Functions tile1, tile2.. of the module do it
-    for as many rows; their arguments are the same, with ``begin`` and ``end`` for num_rows: the columns of the matrix
-    to take. Weights come from memory once, whatever the number of rows.
+    for as many rows: tile(weights.., activations.., y, out, first, stop, begin, end, sizes..) takes the columns of the
+    matrix from ``begin`` to ``end - 1``. Weights come from memory once, whatever the number of rows.
 
-    strides: of each argument that describes activations, what gives the bytes of one row from the sizes.
+    matrix: its words, see matrix_words. rounded: where its prepare(x, matrix, rounded, num_rows, first, stop) has put
+    the activations of x: f32 [num_rows, in], called for all rows, in any parts. All that describes activations lies
+    there one behind the other; strides are what gives the bytes of one row of each, from the sizes.
     most_rows: of the largest tile; tiles are about as large as each other.
     outputs: rows of the matrix that all tiles go over before the next. columns: of the matrix, about as many at a time
     where activations of a tile, a byte each, do not fit the nearest cache; None is always all.
-    finishes: behind the tiles of some rows comes a function ``finish``, with multiply's arguments for these rows.
+    finishes: behind the tiles of some rows comes a function finish(weights.., activations.., y, out, first, stop,
+    num_rows, sizes..) for these rows.
     """
-    num_pointers = num_weights + len(strides) + 1
-    f = Function(module, "multiply", [POINTER] * num_pointers + [LONG] * (4 + num_sizes))
+    f = Function(module, "multiply", [POINTER] * 3 + [LONG] * 4)
     b = f.b
-    weights, pointers = f.arguments[:num_weights], f.arguments[num_weights : num_pointers - 1]
-    y, num_out, first, stop, num_rows, *sizes = f.arguments[num_pointers - 1 :]
-    steps = [stride(f, sizes) for stride in strides] + [b.mul(num_out, LONG(4))]
+    matrix, rounded, y, num_out, first, stop, num_rows = f.arguments
+    weights, sizes = matrix_words(f, matrix, num_weights, num_sizes)
+    steps = [stride(f, sizes) for stride in strides]
+    pointers = [rounded]
+    for step in steps[:-1]:
+        pointers.append(f.at(pointers[-1], b.mul(num_rows, step)))
+    steps.append(b.mul(num_out, LONG(4)))
     num_tiles = b.sdiv(b.add(num_rows, LONG(most_rows - 1)), LONG(most_rows))
 
     def part(begin: Value, _: list[Value]) -> list[Value]:
@@ -340,62 +338,3 @@ def has_dot_products(features: frozenset[str]) -> bool:
 def zero_level(features: frozenset[str]) -> int:
     """Return which level stands for 0 in dot products: ARM has them with a sign on both sides, x86 on one."""
     return 0 if "dotprod" in features else 128
-
-
-def host_features() -> frozenset[str]:
-    """Return what LLVM calls the abilities of this CPU."""
-    found = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
-    # LLVM asks Linux for few of an ARM CPU's abilities, and else goes by its name.
-    return frozenset(found | {"dotprod", "neon"} if "asimddp" in cpu_flags() else found)
-
-
-class Machine:
-    """The compiled functions of a module; they live as long as this does.
-
-    kept: a folder where compiled code is looked for, and put for the next process; None compiles anew.
-    """
-
-    def __init__(self, module: Value, kept: Path | None = None) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        features = llvm.get_host_cpu_features().flatten().split(",") + [f"+{name}" for name in sorted(host_features())]
-        cpu, abilities = llvm.get_host_cpu_name(), ",".join(filter(None, features))
-        target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=abilities, opt=3)
-        text = str(module)
-        # All that the code follows from; the version's LLVM is its own.
-        follows = "\n".join([llvmlite.__version__, target.triple, cpu, abilities, text])
-        path = None if kept is None else kept / f"{hashlib.sha256(follows.encode()).hexdigest()}.o"
-        code = _read_code(path)
-        if code is None:
-            parsed = llvm.parse_assembly(text)
-            parsed.verify()
-            passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
-            passes.getModulePassManager().run(parsed, passes)
-            code = target.emit_object(parsed)
-            _write_code(path, code)
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
-        drop_library("libllvmlite")  # 70 MB, which only compiling touches
-
-    def function(self, name: str, num_pointers: int, num_integers: int) -> Callable[..., None]:
-        """Return a function that takes addresses and then integers; it runs without Python's lock."""
-        kinds = [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * num_integers
-        return ctypes.CFUNCTYPE(None, *kinds)(self._engine.get_function_address(name))
-
-
-def _read_code(path: Path | None) -> bytes | None:
-    """Return the code that a file holds, or None where there is none, or not as it was written."""
-    try:
-        kept = b"" if path is None else path.read_bytes()
-    except OSError:
-        return None
-    digest, code = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
-    return code if code and hashlib.sha256(code).digest() == digest else None
-
-
-def _write_code(path: Path | None, code: bytes) -> None:
-    """Keep code for the next process; where that fails, it compiles too."""
-    if path is not None:
-        with contextlib.suppress(OSError):
-            write_whole(path, hashlib.sha256(code).digest() + code)

@@ -40,18 +40,15 @@ class LlvmInt4:
         packed, unit = self._interleaved(file, role)
         bias = file.find(f"{role}.bias")
 
-        def scratch(num_rows: int) -> tuple[torch.Tensor, ...]:
-            return (torch.empty(num_rows, row_bytes(num_in), dtype=torch.uint8),)
-
-        self._matmul = CompiledMatmul(
+        self.matmul = CompiledMatmul(
             machine,
-            kind=self.name,
             weights=(packed, unit),
+            sizes=(num_in,),
             bias=None if bias is None else bias.clone(),
+            num_in=num_in,
             num_out=num_out,
             num_padded=len(unit),
-            sizes=(num_in,),
-            scratch=scratch,
+            row_bytes=row_bytes(num_in),
         )
 
     @staticmethod
@@ -83,10 +80,10 @@ class LlvmInt4:
 
     @property
     def num_bytes(self) -> int:
-        return self._matmul.num_bytes
+        return self.matmul.num_bytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._matmul(x)
+        return self.matmul(x)
 
 
 class LlvmInt4Wide(LlvmInt4):

@@ -33,6 +33,7 @@ from mdiq.engine.llvm_code import (
     Value,
     build_multiply,
     has_dot_products,
+    matrix_words,
     part_width,
     splat,
     vector,
@@ -41,6 +42,8 @@ from mdiq.engine.llvm_code import (
 
 ROWS = 8
 """Of the matrix, interleaved."""
+NUM_WEIGHTS = 2
+"""Addresses of a matrix: its rows interleaved, and what each row's results are multiplied with. Its columns follow."""
 PACKED_BYTES = ROWS * (BLOCK // 2 + 4)
 """Of a block of ROWS rows."""
 _ZERO = 8  # the nibble that stands for 0
@@ -75,7 +78,7 @@ def build(features: frozenset[str], *, is_wide: bool = False, grouped: int = 0) 
         _build_tile(module, num_rows, features, num_places=num_places, grouped=grouped)
     build_multiply(
         module,
-        num_weights=2,
+        num_weights=NUM_WEIGHTS,
         strides=(lambda f, sizes: _rounded_bytes(f, sizes[0], LONG(_PAD)),),
         num_sizes=1,
         most_rows=most_rows,
@@ -100,10 +103,11 @@ def _rounded_bytes(f: Function, num_columns: Value, more: Value) -> Value:
 
 
 def _build_prepare(module: Value, *, grouped: int) -> None:
-    """Build prepare(x, rounded, num_rows, in): blocks of activations, see above, for x: f32 [rows, in]."""
-    f = Function(module, "prepare", [POINTER] * 2 + [LONG] * 2)
+    """Build prepare, see build_multiply: blocks of activations, see above, for x: f32 [rows, in]."""
+    f = Function(module, "prepare", [POINTER] * 3 + [LONG] * 3)
     b = f.b
-    x, rounded, num_rows, num_in = f.arguments
+    x, matrix, rounded, _, first_row, stop_row = f.arguments
+    _, (num_in,) = matrix_words(f, matrix, NUM_WEIGHTS, 1)
     floats, ints, of_floats = vector(FLOAT, BLOCK), vector(INT, BLOCK), f"v{BLOCK}f32"
     width = GROUP if grouped else BLOCK
 
@@ -153,7 +157,7 @@ def _build_prepare(module: Value, *, grouped: int) -> None:
         f.loop(LONG(0), num_in, width, [], sharing)
         return []
 
-    f.loop(LONG(0), num_rows, 1, [], row)
+    f.loop(first_row, stop_row, 1, [], row)
     f.finish()
 
 

@@ -28,24 +28,26 @@ class LlvmInt8:
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
         machine = compiled("llvm_int8_code")
-        from mdiq.engine.llvm_int8_code import ALIGNMENT, STEP, ZERO
+        from mdiq.engine.llvm_int8_code import STEP, ZERO, row_bytes
 
         q = file.tensor(f"{role}.q")
         num_out, num_in = q.shape
-        if num_in % STEP:
+        split = HotSplit.find(file, role)
+        num_copies = 0 if split is None else len(split.hot)
+        if num_in % STEP or num_copies % STEP:
             raise RuntimeError(f"{num_in} columns are no multiple of {STEP}")
         starts = q.sum(1, dtype=torch.int32).mul_(-ZERO)
         bias = file.find(f"{role}.bias")
-        row_bytes = -(-num_in // ALIGNMENT) * ALIGNMENT + ALIGNMENT
-        self._split = HotSplit.find(file, role)
-        self._matmul = CompiledMatmul(
+        spread = (torch.empty(0),) * 2 if split is None else (split.hot, split.share)
+        self.matmul = CompiledMatmul(
             machine,
-            kind=self.name,
             weights=(q, file.tensor(f"{role}.scale").clone(), starts),
+            sizes=(num_in, num_copies),
+            more=spread,
             bias=None if bias is None else bias.clone(),
+            num_in=num_in - num_copies,
             num_out=num_out,
-            sizes=(num_in,),
-            scratch=lambda num_rows: (torch.empty(num_rows, row_bytes, dtype=torch.uint8), torch.empty(num_rows)),
+            row_bytes=row_bytes(num_in, num_copies),
         )
 
     @staticmethod
@@ -54,7 +56,7 @@ class LlvmInt8:
 
     @property
     def num_bytes(self) -> int:
-        return self._matmul.num_bytes
+        return self.matmul.num_bytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._matmul(x if self._split is None else self._split(x.float())).to(x.dtype)
+        return self.matmul(x)

@@ -15,6 +15,7 @@ from mdiq.engine.llvm_code import (
     Value,
     build_finish,
     build_multiply,
+    matrix_words,
     splat,
     vector,
     with_dot_products,
@@ -27,6 +28,7 @@ STEP = 16
 """Columns that are rounded together."""
 ZERO = 128
 """What stands for 0 while activations are rounded, and on x86 behind it: dot products want one side without sign."""
+_NUM_WEIGHTS = 3  # addresses of a matrix that multiply reads: of q, scale, starts
 _LANES = 16  # sums that become results together
 _LEVELS = 127  # of an activation, above and below 0
 _FEW_ROWS = 2  # of activations, for which the matrix is read row by row
@@ -47,7 +49,7 @@ def build(features: frozenset[str]) -> Value:
     build_finish(module, num_pointers=6, num_sizes=1, lanes=_LANES, result=partial(_result, features=features))
     build_multiply(
         module,
-        num_weights=3,
+        num_weights=_NUM_WEIGHTS,
         strides=(lambda f, sizes: _row_bytes(f, sizes[0]), lambda *_: LONG(4)),
         num_sizes=1,
         most_rows=most_rows,
@@ -58,22 +60,58 @@ def build(features: frozenset[str]) -> Value:
     return module
 
 
+def row_bytes(num_in: int, num_copies: int) -> int:
+    """Return how many bytes a row of rounded activations takes, and a row with copies before it is rounded."""
+    return -(-num_in // ALIGNMENT) * ALIGNMENT + ALIGNMENT + 4 + (4 * num_in if num_copies else 0)
+
+
 def _row_bytes(f: Function, num_in: Value) -> Value:
     return f.b.add(f.b.and_(f.b.add(num_in, LONG(ALIGNMENT - 1)), LONG(-ALIGNMENT)), LONG(ALIGNMENT))
 
 
 def _build_prepare(module: Value, features: frozenset[str]) -> None:
-    """Build prepare(x, rounded, steps, num_rows, in): what a matmul wants of activations.
+    """Build prepare, see build_multiply: what a matmul wants of activations.
 
-    x: f32 [rows, in]. rounded: bytes, rows of _row_bytes. steps: f32 [rows], what one of _LEVELS stands for.
+    Behind the words that multiply reads of a matrix come: how many copies of hot columns it has, which columns they
+    are of (i64), and the share of an activation that each of all columns gets (f32); see quantize_columns.
+
+    x: f32 [rows, in - copies]. It makes rows of bytes, see _row_bytes, and behind all of them what one of _LEVELS
+    stands for in each row, f32; behind these lie the shares where there are copies, f32 [rows, in].
     """
-    f = Function(module, "prepare", [POINTER] * 3 + [LONG] * 2)
+    f = Function(module, "prepare", [POINTER] * 3 + [LONG] * 3)
     b = f.b
-    x, rounded, steps, num_rows, num_in = f.arguments
+    x, matrix, rounded, num_rows, first_row, stop_row = f.arguments
+    _, (num_in, num_copies) = matrix_words(f, matrix, _NUM_WEIGHTS, 2)
+    hot, share = (f.load(POINTER, matrix, LONG(8 * (_NUM_WEIGHTS + k))) for k in (2, 3))
+    num_columns = b.sub(num_in, num_copies)
+    steps = f.at(rounded, b.mul(num_rows, _row_bytes(f, num_in)))
+    shares = f.at(steps, b.mul(num_rows, LONG(4)))
     floats, of_floats = vector(FLOAT, STEP), f"v{STEP}f32"
 
+    def spread(given: Value, spread_row: Value) -> None:
+        """Give a matrix's copies of a column equal shares of its activation."""
+
+        def some(column: Value, _: list[Value]) -> list[Value]:
+            at = b.mul(column, LONG(4))
+            f.store(b.fmul(f.load(floats, given, at), f.load(floats, share, at)), spread_row, at)
+            return []
+
+        def copy(i: Value, _: list[Value]) -> list[Value]:
+            column = f.load(LONG, hot, b.mul(i, LONG(8)))
+            at = b.mul(b.add(num_columns, i), LONG(4))
+            f.store(b.fmul(f.load(FLOAT, given, b.mul(column, LONG(4))), f.load(FLOAT, share, at)), spread_row, at)
+            return []
+
+        f.loop(LONG(0), b.select(b.icmp_signed(">", num_copies, LONG(0)), num_columns, LONG(0)), STEP, [], some)
+        f.loop(LONG(0), num_copies, 1, [], copy)
+
     def row(i: Value, _: list[Value]) -> list[Value]:
-        x_row = f.at(x, b.mul(i, b.mul(num_in, LONG(4))))
+        given, spread_row = (
+            f.at(x, b.mul(i, b.mul(num_columns, LONG(4)))),
+            f.at(shares, b.mul(i, b.mul(num_in, LONG(4)))),
+        )
+        spread(given, spread_row)
+        x_row = b.select(b.icmp_signed(">", num_copies, LONG(0)), spread_row, given)
         rounded_row = f.at(rounded, b.mul(i, _row_bytes(f, num_in)))
 
         def most(column: Value, found: list[Value]) -> list[Value]:
@@ -100,7 +138,7 @@ def _build_prepare(module: Value, features: frozenset[str]) -> None:
         f.loop(LONG(0), num_in, STEP, [], columns)
         return []
 
-    f.loop(LONG(0), num_rows, 1, [], row)
+    f.loop(first_row, stop_row, 1, [], row)
     f.finish()
 
 

@@ -16,92 +16,80 @@ from mdiq.engine.device import cpu_flags
 from mdiq.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mdiq.engine.llvm_code import Machine
+    from mdiq.engine.llvm_machine import Machine
 
 T = TypeVar("T")
 
 _FEW_OUTPUTS = 256  # of a thread: with fewer, telling it costs as much as its work
 _OUTPUT_STEP = 16  # a thread's outputs begin at a multiple
-_MOST_BUFFERS = 16  # sizes of a batch and a matrix that come again and again: two or three widths, some batches
-
-Scratch = Callable[[int], tuple[torch.Tensor, ...]]
-"""Makes the buffers that hold so many rows of activations as the compiled code wants them."""
+_LINE = 64  # bytes
 
 
 class CompiledMatmul:
     """y = x W^T + bias by functions ``prepare`` and ``multiply`` of a machine; see llvm_code.build_multiply.
 
-    prepare(x, activations.., num_rows, sizes..) writes rounded activations into buffers; one thread does it.
-    multiply fills some columns of y; all threads do it, each its own.
-
-    weights: what multiply reads. bias: f32 [out]. num_padded: columns of y that multiply fills, where they are more
-    than num_out. sizes: numbers that describe the matrix, its columns first. scratch: what makes buffers for
-    activations; matrices of one kind and of equal sizes share them.
+    machine: whose functions they are. words: the matrix as they want it described. row_bytes: what a row of rounded
+    activations takes, a multiple of 64. num_padded: columns of y that multiply fills, of which num_out are results.
     """
 
     def __init__(
         self,
         machine: "Machine",
         *,
-        kind: str,
         weights: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        more: Sequence[torch.Tensor] = (),
         bias: torch.Tensor | None,
+        num_in: int,
         num_out: int,
         num_padded: int | None = None,
-        sizes: Sequence[int],
-        scratch: Scratch,
+        row_bytes: int,
     ) -> None:
-        self._machine = machine  # its code lives as long as it does
-        self._weights, self._bias = weights, bias
-        self._addresses = [tensor.data_ptr() for tensor in weights]
-        self._kind, self._sizes, self._scratch = kind, tuple(sizes), scratch
-        self._out, self._padded = num_out, num_padded or num_out
-        num_buffers = len(scratch(1))
-        self._prepare = machine.function("prepare", 1 + num_buffers, 1 + len(sizes))
-        self._multiply = machine.function("multiply", len(weights) + num_buffers + 1, 4 + len(sizes))
+        """Describe a matrix: by its weights, its sizes, and what else ``prepare`` reads. bias: f32 [out]."""
+        self._weights, self._more = weights, more  # what lies at addresses lives as long as this does
+        self.machine, self.bias = machine, bias
+        self.words = torch.tensor([*(w.data_ptr() for w in weights), *sizes, *(other.data_ptr() for other in more)])
+        self.num_in, self.num_out, self.num_padded = num_in, num_out, num_padded or num_out
+        self.row_bytes = -(-row_bytes // _LINE) * _LINE
+        self._prepare = machine.function("prepare", 3, 3)
+        self._multiply = machine.function("multiply", 3, 4)
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._weights, self._bias) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self._weights, self.bias) if tensor is not None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return [n, out], x's dtype, for x: [n, in]."""
         wide = x.float().contiguous()
         num_rows, num_in = wide.shape
-        if num_in != self._sizes[0]:  # compiled code checks nothing
-            raise RuntimeError(f"{num_in} columns of activations meet {self._sizes[0]} of weights")
-        activations = _BUFFERS.addresses((self._kind, num_rows, *self._sizes), self._scratch)
-        y = torch.empty(num_rows, self._padded)
-        sizes = (num_rows, *self._sizes)
-        self._prepare(wide.data_ptr(), *activations, *sizes)
-        num_threads = max(min(torch.get_num_threads(), self._padded // _FEW_OUTPUTS), 1)
-        bounds = [self._padded * i // num_threads // _OUTPUT_STEP * _OUTPUT_STEP for i in range(num_threads)]
-        bounds.append(self._padded)
-        parts = [
-            (*self._addresses, *activations, y.data_ptr(), self._padded, first, stop, *sizes)
-            for first, stop in pairwise(bounds)
-        ]
-        in_threads(self._multiply, parts)
-        if self._padded > self._out:
-            y = y[:, : self._out].contiguous()
-        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+        if num_in != self.num_in:  # compiled code checks nothing
+            raise RuntimeError(f"{num_in} columns of activations meet {self.num_in} of weights")
+        words, rounded = self.words.data_ptr(), _ROUNDED.address(num_rows * self.row_bytes)
+        y = torch.empty(num_rows, self.num_padded)
+        self._prepare(wide.data_ptr(), words, rounded, num_rows, 0, num_rows)
+        num_threads = max(min(torch.get_num_threads(), self.num_padded // _FEW_OUTPUTS), 1)
+        bounds = [self.num_padded * i // num_threads // _OUTPUT_STEP * _OUTPUT_STEP for i in range(num_threads)]
+        bounds.append(self.num_padded)
+        given = (words, rounded, y.data_ptr(), self.num_padded)
+        in_threads(self._multiply, [(*given, first, stop, num_rows) for first, stop in pairwise(bounds)])
+        if self.num_padded > self.num_out:
+            y = y[:, : self.num_out].contiguous()
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
-class _Buffers(threading.local):
-    """Where rounded activations lie during a matmul: a few buffers that all matrices of a thread share."""
+class _Rounded(threading.local):
+    """Where rounded activations lie during a matmul: what all matrices of a thread share."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str | int, ...], tuple[torch.Tensor, ...]] = {}
+        self._kept = torch.empty(0, dtype=torch.uint8)
 
-    def addresses(self, key: tuple[str | int, ...], scratch: Scratch) -> list[int]:
-        if key not in self._kept:
-            if len(self._kept) >= _MOST_BUFFERS:
-                self._kept.clear()
-            self._kept[key] = scratch(int(key[1]))
-        return [tensor.data_ptr() for tensor in self._kept[key]]
+    def address(self, num_bytes: int) -> int:
+        if self._kept.nbytes < num_bytes:
+            self._kept = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._kept.data_ptr()
 
 
-_BUFFERS = _Buffers()
+_ROUNDED = _Rounded()
 
 
 def in_threads(function: Callable[..., None], calls: Sequence[Sequence[int]]) -> None:
@@ -127,7 +115,7 @@ def compiled(code: str, **options: int) -> "Machine":
         RuntimeError: llvmlite cannot be loaded here, or cannot compile for this CPU.
     """
     try:
-        from mdiq.engine.llvm_code import Machine, host_features
+        from mdiq.engine.llvm_machine import Machine, host_features
 
         module = importlib.import_module(f"mdiq.engine.{code}")
     except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs

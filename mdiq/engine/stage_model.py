@@ -1,9 +1,10 @@
 """A Stage's part of the model: its Layers, and on the Starter the embedding, the final norm and the head."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from mdiq.engine.layer_loading import ROLES, make_norm, packed_layer, plain_laye
 from mdiq.engine.layers import Activate, LayerWeights, Norm, Rope, Span, activated, attention_over, run_layer
 from mdiq.engine.llvm_activation import CompiledActivation
 from mdiq.engine.llvm_attention import CompiledAttention
+from mdiq.engine.llvm_layers import CompiledLayers
 from mdiq.engine.memory import reset_peak, return_free_memory
 from mdiq.engine.quantize import FORMATS, PackedModel
 
@@ -113,6 +115,7 @@ class StageModel:
                 _settle(packed)
                 done += 1
                 step()
+        self._parts = self._in_parts()
 
     @property
     def owns_embedding(self) -> bool:
@@ -127,17 +130,21 @@ class StageModel:
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KvCache, spans: Sequence[Span]) -> torch.Tensor:
         """Return hidden: [T, hidden_size] behind this Stage's Layers."""
-        compiled = self._attention
-        attend = attention_over(spans, self._device) if compiled is None else compiled.over(spans)
+        compiled = None if self._attention is None else self._attention.over(spans)
+        attend = attention_over(spans, self._device) if compiled is None else compiled
         angles = None if self._rope is None else self._rope.tables(positions, hidden.dtype)
-        for i, layer in enumerate(self._layers):
+        for part in self._parts:
+            if isinstance(part, CompiledLayers):
+                assert compiled is not None  # it is made of compiled attention
+                hidden = part.run(hidden, compiled, angles, cache)
+                continue
             hidden = run_layer(
                 hidden,
-                self._weights[i],
+                self._weights[part],
                 self.config,
-                layer,
-                cache.keys[i],
-                cache.values[i],
+                self._layers.start + part,
+                cache.keys[part],
+                cache.values[part],
                 attend,
                 angles,
                 self._activate,
@@ -148,6 +155,28 @@ class StageModel:
         """Return [n, vocab_size], f32, for the last Stage's rows [n, hidden_size]."""
         assert self._final_norm is not None and self._head is not None  # only the Starter makes tokens
         return self._head(self._final_norm(hidden)).float()
+
+    def _in_parts(self) -> list[CompiledLayers | int]:
+        """Return the Stage's Layers in order: those next to each other that can be compiled as one, others by place."""
+        attention, activation = self._attention, self._activate
+        if attention is None or not isinstance(activation, CompiledActivation):
+            return list(range(len(self._weights)))
+        parts: list[CompiledLayers | int] = []
+        for fits, group in groupby(range(len(self._weights)), lambda i: CompiledLayers.fits(self._weights[i])):
+            places = list(group)
+            compiled = None
+            if fits:
+                with suppress(RuntimeError):  # not for this model's shapes, wherever its Layers are
+                    compiled = CompiledLayers(
+                        self.config,
+                        [self._weights[i] for i in places],
+                        first=self._layers.start + places[0],
+                        first_in_cache=places[0],
+                        attention=attention,
+                        activation=activation,
+                    )
+            parts += places if compiled is None else [compiled]
+        return parts
 
     def _load_ends(self, checkpoint: Checkpoint) -> None:
         matrix = checkpoint.embedding().to(device=self._device, dtype=self._dtype)

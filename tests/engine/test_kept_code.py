@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mdiq.engine import llvm_matmul, llvm_softmax_code
-from mdiq.engine.llvm_code import Machine, host_features
+from mdiq.engine.llvm_machine import Machine, host_features
 
 
 def _machine(kept: Path | None) -> Machine:

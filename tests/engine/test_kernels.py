@@ -16,9 +16,9 @@ from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code
 from mdiq.engine.gguf_blocks import BLOCK, scale_and_offset, take_apart
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
-from mdiq.engine.llvm_code import Machine, host_features
 from mdiq.engine.llvm_int4 import LlvmInt4, LlvmQ4K, LlvmQ6K
 from mdiq.engine.llvm_int8 import LlvmInt8
+from mdiq.engine.llvm_machine import Machine, host_features
 from mdiq.engine.llvm_matmul import compiled
 from mdiq.engine.quantize import PackedFile, quantize_columns, quantize_int4, unpack_int4
 from mdiq.errors import EngineError
@@ -273,7 +273,7 @@ def test_a_wide_matrix_is_taken_in_parts(kernel: type, tmp_path: Path, monkeypat
 
 
 def test_a_device_where_llvmlite_cannot_be_loaded_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mdiq.engine.llvm_code", None)
+    monkeypatch.setitem(sys.modules, "mdiq.engine.llvm_machine", None)
     for module in (llvm_int4, llvm_int8):
         monkeypatch.setattr(module, "compiled", compiled.__wrapped__)  # as if it never was
     for weights in ("int4", "int8"):

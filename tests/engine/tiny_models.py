@@ -59,7 +59,7 @@ MODELS = {
         LlamaForCausalLM,
         LlamaConfig(**_SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
     ),
-    "llama-biased": (LlamaForCausalLM, LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True)),
+    "llama-biased": (LlamaForCausalLM, LlamaConfig(**_SHAPE, head_dim=16, attention_bias=True, mlp_bias=True)),
     "mistral": (MistralForCausalLM, MistralConfig(**_SHAPE, head_dim=16, sliding_window=None)),
     "mistral-windowed": (MistralForCausalLM, MistralConfig(**_SHAPE, head_dim=16, sliding_window=12)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**_SHAPE)),

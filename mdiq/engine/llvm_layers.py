@@ -1,0 +1,199 @@
+"""Layers as one call of compiled code: a decoded token of a small model costs more in calls than in maths.
+
+A Layer of SmolLM2 is some 20 calls of torch and of compiled functions, of which the matmuls were a third of the time.
+Here all Layers of a Stage are a program, which each thread goes through; they wait for each other between its steps
+without Python. See llvm_layers_code.py.
+"""
+
+import struct
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+
+from mdiq.engine.kernels import Linear, StackedLinear
+from mdiq.engine.kv_cache import KvCache
+from mdiq.engine.layers import LayerWeights, Norm
+from mdiq.engine.llvm_activation import CompiledActivation
+from mdiq.engine.llvm_attention import CompiledAttention, CompiledBatch
+from mdiq.engine.llvm_matmul import CompiledMatmul, compiled
+from mdiq.engine.model_config import ModelConfig
+
+_FLOAT_BYTES = 4
+_STEP_WORDS = 3  # before what a step's function reads: see llvm_layers_code.py
+
+
+class CompiledLayers:
+    """Consecutive Layers of a Stage, all of their matrices in compiled kernels, in f32 on the CPU.
+
+    They compute what layers.run_layer does. A token gets the same bits in any company and with any number of threads.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Sequence[LayerWeights],
+        *,
+        first: int,
+        first_in_cache: int,
+        attention: CompiledAttention,
+        activation: CompiledActivation,
+    ) -> None:
+        """Write the program. first: the first Layer's number in the model; first_in_cache: in the Stage.
+
+        Raises:
+            RuntimeError: some of it cannot be compiled, or not for such shapes.
+        """
+        self._machine = compiled("llvm_layers_code")
+        from mdiq.engine.llvm_layers_code import LANES, Word
+
+        if config.hidden_size % LANES:
+            raise RuntimeError(f"rows of {config.hidden_size} are no multiple of {LANES}")
+        self._config, self._weights = config, tuple(weights)  # what lies at addresses lives as long as this does
+        self._attention, self._activation = attention, activation
+        self._words: list[int] = []
+        self._num_steps = 0
+        self._rounded_bytes = 0
+        for i, layer in enumerate(self._weights):
+            self._add_layer(layer, first + i, first_in_cache + i)
+        self._program = torch.tensor(self._words)
+        self._run = self._machine.function("run", 2, 3)
+        qkv, found = self._qkv_width, config.num_heads * config.head_dim
+        up = config.mlp_size * (2 if config.family.is_gated else 1)
+        # UP lies where QKV and FOUND were: nobody reads them any more then.
+        places = {Word.NORMED: 0, Word.DOWN: config.hidden_size, Word.ACTIVE: 2 * config.hidden_size}
+        places |= dict.fromkeys((Word.QKV, Word.UP), 2 * config.hidden_size + config.mlp_size)
+        places[Word.FOUND] = places[Word.QKV] + qkv
+        self._places = places  # in floats of one row
+        self._row_floats = places[Word.QKV] + max(qkv + found, up)
+
+    @staticmethod
+    def fits(weights: LayerWeights) -> bool:
+        """Tell whether a Layer's matrices all are in compiled kernels, which does not depend on what was measured."""
+        return all(_matmuls(linear) is not None for linear in (weights.qkv, weights.o, weights.gate_up, weights.down))
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        batch: CompiledBatch,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        cache: KvCache,
+    ) -> torch.Tensor:
+        """Return hidden, f32 [T, hidden_size], behind these Layers; ``angles`` as Rope.tables has them."""
+        from mdiq.engine.llvm_layers_code import Word
+
+        num_rows, num_threads = len(hidden), torch.get_num_threads()
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        rows = torch.empty(num_rows, self._row_floats)
+        rounded = torch.empty(num_rows, self._rounded_bytes, dtype=torch.uint8)
+        arrivals = torch.zeros(1, dtype=torch.int64)
+        bounds = batch.bounds(num_threads)
+        words = [0] * len(Word)
+        words[Word.NUM_ROWS] = num_rows
+        words[Word.ARRIVALS] = arrivals.data_ptr()
+        if angles is not None:
+            angles = (angles[0].contiguous(), angles[1].contiguous())
+            words[Word.COS], words[Word.SIN] = (table.data_ptr() for table in angles)
+        words[Word.SLOTS] = batch.slots
+        words[Word.POOLS] = cache.addresses.data_ptr()
+        words[Word.READS], words[Word.WIDTH] = batch.reads.data_ptr(), batch.width
+        words[Word.BOUNDS] = bounds.data_ptr()
+        words[Word.SCORES], words[Word.SCORE_BYTES] = batch.scores.data_ptr(), batch.scores[0].nbytes
+        words[Word.HIDDEN], words[Word.ROUNDED] = hidden.data_ptr(), rounded.data_ptr()
+        for word, place in self._places.items():
+            words[word] = rows.data_ptr() + _FLOAT_BYTES * place * num_rows
+        record = torch.tensor(words)
+        given = (self._program.data_ptr(), record.data_ptr(), self._num_steps)
+        if num_threads == 1:
+            self._run(*given, 0, 1)
+            return hidden
+        others: list[Future[None]] = []
+        try:
+            for thread in range(1, num_threads):
+                others.append(self._threads.submit(self._run, *given, thread, num_threads))
+            self._run(*given, 0, num_threads)
+        except RuntimeError:  # no thread can be started: those that run wait for nobody any more, and end
+            arrivals.fill_(1 << 62)
+            raise
+        finally:
+            wait(others)  # they write to what is freed behind this
+        return hidden
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """Of these Layers alone: threads that wait for each other must all run."""
+        return ThreadPoolExecutor(torch.get_num_threads() - 1, thread_name_prefix="layers")
+
+    @property
+    def _qkv_width(self) -> int:
+        return (self._config.num_heads + 2 * self._config.num_kv_heads) * self._config.head_dim
+
+    def _add_layer(self, weights: LayerWeights, layer: int, place: int) -> None:
+        """Write the steps of a Layer; see layers.run_layer."""
+        from mdiq.engine.llvm_layers_code import Word
+
+        config = self._config
+        width, head_dim, num_kv_heads = config.hidden_size, config.head_dim, config.num_kv_heads
+        q_width, kv_width = config.num_heads * head_dim, num_kv_heads * head_dim
+        qkv_bytes = _FLOAT_BYTES * self._qkv_width
+        up_bytes = _FLOAT_BYTES * config.mlp_size * (2 if config.family.is_gated else 1)
+        window = config.sliding_window if layer in config.windowed_layers else 0
+
+        self._norm(weights.attn_norm, Word.HIDDEN, Word.NORMED, row_bytes=_FLOAT_BYTES * width)
+        self._matmul(weights.qkv, Word.NORMED, Word.QKV)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            for norm, count, before in ((weights.q_norm, config.num_heads, 0), (weights.k_norm, num_kv_heads, q_width)):
+                self._norm(norm, Word.QKV, Word.QKV, row_bytes=qkv_bytes, count=count, before=before)
+        if config.family.has_rotary:
+            self._step("rotate", Word.QKV, qkv_bytes, config.num_heads + num_kv_heads, head_dim // 2)
+        self._step("store", Word.QKV, qkv_bytes, _FLOAT_BYTES * q_width, kv_width, place, waits=True)
+        attend = self._attention.machine.address("attend")
+        found = (Word.FOUND, _FLOAT_BYTES * q_width)
+        self._step("attend", attend, Word.QKV, qkv_bytes, *found, num_kv_heads, window, place, waits=True)
+        self._matmul(weights.o, Word.FOUND, Word.DOWN)
+        self._step("add", Word.DOWN, width)
+        self._norm(weights.mlp_norm, Word.HIDDEN, Word.NORMED, row_bytes=_FLOAT_BYTES * width)
+        self._matmul(weights.gate_up, Word.NORMED, Word.UP)
+        activate = self._activation.machine.address("activate")
+        self._step("activate", activate, Word.UP, up_bytes, Word.ACTIVE, config.mlp_size)
+        self._matmul(weights.down, Word.ACTIVE, Word.DOWN)
+        self._step("add", Word.DOWN, width)
+
+    def _norm(self, norm: Norm, source: int, target: int, *, row_bytes: int, count: int = 1, before: int = 0) -> None:
+        bias = 0 if norm.bias is None else norm.bias.data_ptr()
+        (eps,) = struct.unpack("<i", struct.pack("<f", norm.eps))
+        sizes = (len(norm.weight), count, row_bytes, row_bytes, _FLOAT_BYTES * before)
+        name = "rms_norm" if norm.bias is None else "layer_norm"
+        self._step(name, source, target, norm.weight.data_ptr(), bias, eps, *sizes)
+
+    def _matmul(self, linear: Linear, source: int, target: int) -> None:
+        """Write the steps of a matmul: threads wait before it, since it reads whole rows, and after it."""
+        matmuls = _matmuls(linear)
+        assert matmuls is not None  # the caller asks fits first
+        width = sum(matmul.num_out for matmul in matmuls)
+        *before, total = accumulate((matmul.row_bytes for matmul in matmuls), initial=0)
+        columns = accumulate((matmul.num_out for matmul in matmuls), initial=0)
+        self._rounded_bytes = max(self._rounded_bytes, total)
+        last = matmuls[-1]
+        for matmul, at in zip(matmuls, before, strict=True):
+            prepare = matmul.machine.address("prepare")
+            self._step("prepare", prepare, matmul.words.data_ptr(), source, at, waits=matmul is last)
+        for matmul, at, column in zip(matmuls, before, columns, strict=False):
+            multiply = matmul.machine.address("multiply")
+            bias = 0 if matmul.bias is None else matmul.bias.data_ptr()
+            place = (target, width, column, matmul.num_out, bias)
+            self._step("multiply", multiply, matmul.words.data_ptr(), at, *place, waits=matmul is last)
+
+    def _step(self, name: str, *words: int, waits: bool = False) -> None:
+        self._words += [self._machine.address(name), _STEP_WORDS + len(words), int(waits), *words]
+        self._num_steps += 1
+
+
+def _matmuls(linear: Linear) -> list[CompiledMatmul] | None:
+    """Return the compiled matmuls that a matrix is made of, one above the other, or None where it has others."""
+    parts = linear.parts if isinstance(linear, StackedLinear) else [linear]
+    matmuls = [getattr(part, "matmul", None) for part in parts]
+    found = [matmul for matmul in matmuls if isinstance(matmul, CompiledMatmul) and matmul.num_padded == matmul.num_out]
+    return found if len(found) == len(parts) else None

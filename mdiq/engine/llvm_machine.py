@@ -1,0 +1,83 @@
+"""Machine code made on the device itself, with llvmlite, for this very CPU.
+
+No wheel carries code for what the CPUs of old PCs can do, and devices have no compiler.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from mdiq.cache import write_whole
+from mdiq.engine.device import cpu_flags
+from mdiq.engine.memory import drop_library
+
+_DIGEST_BYTES = 32  # of SHA-256, before compiled code that is kept
+
+
+def host_features() -> frozenset[str]:
+    """Return what LLVM calls the abilities of this CPU."""
+    found = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
+    # LLVM asks Linux for few of an ARM CPU's abilities, and else goes by its name.
+    return frozenset(found | {"dotprod", "neon"} if "asimddp" in cpu_flags() else found)
+
+
+class Machine:
+    """The compiled functions of a module; they live as long as this does.
+
+    kept: a folder where compiled code is looked for, and put for the next process; None compiles anew.
+    """
+
+    def __init__(self, module: Any, kept: Path | None = None) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        features = llvm.get_host_cpu_features().flatten().split(",") + [f"+{name}" for name in sorted(host_features())]
+        cpu, abilities = llvm.get_host_cpu_name(), ",".join(filter(None, features))
+        target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=abilities, opt=3)
+        text = str(module)
+        # All that the code follows from; the version's LLVM is its own.
+        follows = "\n".join([llvmlite.__version__, target.triple, cpu, abilities, text])
+        path = None if kept is None else kept / f"{hashlib.sha256(follows.encode()).hexdigest()}.o"
+        code = _read_code(path)
+        if code is None:
+            parsed = llvm.parse_assembly(text)
+            parsed.verify()
+            passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+            passes.getModulePassManager().run(parsed, passes)
+            code = target.emit_object(parsed)
+            _write_code(path, code)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        drop_library("libllvmlite")  # 70 MB, which only compiling touches
+
+    def address(self, name: str) -> int:
+        """Return where a function is, for compiled code that calls it."""
+        return int(self._engine.get_function_address(name))
+
+    def function(self, name: str, num_pointers: int, num_integers: int) -> Callable[..., None]:
+        """Return a function that takes addresses and then integers; it runs without Python's lock."""
+        kinds = [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * num_integers
+        return ctypes.CFUNCTYPE(None, *kinds)(self.address(name))
+
+
+def _read_code(path: Path | None) -> bytes | None:
+    """Return the code that a file holds, or None where there is none, or not as it was written."""
+    try:
+        kept = b"" if path is None else path.read_bytes()
+    except OSError:
+        return None
+    digest, code = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
+    return code if code and hashlib.sha256(code).digest() == digest else None
+
+
+def _write_code(path: Path | None, code: bytes) -> None:
+    """Keep code for the next process; where that fails, it compiles too."""
+    if path is not None:
+        with contextlib.suppress(OSError):
+            write_whole(path, hashlib.sha256(code).digest() + code)
