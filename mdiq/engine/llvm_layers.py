@@ -22,6 +22,7 @@ from mdiq.engine.llvm_matmul import CompiledMatmul, compiled
 from mdiq.engine.model_config import ModelConfig
 
 _FLOAT_BYTES = 4
+_MOST_THREADS = 256
 _STEP_WORDS = 3  # before what a step's function reads: see llvm_layers_code.py
 
 
@@ -84,7 +85,7 @@ class CompiledLayers:
         """Return hidden, f32 [T, hidden_size], behind these Layers; ``angles`` as Rope.tables has them."""
         from mdiq.engine.llvm_layers_code import Word
 
-        num_rows, num_threads = len(hidden), torch.get_num_threads()
+        num_rows, num_threads = len(hidden), min(torch.get_num_threads(), _MOST_THREADS)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         rows = torch.empty(num_rows, self._row_floats)
         rounded = torch.empty(num_rows, self._rounded_bytes, dtype=torch.uint8)
@@ -124,7 +125,7 @@ class CompiledLayers:
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         """Of these Layers alone: threads that wait for each other must all run."""
-        return ThreadPoolExecutor(torch.get_num_threads() - 1, thread_name_prefix="layers")
+        return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="layers")  # it starts what it needs
 
     @property
     def _qkv_width(self) -> int:
