@@ -2,7 +2,7 @@
 
 models/    model files that were fetched              packed/  weights in 8 and 4 bits, by model and format
 weights/   a Node's copies of its Starter's model     shapes/  files of random weights
-hashes/, profiles/, kernels.json, code/               what was measured, computed or compiled once; small, stays
+hashes/, profiles/, kernels.json, code/, costs/       what was measured, computed or compiled once; small, stays
 
 An Entry is a file or folder directly in one of the first four. Its users hold a shared lock on it (``use``), so only
 what nobody uses is forgotten. It carries the time of its last use: a folder as its time of change, a file as its time

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -23,7 +23,7 @@ from mdiq.engine.checkpoint_files import (
     Source,
     read_note,
 )
-from mdiq.engine.families import GGUF_NAMES, LLAMA
+from mdiq.engine.families import GGUF_NAMES
 from mdiq.engine.gguf_blocks import Blocks
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.engine.model_config import ModelConfig, config_from_gguf, gguf_file_of, read_config
@@ -88,9 +88,7 @@ class Checkpoint:
         It tells models apart that differ by mistake; it is no proof against forgery. In a partial copy the fingerprints
         of the tensors that it lacks are what its note says.
         """
-        # The family by its name: the order in which a frozenset prints differs from process to process.
-        shape = replace(self.config, family=LLAMA, windowed_layers=frozenset())
-        digest = hashlib.sha256(f"{self.config.family.name} {sorted(self.config.windowed_layers)} {shape!r}".encode())
+        digest = hashlib.sha256(self.config.text.encode())
         for name in self._source.names():
             digest.update(name.encode() + b"\0" + self._source.fingerprint(name))
         return digest.hexdigest()

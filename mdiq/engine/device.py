@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import platform
 from pathlib import Path
 
 import torch
@@ -39,6 +40,18 @@ def cpu_flags() -> frozenset[str]:
             if name.strip() in ("flags", "Features"):  # of x86, of ARM
                 return frozenset(value.split())
     return frozenset()
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Return what this CPU is called, and which of its instructions torch uses."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model", "CPU part"):
+                # Virtual machines hide parts of a CPU: what torch sees of it counts too.
+                return f"{value.strip()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def choose_dtype(name: str) -> torch.dtype:

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -18,7 +17,7 @@ import torch
 
 import mdiq
 from mdiq.cache import scratch_directory, temporary, write_whole
-from mdiq.engine.device import is_out_of_memory
+from mdiq.engine.device import cpu_name, is_out_of_memory
 from mdiq.engine.gguf_blocks import BLOCK, GROUP
 from mdiq.engine.kernels import KERNELS, Kernel, Linear, StackedLinear
 from mdiq.engine.quantize import VERSION, PackedFile, num_hot, written
@@ -47,7 +46,7 @@ class KernelChoice:
         self._key = "|".join(
             (
                 kernels,
-                _cpu_name(),
+                cpu_name(),
                 f"torch {torch.__version__}",
                 f"mdiq {mdiq.__version__} {_code_digest()}",
                 f"{torch.get_num_threads()} threads",
@@ -195,16 +194,6 @@ def _code_digest() -> str:
     folder = Path(__file__).parent
     files = [Path(__file__), folder / "kernels.py", *sorted(folder.glob("llvm_*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("model name", "Model", "CPU part"):
-                # Virtual machines hide parts of a CPU: what torch sees of it counts too.
-                return f"{value.strip()} {torch.backends.cpu.get_cpu_capability()}"
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _is_complete(times: object) -> bool:

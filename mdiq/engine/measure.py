@@ -21,11 +21,13 @@ from mdiq.plan.pace import StageCost
 
 CONTEXT_TOKENS = 96
 """Of a short question with its answer: attention over it is a seventh of a forward of SmolLM2 in 8 bits."""
+ENOUGH_TOKENS = 2_048  # of KV cache: 16 Sequences with their context
 DECODE_SIZES = (1, 2, 4, 8, 16)
 PROMPT_SIZES = (16, 64, 192)
 PACKING_SIZES = (1, 8, 64)
 Progress = Callable[[int, int], object]
 REPEATS = 3
+AGREES = 1.25  # times that differ less are the same: forwards of a quiet machine vary by a tenth
 ENOUGH_S = 1.0  # larger sizes are left out when a forward takes as long: the curve's last line goes on
 SUSTAINED_S = 0.3  # several periods of a control group's quota
 _DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(DECODE_SIZES))]
@@ -33,11 +35,17 @@ _DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(D
 MOST_S = 0.25  # a size is not repeated when its forwards have taken as long: a long one varies little
 
 
-def measure_cost(runner: StageRunner, *, least_s: float = 0.0, progress: Progress = lambda *_: None) -> StageCost:
+def measure_cost(
+    runner: StageRunner,
+    *,
+    least_s: float = 0.0,
+    known: StageCost | None = None,
+    progress: Progress = lambda *_: None,
+) -> StageCost:
     """Return the Stage's cost, from medians; the runner's cache is empty afterwards.
 
     progress: called after each forward with (how many were run, 0): nobody knows how many there will be.
-
+    known: what was measured before; it is returned if a forward of one token takes as long as it says.
     least_s: measure each size for as long and take the mean: a device whose CPU time is rationed computes in bursts,
     and a short measurement sees only those.
     Decoding is measured behind CONTEXT_TOKENS of each Sequence, or as many as the cache holds.
@@ -55,6 +63,10 @@ def measure_cost(runner: StageRunner, *, least_s: float = 0.0, progress: Progres
                 runner.occupy(SeqId(j), context(num_segments))
         return _batch(runner, num_segments, 1, context(num_segments) + i)
 
+    if known is not None:
+        now_s, then_s = (curve.seconds(1) for curve in (_curve(runner, [1], decode, least_s, progress), known.decode))
+        if then_s / AGREES <= now_s <= then_s * AGREES:
+            return known
     return StageCost(
         decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode, least_s, progress),
         prompt=_curve(

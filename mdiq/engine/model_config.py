@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from mdiq.engine.families import FAMILIES, Family
+from mdiq.engine.families import FAMILIES, LLAMA, Family
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.errors import ModelError
 
@@ -52,6 +52,13 @@ class ModelConfig:
     is_tied: bool = False
     sliding_window: int = 0
     windowed_layers: frozenset[int] = frozenset()
+
+    @property
+    def text(self) -> str:
+        """Everything that it says, in words that are the same in every process."""
+        # The family by its name: the order in which a frozenset prints differs from process to process.
+        shape = replace(self, family=LLAMA, windowed_layers=frozenset())
+        return f"{self.family.name} {sorted(self.windowed_layers)} {shape!r}"
 
     @property
     def head_layers(self) -> float:

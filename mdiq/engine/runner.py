@@ -111,6 +111,14 @@ class StageRunner:
         return cls(stage, cache, is_last=is_last, dtype=torch_dtype, device=torch_device, wire=wire)
 
     @property
+    def shape(self) -> str:
+        """What the time of a forward follows from, beside the machine and the program: a text."""
+        return (
+            f"{len(self._cache.keys)} layers, {self.weight_bytes} bytes, first {self.owns_embedding}, "
+            f"last {self._is_last}, {self._dtype}, {self._device}, {self._wire}, {self.config.text}"
+        )
+
+    @property
     def wire_limits(self) -> WireLimits:
         """The largest Frame that a Ring of this model may send."""
         return WireLimits(max_width=self.config.hidden_size, max_context=self.config.context_tokens)

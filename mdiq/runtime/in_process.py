@@ -137,7 +137,7 @@ class InProcessStages:
             await worker.aclose()
 
     def _load(self, i: int, progress: Progress) -> "tuple[StageRunner, StageCost]":
-        from mdiq.engine.measure import measure_cost
+        from mdiq.engine.kept_cost import kept_cost
         from mdiq.engine.runner import StageRunner
 
         options = self._options
@@ -155,7 +155,7 @@ class InProcessStages:
             memory_share=1 / options.num_nodes,
             progress=progress,
         )
-        return runner, measure_cost(runner)
+        return runner, kept_cost(runner, progress=progress)
 
     async def _serve(self, service: StageService) -> None:
         try:

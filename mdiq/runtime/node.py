@@ -23,6 +23,7 @@ from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
 from mdiq.engine.device import choose_device, free_bytes
+from mdiq.engine.kept_cost import kept_cost
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.runner import StageRunner
@@ -244,9 +245,9 @@ class NodeProcess:
         runner = await self.worker.run_long(
             lambda progress: load(progress=progress), partial(self._progress, "loading")
         )
-        least_s = SUSTAINED_S if self._peers else 0.0
+        measure = partial(measure_cost, least_s=SUSTAINED_S) if self._peers else kept_cost
         cost = await self.worker.run_long(
-            lambda progress: measure_cost(runner, least_s=least_s, progress=progress),
+            lambda progress: measure(runner, progress=progress),
             lambda *_: self._notifier.starting(f"measures {self._layers}"),
         )
         self._runner = runner

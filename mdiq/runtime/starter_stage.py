@@ -15,6 +15,7 @@ from mdiq.core.sequence import Sequence
 from mdiq.core.types import RingSpec
 from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.device import choose_device, free_bytes
+from mdiq.engine.kept_cost import kept_cost
 from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
@@ -44,8 +45,6 @@ class StarterStage:
             ModelError: it is missing, malformed or unsupported.
         """
         self._options = options
-        # Devices, unlike cores of one machine, may have their CPU time rationed.
-        self._least_s = SUSTAINED_S if options.remote is not None else 0.0
         self._can_peak = False  # the process's peak is this Ring's
         with ExitStack() as opened:
             self._checkpoint = checkpoint = opened.enter_context(open_checkpoint(options.model))
@@ -86,11 +85,15 @@ class StarterStage:
 
     def measure(self, progress: Progress) -> StageCost:
         """Return what a forward costs; the KV cache is empty afterwards."""
-        return measure_cost(self.runner, least_s=self._least_s, progress=progress)
+        # Devices, unlike cores of one machine, may have their CPU time rationed.
+        if self._options.remote is None:
+            return kept_cost(self.runner, progress=progress)
+        return measure_cost(self.runner, least_s=SUSTAINED_S, progress=progress)
 
     def measure_head(self, progress: Progress) -> Curve:
         """Return what the head costs."""
-        return measure_head(self.runner, least_s=self._least_s, progress=progress)
+        least_s = 0.0 if self._options.remote is None else SUSTAINED_S
+        return measure_head(self.runner, least_s=least_s, progress=progress)
 
     def spec(self, others: AbstractSequence[Ready]) -> RingSpec:
         """Return what the ring protocol is to know of the Ring of this Stage and others."""

@@ -1,0 +1,73 @@
+"""What a Stage costs on this device, kept from one start to the next: measuring takes seconds, and tells the same.
+
+It is a function of the machine, of the program and of the Stage's shape, so those name the file. A machine that is busy
+when it measures is found out the next time: figures of which a forward of one token is not right are measured anew.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import mdiq
+from mdiq.cache import cache_directory, write_whole
+from mdiq.engine.device import cpu_name
+from mdiq.engine.measure import ENOUGH_TOKENS, Progress, measure_cost
+from mdiq.engine.runner import StageRunner
+from mdiq.errors import ConfigError
+from mdiq.plan.micro_batches import Points
+from mdiq.plan.pace import StageCost
+
+
+def kept_cost(runner: StageRunner, *, progress: Progress = lambda *_: None) -> StageCost:
+    """Return the Stage's cost, as it was measured before if that is still right; see measure_cost."""
+    try:
+        path = cache_directory() / "costs" / f"{hashlib.sha256(_key(runner).encode()).hexdigest()}.json"
+    except ConfigError:  # a user without a home
+        return measure_cost(runner, progress=progress)
+    known = _read(path)
+    cost = measure_cost(runner, known=known, progress=progress)
+    if cost is not known:
+        with contextlib.suppress(OSError):
+            write_whole(path, json.dumps([cost.decode.points, cost.prompt.points]).encode())
+    return cost
+
+
+def _key(runner: StageRunner) -> str:
+    return "|".join(
+        (
+            runner.shape,
+            f"kv {min(runner.kv_capacity_tokens, ENOUGH_TOKENS)}",
+            f"{torch.get_num_threads()} threads on {len(os.sched_getaffinity(0))} cores",
+            cpu_name(),
+            f"torch {torch.__version__}",
+            f"mdiq {mdiq.__version__} {_code_digest()}",
+        )
+    )
+
+
+@cache
+def _code_digest() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _read(path: Path) -> StageCost | None:
+    try:
+        decode, prompt = (_points(value) for value in json.loads(path.read_bytes()))
+        return StageCost.of(decode, prompt)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _points(value: list[tuple[int, float]]) -> Points:
+    """Return the points of a curve; ValueError or TypeError where they are none."""
+    points = tuple((int(size), float(time_s)) for size, time_s in value)
+    if not all(0 < time_s < math.inf for _, time_s in points):
+        raise ValueError("not times")
+    return points
