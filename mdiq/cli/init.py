@@ -92,7 +92,7 @@ def ask_nodes() -> tuple[NodeAnswer, ...]:
         "Name of the next device (empty: that is all)", "", show_default=False, err=True
     ).strip():
         address = typer.prompt(f"Address of {name}", err=True)
-        memory = typer.prompt("Most memory that mdiq may take there, for example 700M", "auto", err=True)
+        memory = typer.prompt("Max memory that mdiq may use there, for example 700M", "auto", err=True)
         spare = typer.confirm("Is it a spare, which steps in when another fails?", False, err=True)
         nodes.append(NodeAnswer(name, address, spare, {} if memory == "auto" else {"memory": memory}))
     return tuple(nodes)

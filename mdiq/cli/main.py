@@ -370,7 +370,7 @@ def init(
         ),
     ] = None,
     spare: Annotated[
-        list[str] | None, typer.Option(help="A device that steps in when another fails; may be repeated.")
+        list[str] | None, typer.Option(help="A device that stands by for one that fails; may be repeated.")
     ] = None,
     model: Annotated[
         str | None,

@@ -216,13 +216,15 @@ class ModelChoice(_Section):
         example="smollm2-135m-instruct",
     )
     name: Annotated[str, AfterValidator(_model_name)] | None = _key(
-        None, "Name by which the API's clients ask for the model; null: that of its file or directory."
+        None, "Name that the API's clients use for the model; null: the name of its file or directory."
     )
     weights: WeightFormat = _key(
-        USUAL_WEIGHTS, "Weights in memory: as dtype says, packed in 8 or 4 bits, or as suits the model's file."
+        USUAL_WEIGHTS,
+        "How weights are held: plain (as dtype says), packed in 8 or 4 bits, or auto (by the model's file).",
     )
     mode: Literal["exact", "fast"] = _key(
-        "exact", "The same tokens on any number of nodes, alone and among others; or the fastest kernels and hops."
+        "exact",
+        "The same tokens on any number of nodes, alone and among other requests; or the fastest kernels and hops.",
     )
     dtype: Literal["f32", "bf16"] = _key("f32", "Number format of activations, KV cache and plain weights.")
 
@@ -232,29 +234,32 @@ class Node(_Section):
 
     name: Annotated[
         str, AfterValidator(_name), _text_schema(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "a-z, 0-9, -; at most 63")
-    ] = _key(..., "The node's name, once in the file; its private key is named so.", example="pi1")
+    ] = _key(..., "The node's name; unique in the file. Its private key has the same name.", example="pi1")
     role: Literal["starter", "worker"] = _key(
-        "worker", "The Starter has the model, the API and the first layers; there is one."
+        "worker", "The Starter has the model, the API and the first layers. There is exactly one."
     )
     address: Annotated[str, AfterValidator(_address)] = _key(
         ...,
         "IP address or host name at which the other nodes reach this one; IPv6 without brackets.",
         example="192.168.1.10",
     )
-    data_port: _Port = _key(7400, "TCP port on which this node takes activations.")
-    control_port: _Port = _key(7401, "TCP port of the control channel; at the Starter only.")
-    weights_port: _Port = _key(7402, "TCP port from which the nodes fetch their weights; at the Starter only.")
+    data_port: _Port = _key(7400, "TCP port on which this node receives activations.")
+    control_port: _Port = _key(7401, "TCP port of the control channel; on the Starter only.")
+    weights_port: _Port = _key(7402, "TCP port from which the nodes fetch their weights; on the Starter only.")
     device: Annotated[
         str, AfterValidator(_device), _text_schema(r"auto|cpu|cuda(:\d{1,2})?", "`cpu`, `cuda`, `cuda:0`, `auto`")
-    ] = _key("cpu", "What computes.")
+    ] = _key("cpu", "Device that computes.")
     threads: Count = _key(None, "Threads that compute; auto: as many as the device has cores.", written=AUTO)
     memory_bytes: Size = _key(
-        None, "Most memory that mdiq may take on this device; auto: most of what is free.", alias="memory", written=AUTO
+        None,
+        "Max memory that mdiq may use on this device; auto: most of the free memory.",
+        alias="memory",
+        written=AUTO,
     )
     layers: Layers = _key(
         None, "Layers by hand, for all nodes or for none; auto: planned from measurements.", written=AUTO
     )
-    spare: bool = _key(False, "Stands by, and takes the place of a node that fails.")
+    spare: bool = _key(False, "Stands by for a node that fails. It does not step in by itself yet.")
     public_key: Annotated[
         Annotated[str, AfterValidator(_public_key)] | None,
         _text_schema(r".{40}", "`null`, or 40 characters (Z85) in quotes", or_null=True),
@@ -278,7 +283,7 @@ class Node(_Section):
 
 
 class HopWire(_Section):
-    """A hop whose activations travel in a format of their own."""
+    """A hop with its own format of activations."""
 
     sender: str = _key(..., "Name of the node that sends.", alias="from", example="desk")
     receiver: str = _key(..., "Name of the next node in the ring.", alias="to", example="pi1")
@@ -291,62 +296,63 @@ class Links(_Section):
     wire: Wire = _key(
         "auto", "Format of activations on the hops; auto: dtype in exact mode, else by what a link measures."
     )
-    hops: tuple[HopWire, ...] = _key((), "Hops with a format of their own.")
+    hops: tuple[HopWire, ...] = _key((), "Hops with their own format.")
     transfer_limit_bit_per_s: Rate = _key(
-        None, "Most that the transfer of weights may take of the network; null: no limit.", alias="transfer_limit"
+        None, "Max network rate of all transfers of weights together; null: no limit.", alias="transfer_limit"
     )
 
 
 class Security(_Section):
-    """Who may join, and who can read along."""
+    """Who may join, and whether connections are encrypted."""
 
     keys: Annotated[str, AfterValidator(_path)] = _key(
         "keys", "Folder of the private keys, NAME.key, made by `mdiq keys`; relative to this file."
     )
-    insecure: bool = _key(False, "Let everything pass in plain text, without keys, also beyond loopback.")
+    insecure: bool = _key(False, "Send everything in plain text, without keys, even beyond loopback.")
 
 
 class Api(_Section):
     """The HTTP API, on the Starter's machine."""
 
     host: Annotated[str, AfterValidator(_host)] = _key(
-        "127.0.0.1", "Address that the API listens on; 0.0.0.0: all of the machine. Beyond loopback it needs keys_file."
+        "127.0.0.1", "Address on which the API listens; 0.0.0.0: all interfaces. Beyond loopback it needs keys_file."
     )
     port: _Port = _key(8080, "TCP port of the API.")
     keys_file: Annotated[str, AfterValidator(_path)] | None = _key(
-        None, "File of the API keys that clients must send, one a line; null: none needed. Relative to this file."
+        None,
+        "File of API keys, one per line, of which clients must send one; null: none needed. Relative to this file.",
     )
     cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = _key(
         (), "Web pages of these origins may use the API from a browser, for example https://chat.example.org; '*': all."
     )
     client_timeout_s: ClientTimeout = _key(
         60.0,
-        "Longest wait for a request's head, and for its body; slower connections are closed.",
+        "Max wait for a request's head, and for its body; slower connections are closed.",
         alias="client_timeout",
         written="60s",
     )
 
 
 class RingWishes(_Section):
-    """What the ring aims at."""
+    """What the ring is planned for."""
 
     objective: Literal["throughput", "latency"] = _key(
-        "throughput", "What `auto` layers are planned for: most tokens of all users together, or of one alone."
+        "throughput", "Goal of the plan of `auto` layers: max tokens/s of all users together, or of a single user."
     )
     users: Annotated[int, Field(ge=1, le=256)] = _key(
-        8, "Users at once for whom throughput is planned. More users keep more devices at work."
+        8, "Number of users at once that throughput is planned for. More users keep more devices at work."
     )
     kv_tokens: Annotated[int, Field(ge=32, le=16_777_216)] = _key(
-        2_048, "Least KV cache that a plan leaves room for, in tokens of all users together, prompts included."
+        2_048, "Min KV cache that a plan leaves room for, in tokens of all users together, prompts included."
     )
     decode_wait_s: DecodeWait = _key(
         0.2,
-        "Longest wait between two tokens of an answer while others' prompts are computed.",
+        "Max wait between two tokens of an answer while prompts of other requests are computed.",
         alias="decode_wait",
         written="200ms",
     )
     max_live: Count = _key(None, "Requests in the ring at once; auto: what fills it.", written=AUTO)
-    prefix_reuse: bool = _key(True, "Take over the KV cache of an earlier request that began alike.")
+    prefix_reuse: bool = _key(True, "Use the KV cache of an earlier request that began with the same tokens.")
 
 
 def _some_nodes(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -367,11 +373,11 @@ class Topology(_Section):
         "The devices, in ring order: the Starter, then each passes on to the one below it, the last to the Starter.",
     )
     links: Links = _key(Links(), "How activations and weights travel.")
-    security: Security = _key(Security(), "Who may join, and who can read along.")
+    security: Security = _key(Security(), "Who may join, and whether connections are encrypted.")
     api: Api = _key(Api(), "The HTTP API, on the Starter's machine.")
-    ring: RingWishes = _key(RingWishes(), "What the ring aims at.")
+    ring: RingWishes = _key(RingWishes(), "What the ring is planned for.")
     journal: Annotated[str, AfterValidator(_path)] | None = _key(
-        None, "File in which the Starter keeps accepted requests over a restart; null: none. Relative to this file."
+        None, "File that keeps accepted requests over a restart of the Starter; not written yet. Relative to this file."
     )
 
     @model_validator(mode="after")
