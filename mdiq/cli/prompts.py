@@ -14,7 +14,9 @@ from mdiq.errors import ConfigError
 
 MOST_LINE_BYTES = 16 * 2**20
 NO_LIMIT = 1 << 31  # tokens of an answer: what is left of the context counts
+MOST_SETTINGS, MOST_KEPT_CHARACTERS = 256, 1_024  # that are remembered of a file
 _KINDS = ("prompt", "prompt_token_ids", "messages")
+_canonical = json.JSONEncoder(sort_keys=True).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,11 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
         raise ConfigError(f"{path}: {error.strerror}; give a file of JSON lines") from None
     requests: list[PromptLine] = []
     problems: list[str] = []
+    settings = _Settings(defaults)
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                requests.append(_parse_line(line, f"{path}:{number}", len(requests), defaults))
+                requests.append(_parse_line(line, f"{path}:{number}", len(requests), settings))
             except ConfigError as error:
                 problems.append(str(error))
     if problems:
@@ -94,7 +97,47 @@ def read_finished(path: Path, requests: Sequence[PromptLine]) -> set[int]:
     return finished
 
 
-def _parse_line(line: bytes, where: str, index: int, defaults: SamplingParams) -> PromptLine:
+class _Settings:
+    """What lines say beside their prompts: most say the same, which is checked once."""
+
+    def __init__(self, defaults: SamplingParams) -> None:
+        self._defaults = defaults
+        self._known: dict[str, tuple[SamplingParams, Mapping[str, str | int | float | bool]]] = {}
+
+    def of(
+        self, value: Mapping[str, Any], kind: str, where: str
+    ) -> tuple[SamplingParams, Mapping[str, str | int | float | bool]]:
+        """Return the params and what the chat template is told; ``kind`` is the field that holds the prompt.
+
+        Raises:
+            ConfigError: a field is not served, or has a wrong value.
+        """
+        others = {name: given for name, given in value.items() if name != kind}
+        key = f"{kind == 'messages'} {others!r}"
+        if (known := self._known.get(key)) is None:
+            known = self._checked(value, where)
+            if len(self._known) < MOST_SETTINGS and len(key) < MOST_KEPT_CHARACTERS:
+                self._known[key] = known
+        return known
+
+    def _checked(
+        self, value: Mapping[str, Any], where: str
+    ) -> tuple[SamplingParams, Mapping[str, str | int | float | bool]]:
+        check_served(value, lambda text, _: ConfigError(f"{where}: {text}"))
+        try:
+            values = sampling_values(value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        if values.get("max_tokens", 1) is None:  # no limit
+            values["max_tokens"] = NO_LIMIT
+        params = self._defaults.replaced(values, where)
+        try:
+            return params, template_kwargs_of(value)
+        except BadRequest as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+
+def _parse_line(line: bytes, where: str, index: int, settings: _Settings) -> PromptLine:
     if len(line) > MOST_LINE_BYTES:
         raise ConfigError(f"{where}: the line is longer than {MOST_LINE_BYTES >> 20} MiB; shorten it")
     try:
@@ -107,23 +150,15 @@ def _parse_line(line: bytes, where: str, index: int, defaults: SamplingParams) -
     if len(kinds) != 1:
         found = " and ".join(kinds) or "none"
         raise ConfigError(f"{where}: needs exactly one of {', '.join(_KINDS)}; found {found}")
-    check_served(value, lambda text, _: ConfigError(f"{where}: {text}"))
-    try:
-        values = sampling_values(value)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    if values.get("max_tokens", 1) is None:  # no limit
-        values["max_tokens"] = NO_LIMIT
-    params = defaults.replaced(values, where)
-    digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+    params, template_kwargs = settings.of(value, kinds[0], where)
+    digest = hashlib.blake2b(_canonical(value).encode(), digest_size=8).hexdigest()
     given = value[kinds[0]]
-    common: dict[str, Any] = {"digest": digest}
-    try:
-        common["template_kwargs"] = template_kwargs_of(value)
-        if kinds[0] == "messages":
+    common: dict[str, Any] = {"digest": digest, "template_kwargs": template_kwargs}
+    if kinds[0] == "messages":
+        try:
             return PromptLine(index, where, params, messages=messages_of(given), **common)
-    except BadRequest as error:
-        raise ConfigError(f"{where}: {error}") from None
+        except BadRequest as error:
+            raise ConfigError(f"{where}: {error}") from None
     if kinds[0] == "prompt":
         if not isinstance(given, str):
             raise ConfigError(f"{where}: prompt: not a text")

@@ -1,10 +1,14 @@
 """Prompts files and results files: which request a result belongs to."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mdiq.api.fields import sampling_values
+from mdiq.cli import prompts
 from mdiq.cli.output import Result
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
 from mdiq.core.sequence import FinishReason, SamplingParams
@@ -51,6 +55,34 @@ def test_results_that_failed_are_not_finished_and_those_without_a_digest_count(t
     assert read_finished(_results(tmp_path / "out.jsonl", *lines, reason=FinishReason.ERROR), lines) == set()
     (tmp_path / "out.jsonl").write_text('{"index": 1, "finish_reason": "stop"}\n')
     assert read_finished(tmp_path / "out.jsonl", lines) == {1}
+
+
+def test_what_many_lines_say_alike_is_checked_once_and_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[object] = []
+
+    def noted(value: Mapping[str, Any]) -> dict[str, Any]:
+        checked.append(value)
+        return sampling_values(value)
+
+    monkeypatch.setattr(prompts, "sampling_values", noted)
+    lines = _prompts(
+        tmp_path / "in.jsonl",
+        *({"prompt": f"{i}", "max_tokens": 8, "top_k": (1, True, 1.0)[i % 3]} for i in (0, 2, 3, 5)),
+        {"prompt": "a", "max_tokens": 9, "enable_thinking": True},
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9, "enable_thinking": True},
+    )
+    assert len(checked) == 4, "1 and 1.0 are told apart, and a chat from a text"
+    assert [line.params.max_tokens for line in lines] == [8] * 4 + [9] * 2
+    assert [dict(line.template_kwargs) for line in lines] == [{}] * 4 + [{"enable_thinking": True}] * 2
+    text = "".join(json.dumps({"prompt": "a", "top_k": True}) + "\n" for _ in range(3))
+    (tmp_path / "in.jsonl").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(tmp_path / "in.jsonl", SamplingParams())
+    assert [line.rpartition("in.jsonl:")[2][:7] for line in str(caught.value).splitlines()] == [
+        f"{number}: top_" for number in (1, 2, 3)
+    ]
 
 
 def test_a_line_takes_the_names_that_clients_of_the_api_use(tmp_path: Path) -> None:
