@@ -9,7 +9,7 @@ from mdiq.engine.llvm_matmul import compiled, compiled_or_none
 
 
 class CompiledSoftmax:
-    """e^((logit - largest) / temperature), and sums of neighbours; the same bits on every CPU."""
+    """e^((logit - largest) / temperature), sums of neighbours and of like weights; the same bits on every CPU."""
 
     def __init__(self) -> None:
         """Compile it, unless that was done before.
@@ -18,10 +18,12 @@ class CompiledSoftmax:
             RuntimeError: it cannot be compiled.
         """
         self._machine = compiled("llvm_softmax_code")  # its code lives as long as it does
-        from mdiq.engine.llvm_softmax_code import BLOCK
+        from mdiq.engine.llvm_softmax_code import BLOCK, NUM_CLASSES, NUM_SPARE
 
         self.block = BLOCK
-        self._function = self._machine.function("soften", 4, 1)
+        self._num_classes, self._num_spare = NUM_CLASSES, NUM_SPARE
+        self._soften = self._machine.function("soften", 4, 1)
+        self._add_classes = self._machine.function("add_classes", 3, 1)
         self._buffers = threading.local()  # memory that is new for each row costs as much as the maths
 
     @staticmethod
@@ -41,5 +43,14 @@ class CompiledSoftmax:
         if len(weights) < count:
             weights = self._buffers.weights = torch.empty(count)
         sums, factor = torch.empty(-(-count // self.block)), torch.tensor([1 / temperature])
-        self._function(*(tensor.data_ptr() for tensor in (logits, factor, weights, sums)), count)
+        self._soften(*(tensor.data_ptr() for tensor in (logits, factor, weights, sums)), count)
         return weights[:count], sums
+
+    def class_sums(self, weights: torch.Tensor, least: float) -> torch.Tensor:
+        """Return the sums of weights of each class, the upper 16 bits of a weight: f64.
+
+        weights: f32 [n], none negative; those under ``least`` do not count.
+        """
+        sums, bound = torch.zeros(self._num_classes + self._num_spare, dtype=torch.float64), torch.tensor([least])
+        self._add_classes(*(tensor.data_ptr() for tensor in (weights, bound, sums)), len(weights))
+        return sums[: self._num_classes]

@@ -4,22 +4,32 @@ import math
 
 from llvmlite import ir
 
-from mdiq.engine.llvm_code import FLOAT, LONG, POINTER, Function, Value, power_of_2, splat, vector
+from mdiq.engine.llvm_code import FLOAT, INT, LONG, POINTER, Function, Value, power_of_2, splat, vector
 
 LANES = 16
 """Floats of a vector."""
 BLOCK = 128
 """Weights that are summed together."""
-_FLOATS = vector(FLOAT, LANES)
+CLASS_SHIFT = 16
+"""Bits of a weight that its class leaves out; positive floats lie in the order of their bits."""
+NUM_CLASSES, NUM_SPARE = 1 << 31 - CLASS_SHIFT, 8
+_FLOATS, _DOUBLE = vector(FLOAT, LANES), ir.DoubleType()
 
 
 def build(features: frozenset[str]) -> Value:
-    """Return the module with soften(logits, factor, weights, sums, count).
+    """Return the module with soften and add_classes."""
+    module = ir.Module()
+    _build_soften(module)
+    _build_add_classes(module)
+    return module
+
+
+def _build_soften(module: Value) -> None:
+    """Build soften(logits, factor, weights, sums, count).
 
     logits, weights: f32 [count]; a weight is e^((logit - largest) * factor), 0 where that is no normal float. factor:
     f32, one number. sums: f32, of each BLOCK weights, and of the rest if there is one.
     """
-    module = ir.Module()
     f = Function(module, "soften", [POINTER] * 4 + [LONG])
     b = f.b
     logits, factor, weights, sums, count = f.arguments
@@ -64,4 +74,27 @@ def build(features: frozenset[str]) -> Value:
 
     f.loop(whole, count, 1, [FLOAT(0.0)], one)
     f.finish()
-    return module
+
+
+def _build_add_classes(module: Value) -> None:
+    """Build add_classes(weights, least, sums, count): it adds weights to the sums of their classes, one by one.
+
+    weights: f32 [count], not negative. least: f32, one number; smaller weights do not count. sums: f64 [NUM_CLASSES],
+    and NUM_SPARE that hold nothing of use.
+    """
+    f = Function(module, "add_classes", [POINTER] * 3 + [LONG])
+    b = f.b
+    weights, least_at, sums, count = f.arguments
+    least = f.load(FLOAT, least_at, LONG(0))
+
+    def one(i: Value, _: list[Value]) -> list[Value]:
+        weight = f.load(FLOAT, weights, b.mul(i, LONG(4)))
+        its_class = b.zext(b.lshr(b.bitcast(weight, INT), INT(CLASS_SHIFT)), LONG)
+        # No jump, which would be guessed wrong, and no sum that all small weights wait for.
+        spare = b.add(b.and_(i, LONG(NUM_SPARE - 1)), LONG(NUM_CLASSES))
+        at = b.mul(b.select(b.fcmp_ordered(">=", weight, least), its_class, spare), LONG(8))
+        f.store(b.fadd(f.load(_DOUBLE, sums, at), b.fpext(weight, _DOUBLE)), sums, at)
+        return []
+
+    f.loop(LONG(0), count, 1, [], one)
+    f.finish()

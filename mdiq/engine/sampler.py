@@ -64,7 +64,7 @@ def _sample_row(logits: torch.Tensor, row: SampleRow) -> int:
         logits = logits[ids]
     weights, sums = _softened(logits, max(params.temperature, LEAST_TEMPERATURE))
     if params.top_p < 1:
-        weights = _nucleus(weights, float(sums.sum(dtype=np.float64)), params.top_p)
+        _keep_nucleus(weights, float(sums.sum(dtype=np.float64)), params.top_p)
     if params.min_p > 0:  # of the largest, which is 1
         weights = np.where(weights < np.float32(params.min_p), np.float32(0), weights)
     if params.top_p < 1 or params.min_p > 0:
@@ -101,28 +101,35 @@ def _sums(weights: np.ndarray) -> np.ndarray:
     return np.append(blocks, weights[whole:].sum()) if whole < len(weights) else blocks
 
 
-def _nucleus(weights: np.ndarray, total: float, top_p: float) -> np.ndarray:
-    """Return weights without those of the tokens that are not needed to reach ``top_p`` of their total, largest first.
+def _keep_nucleus(weights: np.ndarray, total: float, top_p: float) -> None:
+    """Set weights to 0 that are not needed to reach ``top_p`` of their total, largest first.
 
     See Holtzman et al. 2020, 3.1. The token that reaches it stays.
     """
     # All below any token of the nucleus, with it, weigh over 1 - top_p: so it has more than its share of that. Half of
     # it, since the total is rounded.
-    ids = np.flatnonzero(weights >= np.float32(total * (1 - top_p) / len(weights) / 2))
-    left = weights[ids]
+    least = np.float32(total * (1 - top_p) / len(weights) / 2)
     # No order of all is needed: positive floats lie in the order of their bits, and one of the classes that the upper
     # bits make holds the token that reaches top_p. In it alone order counts.
-    classes = left.view(np.int32) >> 16
-    reached = np.bincount(classes, weights=left)[::-1].cumsum()
-    last = len(reached) - 1 - min(int(np.searchsorted(reached, total * top_p)), len(reached) - 1)
-    in_last = np.flatnonzero(classes == last)
-    in_last = in_last[np.argsort(-left[in_last], kind="stable")]
-    above = left[classes > last].sum(dtype=np.float64)
-    num_needed = int(np.searchsorted(above + left[in_last].cumsum(dtype=np.float64), total * top_p)) + 1
-    kept = np.concatenate((np.flatnonzero(classes > last), in_last[:num_needed]))
-    nucleus = np.zeros_like(weights)
-    nucleus[ids[kept]] = left[kept]
-    return nucleus
+    lowest, num_classes = (int(number.view(np.int32)) >> 16 for number in (least, weights.max()))
+    sums = _class_sums(weights, least)[lowest : num_classes + 1]
+    reached = np.append(0.0, sums[::-1].cumsum())
+    num_above = min(int(np.searchsorted(reached[1:], total * top_p)), len(sums) - 1)
+    edges = (np.array([0, 1], np.int32) + (lowest + len(sums) - 1 - num_above) << 16).view(np.float32)
+    ids = np.flatnonzero((weights >= max(edges[0], least)) & (weights < edges[1]))
+    within = weights[ids]
+    order = np.argsort(-within, kind="stable")
+    cumulative = reached[num_above] + within[order].cumsum(dtype=np.float64)
+    needed = order[: int(np.searchsorted(cumulative, total * top_p)) + 1]
+    np.multiply(weights, weights >= edges[1], out=weights)
+    weights[ids[needed]] = within[needed]
+
+
+def _class_sums(weights: np.ndarray, least: np.float32) -> np.ndarray:
+    """Return the sums of weights that have the same upper 16 bits, f64; those under ``least`` do not count."""
+    if (compiled := CompiledSoftmax.find()) is not None:
+        return compiled.class_sums(torch.from_numpy(weights), float(least)).numpy()
+    return np.bincount(weights.view(np.int32) >> 16, weights=np.where(weights < least, np.float32(0), weights))
 
 
 def _draw(weights: np.ndarray, sums: np.ndarray, share: float) -> int:

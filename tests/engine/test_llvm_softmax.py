@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from mdiq.core.sequence import SamplingParams
+from mdiq.engine import sampler
 from mdiq.engine.llvm_softmax import CompiledSoftmax
 from mdiq.engine.sampler import SampleRow, sample
 
@@ -37,6 +39,46 @@ def test_a_logit_of_minus_infinity_weighs_nothing() -> None:
     logits[[5, 290]] = torch.tensor([1.0, 2.0])
     weights, _ = softmax(logits, 1.0)
     assert weights.nonzero().flatten().tolist() == [5, 290]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 6.0])
+@pytest.mark.parametrize("count", [1, 7, 1_000, 49_152])
+def test_sums_of_like_weights_are_numpys_to_the_bit(spread: float, count: int) -> None:
+    softmax = CompiledSoftmax.find()
+    assert softmax is not None
+    weights, _ = softmax(_logits(count), 4 / spread if spread else 1e30)
+    for least in (0.0, 1e-30, float(weights.median())):
+        counted = np.where(weights < least, np.float32(0), weights)
+        expected = np.bincount(weights.numpy().view(np.int32) >> 16, weights=counted)
+        found = softmax.class_sums(weights, least).numpy()
+        assert np.array_equal(found[: len(expected)], expected) and not found[len(expected) :].any()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 0.999])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_top_p_keeps_the_largest_that_reach_it(
+    spread: float, top_p: float, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_compiled:
+        monkeypatch.setattr(CompiledSoftmax, "find", lambda: None)
+    seen: list[np.ndarray] = []
+    draw = sampler._draw
+
+    def drawn(weights: np.ndarray, sums: np.ndarray, share: float) -> int:
+        seen.append(weights.copy())
+        return draw(weights, sums, share)
+
+    monkeypatch.setattr(sampler, "_draw", drawn)
+    logits = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(3)) * spread
+    for wish in (1.0, top_p):
+        sample(logits, [SampleRow(SamplingParams(temperature=1.0, top_p=wish), (), 0)])
+    every, kept = seen
+    order = np.argsort(-every, kind="stable")
+    reached = every[order].cumsum(dtype=np.float64) >= every.sum(dtype=np.float64) * top_p
+    nucleus = order[: int(reached.argmax()) + 1 if reached.any() else None]
+    assert np.array_equal(kept[nucleus], every[nucleus])
+    assert np.count_nonzero(kept) == len(nucleus)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 30}, {"top_p": 0.8}, {"min_p": 0.02}], ids=str)
