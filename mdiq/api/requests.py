@@ -118,8 +118,6 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         raise BadRequest("the body is no JSON object")
     check_served(body, BadRequest)
     model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise BadRequest("model: not a text", "model")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise BadRequest("stream_options: not an object", "stream_options")
@@ -137,7 +135,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "values": values,
         "is_streamed": _flag(body, "stream"),
         "wants_usage": _flag(options, "include_usage"),
-        "model": model,
+        "model": None if model is None else text_of(model, "model"),
     }
     if is_chat:
         return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=template_kwargs_of(body))
@@ -169,9 +167,7 @@ def template_kwargs_of(body: Mapping[str, Any]) -> Mapping[str, str | int | floa
         told["enable_thinking"] = _flag(body, "enable_thinking")
     effort = body.get("reasoning_effort")  # of OpenAI's API; templates of reasoning models know it
     if effort is not None:
-        if not isinstance(effort, str):
-            raise BadRequest("reasoning_effort: not a text", "reasoning_effort")
-        told["reasoning_effort"] = effort
+        told["reasoning_effort"] = text_of(effort, "reasoning_effort")
     return {**told, **given}
 
 
@@ -184,10 +180,37 @@ def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:
 
 def _prompt(given: object) -> str | tuple[int, ...]:
     if isinstance(given, str):
-        return _checked(given, "prompt")
-    if isinstance(given, list) and given and all(type(token) is int and token >= 0 for token in given):
-        return tuple(given)
+        return text_of(given, "prompt")
+    if given:
+        with contextlib.suppress(BadRequest):
+            return token_ids_of(given, "prompt")
     raise BadRequest("prompt: give a text, a list of token ids, or a list of either", "prompt")
+
+
+def token_ids_of(given: object, field: str) -> tuple[int, ...]:
+    """Return a prompt's token ids.
+
+    Raises:
+        BadRequest: it is not a list of them.
+    """
+    if not isinstance(given, list) or not all(type(token) is int and token >= 0 for token in given):
+        raise BadRequest(f"{field}: not a list of token ids", field)
+    return tuple(given)
+
+
+def text_of(given: object, field: str) -> str:
+    """Return a text. JSON can spell half of a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        BadRequest: it is not a text, or holds such a half.
+    """
+    if not isinstance(given, str):
+        raise BadRequest(f"{field}: not a text", field)
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(f"{field}: it holds half a surrogate pair; write the whole character", field) from None
+    return given
 
 
 def messages_of(given: object) -> tuple[Mapping[str, Any], ...]:
@@ -204,7 +227,7 @@ def messages_of(given: object) -> tuple[Mapping[str, Any], ...]:
 def _message(given: object, where: str) -> Mapping[str, Any]:
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
         raise BadRequest(f'{where}: not an object with a "role" and a "content"', "messages")
-    role = _checked(given["role"], where)
+    role = text_of(given["role"], where)
     if role not in ROLES:
         raise BadRequest(f"{where}: role {role[:40]!r} is none of {', '.join(ROLES)}", "messages")
     calls = given.get("tool_calls")
@@ -213,10 +236,10 @@ def _message(given: object, where: str) -> Mapping[str, Any]:
         message["tool_calls"] = [_tool_call(call, where) for call in calls]
     # An answer that only calls tools has no text.
     is_empty = given.get("content") is None and "tool_calls" in message
-    message["content"] = "" if is_empty else _checked(_content(given, where), where)
+    message["content"] = "" if is_empty else text_of(_content(given, where), where)
     for name in ("name", "tool_call_id", "reasoning_content"):
         if isinstance(given.get(name), str):
-            message[name] = _checked(given[name], where)
+            message[name] = text_of(given[name], where)
     return message
 
 
@@ -226,11 +249,11 @@ def _tool_call(given: object, where: str) -> Mapping[str, Any]:
         raise BadRequest(f'{where}: tool_calls: each is {{"function": {{"name": "…", "arguments": "…"}}}}', "messages")
     arguments = function.get("arguments", "")
     if isinstance(arguments, str):
-        _checked(arguments, where)
+        text_of(arguments, where)
         # Templates write them as JSON themselves. What is no JSON stays the text that it is.
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments) if arguments else {}
-    call = {"type": "function", "function": {"name": _checked(function["name"], where), "arguments": arguments}}
+    call = {"type": "function", "function": {"name": text_of(function["name"], where), "arguments": arguments}}
     return {"id": given["id"], **call} if isinstance(given.get("id"), str) else call
 
 
@@ -242,12 +265,3 @@ def _content(message: Mapping[str, Any], where: str) -> str:
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
         raise BadRequest(f"{where}: content: not a text; images and sound are not read", "messages")
     return "".join(part["text"] for part in parts)
-
-
-def _checked(text: str, where: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRequest(f"{where}: it holds half a surrogate pair; write the whole character", where) from None
-    return text

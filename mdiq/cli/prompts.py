@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mdiq.api.fields import check_served, sampling_values
-from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of
+from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of, text_of, token_ids_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
@@ -152,26 +152,13 @@ def _parse_line(line: bytes, where: str, index: int, settings: _Settings) -> Pro
         raise ConfigError(f"{where}: needs exactly one of {', '.join(_KINDS)}; found {found}")
     params, template_kwargs = settings.of(value, kinds[0], where)
     digest = hashlib.blake2b(_canonical(value).encode(), digest_size=8).hexdigest()
-    given = value[kinds[0]]
     common: dict[str, Any] = {"digest": digest, "template_kwargs": template_kwargs}
-    if kinds[0] == "messages":
-        try:
-            return PromptLine(index, where, params, messages=messages_of(given), **common)
-        except BadRequest as error:
-            raise ConfigError(f"{where}: {error}") from None
-    if kinds[0] == "prompt":
-        if not isinstance(given, str):
-            raise ConfigError(f"{where}: prompt: not a text")
-        _check_text(given, f"{where}: prompt")
-        return PromptLine(index, where, params, text=given, **common)
-    if not isinstance(given, list) or not all(type(token) is int and token >= 0 for token in given):
-        raise ConfigError(f"{where}: prompt_token_ids: not a list of token ids")
-    return PromptLine(index, where, params, token_ids=tuple(given), **common)
-
-
-def _check_text(text: str, where: str) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    given = value[kinds[0]]
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{where}: it holds half a surrogate pair; write the whole character") from None
+        if kinds[0] == "messages":
+            return PromptLine(index, where, params, messages=messages_of(given), **common)
+        if kinds[0] == "prompt":
+            return PromptLine(index, where, params, text=text_of(given, "prompt"), **common)
+        return PromptLine(index, where, params, token_ids=token_ids_of(given, "prompt_token_ids"), **common)
+    except BadRequest as error:
+        raise ConfigError(f"{where}: {error}") from None
