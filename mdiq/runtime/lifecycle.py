@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import structlog
@@ -128,45 +128,6 @@ class Notifier:
             self._is_lost = True
         else:
             self._is_lost = False
-
-
-class Readiness:
-    """Collects what a service waits for, and says READY when the last of it is there.
-
-    conditions: what must be met, in the words that an operator reads ("weights", "next node pi2").
-    text: the status of a service that is ready.
-    """
-
-    def __init__(self, notifier: Notifier, conditions: Iterable[str], text: str) -> None:
-        self._notifier = notifier
-        self._missing = dict.fromkeys(conditions)
-        self._text = text
-
-    @property
-    def is_ready(self) -> bool:
-        return not self._missing
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        return tuple(self._missing)
-
-    def met(self, condition: str) -> None:
-        """Note that a condition holds; one that is not waited for changes nothing."""
-        if condition not in self._missing:
-            return
-        del self._missing[condition]
-        if self._missing:
-            self._notifier.starting(self._waiting())
-        else:
-            self._notifier.ready(self._text)
-
-    def lost(self, condition: str) -> None:
-        """Note that a condition holds no longer. systemd has no way back from READY, so the status says it."""
-        self._missing[condition] = None
-        self._notifier.status(self._waiting())
-
-    def _waiting(self) -> str:
-        return f"waiting for {', '.join(self._missing)}"
 
 
 def watchdog_interval_s(environ: Mapping[str, str] = os.environ, pid: int | None = None) -> float | None:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from mdiq.runtime.lifecycle import Notifier, Readiness, Watchdog, serve_until_signal, watchdog_interval_s
+from mdiq.runtime.lifecycle import Notifier, Watchdog, serve_until_signal, watchdog_interval_s
 from mdiq.telemetry import logging
 
 FOLDER = Path(os.environ["STATE_DIRECTORY"])
@@ -32,7 +32,6 @@ class ComputeLoop:
 async def main() -> None:
     logging.configure("info", node=sys.argv[1])
     notifier = Notifier.from_environment()
-    readiness = Readiness(notifier, ["weights", "next node"], "serving layers 0-11")
     compute = ComputeLoop()
     interval_s = watchdog_interval_s()
     assert interval_s is not None, "the unit has a watchdog"
@@ -43,8 +42,7 @@ async def main() -> None:
         while not (FOLDER / "ready").exists():
             notifier.starting("loading layers 0-11: 62 %")
             await asyncio.sleep(0.2)
-        readiness.met("weights")
-        readiness.met("next node")
+        notifier.ready("serving layers 0-11")
 
     async def serve() -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -14,7 +14,6 @@ from mdiq.runtime.lifecycle import (
     EXTEND_S,
     MOST_STATUS_CHARACTERS,
     Notifier,
-    Readiness,
     Watchdog,
     serve_until_signal,
     watchdog_interval_s,
@@ -164,42 +163,6 @@ def test_a_manager_that_listens_again_hears_the_next_report(manager: Manager, no
     assert manager.heard()
     notifier.ready("serving")
     assert manager.heard() == ["READY=1\nSTATUS=serving"]
-
-
-def test_ready_is_said_when_the_last_condition_is_met(manager: Manager, notifier: Notifier) -> None:
-    readiness = Readiness(notifier, ["weights", "previous node", "next node"], "serving layers 0-11")
-    readiness.met("next node")
-    readiness.met("weights")
-    assert not any("READY" in message for message in manager.heard())
-    assert readiness.missing == ("previous node",)
-    readiness.met("previous node")
-    assert manager.heard() == ["READY=1\nSTATUS=serving layers 0-11"]
-    assert readiness.is_ready
-
-
-def test_the_status_names_what_is_still_missing(manager: Manager, notifier: Notifier) -> None:
-    readiness = Readiness(notifier, ["weights", "next node pi2"], "serving")
-    readiness.met("weights")
-    assert manager.heard()[-1] == "STATUS=waiting for next node pi2"
-
-
-def test_a_condition_that_nobody_waits_for_does_not_make_ready(manager: Manager, notifier: Notifier) -> None:
-    readiness = Readiness(notifier, ["weights"], "serving")
-    readiness.met("coffee")
-    assert not readiness.is_ready
-    assert manager.heard() == []
-
-
-def test_a_neighbour_that_is_lost_shows_in_the_status_until_it_is_back(manager: Manager, notifier: Notifier) -> None:
-    readiness = Readiness(notifier, ["next node"], "serving")
-    readiness.met("next node")
-    readiness.lost("next node")
-    readiness.met("next node")
-    assert manager.heard() == [
-        "READY=1\nSTATUS=serving",
-        "STATUS=waiting for next node",
-        "READY=1\nSTATUS=serving",
-    ]
 
 
 @pytest.mark.parametrize(
