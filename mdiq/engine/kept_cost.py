@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ import mdiq
 from mdiq.cache import cache_directory, write_whole
 from mdiq.engine.device import cpu_name
 from mdiq.engine.measure import ENOUGH_TOKENS, Progress, measure_cost
+from mdiq.engine.program import engine_digest
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import ConfigError
 from mdiq.plan.micro_batches import Points
@@ -46,15 +46,9 @@ def _key(runner: StageRunner) -> str:
             f"{torch.get_num_threads()} threads on {len(os.sched_getaffinity(0))} cores",
             cpu_name(),
             f"torch {torch.__version__}",
-            f"mdiq {mdiq.__version__} {_code_digest()}",
+            f"mdiq {mdiq.__version__} {engine_digest()}",
         )
     )
-
-
-@cache
-def _code_digest() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _read(path: Path) -> StageCost | None:

@@ -16,6 +16,7 @@ import llvmlite.binding as llvm
 from mdiq.cache import write_whole
 from mdiq.engine.device import cpu_flags
 from mdiq.engine.memory import drop_library
+from mdiq.engine.program import engine_digest
 
 _DIGEST_BYTES = 32  # of SHA-256, before compiled code that is kept
 
@@ -30,31 +31,31 @@ def host_features() -> frozenset[str]:
 class Machine:
     """The compiled functions of a module; they live as long as this does.
 
-    kept: a folder where compiled code is looked for, and put for the next process; None compiles anew.
+    build: returns the module. kept: a folder where compiled code is looked for, and put for the next process; None
+    compiles anew. name: tells what is built from others of this program.
     """
 
-    def __init__(self, module: Any, kept: Path | None = None) -> None:
+    def __init__(self, build: Callable[[], Any], kept: Path | None = None, name: str = "") -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         features = llvm.get_host_cpu_features().flatten().split(",") + [f"+{name}" for name in sorted(host_features())]
         cpu, abilities = llvm.get_host_cpu_name(), ",".join(filter(None, features))
         target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=abilities, opt=3)
-        text = str(module)
         # All that the code follows from; the version's LLVM is its own.
-        follows = "\n".join([llvmlite.__version__, target.triple, cpu, abilities, text])
+        follows = "\n".join([llvmlite.__version__, target.triple, cpu, abilities, name, engine_digest()])
         path = None if kept is None else kept / f"{hashlib.sha256(follows.encode()).hexdigest()}.o"
         code = _read_code(path)
         if code is None:
-            parsed = llvm.parse_assembly(text)
+            parsed = llvm.parse_assembly(str(build()))
             parsed.verify()
             passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
             passes.getModulePassManager().run(parsed, passes)
             code = target.emit_object(parsed)
             _write_code(path, code)
+            drop_library("libllvmlite")  # 70 MB, which only compiling touches
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        drop_library("libllvmlite")  # 70 MB, which only compiling touches
 
     def address(self, name: str) -> int:
         """Return where a function is, for compiled code that calls it."""

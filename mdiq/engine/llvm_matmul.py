@@ -115,16 +115,18 @@ def compiled(code: str, **options: int) -> "Machine":
         RuntimeError: llvmlite cannot be loaded here, or cannot compile for this CPU.
     """
     try:
-        from mdiq.engine.llvm_machine import Machine, host_features
-
-        module = importlib.import_module(f"mdiq.engine.{code}")
-    except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
-        raise RuntimeError(f"llvmlite: {error}") from error
-    try:
         kept = cache_directory() / "code"
     except ConfigError:  # a user without a home compiles each time
         kept = None
-    return Machine(module.build(host_features(), **options), kept)
+    try:
+        from mdiq.engine.llvm_machine import Machine, host_features
+
+        def build() -> object:
+            return importlib.import_module(f"mdiq.engine.{code}").build(host_features(), **options)
+
+        return Machine(build, kept, f"{code} {sorted(options.items())}")
+    except (ImportError, OSError) as error:  # OSError: a library that llvmlite itself needs
+        raise RuntimeError(f"llvmlite: {error}") from error
 
 
 def compiled_or_none(make: Callable[[], T], dtype: torch.dtype, device: torch.device) -> T | None:

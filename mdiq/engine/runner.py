@@ -15,7 +15,7 @@ from mdiq.engine.device import choose_device, choose_dtype, free_bytes, is_out_o
 from mdiq.engine.hot_table import hot_columns_from
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.layers import Span
-from mdiq.engine.memory import return_free_memory, rss_bytes
+from mdiq.engine.memory import drop_library, return_free_memory, rss_bytes
 from mdiq.engine.model_config import ModelConfig
 from mdiq.engine.stage_model import StageModel, WeightSettings
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
@@ -107,6 +107,7 @@ class StageRunner:
                 raise CapacityError(
                     f"{path}: no memory for layers {layers}; use more nodes or --weights int8"
                 ) from None
+            drop_library("libllvmlite")  # 50 MB, which nothing touches once the code is there
             cache = _make_cache(stage.config, layers, torch_dtype, torch_device, kv_tokens, memory_share, memory_bytes)
         return cls(stage, cache, is_last=is_last, dtype=torch_dtype, device=torch_device, wire=wire)
 

@@ -1,17 +1,18 @@
 """Compiled code is kept for the next process, and used only where it is as it was written."""
 
+from functools import partial
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import pytest
 import torch
 
-from mdiq.engine import llvm_matmul, llvm_softmax_code
+from mdiq.engine import llvm_machine, llvm_matmul, llvm_softmax_code
 from mdiq.engine.llvm_machine import Machine, host_features
 
 
 def _machine(kept: Path | None) -> Machine:
-    return Machine(llvm_softmax_code.build(host_features()), kept)
+    return Machine(partial(llvm_softmax_code.build, host_features()), kept, "softmax")
 
 
 def _weights(machine: Machine) -> list[float]:
@@ -39,6 +40,21 @@ def test_kept_code_is_not_compiled_again_and_gives_the_same_bits(tmp_path: Path,
     assert [_weights(_machine(tmp_path / "code")) for _ in range(3)] == [fresh] * 3
     assert len(compilations) == 2
     assert [file.suffix for file in (tmp_path / "code").iterdir()] == [".o"]
+
+
+def test_kept_code_spares_the_building_too(tmp_path: Path) -> None:
+    _machine(tmp_path)
+    assert _weights(Machine(lambda: pytest.fail("it was built again"), tmp_path, "softmax"))
+
+
+def test_code_of_another_module_or_program_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[None]
+) -> None:
+    _machine(tmp_path)
+    Machine(partial(llvm_softmax_code.build, host_features()), tmp_path, "another")
+    monkeypatch.setattr(llvm_machine, "engine_digest", lambda: "of a change")
+    _machine(tmp_path)
+    assert len(compilations) == len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("harm", [b"", b"x" * 31, b"\0" * 4_096, "cut", "changed"])

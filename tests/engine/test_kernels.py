@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -156,7 +157,7 @@ def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
     if "avx512bw" in here:
         kinds.append((here, True))
     for features, is_wide in kinds:
-        machine = Machine(build(features, is_wide=is_wide, grouped={LlvmQ4K: 4, LlvmQ6K: 6}.get(kernel, 0)))
+        machine = Machine(partial(build, features, is_wide=is_wide, grouped={LlvmQ4K: 4, LlvmQ6K: 6}.get(kernel, 0)))
         monkeypatch.setattr("mdiq.engine.llvm_int4.compiled", lambda *_, machine=machine, **__: machine)
         assert torch.equal(kernel(file, "w", exact=True)(x), found)
     monkeypatch.setattr("mdiq.engine.llvm_matmul._FEW_OUTPUTS", 16)
@@ -196,7 +197,7 @@ def test_compiled_int8_code_gives_the_bits_of_fbgemm(
         features = here
     if not features <= here | (frozenset({"avxvnni"}) if "avx512vl" in here and "avx512vnni" in here else frozenset()):
         features = frozenset()
-    machine = Machine(llvm_int8_code.build(features))
+    machine = Machine(partial(llvm_int8_code.build, features))
     monkeypatch.setattr("mdiq.engine.llvm_int8.compiled", lambda _: machine)
     matrices = [(_random(n, m) * 0.05 + 0.01, NO_COLUMNS) for n, m in ((OUT - 1, 80), (1, 64))]
     matrices += [(_random(OUT, IN) * 0.05 + 0.01, HOT), (torch.full((3, 96), -1.0), NO_COLUMNS)]

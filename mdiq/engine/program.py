@@ -1,0 +1,12 @@
+"""What this program is, for the names of files that keep what it found or made."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def engine_digest() -> str:
+    """Return a mark of the engine's code: what it makes may change with any of it."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
