@@ -15,6 +15,14 @@ class Activation(StrEnum):
     GELU_TANH = "gelu_tanh"
 
 
+class Window(StrEnum):
+    """When a Hugging Face config's ``sliding_window`` counts."""
+
+    NONE = "none"
+    IF_THERE = "if there"
+    BY_KEYS = "by keys"  # off without use_sliding_window; from layer max_window_layers on
+
+
 HF_LLAMA = {
     "embedding": "model.embed_tokens",
     "final_norm": "model.norm",
@@ -74,6 +82,8 @@ class Family:
     fused_qkv: the checkpoint stores Q, K and V as one matrix.
     is_transposed_hf: Hugging Face stores the matrices as [in, out] (GPT-2's Conv1D).
     is_permuted_gguf: GGUF stores the rows of Q and K for interleaved rotary embedding (llama.cpp's conversion).
+    has_gpt2_config: the Hugging Face config has GPT-2's keys; otherwise Llama's.
+    window: when its sliding window counts.
     biases: roles that have a bias in every model of the family; others have one where the checkpoint stores it.
     """
 
@@ -87,11 +97,13 @@ class Family:
     fused_qkv: bool = False
     is_transposed_hf: bool = False
     is_permuted_gguf: bool = False
+    has_gpt2_config: bool = False
+    window: Window = Window.BY_KEYS
     biases: frozenset[str] = field(default_factory=frozenset)
 
 
-LLAMA = Family("llama", HF_LLAMA, is_permuted_gguf=True)
-MISTRAL = Family("mistral", HF_LLAMA, is_permuted_gguf=True)
+LLAMA = Family("llama", HF_LLAMA, is_permuted_gguf=True, window=Window.NONE)
+MISTRAL = Family("mistral", HF_LLAMA, is_permuted_gguf=True, window=Window.IF_THERE)
 QWEN2 = Family("qwen2", HF_LLAMA, biases=frozenset({"q", "k", "v"}))
 QWEN3 = Family("qwen3", HF_LLAMA, has_qk_norm=True)
 GPT2 = Family(
@@ -103,6 +115,7 @@ GPT2 = Family(
     has_rotary=False,
     fused_qkv=True,
     is_transposed_hf=True,
+    has_gpt2_config=True,
     biases=frozenset({"qkv", "o", "up", "down", "attn_norm", "mlp_norm", "final_norm"}),
 )
 

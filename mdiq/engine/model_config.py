@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mdiq.engine.families import FAMILIES, LLAMA, Family
+from mdiq.engine.families import FAMILIES, Family, LLAMA, Window
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.errors import ModelError
 
@@ -149,10 +149,8 @@ def config_from_hf(config: Mapping[str, object], where: str) -> ModelConfig:
                     f"{where}: {prefix}{key}: weights quantized by {str(method or 'an unknown method')[:40]} are not "
                     "read; use the model's original directory (bf16, f16 or f32), or a .gguf file (Q4_K_M or Q8_0)"
                 )
-    if family.name == "gpt2":
-        result = _gpt2_from_hf(config, family, where)
-    else:
-        result = _llama_from_hf(config, family, where)
+    read = _gpt2_from_hf if family.has_gpt2_config else _llama_from_hf
+    result = read(config, family, where)
     result.check(where)
     return result
 
@@ -329,14 +327,14 @@ def _windows(
 ) -> tuple[int, frozenset[int]]:
     """Return the sliding window and the layers that have it; (0, none) where no sequence can outgrow it."""
     window = _get(config, "sliding_window", int, where, 0)
-    # Qwen's configs carry a window that is off unless they say so; Mistral's is on when it is there.
-    is_on = family.name == "mistral" or _get(config, "use_sliding_window", bool, where, False)
-    if family.name == "llama" or not is_on or not 0 < window < context_tokens:
+    if family.window is Window.BY_KEYS and not _get(config, "use_sliding_window", bool, where, False):
+        window = 0
+    if family.window is Window.NONE or not 0 < window < context_tokens:
         return 0, frozenset()
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == num_layers:
         return window, frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    first = 0 if family.name == "mistral" else _get(config, "max_window_layers", int, where, 0)
+    first = _get(config, "max_window_layers", int, where, 0) if family.window is Window.BY_KEYS else 0
     return window, frozenset(range(first, num_layers))
 
 
