@@ -22,7 +22,7 @@ from mdiq.engine.checkpoint import Checkpoint
 from mdiq.engine.kernels import Linear
 from mdiq.engine.kv_cache import KvCache
 from mdiq.engine.layer_loading import make_norm, plain_layer
-from mdiq.engine.layers import Rope, Span, activated, attention_over, run_layer
+from mdiq.engine.layers import Rope, Span, activated, attention_over, layer_steps, run_layer
 from mdiq.engine.memory import return_free_memory
 from mdiq.engine.quantize import num_hot
 from mdiq.engine.sample_text import sample_text
@@ -65,9 +65,10 @@ def hot_columns(
         weights = plain_layer(checkpoint, i, torch.float32, device, watch)
         attend = attention_over(spans, device)
         keys, values = cache.keys[0], cache.values[0]
-        hidden = run_layer(hidden, weights, config, i, keys, values, attend, angles, partial(activated, config))
+        steps = layer_steps(weights, config, i)
+        hidden = run_layer(hidden, steps, config, keys, values, attend, angles, partial(activated, config))
         found |= {f"layer-{i:03}.{role}": _hottest(linear.largest, role) for role, linear in watched.items()}
-        del weights, watched
+        del weights, steps, watched
         return_free_memory()
         progress(i + 1, config.num_layers)
     norm = make_norm(checkpoint.final_norm(), "final_norm", config.norm_eps, torch.float32, device)

@@ -6,6 +6,7 @@ T: tokens of the Batch, all Segments one after the other. Hq, Hkv: query and KV 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 
 import torch
@@ -191,28 +192,129 @@ def _seen(pool: torch.Tensor, read: Slots) -> torch.Tensor:
     return pool[0].transpose(0, 1).index_select(0, read).transpose(0, 1)[None]
 
 
+class Rows(Enum):
+    """What a Layer's steps read and write: rows [T, width], one for each token."""
+
+    HIDDEN = auto()  # [T, hidden_size]: what goes through all Layers
+    NORMED = auto()  # [T, hidden_size]
+    QKV = auto()  # [T, (Hq + 2 Hkv) * D]
+    FOUND = auto()  # [T, Hq * D]: of attention
+    UP = auto()  # [T, mlp_size], twice as wide where it is gated: gate before up
+    ACTIVE = auto()  # [T, mlp_size]
+    CHANGE = auto()  # [T, hidden_size]: what is added to HIDDEN
+
+
+@dataclass(frozen=True, slots=True)
+class Normalize:
+    """target = norm(source); or, in place, of some heads of QKV."""
+
+    norm: Norm
+    source: Rows
+    target: Rows
+    heads: range | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Multiply:
+    """target = linear(source)."""
+
+    linear: Linear
+    source: Rows
+    target: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Rotate:
+    """Rotate the heads of Q and K in QKV, in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookBack:
+    """FOUND = attention of QKV; see Attend."""
+
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActivateUp:
+    """ACTIVE = activated(UP)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddChange:
+    """HIDDEN += CHANGE."""
+
+
+Step = Normalize | Multiply | Rotate | LookBack | ActivateUp | AddChange
+
+
+def layer_steps(weights: LayerWeights, config: ModelConfig, layer: int) -> tuple[Step, ...]:
+    """Return how Layer number ``layer`` of the model is computed: for torch, see run_layer, and for compiled code."""
+    num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+    steps: list[Step] = [
+        Normalize(weights.attn_norm, Rows.HIDDEN, Rows.NORMED),
+        Multiply(weights.qkv, Rows.NORMED, Rows.QKV),
+    ]
+    if weights.q_norm is not None and weights.k_norm is not None:
+        steps += [
+            Normalize(weights.q_norm, Rows.QKV, Rows.QKV, range(num_heads)),
+            Normalize(weights.k_norm, Rows.QKV, Rows.QKV, range(num_heads, num_heads + num_kv_heads)),
+        ]
+    if config.family.has_rotary:
+        steps.append(Rotate())
+    return (
+        *steps,
+        LookBack(config.sliding_window if layer in config.windowed_layers else 0),
+        Multiply(weights.o, Rows.FOUND, Rows.CHANGE),
+        AddChange(),
+        Normalize(weights.mlp_norm, Rows.HIDDEN, Rows.NORMED),
+        Multiply(weights.gate_up, Rows.NORMED, Rows.UP),
+        ActivateUp(),
+        Multiply(weights.down, Rows.ACTIVE, Rows.CHANGE),
+        AddChange(),
+    )
+
+
 def run_layer(
-    x: torch.Tensor,
-    weights: LayerWeights,
+    hidden: torch.Tensor,
+    steps: Sequence[Step],
     config: ModelConfig,
-    layer: int,
     keys: torch.Tensor,
     values: torch.Tensor,
     attend: Attend,
     angles: tuple[torch.Tensor, torch.Tensor] | None,
     activate: Activate,
 ) -> torch.Tensor:
-    """Return the Layer's output for x: [T, hidden_size], same shape and dtype."""
-    num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    qkv = weights.qkv(weights.attn_norm(x)).view(x.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-    qk, v = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
-    if weights.q_norm is not None and weights.k_norm is not None:
-        qk = torch.cat((weights.q_norm(qk[:, :num_heads]), weights.k_norm(qk[:, num_heads:])), dim=1)
-    if angles is not None:
-        qk = rotate(qk, *angles)
-    window = config.sliding_window if layer in config.windowed_layers else 0
-    x = x + weights.o(attend(qk[:, :num_heads], qk[:, num_heads:], v, keys, values, window))
-    return x + weights.down(activate(weights.gate_up(weights.mlp_norm(x))))
+    """Return the Layer's output for hidden: [T, hidden_size], same shape and dtype."""
+    num_rotated = config.num_heads + config.num_kv_heads
+    rows = {Rows.HIDDEN: hidden}
+    for step in steps:
+        match step:
+            case Normalize(norm, source, target, None):
+                rows[target] = norm(rows[source])
+            case Normalize(norm, heads=range(start=first, stop=stop)):
+                some = _heads(rows[Rows.QKV], config)[:, first:stop]
+                some.copy_(norm(some))
+            case Multiply(linear, source, target):
+                rows[target] = linear(rows[source])
+            case Rotate():
+                assert angles is not None  # a family that rotates has them
+                some = _heads(rows[Rows.QKV], config)[:, :num_rotated]
+                some.copy_(rotate(some, *angles))
+            case LookBack(window):
+                heads = _heads(rows[Rows.QKV], config)
+                q, k, v = heads[:, : config.num_heads], heads[:, config.num_heads : num_rotated], heads[:, num_rotated:]
+                rows[Rows.FOUND] = attend(q, k, v, keys, values, window)
+            case ActivateUp():
+                rows[Rows.ACTIVE] = activate(rows[Rows.UP])
+            case AddChange():
+                rows[Rows.HIDDEN] = rows[Rows.HIDDEN] + rows[Rows.CHANGE]
+    return rows[Rows.HIDDEN]
+
+
+def _heads(qkv: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Return QKV as heads: a view [T, Hq + 2 Hkv, D]."""
+    return qkv.view(qkv.shape[0], -1, config.head_dim)
 
 
 def activated(config: ModelConfig, up: torch.Tensor) -> torch.Tensor:

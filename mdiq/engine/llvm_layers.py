@@ -15,7 +15,17 @@ import torch
 
 from mdiq.engine.kernels import Linear, StackedLinear
 from mdiq.engine.kv_cache import KvCache
-from mdiq.engine.layers import LayerWeights, Norm
+from mdiq.engine.layers import (
+    ActivateUp,
+    AddChange,
+    LookBack,
+    Multiply,
+    Norm,
+    Normalize,
+    Rotate,
+    Rows,
+    Step,
+)
 from mdiq.engine.llvm_activation import CompiledActivation
 from mdiq.engine.llvm_attention import CompiledAttention, CompiledBatch
 from mdiq.engine.llvm_matmul import CompiledMatmul, compiled
@@ -29,20 +39,20 @@ _STEP_WORDS = 3  # before what a step's function reads: see llvm_layers_code.py
 class CompiledLayers:
     """Consecutive Layers of a Stage, all of their matrices in compiled kernels, in f32 on the CPU.
 
-    They compute what layers.run_layer does. A token gets the same bits in any company and with any number of threads.
+    They compute what layers.run_layer does, from the same steps. A token gets the same bits in any company and with any
+    number of threads.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: Sequence[LayerWeights],
+        layers: Sequence[Sequence[Step]],
         *,
-        first: int,
         first_in_cache: int,
         attention: CompiledAttention,
         activation: CompiledActivation,
     ) -> None:
-        """Write the program. first: the first Layer's number in the model; first_in_cache: in the Stage.
+        """Write the program of Layers, each in its steps. first_in_cache: the first one's number in the KV cache.
 
         Raises:
             RuntimeError: some of it cannot be compiled, or not for such shapes.
@@ -52,28 +62,37 @@ class CompiledLayers:
 
         if config.hidden_size % LANES:
             raise RuntimeError(f"rows of {config.hidden_size} are no multiple of {LANES}")
-        self._config, self._weights = config, tuple(weights)  # what lies at addresses lives as long as this does
+        self._config, self._layers = config, tuple(layers)  # what lies at addresses lives as long as this does
         self._attention, self._activation = attention, activation
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self._widths = {
+            **dict.fromkeys((Rows.HIDDEN, Rows.NORMED, Rows.CHANGE), config.hidden_size),
+            Rows.QKV: heads * config.head_dim,
+            Rows.FOUND: config.num_heads * config.head_dim,
+            Rows.UP: config.mlp_size * (2 if config.family.is_gated else 1),
+            Rows.ACTIVE: config.mlp_size,
+        }
         self._words: list[int] = []
         self._num_steps = 0
         self._rounded_bytes = 0
-        for i, layer in enumerate(self._weights):
-            self._add_layer(layer, first + i, first_in_cache + i)
+        for i, steps in enumerate(self._layers, first_in_cache):
+            for step in steps:
+                self._write(step, i)
         self._program = torch.tensor(self._words)
         self._run = self._machine.function("run", 2, 3)
-        qkv, found = self._qkv_width, config.num_heads * config.head_dim
-        up = config.mlp_size * (2 if config.family.is_gated else 1)
         # UP lies where QKV and FOUND were: nobody reads them any more then.
-        places = {Word.NORMED: 0, Word.DOWN: config.hidden_size, Word.ACTIVE: 2 * config.hidden_size}
-        places |= dict.fromkeys((Word.QKV, Word.UP), 2 * config.hidden_size + config.mlp_size)
-        places[Word.FOUND] = places[Word.QKV] + qkv
+        widths, places, end = self._widths, {}, 0
+        for rows in (Rows.NORMED, Rows.CHANGE, Rows.ACTIVE, Rows.QKV, Rows.FOUND):
+            places[Word[rows.name]] = end
+            end += widths[rows]
+        places[Word.UP] = places[Word.QKV]
         self._places = places  # in floats of one row
-        self._row_floats = places[Word.QKV] + max(qkv + found, up)
+        self._row_floats = max(end, places[Word.UP] + widths[Rows.UP])
 
     @staticmethod
-    def fits(weights: LayerWeights) -> bool:
+    def fits(steps: Sequence[Step]) -> bool:
         """Tell whether a Layer's matrices all are in compiled kernels, which does not depend on what was measured."""
-        return all(_matmuls(linear) is not None for linear in (weights.qkv, weights.o, weights.gate_up, weights.down))
+        return all(_matmuls(step.linear) is not None for step in steps if isinstance(step, Multiply))
 
     def run(
         self,
@@ -127,50 +146,49 @@ class CompiledLayers:
         """Of these Layers alone: threads that wait for each other must all run."""
         return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="layers")  # it starts what it needs
 
-    @property
-    def _qkv_width(self) -> int:
-        return (self._config.num_heads + 2 * self._config.num_kv_heads) * self._config.head_dim
-
-    def _add_layer(self, weights: LayerWeights, layer: int, place: int) -> None:
-        """Write the steps of a Layer; see layers.run_layer."""
+    def _write(self, step: Step, place: int) -> None:
+        """Write a step of a Layer, which has this place in the KV cache; see layers.run_layer."""
         from mdiq.engine.llvm_layers_code import Word
 
         config = self._config
-        width, head_dim, num_kv_heads = config.hidden_size, config.head_dim, config.num_kv_heads
-        q_width, kv_width = config.num_heads * head_dim, num_kv_heads * head_dim
-        qkv_bytes = _FLOAT_BYTES * self._qkv_width
-        up_bytes = _FLOAT_BYTES * config.mlp_size * (2 if config.family.is_gated else 1)
-        window = config.sliding_window if layer in config.windowed_layers else 0
+        head_bytes = _FLOAT_BYTES * config.head_dim
+        qkv = (Word.QKV, _FLOAT_BYTES * self._widths[Rows.QKV])
+        match step:
+            case Normalize(norm, source, target, None):
+                self._norm(norm, source, target)
+            case Normalize(norm, source, target, range(start=first, stop=stop)):
+                self._norm(norm, source, target, count=stop - first, before=head_bytes * first)
+            case Multiply(linear, source, target):
+                self._matmul(linear, source, target)
+            case Rotate():
+                self._step("rotate", *qkv, config.num_heads + config.num_kv_heads, config.head_dim // 2)
+            case LookBack(window):
+                kv_width = config.num_kv_heads * config.head_dim
+                self._step("store", *qkv, head_bytes * config.num_heads, kv_width, place, waits=True)
+                found = (Word.FOUND, head_bytes * config.num_heads)
+                sizes = (config.num_kv_heads, window, place)
+                self._step("attend", self._attention.machine.address("attend"), *qkv, *found, *sizes, waits=True)
+            case ActivateUp():
+                up_bytes = _FLOAT_BYTES * self._widths[Rows.UP]
+                activate = self._activation.machine.address("activate")
+                self._step("activate", activate, Word.UP, up_bytes, Word.ACTIVE, config.mlp_size)
+            case AddChange():
+                self._step("add", Word.CHANGE, config.hidden_size)
 
-        self._norm(weights.attn_norm, Word.HIDDEN, Word.NORMED, row_bytes=_FLOAT_BYTES * width)
-        self._matmul(weights.qkv, Word.NORMED, Word.QKV)
-        if weights.q_norm is not None and weights.k_norm is not None:
-            for norm, count, before in ((weights.q_norm, config.num_heads, 0), (weights.k_norm, num_kv_heads, q_width)):
-                self._norm(norm, Word.QKV, Word.QKV, row_bytes=qkv_bytes, count=count, before=before)
-        if config.family.has_rotary:
-            self._step("rotate", Word.QKV, qkv_bytes, config.num_heads + num_kv_heads, head_dim // 2)
-        self._step("store", Word.QKV, qkv_bytes, _FLOAT_BYTES * q_width, kv_width, place, waits=True)
-        attend = self._attention.machine.address("attend")
-        found = (Word.FOUND, _FLOAT_BYTES * q_width)
-        self._step("attend", attend, Word.QKV, qkv_bytes, *found, num_kv_heads, window, place, waits=True)
-        self._matmul(weights.o, Word.FOUND, Word.DOWN)
-        self._step("add", Word.DOWN, width)
-        self._norm(weights.mlp_norm, Word.HIDDEN, Word.NORMED, row_bytes=_FLOAT_BYTES * width)
-        self._matmul(weights.gate_up, Word.NORMED, Word.UP)
-        activate = self._activation.machine.address("activate")
-        self._step("activate", activate, Word.UP, up_bytes, Word.ACTIVE, config.mlp_size)
-        self._matmul(weights.down, Word.ACTIVE, Word.DOWN)
-        self._step("add", Word.DOWN, width)
+    def _norm(self, norm: Norm, source: Rows, target: Rows, *, count: int = 1, before: int = 0) -> None:
+        from mdiq.engine.llvm_layers_code import Word
 
-    def _norm(self, norm: Norm, source: int, target: int, *, row_bytes: int, count: int = 1, before: int = 0) -> None:
         bias = 0 if norm.bias is None else norm.bias.data_ptr()
         (eps,) = struct.unpack("<i", struct.pack("<f", norm.eps))
-        sizes = (len(norm.weight), count, row_bytes, row_bytes, _FLOAT_BYTES * before)
+        row_bytes = (_FLOAT_BYTES * self._widths[rows] for rows in (source, target))
         name = "rms_norm" if norm.bias is None else "layer_norm"
-        self._step(name, source, target, norm.weight.data_ptr(), bias, eps, *sizes)
+        places = (Word[source.name], Word[target.name], norm.weight.data_ptr(), bias, eps)
+        self._step(name, *places, len(norm.weight), count, *row_bytes, before)
 
-    def _matmul(self, linear: Linear, source: int, target: int) -> None:
-        """Write the steps of a matmul: threads wait before it, since it reads whole rows, and after it."""
+    def _matmul(self, linear: Linear, source: Rows, target: Rows) -> None:
+        """Write a matmul: threads wait before it, since it reads whole rows, and after it."""
+        from mdiq.engine.llvm_layers_code import Word
+
         matmuls = _matmuls(linear)
         assert matmuls is not None  # the caller asks fits first
         width = sum(matmul.num_out for matmul in matmuls)
@@ -180,11 +198,11 @@ class CompiledLayers:
         last = matmuls[-1]
         for matmul, at in zip(matmuls, before, strict=True):
             prepare = matmul.machine.address("prepare")
-            self._step("prepare", prepare, matmul.words.data_ptr(), source, at, waits=matmul is last)
+            self._step("prepare", prepare, matmul.words.data_ptr(), Word[source.name], at, waits=matmul is last)
         for matmul, at, column in zip(matmuls, before, columns, strict=False):
             multiply = matmul.machine.address("multiply")
             bias = 0 if matmul.bias is None else matmul.bias.data_ptr()
-            place = (target, width, column, matmul.num_out, bias)
+            place = (Word[target.name], width, column, matmul.num_out, bias)
             self._step("multiply", multiply, matmul.words.data_ptr(), at, *place, waits=matmul is last)
 
     def _step(self, name: str, *words: int, waits: bool = False) -> None:

@@ -41,7 +41,7 @@ class Word(IntEnum):
     FOUND = auto()
     UP = auto()
     ACTIVE = auto()
-    DOWN = auto()
+    CHANGE = auto()
     ROUNDED = auto()
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mdiq.engine.families import FAMILIES, Family, LLAMA, Window
+from mdiq.engine.families import FAMILIES, LLAMA, Family, Window
 from mdiq.engine.gguf_file import GgufFile
 from mdiq.errors import ModelError
 

@@ -16,7 +16,18 @@ from mdiq.engine.kernel_choice import KernelChoice
 from mdiq.engine.kernels import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
 from mdiq.engine.kv_cache import KvCache
 from mdiq.engine.layer_loading import ROLES, make_norm, packed_layer, plain_layer
-from mdiq.engine.layers import Activate, LayerWeights, Norm, Rope, Span, activated, attention_over, run_layer
+from mdiq.engine.layers import (
+    Activate,
+    LayerWeights,
+    Norm,
+    Rope,
+    Span,
+    Step,
+    activated,
+    attention_over,
+    layer_steps,
+    run_layer,
+)
 from mdiq.engine.llvm_activation import CompiledActivation
 from mdiq.engine.llvm_attention import CompiledAttention
 from mdiq.engine.llvm_layers import CompiledLayers
@@ -66,7 +77,6 @@ class StageModel:
             EngineError: this device has no kernel for the weights' format.
         """
         self.config = config = checkpoint.config
-        self._layers = layers
         self._dtype = dtype
         self._device = device
         total = len(layers) + owns_embedding_and_head
@@ -81,7 +91,7 @@ class StageModel:
         self._final_norm: Norm | None = None
         self._head: Linear | None = None
         self.weight_bytes = 0
-        self._weights: list[LayerWeights] = []
+        self._steps: list[tuple[Step, ...]] = []
         self._rope: Rope | None = None
         if config.family.has_rotary:
             self._rope = Rope(config.rope, config.head_dim, device, checkpoint.rope_factors())
@@ -110,7 +120,7 @@ class StageModel:
                     if packed is None
                     else packed_layer(config, packed.layer(layer), choice, dtype, device)
                 )
-                self._weights.append(loaded)
+                self._steps.append(layer_steps(loaded, config, layer))
                 self.weight_bytes += _num_bytes(loaded)
                 _settle(packed)
                 done += 1
@@ -140,9 +150,8 @@ class StageModel:
                 continue
             hidden = run_layer(
                 hidden,
-                self._weights[part],
+                self._steps[part],
                 self.config,
-                self._layers.start + part,
                 cache.keys[part],
                 cache.values[part],
                 attend,
@@ -160,17 +169,16 @@ class StageModel:
         """Return the Stage's Layers in order: those next to each other that can be compiled as one, others by place."""
         attention, activation = self._attention, self._activate
         if attention is None or not isinstance(activation, CompiledActivation):
-            return list(range(len(self._weights)))
+            return list(range(len(self._steps)))
         parts: list[CompiledLayers | int] = []
-        for fits, group in groupby(range(len(self._weights)), lambda i: CompiledLayers.fits(self._weights[i])):
+        for fits, group in groupby(range(len(self._steps)), lambda i: CompiledLayers.fits(self._steps[i])):
             places = list(group)
             compiled = None
             if fits:
                 with suppress(RuntimeError):  # not for this model's shapes, wherever its Layers are
                     compiled = CompiledLayers(
                         self.config,
-                        [self._weights[i] for i in places],
-                        first=self._layers.start + places[0],
+                        [self._steps[i] for i in places],
                         first_in_cache=places[0],
                         attention=attention,
                         activation=activation,

@@ -71,7 +71,7 @@ def test_they_compute_what_layers_of_torch_do(name: str, tmp_path: Path) -> None
 def test_layers_that_do_not_fit_are_run_between_those_that_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Layer is computed in one way wherever the cuts are: which that is goes by the Layer alone."""
     fits, asked = CompiledLayers.fits, iter([True, False, True, True])
-    monkeypatch.setattr(CompiledLayers, "fits", staticmethod(lambda weights: next(asked) and fits(weights)))
+    monkeypatch.setattr(CompiledLayers, "fits", staticmethod(lambda steps: next(asked) and fits(steps)))
     runner = _runner("qwen3", tmp_path / "model", LayerRange(0, 4))
     monkeypatch.undo()
     assert [type(part) for part in _parts(runner)] == [CompiledLayers, int, CompiledLayers]
