@@ -1,6 +1,7 @@
 """Imports go downward only, and some libraries stay out of some rooms. Read with ``ast``: nothing is imported."""
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def _wrong_imports(room: str, source: str) -> list[str]:
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
 def test_imports_go_downward_only(module: Path) -> None:
     assert _wrong_imports(_room(module), module.read_text(encoding="utf-8")) == []
+
+
+def test_no_module_imports_itself_in_a_circle_not_even_for_types() -> None:
+    names = {f"mdiq.{'.'.join(module.relative_to(PACKAGE).with_suffix('').parts)}": module for module in MODULES}
+    imports = {name: {*_imports(module.read_text(encoding="utf-8"))} & names.keys() for name, module in names.items()}
+    assert len([*graphlib.TopologicalSorter(imports).static_order()]) == len(MODULES)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

@@ -2,32 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
 
 from mdiq.config.addresses import is_loopback, is_wildcard, machine_of
 from mdiq.config.findings import OTHER_PLACE, Loc, Problem
+from mdiq.config.topology import Node, Topology
 from mdiq.config.units import shown, size_text
-
-if TYPE_CHECKING:
-    from mdiq.config.topology import Node, Topology
 
 SMALL_MEMORY_BYTES = 512 << 20
 MANY_THREADS = 64
 SLOW_TRANSFER_BIT_PER_S = 2e6
 SHORT_WAIT_S = 0.02
 
-_Numbered = Sequence[tuple[int, "Node"]]
+_Numbered = Sequence[tuple[int, Node]]
 
 
-class TopologyValueError(ValueError):
-    """The values do not go together: all Problems at once."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("; ".join(map(str, problems)))
-        self.problems = tuple(problems)
-
-
-def find_problems(topology: "Topology", *, without_keys: bool = False) -> list[Problem]:
+def find_problems(topology: Topology, *, without_keys: bool = False) -> list[Problem]:
     """Return everything that is wrong between values. without_keys: keys are yet to be made."""
     nodes = list(enumerate(topology.nodes))
     return [
@@ -42,7 +31,7 @@ def find_problems(topology: "Topology", *, without_keys: bool = False) -> list[P
     ]
 
 
-def find_warnings(topology: "Topology") -> list[Problem]:
+def find_warnings(topology: Topology) -> list[Problem]:
     """Return what is allowed and will hurt."""
     nodes = list(enumerate(topology.nodes))
     return [
@@ -103,7 +92,7 @@ def _addresses(nodes: _Numbered) -> Iterator[Problem]:
             yield Problem(_at(i, "address"), text, (_at(outside[0], "address"), _at(i, "name")))
 
 
-def _ports(topology: "Topology", nodes: _Numbered) -> Iterator[Problem]:
+def _ports(topology: Topology, nodes: _Numbered) -> Iterator[Problem]:
     starters = [(i, node) for i, node in nodes if node.is_starter][:1]  # a second one is a Problem of its own
     claims: list[tuple[str, int, Loc, tuple[Loc, ...], str]] = []
     others: tuple[Loc, ...]
@@ -166,7 +155,7 @@ def _layers(nodes: _Numbered) -> Iterator[Problem]:
         stop, before, last = layers.stop, f"{node.name}'s {layers}", i
 
 
-def _hops(topology: "Topology") -> Iterator[Problem]:
+def _hops(topology: Topology) -> Iterator[Problem]:
     numbers = {node.name: i for i, node in enumerate(topology.nodes)}
     ring = [node.name for node in topology.ring_nodes]
     next_of = dict(zip(ring, [*ring[1:], *ring[:1]], strict=True))
@@ -208,7 +197,7 @@ def _hops(topology: "Topology") -> Iterator[Problem]:
         first_of.setdefault((hop.sender, hop.receiver), i)
 
 
-def _keys(topology: "Topology", nodes: _Numbered, without_keys: bool) -> Iterator[Problem]:
+def _keys(topology: Topology, nodes: _Numbered, without_keys: bool) -> Iterator[Problem]:
     first_of: dict[str, int] = {}
     for i, node in nodes:
         if node.public_key is None:
@@ -246,7 +235,7 @@ def _keys(topology: "Topology", nodes: _Numbered, without_keys: bool) -> Iterato
         yield Problem(("nodes",), text, others)
 
 
-def _api(topology: "Topology") -> Iterator[Problem]:
+def _api(topology: Topology) -> Iterator[Problem]:
     api = topology.api
     if not is_loopback(api.host) and api.keys_file is None:
         text = (
@@ -256,7 +245,7 @@ def _api(topology: "Topology") -> Iterator[Problem]:
         yield Problem(("api", "host"), text, (("api", "keys_file"),))
 
 
-def _plain_text(topology: "Topology") -> Iterator[Problem]:
+def _plain_text(topology: Topology) -> Iterator[Problem]:
     if not topology.security.insecure:
         return
     place: Loc = ("security", "insecure")
@@ -273,7 +262,7 @@ def _plain_text(topology: "Topology") -> Iterator[Problem]:
         yield Problem(place, text, (_at(keyed[0], "public_key"),))
 
 
-def _narrow(topology: "Topology", nodes: _Numbered) -> Iterator[Problem]:
+def _narrow(topology: Topology, nodes: _Numbered) -> Iterator[Problem]:
     if len(topology.ring_nodes) == 1:
         others = tuple(_at(i, "spare") for i, _ in nodes)
         yield Problem(("nodes",), "one node alone holds the whole model; add a node to share it", others)
@@ -306,7 +295,7 @@ def _shared_machines(nodes: _Numbered) -> Iterator[Problem]:
                 yield Problem(_at(unset[1], key), text, (_at(unset[0]), *others))
 
 
-def _slow(topology: "Topology") -> Iterator[Problem]:
+def _slow(topology: Topology) -> Iterator[Problem]:
     links = topology.links
     places: list[tuple[Loc, str]] = [(("links", "wire"), links.wire)]
     places += [(("links", "hops", i, "wire"), hop.wire) for i, hop in enumerate(links.hops)]
@@ -327,7 +316,7 @@ def _slow(topology: "Topology") -> Iterator[Problem]:
         yield Problem(("ring", "decode_wait"), text)
 
 
-def _open_api(topology: "Topology") -> Iterator[Problem]:
+def _open_api(topology: Topology) -> Iterator[Problem]:
     host = topology.api.host
     if not is_loopback(host):
         where = "every address of the machine" if is_wildcard(host) else host

@@ -9,15 +9,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from mdiq.config.checks import TopologyValueError, find_warnings
+from mdiq.config.checks import find_problems, find_warnings
 from mdiq.config.document import MOST_BYTES, Document, read_document
 from mdiq.config.findings import OTHER_PLACE, Finding, Loc, Problem, path_of
 from mdiq.config.messages import SECTIONS, meant_by, noun_of, value_message, without_indices
-from mdiq.config.topology import UNCHECKED, VERSION, WITHOUT_KEYS, Topology
+from mdiq.config.topology import VERSION, Topology
 from mdiq.errors import TopologyError
 
 
@@ -92,7 +91,7 @@ class _Check:
 
     def __init__(self, document: Document, without_keys: bool) -> None:
         self._document = document
-        self._context = WITHOUT_KEYS if without_keys else None
+        self._without_keys = without_keys
         self._errors = list(document.findings)
         self._bad = document.refused | document.incomplete
 
@@ -104,10 +103,13 @@ class _Check:
             self._errors.append(Finding(self._document.line_of(()), "", message))
             return Report(file, None, tuple(self._errors), ())
         try:
-            topology = Topology.model_validate(data, context=self._context)
+            topology = Topology.model_validate(data)
         except ValidationError as error:
             self._values(error)
-            topology = self._together(data)
+        if self._bad:  # so that what is wrong between the others is told too
+            topology = Topology.model_validate(_Repair(self._bad).section((), data))
+        problems = find_problems(topology, without_keys=self._without_keys)
+        self._errors += [self._finding(problem) for problem in problems if self._is_sound(problem)]
         warnings = [self._finding(problem) for problem in find_warnings(topology) if self._is_sound(problem)]
         return Report(
             file, None if self._errors else topology, tuple(sorted(set(self._errors))), tuple(sorted(set(warnings)))
@@ -119,8 +121,6 @@ class _Check:
         meant = {meant_by(details["loc"]) for details in found if details["type"] == "extra_forbidden"}
         for details in found:
             loc: Loc = details["loc"]
-            if isinstance(details.get("ctx", {}).get("error"), TopologyValueError):
-                continue  # comes again when values that failed alone are out of the way
             if details["type"] == "missing" and loc in meant:
                 self._bad.add(loc)  # it is there under a wrong name
                 continue
@@ -128,18 +128,6 @@ class _Check:
             self._bad.add(loc)
             if not is_told:
                 self._errors.append(self._located(loc, value_message(details, self._document.raw.get(loc))))
-
-    def _together(self, data: Mapping[Any, Any]) -> Topology:
-        """Return a Topology without the values that failed, and tell what is wrong between the others."""
-        repaired = _Repair(self._bad).section((), data)
-        try:
-            return Topology.model_validate(repaired, context=self._context)
-        except ValidationError as error:
-            for details in error.errors(include_url=False):
-                problems = details.get("ctx", {}).get("error")
-                assert isinstance(problems, TopologyValueError), f"a repaired topology: {details}"
-                self._errors += [self._finding(problem) for problem in problems.problems if self._is_sound(problem)]
-        return Topology.model_validate(repaired, context=UNCHECKED)
 
     def _is_sound(self, problem: Problem) -> bool:
         """Return whether a Problem depends on nothing that was repaired."""

@@ -1,11 +1,11 @@
-"""The Topology: what the operator's file says, checked. Frozen values; attributes carry units, keys are as in the file.
+"""The Topology: what the operator's file says, value by value. Frozen; attributes carry units, keys are as in the file.
 
 Every key has a unit, a default and a description here and nowhere else: the JSON schema, the tables of
 configs/README.md and the comments of `mdiq init` are made of them. What is wrong between values is in config/checks.py.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -13,26 +13,17 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     WithJsonSchema,
-    model_validator,
 )
 
 from mdiq.config import units
 from mdiq.config.addresses import check_address, is_loopback
-from mdiq.config.checks import TopologyValueError, find_problems
 from mdiq.config.units import AUTO, shown
 from mdiq.core.types import USUAL_WEIGHTS, LayerRange, WeightFormat
 
 VERSION = 1
 MOST_NODES = 64
 LEAST_MEMORY = "64M"
-
-WITHOUT_KEYS = {"without_keys": True}
-"""Validation context of who makes the keys: that none are there is no mistake yet."""
-
-UNCHECKED = {"unchecked": True}
-"""Validation context of who knows already that the values do not go together."""
 
 Wire = Literal["auto", "f32", "bf16", "i8"]
 _Port = Annotated[int, Field(ge=1024, le=65535)]
@@ -379,16 +370,6 @@ class Topology(_Section):
     journal: Annotated[str, AfterValidator(_path)] | None = _key(
         None, "File that keeps accepted requests over a restart of the Starter; not written yet. Relative to this file."
     )
-
-    @model_validator(mode="after")
-    def _fits_together(self, info: ValidationInfo) -> Self:
-        context = info.context or {}
-        if context.get("unchecked"):
-            return self
-        problems = find_problems(self, without_keys=bool(context.get("without_keys")))
-        if problems:
-            raise TopologyValueError(problems)
-        return self
 
     @property
     def starter(self) -> Node:
