@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
-from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
+from mdiq.cli.prompts import PromptLine, read_finished, read_prompts, results_file
 from mdiq.cli.signals import run_until_signal
 from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.core.ring import RingSettings
@@ -87,7 +87,7 @@ def execute(options: RunOptions) -> int:
         if not options.in_process and num_nodes > usable_cores():
             raise ConfigError(f"--pin: {num_nodes} nodes need as many cores; there are {usable_cores()}")
         bind_to_core(core_of(0))
-    with _results_file(options.out) as results_file:
+    with results_file(options.out) as results:
         todo = [line for line in lines if line.index not in finished]
         if not todo:
             console.print(f"{options.out}: all {len(lines)} requests are done already")
@@ -104,7 +104,7 @@ def execute(options: RunOptions) -> int:
         else:
             rings = _topology_rings(options, loaded, model, config, threads, console)
             ring_options = rings.options()
-        run = _Run(options, ring_options, Tokenizer.load(model), todo, console, results_file, rings, config)
+        run = _Run(options, ring_options, Tokenizer.load(model), todo, console, results, rings, config)
         return run_until_signal(run.main())
 
 
@@ -356,33 +356,6 @@ def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:
             raise ConfigError(f"{options.out}: it exists; add --resume to go on where it stopped, or move it away")
         finished = read_finished(options.out, lines)
     return lines, finished
-
-
-@contextlib.contextmanager
-def _results_file(path: Path | None) -> Iterator[TextIO | None]:
-    if path is None:
-        yield None
-        return
-    try:
-        if path.is_file():
-            _drop_cut_line(path)
-        file = path.open("a", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; --out must be a file that can be written") from None
-    try:
-        yield file
-    finally:
-        # Each result was brought to the file, or its error is on its way.
-        with contextlib.suppress(OSError):
-            file.close()
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Remove a last line without its end: a crash cut it off, and its request runs again."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
 
 
 def _hand_split(options: RunOptions) -> list[int] | None:

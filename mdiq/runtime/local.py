@@ -24,7 +24,7 @@ from mdiq.core.types import Epoch, NodeId, RingSpec, SeqId
 from mdiq.core.wire import hop_key
 from mdiq.engine.memory import return_free_memory, rss_bytes
 from mdiq.errors import MdiqError, first_of
-from mdiq.plan.measured import MeasuredRing, MeasuredStage
+from mdiq.plan.measured import MeasuredRing
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
 from mdiq.plan.wire_choice import AUTO, USUAL, WireCosts, choose_wires
@@ -201,34 +201,10 @@ class LocalRing:
 
     async def measured(self) -> MeasuredRing:
         """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
-        stage, options = self._stage, self._options
+        stage = self._stage
         assert stage is not None  # __aenter__ has run
         head = await self._worker.run_long(stage.measure_head)
-        # Nodes of one machine would each count all of its memory.
-        shares = [node.memory_share for node in options.remote.nodes] if options.remote else [1.0] * options.num_nodes
-        own = stage.measured(self._costs[0], shares[0])
-        stages = [
-            MeasuredStage(
-                name,
-                len(layers),
-                cost,
-                ready.weight_bytes,
-                ready.kv_bytes_per_token,
-                ready.rss_bytes,
-                int(share * ready.free_bytes),
-                ready.peak_bytes,
-            )
-            for name, layers, cost, ready, share in zip(
-                options.node_names[1:], options.layers[1:], self._costs[1:], self._ready, shares[1:], strict=True
-            )
-        ]
-        return MeasuredRing(
-            stage.runner.config.num_layers,
-            (own, *stages),
-            head,
-            stage.runner.config.hidden_size,
-            tuple(zip(self._wires, self._links, strict=False)),
-        )
+        return stage.measured(self._costs, self._ready, head, tuple(zip(self._wires, self._links, strict=False)))
 
     def spans(self) -> Mapping[str, list[Span]]:
         """Return every Node's Spans, in ring order."""

@@ -11,6 +11,7 @@ import torch
 
 from mdiq.core.control import Ready
 from mdiq.core.frame import Batch, Payload
+from mdiq.core.hop_survey import HopLink
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import RingSpec
 from mdiq.engine.checkpoint import open_checkpoint
@@ -22,7 +23,7 @@ from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.quantize import chosen_format
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.sampler import SampleRow, sample
-from mdiq.plan.measured import MeasuredStage
+from mdiq.plan.measured import MeasuredRing, MeasuredStage
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 from mdiq.runtime.loops import Progress
@@ -104,18 +105,43 @@ class StarterStage:
             kv_block_tokens=BLOCK_TOKENS,
         )
 
-    def measured(self, cost: StageCost, memory_share: float) -> MeasuredStage:
-        """Return what the planner is told of this Stage."""
-        return MeasuredStage(
-            self._options.node_names[0],
-            len(self._options.layers[0]),
-            cost,
-            self.runner.weight_bytes,
-            self.runner.kv_bytes_per_token,
+    def measured(
+        self,
+        costs: AbstractSequence[StageCost],
+        others: AbstractSequence[Ready],
+        head: Curve,
+        hops: tuple[tuple[str, HopLink | None], ...],
+    ) -> MeasuredRing:
+        """Return what the planner is told of the Ring: costs of all Stages, and what the others have."""
+        options, runner = self._options, self.runner
+        # Nodes of one machine would each count all of its memory.
+        shares = [node.memory_share for node in options.remote.nodes] if options.remote else [1.0] * options.num_nodes
+        own = MeasuredStage(
+            options.node_names[0],
+            len(options.layers[0]),
+            costs[0],
+            runner.weight_bytes,
+            runner.kv_bytes_per_token,
             rss_bytes(),
-            int(memory_share * free_bytes(self._device)),
+            int(shares[0] * free_bytes(self._device)),
             peak_bytes() if self._can_peak else 0,
         )
+        stages = [
+            MeasuredStage(
+                name,
+                len(layers),
+                cost,
+                ready.weight_bytes,
+                ready.kv_bytes_per_token,
+                ready.rss_bytes,
+                int(share * ready.free_bytes),
+                ready.peak_bytes,
+            )
+            for name, layers, cost, ready, share in zip(
+                options.node_names[1:], options.layers[1:], costs[1:], others, shares[1:], strict=True
+            )
+        ]
+        return MeasuredRing(runner.config.num_layers, (own, *stages), head, runner.config.hidden_size, hops)
 
 
 class Script(Protocol):

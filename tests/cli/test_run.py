@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mdiq.cli import run
 from mdiq.cli.output import AnswerPrinter, Result
-from mdiq.cli.prompts import PromptLine
+from mdiq.cli.prompts import PromptLine, results_file
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, ContextLengthError
 from mdiq.runtime.starter_service import StreamEvent
@@ -101,17 +101,17 @@ async def test_a_line_that_cannot_fit_the_ring_is_refused_before_it_is_tokenized
 
 
 def test_an_error_of_the_run_is_not_taken_for_one_of_the_results_file(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError) as caught, run._results_file(tmp_path / "out.jsonl"):
+    with pytest.raises(PermissionError) as caught, results_file(tmp_path / "out.jsonl"):
         raise PermissionError(13, "Permission denied", "trace.json")
     assert caught.value.filename == "trace.json"
     with pytest.raises(ConfigError, match="gone/out.jsonl: No such file or directory; --out must be a file"):
-        with run._results_file(tmp_path / "gone" / "out.jsonl"):
+        with results_file(tmp_path / "gone" / "out.jsonl"):
             pass
 
 
 def test_a_results_file_that_cannot_be_written_any_more_is_named() -> None:
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
-        with run._results_file(Path("/dev/full")) as file:
+        with results_file(Path("/dev/full")) as file:
             AnswerPrinter(io.StringIO(), as_json=False, is_single=False, results_file=file).finished(
                 Result(0, (1,), 0.0, [2], "text")
             )
