@@ -18,7 +18,6 @@ DEFAULT_PATH = "smollm2-135m-instruct"
 NODE_KEYS = ("data_port", "control_port", "weights_port", "device", "threads", "memory", "layers")
 """What may be said of a node beside its name, address and role."""
 
-_STARTER_ONLY = ("control_port", "weights_port")
 _FIRST_FREE_PORT = 7403  # the Starter has 7400 to 7402
 _WIDTH = 100
 

@@ -102,10 +102,6 @@ class Membership:
         member = self._members.get(node)
         return None if member is None else member.state
 
-    def in_state(self, state: NodeState) -> set[NodeId]:
-        """Return the Nodes that are in ``state``."""
-        return {member.node for member in self._members.values() if member.state is state}
-
     def _step(self, node: NodeId, event: str) -> None:
         state = self.state(node)
         following = None if state is None else _NEXT.get((event, state))

@@ -14,7 +14,7 @@ def test_a_node_joins_loads_serves_and_loads_again() -> None:
     members.joined(NODE, now=0.0)
     members.assigned(NODE)
     members.ready(NODE)
-    assert members.in_state(NodeState.READY) == {NODE}
+    assert members.state(NODE) is NodeState.READY
     members.assigned(NODE)
     assert members.state(NODE) is NodeState.LOADING
 
