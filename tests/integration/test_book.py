@@ -1,4 +1,7 @@
-"""The commands of the pages that compute, as they stand there: with a tiny model, and short answers."""
+"""The commands of the pages that compute: with a tiny model, short answers, and all stages in one process.
+
+test_run.py starts the processes: here they would cost minutes.
+"""
 
 import os
 import subprocess
@@ -20,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_tiny_model(folder / "model")
     write_prompts(folder / "in.jsonl", [{"prompt": f"Number {i}"} for i in range(3)])
     (folder / "bin").mkdir()
-    own = f'--model "{model}" --max-tokens 4 --raw --kv-tokens 2048'
+    own = f'--model "{model}" --max-tokens 4 --raw --kv-tokens 2048 --in-process'
     for name, arguments in (("mdiq", f'-P -m mdiq "$@" {own}'), ("python", '"$@"')):
         program = folder / "bin" / name
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}\n')
