@@ -72,7 +72,7 @@ class LocalRing:
         self._worker = make_worker(self._clock, self._tracer, options.threads)
         self._ring_key = secrets.token_bytes(32)
         self._stages: SocketStages | InProcessStages | None = None
-        self._stage: StarterStage | None = None
+        self._stage: StarterStage | None = None  # once it is loaded
         self._service: StarterService | None = None
         self._serving: asyncio.Task[None] | None = None
         self._quota: CpuQuota | None = None
@@ -221,8 +221,6 @@ class LocalRing:
         if self._quota is not None:
             self._quota.close()
         # The next Ring's Layers may need the room.
-        if self._stage is not None:
-            self._stage.close()
         self._stage = self._service = self._serving = None
         await asyncio.to_thread(return_free_memory, collect=True)
 
@@ -252,7 +250,7 @@ class LocalRing:
                 on_loading=self._on_loading,
             )
             await self._stages.open()
-        self._stage = stage = await self._worker.run_uncounted(partial(_open_model, options))
+        stage = await self._worker.run_uncounted(partial(_open_model, options))
         try:
             async with asyncio.TaskGroup() as tasks:
                 on_loading = partial(self._on_loading, self._name)
@@ -261,6 +259,9 @@ class LocalRing:
                     starting = tasks.create_task(self._stages.start(stage.digest, stage.weights), name="stages")
         except* MdiqError as group:
             raise first_of(group) from None
+        finally:
+            stage.close()
+        self._stage = stage
         self._ready = list(starting.result()) if self._stages is not None else []
         if options.cpu is not None:
             # Behind the start of the others: a child begins in its parent's control group.

@@ -154,6 +154,16 @@ async def test_the_starter_opens_its_model_once(tiny: Path, monkeypatch: pytest.
         assert opened == [tiny]
 
 
+async def test_a_ring_that_loads_says_that_it_holds_nothing_yet(tiny: Path) -> None:
+    held: list[int] = []
+    ring = LocalRing(
+        RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128),
+        on_loading=lambda *_: held.extend(figures.weight_bytes for figures in ring.figures()),
+    )
+    async with ring:
+        assert set(held) == {0} and ring.figures()[0].weight_bytes > 0
+
+
 async def test_a_loop_of_the_stages_that_fails_ends_the_ring_with_its_reason(tiny: Path) -> None:
     lost: asyncio.Queue[MdiqError] = asyncio.Queue()
     stages = ProcessStages(
