@@ -105,18 +105,18 @@ class Step:
         return lambda *arguments: self.b.call(function, arguments)
 
 
-def build(features: frozenset[str]) -> Value:  # noqa: ARG001
+def build(features: frozenset[str]) -> Value:
     """Return the module: ``run`` and the functions of all kinds of steps; the bits are the same on all CPUs."""
     module = ir.Module()
     for name, body in _STEPS.items():
         step = Step(module, name)
         body(step)
         step.f.finish()
-    _build_run(module)
+    _build_run(module, features)
     return module
 
 
-def _build_run(module: Value) -> None:
+def _build_run(module: Value, features: frozenset[str]) -> None:
     """Build run(program, batch, num_steps, thread, threads): what one thread does; all do it at the same time."""
     f = Function(module, "run", [POINTER, POINTER, LONG, LONG, LONG])
     b = f.b
@@ -132,14 +132,14 @@ def _build_run(module: Value) -> None:
         expected = b.add(expected, b.select(has_to_wait, num_threads, LONG(0)))
         with b.if_then(has_to_wait):
             b.atomic_rmw("add", arrivals, LONG(1), "seq_cst")
-            _wait(f, arrivals, expected)
+            _wait(f, arrivals, expected, features)
         return [f.at(words, b.mul(size, LONG(8))), expected]
 
     f.loop(LONG(0), num_steps, 1, [program, LONG(0)], step)
     f.finish()
 
 
-def _wait(f: Function, arrivals: Value, expected: Value) -> None:
+def _wait(f: Function, arrivals: Value, expected: Value, features: frozenset[str]) -> None:
     """Wait until so many threads have arrived; a thread that waits for long lets others have its core."""
     b = f.b
     before, look, behind = b.block, f.function.append_basic_block(), f.function.append_basic_block()
@@ -153,6 +153,11 @@ def _wait(f: Function, arrivals: Value, expected: Value) -> None:
     waiting = f.function.append_basic_block()
     b.cbranch(b.icmp_signed(">=", here, expected), behind, waiting)
     b.position_at_end(waiting)
+    # A thread that only looks leaves what a core has to the other thread of that core.
+    if "sse2" in features:
+        f.call("llvm.x86.sse2.pause", ir.VoidType())
+    elif "neon" in features:
+        f.call("llvm.aarch64.hint", ir.VoidType(), INT(1))
     b.cbranch(b.icmp_signed(">", count, LONG(_SPINS)), yielding, again)
     b.position_at_end(yielding)
     f.call("sched_yield", INT)

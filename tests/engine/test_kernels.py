@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import mdiq
-from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code
+from mdiq.engine import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code, llvm_layers_code
 from mdiq.engine.gguf_blocks import BLOCK, scale_and_offset, take_apart
 from mdiq.engine.kernel_choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
@@ -227,6 +227,8 @@ INT4, INT8 = llvm_int4_code, llvm_int8_code
         (INT8, "x86_64-linux-gnu", "avx2,fma", r"vpmaddubsw\t.*%ymm"),
         (INT8, "x86_64-linux-gnu", "avx2,fma,avxvnni", r"vpdpbusd\t.*%ymm"),
         (INT8, "x86_64-linux-gnu", "avx512f,avx512bw,avx512vl,avx512vnni", r"vpdpbusd\t.*%zmm"),
+        (llvm_layers_code, "x86_64-linux-gnu", "sse2", r"\tpause"),
+        (llvm_layers_code, "aarch64-linux-gnu", "neon", r"\tyield"),
     ],
 )
 def test_code_is_made_of_what_a_cpu_is_good_at(code: ModuleType, triple: str, features: str, instruction: str) -> None:
