@@ -6,6 +6,7 @@ their keys copied to one length. And its sums depend on how many tokens of a Seq
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,7 +17,7 @@ from mdiq.engine.llvm_matmul import compiled, compiled_or_none, in_threads
 from mdiq.engine.model_config import ModelConfig
 
 _FEW_SLOTS = 128  # of a thread: with fewer, telling it costs as much as its work
-_MOST_SCORES = 32_768  # of a tile: half of a nearer cache of 256 KiB
+_MOST_SCORES = 131_072  # of a tile, half a MiB: tiles of fewer tokens have keys and values come from memory more often
 _MOST_TOKENS = 16  # of a tile
 
 
@@ -31,13 +32,14 @@ class CompiledAttention:
         """
         groups = config.num_heads // config.num_kv_heads
         machine = compiled("llvm_attention_code", head_dim=config.head_dim, groups=groups)
-        from mdiq.engine.llvm_attention_code import LANES, SPARE
+        from mdiq.engine.llvm_attention_code import LANES, row_floats
 
         if config.head_dim % LANES:
             raise RuntimeError(f"heads of {config.head_dim} are no multiple of {LANES}")
         self.machine = machine  # its code lives as long as it does
         self.function = machine.function("attend", 6, 7)
-        self.groups, self.num_kv_heads, self.spare = groups, config.num_kv_heads, SPARE
+        self.groups, self.num_kv_heads = groups, config.num_kv_heads
+        self.row_floats = partial(row_floats, head_dim=config.head_dim)
         self._all_slots = torch.arange(0)
 
     @classmethod
@@ -72,7 +74,7 @@ class CompiledBatch:
         self._gathered = reads
         self._slots = compiled.all_slots(max(read.stop if isinstance(read, slice) else 0 for read in reads))
         first = self._slots.data_ptr()
-        self.width = max(span.start + span.length for span in spans) + compiled.spare
+        self.width = compiled.row_floats(max(span.start + span.length for span in spans))
         self.slots = first + 8 * writes.start if isinstance(writes, slice) else writes.data_ptr()
         most = min(max(_MOST_SCORES // (compiled.groups * self.width), 1), _MOST_TOKENS)
         tiles: list[tuple[int, int, int, int]] = []

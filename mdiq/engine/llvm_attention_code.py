@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 
 from llvmlite import ir
 
@@ -10,50 +11,67 @@ from mdiq.engine.llvm_code import FLOAT, LONG, NEAREST, POINTER, Function, Value
 
 LANES = 16
 """Floats of a vector: head dimensions are multiples."""
-SPARE = 2 * LANES
-"""Floats that a row of scores has more than the longest Sequence: it is hidden in whole vectors."""
 _FLOATS, _OF_FLOATS = vector(FLOAT, LANES), f"v{LANES}f32"
-_LINE_BYTES = 64
-_AHEAD = 8  # tokens: how far values are asked for ahead, since a head's lie in strides
+_FLOAT_BYTES, _VECTOR_BYTES = 4, 4 * LANES  # a vector is a line of memory, too
+_READ_BYTES = 32  # of a tile's description
+_SIDE = 8
+"""Rows and columns of a square that is turned in registers."""
+_TURNS = (
+    (1, (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)),
+    (2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)),
+    (4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)),
+)
+"""How lines so far apart exchange floats: each step is one instruction for a vector of 4 or 8, on x86 and ARM."""
+_TURNED = (0, 2, 1, 3, 4, 6, 5, 7)
+"""Which line holds each column in the end."""
+
+
+def row_floats(num_slots: int, head_dim: int) -> int:
+    """Return the size of a row of scratch memory for a Sequence of ``num_slots``, in floats: whole vectors."""
+    # Scores begin at the first slot's KvBlock, end with a whole vector, and have one float more behind them.
+    return (num_slots // LANES + 2) * LANES + head_dim
 
 
 def build(features: frozenset[str], *, head_dim: int, groups: int) -> Value:
     """Return the module for heads of ``head_dim``, ``groups`` query heads for each KV head.
 
-    Its function attend(q, keys, values, out, reads, scores, num_kv_heads, q_step, out_step, window, width, first,
-    stop) does items ``first`` to ``stop - 1``; item i is KV head i % num_kv_heads of tile i // num_kv_heads. A tile is
-    some tokens of one Sequence, each behind the other: they share what is loaded.
+    Its function attend(q, keys, values, out, reads, rows, num_kv_heads, q_step, out_step, window, width, first, stop)
+    does items ``first`` to ``stop - 1``; item i is KV head i % num_kv_heads of tile i // num_kv_heads. A tile is some
+    tokens of one Sequence, each behind the other: they share what is loaded.
 
     q, out: f32 rows [heads, head_dim], ``q_step`` and ``out_step`` bytes apart. keys, values: pools, f32 [slots,
     num_kv_heads, head_dim]. reads: of each tile, where its Sequence's slots stand (i64; those of a KvBlock are
     neighbours), how many of them its first token sees, that token's row in q and out, and its number of tokens.
-    scores: f32 [tokens of a tile, groups, width], scratch with SPARE more than the longest Sequence. window: slots that
-    are read at most, from the last; 0 is all.
+    rows: f32 [tokens of a tile * groups, width], scratch; ``width`` is that of row_floats for the longest Sequence.
+    window: slots that are read at most, from the last; 0 is all.
 
-    What a token finds does not depend on its tile. Each score is one sum. Weights are added in LANES sums by their
-    place in the Sequence, and values from the first to the last; what a token does not see weighs 0, which changes no
-    sum.
+    What a token finds does not depend on its tile. Each score is LANES sums, added in pairs of neighbours. Weights are
+    added in LANES sums by their place in the Sequence, and values from the first to the last; what a token does not see
+    weighs 0, which changes no sum.
     """
     module = ir.Module()
     f = Function(module, "attend", [POINTER] * 6 + [LONG] * 7)
     b = f.b
-    q, keys, values, out, reads, scores = f.arguments[:6]
+    q, keys, values, out, reads, rows = f.arguments[:6]
     num_kv_heads, q_step, out_step, window, width, first, stop = f.arguments[6:]
-    head_bytes = LONG(4 * head_dim)
-    parts = range(0, 4 * head_dim, 4 * LANES)
-    # Of values, as many heads at a time as half of the vector registers hold the sums of.
-    num_sums = 16 if "avx512f" in features or "neon" in features else 8
+    head_bytes, row_bytes = LONG(_FLOAT_BYTES * head_dim), b.mul(width, LONG(_FLOAT_BYTES))
+    group_bytes = b.mul(head_bytes, LONG(groups))
+    # A row of scratch: scores, which become weights, 1 / their sum, and the query, whose place sums of values take.
+    query_at = b.sub(row_bytes, head_bytes)
+    inverse_at = b.sub(query_at, LONG(_FLOAT_BYTES))
+    parts = range(0, _FLOAT_BYTES * head_dim, _VECTOR_BYTES)
+    most_sums = sums_in_registers(features)
+    packed, lane_sums = (f.scratch(LANES * count) for count in (head_dim, LANES * most_sums))
 
     def item(i: Value, _: list[Value]) -> list[Value]:
         number = b.sdiv(i, num_kv_heads)
         head = b.sub(i, b.mul(number, num_kv_heads))
-        group = b.mul(head, b.mul(head_bytes, LONG(groups)))
-        read = f.at(reads, b.mul(number, LONG(32)))
+        read = f.at(reads, b.mul(number, LONG(_READ_BYTES)))
         slots = f.load(POINTER, read, LONG(0))
         first_end, first_row, num_tokens = (f.load(LONG, read, LONG(at)) for at in (8, 16, 24))
         end = b.sub(b.add(first_end, num_tokens), LONG(1))
-        last = b.sub(end, LONG(1))
         token_bytes = b.mul(num_kv_heads, head_bytes)
+        num_rows = b.mul(num_tokens, LONG(groups))
 
         def begin_of(end: Value) -> Value:
             is_over = b.and_(b.icmp_signed(">", window, LONG(0)), b.icmp_signed(">", end, window))
@@ -61,146 +79,101 @@ def build(features: frozenset[str], *, head_dim: int, groups: int) -> Value:
 
         begin = begin_of(first_end)
         base = b.and_(begin, LONG(-BLOCK_TOKENS))
+        count = b.sub(end, base)
 
-        def row(pool: Value, t: Value) -> Value:
+        def slot_row(pool: Value, t: Value) -> Value:
             """Return a pointer to this head's row of the token that slot number ``t`` holds."""
             slot = f.load(LONG, slots, b.mul(t, LONG(8)))
             return f.at(pool, b.mul(b.add(b.mul(slot, num_kv_heads), head), head_bytes))
 
-        def heads_of(rows: Value, step: Value, token: Value) -> Value:
-            """Return a pointer to this group's heads of a token of the tile."""
-            return f.at(f.at(rows, b.mul(b.add(first_row, token), step)), group)
+        def here_and_next(pool: Value, t: Value) -> tuple[Value, Value]:
+            """Return slot_row of ``t`` and of the slot LANES on, which is asked for while the former is used."""
+            later = b.add(t, LONG(LANES))
+            return slot_row(pool, t), slot_row(pool, b.select(b.icmp_signed("<", later, end), later, t))
 
-        def scores_of(token: Value, g: int) -> Value:
-            """Return a pointer to the scores of one head, the first of them at ``base``."""
-            return f.at(scores, b.mul(b.mul(b.add(b.mul(token, LONG(groups)), LONG(g)), width), LONG(4)))
+        def row(number: Value) -> Value:
+            return f.at(rows, b.mul(number, row_bytes))
+
+        def for_heads(body: Callable[[Value, Value, Value], None]) -> None:
+            """Call body(token, row of scratch, bytes to the head in a row of q or out) for each head of each token."""
+
+            def of_token(token: Value, _: list[Value]) -> list[Value]:
+                def of_head(g: Value, _: list[Value]) -> list[Value]:
+                    at = b.add(b.mul(head, group_bytes), b.mul(g, head_bytes))
+                    body(token, row(b.add(b.mul(token, LONG(groups)), g)), at)
+                    return []
+
+                f.loop(LONG(0), LONG(groups), 1, [], of_head)
+                return []
+
+            f.loop(LONG(0), num_tokens, 1, [], of_token)
+
+        def take_query(token: Value, here: Value, at: Value) -> None:
+            there = f.at(f.at(q, b.mul(b.add(first_row, token), q_step)), at)
+            for part in parts:
+                f.store(f.load(_FLOATS, there, LONG(part)), f.at(here, query_at), LONG(part))
 
         def some_scores(t: Value, _: list[Value]) -> list[Value]:
-            here = row(keys, t)
-            later = b.add(t, LONG(LANES))
-            following = row(keys, b.select(b.icmp_signed("<", later, end), later, t))
-            for i in range(LANES):
-                for line in range(0, 4 * head_dim, _LINE_BYTES):
-                    f.ask_for(f.at(following, b.add(b.mul(token_bytes, LONG(i)), LONG(line))), NEAREST)
-            at = b.mul(b.sub(t, base), LONG(4))
+            _turn(f, *here_and_next(keys, t), token_bytes, packed, len(parts))
 
-            def of_token(token: Value, _: list[Value]) -> list[Value]:
-                heads = heads_of(q, q_step, token)
-                for g in range(groups):
-                    query = [f.load(_FLOATS, heads, LONG(4 * head_dim * g + part)) for part in parts]
+            def scores_of(number: Value, size: int) -> None:
+                here = [row(b.add(number, LONG(n))) for n in range(size)]
+                found = _scores(f, [f.at(each, query_at) for each in here], packed, lane_sums, len(parts))
+                for each, score in zip(here, found, strict=True):
+                    f.store(score, each, b.mul(b.sub(t, base), LONG(_FLOAT_BYTES)))
 
-                    def dot(i: int, query: list[Value] = query) -> Value:
-                        key = f.at(here, b.mul(token_bytes, LONG(i)))
-                        return _dot(f, query, [f.load(_FLOATS, key, LONG(part)) for part in parts])
-
-                    f.store(_totals(f, dot, 0, LANES), scores_of(token, g), at)
-                return []
-
-            f.loop(LONG(0), num_tokens, 1, [], of_token)
+            _for_rows(f, num_rows, most_sums, scores_of)
             return []
 
-        f.loop(base, end, LANES, [], some_scores)
-
-        def weights_of_token(token: Value, _: list[Value]) -> list[Value]:
+        def weigh(token: Value, here: Value, _: Value) -> None:
             token_end = b.add(first_end, token)
-            count = b.sub(end, base)
-            for g in range(groups):
-                row_scores = scores_of(token, g)
-                _hide(f, row_scores, b.sub(begin_of(token_end), base), b.sub(token_end, base), count)
-                inverse = _soften(f, row_scores, count, head_dim)
-                f.store(inverse, row_scores, b.mul(b.sub(width, LONG(1)), LONG(4)))
-            return []
+            _hide(f, here, b.sub(begin_of(token_end), base), b.sub(token_end, base), count)
+            f.store(_soften(f, here, count, head_dim), here, inverse_at)
+            for part in parts:
+                f.store(splat(FLOAT, LANES, 0.0), f.at(here, query_at), LONG(part))
 
-        f.loop(LONG(0), num_tokens, 1, [], weights_of_token)
-        tiles = _tiles(groups, max(num_sums // len(parts), 1))
+        def add_values(t: Value, _: list[Value]) -> list[Value]:
+            left = b.sub(end, t)
+            stop = b.select(b.icmp_signed("<", left, LONG(LANES)), left, LONG(LANES))
+            first = b.sub(begin, t)
+            first = b.select(b.icmp_signed(">", first, LONG(0)), first, LONG(0))
+            _gather(f, *here_and_next(values, t), token_bytes, first, stop, parts, packed)
+            weights_at = b.mul(b.sub(t, base), LONG(_FLOAT_BYTES))
 
-        def add_values(
-            token: Value, tile: range, first: Value, stop: Value, sums: list[Value], value_at: Callable[[Value], Value]
-        ) -> list[Value]:
-            """Return the sums of some heads with the values from ``first`` to ``stop - 1``."""
-            places = [scores_of(token, g) for g in tile]
+            def of_part(part: Value, _: list[Value]) -> list[Value]:
+                column = f.at(packed, b.mul(part, LONG(LANES)))
 
-            def weigh(t: Value, sums: list[Value]) -> list[Value]:
-                here, at = value_at(t), b.mul(b.sub(t, base), LONG(4))
-                value = [f.load(_FLOATS, here, LONG(part)) for part in parts]
-                weights = [f.spread(f.load(FLOAT, place, at), LANES) for place in places]
-                heads = [sums[n : n + len(parts)] for n in range(0, len(sums), len(parts))]
-                return [
-                    _fma(f, weight, part, total)
-                    for weight, head_sums in zip(weights, heads, strict=True)
-                    for part, total in zip(value, head_sums, strict=True)
-                ]
+                def add_to(number: Value, size: int) -> None:
+                    here = [row(b.add(number, LONG(n))) for n in range(size)]
+                    at = b.add(query_at, part)
 
-            return f.loop(first, stop, 1, sums, weigh)
+                    def add(i: Value, sums: list[Value]) -> list[Value]:
+                        value = f.load(_FLOATS, column, b.mul(i, LONG(_VECTOR_BYTES)))
+                        weight_at = b.add(weights_at, b.mul(i, LONG(_FLOAT_BYTES)))
+                        weights = [f.spread(f.load(FLOAT, each, weight_at), LANES) for each in here]
+                        return [_fma(f, weight, value, total) for weight, total in zip(weights, sums, strict=True)]
 
-        def places(found: Value, tile: range) -> list[tuple[Value, Value]]:
-            return [(found, LONG(4 * head_dim * g + part)) for g in tile for part in parts]
+                    sums = f.loop(first, stop, 1, [f.load(_FLOATS, each, at) for each in here], add)
+                    for each, total in zip(here, sums, strict=True):
+                        f.store(total, each, at)
 
-        def inverse_of(token: Value, g: int) -> Value:
-            return f.spread(f.load(FLOAT, scores_of(token, g), b.mul(b.sub(width, LONG(1)), LONG(4))), LANES)
-
-        def finish(token: Value, tile: range, sums: list[Value]) -> None:
-            inverses = [inverse_of(token, g) for g in tile for _ in parts]
-            for place, total, inverse in zip(places(heads_of(out, out_step, token), tile), sums, inverses, strict=True):
-                f.store(b.fmul(total, inverse), *place)
-
-        is_one, many, behind = (f.function.append_basic_block() for _ in range(3))
-        b.cbranch(b.icmp_signed("==", num_tokens, LONG(1)), is_one, many)
-
-        b.position_at_end(is_one)
-        for tile in tiles:
-
-            def asked(t: Value, tile: range = tile) -> Value:
-                later = b.add(t, LONG(_AHEAD))
-                following = row(values, b.select(b.icmp_signed("<", later, last), later, last))
-                for line in range(0, 0 if tile.start else 4 * head_dim, _LINE_BYTES):
-                    f.ask_for(f.at(following, LONG(line)), NEAREST)
-                return row(values, t)
-
-            zeros = [splat(FLOAT, LANES, 0.0)] * (len(parts) * len(tile))
-            finish(LONG(0), tile, add_values(LONG(0), tile, begin, end, zeros, asked))
-        b.branch(behind)
-
-        b.position_at_end(many)
-
-        def for_tokens(body: Callable[[Value, range, list[tuple[Value, Value]]], None]) -> None:
-            def of_token(token: Value, _: list[Value]) -> list[Value]:
-                found = heads_of(out, out_step, token)
-                for tile in tiles:
-                    body(token, tile, places(found, tile))
+                _for_rows(f, num_rows, most_sums, add_to)
                 return []
 
-            f.loop(LONG(0), num_tokens, 1, [], of_token)
-
-        def clear(_: Value, __: range, where: list[tuple[Value, Value]]) -> None:
-            for place in where:
-                f.store(splat(FLOAT, LANES, 0.0), *place)
-
-        def end_of_token(token: Value, tile: range, where: list[tuple[Value, Value]]) -> None:
-            finish(token, tile, [f.load(_FLOATS, *place) for place in where])
-
-        def block(t: Value, _: list[Value]) -> list[Value]:
-            start = row(values, t)
-            after = b.add(t, LONG(BLOCK_TOKENS))
-            first = b.select(b.icmp_signed(">", t, begin), t, begin)
-            stop = b.select(b.icmp_signed("<", after, end), after, end)
-
-            def value_at(i: Value) -> Value:
-                return f.at(start, b.mul(b.sub(i, t), token_bytes))
-
-            def add_block(token: Value, tile: range, where: list[tuple[Value, Value]]) -> None:
-                sums = [f.load(_FLOATS, *place) for place in where]
-                for place, total in zip(where, add_values(token, tile, first, stop, sums, value_at), strict=True):
-                    f.store(total, *place)
-
-            for_tokens(add_block)
+            f.loop(LONG(0), head_bytes, _VECTOR_BYTES, [], of_part)
             return []
 
-        for_tokens(clear)
-        f.loop(base, end, BLOCK_TOKENS, [], block)
-        for_tokens(end_of_token)
-        b.branch(behind)
-        b.position_at_end(behind)
+        def give(token: Value, here: Value, at: Value) -> None:
+            there = f.at(f.at(out, b.mul(b.add(first_row, token), out_step)), at)
+            inverse = f.spread(f.load(FLOAT, here, inverse_at), LANES)
+            for part in parts:
+                f.store(b.fmul(f.load(_FLOATS, f.at(here, query_at), LONG(part)), inverse), there, LONG(part))
+
+        for_heads(take_query)
+        f.loop(base, end, LANES, [], some_scores)
+        for_heads(weigh)
+        f.loop(base, end, LANES, [], add_values)
+        for_heads(give)
         return []
 
     f.loop(first, stop, 1, [], item)
@@ -208,31 +181,123 @@ def build(features: frozenset[str], *, head_dim: int, groups: int) -> Value:
     return module
 
 
-def _tiles(groups: int, most: int) -> list[range]:
-    return [range(g, min(g + most, groups)) for g in range(0, groups, most)]
+def sums_in_registers(features: frozenset[str]) -> int:
+    """Return how many vectors of sums a CPU holds in its registers beside what it adds to them, a power of 2."""
+    # AVX2 has 16 registers of 8 floats, NEON 32 of 4: half of them. AVX-512 has 32 of 16, where 8 sums keep both of its
+    # units for products busy.
+    return 8 if "avx512f" in features else 4
+
+
+def _for_rows(f: Function, num_rows: Value, most: int, body: Callable[[Value, int], None]) -> None:
+    """Call body(first of some rows, how many) until all are done: ``most`` at a time, and what is left in halves."""
+    b = f.b
+    start: Value = LONG(0)
+    while most:
+        stop = b.and_(num_rows, LONG(-most))  # most: a power of 2
+
+        def some(number: Value, _: list[Value], size: int = most) -> list[Value]:
+            body(number, size)
+            return []
+
+        f.loop(start, stop, most, [], some)
+        start, most = stop, most // 2
+
+
+def _turn(f: Function, first: Value, following: Value, step: Value, turned: Value, num_parts: int) -> None:
+    """Write the columns of LANES rows, ``step`` bytes apart, as vectors: those of each lane one after the other.
+
+    following: the first of the rows that come next, which are asked for.
+    """
+    b = f.b
+
+    def part(i: Value, _: list[Value]) -> list[Value]:
+        at = b.mul(i, LONG(_VECTOR_BYTES))
+        for row in range(LANES):
+            f.ask_for(f.at(f.at(following, b.mul(step, LONG(row))), at), NEAREST)
+        for row, lane in product(range(0, LANES, _SIDE), repeat=2):
+            square = [
+                f.load(
+                    vector(FLOAT, _SIDE), f.at(first, b.mul(step, LONG(row + n))), b.add(at, LONG(_FLOAT_BYTES * lane))
+                )
+                for n in range(_SIDE)
+            ]
+            for distance, low, high in _TURNS:
+                for n in (n for n in range(_SIDE) if not n & distance):
+                    pair = square[n], square[n + distance]
+                    square[n], square[n + distance] = (f.pick_of_two(*pair, lanes) for lanes in (low, high))
+            for n, place in enumerate(_TURNED):
+                there = f.at(turned, LONG((lane + n) * num_parts * _VECTOR_BYTES + _FLOAT_BYTES * row))
+                f.store(square[place], there, at)
+        return []
+
+    f.loop(LONG(0), LONG(num_parts), 1, [], part)
+
+
+def _gather(
+    f: Function,
+    start: Value,
+    following: Value,
+    step: Value,
+    first: Value,
+    stop: Value,
+    parts: range,
+    packed: Value,
+) -> None:
+    """Write vectors of rows ``first`` to ``stop - 1``, ``step`` bytes apart: the LANES of each part of a row together.
+
+    following: as in _turn.
+    """
+    b = f.b
+
+    def line(i: Value, _: list[Value]) -> list[Value]:
+        at = b.mul(i, step)
+        for part in parts:
+            f.ask_for(f.at(following, b.add(at, LONG(part))), NEAREST)
+            value = f.load(_FLOATS, f.at(start, at), LONG(part))
+            f.store(value, packed, b.add(b.mul(i, LONG(_VECTOR_BYTES)), LONG(part * LANES)))
+        return []
+
+    f.loop(first, stop, 1, [], line)
+
+
+def _scores(f: Function, queries: Sequence[Value], turned: Value, lane_sums: Value, num_parts: int) -> list[Value]:
+    """Return a vector of LANES scores for each query; see _turn.
+
+    lane_sums: scratch for a vector of each lane and query.
+    """
+    b = f.b
+
+    def place(lane: Value | int, n: int) -> Value:
+        lane = LONG(lane) if isinstance(lane, int) else lane
+        return b.mul(b.add(b.mul(lane, LONG(len(queries))), LONG(n)), LONG(_VECTOR_BYTES))
+
+    def of_lane(lane: Value, _: list[Value]) -> list[Value]:
+        column = f.at(turned, b.mul(lane, LONG(num_parts * _VECTOR_BYTES)))
+        query_lane = [f.at(query, b.mul(lane, LONG(_FLOAT_BYTES))) for query in queries]
+        totals: list[Value] = []
+        for part in range(0, num_parts * _VECTOR_BYTES, _VECTOR_BYTES):
+            key = f.load(_FLOATS, column, LONG(part))
+            factors = [f.spread(f.load(FLOAT, query, LONG(part)), LANES) for query in query_lane]
+            if part:
+                totals = [_fma(f, factor, key, total) for factor, total in zip(factors, totals, strict=True)]
+            else:
+                totals = [b.fmul(factor, key) for factor in factors]
+        for n, total in enumerate(totals):
+            f.store(total, lane_sums, place(lane, n))
+        return []
+
+    f.loop(LONG(0), LONG(LANES), 1, [], of_lane)
+
+    def added(n: int, first: int, count: int) -> Value:
+        if count == 1:
+            return f.load(_FLOATS, lane_sums, place(first, n))
+        return b.fadd(*(added(n, side, count // 2) for side in (first, first + count // 2)))
+
+    return [added(n, 0, LANES) for n in range(len(queries))]
 
 
 def _fma(f: Function, x: Value, y: Value, total: Value) -> Value:
     return f.call(f"llvm.fma.{_OF_FLOATS}", _FLOATS, x, y, total)
-
-
-def _dot(f: Function, query: Sequence[Value], key: Sequence[Value]) -> Value:
-    """Return a vector of sums whose total is the product of two rows."""
-    total = f.b.fmul(query[0], key[0])
-    for x, y in zip(query[1:], key[1:], strict=True):
-        total = _fma(f, x, y, total)
-    return total
-
-
-def _totals(f: Function, dot: Callable[[int], Value], start: int, count: int) -> Value:
-    """Return a vector of which lanes ``start`` on hold the totals of so many dots, as Function.lane_totals adds them.
-
-    Depth first, so that few vectors are in registers at a time.
-    """
-    if count == 1:
-        return dot(start)
-    low, high = (_totals(f, dot, side, count // 2) for side in (start, start + count // 2))
-    return f.b.fadd(*(f.pick_of_two(low, high, range(parity, 2 * LANES, 2)) for parity in range(2)))
 
 
 def _hide(f: Function, scores: Value, begin: Value, end: Value, count: Value) -> None:

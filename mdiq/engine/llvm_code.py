@@ -33,6 +33,7 @@ _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
 _POWERS = 7  # of the series of 2^x: what is left out is below half a unit in the last place for |x| <= 1/2
 # Of activations that a tile takes at once: half of a nearest cache of 32 KiB, since weights pass there too.
 _NEAR_BYTES = 16_384
+_LINE_BYTES = 64  # of a cache
 
 
 class Function:
@@ -57,6 +58,13 @@ class Function:
     def store(self, value: Value, pointer: Value, offset: Value) -> None:
         """Put a value ``offset`` bytes behind a pointer, on any byte."""
         self.b.store(value, self.at(pointer, offset)).align = 1
+
+    def scratch(self, count: int) -> Value:
+        """Return a pointer to room for ``count`` floats, on the stack until the function returns; not in a loop."""
+        room = self.b.alloca(FLOAT, count)
+        room.align = _LINE_BYTES
+        room.type = POINTER  # llvmlite still gives it an element
+        return room
 
     def ask_for(self, pointer: Value, cache: int) -> None:
         """Have the line of memory at a pointer come into NEAREST or SECOND cache, whoever it belongs to."""

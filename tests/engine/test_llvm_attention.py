@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdiq.core.types import SeqId
-from mdiq.engine import llvm_attention, llvm_matmul
+from mdiq.engine import llvm_attention, llvm_attention_code, llvm_matmul
 from mdiq.engine.families import FAMILIES
 from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache, Placement
 from mdiq.engine.layers import Span, attention_over
 from mdiq.engine.llvm_attention import CompiledAttention
+from mdiq.engine.llvm_attention_code import sums_in_registers
+from mdiq.engine.llvm_machine import Machine
 from mdiq.engine.model_config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -142,7 +144,7 @@ def test_a_window_ends_what_a_token_sees(window: int) -> None:
 def test_a_row_has_the_same_bits_in_any_company_and_as_a_token_of_a_prompt(seed: int) -> None:
     """A Replay computes decoded tokens as a prompt: what each finds must be what it found alone."""
     rng = random.Random(seed)
-    shape = rng.choice([(4, 2, 32), (6, 2, 16), (3, 3, 64), (4, 1, 128)])
+    shape = rng.choice([(4, 2, 32), (6, 2, 16), (3, 3, 64), (4, 1, 128), (14, 2, 64), (5, 1, 256)])
     sizes = [rng.randrange(60, 200) for _ in range(rng.randrange(1, 5))]
     lengths = [rng.choice([1, 1, 5, 50]) for _ in sizes]
     window = rng.choice([0, 0, 1, 30, 33, 100])
@@ -175,6 +177,39 @@ def test_what_lies_behind_a_sequence_in_its_last_block_is_never_read() -> None:
         seen[span.placement.read] = True
     batch.keys[~seen] = batch.values[~seen] = math.nan
     assert torch.equal(batch.by(_compiled(4, 2, 32)), expected)
+
+
+def test_how_many_sums_are_in_registers_changes_no_bit() -> None:
+    """CPUs with other registers take other numbers of rows at a time; 7 heads are a multiple of none."""
+    batch = _Batch([300, 1, 70, 33], 7, 1, 64, lengths=[29, 1, 1, 3])
+    compiled = _compiled(7, 1, 64)
+    found = batch.by(compiled)
+    assert [sums_in_registers(frozenset(features)) for features in ({"avx2"}, {"neon"}, {"avx512f"})] == [4, 4, 8]
+    for features in ({"avx2"}, {"avx512f"}):
+        machine = Machine(llvm_attention_code.build(frozenset(features), head_dim=64, groups=7))
+        compiled.machine, compiled.function = machine, machine.function("attend", 6, 7)
+        assert torch.equal(batch.by(compiled), found)
+
+
+def test_a_prompt_of_a_real_models_heads_has_the_bits_of_its_tokens_alone() -> None:
+    """Tiles of a prompt are larger than what fits registers, and its last tile is not whole."""
+    for shape in ((12, 2, 128), (4, 1, 256)):
+        batch = _Batch([75], *shape, lengths=[70])
+        compiled = _compiled(*shape)
+        together = batch.by(compiled)
+        span = batch.spans[0]
+        read, write = span.placement.read, span.placement.write
+        assert isinstance(read, slice) and isinstance(write, slice)
+        batch.spans = [
+            Span(
+                i,
+                1,
+                5 + i,
+                Placement(slice(write.start + i, write.start + i + 1), slice(read.start, read.start + 6 + i)),
+            )
+            for i in range(70)
+        ]
+        assert torch.equal(batch.by(compiled), together)
 
 
 def test_threads_share_the_work_and_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
