@@ -249,8 +249,11 @@ class LocalRing:
                 on_lost=self._on_lost,
                 on_loading=self._on_loading,
             )
-            await self._stages.open()
+            if options.remote is None:  # Nodes of other machines have torch already, and are kept waiting by ours
+                await self._stages.open()
         stage = await self._worker.run_uncounted(partial(_open_model, options))
+        if self._stages is not None and options.remote is not None:
+            await self._stages.open()
         try:
             async with asyncio.TaskGroup() as tasks:
                 on_loading = partial(self._on_loading, self._name)

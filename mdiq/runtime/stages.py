@@ -95,6 +95,8 @@ class SocketStages(ABC):
         """
         self._model_digest = model_digest
         self._options = replace(self._options, weights=weights)
+        assert self._coordinator is not None  # open has run
+        self._run(self._coordinator.run(), "coordinator")
         return await self._join_and_load()
 
     @abstractmethod
@@ -191,7 +193,7 @@ class SocketStages(ABC):
         drains_strangers: bool = False,
         standing_by: Mapping[NodeId, str] | None = None,
     ) -> Coordinator:
-        """Begin to listen to the Nodes."""
+        """Have a Coordinator for the Nodes; it watches them from ``start`` on: importing torch stops all loops here."""
         self._server = server
         self._coordinator = coordinator = Coordinator(
             server,
@@ -206,7 +208,6 @@ class SocketStages(ABC):
             drains_strangers=drains_strangers,
             standing_by=standing_by,
         )
-        self._run(coordinator.run(), "coordinator")
         return coordinator
 
     def _run(self, loop: Coroutine[Any, Any, None], name: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mdiq.bench.shapes import shape_file
+from mdiq.core import control
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.core.types import LayerRange
+from mdiq.core.types import LayerRange, NodeId
 from mdiq.engine import runner
 from mdiq.engine.checkpoint import Checkpoint, open_checkpoint
 from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
@@ -121,24 +122,61 @@ async def test_a_node_that_is_lost_ends_the_start_whatever_is_waited_for(
             await LocalRing(options).__aenter__()
 
 
-async def test_the_other_nodes_start_before_torch_and_the_model_are_loaded_here(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_remote", [False, True])
+async def test_nodes_of_this_machine_start_before_torch_and_the_model_are_loaded_here(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, is_remote: bool
 ) -> None:
+    nodes = tuple(RemoteNode(name, "tcp://127.0.0.1:0", None) for name in ("desk", "pi1"))
+    remote = RemoteRing(nodes, "tcp://c:1", "tcp://w:1") if is_remote else None
     events: list[str] = []
 
     class StartingStages(LosingStages):
         async def open(self) -> None:
             events.append("nodes start")
+            if is_remote:
+                raise ModelError("none of ours")
 
     def open_model(options: RingOptions) -> None:
         events.append("model is opened")
-        raise ModelError("none of ours")
+        if not is_remote:
+            raise ModelError("none of ours")
 
     monkeypatch.setattr(local, "_kind_of_stages", lambda _: StartingStages)
     monkeypatch.setattr(local, "_open_model", open_model)
     with pytest.raises(ModelError, match="none of ours"):
-        await LocalRing(RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)))).__aenter__()
-    assert events == ["nodes start", "model is opened"]
+        await LocalRing(RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), remote=remote)).__aenter__()
+    assert events == (["model is opened", "nodes start"] if is_remote else ["nodes start", "model is opened"])
+
+
+async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watching() -> bool:
+        return "coordinator" in {task.get_name() for task in asyncio.all_tasks()}
+
+    async def join_and_load(stages: ProcessStages) -> list[control.Ready]:
+        await asyncio.sleep(0)
+        assert watching()
+        return []
+
+    async def spawn(stages: ProcessStages, node: NodeId, i: int, endpoint: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            "cat", stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+
+    monkeypatch.setattr(ProcessStages, "_spawn", spawn)
+    monkeypatch.setattr(ProcessStages, "_join_and_load", join_and_load)
+    stages = ProcessStages(
+        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
+        ring_key=b"the ring's key, of thirty bytes",
+        on_fault=lambda _: None,
+        on_lost=lambda _: None,
+        on_loading=lambda *_: None,
+    )
+    await stages.open()
+    assert not watching()
+    await stages.start("", "plain")
+    await stages.aclose()
 
 
 async def test_the_starter_opens_its_model_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
