@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -186,7 +187,7 @@ def test_how_many_sums_are_in_registers_changes_no_bit() -> None:
     found = batch.by(compiled)
     assert [sums_in_registers(frozenset(features)) for features in ({"avx2"}, {"neon"}, {"avx512f"})] == [4, 4, 8]
     for features in ({"avx2"}, {"avx512f"}):
-        machine = Machine(llvm_attention_code.build(frozenset(features), head_dim=64, groups=7))
+        machine = Machine(partial(llvm_attention_code.build, frozenset(features), head_dim=64, groups=7))
         compiled.machine, compiled.function = machine, machine.function("attend", 6, 7)
         assert torch.equal(batch.by(compiled), found)
 
