@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mdiq.engine.model_source import PackagedModel, find_packaged
+from mdiq.engine.formats.model_source import PackagedModel, find_packaged
 from mdiq.errors import ModelError
 
 GEMMA_270M = PackagedModel(

@@ -55,6 +55,14 @@ MAY_NOT_USE = {
 }
 EVERYWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 
+ENGINE_MAY_USE: dict[str, set[str]] = {
+    "formats": set(),
+    "text": {"formats"},
+    "kernels": {"formats"},
+    "model": {"formats", "text", "kernels"},
+}
+"""Room of the engine -> other rooms of it that it imports from. Modules of the engine itself are everybody's."""
+
 
 def _room(module: Path) -> str:
     """Return the room of a module: its folder, or its own name when it lies in the package itself."""
@@ -98,6 +106,16 @@ def test_no_module_imports_itself_in_a_circle_not_even_for_types() -> None:
     names = {f"mdiq.{'.'.join(module.relative_to(PACKAGE).with_suffix('').parts)}": module for module in MODULES}
     imports = {name: {*_imports(module.read_text(encoding="utf-8"))} & names.keys() for name, module in names.items()}
     assert len([*graphlib.TopologicalSorter(imports).static_order()]) == len(MODULES)
+
+
+@pytest.mark.parametrize("room", ENGINE_MAY_USE)
+def test_imports_go_downward_within_the_engine(room: str) -> None:
+    rooms = {path.name for path in (PACKAGE / "engine").iterdir() if (path / "__init__.py").exists()}
+    assert rooms == ENGINE_MAY_USE.keys()
+    forbidden = rooms - ENGINE_MAY_USE[room] - {room}
+    for module in sorted((PACKAGE / "engine" / room).glob("*.py")):
+        used = {name.split(".")[2] for name in _imports(module.read_text()) if name.startswith("mdiq.engine.")}
+        assert not used & forbidden, f"{module.name} imports from {used & forbidden}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

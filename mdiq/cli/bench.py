@@ -254,7 +254,7 @@ def _check_model(options: BenchOptions, cells: Sequence[Cell], config: "ModelCon
 
 def _model(options: BenchOptions, console: Console) -> Path:
     from mdiq.bench.shapes import shape_file
-    from mdiq.engine.model_source import find_model
+    from mdiq.engine.formats.model_source import find_model
 
     def progress(text: str) -> None:
         console.print(text, style="dim")

@@ -73,13 +73,13 @@ def measure(options: PerplexityOptions) -> int:
 
     from mdiq.cache import cache_directory
     from mdiq.core.types import LayerRange
-    from mdiq.engine.checkpoint import open_checkpoint
-    from mdiq.engine.model_source import find_model
-    from mdiq.engine.perplexity import losses
-    from mdiq.engine.quantize import best_format, chosen_format
-    from mdiq.engine.sample_text import sample_text
-    from mdiq.engine.stage_model import StageModel, WeightSettings
-    from mdiq.engine.tokenizer import Tokenizer
+    from mdiq.engine.formats.checkpoint import open_checkpoint
+    from mdiq.engine.formats.model_source import find_model
+    from mdiq.engine.formats.quantize import best_format, chosen_format
+    from mdiq.engine.model.perplexity import losses
+    from mdiq.engine.model.stage_model import StageModel, WeightSettings
+    from mdiq.engine.text.sample_text import sample_text
+    from mdiq.engine.text.tokenizer import Tokenizer
 
     console = Console(stderr=True)
     path = find_model(options.model, progress=lambda text: console.print(text, style="dim"))

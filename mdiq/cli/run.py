@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, an
     from mdiq.cli.topology_ring import TopologyRings
     from mdiq.config.load import LoadedTopology
     from mdiq.engine.model_config import ModelConfig
-    from mdiq.engine.tokenizer import Tokenizer
+    from mdiq.engine.text.tokenizer import Tokenizer
     from mdiq.runtime.local import LocalRing
 
 DEFAULT_NODES = 2
@@ -92,9 +92,9 @@ def execute(options: RunOptions) -> int:
         if not todo:
             console.print(f"{options.out}: all {len(lines)} requests are done already")
             return 0
+        from mdiq.engine.formats.model_source import find_model
         from mdiq.engine.model_config import read_config
-        from mdiq.engine.model_source import find_model
-        from mdiq.engine.tokenizer import Tokenizer
+        from mdiq.engine.text.tokenizer import Tokenizer
 
         model = find_model(options.model, progress=lambda text: console.print(text, style="dim"))
         config = read_config(model)

@@ -27,7 +27,7 @@ from mdiq.runtime.placement import set_threads
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.engine.model_config import ModelConfig
-    from mdiq.engine.tokenizer import Tokenizer
+    from mdiq.engine.text.tokenizer import Tokenizer
     from mdiq.runtime.local import LocalRing
     from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
     from mdiq.runtime.starter_service import StreamEvent
@@ -49,9 +49,9 @@ def serve(file: Path, *, even_split: bool = False) -> NoReturn:
     threads = flags["threads"]
     set_threads(threads)
     notifier.starting(LOADS_PROGRAM)
-    from mdiq.engine.checkpoint import open_checkpoint
-    from mdiq.engine.model_source import find_model
-    from mdiq.engine.tokenizer import Tokenizer
+    from mdiq.engine.formats.checkpoint import open_checkpoint
+    from mdiq.engine.formats.model_source import find_model
+    from mdiq.engine.text.tokenizer import Tokenizer
 
     model = find_model(flags["model"], progress=lambda text: notifier.starting(text))
     with open_checkpoint(model) as checkpoint:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mdiq.core.stop_text import StopText
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
-    from mdiq.engine.tokenizer import Tokenizer
+    from mdiq.engine.text.tokenizer import Tokenizer
 
 
 class TokenizerPipe:

@@ -6,7 +6,7 @@ Under the folder of a model, which the caller names after its digest:
     journal                  what is there, see below
     model.gguf               the copy of a GGUF file; or
     model/                   of a directory, with the names that its files have at the Starter
-    model*.mdiq-part         what of the copy is there, for engine/checkpoint.py; written before the first hole
+    model*.mdiq-part         what of the copy is there, for engine/formats/checkpoint.py; written before the first hole
 
 A file has its full size from the start; what was not fetched are holes, which take no space. When all is written a file
 gets the time of the Starter's, so what is made from it (packed weights) stays valid when further layers come.

@@ -37,8 +37,8 @@ class Assign:
     kv_tokens: KV capacity; 0 lets the Node choose from ``memory_share`` of its free memory.
     receive_key, send_key: tag the Frames of the Hops into this Stage and out of it; see wire.hop_key.
     trace: collect Spans.
-    hot: hot columns of packed weights, i32 little endian, by the names of engine/hot_columns.py. A Node that has a part
-    of the model cannot find them; empty where it has all of it.
+    hot: hot columns of packed weights, i32 little endian, by the names of engine/model/hot_columns.py. A Node that has
+    a part of the model cannot find them; empty where it has all of it.
     previous: the Node before this one, whose key alone is let in to send Frames; empty where nobody has a key.
     """
 

@@ -1,4 +1,4 @@
-"""How much KV cache is promised to whom, counted in tokens at the Starter alone. The cache is engine/kv_cache.py.
+"""How much KV cache is promised to whom, counted in tokens at the Starter alone. The cache is engine/model/kv_cache.py.
 
 A token takes at most one slot in every Stage, so the Ring's capacity is the least over its Stages, and what the ledger
 grants no Stage can lack. A Sequence reserves what is known of it when it enters, and more KvBlocks as it grows; no

@@ -1,4 +1,4 @@
-"""Text of one answer, up to the first stop text. Knows characters only; tokens become text in engine/tokenizer.py."""
+"""Text of one answer, up to the first stop text. Knows characters only; engine/text/ makes text of tokens."""
 
 
 class StopText:

@@ -74,7 +74,7 @@ class AskManifest:
 class Manifest:
     """What some Layers take: files, and the chunks of each.
 
-    digest: the model's, see engine/checkpoint.py. is_directory: the model is a directory, not the one file.
+    digest: the model's, see engine/formats/checkpoint.py. is_directory: the model is a directory, not the one file.
     ranges: of chunks, ascending. fingerprints: of every tensor of the model, 32 bytes each, in the order of the names.
     """
 

@@ -12,9 +12,9 @@ import torch
 from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.sequence import SamplingParams
 from mdiq.core.types import Epoch, SeqId
-from mdiq.engine.kv_cache import BLOCK_TOKENS
+from mdiq.engine.model.kv_cache import BLOCK_TOKENS
+from mdiq.engine.model.sampler import SampleRow, sample
 from mdiq.engine.runner import StageRunner
-from mdiq.engine.sampler import SampleRow, sample
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mdiq.engine.families import FAMILIES, LLAMA, Family, Window
-from mdiq.engine.gguf_file import GgufFile
+from mdiq.engine.formats.gguf_file import GgufFile
 from mdiq.errors import ModelError
 
 _MOST_JSON_BYTES = 64 << 20

@@ -8,5 +8,5 @@ from pathlib import Path
 @cache
 def engine_digest() -> str:
     """Return a mark of the engine's code: what it makes may change with any of it."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -10,14 +10,14 @@ from mdiq.cache import cache_directory
 from mdiq.core.frame import Batch, Payload, TokenIds
 from mdiq.core.types import LayerRange, SeqId
 from mdiq.core.wire import WireLimits
-from mdiq.engine.checkpoint import Checkpoint, open_checkpoint
 from mdiq.engine.device import choose_device, choose_dtype, free_bytes, is_out_of_memory
-from mdiq.engine.hot_table import hot_columns_from
-from mdiq.engine.kv_cache import BLOCK_TOKENS, KvCache
-from mdiq.engine.layers import Span
+from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
 from mdiq.engine.memory import drop_library, return_free_memory, rss_bytes
+from mdiq.engine.model.hot_table import hot_columns_from
+from mdiq.engine.model.kv_cache import BLOCK_TOKENS, KvCache
+from mdiq.engine.model.layers import Span
+from mdiq.engine.model.stage_model import StageModel, WeightSettings
 from mdiq.engine.model_config import ModelConfig
-from mdiq.engine.stage_model import StageModel, WeightSettings
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError, SequenceError
 

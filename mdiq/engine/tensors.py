@@ -7,7 +7,7 @@ import torch
 
 from mdiq.core.frame import Buffer, Payload
 from mdiq.core.wire import WIRES
-from mdiq.engine.quantize import quantize_int8
+from mdiq.engine.formats.quantize import quantize_int8
 from mdiq.errors import EngineError
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

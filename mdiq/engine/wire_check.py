@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from mdiq.engine.sample_text import sample_text
-from mdiq.engine.tokenizer import Tokenizer
+from mdiq.engine.text.sample_text import sample_text
+from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ModelError
 
 _TEXT = slice(1_000, 3_000)  # characters of the sample text, behind its first headings

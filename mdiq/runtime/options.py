@@ -121,7 +121,7 @@ class RingOptions:
     layers: one range a Node, in ring order; the first is the Starter's.
     dtype: "f32" or "bf16", of activations, KV cache, and weights unless those are packed.
     weights: see core.types.WeightFormat; the Starter says what "auto" is, for all.
-    exact: the same tokens on any number of Nodes, alone and in company; see engine/kernels.py.
+    exact: the same tokens on any number of Nodes, alone and in company; see engine/kernels/linear.py.
     wires: format of each Hop's activations, "f32", "bf16", "i8", or "auto": in exact mode the dtype, so that a cut
     between Layers changes no bit; else the Ring chooses when it has measured the Hop. Hop i leaves Stage i. One entry
     serves all.

@@ -139,9 +139,9 @@ class RemoteStages(SocketStages):
 
     async def _prepare(self, server: RouterServer) -> Mapping[str, bytes]:
         """Begin to serve weights; return the hot columns of packed ones, found first if they never were."""
-        from mdiq.engine.hot_table import hot_table
-        from mdiq.engine.quantize import FORMATS
-        from mdiq.engine.weight_map import map_weights
+        from mdiq.engine.formats.quantize import FORMATS
+        from mdiq.engine.formats.weight_map import map_weights
+        from mdiq.engine.model.hot_table import hot_table
 
         options = self._options
         weights = await asyncio.to_thread(map_weights, options.model)
@@ -187,7 +187,7 @@ class RemoteStages(SocketStages):
             await asyncio.gather(telling, return_exceptions=True)
 
     def _remote_assignment(self, i: int, hot: Mapping[str, bytes]) -> control.Assign:
-        from mdiq.engine.hot_table import of_layers
+        from mdiq.engine.model.hot_table import of_layers
 
         ring = self._ring
         node, following = ring.nodes[i], ring.nodes[(i + 1) % len(ring.nodes)]

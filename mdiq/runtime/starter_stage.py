@@ -14,15 +14,15 @@ from mdiq.core.frame import Batch, Payload
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import RingSpec
-from mdiq.engine.checkpoint import open_checkpoint
 from mdiq.engine.device import choose_device, free_bytes
+from mdiq.engine.formats.checkpoint import open_checkpoint
+from mdiq.engine.formats.quantize import chosen_format
 from mdiq.engine.kept_cost import kept_cost
-from mdiq.engine.kv_cache import BLOCK_TOKENS
 from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
-from mdiq.engine.quantize import chosen_format
+from mdiq.engine.model.kv_cache import BLOCK_TOKENS
+from mdiq.engine.model.sampler import SampleRow, sample
 from mdiq.engine.runner import StageRunner
-from mdiq.engine.sampler import SampleRow, sample
 from mdiq.plan.measured import MeasuredRing, MeasuredStage
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mdiq.engine.model_source import find_model
+from mdiq.engine.formats.model_source import find_model
 
 ROOT = Path(__file__).parent.parent.parent
 TOOL = os.environ.get("MDIQ_ARM")

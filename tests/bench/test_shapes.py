@@ -5,8 +5,8 @@ import pytest
 
 from mdiq.bench.shapes import SHAPES, shape_file
 from mdiq.core.types import LayerRange
-from mdiq.engine.checkpoint import open_checkpoint
-from mdiq.engine.gguf_file import GgufFile
+from mdiq.engine.formats.checkpoint import open_checkpoint
+from mdiq.engine.formats.gguf_file import GgufFile
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import ConfigError
 from tests.engine.tiny_models import Chain

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from mdiq.cli.text_pipe import TokenizerPipe
-from mdiq.engine.tokenizer import Tokenizer
-from tests.engine.test_tokenizer import byte_level, byte_level_file, pieces, sentencepiece
+from mdiq.engine.text.tokenizer import Tokenizer
+from tests.engine.text.test_tokenizer import byte_level, byte_level_file, pieces, sentencepiece
 
 __all__ = ["byte_level", "pieces", "sentencepiece"]  # fixtures
 

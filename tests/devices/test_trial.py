@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mdiq.engine.model_source import find_model
+from mdiq.engine.formats.model_source import find_model
 from tests.devices.conftest import BRIDGE, ROOT, UP_S, Shelf, must, run
 from tests.devices.guide import Guide
 from tests.streams import read_streams

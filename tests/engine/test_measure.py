@@ -9,8 +9,8 @@ import torch
 from mdiq.core.types import LayerRange
 from mdiq.engine import measure
 from mdiq.engine.measure import DECODE_SIZES, PROMPT_SIZES, measure_cost, measure_head
+from mdiq.engine.model.sampler import SampleRow
 from mdiq.engine.runner import StageRunner
-from mdiq.engine.sampler import SampleRow
 from tests.engine.tiny_models import make_model
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mdiq.engine import wire_check
-from mdiq.engine.sample_text import sample_text
+from mdiq.engine.text.sample_text import sample_text
 from mdiq.engine.wire_check import check_tokens, divergence_nats
 from mdiq.errors import ModelError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mdiq.engine.tokenizer import Tokenizer
+from mdiq.engine.text.tokenizer import Tokenizer
 from tests.integration.conftest import IS_WHOLE, Reference, reference_of, run_mdiq, write_prompts
 from tests.integration.corpus import CHAT, RAW
 

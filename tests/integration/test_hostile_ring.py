@@ -24,7 +24,7 @@ import zmq
 from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId
 from mdiq.engine.runner import StageRunner
-from mdiq.engine.tokenizer import Tokenizer
+from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError
 from nodes.loopback import LoopbackRing, parse_links
 from nodes.networks import why_no_namespaces

@@ -16,9 +16,9 @@ from mdiq.control.weight_server import WEIGHTS_HWM, WeightServer
 from mdiq.core.frame import Batch, Payload, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId
 from mdiq.core.weights import CHUNK_BYTES, CREDIT_CHUNKS, WeightMap
-from mdiq.engine.checkpoint import open_checkpoint
+from mdiq.engine.formats.checkpoint import open_checkpoint
+from mdiq.engine.formats.weight_map import map_weights
 from mdiq.engine.runner import StageRunner
-from mdiq.engine.weight_map import map_weights
 from mdiq.transport.link_shape import LinkShape
 from mdiq.transport.relay import Relay
 from mdiq.transport.router_dealer import DealerLink, RouterServer
@@ -99,7 +99,7 @@ async def test_three_nodes_fetch_at_once_and_compute_what_the_whole_model_does(
         with open_checkpoint(fetched.path) as copy:
             assert copy.digest == starter.weights.digest
     assert starter.server.most_outstanding_bytes <= len(STAGES) * CREDIT_CHUNKS * CHUNK_BYTES
-    # The packed weights of int8 and int4 are those of the whole as well: tests/engine/test_weight_map.py.
+    # The packed weights of int8 and int4 are those of the whole as well: tests/engine/formats/test_weight_map.py.
     answers = []
     for paths in ([real_model] * 3, [fetched.path for fetched in many]):
         payload: Payload = TokenIds((504, 1266, 29, 7, 1999, 30))

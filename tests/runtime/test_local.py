@@ -12,7 +12,7 @@ from mdiq.core import control
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange, NodeId
 from mdiq.engine import runner
-from mdiq.engine.checkpoint import Checkpoint, open_checkpoint
+from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
 from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
 from mdiq.plan.pace import paced
 from mdiq.runtime import in_process, local, starter_stage

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import LayerRange
-from mdiq.engine.kv_cache import BLOCK_TOKENS
+from mdiq.engine.model.kv_cache import BLOCK_TOKENS
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
 from tests.engine.tiny_models import NEAR_TIE, make_model

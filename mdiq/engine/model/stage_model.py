@@ -1,0 +1,237 @@
+"""A Stage's part of the model: its Layers, and on the Starter the embedding, the final norm and the head."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from mdiq.core.types import LayerRange
+from mdiq.engine.formats.checkpoint import Checkpoint, Tensors
+from mdiq.engine.formats.quantize import FORMATS, PackedModel
+from mdiq.engine.kernels.choice import KernelChoice
+from mdiq.engine.kernels.linear import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
+from mdiq.engine.memory import reset_peak, return_free_memory
+from mdiq.engine.model.hot_columns import hot_columns
+from mdiq.engine.model.kv_cache import KvCache
+from mdiq.engine.model.layer_loading import ROLES, make_norm, packed_layer, plain_layer
+from mdiq.engine.model.layers import (
+    Activate,
+    LayerWeights,
+    Norm,
+    Rope,
+    Span,
+    Step,
+    activated,
+    attention_over,
+    layer_steps,
+    run_layer,
+)
+from mdiq.engine.model.llvm_activation import CompiledActivation
+from mdiq.engine.model.llvm_attention import CompiledAttention
+from mdiq.engine.model.llvm_layers import CompiledLayers
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSettings:
+    """How weights are held.
+
+    format: "plain" (the dtype of the activations), or one of quantize.FORMATS.
+    exact: use batch-invariant kernels; see kernels/linear.py. Not for plain weights.
+    folder: where packed weights and measurements of kernels are kept.
+    hot: hot columns by name, where this Node cannot find them; see hot_table.py.
+    """
+
+    format: str
+    exact: bool
+    folder: Path
+    hot: Mapping[str, torch.Tensor] | None = None
+
+
+class StageModel:
+    """Weights of a LayerRange on ``device``, and how to run them.
+
+    weight_bytes: what they take; a tied head is counted once unless its packing is a second copy.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: LayerRange,
+        *,
+        owns_embedding_and_head: bool,
+        weights: WeightSettings,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[int, int], object],
+    ) -> None:
+        """Read the weights, one Layer at a time; ``progress`` is called with (done, total) in Layers after each step.
+
+        dtype: of activations, and of weights unless they are packed.
+
+        Raises:
+            ModelError: the checkpoint lacks something.
+            EngineError: this device has no kernel for the weights' format.
+        """
+        self.config = config = checkpoint.config
+        self._dtype = dtype
+        self._device = device
+        total = len(layers) + owns_embedding_and_head
+        done = 0
+
+        def step() -> None:
+            progress(done, total)
+
+        step()
+        self._embedding: Embedding | None = None
+        self._positions: torch.Tensor | None = None
+        self._final_norm: Norm | None = None
+        self._head: Linear | None = None
+        self.weight_bytes = 0
+        self._steps: list[tuple[Step, ...]] = []
+        self._rope: Rope | None = None
+        if config.family.has_rotary:
+            self._rope = Rope(config.rope, config.head_dim, device, checkpoint.rope_factors())
+        self._attention = CompiledAttention.find(config, dtype, device)
+        self._activate: Activate = CompiledActivation.find(config, dtype, device) or partial(activated, config)
+        choice = KernelChoice(exact=weights.exact, folder=weights.folder)
+        with ExitStack() as stack:
+            packed = None
+            if weights.format in FORMATS:
+                find_hot = partial(hot_columns, checkpoint, lambda *_: step())
+                packed = stack.enter_context(
+                    PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot, weights.hot, step)
+                )
+                self._in_use = packed.in_use
+            if owns_embedding_and_head:
+                if packed is None:
+                    self._load_ends(checkpoint)
+                else:
+                    self._load_packed_ends(packed, choice)
+                done = 1
+                _settle(packed)
+                step()
+            for layer in layers:
+                loaded = (
+                    plain_layer(checkpoint, layer, dtype, device)
+                    if packed is None
+                    else packed_layer(config, packed.layer(layer), choice, dtype, device)
+                )
+                self._steps.append(layer_steps(loaded, config, layer))
+                self.weight_bytes += _num_bytes(loaded)
+                _settle(packed)
+                done += 1
+                step()
+        self._parts = self._in_parts()
+
+    @property
+    def owns_embedding(self) -> bool:
+        """Whether this is the Starter's part."""
+        return self._embedding is not None
+
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return [T, hidden_size] for token ids [T] at positions [T]."""
+        assert self._embedding is not None  # only the Starter is given token ids
+        hidden = self._embedding(token_ids)
+        return hidden if self._positions is None else hidden + self._positions[positions]
+
+    def run(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KvCache, spans: Sequence[Span]) -> torch.Tensor:
+        """Return hidden: [T, hidden_size] behind this Stage's Layers."""
+        compiled = None if self._attention is None else self._attention.over(spans)
+        attend = attention_over(spans, self._device) if compiled is None else compiled
+        angles = None if self._rope is None else self._rope.tables(positions, hidden.dtype)
+        for part in self._parts:
+            if isinstance(part, CompiledLayers):
+                assert compiled is not None  # it is made of compiled attention
+                hidden = part.run(hidden, compiled, angles, cache)
+                continue
+            hidden = run_layer(
+                hidden,
+                self._steps[part],
+                self.config,
+                cache.keys[part],
+                cache.values[part],
+                attend,
+                angles,
+                self._activate,
+            )
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return [n, vocab_size], f32, for the last Stage's rows [n, hidden_size]."""
+        assert self._final_norm is not None and self._head is not None  # only the Starter makes tokens
+        return self._head(self._final_norm(hidden)).float()
+
+    def _in_parts(self) -> list[CompiledLayers | int]:
+        """Return the Stage's Layers in order: those next to each other that can be compiled as one, others by place."""
+        attention, activation = self._attention, self._activate
+        if attention is None or not isinstance(activation, CompiledActivation):
+            return list(range(len(self._steps)))
+        parts: list[CompiledLayers | int] = []
+        for fits, group in groupby(range(len(self._steps)), lambda i: CompiledLayers.fits(self._steps[i])):
+            places = list(group)
+            compiled = None
+            if fits:
+                with suppress(RuntimeError):  # not for this model's shapes, wherever its Layers are
+                    compiled = CompiledLayers(
+                        self.config,
+                        [self._steps[i] for i in places],
+                        first_in_cache=places[0],
+                        attention=attention,
+                        activation=activation,
+                    )
+            parts += places if compiled is None else [compiled]
+        return parts
+
+    def _load_ends(self, checkpoint: Checkpoint) -> None:
+        matrix = checkpoint.embedding().to(device=self._device, dtype=self._dtype)
+        self._embedding = PlainEmbedding(matrix)
+        self.weight_bytes += self._embedding.num_bytes
+        self._set_positions(checkpoint.positions())
+        self._final_norm = self._norm(checkpoint.final_norm())
+        if (head := checkpoint.head()) is None:
+            self._head = make_linear(matrix, None, self._dtype, self._device)
+        else:
+            self._head = make_linear(head, None, self._dtype, self._device)
+            self.weight_bytes += self._head.num_bytes
+
+    def _load_packed_ends(self, packed: PackedModel, choice: KernelChoice) -> None:
+        file = packed.ends()
+        norms = {name: file.tensor(name) for name in file.names if name.startswith("final_norm")}
+        self._final_norm = self._norm(norms)
+        self._set_positions(file.find("positions"))
+        self._head = choice.load(file, "embedding" if self.config.is_tied else "head")
+        # Another mapping: the pages that packing the head has read go with the first one.
+        self._embedding = PackedEmbedding(packed.ends(), self._dtype)
+        self.weight_bytes += self._head.num_bytes + self._embedding.num_bytes
+
+    def _set_positions(self, positions: torch.Tensor | None) -> None:
+        if positions is not None:
+            self._positions = positions.to(device=self._device, dtype=self._dtype, copy=True)
+            self.weight_bytes += self._positions.nbytes
+
+    def _norm(self, tensors: Tensors) -> Norm:
+        norm = make_norm(tensors, "final_norm", self.config.norm_eps, self._dtype, self._device)
+        self.weight_bytes += _norm_bytes(norm)
+        return norm
+
+
+def _num_bytes(layer: LayerWeights) -> int:
+    norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+    matrices = sum(getattr(layer, role).num_bytes for role in ROLES)
+    return int(matrices) + sum(_norm_bytes(norm) for norm in norms if norm is not None)
+
+
+def _norm_bytes(norm: Norm) -> int:
+    return norm.weight.nbytes + (0 if norm.bias is None else norm.bias.nbytes)
+
+
+def _settle(packed: PackedModel | None) -> None:
+    """Give freed memory back, and leave out of the process's peak what packing took: it is done once on a device."""
+    return_free_memory()
+    if packed is not None and packed.has_packed:
+        packed.has_packed = False
+        reset_peak()

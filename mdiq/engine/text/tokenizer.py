@@ -1,0 +1,328 @@
+"""Texts and chats to token ids, and token ids to text, for a Hugging Face directory or a GGUF file.
+
+Owns incremental decoding. GGUF vocabularies are built in engine/text/gguf_tokenizer.py, templates run in
+engine/text/chat_template.py.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from mdiq.core.sequence import SamplingParams
+from mdiq.engine.text.chat_template import ChatTemplate
+from mdiq.engine.text.gguf_tokenizer import TokenizerParts, load_gguf_tokenizer
+from mdiq.engine.text.token_bound import TokenBound
+from mdiq.errors import ConfigError, ContextLengthError, ModelError
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MOST_ID = (1 << 31) - 1
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+# GPT-2's characters for bytes: printable ones are themselves, the others follow from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted({*range(256)} - {*_PRINTABLE})
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+# Special tokens with these texts end an answer, whatever else a file names; llama.cpp has them so too.
+_END_TEXTS = frozenset(
+    {
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "<|EOT|>",
+    }
+)
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """A model's tokenizer; ``load`` makes one. Threads may share it.
+
+    vocab_size: how many token ids the model has; some may have no text.
+    eos_token_ids: any of them ends an answer.
+    """
+
+    def __init__(self, parts: TokenizerParts) -> None:
+        self._parts = parts
+        self._backend = parts.backend
+        self.vocab_size = parts.vocab_size
+        self.has_chat_template = parts.chat_template is not None
+        added = parts.backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        # A file may name one end and have two; a model's directory and its GGUF file must end alike.
+        known = {token for token in self._special_ids if added[token].content in _END_TEXTS}
+        self.eos_token_ids = parts.eos_token_ids | known
+
+    @classmethod
+    def load(cls, model: Path) -> "Tokenizer":
+        """Return the tokenizer of a .gguf file, or of a directory with tokenizer.json.
+
+        Raises:
+            ModelError: a file is missing or malformed, or the kind of tokenizer is not supported.
+        """
+        return cls(_load_directory(model) if model.is_dir() else load_gguf_tokenizer(model))
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's ids, with the model's BOS or EOS where it adds one.
+
+        Special tokens that the text spells count as such.
+
+        Raises:
+            ConfigError: the text holds half a surrogate pair.
+        """
+        return [*self._parts.prefix, *self._ids(text), *self._parts.suffix]
+
+    def check_fits(self, text: str, room: int) -> None:
+        """Refuse a text that cannot leave room for an answer among ``room`` tokens. It is not tokenized.
+
+        Raises:
+            ContextLengthError: it has too many tokens; a text that passes still may.
+        """
+        if len(text) <= room:  # nothing that could hold anybody up
+            return
+        least = self._bound.least_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
+        if least >= room:
+            raise ContextLengthError(
+                f"prompt: at least {least} tokens leave no room for an answer in {room}; shorten it"
+            )
+
+    def with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        """Return params whose stop texts that are special tokens end the answer as tokens: they have no text in it."""
+        ids = [self._backend.token_to_id(text) for text in params.stop]
+        found = tuple(token for token in ids if token in self._special_ids)
+        return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
+
+    def chat_ids(
+        self,
+        messages: Iterable[Mapping[str, object]],
+        template_kwargs: Mapping[str, object] | None = None,
+        *,
+        room: int | None = None,
+    ) -> list[int]:
+        """Return the ids of a chat in the model's own format, up to where the assistant's answer begins.
+
+        The model's BOS stands at the start once, whether its template writes it or not. room: see check_fits.
+
+        Raises:
+            ConfigError: the model has no chat template, or its template refuses the messages.
+            ContextLengthError: it cannot fit.
+            ModelError: the template is broken or hostile.
+        """
+        source = self._parts.chat_template or ""
+        if "developer" not in source:  # OpenAI's newer name of the system's part
+            messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
+        text = self._template.render(messages, self._parts.special_texts, template_kwargs)
+        if room is not None:
+            self.check_fits(text, room)
+        ids = self._ids(text)
+        prefix = list(self._parts.prefix)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids without special tokens; ids that the tokenizer lacks have none.
+
+        Equals what ``stream`` gives for them. Bytes that are no UTF-8 become U+FFFD.
+        """
+        text = self._decode([token for token in ids if 0 <= token <= _MOST_ID])
+        if _REPLACEMENT not in text:
+            return text
+        # A run of byte tokens that is wrong somewhere is wrong as a whole for `tokenizers`. A stream has written the
+        # characters before the wrong byte by then, so that is what counts.
+        stream = self.stream()
+        return "".join([stream.push(token) for token in ids]) + stream.finish()
+
+    def stream(self) -> "TextStream":
+        """Return a decoder for the tokens of one Sequence."""
+        return TextStream(self._backend, self._special_ids)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
+        # encode() would keep the interpreter's lock, for seconds at a long text; encode_batch() does not.
+        return self._backend.encode_batch([text], add_special_tokens=False)[0].ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        return TokenBound(self._backend)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        if self._parts.chat_template is None:
+            raise ConfigError("messages: the model has no chat template; send a prompt as text")
+        return ChatTemplate(self._parts.chat_template, self._parts.chat_template_where)
+
+
+class TextStream:
+    """Tokens to text, as they come: whole characters only. What `push` and `finish` return makes the text.
+
+    Theory: the text of ids is not the sum of the texts of each (a character may need three tokens, and the space
+    before a first word is dropped), so DecodeStream decodes the ids of the last piece together with those that wait,
+    and gives what is new once it does not end within a character.
+    """
+
+    def __init__(self, backend: Backend, special_ids: frozenset[int]) -> None:
+        self._backend = backend
+        self._special_ids = special_ids
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._given: list[int] = []  # the ids of the last piece
+        self._waiting: list[int] = []  # the ids since
+
+    def push(self, token: int) -> str:
+        """Return the characters that this token completes; none for a special token or an id without text."""
+        if token in self._special_ids or not 0 <= token <= _MOST_ID:
+            return ""
+        self._waiting.append(token)
+        try:
+            text = self._stream.step(self._backend, token)
+        except Exception:  # `tokenizers` raises plain Exceptions, here where bytes change what is decoded already
+            return self._restart()
+        if text is None:
+            return ""
+        self._given, self._waiting = self._waiting, []
+        return text
+
+    def finish(self, *, drops_half: bool = False) -> str:
+        """Return what waits for the rest of a character that does not come.
+
+        drops_half: without half a character at the end, which would be U+FFFD; one that the tokens spell stays.
+        """
+        num_lost = len(self._half()) if drops_half else 0
+        is_byte_level = num_lost and self._is_byte_level()
+        if num_lost and not is_byte_level:  # each of its bytes is a token
+            del self._waiting[-num_lost:]
+        before = self._backend.decode(self._given, skip_special_tokens=True)
+        text = self._backend.decode(self._given + self._waiting, skip_special_tokens=True)
+        if not text.startswith(before):
+            before, text = "", self._backend.decode(self._waiting, skip_special_tokens=True)
+        self._given, self._waiting = [], []
+        text = text[len(before) :]
+        return text.removesuffix(_REPLACEMENT) if is_byte_level else text
+
+    def _half(self) -> bytes:
+        """Return the bytes of a character at the end of the waiting tokens whose other bytes are missing."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        is_byte_level = self._is_byte_level()
+        for token in self._waiting:
+            text = self._backend.id_to_token(token) or ""
+            if is_byte_level and all(char in _BYTES for char in text):
+                decoder.decode(bytes(_BYTES[char] for char in text))
+            elif not is_byte_level and (byte := _BYTE_TOKEN.fullmatch(text)):
+                decoder.decode(bytes([int(byte[1], 16)]))
+            else:
+                decoder.decode(text.encode())
+        half: bytes = decoder.getstate()[0]
+        return half
+
+    def _is_byte_level(self) -> bool:
+        """Return whether each character of a token's text is a byte of what it decodes to."""
+        return self._backend.decoder is not None and b'"ByteLevel"' in self._backend.decoder.__getstate__()
+
+    def _restart(self) -> str:
+        """Go on without the last piece: the bytes that came since change how it decodes, and it is written."""
+        self._stream = DecodeStream(skip_special_tokens=True)
+        waiting, self._given, self._waiting = self._waiting, [], []
+        return "".join([self.push(token) for token in waiting])
+
+
+def _load_directory(directory: Path) -> TokenizerParts:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{path}: no such file; a model directory needs it: fetch it, or save the tokenizer again with transformers"
+        )
+    try:
+        backend = Backend.from_file(str(path))
+        backend.no_truncation()
+        backend.no_padding()
+        # In a directory, add_bos_token of tokenizer_config.json counts for nothing, as in transformers.
+        prefix, suffix = _added_around(backend)
+    except Exception as error:  # `tokenizers` raises plain Exceptions
+        raise ModelError(
+            f"{path}: it cannot be read ({' '.join(str(error).split())[:120]}); fetch the file again"
+        ) from None
+    config = _read_json(directory / "tokenizer_config.json")
+    texts = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None}
+    ids = {name: token for name, text in texts.items() if (token := backend.token_to_id(text)) is not None}
+    # Files that were converted by hand may not mark them in tokenizer.json.
+    backend.add_special_tokens([AddedToken(texts[name], normalized=False) for name in ids])
+    model_config = _read_json(directory / "config.json")
+    eos_token_ids = (
+        _id_set(_read_json(directory / "generation_config.json").get("eos_token_id"))
+        or _id_set(model_config.get("eos_token_id"))
+    ) | ({ids["eos_token"]} if "eos_token" in ids else set())
+    vocab_size = model_config.get("vocab_size")
+    template, where = _directory_template(directory, config)
+    return TokenizerParts(
+        backend=backend,
+        vocab_size=vocab_size if type(vocab_size) is int else backend.get_vocab_size(),
+        eos_token_ids=frozenset(eos_token_ids),
+        prefix=prefix,
+        suffix=suffix,
+        special_texts=texts,
+        chat_template=template,
+        chat_template_where=where,
+    )
+
+
+def _added_around(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what the tokenizer's post-processor puts before and after a text."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start]), tuple(full[start + len(plain) :])
+    return (), ()
+
+
+def _directory_template(directory: Path, config: Mapping[str, object]) -> tuple[str | None, str]:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path}: it cannot be read ({error}); fetch the file again") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    where = f"{directory / 'tokenizer_config.json'}: chat_template"
+    return (template if isinstance(template, str) else None), where
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    """Return a JSON object; an empty one where the file is not there."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: it cannot be read ({str(error)[:120]}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object; fetch the file again")
+    return value
+
+
+def _token_text(value: object) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _id_set(value: object) -> set[int]:
+    return {token for token in (value if isinstance(value, list) else [value]) if type(token) is int}

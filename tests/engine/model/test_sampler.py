@@ -1,0 +1,167 @@
+"""The sampler: greedy, filters, penalties, and draws that depend on (seed, position) alone."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from mdiq.core.sequence import SamplingParams
+from mdiq.engine.model.sampler import SampleRow, sample, uniform
+from mdiq.errors import EngineError
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+
+
+def _draws(params: dict[str, float], count: int = 4_000, history: tuple[int, ...] = ()) -> Counter[int]:
+    rows = [SampleRow(SamplingParams(**params), history, position) for position in range(count)]
+    return Counter(sample(LOGITS.expand(count, -1), rows))
+
+
+def test_temperature_zero_takes_the_best_of_every_row() -> None:
+    logits = torch.stack([LOGITS, LOGITS.flip(0)])
+    assert sample(logits, [SampleRow(SamplingParams(), (), 0)] * 2) == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("params", "history", "token"),
+    [
+        ({"temperature": 1e-320, "top_p": 0.5}, (), 0),
+        ({"temperature": 5e-324, "min_p": 0.1}, (), 0),
+        ({"temperature": 5e-324, "top_k": 2, "top_p": 0.9}, (), 0),
+        ({"temperature": 1.0, "repetition_penalty": 5e-324, "top_p": 0.5}, (1,), 1),
+        ({"temperature": 1.0, "repetition_penalty": 1e-39, "min_p": 0.5}, (1, 3), 1),
+        ({"temperature": 5e-324, "repetition_penalty": 5e-324, "top_p": 0.5}, (1,), 1),
+    ],
+)
+def test_extreme_wishes_still_draw_a_token(params: dict[str, float], history: tuple[int, ...], token: int) -> None:
+    logits = torch.tensor([[300.0, 250.0, 0.5, 0.0, -1.0]])
+    assert sample(logits, [SampleRow(SamplingParams(**params), history, 7)]) == [token]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    counts = _draws({"temperature": temperature})
+    for token, share in enumerate(torch.softmax(LOGITS / temperature, 0).tolist()):
+        assert abs(counts[token] / 4_000 - share) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 1}, {0}),
+        ({"top_k": 50}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.5}, {0}),  # the best has 0.55
+        ({"top_p": 0.6}, {0, 1}),
+        ({"min_p": 0.3}, {0, 1}),  # 1.0 below the best: e^-1 = 0.37 of it
+        ({"min_p": 1.0}, {0}),
+        ({"top_k": 3, "top_p": 0.99, "min_p": 0.2}, {0, 1, 2}),
+    ],
+)
+def test_filters_keep_what_they_say(params: dict[str, float], allowed: set[int]) -> None:
+    assert set(_draws({"temperature": 1.0, **params})) == allowed
+
+
+def _kept(probabilities: np.ndarray, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    """Return what the filters leave, by sorting all: top_k, then the nucleus of what is left, then min_p."""
+    order = np.argsort(-probabilities, kind="stable")[: top_k or len(probabilities)]
+    wide = probabilities[order].astype(np.float64) / probabilities[order].sum(dtype=np.float64)
+    order = order[(wide.cumsum() - wide < top_p) & (wide >= min_p * wide[0])]
+    kept = np.zeros(len(probabilities))
+    kept[order] = probabilities[order]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 128, 1_000, 151_936])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_k": 40},
+        {"top_p": 0.95},
+        {"top_p": 0.999999},
+        {"top_k": 500, "top_p": 0.3},
+        {"min_p": 0.05},
+        {"top_p": 0.9, "min_p": 0.01},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_draws_are_those_of_the_filtered_distribution(num_tokens: int, filters: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    logits = torch.randn(num_tokens, generator=generator) * 2.5
+    kept = _kept(torch.softmax(logits / 0.8, -1).numpy(), **filters)
+    expected = kept.cumsum()
+    rows = [SampleRow(SamplingParams(temperature=0.8, seed=5, **filters), (), position) for position in range(20)]
+    for position, token in enumerate(sample(logits.expand(20, -1), rows)):
+        # Ids are in the order of the vocabulary, but those of top_k: the largest first.
+        assert kept[token] > 0
+        if "top_k" not in filters:
+            draw = uniform(5, position)
+            assert expected[token] - kept[token] - 1e-5 <= draw <= expected[token] + 1e-5
+
+
+def test_equal_logits_count_in_the_order_of_their_ids() -> None:
+    rows = [
+        SampleRow(SamplingParams(temperature=1.0, **{name: value}), (), p)
+        for p in range(50)
+        for name, value in (("top_k", 3), ("top_p", 3 / 1_024))
+    ]
+    assert set(sample(torch.zeros(1, 1_024).expand(100, -1), rows)) == {0, 1, 2}
+
+
+def test_a_vocabulary_is_sorted_only_where_an_order_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def argsort(values: np.ndarray, **options: Any) -> np.ndarray:
+        sizes.append(len(values))
+        return ARGSORT(values, **options)
+
+    ARGSORT = np.argsort
+    monkeypatch.setattr(np, "argsort", argsort)
+    for sort in ("sort", "argsort", "topk"):
+        monkeypatch.setattr(torch.Tensor, sort, None)
+    logits = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(1)) * 3
+    sample(logits, [SampleRow(SamplingParams(temperature=1.0), (), 0)])
+    sample(logits, [SampleRow(SamplingParams(temperature=1.0, min_p=0.1), (), 0)])
+    assert not sizes
+    for filters in ({"top_p": 0.95}, {"top_k": 40}):
+        sample(logits, [SampleRow(SamplingParams(temperature=1.0, **filters), (), 0)])
+    assert len(sizes) == 2 and max(sizes) < 1_000
+
+
+def test_a_draw_depends_on_seed_and_position_and_on_nothing_else() -> None:
+    params = SamplingParams(temperature=1.0, seed=11)
+    alone = [sample(LOGITS[None], [SampleRow(params, (), position)])[0] for position in range(50)]
+    together = sample(LOGITS.expand(50, -1), [SampleRow(params, (), position) for position in range(50)])
+    assert alone == together
+    assert alone != [sample(LOGITS[None], [SampleRow(SamplingParams(temperature=1.0), (), p)])[0] for p in range(50)]
+    values = [uniform(1, position) for position in range(2_000)]
+    assert all(0 <= value < 1 for value in values) and abs(sum(values) / 2_000 - 0.5) < 0.03
+    assert uniform(-1, 0) == uniform(2**64 - 1, 0)
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    history = (0, 4, 4)
+    expected = RepetitionPenaltyLogitsProcessor(3.0)(torch.tensor([history]), LOGITS[None].clone())[0]
+    assert sample(LOGITS[None], [SampleRow(SamplingParams(repetition_penalty=3.0), history, 3)]) == [
+        int(expected.argmax())
+    ]
+    counts = _draws({"temperature": 1.0, "repetition_penalty": 3.0}, history=history)
+    for token, share in enumerate(torch.softmax(expected, 0).tolist()):
+        assert abs(counts[token] / 4_000 - share) < 0.03
+
+
+def test_a_tiny_temperature_does_not_overflow() -> None:
+    assert set(_draws({"temperature": 1e-300}, 10)) == {0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
+    logits = LOGITS.clone()
+    logits[3] = value
+    with pytest.raises(EngineError, match="not numbers"):
+        sample(logits[None], [SampleRow(SamplingParams(), (), 0)])
