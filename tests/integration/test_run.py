@@ -134,7 +134,7 @@ def test_twenty_thousand_hostile_frames_are_counted_drops(tmp_path: Path) -> Non
     """10,000 random and 10,000 near-miss frames at the port of a serving node; its answers stay the same."""
     base = _free_ports(2)
     prompts = write_prompts(tmp_path / "in.jsonl", [{"prompt": "Once upon a time"}])
-    arguments = ("run", "--prompts", prompts, "--max-tokens", "100", "--ignore-eos", "--json")
+    arguments = ("run", "--prompts", prompts, "--max-tokens", "800", "--ignore-eos", "--json")  # while all come
     calm = run_mdiq(*arguments)
     rng = random.Random(1)
     with (
