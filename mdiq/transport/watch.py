@@ -205,7 +205,8 @@ class ServerWatch(ListenerWatch):
             address = UNKNOWN
         reason, self._reason = self._reason, None
         if reason is None and self._num_unlisted and address is not None:
-            if self._refusals.has_noted_key(self._domain, address):
+            # Who is unknown counts as one of them: none is noted twice.
+            if address == UNKNOWN or self._refusals.has_noted_key(self._domain, address):
                 self._num_unlisted -= 1
                 return
         # If others have succeeded meanwhile, this may be one of them that leaves already.

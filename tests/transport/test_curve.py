@@ -525,6 +525,29 @@ async def test_no_peer_is_logged_with_the_address_of_another_that_has_its_descri
     assert [event["address"] for event in refused(events)] == [address]
 
 
+async def test_a_peer_that_the_gate_has_noted_is_not_noted_again_when_it_is_gone_before_its_address_is_read(
+    context: zmq.asyncio.Context, events: Events
+) -> None:
+    with (
+        context.socket(zmq.PULL) as socket,
+        zmq.Context() as plain,
+        plain.socket(zmq.PAIR) as libzmq,
+        plain.socket(zmq.PAIR) as monitor,
+    ):
+        libzmq.bind("inproc://events")
+        monitor.connect("inproc://events")
+        server = watch.ServerWatch(socket, DATA, Refusals())
+        server._monitor = monitor
+        for event, value in (
+            (zmq.EVENT_ACCEPTED, 7),
+            (zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400),
+            (zmq.EVENT_DISCONNECTED, 7),
+        ):
+            libzmq.send_multipart([struct.pack("=Hi", event, value), b""])
+        server._take_in()
+    assert refused(events) == []
+
+
 @pytest.mark.parametrize("is_socket_left", [True, False])
 async def test_a_dead_gate_refuses_everybody(ward: Ward, events: Events, fast: None, is_socket_left: bool) -> None:
     source = await PullSource.bind(ward.context, ANY_PORT, security=ward.guards())
