@@ -205,8 +205,10 @@ class ServerWatch(ListenerWatch):
             address = UNKNOWN
         reason, self._reason = self._reason, None
         if reason is None and self._num_unlisted and address is not None:
-            # Who is unknown counts as one of them: none is noted twice.
-            if address == UNKNOWN or self._refusals.has_noted_key(self._domain, address):
+            has_noted = self._refusals.has_noted_key
+            # Who is unknown is one of them if they are more than those of whom it is known: none is noted twice.
+            num_known = sum(has_noted(self._domain, other) for other in self._shaking.values())
+            if has_noted(self._domain, address) or (address == UNKNOWN and self._num_unlisted > num_known):
                 self._num_unlisted -= 1
                 return
         # If others have succeeded meanwhile, this may be one of them that leaves already.
