@@ -495,13 +495,9 @@ async def test_strangers_of_all_kinds_at_once_are_each_logged_once(ward: Ward, e
     await source.aclose()
 
 
-@pytest.mark.parametrize(
-    ("ends_meanwhile", "address"), [(False, "10.0.0.2"), (True, watch.UNKNOWN)], ids=["told later", "told already"]
-)
-async def test_no_peer_is_logged_with_the_address_of_another_that_has_its_descriptor(
-    context: zmq.asyncio.Context, events: Events, monkeypatch: pytest.MonkeyPatch, ends_meanwhile: bool, address: str
-) -> None:
-    monkeypatch.setattr(watch, "_address", lambda _: "10.0.0.2")
+@contextlib.contextmanager
+def told_server(context: zmq.asyncio.Context) -> Iterator[tuple[watch.ServerWatch, Callable[[int, int], None]]]:
+    """A watch, and what tells it an event as libzmq does; it reads them when it is asked to."""
     with (
         context.socket(zmq.PULL) as socket,
         zmq.Context() as plain,
@@ -512,10 +508,17 @@ async def test_no_peer_is_logged_with_the_address_of_another_that_has_its_descri
         monitor.connect("inproc://events")
         server = watch.ServerWatch(socket, DATA, Refusals())
         server._monitor = monitor
+        yield server, lambda event, value: libzmq.send_multipart([struct.pack("=Hi", event, value), b""])
 
-        def tell(event: int, value: int) -> None:
-            libzmq.send_multipart([struct.pack("=Hi", event, value), b""])
 
+@pytest.mark.parametrize(
+    ("ends_meanwhile", "address"), [(False, "10.0.0.2"), (True, watch.UNKNOWN)], ids=["told later", "told already"]
+)
+async def test_no_peer_is_logged_with_the_address_of_another_that_has_its_descriptor(
+    context: zmq.asyncio.Context, events: Events, monkeypatch: pytest.MonkeyPatch, ends_meanwhile: bool, address: str
+) -> None:
+    monkeypatch.setattr(watch, "_address", lambda _: "10.0.0.2")
+    with told_server(context) as (server, tell):
         tell(zmq.EVENT_ACCEPTED, 7)
         if not ends_meanwhile:
             server._take_in()
@@ -528,22 +531,13 @@ async def test_no_peer_is_logged_with_the_address_of_another_that_has_its_descri
 async def test_a_peer_that_the_gate_has_noted_is_not_noted_again_when_it_is_gone_before_its_address_is_read(
     context: zmq.asyncio.Context, events: Events
 ) -> None:
-    with (
-        context.socket(zmq.PULL) as socket,
-        zmq.Context() as plain,
-        plain.socket(zmq.PAIR) as libzmq,
-        plain.socket(zmq.PAIR) as monitor,
-    ):
-        libzmq.bind("inproc://events")
-        monitor.connect("inproc://events")
-        server = watch.ServerWatch(socket, DATA, Refusals())
-        server._monitor = monitor
+    with told_server(context) as (server, tell):
         for event, value in (
             (zmq.EVENT_ACCEPTED, 7),
             (zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400),
             (zmq.EVENT_DISCONNECTED, 7),
         ):
-            libzmq.send_multipart([struct.pack("=Hi", event, value), b""])
+            tell(event, value)
         server._take_in()
     assert refused(events) == []
 
