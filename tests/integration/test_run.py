@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,15 @@ from mdiq.runtime.options import RingOptions
 from tests.integration.conftest import Finished, mdiq_command, run_mdiq, write_prompts
 
 PROMPT = (504, 2643, 355)
+MARK = "MDIQ_TEST_RUN"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mark() -> Iterator[str]:
+    """A mark in the environment of all that this file starts: other tests have processes of their own meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, uuid.uuid4().hex)
+        yield os.environ[MARK]
 
 
 def _ring(model: Path, **options: object) -> LocalRing:
@@ -255,7 +265,16 @@ def test_bad_lines_of_a_prompts_file_are_all_named(tmp_path: Path) -> None:
         assert f"in.jsonl:{number}: " in done.errors
 
 
-def test_no_process_is_left_of_all_these_runs() -> None:
+def _has(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark
+    except psutil.Error:  # another user's, or it has just ended
+        return False
+
+
+def test_no_process_is_left_of_all_these_runs(mark: str) -> None:
+    with subprocess.Popen(["sleep", "60"]) as left:
+        assert [process.pid for process in psutil.process_iter() if _has(process, mark)] == [left.pid]
+        left.kill()
     time.sleep(0.5)
-    mine = [p for p in psutil.process_iter(["cmdline"]) if "mdiq" in (p.info["cmdline"] or []) and p.pid != os.getpid()]
-    assert not [p for p in mine if "node" in p.info["cmdline"]], mine
+    assert [process for process in psutil.process_iter() if _has(process, mark)] == []
