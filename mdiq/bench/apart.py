@@ -19,8 +19,8 @@ from mdiq.bench.workload import Load
 from mdiq.errors import RingError
 from mdiq.runtime.options import RingOptions
 
-PASSED_ON = ("dtype", "device", "threads", "kv_tokens", "log_level", "weights", "exact", "cpu")
-"""Options of a ring that JSON can hold; the others are apart_ring.py's to choose."""
+PASSED_ON = ("threads", "kv_tokens", "log_level", "cpu")
+"""Options of a ring that JSON can hold as they are; those that are not sent are apart_ring.py's to choose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ class RingsApart:
             "model": str(self.options.model),
             "layers": self.options.layers[0].stop,
             "vocab_size": self.vocab_size,
+            "weights": asdict(self.options.weights),
             "options": {name: getattr(self.options, name) for name in PASSED_ON},
             "core": self.cores[i] if self.cores else None,
             "load": asdict(replace(load, seed=load.seed + i)),

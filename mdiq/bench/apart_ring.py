@@ -14,7 +14,7 @@ from typing import Any
 from mdiq.bench.runner import WARM_UP_TOKENS, run_load
 from mdiq.bench.workload import Load
 from mdiq.core.ring import RingSettings
-from mdiq.core.types import LayerRange
+from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.errors import MdiqError, first_of
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core
@@ -42,6 +42,7 @@ async def _measured(spec: dict[str, Any]) -> dict[str, Any]:
     options = RingOptions(
         model=Path(spec["model"]),
         layers=(LayerRange(0, spec["layers"]),),
+        weights=WeightSettings(**spec["weights"]),
         ring=RingSettings(prefix_tokens=0),
         **spec["options"],
     )

@@ -19,6 +19,7 @@ from mdiq.bench.workload import ApartCell, Cell, grid
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
 from mdiq.core.ring import RingSettings
+from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import LEAST_CPU, check_quota
 from mdiq.runtime.options import RingOptions, parse_wires
@@ -138,14 +139,11 @@ def _bench(
         return RingOptions(
             model=model,
             layers=layers[nodes],
-            dtype=options.dtype,
-            device=options.device,
+            weights=WeightSettings(options.weights, options.dtype, options.exact, options.device),
             threads=threads,
             pin=options.pin,
             kv_tokens=options.kv_tokens or _kv_tokens(cells, nodes, options.answer_tokens),
             log_level=options.log_level,
-            weights=options.weights,
-            exact=options.exact,
             wires=parse_wires(options.wire, 1),
             link=link,
             cpu=options.cpu,

@@ -72,12 +72,12 @@ def measure(options: PerplexityOptions) -> int:
     import torch
 
     from mdiq.cache import cache_directory
-    from mdiq.core.types import LayerRange
+    from mdiq.core.types import LayerRange, WeightSettings
     from mdiq.engine.formats.checkpoint import open_checkpoint
     from mdiq.engine.formats.model_source import find_model
     from mdiq.engine.formats.quantize import best_format, chosen_format
     from mdiq.engine.model.perplexity import losses
-    from mdiq.engine.model.stage_model import StageModel, WeightSettings
+    from mdiq.engine.model.stage_model import StageModel
     from mdiq.engine.text.sample_text import sample_text
     from mdiq.engine.text.tokenizer import Tokenizer
 
@@ -101,9 +101,8 @@ def measure(options: PerplexityOptions) -> int:
                     checkpoint,
                     LayerRange(0, checkpoint.config.num_layers),
                     owns_embedding_and_head=True,
-                    weights=WeightSettings(weights, options.exact, cache_directory()),
-                    dtype=torch.float32,
-                    device=torch.device("cpu"),
+                    weights=WeightSettings(weights, exact=options.exact),
+                    folder=cache_directory(),
                     progress=show,
                 )
             bars.update(task, description=f"{weights}: reads")

@@ -19,6 +19,7 @@ from mdiq.cli.signals import run_until_signal
 from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
+from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.micro_batches import MOST_LIVE
 from mdiq.plan.pace import PaceSettings
@@ -119,11 +120,8 @@ def _local_ring(
         layers=check_split(split, config.num_layers)
         if split
         else split_layers(config.num_layers, num_nodes, config.head_layers),
-        dtype=options.dtype,
-        weights=options.weights,
-        exact=options.exact,
+        weights=WeightSettings(options.weights, options.dtype, options.exact, options.device),
         wires=wires,
-        device=options.device,
         threads=threads,
         pin=options.pin,
         in_process=options.in_process,
@@ -288,7 +286,7 @@ class _Run:
             overlap = overlap_shares(spans)
         summary = Summary(
             model=str(self._ring_options.model),
-            dtype=self._ring_options.dtype,
+            dtype=self._ring_options.weights.dtype,
             wall_s=wall_s,
             results=self._results,
             nodes=ring.figures(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mdiq.cli.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
 from mdiq.cli.ring_file import flags_of, remote_ring
 from mdiq.core.ring import RingSettings
-from mdiq.core.types import LayerRange, NodeId
+from mdiq.core.types import LayerRange, NodeId, WeightSettings
 from mdiq.errors import CapacityError, MdiqError, NodeDiedError, PlanError
 from mdiq.plan.measured import MeasuredRing, Profiles
 from mdiq.plan.pace import PaceSettings
@@ -184,11 +184,8 @@ class TopologyRings:
         return RingOptions(
             model=self._model,
             layers=layers,
-            dtype=flags["dtype"],
-            weights=flags["weights"],
-            exact=flags["exact"],
+            weights=WeightSettings(flags["weights"], flags["dtype"], flags["exact"], flags["device"]),
             wires=parse_wires(flags["wire"], len(remote.nodes)),
-            device=flags["device"],
             threads=self._threads,
             kv_tokens=SURVEY_KV_TOKENS if is_survey else None,
             pace=PaceSettings(decode_wait_s=flags["decode_wait_ms"] / 1_000, max_live=flags["max_live"]),

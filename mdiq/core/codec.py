@@ -1,13 +1,14 @@
 """Messages that are dataclasses, to bytes and back. Which messages there are is control.py's and weights.py's.
 
 A message is a version byte, a msgpack map with its type's name and its fields, and a keyed tag. Every field is checked
-against its annotation, so a message that decodes has the types that mypy believes it has.
+against its annotation, so a message that decodes has the types that mypy believes it has. A field may be a dataclass
+itself: a map of its own fields.
 """
 
 import hmac
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import msgpack
@@ -41,9 +42,7 @@ class Codec(Generic[M]):
         self._kinds = {kind.__name__: kind for kind in kinds}
         self._checks: dict[str, dict[str, Check]] = {}
         for name, kind in self._kinds.items():
-            hints = get_type_hints(kind)
-            names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-            self._checks[name] = {field: _check_of(hints[field], scalars) for field in names}
+            self._checks[name] = _checks_of(kind, scalars)
 
     def encode(self, message: M, key: bytes) -> bytes:
         """Return the bytes of a message.
@@ -155,10 +154,19 @@ _SCALARS: dict[object, Check] = {
 }
 
 
+def _checks_of(kind: Any, scalars: Mapping[object, Check]) -> dict[str, Check]:
+    """Return the check of each field of a dataclass."""
+    hints = get_type_hints(kind)
+    return {field.name: _check_of(hints[field.name], scalars) for field in fields(kind)}
+
+
 def _check_of(annotation: Any, scalars: Mapping[object, Check]) -> Check:
     """Return the check that an annotation calls for."""
     if annotation in scalars:
         return scalars[annotation]
+    if is_dataclass(annotation):
+        checks = _checks_of(annotation, scalars)
+        return lambda value, where: _checked_fields(value, where, annotation, checks)
     items = [_check_of(argument, scalars) for argument in get_args(annotation) if argument is not ...]
     if get_origin(annotation) is Mapping:
         key, item = items
@@ -178,6 +186,15 @@ def _checked_list(value: object, where: str, item: Check) -> tuple[Any, ...]:
     if not isinstance(value, tuple) or len(value) > MOST_ITEMS:
         raise ValueError(f"{where} is not a list of at most {MOST_ITEMS} items")
     return tuple(item(entry, where) for entry in value)
+
+
+def _checked_fields(value: object, where: str, kind: Any, checks: Mapping[str, Check]) -> Any:
+    """Return the map of a dataclass that is to be sent, or the dataclass of a map that came."""
+    if isinstance(value, kind):
+        return {name: check(getattr(value, name), f"{where}.{name}") for name, check in checks.items()}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is not a map")
+    return kind(**{name: check(value.get(name, MISSING), f"{where}.{name}") for name, check in checks.items()})
 
 
 def _checked_record(value: object, where: str, items: list[Check]) -> tuple[Any, ...]:

@@ -6,9 +6,10 @@ from typing import get_args
 
 from mdiq.core.codec import MOST_ITEMS as MOST_ITEMS
 from mdiq.core.codec import MOST_TEXT, Codec
+from mdiq.core.types import WeightSettings
 from mdiq.core.wire import LEAST_KEY_BYTES, WIRES
 
-VERSION = 1
+VERSION = 2
 MOST_BYTES = 2**20
 MOST_BLOB = 64 * 1024
 """Bytes of one field, and of one matrix's hot columns."""
@@ -33,7 +34,7 @@ class Assign:
     """What a Node is to load and where it sends its Frames.
 
     model_digest: of the Starter's checkpoint; the Node's must be the same.
-    weights, exact: format and mode of the weights. wire: format of the Hop out of this Stage.
+    wire: format of the Hop out of this Stage.
     kv_tokens: KV capacity; 0 lets the Node choose from ``memory_share`` of its free memory.
     receive_key, send_key: tag the Frames of the Hops into this Stage and out of it; see wire.hop_key.
     trace: collect Spans.
@@ -49,11 +50,8 @@ class Assign:
     next_endpoint: str
     model: str
     model_digest: str
-    dtype: str
-    weights: str
-    exact: bool
+    weights: WeightSettings
     wire: str
-    device: str
     kv_tokens: int
     memory_share: float
     receive_key: bytes

@@ -25,6 +25,25 @@ USUAL_WEIGHTS: WeightFormat = "auto"
 
 
 @dataclass(frozen=True, slots=True)
+class WeightSettings:
+    """How a Node holds its weights and what it computes with them: one value from flags and topology to the kernels.
+
+    dtype: "f32" or "bf16", of activations, KV cache, and weights unless those are packed.
+    exact: batch-invariant kernels, so tokens are the same on any number of Nodes, alone and in company; not for plain
+    weights. See engine/kernels/linear.py.
+    device: "cpu", "cuda", "cuda:0" or "auto".
+    """
+
+    format: str = USUAL_WEIGHTS
+    dtype: str = "f32"
+    exact: bool = True
+    device: str = "cpu"
+
+
+PLAIN_WEIGHTS = WeightSettings("plain")
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRange:
     """A half-open range of decoder layers: ``LayerRange(8, 16)`` is layers 8 to 15."""
 

@@ -8,7 +8,7 @@ import torch
 
 from mdiq.cache import cache_directory
 from mdiq.core.frame import Batch, Payload, TokenIds
-from mdiq.core.types import LayerRange, SeqId
+from mdiq.core.types import PLAIN_WEIGHTS, LayerRange, SeqId, WeightSettings
 from mdiq.core.wire import WireLimits
 from mdiq.engine.device import choose_device, choose_dtype, free_bytes, is_out_of_memory
 from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
@@ -16,7 +16,7 @@ from mdiq.engine.memory import drop_library, return_free_memory, rss_bytes
 from mdiq.engine.model.hot_table import hot_columns_from
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.model.layers import Span
-from mdiq.engine.model.stage_model import StageModel, WeightSettings
+from mdiq.engine.model.stage_model import StageModel
 from mdiq.engine.model_config import ModelConfig
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError, SequenceError
@@ -57,11 +57,8 @@ class StageRunner:
         *,
         is_last: bool,
         owns_embedding_and_head: bool,
-        dtype: str,
-        device: str,
         kv_tokens: int | None,
-        weights: str = "plain",
-        exact: bool = True,
+        weights: WeightSettings = PLAIN_WEIGHTS,
         wire: str | None = None,
         memory_share: float = 1.0,
         memory_bytes: int | None = None,
@@ -73,19 +70,21 @@ class StageRunner:
 
         model: where it is, or as somebody has opened it, who closes it.
         kv_tokens: capacity in tokens, or None for what free memory allows. memory_share: the part of the machine's free
-        memory that this Stage may plan with. memory_bytes: most that this process may take, or None. weights, exact:
-        see WeightSettings. wire: the format of the Hop out of this Stage, or None where the rows stay here. digest:
-        refuse a model with another fingerprint; empty takes any. hot: hot columns of packed weights, for a part of a
-        model; see hot_table.py.
+        memory that this Stage may plan with. memory_bytes: most that this process may take, or None. wire: the format
+        of the Hop out of this Stage, or None where the rows stay here. digest: refuse a model with another fingerprint;
+        empty takes any. hot: hot columns of packed weights, for a part of a model; see hot_table.py.
 
         Raises:
             ModelError: the model is missing, malformed, unsupported, or another one than ``digest`` tells of.
             CapacityError: weights or KV cache do not fit.
         """
-        torch_device, torch_dtype = choose_device(device), choose_dtype(dtype)
-        if weights != "plain" and torch_device.type != "cpu":
-            raise ConfigError(f"--weights {weights}: packed weights run on the CPU only; use --dtype bf16 on {device}")
-        folder = cache_directory() if weights != "plain" else Path()  # a user without a home needs none then
+        torch_device, torch_dtype = choose_device(weights.device), choose_dtype(weights.dtype)
+        is_packed = weights.format != "plain"
+        if is_packed and torch_device.type != "cpu":
+            raise ConfigError(
+                f"--weights {weights.format}: packed weights run on the CPU only; use --dtype bf16 on {weights.device}"
+            )
+        folder = cache_directory() if is_packed else Path()  # a user without a home needs none then
         with ExitStack() as opened, torch.inference_mode():
             checkpoint = model if isinstance(model, Checkpoint) else opened.enter_context(open_checkpoint(model))
             path = checkpoint.path
@@ -96,9 +95,9 @@ class StageRunner:
                     checkpoint,
                     layers,
                     owns_embedding_and_head=owns_embedding_and_head,
-                    weights=WeightSettings(weights, exact, folder, hot_columns_from(hot or {}, checkpoint)),
-                    dtype=torch_dtype,
-                    device=torch_device,
+                    weights=weights,
+                    folder=folder,
+                    hot=hot_columns_from(hot or {}, checkpoint),
                     progress=progress,
                 )
             except (MemoryError, RuntimeError) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mdiq.core import control
 from mdiq.core.stage import StageProtocol
-from mdiq.core.types import Epoch, SeqId
+from mdiq.core.types import Epoch, SeqId, WeightSettings
 from mdiq.core.wire import hop_key
 from mdiq.engine.memory import rss_bytes
 from mdiq.errors import MdiqError
@@ -54,7 +54,7 @@ class InProcessStages:
     async def open(self) -> None:
         """Nothing of them starts before the model is open."""
 
-    async def start(self, model_digest: str, weights: str) -> Sequence[control.Ready]:
+    async def start(self, model_digest: str, weights: WeightSettings) -> Sequence[control.Ready]:
         """Load every Stage, one after the other, and begin to serve; return what each has, in ring order."""
         self._options = replace(self._options, weights=weights)
         ready: list[control.Ready] = []
@@ -146,11 +146,8 @@ class InProcessStages:
             options.layers[i],
             is_last=i == options.num_nodes - 1,
             owns_embedding_and_head=False,
-            dtype=options.dtype,
-            device=options.device,
             kv_tokens=options.kv_tokens,
             weights=options.weights,
-            exact=options.exact,
             wire=options.wire(i),
             memory_share=1 / options.num_nodes,
             progress=progress,

@@ -343,7 +343,7 @@ class LocalRing:
         options, runner = self._options, self._stage.runner
         self._epoch = Epoch(self._epoch + 1)
         self._wires = wires
-        if options.exact and options.rounds(wires):
+        if options.weights.exact and options.rounds(wires):
             log.warning("wire_is_not_exact", wires=wires, text="hops round activations: other tokens than on one node")
         if self._stages is not None:
             await self._stages.begin(self._epoch, wires)

@@ -230,11 +230,8 @@ class NodeProcess:
             layers,
             is_last=assign.is_last,
             owns_embedding_and_head=False,
-            dtype=assign.dtype,
-            device=assign.device,
             kv_tokens=assign.kv_tokens or None,
             weights=assign.weights,
-            exact=assign.exact,
             wire=assign.wire,
             memory_share=assign.memory_share,
             memory_bytes=self._memory_bytes(),
@@ -281,7 +278,7 @@ class NodeProcess:
             rss_bytes=rss_bytes(),
             decode_s=cost.decode.points,
             prompt_s=cost.prompt.points,
-            free_bytes=free_bytes(choose_device(assign.device)),
+            free_bytes=free_bytes(choose_device(assign.weights.device)),
             peak_bytes=peak_bytes() if can_peak else 0,
         )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdiq.core.ring import RingSettings
-from mdiq.core.types import USUAL_WEIGHTS, LayerRange
+from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.core.wire import ROUNDINGS, WIRES
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
@@ -119,14 +119,12 @@ class RingOptions:
 
     model: a model directory or a .gguf file.
     layers: one range a Node, in ring order; the first is the Starter's.
-    dtype: "f32" or "bf16", of activations, KV cache, and weights unless those are packed.
-    weights: see core.types.WeightFormat; the Starter says what "auto" is, for all.
-    exact: the same tokens on any number of Nodes, alone and in company; see engine/kernels/linear.py.
+    weights: how all Nodes hold theirs; the Starter says what "auto" is, for all. Its device is the one of Nodes on this
+    machine, and of the Starter.
     wires: format of each Hop's activations, "f32", "bf16", "i8", or "auto": in exact mode the dtype, so that a cut
     between Layers changes no bit; else the Ring chooses when it has measured the Hop. Hop i leaves Stage i. One entry
     serves all.
     most_divergence_nats: what i8 may cost where the Ring chose it; see plan/wire_choice.py.
-    device: "cpu", "cuda", "cuda:0" or "auto".
     threads: torch threads of each Node.
     pin: bind Node i to core i.
     in_process: keep all Stages in this process.
@@ -142,12 +140,9 @@ class RingOptions:
 
     model: Path
     layers: tuple[LayerRange, ...]
-    dtype: str = "f32"
-    weights: str = USUAL_WEIGHTS
-    exact: bool = True
+    weights: WeightSettings = field(default_factory=WeightSettings)
     wires: tuple[str, ...] = (AUTO,)
     most_divergence_nats: float = MOST_DIVERGENCE_NATS
-    device: str = "cpu"
     threads: int = 1
     pin: bool = False
     in_process: bool = False
@@ -179,18 +174,18 @@ class RingOptions:
         if self.num_nodes == 1:
             return ()
         wires = (self.wires[i % len(self.wires)] for i in range(self.num_nodes))
-        return tuple(self.dtype if self.exact and wire == AUTO else wire for wire in wires)
+        return tuple(self.weights.dtype if self.weights.exact and wire == AUTO else wire for wire in wires)
 
     def rounds(self, wires: Sequence[str]) -> bool:
         """Tell whether Hops of these formats change activations: another number of Nodes may give other tokens."""
-        return any(ROUNDINGS.index(wire) > ROUNDINGS.index(self.dtype) for wire in wires)
+        return any(ROUNDINGS.index(wire) > ROUNDINGS.index(self.weights.dtype) for wire in wires)
 
     def wire(self, stage: int) -> str | None:
         """Return the format that the Hop out of a Stage begins with, or None where there are no Hops."""
         if self.num_nodes == 1:
             return None
         # Inside one process rows are handed over as they are.
-        usual = self.dtype if self.in_process else USUAL
+        usual = self.weights.dtype if self.in_process else USUAL
         return usual if self.wanted_wires[stage] == AUTO else self.wanted_wires[stage]
 
 

@@ -158,9 +158,9 @@ class RemoteStages(SocketStages):
             may_fetch=partial(self._may_fetch, server),
         )
         self._run(weight_server.run(), "weights")
-        if options.weights not in FORMATS:
+        if options.weights.format not in FORMATS:
             return {}
-        return await asyncio.to_thread(hot_table, options.model, options.weights)
+        return await asyncio.to_thread(hot_table, options.model, options.weights.format)
 
     def _may_fetch(self, server: RouterServer, identity: bytes, layers: LayerRange) -> bool:
         """Tell whether Layers are those of the Node that asks: by its key, or by what it calls itself in plain text."""
@@ -194,7 +194,7 @@ class RemoteStages(SocketStages):
         return replace(
             self._assignment(i, following.data_endpoint),
             model="",
-            device=node.device,
+            weights=replace(self._options.weights, device=node.device),
             memory_share=node.memory_share,
             hot=of_layers(hot, self._options.layers[i]),
             previous=ring.nodes[i - 1].name,

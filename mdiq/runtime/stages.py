@@ -16,7 +16,7 @@ import zmq.asyncio
 import mdiq
 from mdiq.control.coordinator import Coordinator
 from mdiq.core import control
-from mdiq.core.types import Epoch, NodeId
+from mdiq.core.types import Epoch, NodeId, WeightSettings
 from mdiq.core.wire import hop_key
 from mdiq.errors import MdiqError
 from mdiq.runtime.loops import loop_failed
@@ -87,7 +87,7 @@ class SocketStages(ABC):
             MdiqError: a port or a process failed.
         """
 
-    async def start(self, model_digest: str, weights: str) -> Sequence[control.Ready]:
+    async def start(self, model_digest: str, weights: WeightSettings) -> Sequence[control.Ready]:
         """Have every Node join and load; return what each has, in ring order. weights: how they all hold them.
 
         Raises:
@@ -232,11 +232,8 @@ class SocketStages(ABC):
             next_endpoint=next_endpoint,
             model=str(options.model),
             model_digest=self._model_digest,
-            dtype=options.dtype,
             weights=options.weights,
-            exact=options.exact,
             wire=options.wire(i) or "",
-            device=options.device,
             kv_tokens=options.kv_tokens or 0,
             memory_share=1 / options.num_nodes,
             receive_key=hop_key(self._ring_key, i),

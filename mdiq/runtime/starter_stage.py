@@ -5,6 +5,7 @@ Torch comes with this module: LocalRing imports it in the worker's thread, while
 
 from collections.abc import Sequence as AbstractSequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -49,9 +50,11 @@ class StarterStage:
         self._can_peak = False  # the process's peak is this Ring's
         with ExitStack() as opened:
             self._checkpoint = checkpoint = opened.enter_context(open_checkpoint(options.model))
-            self._device = choose_device(options.device)
+            self._device = choose_device(options.weights.device)
             self.digest = checkpoint.digest
-            self.weights = chosen_format(options.weights, checkpoint, self._device)
+            self.weights = replace(
+                options.weights, format=chosen_format(options.weights.format, checkpoint, self._device)
+            )
             self._opened = opened.pop_all()
 
     def load(self, progress: Progress) -> None:
@@ -68,11 +71,8 @@ class StarterStage:
                 options.layers[0],
                 is_last=options.num_nodes == 1,
                 owns_embedding_and_head=True,
-                dtype=options.dtype,
-                device=options.device,
                 kv_tokens=options.kv_tokens,
                 weights=self.weights,
-                exact=options.exact,
                 wire=options.wire(0),
                 memory_share=options.remote.nodes[0].memory_share if options.remote else 1 / options.num_nodes,
                 memory_bytes=options.remote.nodes[0].memory_bytes if options.remote else None,

@@ -10,7 +10,7 @@ from typing import Protocol
 import pytest
 
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
-from mdiq.core.types import LayerRange
+from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.errors import CapacityError, RingError
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
@@ -69,7 +69,11 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
     async def real() -> AsyncIterator[Answers]:
         make_model("llama-gqa-tied").save_pretrained(tmp_path)
         options = RingOptions(
-            tmp_path, (LayerRange(0, 2), LayerRange(2, 4)), weights="plain", in_process=True, kv_tokens=64
+            tmp_path,
+            (LayerRange(0, 2), LayerRange(2, 4)),
+            weights=PLAIN_WEIGHTS,
+            in_process=True,
+            kv_tokens=64,
         )
         served = asyncio.Event()
         keeper = RingKeeper(

@@ -56,8 +56,6 @@ def test_a_ring_of_a_shape_answers_with_finite_logits(bits: int) -> None:
         LayerRange(0, 4),
         is_last=True,
         owns_embedding_and_head=True,
-        dtype="f32",
-        device="cpu",
         kv_tokens=64,
     )
     assert runner.config.vocab_size == 320

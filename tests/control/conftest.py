@@ -9,7 +9,7 @@ import pytest
 from mdiq.control.agent import Agent
 from mdiq.control.coordinator import Coordinator
 from mdiq.core import control
-from mdiq.core.types import NodeId
+from mdiq.core.types import PLAIN_WEIGHTS, NodeId
 from mdiq.errors import MdiqError
 from mdiq.telemetry.trace import Span
 from mdiq.transport.memory import MemoryControlServer
@@ -30,11 +30,8 @@ def assignment(**changes: object) -> control.Assign:
         "next_endpoint": "tcp://127.0.0.1:5000",
         "model": "/models/tiny",
         "model_digest": "d1ge57",
-        "dtype": "f32",
-        "device": "cpu",
         "kv_tokens": 0,
-        "weights": "plain",
-        "exact": True,
+        "weights": PLAIN_WEIGHTS,
         "wire": "bf16",
         "memory_share": 0.5,
         "receive_key": b"the key of a hop, thirty bytes",

@@ -1,7 +1,7 @@
 """Control messages survive their bytes with the types that their annotations promise, and nothing else does."""
 
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import msgpack
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdiq.core import control
+from mdiq.core.types import PLAIN_WEIGHTS
 from mdiq.core.wire import TAG_BYTES, make_tag
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
@@ -26,11 +27,8 @@ ASSIGN = control.Assign(
     next_endpoint="tcp://127.0.0.1:5555",
     model="/models/small",
     model_digest="abc",
-    dtype="f32",
-    weights="plain",
-    exact=True,
+    weights=PLAIN_WEIGHTS,
     wire="bf16",
-    device="cpu",
     kv_tokens=0,
     memory_share=0.5,
     receive_key=KEY,
@@ -141,12 +139,17 @@ def test_a_missing_field_is_refused_by_name() -> None:
         ("receive_key", b"short"),
         ("hot", {"layer-000.qkv": "text"}),
         ("is_last", 1),
+        ("weights", "plain"),
+        ("weights", {"format": "plain"}),
+        ("weights", {**asdict(PLAIN_WEIGHTS), "exact": 1}),
         ("layer_stop", 0),
         ("epoch", 0),
     ],
 )
 def test_an_assignment_that_nobody_can_obey_is_refused(name: str, value: object) -> None:
-    values = {"type": "Assign", **{field: getattr(ASSIGN, field) for field in ASSIGN.__slots__}, name: value}
+    values = {"type": "Assign", **asdict(ASSIGN)}
+    assert control.decode(_message(values), KEY) == ASSIGN
+    values[name] = value
     with pytest.raises(RemoteProtocolError, match="Assign: "):
         control.decode(_message(values), KEY)
 
@@ -203,7 +206,7 @@ def test_what_is_not_plain_msgpack_is_refused_though_the_tag_is_right(body: byte
 
 def test_bytes_of_another_version_are_refused_with_both_versions_named() -> None:
     data = control.encode(control.Drain(), KEY)
-    with pytest.raises(RemoteProtocolError, match="version 9 came and this is version 1"):
+    with pytest.raises(RemoteProtocolError, match="version 9 came and this is version 2"):
         control.decode(b"\x09" + data[1:], KEY)
 
 

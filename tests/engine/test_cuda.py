@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdiq.core.types import LayerRange
+from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.engine.measure import measure_cost
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import CapacityError
@@ -58,8 +58,7 @@ def test_costs_are_of_work_that_is_done(tmp_path: Path) -> None:
         LayerRange(0, 4),
         is_last=True,
         owns_embedding_and_head=True,
-        dtype="bf16",
-        device="cuda",
+        weights=WeightSettings("plain", "bf16", device="cuda"),
         kv_tokens=4096,
     )
     cost = measure_cost(runner)
@@ -76,7 +75,6 @@ def test_a_cache_that_the_gpu_cannot_hold_is_refused(tmp_path: Path) -> None:
             LayerRange(0, 4),
             is_last=True,
             owns_embedding_and_head=True,
-            dtype="f32",
-            device="cuda",
+            weights=WeightSettings("plain", "f32", device="cuda"),
             kv_tokens=free // 100,
         )

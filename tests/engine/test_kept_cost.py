@@ -38,8 +38,6 @@ def _runner(cache: Path, *, num_layers: int = 1, kv_tokens: int = 512) -> StageR
         LayerRange(0, num_layers),
         is_last=False,
         owns_embedding_and_head=False,
-        dtype="f32",
-        device="cpu",
         kv_tokens=kv_tokens,
     )
 

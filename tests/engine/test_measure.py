@@ -29,8 +29,6 @@ def test_a_stage_is_measured_at_every_size_that_its_cache_and_the_context_allow(
         layers,
         is_last=False,
         owns_embedding_and_head=is_starter,
-        dtype="f32",
-        device="cpu",
         kv_tokens=kv_tokens,
     )
     cost = measure_cost(runner)
@@ -49,8 +47,6 @@ def test_the_cost_of_the_head_counts_draws_at_the_temperature_that_clients_leave
         LayerRange(0, 2),
         is_last=True,
         owns_embedding_and_head=True,
-        dtype="f32",
-        device="cpu",
         kv_tokens=64,
     )
     drawn: list[tuple[int, float]] = []

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mdiq.core.frame import Batch, Payload, Segment, TokenIds
-from mdiq.core.types import Epoch, LayerRange, SeqId
+from mdiq.core.types import Epoch, LayerRange, SeqId, WeightSettings
 from mdiq.engine.runner import StageRunner
 
 NEAR_TIE = 1e-3
@@ -133,8 +133,7 @@ class Chain:
                     LayerRange(start, start + size),
                     is_last=i == len(split) - 1,
                     owns_embedding_and_head=i == 0,
-                    dtype=dtype,
-                    device=devices[i % len(devices)],
+                    weights=WeightSettings("plain", dtype, device=devices[i % len(devices)]),
                     kv_tokens=1024,
                 )
             )

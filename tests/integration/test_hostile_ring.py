@@ -428,8 +428,6 @@ def _activations(model: Path) -> list[bytes]:
             LayerRange(i * share, (i + 1) * share),
             is_last=False,
             owns_embedding_and_head=i == 0,
-            dtype="f32",
-            device="cpu",
             kv_tokens=64,
         )
         segments = (Segment(SeqId(1), 0, len(tokens), wants_logits=True),)

@@ -19,6 +19,7 @@ import pytest
 import zmq
 
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
+from mdiq.core.types import PLAIN_WEIGHTS
 from mdiq.plan.split import split_layers
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
@@ -37,7 +38,7 @@ def mark() -> Iterator[str]:
 
 
 def _ring(model: Path, **options: object) -> LocalRing:
-    return LocalRing(RingOptions(model=model, layers=split_layers(30, 3), weights="plain", **options))
+    return LocalRing(RingOptions(model=model, layers=split_layers(30, 3), weights=PLAIN_WEIGHTS, **options))
 
 
 async def _collect(ring: LocalRing, sequence: Sequence) -> tuple[list[int], FinishReason | None]:

@@ -74,8 +74,6 @@ def _rows(path: Path, layers: LayerRange, payload: Payload, digest: str) -> tupl
         layers,
         is_last=layers.stop == 30,
         owns_embedding_and_head=layers.start == 0,
-        dtype="f32",
-        device="cpu",
         kv_tokens=64,
         digest=digest,
     )

@@ -8,7 +8,7 @@ import pytest
 
 from mdiq.core.sequence import SamplingParams
 from mdiq.core.sequence import Sequence as TokenSequence
-from mdiq.core.types import LayerRange
+from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
 from mdiq.transport.link_shape import parse_link
@@ -25,7 +25,7 @@ async def open_ring(model: Path, link: str | None, **changes: object) -> AsyncIt
         model,
         LAYERS,
         wires=("auto",),
-        exact=False,
+        weights=WeightSettings(exact=False),
         kv_tokens=1_024,
         link=None if link is None else parse_link(link),
         **changes,  # type: ignore[arg-type]

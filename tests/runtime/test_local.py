@@ -10,7 +10,7 @@ import pytest
 from mdiq.bench.shapes import shape_file
 from mdiq.core import control
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.core.types import LayerRange, NodeId
+from mdiq.core.types import LayerRange, NodeId, WeightSettings
 from mdiq.engine import runner
 from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
 from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
@@ -66,7 +66,7 @@ async def test_a_starter_that_loads_and_measures_notes_its_progress_for_the_watc
     def on_loading(node: str, done: int, total: int) -> None:
         num_loaded.append(done)
 
-    options = RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128, weights=weights)
+    options = RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128, weights=WeightSettings(weights))
     async with LocalRing(options, on_loading=on_loading):
         # Each layer and the two ends, each of the 24 forwards that are measured, and with packed weights each matrix.
         assert num_notes >= 5 + 24 + (4 * 4 if weights == "int8" else 0)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.core.types import LayerRange
+from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
 from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
@@ -68,7 +68,7 @@ async def test_the_second_turn_of_a_chat_of_a_thousand_tokens_prefills_its_new_t
         options = RingOptions(
             tmp_path,
             (LayerRange(0, 2), LayerRange(2, 4)),
-            weights="plain",
+            weights=PLAIN_WEIGHTS,
             in_process=True,
             kv_tokens=2048,
             ring=RingSettings(prefix_tokens=prefix_tokens),

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from mdiq.core.types import LayerRange
+from mdiq.core.types import LayerRange, WeightSettings
+from mdiq.engine.device import choose_device, choose_dtype
 from mdiq.engine.formats.checkpoint import Checkpoint, Tensors
 from mdiq.engine.formats.quantize import FORMATS, PackedModel
 from mdiq.engine.kernels.choice import KernelChoice
@@ -35,22 +35,6 @@ from mdiq.engine.model.llvm_attention import CompiledAttention
 from mdiq.engine.model.llvm_layers import CompiledLayers
 
 
-@dataclass(frozen=True, slots=True)
-class WeightSettings:
-    """How weights are held.
-
-    format: "plain" (the dtype of the activations), or one of quantize.FORMATS.
-    exact: use batch-invariant kernels; see kernels/linear.py. Not for plain weights.
-    folder: where packed weights and measurements of kernels are kept.
-    hot: hot columns by name, where this Node cannot find them; see hot_table.py.
-    """
-
-    format: str
-    exact: bool
-    folder: Path
-    hot: Mapping[str, torch.Tensor] | None = None
-
-
 class StageModel:
     """Weights of a LayerRange on ``device``, and how to run them.
 
@@ -64,21 +48,22 @@ class StageModel:
         *,
         owns_embedding_and_head: bool,
         weights: WeightSettings,
-        dtype: torch.dtype,
-        device: torch.device,
+        folder: Path,
+        hot: Mapping[str, torch.Tensor] | None = None,
         progress: Callable[[int, int], object],
     ) -> None:
         """Read the weights, one Layer at a time; ``progress`` is called with (done, total) in Layers after each step.
 
-        dtype: of activations, and of weights unless they are packed.
+        weights: its format is "plain" or one of quantize.FORMATS. folder: where packed weights and measurements of
+        kernels are kept. hot: hot columns by name, where this Node cannot find them; see hot_table.py.
 
         Raises:
             ModelError: the checkpoint lacks something.
             EngineError: this device has no kernel for the weights' format.
         """
         self.config = config = checkpoint.config
-        self._dtype = dtype
-        self._device = device
+        self._dtype = dtype = choose_dtype(weights.dtype)
+        self._device = device = choose_device(weights.device)
         total = len(layers) + owns_embedding_and_head
         done = 0
 
@@ -97,13 +82,13 @@ class StageModel:
             self._rope = Rope(config.rope, config.head_dim, device, checkpoint.rope_factors())
         self._attention = CompiledAttention.find(config, dtype, device)
         self._activate: Activate = CompiledActivation.find(config, dtype, device) or partial(activated, config)
-        choice = KernelChoice(exact=weights.exact, folder=weights.folder)
+        choice = KernelChoice(exact=weights.exact, folder=folder)
         with ExitStack() as stack:
             packed = None
             if weights.format in FORMATS:
                 find_hot = partial(hot_columns, checkpoint, lambda *_: step())
                 packed = stack.enter_context(
-                    PackedModel(checkpoint, weights.format, weights.folder / "packed", find_hot, weights.hot, step)
+                    PackedModel(checkpoint, weights.format, folder / "packed", find_hot, hot, step)
                 )
                 self._in_use = packed.in_use
             if owns_embedding_and_head:

@@ -11,7 +11,7 @@ import torch
 
 from mdiq.bench.shapes import shape_file
 from mdiq.core.frame import Batch, Segment, TokenIds
-from mdiq.core.types import Epoch, LayerRange, SeqId
+from mdiq.core.types import Epoch, LayerRange, SeqId, WeightSettings
 from mdiq.core.weights import PART_SUFFIX, Manifest, Waiting, WeightMap, encode
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.weight_map import map_weights
@@ -73,10 +73,8 @@ def _logits(paths: list[Path], weights: str, digest: str, table: Mapping[str, by
             layers,
             is_last=layers.stop == 4,
             owns_embedding_and_head=layers.start == 0,
-            dtype="f32",
-            device="cpu",
             kv_tokens=64,
-            weights=weights,
+            weights=WeightSettings(weights),
             digest=digest,
             hot=of_layers(table or {}, layers) if layers.start else None,
         )
@@ -140,8 +138,6 @@ def test_a_wrong_byte_among_a_nodes_own_weights_is_another_digest(name: str, tmp
             LayerRange(1, 2),
             is_last=False,
             owns_embedding_and_head=False,
-            dtype="f32",
-            device="cpu",
             kv_tokens=64,
             digest=weights.digest,
         )

@@ -65,7 +65,7 @@ def test_a_stage_reads_only_its_own_layers(tmp_path: Path) -> None:
         if "layers.1." not in name and "layers.2." not in name:
             tensors[name] = torch.zeros(1)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    arguments = {"owns_embedding_and_head": False, "dtype": "f32", "device": "cpu", "kv_tokens": 64}
+    arguments = {"owns_embedding_and_head": False, "kv_tokens": 64}
     StageRunner.load(tmp_path, LayerRange(1, 3), is_last=False, **arguments)
     with pytest.raises(ModelError, match=r"layers\.0\..* has shape \[1\]"):
         StageRunner.load(tmp_path, LayerRange(0, 3), is_last=False, **arguments)
@@ -98,8 +98,6 @@ def test_another_model_than_the_starters_is_refused(tmp_path: Path) -> None:
             LayerRange(0, 4),
             is_last=True,
             owns_embedding_and_head=False,
-            dtype="f32",
-            device="cpu",
             kv_tokens=64,
             digest="0" * 64,
         )

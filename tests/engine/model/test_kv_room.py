@@ -40,8 +40,6 @@ def test_half_of_what_is_free_for_this_process_is_kv_cache(
         LayerRange(0, 4),
         is_last=True,
         owns_embedding_and_head=True,
-        dtype="f32",
-        device="cpu",
         kv_tokens=None,
         memory_share=share,
         memory_bytes=None if limit is None else limit * _MIB,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mdiq.core.frame import Batch, Segment, TokenIds
-from mdiq.core.types import Epoch, LayerRange, SeqId
+from mdiq.core.types import Epoch, LayerRange, SeqId, WeightSettings
 from mdiq.engine.model.llvm_layers import CompiledLayers
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.tensors import to_tensor
@@ -31,10 +31,8 @@ def _runner(name: str, folder: Path, layers: LayerRange, weights: str = "int8") 
         layers,
         is_last=layers.stop == 4,
         owns_embedding_and_head=layers.start == 0,
-        dtype="f32",
-        device="cpu",
         kv_tokens=256,
-        weights=weights,
+        weights=WeightSettings(weights),
     )
 
 

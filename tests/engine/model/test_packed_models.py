@@ -8,11 +8,11 @@ import torch
 
 from mdiq.cache import State, entries, state_of
 from mdiq.core.frame import Batch, Segment, TokenIds
-from mdiq.core.types import Epoch, LayerRange, SeqId
+from mdiq.core.types import Epoch, LayerRange, SeqId, WeightSettings
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.model import stage_model
 from mdiq.engine.model.perplexity import losses
-from mdiq.engine.model.stage_model import StageModel, WeightSettings
+from mdiq.engine.model.stage_model import StageModel
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.text.sample_text import sample_text
 from mdiq.errors import ConfigError
@@ -33,10 +33,8 @@ def _runner(path: Path, weights: str, layers: LayerRange = WHOLE, *, is_last: bo
         layers,
         is_last=is_last,
         owns_embedding_and_head=layers.start == 0,
-        dtype="f32",
-        device="cpu",
         kv_tokens=256,
-        weights=weights,
+        weights=WeightSettings(weights),
     )
 
 
@@ -126,9 +124,8 @@ def test_losses_are_those_of_the_reference_over_windows(tmp_path: Path) -> None:
             checkpoint,
             LayerRange(0, 4),
             owns_embedding_and_head=True,
-            weights=WeightSettings("plain", True, tmp_path),
-            dtype=torch.float32,
-            device=torch.device("cpu"),
+            weights=WeightSettings("plain"),
+            folder=tmp_path,
             progress=lambda *_: None,
         )
     ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(2))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mdiq.core.frame import Batch, Payload, Segment, TokenIds
-from mdiq.core.types import Epoch, LayerRange, SeqId
+from mdiq.core.types import Epoch, LayerRange, SeqId, WeightSettings
 from mdiq.engine.runner import StageRunner
 from tests.engine.tiny_models import make_model
 
@@ -29,10 +29,8 @@ class _Ring:
                 LayerRange(start, start + size),
                 is_last=start + size == 4,
                 owns_embedding_and_head=start == 0,
-                dtype="f32",
-                device="cpu",
                 kv_tokens=512,
-                weights=weights,
+                weights=WeightSettings(weights),
             )
             for start, size in zip(starts, split, strict=True)
         ]
