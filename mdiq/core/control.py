@@ -80,7 +80,8 @@ class Ready:
 
     decode_s, prompt_s: measured (size, seconds) of a forward, by Segments of one token and by tokens of a prompt.
     free_bytes: what its device leaves it beside what it takes; 0 if it does not say. peak_bytes: the most resident
-    memory that it had while it loaded and measured; 0 if it does not say.
+    memory that it had while it loaded and measured; 0 if it does not say. cpu: the kind of processor that computes its
+    layers; sums may differ in the last bit between kinds.
     """
 
     epoch: int
@@ -92,6 +93,7 @@ class Ready:
     prompt_s: tuple[tuple[int, float], ...]
     free_bytes: int = 0
     peak_bytes: int = 0
+    cpu: str = ""
 
     def __post_init__(self) -> None:
         for points in (self.decode_s, self.prompt_s):

@@ -51,6 +51,13 @@ def cpu_name() -> str:
             if name.strip() in ("model name", "Model", "CPU part"):
                 # Virtual machines hide parts of a CPU: what torch sees of it counts too.
                 return f"{value.strip()} {torch.backends.cpu.get_cpu_capability()}"
+    return kind_of(torch.device("cpu"))
+
+
+def kind_of(device: torch.device) -> str:
+    """Return the kind of processor behind a device: "x86_64 AVX2"; equal kinds give equal bits in exact mode."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -26,7 +26,7 @@ class MeasuredStage:
     """A Stage as it serves.
 
     rss_bytes: of its process; free_bytes: what its device leaves beside that; peak_bytes: what its process took at most
-    while it loaded, 0 where nobody knows.
+    while it loaded, 0 where nobody knows. cpu: its kind of processor, empty where nobody knows.
     """
 
     name: str
@@ -37,6 +37,7 @@ class MeasuredStage:
     rss_bytes: int
     free_bytes: int
     peak_bytes: int = 0
+    cpu: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,14 @@ class Profiles:
             for name in names
             if (node := self.nodes[name])
         ]
+
+
+def differing_kinds(cpus: Mapping[str, str]) -> str:
+    """Return which Nodes have which kind of CPU, or "" where all that is known is one kind. cpus: by Node."""
+    kinds = sorted({cpu for cpu in cpus.values() if cpu})
+    if len(kinds) < 2:
+        return ""
+    return "; ".join(f"{kind}: {', '.join(name for name, cpu in cpus.items() if cpu == kind)}" for kind in kinds)
 
 
 def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None) -> Profiles | None:
@@ -133,6 +142,7 @@ def _node(stage: MeasuredStage, head: Curve | None) -> NodeProfile:
         head=head,
         # A process that is over its limit while it loads is ended, however little it takes later.
         process_bytes=max(max(stage.rss_bytes, stage.peak_bytes) - stage.weight_bytes, 0),
+        cpu=stage.cpu,
     )
 
 
@@ -147,6 +157,7 @@ def to_json(profiles: Profiles) -> str:
                 "name": node.name,
                 "memory_bytes": node.memory_bytes,
                 "process_bytes": node.process_bytes,
+                "cpu": node.cpu,
                 "layer_decode": node.layer_decode.points,
                 "layer_prompt": node.layer_prompt.points,
                 "head": node.head.points if node.head else None,
@@ -178,6 +189,7 @@ def from_json(text: str) -> Profiles | None:
                 layer_prompt=_curve(node["layer_prompt"]),
                 head=None if node["head"] is None else _curve(node["head"]),
                 process_bytes=_whole(node["process_bytes"]),
+                cpu=str(node.get("cpu", "")),
             )
             for node in value["nodes"]
         ]

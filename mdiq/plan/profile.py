@@ -54,7 +54,8 @@ class NodeProfile:
     head: seconds of embedding and head by rows; the Starter needs it.
     context_s: what a Layer takes longer for each Segment and token of its context.
     forward_s: what a forward takes whatever its Layers: Frames, dispatch.
-    is_spare: it takes over from another Node and holds nothing before.
+    is_spare: it takes over from another Node and holds nothing before. cpu: its kind of processor, empty where nobody
+    knows.
     """
 
     name: NodeId
@@ -66,6 +67,7 @@ class NodeProfile:
     forward_s: float = 0.0
     process_bytes: int = 0
     is_spare: bool = False
+    cpu: str = ""
 
     def layer_s(self, size: int, context_tokens: int) -> float:
         """Return the seconds of a Layer for ``size`` Segments of one token."""

@@ -22,7 +22,7 @@ from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
-from mdiq.engine.device import choose_device, free_bytes
+from mdiq.engine.device import choose_device, free_bytes, kind_of
 from mdiq.engine.kept_cost import kept_cost
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
@@ -280,6 +280,7 @@ class NodeProcess:
             prompt_s=cost.prompt.points,
             free_bytes=free_bytes(choose_device(assign.weights.device)),
             peak_bytes=peak_bytes() if can_peak else 0,
+            cpu=kind_of(choose_device(assign.device)),
         )
 
     def _memory_bytes(self) -> int | None:

@@ -15,7 +15,7 @@ from mdiq.core.frame import Batch, Payload
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import RingSpec
-from mdiq.engine.device import choose_device, free_bytes
+from mdiq.engine.device import choose_device, free_bytes, kind_of
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.quantize import chosen_format
 from mdiq.engine.kept_cost import kept_cost
@@ -34,7 +34,7 @@ from mdiq.runtime.options import RingOptions
 class StarterStage:
     """The Starter's part of one Ring; make it in the worker's thread, and call ``load`` and ``measure`` there.
 
-    digest: the model's. weights: how all Nodes hold theirs, since one Node decides. runner, engine: after ``load``.
+    digest: the model's. weights: how all Nodes hold theirs, since one Node decides. cpu: as control.Ready has it. runner, engine: after ``load``.
     """
 
     runner: StageRunner
@@ -51,6 +51,7 @@ class StarterStage:
         with ExitStack() as opened:
             self._checkpoint = checkpoint = opened.enter_context(open_checkpoint(options.model))
             self._device = choose_device(options.weights.device)
+            self.cpu = kind_of(self._device)
             self.digest = checkpoint.digest
             self.weights = replace(
                 options.weights, format=chosen_format(options.weights.format, checkpoint, self._device)
@@ -125,6 +126,7 @@ class StarterStage:
             rss_bytes(),
             int(shares[0] * free_bytes(self._device)),
             peak_bytes() if self._can_peak else 0,
+            self.cpu,
         )
         stages = [
             MeasuredStage(
@@ -136,6 +138,7 @@ class StarterStage:
                 ready.rss_bytes,
                 int(share * ready.free_bytes),
                 ready.peak_bytes,
+                ready.cpu,
             )
             for name, layers, cost, ready, share in zip(
                 options.node_names[1:], options.layers[1:], costs[1:], others, shares[1:], strict=True
