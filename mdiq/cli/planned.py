@@ -18,7 +18,7 @@ from mdiq.config.load import LoadedTopology
 from mdiq.config.topology import Topology
 from mdiq.errors import ConfigError
 from mdiq.plan.explain import reason
-from mdiq.plan.measured import MeasuredRing, Profiles, from_json, profiles_of, to_json
+from mdiq.plan.measured import MeasuredRing, Profiles, differing_kinds, from_json, profiles_of, to_json
 from mdiq.plan.partition import Goal, Objective
 from mdiq.plan.plan import LeftOut, Plan, make_plan
 
@@ -76,6 +76,9 @@ def planned_ring(
         + ("one user" if goal.num_users == 1 else f"{goal.num_users} users"),
         *(f"left out: {name}: {why}" for name, why in left_out.items()),
     )
+    kinds = differing_kinds({str(stage.node): profiles.nodes[stage.node].cpu for stage in plan.stages})
+    if kinds and topology.model.mode == "exact":
+        notes += (f"kinds of CPU differ, so another split may give other tokens: {kinds}",)
     return PlannedRing(
         without(loaded, left_out),
         tuple(len(stage.layers) for stage in plan.stages),

@@ -273,6 +273,7 @@ class LocalRing:
         own_cost = await self._worker.run_long(stage.measure)
         self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in self._ready)]
         self._spec = stage.spec(self._ready)
+        stage.check_kinds(self._ready)
         self._service = service = StarterService(
             RingProtocol(options.ring),
             StageProtocol(),

@@ -280,7 +280,7 @@ class NodeProcess:
             prompt_s=cost.prompt.points,
             free_bytes=free_bytes(choose_device(assign.weights.device)),
             peak_bytes=peak_bytes() if can_peak else 0,
-            cpu=kind_of(choose_device(assign.device)),
+            cpu=kind_of(choose_device(assign.weights.device)),
         )
 
     def _memory_bytes(self) -> int | None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
+import structlog
 import torch
 
 from mdiq.core.control import Ready
@@ -24,17 +25,20 @@ from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
 from mdiq.engine.model.sampler import SampleRow, sample
 from mdiq.engine.runner import StageRunner
-from mdiq.plan.measured import MeasuredRing, MeasuredStage
+from mdiq.plan.measured import MeasuredRing, MeasuredStage, differing_kinds
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 from mdiq.runtime.loops import Progress
 from mdiq.runtime.options import RingOptions
 
+log = structlog.get_logger()
+
 
 class StarterStage:
     """The Starter's part of one Ring; make it in the worker's thread, and call ``load`` and ``measure`` there.
 
-    digest: the model's. weights: how all Nodes hold theirs, since one Node decides. cpu: as control.Ready has it. runner, engine: after ``load``.
+    digest: the model's. weights: how all Nodes hold theirs, since one Node decides. cpu: as control.Ready has it.
+    runner, engine: after ``load``.
     """
 
     runner: StageRunner
@@ -105,6 +109,12 @@ class StarterStage:
             context_tokens=self.runner.config.context_tokens,
             kv_block_tokens=BLOCK_TOKENS,
         )
+
+    def check_kinds(self, others: AbstractSequence[Ready]) -> None:
+        """Log which Nodes have which kind of CPU, if they differ and the same tokens are wanted on any split."""
+        cpus = dict(zip(self._options.node_names, (self.cpu, *(ready.cpu for ready in others)), strict=True))
+        if self.weights.exact and (kinds := differing_kinds(cpus)):
+            log.warning("kinds_of_cpu_differ", kinds=kinds, text="another split of the layers may give other tokens")
 
     def measured(
         self,

@@ -86,6 +86,20 @@ def test_a_node_that_only_slows_the_ring_down_is_left_out_and_it_is_said(tmp_pat
     assert idle.name == "pi2" and idle.is_left_out and re.search(r": \d+ % slower with it$", idle.reason)
 
 
+def test_a_plan_over_different_kinds_of_cpu_says_so_in_exact_mode(tmp_path: Path) -> None:
+    loaded = _topology(tmp_path)
+    ring = _ring(desk=0.001, pi1=0.001, pi2=0.001)
+    kinds = ("x86_64 AVX2", "x86_64 AVX2", "aarch64 DEFAULT")
+    stages = tuple(replace(stage, cpu=cpu) for stage, cpu in zip(ring.stages, kinds, strict=True))
+    keep_profiles(loaded, replace(ring, stages=stages))
+    profiles = read_profiles(loaded)
+    *_, note = planned_ring(loaded, profiles, LAYERS).notes
+    assert note.endswith("may give other tokens: aarch64 DEFAULT: pi2; x86_64 AVX2: desk, pi1")
+    fast = loaded.topology.model.model_copy(update={"mode": "fast"})
+    fast_loaded = replace(loaded, topology=loaded.topology.model_copy(update={"model": fast}))
+    assert len(planned_ring(fast_loaded, profiles, LAYERS).notes) == 1
+
+
 def test_a_ring_is_planned_for_the_users_and_the_cache_that_the_topology_names(tmp_path: Path) -> None:
     loaded = _topology(tmp_path)
     keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.001))

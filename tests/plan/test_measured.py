@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mdiq.core.hop_survey import HopLink
-from mdiq.plan.measured import MeasuredRing, MeasuredStage, from_json, profiles_of, to_json
+from mdiq.plan.measured import MeasuredRing, MeasuredStage, differing_kinds, from_json, profiles_of, to_json
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 
@@ -144,6 +144,25 @@ def test_a_file_with_a_time_that_no_clock_gave_is_as_good_as_none(junk: float) -
     value = json.loads(to_json(profiles))
     value["hops"][0]["delay_s"] = junk
     assert from_json(json.dumps(value)) is None
+
+
+def test_kinds_of_cpu_are_kept_and_those_that_differ_are_named() -> None:
+    desk, pi1, pi2 = _ring().stages
+    stages = (replace(desk, cpu="x86_64 AVX2"), replace(pi1, cpu="aarch64 DEFAULT"), replace(pi2, cpu="x86_64 AVX2"))
+    profiles = profiles_of(replace(_ring(), stages=stages), "int8")
+    assert profiles is not None and from_json(to_json(profiles)) == profiles
+    cpus = {str(name): node.cpu for name, node in profiles.nodes.items()}
+    assert differing_kinds(cpus) == "aarch64 DEFAULT: pi1; x86_64 AVX2: desk, pi2"
+    assert differing_kinds(cpus | {"pi1": ""}) == ""
+
+
+def test_a_file_of_before_kinds_of_cpu_were_kept_is_read() -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    value = json.loads(to_json(profiles))
+    for node in value["nodes"]:
+        del node["cpu"]
+    assert from_json(json.dumps(value)) == profiles
 
 
 def test_a_process_takes_what_it_took_at_most_while_it_loaded() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog.testing
 
 from mdiq.bench.shapes import shape_file
 from mdiq.core import control
@@ -21,6 +22,7 @@ from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.processes import ProcessStages
 from mdiq.runtime.remote import RemoteStages
+from mdiq.runtime.starter_stage import StarterStage
 
 
 @pytest.fixture
@@ -41,6 +43,20 @@ async def test_hops_inside_a_process_are_not_measured_and_carry_what_the_stages_
         tokens = [e.step.token async for e in ring.stream(Sequence(0, (1, 2, 3), SamplingParams(max_tokens=3)))]
         assert len(tokens) == 3
         assert [figures.bytes_out > 0 for figures in ring.figures()] == [True, True]
+
+
+@pytest.mark.parametrize(("cpu", "is_exact", "num_lines"), [("", True, 0), ("another", True, 1), ("another", False, 0)])
+def test_nodes_of_another_kind_of_cpu_are_named_in_exact_mode(
+    tiny: Path, cpu: str, is_exact: bool, num_lines: int
+) -> None:
+    settings = WeightSettings("int8", exact=is_exact)
+    stage = StarterStage(RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), weights=settings))
+    with structlog.testing.capture_logs() as logs:
+        stage.check_kinds([control.Ready(1, 2, 3, 4, 5, ((1, 0.25),), ((64, 0.5),), cpu=cpu or stage.cpu)])
+    stage.close()
+    kinds = [line["kinds"] for line in logs if line["event"] == "kinds_of_cpu_differ"]
+    assert len(kinds) == num_lines
+    assert all(line == f"another: node-1; {stage.cpu}: node-0" for line in kinds)
 
 
 async def test_a_ring_of_one_has_no_hops(tiny: Path) -> None:
