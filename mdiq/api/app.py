@@ -25,8 +25,8 @@ from mdiq.errors import CapacityError, MdiqError
 
 log = structlog.get_logger()
 
-MOST_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
-MOST_RUNNING = 512
+MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
+MAX_RUNNING = 512
 _PUBLIC = ("/health",)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -45,21 +45,21 @@ class Api:
         keys: Sequence[str] = (),
         *,
         cors_origins: Sequence[str] = (),
-        most_running: int = MOST_RUNNING,
+        max_running: int = MAX_RUNNING,
         client_timeout_s: float = CLIENT_TIMEOUT_S,
     ) -> None:
         self._backend = backend
         self._cors_origins = cors_origins
         self._client_timeout_s = client_timeout_s
         self._keys = [key.encode() for key in keys]
-        self._most_running = most_running
+        self._max_running = max_running
         self._created = int(time.time())
         self._num_taken = 0
         self._registry = metrics_registry(backend.status)
 
     def application(self) -> web.Application:
         """Return it with its routes."""
-        app = web.Application(client_max_size=MOST_BODY_BYTES, middlewares=[self._errors])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors])
         app.on_response_prepare.append(self._allow_origin)
         app.add_routes(
             [
@@ -161,7 +161,7 @@ class Api:
         # Those whose texts still become tokens are not running yet, and count too.
         num_asked = max(len(asked.prompts), 1)
         num_taken = max(self._num_taken, backend.num_running)
-        if num_taken + num_asked > self._most_running:
+        if num_taken + num_asked > self._max_running:
             raise ApiError(429, f"{num_taken} requests are in work or wait; ask again in a while")
         self._num_taken += num_asked
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mdiq.errors import ConfigError
 
-LEAST_CHARACTERS = 16
+MIN_CHARACTERS = 16
 CREDENTIAL = "api.keys"
 
 
@@ -36,8 +36,6 @@ def read_keys(file: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
     if not keys:
         raise ConfigError(f"{file}: it holds no key; write one a line, for example from openssl rand -hex 24")
     for key in keys:
-        if len(key) < LEAST_CHARACTERS or " " in key:
-            raise ConfigError(
-                f"{file}: a key of {len(key)} characters; take at least {LEAST_CHARACTERS}, without spaces"
-            )
+        if len(key) < MIN_CHARACTERS or " " in key:
+            raise ConfigError(f"{file}: a key of {len(key)} characters; take at least {MIN_CHARACTERS}, without spaces")
     return keys

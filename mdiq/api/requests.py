@@ -11,9 +11,9 @@ from mdiq.api.fields import check_served, sampling_values
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
-MOST_STOPS = 16  # each costs time at every token
-MOST_PROMPTS = 64
-MOST_ERROR_CHARACTERS = 300
+MAX_STOPS = 16  # each costs time at every token
+MAX_PROMPTS = 64
+MAX_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
@@ -33,7 +33,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.body: dict[str, object] = {
-            "message": message if len(message) <= MOST_ERROR_CHARACTERS else f"{message[:MOST_ERROR_CHARACTERS]}…",
+            "message": message if len(message) <= MAX_ERROR_CHARACTERS else f"{message[:MAX_ERROR_CHARACTERS]}…",
             "type": kind or _KINDS.get(status, _INVALID),
             "param": param,
             "code": None,
@@ -125,8 +125,8 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         values = sampling_values(body)
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition(":")[0]) from None
-    if isinstance(values.get("stop"), list) and len(values["stop"]) > MOST_STOPS:
-        raise BadRequest(f"stop: {len(values['stop'])} texts; give at most {MOST_STOPS}", "stop")
+    if isinstance(values.get("stop"), list) and len(values["stop"]) > MAX_STOPS:
+        raise BadRequest(f"stop: {len(values['stop'])} texts; give at most {MAX_STOPS}", "stop")
     # A completion that says -1 wants all that there is room for, as a chat does that says nothing.
     is_open = is_chat if "max_tokens" not in values else values["max_tokens"] is None
     common: dict[str, Any] = {
@@ -173,8 +173,8 @@ def template_kwargs_of(body: Mapping[str, Any]) -> Mapping[str, str | int | floa
 
 def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:
     many = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
-    if len(many) > MOST_PROMPTS:
-        raise BadRequest(f"prompt: {len(many)} prompts; give at most {MOST_PROMPTS} a request", "prompt")
+    if len(many) > MAX_PROMPTS:
+        raise BadRequest(f"prompt: {len(many)} prompts; give at most {MAX_PROMPTS} a request", "prompt")
     return tuple(_prompt(prompt) for prompt in many)
 
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from mdiq.api.requests import ApiError
-from mdiq.transport.room import Room, max_connections
+from mdiq.transport.room import Room, connection_limit
 
 log = structlog.get_logger()
 
@@ -43,7 +43,7 @@ class _Connection(RequestHandler):
 
     def end(self) -> None:
         """Close the connection for want of room."""
-        log.warning("too_many_connections", most=max_connections())
+        log.warning("too_many_connections", most=connection_limit())
         if self.transport is not None:
             self.transport.abort()
 
@@ -78,7 +78,7 @@ class _Server(web.Server):
 class ApiRunner(web.AppRunner):
     """Runs the application; a connection is closed when a request's head does not come within client_timeout_s.
 
-    most_connections: of more the oldest is closed that has not asked anything; see transport/room.py.
+    max_connections: of more the oldest is closed that has not asked anything; see transport/room.py.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class ApiRunner(web.AppRunner):
         app: web.Application,
         *,
         client_timeout_s: float = CLIENT_TIMEOUT_S,
-        most_connections: int | None = None,
+        max_connections: int | None = None,
     ) -> None:
-        self._most_connections = most_connections or max_connections()
+        self._max_connections = max_connections or connection_limit()
         super().__init__(
             app,
             access_log=None,
@@ -100,7 +100,7 @@ class ApiRunner(web.AppRunner):
     async def _make_server(self) -> Any:
         server = cast(Any, await super()._make_server())
         server.__class__ = _Server  # aiohttp has no parameter for the class of its connections
-        server.room = Room[_Connection](self._most_connections, lambda it: it.has_asked, _Connection.end)
+        server.room = Room[_Connection](self._max_connections, lambda it: it.has_asked, _Connection.end)
         make_request = server.request_factory
 
         def noted(message: Any, payload: Any, protocol: _Connection, *rest: Any) -> Any:

@@ -21,7 +21,7 @@ from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError, MdiqError
-from mdiq.plan.micro_batches import MOST_LIVE
+from mdiq.plan.micro_batches import MAX_LIVE
 from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.options import RingOptions, parse_wires
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, an
     from mdiq.runtime.local import LocalRing
 
 DEFAULT_NODES = 2
-MAX_SUBMITTED = MOST_LIVE + 64  # requests of a file that are with the ring at once: what it takes, and some that wait
+MAX_SUBMITTED = MAX_LIVE + 64  # requests of a file that are with the ring at once: what it takes, and some that wait
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 HEARTBEAT_S = 1.0
 GOODBYE_S = 2.0
-MOST_WAITING = 8
+MAX_WAITING = 8
 SPANS_PER_CHUNK = 2_000
 
 
@@ -185,7 +185,7 @@ class Agent:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if self._outgoing.qsize() < MOST_WAITING:  # while the Starter is away there is no use in more
+            if self._outgoing.qsize() < MAX_WAITING:  # while the Starter is away there is no use in more
                 self._post(self._heartbeat())
 
     async def _send_queued(self) -> None:

@@ -94,11 +94,11 @@ class Coordinator:
         """The expected Nodes that have not joined yet."""
         return [node for node, future in self._joined.items() if not future.done()]
 
-    def silent(self, least_s: float) -> dict[NodeId, float]:
+    def silent(self, min_s: float) -> dict[NodeId, float]:
         """Return the Nodes that have not been heard for so long, and for how long; those that are gone are not here."""
         now = self._clock()
         silent = {node: self._members.silent_s(node, now) for node, gone in self._gone.items() if not gone.done()}
-        return {node: silent_s for node, silent_s in silent.items() if silent_s >= least_s}
+        return {node: silent_s for node, silent_s in silent.items() if silent_s >= min_s}
 
     async def assign(self, assignments: Mapping[NodeId, control.Assign]) -> Mapping[NodeId, control.Ready]:
         """Tell the Nodes what to load and wait until all have.

@@ -16,9 +16,9 @@ import msgpack
 from mdiq.core.wire import TAG_BYTES, make_tag
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
-MOST_TEXT = 4_096
+MAX_TEXT = 4_096
 """Characters of a string."""
-MOST_ITEMS = 65_536
+MAX_ITEMS = 65_536
 """Items of a sequence or a map."""
 _TYPE = "type"
 
@@ -28,17 +28,17 @@ M = TypeVar("M")
 class Codec(Generic[M]):
     """The messages of one channel, ``what`` one of them is called in errors.
 
-    most_bytes: of a whole message. most_blob_bytes: of a field that is bytes.
+    max_bytes: of a whole message. max_blob_bytes: of a field that is bytes.
     """
 
     def __init__(
-        self, what: str, version: int, kinds: Sequence[type[M]], *, most_bytes: int, most_blob_bytes: int
+        self, what: str, version: int, kinds: Sequence[type[M]], *, max_bytes: int, max_blob_bytes: int
     ) -> None:
         self._what = what
         self._version = version
-        self._most_bytes = most_bytes
-        self._most_blob_bytes = most_blob_bytes
-        scalars: dict[object, Check] = {**_SCALARS, bytes: _bytes_check(most_blob_bytes)}
+        self._max_bytes = max_bytes
+        self._max_blob_bytes = max_blob_bytes
+        scalars: dict[object, Check] = {**_SCALARS, bytes: _bytes_check(max_blob_bytes)}
         self._kinds = {kind.__name__: kind for kind in kinds}
         self._checks: dict[str, dict[str, Check]] = {}
         for name, kind in self._kinds.items():
@@ -56,8 +56,8 @@ class Codec(Generic[M]):
             body: bytes = bytes([self._version]) + msgpack.packb({_TYPE: name, **values})
         except ValueError as error:
             raise LocalProtocolError(f"{name}: {error}") from None
-        if len(body) + TAG_BYTES > self._most_bytes:
-            raise LocalProtocolError(f"{name}: {len(body)} bytes; a {self._what} has at most {self._most_bytes}")
+        if len(body) + TAG_BYTES > self._max_bytes:
+            raise LocalProtocolError(f"{name}: {len(body)} bytes; a {self._what} has at most {self._max_bytes}")
         return body + make_tag(key, body)
 
     def decode(self, data: bytes, key: bytes) -> M:
@@ -66,9 +66,9 @@ class Codec(Generic[M]):
         Raises:
             RemoteProtocolError: it is no message of a holder of ``key``, or a field is missing or of the wrong type.
         """
-        if not 1 + TAG_BYTES < len(data) <= self._most_bytes:
+        if not 1 + TAG_BYTES < len(data) <= self._max_bytes:
             raise RemoteProtocolError(
-                f"{self._what}: {len(data)} bytes; it has more than 17 and at most {self._most_bytes}"
+                f"{self._what}: {len(data)} bytes; it has more than 17 and at most {self._max_bytes}"
             )
         if data[0] != self._version:
             raise RemoteProtocolError(
@@ -94,10 +94,10 @@ class Codec(Generic[M]):
                 body,
                 strict_map_key=True,
                 use_list=False,
-                max_str_len=4 * MOST_TEXT,
-                max_bin_len=self._most_blob_bytes,
-                max_array_len=MOST_ITEMS,
-                max_map_len=MOST_ITEMS,
+                max_str_len=4 * MAX_TEXT,
+                max_bin_len=self._max_blob_bytes,
+                max_array_len=MAX_ITEMS,
+                max_map_len=MAX_ITEMS,
                 max_ext_len=0,
             )
         except (ValueError, msgpack.UnpackException) as error:
@@ -132,8 +132,8 @@ def _check_bool(value: object, where: str) -> bool:
 
 
 def _check_str(value: object, where: str) -> str:
-    if not isinstance(value, str) or len(value) > MOST_TEXT:
-        raise ValueError(f"{where} is not a text of at most {MOST_TEXT} characters")
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ValueError(f"{where} is not a text of at most {MAX_TEXT} characters")
     return value
 
 
@@ -177,14 +177,14 @@ def _check_of(annotation: Any, scalars: Mapping[object, Check]) -> Check:
 
 
 def _checked_map(value: object, where: str, key: Check, item: Check) -> dict[Any, Any]:
-    if not isinstance(value, Mapping) or len(value) > MOST_ITEMS:
-        raise ValueError(f"{where} is not a map of at most {MOST_ITEMS} items")
+    if not isinstance(value, Mapping) or len(value) > MAX_ITEMS:
+        raise ValueError(f"{where} is not a map of at most {MAX_ITEMS} items")
     return {key(name, where): item(number, where) for name, number in value.items()}
 
 
 def _checked_list(value: object, where: str, item: Check) -> tuple[Any, ...]:
-    if not isinstance(value, tuple) or len(value) > MOST_ITEMS:
-        raise ValueError(f"{where} is not a list of at most {MOST_ITEMS} items")
+    if not isinstance(value, tuple) or len(value) > MAX_ITEMS:
+        raise ValueError(f"{where} is not a list of at most {MAX_ITEMS} items")
     return tuple(item(entry, where) for entry in value)
 
 

@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from mdiq.core.codec import MOST_ITEMS as MOST_ITEMS
-from mdiq.core.codec import MOST_TEXT, Codec
+from mdiq.core.codec import MAX_ITEMS as MAX_ITEMS
+from mdiq.core.codec import MAX_TEXT, Codec
 from mdiq.core.types import WeightSettings
-from mdiq.core.wire import LEAST_KEY_BYTES, WIRES
+from mdiq.core.wire import MIN_KEY_BYTES, WIRES
 
 VERSION = 2
-MOST_BYTES = 2**20
-MOST_BLOB = 64 * 1024
+MAX_BYTES = 2**20
+MAX_BLOB = 64 * 1024
 """Bytes of one field, and of one matrix's hot columns."""
 CHECKSUM_KEY = b"mdiq: no secret, a checksum only"
 """Tags the messages of a Ring over several machines: there CURVE says who speaks, and keeps others from reading."""
-MOST_BURST_FRAMES = 64
-MOST_BURST_FRAME_BYTES = 2**20
+MAX_BURST_FRAMES = 64
+MAX_BURST_FRAME_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Assign:
 
     def __post_init__(self) -> None:
         least = min(len(self.receive_key), len(self.send_key))
-        if self.epoch < 1 or not self.layer_start < self.layer_stop or least < LEAST_KEY_BYTES:
+        if self.epoch < 1 or not self.layer_start < self.layer_stop or least < MIN_KEY_BYTES:
             raise ValueError("it needs an epoch of at least 1, a layer, and keys of at least 16 bytes")
 
 
@@ -112,9 +112,9 @@ class SendBurst:
     frame_bytes: int
 
     def __post_init__(self) -> None:
-        if not (1 <= self.num_frames <= MOST_BURST_FRAMES and 1 <= self.frame_bytes <= MOST_BURST_FRAME_BYTES):
+        if not (1 <= self.num_frames <= MAX_BURST_FRAMES and 1 <= self.frame_bytes <= MAX_BURST_FRAME_BYTES):
             raise ValueError(
-                f"a burst has 1 to {MOST_BURST_FRAMES} frames of at most {MOST_BURST_FRAME_BYTES} bytes each"
+                f"a burst has 1 to {MAX_BURST_FRAMES} frames of at most {MAX_BURST_FRAME_BYTES} bytes each"
             )
 
 
@@ -263,7 +263,7 @@ Message = (
 )
 
 
-_CODEC = Codec[Message]("control message", VERSION, get_args(Message), most_bytes=MOST_BYTES, most_blob_bytes=MOST_BLOB)
+_CODEC = Codec[Message]("control message", VERSION, get_args(Message), max_bytes=MAX_BYTES, max_blob_bytes=MAX_BLOB)
 
 
 def encode(message: Message, key: bytes) -> bytes:
@@ -286,4 +286,4 @@ def decode(data: bytes, key: bytes) -> Message:
 
 def _clipped(text: str) -> str:
     """Return a text that can be sent: a cut-off error message is better than none."""
-    return text[:MOST_TEXT].encode("utf-8", "replace").decode()
+    return text[:MAX_TEXT].encode("utf-8", "replace").decode()

@@ -13,7 +13,7 @@ from mdiq.core.types import Epoch, SeqId
 
 Buffer = bytes | bytearray | memoryview
 
-MOST_SEGMENTS = 1_024
+MAX_SEGMENTS = 1_024
 """Segments that no Frame exceeds."""
 
 

@@ -24,11 +24,11 @@ NUM_SINGLE = 5
 SINGLE_BYTES = 64
 BURST_FRAMES = 16
 FIRST_FRAME_BYTES = 128
-MOST_FRAME_BYTES = 128 * 1024
+MAX_FRAME_BYTES = 128 * 1024
 GROWTH = 4
 ENOUGH_S = 0.1  # the next burst may take GROWTH times as long: a slow link is measured within a second
 _SUDDEN = 2  # so many times below the rate of the burst before
-_LEAST_S = 1e-6  # finer than clocks can tell on such a way
+_MIN_S = 1e-6  # finer than clocks can tell on such a way
 _ELEMENT_BYTES = 4
 
 
@@ -93,7 +93,7 @@ class HopSurvey:
             way_s = arrived.first_s - report.sent_s
             self._ways_s[hop] = min(self._ways_s.get(hop, way_s), way_s)
             return
-        seconds = max(arrived.last_s - arrived.first_s, _LEAST_S)
+        seconds = max(arrived.last_s - arrived.first_s, _MIN_S)
         rate = arrived.later_bytes / seconds
         is_long = seconds >= ENOUGH_S
         if is_long and self._doubted_rate is None and rate * _SUDDEN < self._rates.get(hop, math.inf):
@@ -101,10 +101,10 @@ class HopSurvey:
             return
         self._rates[hop] = max(rate, self._doubted_rate or 0.0)
         self._doubted_rate = None
-        if is_long or self._frame_bytes >= MOST_FRAME_BYTES:
+        if is_long or self._frame_bytes >= MAX_FRAME_BYTES:
             self._go_on()
         else:
-            self._frame_bytes = min(self._frame_bytes * GROWTH, MOST_FRAME_BYTES)
+            self._frame_bytes = min(self._frame_bytes * GROWTH, MAX_FRAME_BYTES)
 
     def missed(self) -> None:
         """Give this Hop up: the newest burst did not arrive."""
@@ -131,8 +131,8 @@ class HopSurvey:
 def burst_frames(burst: SendBurst, limits: WireLimits) -> list[Frame]:
     """Return the Frames of a burst, of about the size that it asks for and within the Ring's limits."""
     width = min(max(burst.frame_bytes // _ELEMENT_BYTES, 1), limits.max_width)
-    most_rows = min(limits.max_tokens, limits.max_context - burst.num_frames)
-    num_rows = max(min(burst.frame_bytes // (_ELEMENT_BYTES * width), most_rows), 1)
+    max_rows = min(limits.max_tokens, limits.max_context - burst.num_frames)
+    num_rows = max(min(burst.frame_bytes // (_ELEMENT_BYTES * width), max_rows), 1)
     payload = WirePayload("f32", width, memoryview(bytes(num_rows * width * _ELEMENT_BYTES)))
     return [
         Frame(Epoch(burst.epoch), FrameKind.BURST, (Segment(SeqId(burst.number), left, num_rows),), payload)

@@ -3,9 +3,9 @@
 from collections import deque
 
 WINDOW = 5
-NEWS = 0.2  # a change by this share, and by LEAST_NEWS_S, is worth a new pace
-LEAST_NEWS_S = 2e-3
-_MOST_UNDER_WAY = 16
+NEWS = 0.2  # a change by this share, and by MIN_NEWS_S, is worth a new pace
+MIN_NEWS_S = 2e-3
+_MAX_UNDER_WAY = 16
 
 
 class HopMeter:
@@ -26,7 +26,7 @@ class HopMeter:
         """Return the number of a new probe that leaves now. One that never comes back is forgotten in time."""
         self._number += 1
         self._sent[self._number] = now
-        if len(self._sent) > _MOST_UNDER_WAY:
+        if len(self._sent) > _MAX_UNDER_WAY:
             del self._sent[next(iter(self._sent))]
         return self._number
 
@@ -37,7 +37,7 @@ class HopMeter:
             return None
         self._laps_s.append(now - sent_at)
         hops_s = min(self._laps_s)
-        if self._told_s is not None and abs(hops_s - self._told_s) <= max(NEWS * self._told_s, LEAST_NEWS_S):
+        if self._told_s is not None and abs(hops_s - self._told_s) <= max(NEWS * self._told_s, MIN_NEWS_S):
             return None
         self._told_s = hops_s
         return hops_s

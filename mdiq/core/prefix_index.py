@@ -15,12 +15,12 @@ from mdiq.core.types import SeqId
 class PrefixIndex:
     """Holders of cached prefixes by the hash of their last KvBlock.
 
-    most_tokens: most tokens that retained ids hold together; None is no limit, 0 turns the index off.
+    max_tokens: most tokens that retained ids hold together; None is no limit, 0 turns the index off.
     """
 
-    def __init__(self, block_tokens: int, most_tokens: int | None = None) -> None:
+    def __init__(self, block_tokens: int, max_tokens: int | None = None) -> None:
         self._block_tokens = block_tokens
-        self._most_tokens = most_tokens
+        self._max_tokens = max_tokens
         self._chains: dict[SeqId, list[bytes]] = {}
         self._holders: dict[bytes, dict[SeqId, None]] = {}  # a dict for its order: the oldest holder is first
         self._retained: dict[SeqId, None] = {}  # least recently used first
@@ -37,11 +37,11 @@ class PrefixIndex:
     @property
     def is_over(self) -> bool:
         """Whether more is retained than may be."""
-        return self._most_tokens is not None and self.retained_tokens > self._most_tokens
+        return self._max_tokens is not None and self.retained_tokens > self._max_tokens
 
     def extend(self, seq_id: SeqId, sequence: Sequence, num_tokens: int) -> None:
         """Note that the first ``num_tokens`` of a Sequence have been sent: its whole KvBlocks can be found now."""
-        if self._most_tokens == 0:
+        if self._max_tokens == 0:
             return
         chain = self._chains.get(seq_id, [])
         for depth in range(len(chain), num_tokens // self._block_tokens):

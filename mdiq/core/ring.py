@@ -111,7 +111,7 @@ class RingProtocol:
     prefill: what became of prompts, Replays included: prefill_tokens were computed, prefix_tokens found in the cache,
     by prefix_hits Sequences.
     decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
-    most_live: the most Sequences that were in the Ring at once.
+    peak_live: the largest number of Sequences that were in the Ring at once.
     """
 
     def __init__(self, settings: RingSettings | None = None) -> None:
@@ -133,7 +133,7 @@ class RingProtocol:
         self.epoch = NO_EPOCH
         self.counts: Counter[str] = Counter()
         self.decode_gap_s = 0.0
-        self.most_live = 0
+        self.peak_live = 0
         self._prompt_at = float("-inf")  # when a prompt was last known to be in the Ring
         self.prefill: Counter[str] = Counter()
 
@@ -218,7 +218,7 @@ class RingProtocol:
         """Begin all figures anew: what came before was a rehearsal."""
         self.counts.clear()
         self.prefill.clear()
-        self.decode_gap_s, self.most_live = 0.0, 0
+        self.decode_gap_s, self.peak_live = 0.0, 0
 
     def heard(self, now: float) -> None:
         """Note that something came round, a PROBE perhaps: the Ring is not cut."""
@@ -311,7 +311,7 @@ class RingProtocol:
             self._grow()
             self._scheduler.admit(self._ledger, self._find_room)
             self._inject_releases(now)
-            self.most_live = max(self.most_live, self.num_live)
+            self.peak_live = max(self.peak_live, self.num_live)
             self._inject_segments(now)
             if self._scheduler.has_prompt:
                 self._prompt_at = now
@@ -590,4 +590,4 @@ def _max_tokens(sequence: Sequence, spec: RingSpec) -> int:
             f"KV cache: the prompt has {len(sequence.prompt)} tokens and the ring has room for {spec.max_tokens} with "
             "the answer; shorten the prompt, or give the nodes more memory"
         )
-    return min(sequence.most_tokens, spec.max_tokens)
+    return min(sequence.max_total_tokens, spec.max_tokens)

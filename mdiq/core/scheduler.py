@@ -40,7 +40,7 @@ MAX_PREEMPTIONS = 4
 MAX_PASSED = 16
 _LOOK_PAST = 64  # waiting Sequences that are looked at for one that may pass
 _PATIENCE_LAPS = 4
-_LEAST_PATIENCE_S = 0.5  # while no Lap has been timed, and where they are short
+_MIN_PATIENCE_S = 0.5  # while no Lap has been timed, and where they are short
 
 
 @dataclass(slots=True, eq=False)
@@ -216,8 +216,8 @@ class Scheduler:
         prompts: list[tuple[Entry, Segment]] = []
         most = min(self._chunk_tokens, self.shared_chunk_tokens or self._chunk_tokens)
         # More chunks than keep the Stages at work would only stand in the way of who comes next.
-        most_in_flight = min(self._prefill_tokens, self.spec.num_chunks * most)
-        budget = most_in_flight - sum(
+        max_in_flight = min(self._prefill_tokens, self.spec.num_chunks * most)
+        budget = max_in_flight - sum(
             entry.num_sent - entry.num_back for entry in self.live.values() if self._is_prefill(entry)
         )
         has_budget = True
@@ -226,7 +226,7 @@ class Scheduler:
                 enter(entry)
             while has_budget and entry.num_unsent and self._is_prefill(entry):
                 length = min(self._chunk(entry), most, entry.num_unsent)
-                has_budget = length <= budget or budget == most_in_flight
+                has_budget = length <= budget or budget == max_in_flight
                 if has_budget:
                     budget -= length
                     prompts.append((entry, self._send(seq_id, entry, length)))
@@ -245,7 +245,7 @@ class Scheduler:
         self.look_again_at = None
         if not self.has_prompt:
             # A group that has been on its Lap for very long is lost, or its Stage is: others do not wait for it.
-            patience_s = max(_PATIENCE_LAPS * self.lap_s, _LEAST_PATIENCE_S)
+            patience_s = max(_PATIENCE_LAPS * self.lap_s, _MIN_PATIENCE_S)
             out = [entry for _, entry in decoding if entry.num_sent > entry.num_back]
             out = [entry for entry in out if entry.sent_at + patience_s > now]
             under_way = {entry.group for entry in out}

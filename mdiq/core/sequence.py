@@ -135,7 +135,7 @@ class Sequence:
         return len(self.prompt) + len(self.generated)
 
     @property
-    def most_tokens(self) -> int:
+    def max_total_tokens(self) -> int:
         """Tokens that it may grow to; the KV cache never holds more of it."""
         return len(self.prompt) + self.params.max_tokens
 

@@ -29,7 +29,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from mdiq.core.coalesce import Queued, coalesce
-from mdiq.core.frame import MOST_SEGMENTS, Batch, Frame, FrameKind, Payload, Segment
+from mdiq.core.frame import MAX_SEGMENTS, Batch, Frame, FrameKind, Payload, Segment
 from mdiq.core.types import Epoch, SeqId
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
@@ -195,12 +195,12 @@ class StageProtocol:
         taken: list[Queued] = []
         if is_prompts_turn:
             chunk_tokens = min(self._chunk_tokens or self._token_budget, self._token_budget)
-            taken = coalesce(self._prompts, min(self._cap, MOST_SEGMENTS), chunk_tokens, self._is_ready)
+            taken = coalesce(self._prompts, min(self._cap, MAX_SEGMENTS), chunk_tokens, self._is_ready)
         self._was_prompt = bool(taken)
         if taken:
             return taken
         # Also where the prompts that wait begin with what a decode Segment has still to compute.
-        most = MOST_SEGMENTS if self._prompts else min(self._cap, MOST_SEGMENTS)
+        most = MAX_SEGMENTS if self._prompts else min(self._cap, MAX_SEGMENTS)
         return coalesce(self._decoding, most, self._token_budget)
 
     def _queue_for(self, segment: Segment, *, is_first: bool) -> deque[Queued]:
@@ -277,11 +277,11 @@ class StageProtocol:
             Frame(
                 batch.epoch,
                 FrameKind.RELEASE,
-                tuple(segments[i : i + MOST_SEGMENTS]),
+                tuple(segments[i : i + MAX_SEGMENTS]),
                 cap=self._cap,
                 chunk_tokens=self._chunk_tokens,
             )
-            for i in range(0, len(segments), MOST_SEGMENTS)
+            for i in range(0, len(segments), MAX_SEGMENTS)
         ]
 
     def _stop_running(self, batch: Batch) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import get_args
 
-from mdiq.core.codec import MOST_TEXT, Codec
+from mdiq.core.codec import MAX_TEXT, Codec
 from mdiq.core.types import LayerRange
 from mdiq.errors import PlanError
 
@@ -166,13 +166,13 @@ class Refused:
     is_final: bool
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", self.text[:MOST_TEXT].encode("utf-8", "replace").decode())
+        object.__setattr__(self, "text", self.text[:MAX_TEXT].encode("utf-8", "replace").decode())
 
 
 Message = AskManifest | Manifest | AskChunk | Piece | Waiting | Done | Refused
 
 _CODEC = Codec[Message](
-    "weights message", VERSION, get_args(Message), most_bytes=MOST_BYTES, most_blob_bytes=_MOST_BLOB_BYTES
+    "weights message", VERSION, get_args(Message), max_bytes=MOST_BYTES, max_blob_bytes=_MOST_BLOB_BYTES
 )
 
 

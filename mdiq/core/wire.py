@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NoReturn
 
-from mdiq.core.frame import MOST_SEGMENTS, NO_ROWS, Buffer, Frame, FrameKind, Payload, Segment
+from mdiq.core.frame import MAX_SEGMENTS, NO_ROWS, Buffer, Frame, FrameKind, Payload, Segment
 from mdiq.core.types import CHUNK_STEP, Epoch, SeqId
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 VERSION = 1
 TAG_BYTES = 16
-LEAST_KEY_BYTES = 16
+MIN_KEY_BYTES = 16
 
 DTYPES = {"none": (0, 0, 0), "f32": (1, 4, 0), "bf16": (2, 2, 0), "i8": (3, 1, 4)}
 """Name of a payload's dtype -> its code, bytes per element, extra bytes per row (i8: the row's scale, one f32)."""
@@ -82,7 +82,7 @@ class WireLimits:
 
     max_width: int = 8_192
     max_context: int = 131_072
-    max_segments: int = MOST_SEGMENTS
+    max_segments: int = MAX_SEGMENTS
     max_tokens: int = 4_096
 
     @property
@@ -129,8 +129,8 @@ def make_tag(key: bytes, *parts: Buffer) -> bytes:
     Raises:
         LocalProtocolError: the key is too short to prove anything (BLAKE2b takes an empty one for no key at all).
     """
-    if len(key) < LEAST_KEY_BYTES:
-        raise LocalProtocolError(f"key: {len(key)} bytes are too few; use {LEAST_KEY_BYTES} to 64")
+    if len(key) < MIN_KEY_BYTES:
+        raise LocalProtocolError(f"key: {len(key)} bytes are too few; use {MIN_KEY_BYTES} to 64")
     digest = blake2b(key=key, digest_size=TAG_BYTES)
     for part in parts:
         digest.update(part)

@@ -32,13 +32,13 @@ ENOUGH_S = 1.0  # larger sizes are left out when a forward takes as long: the cu
 SUSTAINED_S = 0.3  # several periods of a control group's quota
 _DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(DECODE_SIZES))]
 """As clients ask that leave the API's defaults as they are; greedy ones take a little less."""
-MOST_S = 0.25  # a size is not repeated when its forwards have taken as long: a long one varies little
+MAX_S = 0.25  # a size is not repeated when its forwards have taken as long: a long one varies little
 
 
 def measure_cost(
     runner: StageRunner,
     *,
-    least_s: float = 0.0,
+    min_s: float = 0.0,
     known: StageCost | None = None,
     progress: Progress = lambda *_: None,
 ) -> StageCost:
@@ -46,12 +46,12 @@ def measure_cost(
 
     progress: called after each forward with (how many were run, 0): nobody knows how many there will be.
     known: what was measured before; it is returned if a forward of one token takes as long as it says.
-    least_s: measure each size for as long and take the mean: a device whose CPU time is rationed computes in bursts,
+    min_s: measure each size for as long and take the mean: a device whose CPU time is rationed computes in bursts,
     and a short measurement sees only those.
     Decoding is measured behind CONTEXT_TOKENS of each Sequence, or as many as the cache holds.
     """
     most = max(runner.kv_capacity_tokens // BLOCK_TOKENS, 1)
-    most_tokens = min(runner.kv_capacity_tokens, runner.config.context_tokens)
+    max_tokens = min(runner.kv_capacity_tokens, runner.config.context_tokens)
 
     def context(num_segments: int) -> int:
         room = min(most // num_segments * BLOCK_TOKENS, runner.config.context_tokens) - (REPEATS + 1)
@@ -64,33 +64,33 @@ def measure_cost(
         return _batch(runner, num_segments, 1, context(num_segments) + i)
 
     if known is not None:
-        now_s, then_s = (curve.seconds(1) for curve in (_curve(runner, [1], decode, least_s, progress), known.decode))
+        now_s, then_s = (curve.seconds(1) for curve in (_curve(runner, [1], decode, min_s, progress), known.decode))
         if then_s / AGREES <= now_s <= then_s * AGREES:
             return known
     return StageCost(
-        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode, least_s, progress),
+        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode, min_s, progress),
         prompt=_curve(
             runner,
-            [n for n in PROMPT_SIZES if n <= most_tokens] or [1],
+            [n for n in PROMPT_SIZES if n <= max_tokens] or [1],
             lambda n, i: _batch(runner, 1, n, 0, seq_id=i),
-            least_s,
+            min_s,
             progress,
         ),
     )
 
 
-def measure_head(runner: StageRunner, *, least_s: float = 0.0, progress: Progress = lambda *_: None) -> Curve:
+def measure_head(runner: StageRunner, *, min_s: float = 0.0, progress: Progress = lambda *_: None) -> Curve:
     """Return the seconds of the Starter's head and draws, by rows. The arguments are those of measure_cost."""
     row = TensorRows(torch.zeros(1, runner.config.hidden_size))
 
     def seconds(size: int) -> float:
         times: list[float] = []
-        while len(times) <= REPEATS or sum(times) < least_s:
+        while len(times) <= REPEATS or sum(times) < min_s:
             start_s = time.perf_counter()
             _draw(runner.logits([row] * size))
             times.append(time.perf_counter() - start_s)
             progress(len(times), 0)
-        return statistics.fmean(times[1:]) if least_s else statistics.median(times[1:])
+        return statistics.fmean(times[1:]) if min_s else statistics.median(times[1:])
 
     return Curve(tuple((size, seconds(size)) for size in DECODE_SIZES))
 
@@ -116,7 +116,7 @@ def measure_packing(width: int) -> Curve:
 
 
 def _curve(
-    runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], least_s: float, progress: Progress
+    runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], min_s: float, progress: Progress
 ) -> Curve:
     """Measure the sizes in turns: what disturbs the device for a moment is not all one size's."""
     _forward_s(runner, make_batch(sizes[0], 0))  # pays for pages that are not in memory yet
@@ -132,9 +132,9 @@ def _curve(
                 time_s = _forward_s(runner, make_batch(size, i))
                 num_run += 1
                 progress(num_run, 0)
-                if i or times[size] or time_s > MOST_S:
+                if i or times[size] or time_s > MAX_S:
                     times[size].append(time_s)
-                if time_s > MOST_S:
+                if time_s > MAX_S:
                     break
             runner.reset()
             if times[size][-1] > ENOUGH_S:
@@ -142,11 +142,9 @@ def _curve(
                 times = {other: taken for other, taken in times.items() if other not in larger}
                 break
         left = [
-            size
-            for size, taken in times.items()
-            if sum(taken) < least_s or (len(taken) < REPEATS and sum(taken) < MOST_S)
+            size for size, taken in times.items() if sum(taken) < min_s or (len(taken) < REPEATS and sum(taken) < MAX_S)
         ]
-    mean = statistics.fmean if least_s else statistics.median
+    mean = statistics.fmean if min_s else statistics.median
     return Curve(tuple((size, mean(taken)) for size, taken in times.items()))
 
 

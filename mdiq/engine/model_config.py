@@ -13,7 +13,7 @@ from mdiq.engine.families import FAMILIES, LLAMA, Family, Window
 from mdiq.engine.formats.gguf_file import GgufFile
 from mdiq.errors import ModelError
 
-_MOST_JSON_BYTES = 64 << 20
+_MAX_JSON_BYTES = 64 << 20
 T = TypeVar("T")
 
 
@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: it is missing, too large, or no JSON object.
     """
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
+        if path.stat().st_size > _MAX_JSON_BYTES:
             raise ModelError(f"{path}: it is too large for what it should be; fetch it again")
         value = json.loads(path.read_bytes())
     except OSError as error:

@@ -22,7 +22,7 @@ from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError, SequenceError
 
 KV_MEMORY_SHARE = 0.5  # of what is free behind the weights: the rest is for activations and for others
-MOST_SEQUENCES = 64
+MAX_SEQUENCES = 64
 
 
 class StageRunner:
@@ -262,7 +262,7 @@ def _make_cache(
         share = min(share, free)  # a process has its limit for itself, whoever shares the machine
         of_limit = f" (of its {memory_bytes >> 20} MiB the process takes {taken >> 20})"
     if kv_tokens is None:
-        kv_tokens = min(int(share * KV_MEMORY_SHARE) // token_bytes, MOST_SEQUENCES * config.context_tokens)
+        kv_tokens = min(int(share * KV_MEMORY_SHARE) // token_bytes, MAX_SEQUENCES * config.context_tokens)
         if kv_tokens < BLOCK_TOKENS:
             raise CapacityError(
                 f"KV cache: {share >> 20} MiB{of_limit} are free behind the weights of layers {layers}, too little for "

@@ -11,7 +11,7 @@ from mdiq.plan.fixed_tables import mdi_split
 from mdiq.plan.partition import Goal, Objective, Split, find_split
 from mdiq.plan.plan import LeftOut, LimitKind, Plan, Why, make_plan, plan_split
 from mdiq.plan.profile import Links, ModelShape, NodeProfile
-from mdiq.plan.room import count_layers, format_bytes, held_layers, least_nodes
+from mdiq.plan.room import count_layers, format_bytes, held_layers, min_nodes
 from mdiq.plan.split import split_layers
 
 _SAME = 0.005  # a rate that differs by less is the same
@@ -21,11 +21,11 @@ _HEADINGS = ("node", "layers", "at most", "share %", "stage ms", "busy %", "weig
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A Stage in the table; share: of the model's Layers; most_layers: that its memory permits."""
+    """A Stage in the table; share: of the model's Layers; max_layers: that its memory permits."""
 
     node: NodeId
     layers: str
-    most_layers: int
+    max_layers: int
     share: float
     batch_s: float
     busy: float
@@ -72,7 +72,7 @@ def explain(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal:
     return Explanation(
         plan=plan,
         rows=tuple(_rows(plan)),
-        num_needed=least_nodes(model, usable, goal.kv_tokens),
+        num_needed=min_nodes(model, usable, goal.kv_tokens),
         held=tuple((node.name, layers) for node, layers in zip(usable, held, strict=True)),
         splits=tuple(_splits(model, usable, links, goal)),
         one_more=tuple(_one_more(model, usable, links, goal)),
@@ -89,7 +89,7 @@ def _rows(plan: Plan) -> Iterator[Row]:
         yield Row(
             node=stage.node,
             layers=str(stage.layers),
-            most_layers=stage.most_layers,
+            max_layers=stage.max_layers,
             share=len(stage.layers) / plan.model.num_layers,
             batch_s=stage.batch_s,
             busy=stage.busy,
@@ -174,7 +174,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         (
             row.node,
             row.layers,
-            f"{row.most_layers}",
+            f"{row.max_layers}",
             f"{100 * row.share:.0f}",
             f"{1_000 * row.batch_s:.1f}",
             f"{100 * row.busy:.0f}",
@@ -206,7 +206,7 @@ def _limit(plan: Plan) -> str:
 def _kv(plan: Plan) -> str:
     least = min(plan.stages, key=lambda stage: stage.free_bytes / len(stage.layers))
     text = f"room for {plan.kv_tokens:,} tokens"
-    if plan.kv_tokens == plan.goal.most_kv_tokens:
+    if plan.kv_tokens == plan.goal.max_kv_tokens:
         return f"{text}, as many as are wanted"
     return f"{text}; the memory of {least.node} is full first"
 

@@ -18,7 +18,7 @@ from mdiq.plan.profile import HopProfile, Links, ModelShape, NodeProfile
 
 VERSION = 1
 _WIRE_BYTES = {"f32": 4, "bf16": 2, "i8": 1}
-_LEAST_S = 1e-7  # of a Layer: noise may make the head longer than the forward that it is a part of
+_MIN_S = 1e-7  # of a Layer: noise may make the head longer than the forward that it is a part of
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def _node(stage: MeasuredStage, head: Curve | None) -> NodeProfile:
     def per_layer(curve: Curve, of_head: Curve | None) -> Curve:
         return Curve(
             tuple(
-                (size, max((time_s - (of_head.seconds(size) if of_head else 0.0)) / stage.num_layers, _LEAST_S))
+                (size, max((time_s - (of_head.seconds(size) if of_head else 0.0)) / stage.num_layers, _MIN_S))
                 for size, time_s in curve.points
             )
         )

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-_LEAST_S = 1e-12  # keeps the rate finite when all costs were measured as 0
-MOST_LIVE = 256
+_MIN_S = 1e-12  # keeps the rate finite when all costs were measured as 0
+MAX_LIVE = 256
 """Sequences in the Ring that no Plan exceeds."""
-LEAST_LIVE = 64
+MIN_LIVE = 64
 """Sequences that every Plan lets in: below that, waiting for a place would cost users more than a fuller Ring does."""
 _CORNER = 8  # fitted to simulated Rings whose times vary by 20 %: the mean error of the rate is 1 to 2 %
 _GAIN = 1.05  # less than that is not worth more Sequences in the Ring
@@ -72,7 +72,7 @@ class MicroBatches:
     caps: entry i is the MicroBatch cap while i + 1 Sequences are live.
     in_flight: entry i is G, the micro-batches that circulate then.
     rates: entry i is the rate in tokens per second that is predicted then.
-    max_live: Sequences that are let in: as many as the Ring needs to be full, and never fewer than LEAST_LIVE.
+    max_live: Sequences that are let in: as many as the Ring needs to be full, and never fewer than MIN_LIVE.
     """
 
     caps: tuple[int, ...]
@@ -106,8 +106,8 @@ class Grouping:
     def rate(self, busy_s: float, lap_s: float) -> float:
         """Return the tokens per second of a Ring whose slowest Stage is busy for ``busy_s`` a Lap of ``lap_s``."""
         if self.num_batches == 1:  # it waits for nobody
-            return self.num_live / max(lap_s, _LEAST_S)
-        return self.num_live / max(float((busy_s**_CORNER + lap_s**_CORNER) ** (1 / _CORNER)), _LEAST_S)
+            return self.num_live / max(lap_s, _MIN_S)
+        return self.num_live / max(float((busy_s**_CORNER + lap_s**_CORNER) ** (1 / _CORNER)), _MIN_S)
 
 
 def groupings(num_live: int) -> list[Grouping]:
@@ -127,7 +127,7 @@ def plan_micro_batches(costs: Sequence[Curve], hops_s: float, max_live: int | No
 
     max_live: lets so many Sequences in, whatever the Ring needs.
     """
-    most = max_live or MOST_LIVE
+    most = max_live or MAX_LIVE
     times = _Times(costs, hops_s, most)
     best = [times.best(num_live) for num_live in range(1, most + 1)]
     rates = [rate for _, rate in best]
@@ -170,4 +170,4 @@ class _Times:
 def _full(rates: Sequence[float]) -> int:
     """Return the least number of Sequences beyond which the Ring gains nothing that is worth it."""
     best = max(rates)
-    return max(next(i for i, rate in enumerate(rates, 1) if rate * _GAIN >= best), min(LEAST_LIVE, len(rates)))
+    return max(next(i for i, rate in enumerate(rates, 1) if rate * _GAIN >= best), min(MIN_LIVE, len(rates)))

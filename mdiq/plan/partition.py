@@ -23,7 +23,7 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from mdiq.plan.micro_batches import MOST_LIVE, Grouping, groupings
+from mdiq.plan.micro_batches import MAX_LIVE, Grouping, groupings
 from mdiq.plan.profile import Links, ModelShape, NodeProfile
 
 _ROUNDING = 1e-9  # of a number of Layers: a bound is one of the values themselves
@@ -46,19 +46,19 @@ class Goal:
     """What the operator wants of the Plan.
 
     num_users: Sequences that are live at once; a Plan for latency is made for one.
-    kv_tokens: least KV capacity; most_kv_tokens: most of it, though there is more room, None for all that there is.
+    kv_tokens: least KV capacity; max_kv_tokens: most of it, though there is more room, None for all that there is.
     context_tokens: context of a Sequence for which the times are predicted.
     """
 
     objective: Objective = Objective.THROUGHPUT
     num_users: int = 4
     kv_tokens: int = 2_048
-    most_kv_tokens: int | None = None
+    max_kv_tokens: int | None = None
     context_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_users <= MOST_LIVE or self.kv_tokens < 1 or self.context_tokens < 0:
-            raise ValueError(f"{self}: it needs 1 to {MOST_LIVE} users and at least 1 token of KV capacity")
+        if not 1 <= self.num_users <= MAX_LIVE or self.kv_tokens < 1 or self.context_tokens < 0:
+            raise ValueError(f"{self}: it needs 1 to {MAX_LIVE} users and at least 1 token of KV capacity")
 
 
 def best_split(
@@ -86,7 +86,7 @@ def find_split(
         size: [node.layer_s(size, goal.context_tokens) for node in nodes]
         for size in {size for way in _ways(goal) for size in (way.size, way.largest)}
     }
-    most = [node.most_layers(model, goal.kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
+    most = [node.max_layers(model, goal.kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
     searches = [_Search(model, nodes, links, way, layer_s, most, all_nodes=all_nodes) for way in _ways(goal)]
     best: tuple[Split, float] | None = None
     if most[0] == model.num_layers and not (all_nodes and len(nodes) > 1):
@@ -107,9 +107,7 @@ def _search(
     """Return the best split of all Groupings and its rate; see the module's text."""
     best_rate = above if best is None else best[1]
     # (minus the best rate that is possible, Grouping, first and last of the bounds that are left, least Lap)
-    queue = [
-        (-search.rate(search.least_busy_s, search.least_lap_s), i, -1, -1, 0.0) for i, search in enumerate(searches)
-    ]
+    queue = [(-search.rate(search.min_busy_s, search.min_lap_s), i, -1, -1, 0.0) for i, search in enumerate(searches)]
     heapq.heapify(queue)
     while queue and -queue[0][0] > best_rate * (1 + _BETTER):
         _, i, low, high, lap_s = heapq.heappop(queue)
@@ -117,7 +115,7 @@ def _search(
         if low < 0:
             low, high = search.first_bound(), len(search.bounds) - 1
             middle = high if search.is_single else (low + high) // 2
-            lap_s = search.least_lap_s
+            lap_s = search.min_lap_s
         else:
             middle = (low + high) // 2
         split = search.shortest_lap(search.bounds[middle]) if low <= high else None
@@ -128,11 +126,11 @@ def _search(
             if rate > best_rate * (1 + _BETTER):
                 best, best_rate = (split, rate), rate
             left.append((low, bisect_left(search.bounds, busy_s * (1 - _ROUNDING)) - 1, split_lap_s))
-        for first, last, least_lap_s in left:
+        for first, last, min_lap_s in left:
             if first <= last:
-                least_lap_s = max(least_lap_s, search.least_lap(search.bounds[last]))
-                possible = search.rate(search.bounds[first], least_lap_s)
-                heapq.heappush(queue, (-possible, i, first, last, least_lap_s))
+                min_lap_s = max(min_lap_s, search.min_lap(search.bounds[last]))
+                possible = search.rate(search.bounds[first], min_lap_s)
+                heapq.heappush(queue, (-possible, i, first, last, min_lap_s))
     return best
 
 
@@ -175,11 +173,11 @@ class _Search:
         self._hops: dict[tuple[int, int], tuple[float, float]] = {}
         self._bounds: list[float] = []
         relaxed = self._filled(list(most))
-        self.least_lap_s = sum(n * self._lap_layer[i] for i, n in enumerate(relaxed or ())) + self._lap_fixed[0]
-        self.least_busy_s = self._busy_fixed[0] + self._busy_layer[0] if relaxed else _NEVER
+        self.min_lap_s = sum(n * self._lap_layer[i] for i, n in enumerate(relaxed or ())) + self._lap_fixed[0]
+        self.min_busy_s = self._busy_fixed[0] + self._busy_layer[0] if relaxed else _NEVER
 
     @cached_property
-    def _least_hops(self) -> list[float]:
+    def _min_hops(self) -> list[float]:
         """The shortest Hop to each Node."""
         return [min((self._hop_s(a, b)[1] for a in self._before(b)), default=0.0) for b in range(len(self._most))]
 
@@ -216,15 +214,15 @@ class _Search:
         """Return the index of the least bound under which the Layers have room, Hops aside."""
         return bisect_left(self.bounds, True, key=lambda bound: self._filled(self._caps(bound)) is not None)
 
-    def least_lap(self, most_busy_s: float) -> float:
+    def min_lap(self, max_busy_s: float) -> float:
         """Return what no Lap is shorter than, if nobody is busy for longer.
 
         A Node's own part is spread over the Layers that it can have, as if it came with each of them.
         """
         if self._all_nodes:
             return 0.0
-        caps = self._caps(most_busy_s)
-        own_s = [fixed_s + hop_s for fixed_s, hop_s in zip(self._lap_fixed, self._least_hops, strict=True)]
+        caps = self._caps(max_busy_s)
+        own_s = [fixed_s + hop_s for fixed_s, hop_s in zip(self._lap_fixed, self._min_hops, strict=True)]
         costs = (
             (layer_s + (own_s[i] / cap if i else 0.0), cap)
             for i, (layer_s, cap) in enumerate(zip(self._lap_layer, caps, strict=True))
@@ -236,21 +234,21 @@ class _Search:
             left -= min(cap, left)
         return lap_s
 
-    def shortest_lap(self, most_busy_s: float) -> Split | None:
+    def shortest_lap(self, max_busy_s: float) -> Split | None:
         """Return the split with the shortest Lap in which nobody is busy for longer, or None when there is none."""
-        caps = self._caps(most_busy_s)
+        caps = self._caps(max_busy_s)
         if self._all_nodes:
             # The Hops are given, and Layers go where they are fastest.
             filled = self._filled(caps)
             assert filled is not None  # the search begins with the first bound under which there is room
-            return filled if self.figures(filled)[0] <= most_busy_s * (1 + _ROUNDING) else None
-        return self._shortest_lap(caps, most_busy_s)
+            return filled if self.figures(filled)[0] <= max_busy_s * (1 + _ROUNDING) else None
+        return self._shortest_lap(caps, max_busy_s)
 
-    def _caps(self, most_busy_s: float) -> list[int]:
+    def _caps(self, max_busy_s: float) -> list[int]:
         """Return the Layers that each Node can have and be busy no longer."""
         caps: list[int] = []
         for fixed_s, layer_s, most in zip(self._busy_fixed, self._busy_layer, self._most, strict=True):
-            layers = (most_busy_s - fixed_s) / layer_s if layer_s > 0 else math.copysign(_NEVER, most_busy_s - fixed_s)
+            layers = (max_busy_s - fixed_s) / layer_s if layer_s > 0 else math.copysign(_NEVER, max_busy_s - fixed_s)
             caps.append(int(max(min(layers + _ROUNDING, most), 0)))
         return caps
 
@@ -278,9 +276,9 @@ class _Search:
             found = self._hops[sender, receiver] = self._hop(sender, receiver)
         return found
 
-    def _shortest_lap(self, caps: Sequence[int], most_busy_s: float) -> Split | None:
+    def _shortest_lap(self, caps: Sequence[int], max_busy_s: float) -> Split | None:
         """The dynamic program over Nodes and Layers."""
-        num_layers, most_busy_s = self._num_layers, most_busy_s * (1 + _ROUNDING)
+        num_layers, max_busy_s = self._num_layers, max_busy_s * (1 + _ROUNDING)
         rest = [*accumulate(reversed(caps))][::-1] + [0]  # Layers that the Nodes from i on can take
         # entered[i][l]: the least time in which the Nodes before i have run l Layers and the rows are at Node i.
         entered = {0: [0.0] + [_NEVER] * num_layers}
@@ -295,7 +293,7 @@ class _Search:
                 rows: dict[float, list[list[float]]] = {}
                 for j, row in done.items():
                     busy_s, hop_s = self._hop_s(j, i)
-                    if busy_s <= most_busy_s:
+                    if busy_s <= max_busy_s:
                         rows.setdefault(hop_s, [times_s]).append(row[low : high + 1])
                 for hop_s, alike in rows.items():
                     fastest = map(min, *alike)
@@ -306,25 +304,25 @@ class _Search:
         ends = [
             (row[num_layers] + self._hop_s(i, 0)[1], i)
             for i, row in done.items()
-            if i and self._hop_s(i, 0)[0] <= most_busy_s
+            if i and self._hop_s(i, 0)[0] <= max_busy_s
         ]
         lap_s, last = min(ends, default=(_NEVER, 0))
-        return self._trace(last, caps, most_busy_s, done, entered) if lap_s < _NEVER else None
+        return self._trace(last, caps, max_busy_s, done, entered) if lap_s < _NEVER else None
 
     def _run(self, i: int, cap: int, entered: Sequence[float], low: int, high: int) -> list[float]:
         """Return the least times in which Node i is done with l Layers, if it was entered with ``low`` to ``high``."""
         layer_s, last = self._lap_layer[i], min(high + cap, self._num_layers)
         lines_s = [entered[n] - n * layer_s for n in range(low, high + 1)]
-        least_s = [
-            t + n * layer_s + self._lap_fixed[i] for n, t in enumerate(_least_before(lines_s, cap, last - low), low + 1)
+        min_s = [
+            t + n * layer_s + self._lap_fixed[i] for n, t in enumerate(_min_before(lines_s, cap, last - low), low + 1)
         ]
-        return [_NEVER] * (low + 1) + least_s + [_NEVER] * (self._num_layers - last)
+        return [_NEVER] * (low + 1) + min_s + [_NEVER] * (self._num_layers - last)
 
     def _trace(
         self,
         last: int,
         caps: Sequence[int],
-        most_busy_s: float,
+        max_busy_s: float,
         done: dict[int, list[float]],
         entered: dict[int, list[float]],
     ) -> Split:
@@ -335,13 +333,13 @@ class _Search:
             counts = range(1, min(caps[i], layers) + 1)
             split[i] = min(counts, key=lambda n: entered[i][layers - n] + n * self._lap_layer[i])
             layers -= split[i]
-            senders = [j for j in done if j < i and self._hop_s(j, i)[0] <= most_busy_s]
+            senders = [j for j in done if j < i and self._hop_s(j, i)[0] <= max_busy_s]
             i = min(senders, key=lambda j: done[j][layers] + self._hop_s(j, i)[1])
         split[0] = layers
         return tuple(split)
 
 
-def _least_before(values: Sequence[float], width: int, count: int) -> list[float]:
+def _min_before(values: Sequence[float], width: int, count: int) -> list[float]:
     """Return for every k from 1 to ``count`` the least of the ``width`` values before index k."""
     least: list[float] = []
     window: deque[int] = deque()  # indices whose values grow

@@ -27,7 +27,7 @@ class PlannedStage:
     """A Stage as it is predicted for the goal's users; bytes are those of its Node.
 
     batch_s: a forward of the largest micro-batch. busy: the share of the time in which it computes.
-    most_layers: Layers that its memory permits. other_bytes: the process and its activations.
+    max_layers: Layers that its memory permits. other_bytes: the process and its activations.
     """
 
     node: NodeId
@@ -35,7 +35,7 @@ class PlannedStage:
     cost: StageCost
     batch_s: float
     busy: float
-    most_layers: int
+    max_layers: int
     memory_bytes: int
     weight_bytes: int
     kv_bytes: int
@@ -193,7 +193,7 @@ def plan_split(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, go
         room_bytes = node.room_bytes(model, is_starter=not i)
         need_bytes = num_layers * (model.layer_bytes + goal.kv_tokens * model.kv_bytes)
         if num_layers and need_bytes > room_bytes:
-            most = node.most_layers(model, goal.kv_tokens, is_starter=not i)
+            most = node.max_layers(model, goal.kv_tokens, is_starter=not i)
             raise PlanError(
                 f"{node.name}: {num_layers} layers with {goal.kv_tokens:,} tokens of KV cache need "
                 f"{format_bytes(need_bytes)} and {format_bytes(max(room_bytes, 0))} of its "
@@ -220,7 +220,7 @@ def _plan(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: G
     busy = [grouping.busy_s(curve.seconds(grouping.size), curve.seconds(grouping.largest)) / lap_s for curve in decodes]
     # Of a Layer, for its KV cache.
     rooms = [nodes[i].room_bytes(model, is_starter=not i) // split[i] - model.layer_bytes for i in used]
-    kv_tokens = min(*(room // model.kv_bytes for room in rooms), goal.most_kv_tokens or _NO_LIMIT_BYTES)
+    kv_tokens = min(*(room // model.kv_bytes for room in rooms), goal.max_kv_tokens or _NO_LIMIT_BYTES)
     starts = [0, *accumulate(split[i] for i in used)]
     stages = tuple(
         PlannedStage(
@@ -229,7 +229,7 @@ def _plan(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: G
             cost=cost,
             batch_s=cost.decode.seconds(grouping.largest),
             busy=share,
-            most_layers=nodes[i].most_layers(model, goal.kv_tokens, is_starter=not i),
+            max_layers=nodes[i].max_layers(model, goal.kv_tokens, is_starter=not i),
             memory_bytes=nodes[i].memory_bytes,
             weight_bytes=model.stage_bytes(split[i], is_starter=not i),
             kv_bytes=kv_tokens * split[i] * model.kv_bytes,
@@ -283,7 +283,7 @@ def _left_out(
     model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal, split: Split, node: int
 ) -> LeftOut:
     name = nodes[node].name
-    if not nodes[node].most_layers(model, goal.kv_tokens, is_starter=False):
+    if not nodes[node].max_layers(model, goal.kv_tokens, is_starter=False):
         return LeftOut(name, Why.NO_ROOM)
     ring = [profile for i, profile in enumerate(nodes) if split[i] or i == node]
     with_it = find_split(model, ring, links, goal, all_nodes=True)
@@ -294,7 +294,7 @@ def _full_node(
     model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal, split: Split, value: float
 ) -> str | None:
     """Return the Node whose memory keeps the Ring from being faster, or None when no memory does."""
-    most = [node.most_layers(model, goal.kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
+    most = [node.max_layers(model, goal.kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
     if not any(n == cap < model.num_layers for n, cap in zip(split, most, strict=True)):
         return None
     roomy = [replace(node, memory_bytes=_NO_LIMIT_BYTES) for node in nodes]

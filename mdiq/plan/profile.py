@@ -105,7 +105,7 @@ class NodeProfile:
             - model.stage_bytes(0, is_starter=is_starter)
         )
 
-    def most_layers(self, model: ModelShape, kv_tokens: int, *, is_starter: bool) -> int:
+    def max_layers(self, model: ModelShape, kv_tokens: int, *, is_starter: bool) -> int:
         """Return how many Layers fit with a KV cache of ``kv_tokens``."""
         room_bytes = self.room_bytes(model, is_starter=is_starter)
         return min(max(room_bytes // (model.layer_bytes + kv_tokens * model.kv_bytes), 0), model.num_layers)

@@ -53,10 +53,10 @@ def check_room(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal, spar
 
 def held_layers(model: ModelShape, nodes: Sequence[NodeProfile], kv_tokens: int) -> list[int]:
     """Return how many Layers each Node can hold, the Starter first."""
-    return [node.most_layers(model, kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
+    return [node.max_layers(model, kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
 
 
-def least_nodes(model: ModelShape, nodes: Sequence[NodeProfile], kv_tokens: int) -> int:
+def min_nodes(model: ModelShape, nodes: Sequence[NodeProfile], kv_tokens: int) -> int:
     """Return how many Nodes are needed at least, the Starter among them, where all together can hold the model."""
     starter, *others = held_layers(model, nodes, kv_tokens)
     num_nodes, held = 1, starter

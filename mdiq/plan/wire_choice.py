@@ -25,7 +25,7 @@ USUAL = "bf16"
 SMALL = "i8"
 WORTH = 0.03  # of the Lap: less than that nobody would notice, and quality is not given away for it
 _CHUNK = 64
-MOST_DIVERGENCE_NATS = 0.1
+MAX_DIVERGENCE_NATS = 0.1
 """Most that i8 may cost where it was chosen: mean Kullback-Leibler divergence per token, in nats, of the logits with i8
 from those with bf16, over the text of a rehearsal. It is what the log loss grows by on text that the model itself would
 write, so 0.1 is a tenth of perplexity at the very worst. SmolLM2-135M has 0.03 to 0.08 with i8 on all Hops of 2 to 4

@@ -133,9 +133,9 @@ class LocalRing:
         """The Nodes that the Ring waits for, while it starts."""
         return self._stages.missing if isinstance(self._stages, SocketStages) else []
 
-    def silent(self, least_s: float) -> Mapping[str, float]:
+    def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""
-        return self._stages.silent(least_s) if isinstance(self._stages, SocketStages) else {}
+        return self._stages.silent(min_s) if isinstance(self._stages, SocketStages) else {}
 
     async def until_leaving(self) -> str:
         """Wait until a Node asks to be drained; return its name."""
@@ -180,9 +180,9 @@ class LocalRing:
         """Return the pace of the most Sequences that were in the Ring at once, as it is planned now."""
         assert self._spec is not None and self._micro_batches is not None  # __aenter__ has run
         ring = self.service.ring
-        num_live = max(ring.most_live, 1)
+        num_live = max(ring.peak_live, 1)
         return PaceFigures(
-            num_live=ring.most_live,
+            num_live=ring.peak_live,
             in_flight=self._micro_batches.in_flight[num_live - 1],
             cap=self._spec.cap(num_live),
             hops_s=self.service.hops_s,

@@ -242,7 +242,7 @@ class NodeProcess:
         runner = await self.worker.run_long(
             lambda progress: load(progress=progress), partial(self._progress, "loading")
         )
-        measure = partial(measure_cost, least_s=SUSTAINED_S) if self._peers else kept_cost
+        measure = partial(measure_cost, min_s=SUSTAINED_S) if self._peers else kept_cost
         cost = await self.worker.run_long(
             lambda progress: measure(runner, progress=progress),
             lambda *_: self._notifier.starting(f"measures {self._layers}"),

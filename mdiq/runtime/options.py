@@ -9,7 +9,7 @@ from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.core.wire import ROUNDINGS, WIRES
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
-from mdiq.plan.wire_choice import AUTO, MOST_DIVERGENCE_NATS, USUAL
+from mdiq.plan.wire_choice import AUTO, MAX_DIVERGENCE_NATS, USUAL
 from mdiq.transport.link_shape import LinkShape
 
 
@@ -142,7 +142,7 @@ class RingOptions:
     layers: tuple[LayerRange, ...]
     weights: WeightSettings = field(default_factory=WeightSettings)
     wires: tuple[str, ...] = (AUTO,)
-    most_divergence_nats: float = MOST_DIVERGENCE_NATS
+    most_divergence_nats: float = MAX_DIVERGENCE_NATS
     threads: int = 1
     pin: bool = False
     in_process: bool = False

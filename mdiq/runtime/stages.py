@@ -70,9 +70,9 @@ class SocketStages(ABC):
         """The Nodes that have not joined yet."""
         return [*self._coordinator.missing] if self._coordinator else [*self._names]
 
-    def silent(self, least_s: float) -> Mapping[str, float]:
+    def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""
-        return dict[str, float](self._coordinator.silent(least_s).items()) if self._coordinator else {}
+        return dict[str, float](self._coordinator.silent(min_s).items()) if self._coordinator else {}
 
     async def until_leaving(self) -> str:
         """Wait until a Node asks to be drained; return its name."""

@@ -94,12 +94,12 @@ class StarterStage:
         # Devices, unlike cores of one machine, may have their CPU time rationed.
         if self._options.remote is None:
             return kept_cost(self.runner, progress=progress)
-        return measure_cost(self.runner, least_s=SUSTAINED_S, progress=progress)
+        return measure_cost(self.runner, min_s=SUSTAINED_S, progress=progress)
 
     def measure_head(self, progress: Progress) -> Curve:
         """Return what the head costs."""
-        least_s = 0.0 if self._options.remote is None else SUSTAINED_S
-        return measure_head(self.runner, least_s=least_s, progress=progress)
+        min_s = 0.0 if self._options.remote is None else SUSTAINED_S
+        return measure_head(self.runner, min_s=min_s, progress=progress)
 
     def spec(self, others: AbstractSequence[Ready]) -> RingSpec:
         """Return what the ring protocol is to know of the Ring of this Stage and others."""

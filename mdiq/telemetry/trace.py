@@ -22,18 +22,18 @@ class Span:
 
 
 class Tracer:
-    """Collects Spans, or nothing when it is off; the oldest go when ``most_spans`` is reached."""
+    """Collects Spans, or nothing when it is off; the oldest go when ``max_spans`` is reached."""
 
-    def __init__(self, *, is_on: bool, most_spans: int = 200_000) -> None:
+    def __init__(self, *, is_on: bool, max_spans: int = 200_000) -> None:
         self.is_on = is_on
-        self._most_spans = most_spans
+        self._max_spans = max_spans
         self.spans: list[Span] = []
 
     def add(self, loop: str, label: str, start_s: float, stop_s: float) -> None:
         """Note one span."""
         if self.is_on:
-            if len(self.spans) >= self._most_spans:
-                del self.spans[: self._most_spans // 10]
+            if len(self.spans) >= self._max_spans:
+                del self.spans[: self._max_spans // 10]
             self.spans.append(Span(loop, label, start_s, stop_s))
 
     def clear(self) -> None:

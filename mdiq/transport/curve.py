@@ -27,7 +27,7 @@ log = structlog.get_logger()
 DATA, CONTROL, WEIGHTS = "data", "control", "weights"
 """The domains: each plane has its own list, and a key counts only on the planes that list it."""
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
-MOST_REFUSALS = 1_000
+MAX_REFUSALS = 1_000
 FORGET_S = 3_600.0
 
 Renew = Callable[[], Awaitable[None]]
@@ -54,7 +54,7 @@ class Refusals:
         key = (domain, address, public_key is not None)  # a stranger can show ever new ones
         if key in self._noted:
             return
-        if len(self._noted) >= MOST_REFUSALS:
+        if len(self._noted) >= MAX_REFUSALS:
             if not self._is_full:
                 log.warning("refusals_no_longer_logged", num_refused=self.num_refused, for_s=FORGET_S)
             self._is_full = True

@@ -21,7 +21,7 @@ KEY_CHARACTERS = 40
 CREDENTIAL = "node.key"
 _Z85 = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_MOST_BYTES = 256
+_MAX_BYTES = 256
 
 
 def make_keys(folder: Path, names: Iterable[str], *, replace: bool = False) -> dict[str, str]:
@@ -90,7 +90,7 @@ def read_private(path: Path, *, is_credential: bool = False) -> bytes:
     with open(descriptor, "rb", buffering=0) as file:
         # Of the open file, not of its name: the name may lead to another file in the next moment.
         _check_owner_and_mode(path, os.fstat(file.fileno()), is_credential=is_credential)
-        text = (file.read(_MOST_BYTES) or b"").strip()
+        text = (file.read(_MAX_BYTES) or b"").strip()
     if not _Z85.fullmatch(text):
         raise ConfigError(f"{path}: not a private key of {KEY_CHARACTERS} characters; make a new one with mdiq keys")
     try:

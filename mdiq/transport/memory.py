@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from mdiq.core.frame import Buffer
 from mdiq.errors import TransportError
 
-MOST_WAITING = 16
+MAX_WAITING = 16
 """Messages that a link holds before its sender waits; the high-water mark of the sockets."""
 
 Copies = Callable[[Sequence[Buffer]], int]
@@ -24,8 +24,8 @@ class MemoryLink:
     copies: the faults of the link, for tests.
     """
 
-    def __init__(self, most_waiting: int = MOST_WAITING, *, copies: Copies = once) -> None:
-        self._waiting: asyncio.Queue[list[Buffer]] = asyncio.Queue(most_waiting)
+    def __init__(self, max_waiting: int = MAX_WAITING, *, copies: Copies = once) -> None:
+        self._waiting: asyncio.Queue[list[Buffer]] = asyncio.Queue(max_waiting)
         self._copies = copies
         self.bytes_in = 0
         self.bytes_out = 0
@@ -52,10 +52,10 @@ class MemoryControlServer:
     copies: the faults of both directions, for tests.
     """
 
-    def __init__(self, most_waiting: int = 1_000, *, copies: Copies = once) -> None:
-        self._most_waiting = most_waiting
+    def __init__(self, max_waiting: int = 1_000, *, copies: Copies = once) -> None:
+        self._max_waiting = max_waiting
         self._copies = copies
-        self._waiting: asyncio.Queue[tuple[bytes, bytes, str | None]] = asyncio.Queue(most_waiting)
+        self._waiting: asyncio.Queue[tuple[bytes, bytes, str | None]] = asyncio.Queue(max_waiting)
         self._links: dict[bytes, MemoryControlLink] = {}
         self.sender: str | None = None
 
@@ -64,7 +64,7 @@ class MemoryControlServer:
 
         sender: the Node whose key the Agent would have on a secured link.
         """
-        link = MemoryControlLink(self, identity, self._most_waiting, sender)
+        link = MemoryControlLink(self, identity, self._max_waiting, sender)
         self._links.setdefault(identity, link)
         return link
 
@@ -104,11 +104,11 @@ class MemoryControlServer:
 class MemoryControlLink:
     """An Agent's end of a control channel inside one process."""
 
-    def __init__(self, server: MemoryControlServer, identity: bytes, most_waiting: int, sender: str | None) -> None:
+    def __init__(self, server: MemoryControlServer, identity: bytes, max_waiting: int, sender: str | None) -> None:
         self._server = server
         self._identity = identity
         self._sender = sender
-        self.waiting: asyncio.Queue[bytes] = asyncio.Queue(most_waiting)
+        self.waiting: asyncio.Queue[bytes] = asyncio.Queue(max_waiting)
 
     async def receive(self) -> bytes:
         """Wait for the next message from the Coordinator and return it."""

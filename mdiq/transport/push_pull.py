@@ -15,7 +15,7 @@ from mdiq.transport.curve import ClientSecurity, ServerSecurity
 from mdiq.transport.sockets import (
     FRAME_HWM,
     FRAME_LINGER_MS,
-    MOST_FRAME_BYTES,
+    MAX_FRAME_BYTES,
     ZERO_COPY_BYTES,
     PartReader,
     SocketEnd,
@@ -38,7 +38,7 @@ class PullSource(SocketEnd):
         context: zmq.asyncio.Context,
         endpoint: str,
         *,
-        max_frame_bytes: int = MOST_FRAME_BYTES,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
         security: ServerSecurity | None = None,
         insecure: bool = False,
     ) -> "PullSource":
@@ -55,7 +55,7 @@ class PullSource(SocketEnd):
             zmq.PULL,
             endpoint,
             hwm=FRAME_HWM,
-            most_bytes=max_frame_bytes,
+            max_bytes=max_frame_bytes,
             linger_ms=FRAME_LINGER_MS,
             security=security,
             insecure=insecure,
@@ -82,7 +82,7 @@ class PullSource(SocketEnd):
 class PushSink(SocketEnd):
     """The sending end of a Hop: a FrameSink over a PUSH socket."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, max_frame_bytes: int = MOST_FRAME_BYTES) -> None:
+    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         super().__init__(socket, endpoint)
         self._max_frame_bytes = max_frame_bytes
         self.bytes_out = 0
@@ -93,7 +93,7 @@ class PushSink(SocketEnd):
         context: zmq.asyncio.Context,
         endpoint: str,
         *,
-        max_frame_bytes: int = MOST_FRAME_BYTES,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
         security: ClientSecurity | None = None,
         insecure: bool = False,
     ) -> "PushSink":
@@ -111,7 +111,7 @@ class PushSink(SocketEnd):
             zmq.PUSH,
             endpoint,
             hwm=FRAME_HWM,
-            most_bytes=max_frame_bytes,
+            max_bytes=max_frame_bytes,
             linger_ms=FRAME_LINGER_MS,
             security=security,
             insecure=insecure,

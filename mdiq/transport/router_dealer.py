@@ -17,7 +17,7 @@ log = structlog.get_logger()
 CONTROL_HWM = 1_000
 CONTROL_LINGER_MS = 500  # a last word such as Failed or Goodbye gets out
 # A message that is a little too long is refused by name, not by a cut.
-MOST_CONTROL_BYTES = max(control.MOST_BYTES, weights.MOST_BYTES) + 4_096
+MAX_CONTROL_BYTES = max(control.MAX_BYTES, weights.MOST_BYTES) + 4_096
 
 
 class RouterServer(SocketEnd):
@@ -51,7 +51,7 @@ class RouterServer(SocketEnd):
             zmq.ROUTER,
             endpoint,
             hwm=hwm,
-            most_bytes=MOST_CONTROL_BYTES,
+            max_bytes=MAX_CONTROL_BYTES,
             linger_ms=CONTROL_LINGER_MS,
             security=security,
             insecure=insecure,
@@ -127,7 +127,7 @@ class DealerLink(SocketEnd):
             zmq.DEALER,
             endpoint,
             hwm=CONTROL_HWM,
-            most_bytes=MOST_CONTROL_BYTES,
+            max_bytes=MAX_CONTROL_BYTES,
             linger_ms=CONTROL_LINGER_MS,
             security=security,
             insecure=insecure,

@@ -19,9 +19,9 @@ from mdiq.transport.curve import ClientSecurity, Security, ServerSecurity, check
 from mdiq.transport.names import has_ipv6, name_in
 from mdiq.transport.watch import ClientWatch, ListenerWatch, ServerWatch
 
-MOST_FRAME_BYTES = 32 * 2**20
+MAX_FRAME_BYTES = 32 * 2**20
 """Most bytes of one part unless the caller knows better: a full Batch of 512 tokens of 16,384 f32."""
-MOST_PARTS = 4
+MAX_PARTS = 4
 """Parts of one message that are handed up. A longer message is cut to so many, still more than a Frame has."""
 ZERO_COPY_BYTES = 64 * 1024  # below, copying is cheaper than the bookkeeping of a shared buffer
 FRAME_HWM = 16  # a decoding Sequence has one Segment in flight: a full queue means a stalled peer, never load
@@ -29,8 +29,8 @@ FRAME_LINGER_MS = 200
 HANDSHAKE_MS = 5_000
 DEAD_PEER_S = 6  # without it a pulled cable is noticed after minutes
 RECONNECT_MS = 100
-RECONNECT_MOST_MS = 2_000
-MOST_READY = 16  # messages taken in a row before other tasks run
+RECONNECT_MAX_MS = 2_000
+MAX_READY = 16  # messages taken in a row before other tasks run
 
 S = TypeVar("S", bound="SocketEnd")
 
@@ -107,7 +107,7 @@ def make_socket(
     endpoint: str,
     *,
     hwm: int,
-    most_bytes: int,
+    max_bytes: int,
     linger_ms: int,
     security: Security | None = None,
     insecure: bool = False,
@@ -126,7 +126,7 @@ def make_socket(
     socket.set_hwm(hwm)
     options = {
         # libzmq closes the connection of a peer that announces more, before it takes the memory.
-        zmq.MAXMSGSIZE: most_bytes,
+        zmq.MAXMSGSIZE: max_bytes,
         zmq.LINGER: linger_ms,
         zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
         # The kernel looks after dead peers. A heartbeat of libzmq 4.3.5 (HEARTBEAT_IVL) aborts the process when it is
@@ -137,7 +137,7 @@ def make_socket(
         zmq.TCP_KEEPALIVE_CNT: 4,
         zmq.TCP_MAXRT: DEAD_PEER_S * 1_000,  # of data that nobody acknowledges
         zmq.RECONNECT_IVL: RECONNECT_MS,
-        zmq.RECONNECT_IVL_MAX: RECONNECT_MOST_MS,
+        zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
     }
     if "[" in endpoint:
         options[zmq.IPV6] = 1
@@ -209,7 +209,7 @@ class PartReader:
         self.sender: str | None = None
 
     async def read(self) -> list[Buffer]:
-        """Wait for the next message and return its parts, at most MOST_PARTS; further ones are thrown away.
+        """Wait for the next message and return its parts, at most MAX_PARTS; further ones are thrown away.
 
         With security, ``sender`` names who sent it.
         """
@@ -237,7 +237,7 @@ class PartReader:
             # A message arrives whole, so the rest of it is here.
             frame = self._plain.recv(zmq.NOBLOCK, copy=False)
             self.bytes_in += wire_size(len(frame))
-            if len(parts) < MOST_PARTS:
+            if len(parts) < MAX_PARTS:
                 parts.append(_content(frame))
             else:
                 await self._give_way()
@@ -246,7 +246,7 @@ class PartReader:
     async def _give_way(self) -> None:
         """Let other tasks run now and then: a future that is done does not, and a flood would hold up the loop."""
         self._num_ready += 1
-        if self._num_ready >= MOST_READY:
+        if self._num_ready >= MAX_READY:
             self._num_ready = 0
             await asyncio.sleep(0)
 

@@ -33,8 +33,8 @@ from mdiq.transport.room import (
     Room,
     borrowed,
     bytes_received,
+    connection_limit,
     end_connection,
-    max_connections,
 )
 
 log = structlog.get_logger()
@@ -96,7 +96,7 @@ class ListenerWatch(Watch):
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         super().__init__(socket)
         self._port = 0
-        self._most = max_connections()
+        self._most = connection_limit()
         self._room = Room(self._most, lambda it: bytes_received(it) > self._HANDSHAKE_BYTES, self._end)
 
     def listening(self) -> None:

@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from mdiq.api import streams
-from mdiq.api.app import MOST_BODY_BYTES, Api
+from mdiq.api.app import MAX_BODY_BYTES, Api
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, RingError
 from mdiq.runtime.starter_service import StreamEvent
@@ -85,9 +85,9 @@ class FakeRing:
 
 @asynccontextmanager
 async def _client(
-    ring: FakeRing, *keys: str, most_running: int = 8, cors_origins: Sequence[str] = ()
+    ring: FakeRing, *keys: str, max_running: int = 8, cors_origins: Sequence[str] = ()
 ) -> AsyncIterator[Client]:
-    application = Api(ring, keys, most_running=most_running, cors_origins=cors_origins).application()
+    application = Api(ring, keys, max_running=max_running, cors_origins=cors_origins).application()
     async with TestClient(TestServer(application), timeout=aiohttp.ClientTimeout(10)) as client:
         yield client
 
@@ -167,7 +167,7 @@ async def test_models_health_and_metrics() -> None:
 
 async def test_a_ring_that_does_not_serve_or_has_enough_to_do_says_when_to_come_again() -> None:
     ring = FakeRing(is_serving=False)
-    async with _client(ring, most_running=2) as client:
+    async with _client(ring, max_running=2) as client:
         for status, kind in ((503, "unavailable_error"), (429, "rate_limit_error")):
             response = await client.post("/v1/chat/completions", json=CHAT)
             assert response.status == status and int(response.headers["Retry-After"]) > 0
@@ -206,7 +206,7 @@ async def test_a_key_is_asked_for_everywhere_but_at_health() -> None:
         ),
         (json.dumps({"messages": [{"role": "user", "content": "Ahoy"}]}).encode(), 400, "no pirate"),
         (json.dumps({"messages": [{"role": "banana", "content": "a"}]}).encode(), 400, "'banana' is none of"),
-        (b" " * (MOST_BODY_BYTES + 1), 413, "Too Large"),
+        (b" " * (MAX_BODY_BYTES + 1), 413, "Too Large"),
     ],
 )
 async def test_what_cannot_be_served_is_told_in_json(body: bytes, status: int, words: str) -> None:
@@ -286,7 +286,7 @@ async def test_requests_whose_texts_still_become_tokens_count_too() -> None:
             go_on.wait(10)
             return [[1] for _ in texts]
 
-    async with _client(SlowTexts(), most_running=2) as client:
+    async with _client(SlowTexts(), max_running=2) as client:
         asked = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})) for _ in range(5)]
         refused = 0
         for response in asyncio.as_completed(asked):
@@ -424,7 +424,7 @@ async def test_a_prompt_that_the_ring_can_never_hold_is_told_in_the_same_words()
 @pytest.mark.parametrize("prompt", [["a", "bb b"], [[1], [2, 1]]])
 async def test_several_prompts_of_one_completion_are_choices_by_their_numbers(prompt: list[Any]) -> None:
     body = {"prompt": prompt, "max_tokens": 2}
-    async with _client(FakeRing(), most_running=2) as client:
+    async with _client(FakeRing(), max_running=2) as client:
         whole = await (await client.post("/v1/completions", json=body)).json()
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         chunks = _chunks(await (await client.post("/v1/completions", json=asked)).text())

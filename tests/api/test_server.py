@@ -19,9 +19,9 @@ HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}
 
 
 @asynccontextmanager
-async def _port(client_timeout_s: float = 10.0, most_connections: int | None = None) -> AsyncIterator[int]:
+async def _port(client_timeout_s: float = 10.0, max_connections: int | None = None) -> AsyncIterator[int]:
     api = Api(FakeRing(), [KEY], client_timeout_s=client_timeout_s)
-    runner = ApiRunner(api.application(), client_timeout_s=client_timeout_s, most_connections=most_connections)
+    runner = ApiRunner(api.application(), client_timeout_s=client_timeout_s, max_connections=max_connections)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -77,7 +77,7 @@ async def test_heads_and_bodies_that_do_not_come_are_closed() -> None:
 
 
 async def test_silent_connections_are_bounded_and_requests_are_answered_beside_them() -> None:
-    async with _port(most_connections=8) as port:
+    async with _port(max_connections=8) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
         asking, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")

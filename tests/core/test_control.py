@@ -210,7 +210,7 @@ def test_bytes_of_another_version_are_refused_with_both_versions_named() -> None
         control.decode(b"\x09" + data[1:], KEY)
 
 
-@pytest.mark.parametrize("size", [0, 1, 17, control.MOST_BYTES + 1])
+@pytest.mark.parametrize("size", [0, 1, 17, control.MAX_BYTES + 1])
 def test_bytes_that_are_too_few_or_too_many_are_refused(size: int) -> None:
     with pytest.raises(RemoteProtocolError, match=f"{size} bytes"):
         control.decode(bytes([control.VERSION]) * size, KEY)
@@ -255,7 +255,7 @@ def test_a_long_error_text_is_cut_rather_than_lost() -> None:
         back = control.decode(control.encode(message, KEY), KEY)
         assert back == message
         assert isinstance(back, control.Failed | control.Fault)
-        assert len(back.text) == control.MOST_TEXT
+        assert len(back.text) == control.MAX_TEXT
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_long_error_text_is_cut_rather_than_lost() -> None:
         lambda: control.Loading(-1, 2),
         lambda: control.Hello("x" * 4_097, "", 1, ""),
         lambda: control.Hello("\udcff", "", 1, ""),
-        lambda: control.Fault(1, tuple(range(control.MOST_ITEMS + 1)), "gap", ""),
+        lambda: control.Fault(1, tuple(range(control.MAX_ITEMS + 1)), "gap", ""),
         lambda: control.TraceChunk((("compute", "x" * 4_000, 0.0, 1.0),) * 400),
     ],
 )

@@ -10,7 +10,7 @@ from mdiq.core.hop_survey import (
     BURST_FRAMES,
     ENOUGH_S,
     FIRST_FRAME_BYTES,
-    MOST_FRAME_BYTES,
+    MAX_FRAME_BYTES,
     NUM_SINGLE,
     BurstMeter,
     BurstReport,
@@ -102,7 +102,7 @@ def test_bandwidth_is_measured_with_bursts_that_suit_it(rate: float) -> None:
     assert _links(world)[0].bytes_per_s == pytest.approx(rate, rel=0.3 if rate > 1e11 else 1e-6)
     sizes = [frame_bytes for hop, num_frames, frame_bytes in world.sent if hop == 0 and num_frames == BURST_FRAMES]
     assert sizes == sorted(sizes)
-    assert sizes[-1] <= MOST_FRAME_BYTES
+    assert sizes[-1] <= MAX_FRAME_BYTES
 
 
 def test_a_slow_link_is_not_kept_busy_for_long() -> None:
@@ -153,7 +153,7 @@ def test_a_node_that_never_answered_has_an_unknown_clock_so_the_hop_into_it_is_u
 
 
 @pytest.mark.parametrize("limits", [LIMITS, WireLimits(max_width=4, max_context=64), WireLimits(max_width=8_192)])
-@pytest.mark.parametrize("frame_bytes", [1, 64, 5_000, MOST_FRAME_BYTES])
+@pytest.mark.parametrize("frame_bytes", [1, 64, 5_000, MAX_FRAME_BYTES])
 def test_the_frames_of_a_burst_are_legal_and_count_down(limits: WireLimits, frame_bytes: int) -> None:
     frames = burst_frames(SendBurst(EPOCH, 9, 16, frame_bytes), limits)
     decoded = [decode(encode(frame, KEY), KEY, limits) for frame in frames]

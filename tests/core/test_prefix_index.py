@@ -49,7 +49,7 @@ def test_what_the_last_holder_held_is_forgotten_with_it() -> None:
 
 
 def test_the_least_recently_used_goes_first_and_what_is_pinned_stays() -> None:
-    index = PrefixIndex(2, most_tokens=4)
+    index = PrefixIndex(2, max_tokens=4)
     for seq_id in (ONE, TWO, THREE):
         index.extend(seq_id, _sequence(seq_id, 0, 0), 3)
         assert not index.is_over
@@ -64,7 +64,7 @@ def test_the_least_recently_used_goes_first_and_what_is_pinned_stays() -> None:
 
 
 def test_less_than_a_block_is_not_retained_and_nothing_is_if_the_index_is_off() -> None:
-    index, off = PrefixIndex(4), PrefixIndex(1, most_tokens=0)
+    index, off = PrefixIndex(4), PrefixIndex(1, max_tokens=0)
     index.extend(ONE, _sequence(1, 2, 3), 3)
     off.extend(ONE, _sequence(1, 2, 3), 3)
     assert not index.retain(ONE)

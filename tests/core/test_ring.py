@@ -335,7 +335,7 @@ def test_a_new_pace_holds_for_the_next_frames_of_the_same_ring() -> None:
     ring.pace(replace(SPEC, caps=(1, 7), shared_chunks=(32,)))
     ring.submit(_sequence(2), now=0.0)
     assert {(frame.cap, frame.chunk_tokens) for frame in _injected(ring)} == {(7, 32)}
-    assert ring.most_live == 3
+    assert ring.peak_live == 3
 
 
 def test_a_sequence_alone_leaves_the_chunk_to_the_stages() -> None:
@@ -596,9 +596,9 @@ def test_figures_begin_anew_behind_a_rehearsal() -> None:
     ring.sampled(row.seq_id, 4, now=0.1)
     ring.fault([SeqId(99)])
     ring.returned(_head(Segment(SeqId(99), 0, 1)))
-    assert (ring.most_live, ring.prefill["prefill_tokens"], ring.counts["unknown"]) == (1, 3, 1)
+    assert (ring.peak_live, ring.prefill["prefill_tokens"], ring.counts["unknown"]) == (1, 3, 1)
     ring.reset_counts()
-    assert (ring.most_live, ring.decode_gap_s, dict(ring.prefill), dict(ring.counts)) == (0, 0.0, {}, {})
+    assert (ring.peak_live, ring.decode_gap_s, dict(ring.prefill), dict(ring.counts)) == (0, 0.0, {}, {})
 
 
 def _measured_ring() -> tuple[RingProtocol, Sequence]:

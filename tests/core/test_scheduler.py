@@ -11,7 +11,7 @@ from mdiq.core.types import RingSpec
 
 def _entry(arrival: int, num_prompt: int, max_tokens: int = 4) -> Entry:
     sequence = Sequence(arrival, tuple(range(num_prompt)), SamplingParams(max_tokens=max_tokens))
-    return Entry(sequence, arrival, sequence.most_tokens)
+    return Entry(sequence, arrival, sequence.max_total_tokens)
 
 
 def _scheduler(

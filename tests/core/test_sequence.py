@@ -58,7 +58,7 @@ def test_a_json_value_of_the_wrong_type_is_refused_with_its_place(name: str, val
 
 def test_tokens_are_prompt_and_answer_in_one() -> None:
     sequence = Sequence(0, (1, 2, 3), SamplingParams(max_tokens=4), generated=[4, 5])
-    assert (sequence.num_tokens, sequence.most_tokens) == (5, 7)
+    assert (sequence.num_tokens, sequence.max_total_tokens) == (5, 7)
     for start in range(6):
         for stop in range(start, 6):
             assert sequence.tokens(start, stop) == (1, 2, 3, 4, 5)[start:stop]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mdiq.core.frame import MOST_SEGMENTS, NO_ROWS, Batch, Frame, FrameKind, Segment, TokenIds
+from mdiq.core.frame import MAX_SEGMENTS, NO_ROWS, Batch, Frame, FrameKind, Segment, TokenIds
 from mdiq.core.stage import Receipt, StageProtocol
 from mdiq.core.types import Epoch, SeqId
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
@@ -124,18 +124,18 @@ def test_a_release_alone_makes_a_batch_and_bars_a_sequence_that_was_never_seen()
 
 def test_more_releases_than_a_frame_holds_go_in_several() -> None:
     stage = _stage()
-    stage.receive(_release(*range(MOST_SEGMENTS)))
-    stage.receive(_release(MOST_SEGMENTS))
+    stage.receive(_release(*range(MAX_SEGMENTS)))
+    stage.receive(_release(MAX_SEGMENTS))
     _, frames = _run(stage)
-    assert [len(frame.segments) for frame in frames] == [MOST_SEGMENTS, 1]
+    assert [len(frame.segments) for frame in frames] == [MAX_SEGMENTS, 1]
 
 
 def test_no_batch_exceeds_a_frame_whatever_the_cap() -> None:
     stage = StageProtocol(token_budget=10_000)
     stage.assign(EPOCH, is_last=False)
-    stage.receive(_hidden(*((i, 0, 1) for i in range(MOST_SEGMENTS + 1)), cap=60_000))
+    stage.receive(_hidden(*((i, 0, 1) for i in range(MAX_SEGMENTS + 1)), cap=60_000))
     batch, _ = _run(stage)
-    assert len(batch.segments) == MOST_SEGMENTS
+    assert len(batch.segments) == MAX_SEGMENTS
 
 
 def test_nothing_is_taken_while_a_batch_runs() -> None:

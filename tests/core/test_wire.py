@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdiq.core import wire
-from mdiq.core.frame import MOST_SEGMENTS, NO_ROWS, Buffer, Frame, FrameKind, Payload, Segment, TokenIds
+from mdiq.core.frame import MAX_SEGMENTS, NO_ROWS, Buffer, Frame, FrameKind, Payload, Segment, TokenIds
 from mdiq.core.types import Epoch, SeqId
 from mdiq.core.wire import BadFrame, WireLimits, WirePayload
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
@@ -355,7 +355,7 @@ def test_the_limits_bound_every_part_of_a_legal_frame() -> None:
     limits = WireLimits(max_width=8, max_tokens=5)
     segments = (Segment(SeqId(1), 0, 5),)
     parts = _bytes(Frame(Epoch(1), FrameKind.HIDDEN, segments, Rows(5, 8)))
-    largest_release = _bytes(_frame(FrameKind.RELEASE, num_segments=MOST_SEGMENTS))
+    largest_release = _bytes(_frame(FrameKind.RELEASE, num_segments=MAX_SEGMENTS))
     assert max(map(len, parts + largest_release)) <= limits.max_frame_bytes
     wire.decode(parts, KEY, limits)
     wire.decode(largest_release, KEY, limits)

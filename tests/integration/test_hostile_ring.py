@@ -473,7 +473,7 @@ def test_slow_hops_are_measured_as_they_are(plain: Plain) -> None:
     if not plain.links:
         pytest.skip(f"no slow hops: {why_no_namespaces()}")
     delays_s = [hop["delay_s"] for hop in plain.summary["hops"]]
-    assert all(delay_s >= least_s for delay_s, least_s in zip(delays_s, (0.004, 0.004, 0.012), strict=True)), delays_s
+    assert all(delay_s >= min_s for delay_s, min_s in zip(delays_s, (0.004, 0.004, 0.012), strict=True)), delays_s
 
 
 def test_nobody_gets_in_who_is_not_listed_there(siege: Siege) -> None:

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[list[NodeProfile], Links, Goal]] = {
     ),
     # The model exceeds the memory of each.
     "small": ([node("desk", 1.0, 1_100), node("pi1", 1.0, 1_050), node("pi2", 2.0, 1_000)], Links(), Goal(num_users=8)),
-    "equal": ([node("desk"), node("box1"), node("box2")], Links(), replace(USERS, most_kv_tokens=8_192)),
+    "equal": ([node("desk"), node("box1"), node("box2")], Links(), replace(USERS, max_kv_tokens=8_192)),
     "one_user": ([node("desk", 2.0), node("pi1", 4.0), node("box1")], Links(), Goal(Objective.LATENCY, num_users=1)),
     "far": (
         [node("desk"), node("box1")],

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdiq.plan.micro_batches import LEAST_LIVE, MOST_LIVE, Curve, plan_micro_batches
+from mdiq.plan.micro_batches import MAX_LIVE, MIN_LIVE, Curve, plan_micro_batches
 
 
 def line(a_s: float, c_s: float) -> Curve:
@@ -58,14 +58,14 @@ def test_delay_costs_latency_and_not_throughput() -> None:
     costs = [line(0.0, 0.010)] * 3
     plan = plan_micro_batches(costs, 0.150)
     assert plan.in_flight[18 - 1] == 18
-    assert plan.rates[MOST_LIVE - 1] > 0.85 * plan_micro_batches(costs, 0.0).rates[MOST_LIVE - 1]
+    assert plan.rates[MAX_LIVE - 1] > 0.85 * plan_micro_batches(costs, 0.0).rates[MAX_LIVE - 1]
 
 
 def test_a_long_way_lets_more_sequences_in_and_a_short_one_no_fewer_than_the_least() -> None:
     costs = [line(0.010, 0.001)] * 3
     near, far = plan_micro_batches(costs, 0.0), plan_micro_batches(costs, 0.3)
-    assert LEAST_LIVE <= near.max_live < far.max_live <= MOST_LIVE
-    assert plan_micro_batches([line(0.0, 0.1)] * 2, 0.0).max_live == LEAST_LIVE
+    assert MIN_LIVE <= near.max_live < far.max_live <= MAX_LIVE
+    assert plan_micro_batches([line(0.0, 0.1)] * 2, 0.0).max_live == MIN_LIVE
     assert plan_micro_batches(costs, 0.3, 5).max_live == 5
 
 

@@ -51,7 +51,7 @@ def make_case(rng: random.Random, num_nodes: int, num_layers: int, memories: Seq
 
 def all_splits(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal) -> Iterator[Split]:
     """Yield every split that the memory permits."""
-    most = [n.most_layers(model, goal.kv_tokens, is_starter=not i) for i, n in enumerate(nodes)]
+    most = [n.max_layers(model, goal.kv_tokens, is_starter=not i) for i, n in enumerate(nodes)]
     for split in itertools.product(*(range(cap + 1) for cap in most)):
         if split[0] and sum(split) == model.num_layers:
             yield split
@@ -162,6 +162,6 @@ def test_the_largest_ring_is_split_in_no_time(kind: str, goal: Goal) -> None:
     assert split is not None
     assert sum(split) == 126
     assert all(
-        n <= profile.most_layers(model, goal.kv_tokens, is_starter=not i)
+        n <= profile.max_layers(model, goal.kv_tokens, is_starter=not i)
         for i, (n, profile) in enumerate(zip(split, nodes, strict=True))
     )

@@ -48,14 +48,14 @@ def test_the_memory_of_a_node_is_all_accounted_for() -> None:
         assert stage.weight_bytes + stage.kv_bytes + stage.other_bytes + stage.free_bytes == stage.memory_bytes
         assert stage.free_bytes >= 0
         assert stage.other_bytes == 360 * MIB
-        assert len(stage.layers) <= stage.most_layers
+        assert len(stage.layers) <= stage.max_layers
     assert plan.kv_tokens >= 2_048
     fullest = min(plan.stages, key=lambda stage: stage.free_bytes / len(stage.layers))
     assert fullest.free_bytes < len(fullest.layers) * MODEL.kv_bytes  # not one token more
 
 
 def test_no_more_kv_cache_is_taken_than_is_wanted() -> None:
-    plan = make_plan(MODEL, [node("a"), node("b")], LINKS, replace(USERS, most_kv_tokens=5_000))
+    plan = make_plan(MODEL, [node("a"), node("b")], LINKS, replace(USERS, max_kv_tokens=5_000))
     assert plan.kv_tokens == 5_000
 
 
@@ -70,7 +70,7 @@ def test_a_model_that_no_node_holds_alone_runs_over_three() -> None:
     nodes = [node("a", memory_mib=1_100), node("b", memory_mib=1_000), node("c", memory_mib=1_000)]
     plan = make_plan(MODEL, nodes, LINKS, replace(USERS, kv_tokens=1_024))
     assert len(plan.stages) == 3
-    assert max(stage.most_layers for stage in plan.stages) < 32
+    assert max(stage.max_layers for stage in plan.stages) < 32
     with pytest.raises(PlanError, match="too many: add one device"):
         make_plan(MODEL, nodes[:2], LINKS, replace(USERS, kv_tokens=1_024))
 

@@ -53,7 +53,7 @@ def test_only_a_node_that_measured_the_head_can_be_the_starter() -> None:
 def test_a_node_holds_what_its_memory_leaves_beside_process_activations_and_ends(
     memory_mib: int, is_starter: bool, most: int
 ) -> None:
-    assert node("pi1", memory_mib=memory_mib).most_layers(MODEL, 2_048, is_starter=is_starter) == most
+    assert node("pi1", memory_mib=memory_mib).max_layers(MODEL, 2_048, is_starter=is_starter) == most
 
 
 def test_embedding_and_head_are_the_starters() -> None:

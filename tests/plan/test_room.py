@@ -4,7 +4,7 @@ import pytest
 
 from mdiq.errors import PlanError
 from mdiq.plan.partition import Goal
-from mdiq.plan.room import check_room, count_layers, format_bytes, held_layers, least_nodes
+from mdiq.plan.room import check_room, count_layers, format_bytes, held_layers, min_nodes
 from tests.plan.profiles import INT4, MODEL, node
 
 
@@ -52,9 +52,9 @@ def test_a_starter_that_cannot_hold_its_ends_and_a_layer_says_so() -> None:
 def test_the_least_number_of_nodes_is_that_of_the_largest() -> None:
     nodes = [node("desk", memory_mib=1_000), node("pi1", memory_mib=700), node("pi2", memory_mib=1_800)]
     assert held_layers(MODEL, nodes, 2_048) == [9, 6, 25]
-    assert least_nodes(MODEL, nodes, 2_048) == 2
-    assert least_nodes(MODEL, [node("desk"), *nodes[1:]], 2_048) == 1
-    assert least_nodes(MODEL, [nodes[0], nodes[1], nodes[1], nodes[1], nodes[1]], 2_048) == 5
+    assert min_nodes(MODEL, nodes, 2_048) == 2
+    assert min_nodes(MODEL, [node("desk"), *nodes[1:]], 2_048) == 1
+    assert min_nodes(MODEL, [nodes[0], nodes[1], nodes[1], nodes[1], nodes[1]], 2_048) == 5
 
 
 def test_sizes_are_written_as_operators_write_them() -> None:

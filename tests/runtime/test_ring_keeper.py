@@ -65,8 +65,8 @@ class FakeRing:
     async def aclose(self) -> None:
         self.is_closed = True
 
-    def silent(self, least_s: float) -> dict[str, float]:
-        return {name: silent_s for name, silent_s in self.silence.items() if silent_s >= least_s}
+    def silent(self, min_s: float) -> dict[str, float]:
+        return {name: silent_s for name, silent_s in self.silence.items() if silent_s >= min_s}
 
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
         self.standing_by = nodes

@@ -19,7 +19,7 @@ def test_a_tracer_that_is_off_keeps_nothing() -> None:
 
 
 def test_the_oldest_spans_go_when_there_are_too_many() -> None:
-    tracer = Tracer(is_on=True, most_spans=10)
+    tracer = Tracer(is_on=True, max_spans=10)
     for i in range(25):
         tracer.add(COMPUTE, str(i), i, i + 1)
     assert len(tracer.spans) <= 10

@@ -20,7 +20,7 @@ from mdiq.transport.curve import (
     CONTROL,
     DATA,
     FORGET_S,
-    MOST_REFUSALS,
+    MAX_REFUSALS,
     ClientSecurity,
     Gate,
     Refusals,
@@ -701,12 +701,12 @@ def test_refusals_are_logged_once_and_again_after_an_hour(events: Events) -> Non
 
 def test_a_flood_of_addresses_fills_neither_log_nor_memory(events: Events) -> None:
     refusals = Refusals(lambda: 0.0)
-    for i in range(3 * MOST_REFUSALS):
+    for i in range(3 * MAX_REFUSALS):
         refusals.note("data", f"2001:db8::{i:x}", "no key")
-    assert len(events) == MOST_REFUSALS + 1
+    assert len(events) == MAX_REFUSALS + 1
     assert events[-1]["event"] == "refusals_no_longer_logged"
-    assert len(refusals._noted) == MOST_REFUSALS
-    assert refusals.num_refused == 3 * MOST_REFUSALS
+    assert len(refusals._noted) == MAX_REFUSALS
+    assert refusals.num_refused == 3 * MAX_REFUSALS
 
 
 def _port(source: PullSource) -> int:

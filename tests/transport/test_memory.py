@@ -20,7 +20,7 @@ async def test_messages_come_out_in_order_and_are_counted_on_both_sides() -> Non
 
 
 async def test_a_full_link_makes_its_sender_wait() -> None:
-    link = MemoryLink(most_waiting=1)
+    link = MemoryLink(max_waiting=1)
     await link.send([b"1"])
     sending = asyncio.create_task(link.send([b"2"]))
     await asyncio.sleep(0)
@@ -52,7 +52,7 @@ async def test_a_control_server_talks_to_each_peer_by_its_identity() -> None:
 
 
 async def test_a_peer_that_is_unknown_or_gone_or_hangs_is_a_transport_error() -> None:
-    server = MemoryControlServer(most_waiting=1)
+    server = MemoryControlServer(max_waiting=1)
     with pytest.raises(TransportError, match="not connected"):
         await server.send(b"nobody", b"x")
     link = server.connect(b"one")

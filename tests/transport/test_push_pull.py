@@ -10,7 +10,7 @@ import zmq.asyncio
 
 from mdiq.errors import TransportError
 from mdiq.transport.push_pull import PullSource, PushSink
-from mdiq.transport.sockets import MOST_PARTS, MOST_READY, listen_endpoint
+from mdiq.transport.sockets import MAX_PARTS, MAX_READY, listen_endpoint
 from tests.transport.conftest import Until
 
 ANY_PORT = "tcp://127.0.0.1:0"
@@ -117,7 +117,7 @@ async def test_a_message_of_many_parts_is_cut_and_the_next_one_is_whole(context:
     hostile.connect(source.endpoint)
     await hostile.send_multipart([b"part"] * 1_000)
     await hostile.send_multipart([b"a", b"b"])
-    assert await source.receive() == [b"part"] * MOST_PARTS
+    assert await source.receive() == [b"part"] * MAX_PARTS
     assert source.bytes_in == 1_000 * 6
     assert await source.receive() == [b"a", b"b"]
     hostile.close(linger=0)
@@ -193,7 +193,7 @@ async def test_a_flood_does_not_keep_other_tasks_from_running(context: zmq.async
         most_between_turns = max(most_between_turns, received - before)
     await flooding
     assert received == num_messages
-    assert most_between_turns <= 2 * MOST_READY
+    assert most_between_turns <= 2 * MAX_READY
     hostile.close(linger=0)
     await source.aclose()
 

@@ -20,8 +20,8 @@ from mdiq.transport.room import (
     MAX_DESCRIPTORS,
     Room,
     bytes_received,
+    connection_limit,
     end_connection,
-    max_connections,
     raise_descriptor_limit,
 )
 
@@ -101,7 +101,7 @@ def test_the_limit_is_raised_to_what_is_permitted_and_listeners_take_a_part_of_i
     monkeypatch.setattr(room_module.resource, "setrlimit", lambda _, limits: now.append(limits))
     raise_descriptor_limit()
     assert now[1:] == ([raised] if raised else [])
-    assert max_connections() == most
+    assert connection_limit() == most
 
 
 def test_a_limit_that_may_not_be_raised_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_a_connection_is_looked_at_and_ended_without_a_descriptor_and_others_are
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "max_connections", lambda: MOST)
+    monkeypatch.setattr(watch, "connection_limit", lambda: MOST)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import zmq.asyncio
 
 from mdiq.core.weights import MOST_BYTES
 from mdiq.errors import TransportError
-from mdiq.transport.router_dealer import MOST_CONTROL_BYTES, DealerLink, RouterServer
+from mdiq.transport.router_dealer import MAX_CONTROL_BYTES, DealerLink, RouterServer
 from tests.transport.conftest import Until
 
 ANY_PORT = "tcp://127.0.0.1:0"
@@ -108,7 +108,7 @@ async def test_a_message_over_the_limit_never_arrives(context: zmq.asyncio.Conte
     hostile = context.socket(zmq.DEALER)
     async with until(hostile, zmq.EVENT_DISCONNECTED):
         hostile.connect(server.endpoint)
-        await hostile.send(bytes(MOST_CONTROL_BYTES + 1))
+        await hostile.send(bytes(MAX_CONTROL_BYTES + 1))
     hostile.close(linger=0)
     link = await DealerLink.connect(context, server.endpoint, identity="one")
     await link.send(b"hello")

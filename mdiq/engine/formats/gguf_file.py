@@ -23,7 +23,7 @@ import numpy as np
 
 from mdiq.errors import ModelError
 
-MOST_ENTRIES = 1 << 20
+MAX_ENTRIES = 1 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _SIZE = struct.Struct("<Q")  # before a text
@@ -210,7 +210,7 @@ class _Part:
                 "convert it to version 3, little endian"
             )
         num_tensors, num_fields = struct.unpack_from("<QQ", self.map, 8)
-        if max(num_tensors, num_fields) > MOST_ENTRIES:
+        if max(num_tensors, num_fields) > MAX_ENTRIES:
             raise ValueError(f"{num_tensors} tensors and {num_fields} fields")
         self._at = 24
         self.fields: dict[str, object] = {}

@@ -27,7 +27,7 @@ BATCH_CLASSES = (1, 8, 64)
 """Rows of the batches that are timed: one user, several, a part of a prompt."""
 _REPEATS = 5
 _FLUSH_BYTES = 64 << 20  # read between two runs: what the layers between two runs of one matrix do to the caches
-_MOST_SECONDS = 1.0  # for one kernel and shape
+_MAX_SECONDS = 1.0  # for one kernel and shape
 
 Times = dict[str, list[float]]
 
@@ -140,7 +140,7 @@ def _measured(weights: str, shape: tuple[int, int], folder: Path, *, exact: bool
                 continue
             try:
                 linear: Linear = kernel(PackedFile(path), "w", exact=exact)
-                times = [_least_s(linear, rows, shape[1], flush) for rows in BATCH_CLASSES]
+                times = [_min_s(linear, rows, shape[1], flush) for rows in BATCH_CLASSES]
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise MemoryError(str(error)) from None
@@ -149,7 +149,7 @@ def _measured(weights: str, shape: tuple[int, int], folder: Path, *, exact: bool
             yield kernel.name, times
 
 
-def _least_s(linear: Linear, num_rows: int, num_in: int, flush: torch.Tensor) -> float:
+def _min_s(linear: Linear, num_rows: int, num_in: int, flush: torch.Tensor) -> float:
     """Return seconds of a matmul as in a forward: weights and code come from memory, activations were just computed.
 
     With its code in the cache, a kernel of much code looked a third faster than it was in a forward, and was chosen.
@@ -158,7 +158,7 @@ def _least_s(linear: Linear, num_rows: int, num_in: int, flush: torch.Tensor) ->
     linear(x)
     times: list[float] = []
     begin_s = time.perf_counter()
-    while len(times) < _REPEATS and time.perf_counter() - begin_s < _MOST_SECONDS:
+    while len(times) < _REPEATS and time.perf_counter() - begin_s < _MAX_SECONDS:
         flush.sum()
         x.neg_()
         start_s = time.perf_counter()

@@ -116,20 +116,20 @@ class TorchInt8:
     Both are batch-invariant, yet they differ from each other: in exact mode the first serves all batches. Results
     are rounded to bf16.
 
-    most_rows: the largest batch that the first kernel serves in fast mode.
+    max_rows: the largest batch that the first kernel serves in fast mode.
     """
 
     name = "torch-int8"
     formats = ("int8",)
     rounding = name
 
-    def __init__(self, file: PackedFile, role: str, *, exact: bool, most_rows: int = 16) -> None:
+    def __init__(self, file: PackedFile, role: str, *, exact: bool, max_rows: int = 16) -> None:
         self._q = _mapped(file.tensor(f"{role}.q"))
         self._scale = file.tensor(f"{role}.scale").clone()
         self._split = HotSplit.find(file, role)
         self._bias = _bias(file, role)
         self._ones = torch.ones(self._q.shape[0], dtype=torch.bfloat16)
-        self._most_rows = 1 << 30 if exact else most_rows
+        self._max_rows = 1 << 30 if exact else max_rows
 
     @staticmethod
     def is_available() -> bool:
@@ -141,7 +141,7 @@ class TorchInt8:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         split = x if self._split is None else self._split(x)
-        if x.shape[0] <= self._most_rows:
+        if x.shape[0] <= self._max_rows:
             y = torch._weight_int8pack_mm(_aligned(split.to(torch.bfloat16)), self._q, self._ones).float()
         else:
             wide = split.float()

@@ -59,8 +59,8 @@ def build(features: frozenset[str], *, head_dim: int, groups: int, block_tokens:
     query_at = b.sub(row_bytes, head_bytes)
     inverse_at = b.sub(query_at, LONG(_FLOAT_BYTES))
     parts = range(0, _FLOAT_BYTES * head_dim, _VECTOR_BYTES)
-    most_sums = sums_in_registers(features)
-    packed, lane_sums = (f.scratch(LANES * count) for count in (head_dim, LANES * most_sums))
+    max_sums = sums_in_registers(features)
+    packed, lane_sums = (f.scratch(LANES * count) for count in (head_dim, LANES * max_sums))
 
     def item(i: Value, _: list[Value]) -> list[Value]:
         number = b.sdiv(i, num_kv_heads)
@@ -121,7 +121,7 @@ def build(features: frozenset[str], *, head_dim: int, groups: int, block_tokens:
                 for each, score in zip(here, found, strict=True):
                     f.store(score, each, b.mul(b.sub(t, base), LONG(_FLOAT_BYTES)))
 
-            _for_rows(f, num_rows, most_sums, scores_of)
+            _for_rows(f, num_rows, max_sums, scores_of)
             return []
 
         def weigh(token: Value, here: Value, _: Value) -> None:
@@ -156,7 +156,7 @@ def build(features: frozenset[str], *, head_dim: int, groups: int, block_tokens:
                     for each, total in zip(here, sums, strict=True):
                         f.store(total, each, at)
 
-                _for_rows(f, num_rows, most_sums, add_to)
+                _for_rows(f, num_rows, max_sums, add_to)
                 return []
 
             f.loop(LONG(0), head_bytes, _VECTOR_BYTES, [], of_part)

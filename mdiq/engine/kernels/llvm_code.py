@@ -28,7 +28,7 @@ def splat(element: Value, count: int, value: float) -> Value:
 
 NEAREST, SECOND = 3, 2
 """Caches, as LLVM counts them."""
-_LEAST_EXPONENT = -127.0  # below that of the smallest normal float: such a power of 2 is 0
+_MIN_EXPONENT = -127.0  # below that of the smallest normal float: such a power of 2 is 0
 _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
 _POWERS = 7  # of the series of 2^x: what is left out is below half a unit in the last place for |x| <= 1/2
 # Of activations that a tile takes at once: half of a nearest cache of 32 KiB, since weights pass there too.
@@ -159,7 +159,7 @@ class Function:
 def power_of_2(f: Function, x: Value) -> Value:
     """Return 2^x for a vector of floats, x at most 0: the exponent's bits for the whole part, a series for the rest."""
     b, kind, count = f.b, x.type, x.type.count
-    x = f.call(f"llvm.maxnum.v{count}f32", kind, x, splat(FLOAT, count, _LEAST_EXPONENT))
+    x = f.call(f"llvm.maxnum.v{count}f32", kind, x, splat(FLOAT, count, _MIN_EXPONENT))
     whole = f.call(f"llvm.rint.v{count}f32", kind, x)
     rest = b.fsub(x, whole)
     terms = [math.log(2) ** n / math.factorial(n) for n in range(_POWERS)]
@@ -184,7 +184,7 @@ def build_multiply(
     num_weights: int,
     strides: Sequence[Callable[[Function, Sequence[Value]], Value]],
     num_sizes: int,
-    most_rows: int,
+    max_rows: int,
     outputs: int,
     columns: int | None,
     finishes: bool = False,
@@ -198,7 +198,7 @@ def build_multiply(
     matrix: its words, see matrix_words. rounded: where its prepare(x, matrix, rounded, num_rows, first, stop) has put
     the activations of x: f32 [num_rows, in], called for all rows, in any parts. All that describes activations lies
     there one behind the other; strides are what gives the bytes of one row of each, from the sizes.
-    most_rows: of the largest tile; tiles are about as large as each other.
+    max_rows: of the largest tile; tiles are about as large as each other.
     outputs: rows of the matrix that all tiles go over before the next. columns: of the matrix, about as many at a time
     where activations of a tile, a byte each, do not fit the nearest cache; None is always all.
     finishes: behind the tiles of some rows comes a function finish(weights.., activations.., y, out, first, stop,
@@ -213,7 +213,7 @@ def build_multiply(
     for step in steps[:-1]:
         pointers.append(f.at(pointers[-1], b.mul(num_rows, step)))
     steps.append(b.mul(num_out, LONG(4)))
-    num_tiles = b.sdiv(b.add(num_rows, LONG(most_rows - 1)), LONG(most_rows))
+    num_tiles = b.sdiv(b.add(num_rows, LONG(max_rows - 1)), LONG(max_rows))
 
     def part(begin: Value, _: list[Value]) -> list[Value]:
         end = b.add(begin, LONG(outputs))
@@ -225,7 +225,7 @@ def build_multiply(
             rows = [f.at(start, b.mul(row, step)) for start, step in zip((*pointers, y), steps, strict=True)]
             behind = f.function.append_basic_block()
             choice = b.switch(count, behind)
-            for size in range(1, most_rows + 1):
+            for size in range(1, max_rows + 1):
                 case = f.function.append_basic_block()
                 choice.add_case(LONG(size), case)
                 b.position_at_end(case)

@@ -71,8 +71,8 @@ def build(features: frozenset[str], *, is_wide: bool = False, grouped: int = 0) 
     """
     module = ir.Module()
     _build_prepare(module, grouped=grouped)
-    most_rows = 8 if {"avx512vl", "neon"} & features else 6  # what 32 or 16 registers hold the sums of
-    for num_rows in range(1, most_rows + 1):
+    max_rows = 8 if {"avx512vl", "neon"} & features else 6  # what 32 or 16 registers hold the sums of
+    for num_rows in range(1, max_rows + 1):
         # Few rows of activations wait for memory, which likes to be read in the order of its addresses.
         num_places = 2 if is_wide and num_rows > _FEW_ROWS else 1
         _build_tile(module, num_rows, features, num_places=num_places, grouped=grouped)
@@ -81,7 +81,7 @@ def build(features: frozenset[str], *, is_wide: bool = False, grouped: int = 0) 
         num_weights=NUM_WEIGHTS,
         strides=(lambda f, sizes: _rounded_bytes(f, sizes[0], LONG(_PAD)),),
         num_sizes=1,
-        most_rows=most_rows,
+        max_rows=max_rows,
         outputs=_OUTPUTS,
         columns=_COLUMNS,
     )

@@ -41,10 +41,10 @@ _AHEAD = 2_048
 def build(features: frozenset[str]) -> Value:
     """Return the module for a CPU with such features: the same bits for all, slow without AVX2 or dot products."""
     is_wide = "avx512vnni" in features
-    most_rows = 12 if is_wide else 6  # what 32 or 16 registers hold the sums of, for two rows of the matrix each
+    max_rows = 12 if is_wide else 6  # what 32 or 16 registers hold the sums of, for two rows of the matrix each
     module = ir.Module()
     _build_prepare(module, features)
-    for num_rows in range(1, most_rows + 1):
+    for num_rows in range(1, max_rows + 1):
         _build_tile(module, num_rows, features, lanes=16 if is_wide else 8)
     build_finish(module, num_pointers=6, num_sizes=1, lanes=_LANES, result=partial(_result, features=features))
     build_multiply(
@@ -52,7 +52,7 @@ def build(features: frozenset[str]) -> Value:
         num_weights=_NUM_WEIGHTS,
         strides=(lambda f, sizes: _row_bytes(f, sizes[0]), lambda *_: LONG(4)),
         num_sizes=1,
-        most_rows=most_rows,
+        max_rows=max_rows,
         outputs=_OUTPUTS,
         columns=_COLUMNS,
         finishes=True,

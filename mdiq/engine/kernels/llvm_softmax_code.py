@@ -84,8 +84,8 @@ def _build_add_classes(module: Value) -> None:
     """
     f = Function(module, "add_classes", [POINTER] * 3 + [LONG])
     b = f.b
-    weights, least_at, sums, count = f.arguments
-    least = f.load(FLOAT, least_at, LONG(0))
+    weights, min_at, sums, count = f.arguments
+    least = f.load(FLOAT, min_at, LONG(0))
 
     def one(i: Value, _: list[Value]) -> list[Value]:
         weight = f.load(FLOAT, weights, b.mul(i, LONG(4)))

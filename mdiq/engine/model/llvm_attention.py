@@ -17,8 +17,8 @@ from mdiq.engine.model.layers import Span, store, write_slots
 from mdiq.engine.model_config import ModelConfig
 
 _FEW_SLOTS = 128  # of a thread: with fewer, telling it costs as much as its work
-_MOST_SCORES = 131_072  # of a tile, half a MiB: tiles of fewer tokens have keys and values come from memory more often
-_MOST_TOKENS = 16  # of a tile
+_MAX_SCORES = 131_072  # of a tile, half a MiB: tiles of fewer tokens have keys and values come from memory more often
+_MAX_TOKENS = 16  # of a tile
 
 
 class CompiledAttention:
@@ -77,7 +77,7 @@ class CompiledBatch:
         first = self._slots.data_ptr()
         self.width = compiled.row_floats(max(span.start + span.length for span in spans))
         self.slots = first + 8 * writes.start if isinstance(writes, slice) else writes.data_ptr()
-        most = min(max(_MOST_SCORES // (compiled.groups * self.width), 1), _MOST_TOKENS)
+        most = min(max(_MAX_SCORES // (compiled.groups * self.width), 1), _MAX_TOKENS)
         tiles: list[tuple[int, int, int, int]] = []
         for span, read in zip(spans, reads, strict=True):
             address = first + 8 * read.start if isinstance(read, slice) else read.data_ptr()

@@ -32,7 +32,7 @@ from mdiq.engine.model.llvm_attention import CompiledAttention, CompiledBatch
 from mdiq.engine.model_config import ModelConfig
 
 _FLOAT_BYTES = 4
-_MOST_THREADS = 256
+_MAX_THREADS = 256
 _STEP_WORDS = 3  # before what a step's function reads: see llvm_layers_code.py
 
 
@@ -104,7 +104,7 @@ class CompiledLayers:
         """Return hidden, f32 [T, hidden_size], behind these Layers; ``angles`` as Rope.tables has them."""
         from mdiq.engine.kernels.llvm_layers_code import Word
 
-        num_rows, num_threads = len(hidden), min(torch.get_num_threads(), _MOST_THREADS)
+        num_rows, num_threads = len(hidden), min(torch.get_num_threads(), _MAX_THREADS)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         rows = torch.empty(num_rows, self._row_floats)
         rounded = torch.empty(num_rows, self._rounded_bytes, dtype=torch.uint8)
@@ -144,7 +144,7 @@ class CompiledLayers:
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         """Of these Layers alone: threads that wait for each other must all run."""
-        return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="layers")  # it starts what it needs
+        return ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="layers")  # it starts what it needs
 
     def _write(self, step: Step, place: int) -> None:
         """Write a step of a Layer, which has this place in the KV cache; see layers.run_layer."""

@@ -12,8 +12,8 @@ from mdiq.engine.kernels.llvm_softmax import CompiledSoftmax
 from mdiq.errors import EngineError
 
 # A smaller one would make infinities of f32 logits; greedy long before.
-LEAST_TEMPERATURE = 1e-30
-LEAST_PENALTY = 1e-30
+MIN_TEMPERATURE = 1e-30
+MIN_PENALTY = 1e-30
 _BLOCK = 128  # weights that are summed together before one of them is looked for
 
 
@@ -62,7 +62,7 @@ def _sample_row(logits: torch.Tensor, row: SampleRow) -> int:
     if 0 < params.top_k < logits.numel():
         ids = _largest(logits, params.top_k)
         logits = logits[ids]
-    weights, sums = _softened(logits, max(params.temperature, LEAST_TEMPERATURE))
+    weights, sums = _softened(logits, max(params.temperature, MIN_TEMPERATURE))
     if params.top_p < 1:
         _keep_nucleus(weights, float(sums.sum(dtype=np.float64)), params.top_p)
     if params.min_p > 0:  # of the largest, which is 1
@@ -154,7 +154,7 @@ def _penalized(logits: torch.Tensor, history: Sequence[int], penalty: float) -> 
     seen = torch.tensor(sorted(set(history)))
     scores = logits[seen]
     logits = logits.clone()
-    penalty = min(max(penalty, LEAST_PENALTY), 1 / LEAST_PENALTY)
+    penalty = min(max(penalty, MIN_PENALTY), 1 / MIN_PENALTY)
     most = torch.finfo(scores.dtype).max
     logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty).clamp(-most, most)
     return logits

@@ -16,7 +16,7 @@ from mdiq.errors import ModelError
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 _SPECIAL_NAMES = ("bos", "eos", "unknown", "padding", "eot", "eom")
-_MOST_MERGED_CHARS = 256  # of a token that merges are derived for; the longest in use has 31
+_MAX_MERGED_CHARS = 256  # of a token that merges are derived for; the longest in use has 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +295,7 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> Iterable[tuple[str, str]]:
     mergeable = {
         text: i
         for i, text in enumerate(vocabulary.tokens)
-        if types[i] not in (_UNKNOWN, _CONTROL, _BYTE) and len(text) <= _MOST_MERGED_CHARS
+        if types[i] not in (_UNKNOWN, _CONTROL, _BYTE) and len(text) <= _MAX_MERGED_CHARS
     }
     ranked: list[tuple[float, int, int, str, str]] = []
     for text, i in mergeable.items():

@@ -33,7 +33,7 @@ class TokenBound:
         tokens = [*backend.get_vocab(with_added_tokens=False), *map(self._as_tokens_are, added)]
         self._longest = 0 if covers_anything else int(_without_runs([token for token in tokens if token]).max())
 
-    def least_tokens(self, text: str) -> int:
+    def min_tokens(self, text: str) -> int:
         """Return a number of tokens that the text has at least."""
         if not self._longest or not text:
             return 0

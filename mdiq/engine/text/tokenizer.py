@@ -23,7 +23,7 @@ from mdiq.engine.text.token_bound import TokenBound
 from mdiq.errors import ConfigError, ContextLengthError, ModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MOST_ID = (1 << 31) - 1
+_MAX_ID = (1 << 31) - 1
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 # GPT-2's characters for bytes: printable ones are themselves, the others follow from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -92,7 +92,7 @@ class Tokenizer:
         """
         if len(text) <= room:  # nothing that could hold anybody up
             return
-        least = self._bound.least_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
+        least = self._bound.min_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
         if least >= room:
             raise ContextLengthError(
                 f"prompt: at least {least} tokens leave no room for an answer in {room}; shorten it"
@@ -135,7 +135,7 @@ class Tokenizer:
 
         Equals what ``stream`` gives for them. Bytes that are no UTF-8 become U+FFFD.
         """
-        text = self._decode([token for token in ids if 0 <= token <= _MOST_ID])
+        text = self._decode([token for token in ids if 0 <= token <= _MAX_ID])
         if _REPLACEMENT not in text:
             return text
         # A run of byte tokens that is wrong somewhere is wrong as a whole for `tokenizers`. A stream has written the
@@ -186,7 +186,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Return the characters that this token completes; none for a special token or an id without text."""
-        if token in self._special_ids or not 0 <= token <= _MOST_ID:
+        if token in self._special_ids or not 0 <= token <= _MAX_ID:
             return ""
         self._waiting.append(token)
         try:

@@ -33,13 +33,13 @@ def test_the_bound_is_never_more_than_there_are(tokenizer: Tokenizer) -> None:
     @given(texts)
     def check(text: str) -> None:
         for given_text in (text, text * 20):
-            assert bound.least_tokens(given_text) <= len(backend.encode(given_text, add_special_tokens=False).ids)
+            assert bound.min_tokens(given_text) <= len(backend.encode(given_text, add_special_tokens=False).ids)
 
     for text in (*TEXTS, "e\u0301" * 500, "\u1fa7" * 99, "<|im_start|>" * 50, "-" * 5_000, " \n" * 500):
         ids = backend.encode(text, add_special_tokens=False).ids
-        assert bound.least_tokens(text) <= len(ids)
+        assert bound.min_tokens(text) <= len(ids)
     check()
-    assert bound.least_tokens("The quick brown fox jumps. " * 1_000) > 250
+    assert bound.min_tokens("The quick brown fox jumps. " * 1_000) > 250
 
 
 def test_a_text_that_cannot_fit_is_refused_without_its_tokens(
@@ -77,4 +77,4 @@ def test_there_is_no_bound_where_a_token_may_cover_anything(kind: str) -> None:
     if kind == "stripping":
         backend.add_special_tokens([AddedToken("<mask>", lstrip=True)])
         backend.normalizer = normalizers.NFC()
-    assert TokenBound(backend).least_tokens("ab" * 10_000) == 0
+    assert TokenBound(backend).min_tokens("ab" * 10_000) == 0
