@@ -32,7 +32,7 @@ def test_what_can_be_refused_is_refused_before_torch_is_imported(tmp_path: Path)
 
 
 def test_all_that_runs_before_the_other_nodes_have_started_does_without_torch() -> None:
-    names = ("cli.run", "cli.bench", "runtime.local", "engine.model_config", "engine.text.tokenizer")
+    names = ("cli.run", "cli.bench", "runtime.ring_host", "engine.model_config", "engine.text.tokenizer")
     needed = f"import {', '.join(f'mdiq.{name}' for name in names)}"
     imported = _imported("-c", needed)
     assert "mdiq.runtime.processes" in imported

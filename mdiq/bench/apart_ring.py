@@ -37,7 +37,7 @@ def main() -> None:
 
 
 async def _measured(spec: dict[str, Any]) -> dict[str, Any]:
-    from mdiq.runtime.local import LocalRing
+    from mdiq.runtime.ring_host import RingHost
 
     options = RingOptions(
         model=Path(spec["model"]),
@@ -48,7 +48,7 @@ async def _measured(spec: dict[str, Any]) -> dict[str, Any]:
     )
     load = Load(**spec["load"])
     warm_up = Load(load.users, load.prompt_tokens, WARM_UP_TOKENS, load.seed + 1, load.temperature)
-    async with LocalRing(options) as ring:
+    async with RingHost(options) as ring:
         await run_load(ring, warm_up, spec["vocab_size"], 0)
         sys.stdout.write(READY)
         sys.stdout.flush()

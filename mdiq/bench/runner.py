@@ -39,7 +39,7 @@ class Event(Protocol):
 
 
 class LoadedRing(Protocol):
-    """What is measured; runtime's LocalRing is one."""
+    """What is measured; runtime's RingHost is one."""
 
     def stream(self, sequence: TokenSequence) -> AsyncIterator[Event]:
         """Run a Sequence and yield its events."""

@@ -131,7 +131,7 @@ def _bench(
     from mdiq.bench.apart import RingsApart
     from mdiq.bench.peer import Peer
     from mdiq.plan.split import split_layers
-    from mdiq.runtime.local import LocalRing
+    from mdiq.runtime.ring_host import RingHost
 
     layers = {count: split_layers(config.num_layers, count, config.head_layers) for count in {c.nodes for c in cells}}
 
@@ -168,7 +168,7 @@ def _bench(
         temperature=options.temperature,
         vocab_size=config.vocab_size,
         rest_s=REST_S,
-        open_ring=lambda nodes, link: LocalRing(of_ring(nodes, link)),
+        open_ring=lambda nodes, link: RingHost(of_ring(nodes, link)),
         peer_cells=[
             PeerCell(count, users, prompt)
             for count in peer_threads

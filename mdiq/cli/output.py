@@ -66,7 +66,7 @@ class Summary:
 
     wall_s: from the first submission to the last token.
     counts: what the Ring ignored or mended; prefill: what became of prompts; see RingProtocol.
-    hops: in ring order; wire_check_nats: see LocalRing.
+    hops: in ring order; wire_check_nats: see RingHost.
     overlap: per Node, the share of its compute time in which a neighbour computed too; None without a trace.
     """
 

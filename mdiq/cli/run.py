@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, an
     from mdiq.config.load import LoadedTopology
     from mdiq.engine.model_config import ModelConfig
     from mdiq.engine.text.tokenizer import Tokenizer
-    from mdiq.runtime.local import LocalRing
+    from mdiq.runtime.ring_host import RingHost
 
 DEFAULT_NODES = 2
 MAX_SUBMITTED = MAX_LIVE + 64  # requests of a file that are with the ring at once: what it takes, and some that wait
@@ -164,12 +164,12 @@ class _Run:
         self._start_s = 0.0
 
     async def main(self) -> int:
-        from mdiq.runtime.local import LocalRing
+        from mdiq.runtime.ring_host import RingHost
 
         self._check_lines()
         if self._ring_options.is_survey and self._rings is not None:
             with _loading_bars(self._console) as on_loading:
-                async with LocalRing(self._ring_options, on_loading=on_loading) as ring:
+                async with RingHost(self._ring_options, on_loading=on_loading) as ring:
                     self._rings.keep(await ring.measured(), is_survey=True)
             self._ring_options = self._rings.options()
         if self._rings is not None:
@@ -180,7 +180,7 @@ class _Run:
                 log_level=self._options.log_level,
             )
         with _loading_bars(self._console) as on_loading:
-            ring = LocalRing(self._ring_options, make_pipe=self._pipe, on_loading=on_loading)
+            ring = RingHost(self._ring_options, make_pipe=self._pipe, on_loading=on_loading)
             await ring.__aenter__()
         try:
             self._start_s = time.monotonic()
@@ -231,7 +231,7 @@ class _Run:
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
         return TokenizerPipe(self._tokenizer, sequence.params.stop)
 
-    async def serve_all(self, ring: "LocalRing") -> None:
+    async def serve_all(self, ring: "RingHost") -> None:
         """Answer every request; MAX_SUBMITTED of them are with the ring at once."""
         # A ring that holds every request of a long file spends its time on those that wait.
         lines = iter(self._lines)
@@ -239,11 +239,11 @@ class _Run:
             for i in range(min(len(self._lines), max(MAX_SUBMITTED, self._options.max_live or 0))):
                 tasks.create_task(self._serve_each(ring, lines), name=f"requests-{i}")
 
-    async def _serve_each(self, ring: "LocalRing", lines: Iterator[PromptLine]) -> None:
+    async def _serve_each(self, ring: "RingHost", lines: Iterator[PromptLine]) -> None:
         for line in lines:
             await self._serve(ring, line)
 
-    async def _serve(self, ring: "LocalRing", line: PromptLine) -> None:
+    async def _serve(self, ring: "RingHost", line: PromptLine) -> None:
         result = Result(line.index, (), submitted_s=self._now(), request=line.digest)
         self._results.append(result)
         sequence = self._checked.pop(line.index, None)
@@ -274,7 +274,7 @@ class _Run:
             result.cached_prompt_tokens = sequence.cached_prompt_tokens
         self._printer.finished(result)
 
-    async def _finish(self, ring: "LocalRing") -> None:
+    async def _finish(self, ring: "RingHost") -> None:
         wall_s = max((result.finished_s for result in self._results), default=0.0)
         if self._rings is not None:
             self._rings.keep(await ring.measured())

@@ -28,7 +28,7 @@ from mdiq.runtime.placement import set_threads
 if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.engine.model_config import ModelConfig
     from mdiq.engine.text.tokenizer import Tokenizer
-    from mdiq.runtime.local import LocalRing
+    from mdiq.runtime.ring_host import RingHost
     from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
     from mdiq.runtime.starter_service import StreamEvent
 
@@ -120,7 +120,7 @@ class _Topologies:
         self._rings = rings
         return rings.options
 
-    async def keep_measured(self, ring: "LocalRing") -> None:
+    async def keep_measured(self, ring: "RingHost") -> None:
         """Keep what the Nodes of a Ring measured: see TopologyRings."""
         assert self._rings is not None  # a Ring has been formed
         self._rings.keep(await ring.measured(), is_survey=ring.is_survey)
@@ -193,11 +193,11 @@ class _Service:
 
     async def run(self) -> None:
         """Serve until a signal comes."""
-        from mdiq.runtime.local import LocalRing
+        from mdiq.runtime.ring_host import RingHost
         from mdiq.runtime.ring_keeper import RingKeeper
 
-        def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> LocalRing:
-            return LocalRing(options, make_pipe=self._pipe, on_loading=on_loading)
+        def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> RingHost:
+            return RingHost(options, make_pipe=self._pipe, on_loading=on_loading)
 
         self._keeper = keeper = RingKeeper(
             self._topologies.read,

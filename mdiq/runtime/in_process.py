@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from mdiq.engine.runner import StageRunner
 
 
-class InProcessStages:
-    """Every Stage but the Starter's, as tasks of this process; the arguments are those of ProcessStages."""
+class InProcessWorkers:
+    """Every Stage but the Starter's, as tasks of this process; the arguments are those of ProcessWorkers."""
 
     def __init__(
         self,

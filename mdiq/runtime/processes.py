@@ -16,7 +16,7 @@ from mdiq.errors import MdiqError, NodeDiedError
 from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import core_of
-from mdiq.runtime.stages import SocketStages
+from mdiq.runtime.socket_workers import SocketWorkers
 from mdiq.transport.push_pull import PullSource, PushSink
 from mdiq.transport.relay import RelayProcess
 from mdiq.transport.router_dealer import RouterServer
@@ -24,7 +24,7 @@ from mdiq.transport.router_dealer import RouterServer
 OWN_ERROR = "mdiq: "  # how the command line begins the one line that says why it ends
 
 
-class ProcessStages(SocketStages):
+class ProcessWorkers(SocketWorkers):
     """Every Stage but the Starter's, each in a process of its own on this machine."""
 
     def __init__(

@@ -22,7 +22,7 @@ from mdiq.core.types import LayerRange, NodeId
 from mdiq.core.weights import PIECE_BYTES
 from mdiq.errors import MdiqError, TransportError, first_of
 from mdiq.runtime.options import RemoteRing, StandingBy
-from mdiq.runtime.stages import SocketStages
+from mdiq.runtime.socket_workers import SocketWorkers
 from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
 from mdiq.transport.push_pull import PullSource, PushSink
 from mdiq.transport.router_dealer import RouterServer
@@ -33,7 +33,7 @@ log = structlog.get_logger()
 TELL_S = 5.0
 
 
-class RemoteStages(SocketStages):
+class RemoteWorkers(SocketWorkers):
     """Every Stage but the Starter's, each a `mdiq node` that joins by itself."""
 
     _gate: Gate | None = None

@@ -38,7 +38,7 @@ OnLoading = Callable[[str, int, int], None]
 
 
 class KeptRing(Protocol):
-    """What is asked of a Ring; LocalRing is one."""
+    """What is asked of a Ring; RingHost is one."""
 
     @property
     def missing(self) -> list[str]: ...

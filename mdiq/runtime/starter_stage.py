@@ -1,6 +1,6 @@
 """The Starter's own Stage: the ends of the model and its first Layers, opened, loaded, measured and run in its worker.
 
-Torch comes with this module: LocalRing imports it in the worker's thread, while the Ring's other Nodes start.
+Torch comes with this module: RingHost imports it in the worker's thread, while the Ring's other Nodes start.
 """
 
 from collections.abc import Sequence as AbstractSequence

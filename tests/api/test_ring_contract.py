@@ -12,8 +12,8 @@ import pytest
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.errors import CapacityError, RingError
-from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
+from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
 from tests.api.test_app import FakeRing
@@ -78,7 +78,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
         served = asyncio.Event()
         keeper = RingKeeper(
             lambda: lambda drained: options,
-            lambda options, on_loading: LocalRing(options, on_loading=on_loading),
+            lambda options, on_loading: RingHost(options, on_loading=on_loading),
             on_state=lambda state: served.set() if state.is_serving else None,
         )
         ring = KeptRing(keeper)

@@ -21,8 +21,8 @@ import zmq
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS
 from mdiq.plan.split import split_layers
-from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
+from mdiq.runtime.ring_host import RingHost
 from tests.integration.conftest import Finished, mdiq_command, run_mdiq, write_prompts
 
 PROMPT = (504, 2643, 355)
@@ -37,11 +37,11 @@ def mark() -> Iterator[str]:
         yield os.environ[MARK]
 
 
-def _ring(model: Path, **options: object) -> LocalRing:
-    return LocalRing(RingOptions(model=model, layers=split_layers(30, 3), weights=PLAIN_WEIGHTS, **options))
+def _ring(model: Path, **options: object) -> RingHost:
+    return RingHost(RingOptions(model=model, layers=split_layers(30, 3), weights=PLAIN_WEIGHTS, **options))
 
 
-async def _collect(ring: LocalRing, sequence: Sequence) -> tuple[list[int], FinishReason | None]:
+async def _collect(ring: RingHost, sequence: Sequence) -> tuple[list[int], FinishReason | None]:
     tokens, reason = [], None
     async for event in ring.stream(sequence):
         if event.step.token is not None:

@@ -9,8 +9,8 @@ import pytest
 from mdiq.core.sequence import SamplingParams
 from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.core.types import LayerRange, WeightSettings
-from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
+from mdiq.runtime.ring_host import RingHost
 from mdiq.transport.link_shape import parse_link
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -20,7 +20,7 @@ LAYERS = (LayerRange(0, 12), LayerRange(12, 30))
 
 
 @asynccontextmanager
-async def open_ring(model: Path, link: str | None, **changes: object) -> AsyncIterator[LocalRing]:
+async def open_ring(model: Path, link: str | None, **changes: object) -> AsyncIterator[RingHost]:
     options = RingOptions(
         model,
         LAYERS,
@@ -30,11 +30,11 @@ async def open_ring(model: Path, link: str | None, **changes: object) -> AsyncIt
         link=None if link is None else parse_link(link),
         **changes,  # type: ignore[arg-type]
     )
-    async with LocalRing(options) as ring:
+    async with RingHost(options) as ring:
         yield ring
 
 
-async def answer(ring: LocalRing, prompt: Sequence[int], num_tokens: int) -> list[int]:
+async def answer(ring: RingHost, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """Return the answer; bytes on the hops are those of its prompt and ``num_tokens - 1`` Laps."""
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     tokens = [event.step.token async for event in ring.stream(TokenSequence(0, tuple(prompt), params))]

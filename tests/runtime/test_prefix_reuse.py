@@ -11,8 +11,8 @@ from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
-from mdiq.runtime.local import LocalRing
 from mdiq.runtime.options import RingOptions
+from mdiq.runtime.ring_host import RingHost
 from tests.engine.tiny_models import NEAR_TIE, make_model
 from tests.runtime.conftest import OpenRing, make_sequence, right_answer
 
@@ -73,7 +73,7 @@ async def test_the_second_turn_of_a_chat_of_a_thousand_tokens_prefills_its_new_t
             kv_tokens=2048,
             ring=RingSettings(prefix_tokens=prefix_tokens),
         )
-        async with LocalRing(options) as ring:
+        async with RingHost(options) as ring:
             prompt, answers[prefix_tokens] = tuple(history), []
             for turn in range(2):
                 sequence = Sequence(turn, prompt, SamplingParams(max_tokens=COUNT))

@@ -29,13 +29,13 @@ from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
 from mdiq.plan.wire_choice import AUTO, USUAL, WireCosts, choose_wires
 from mdiq.runtime.cpu_quota import CpuQuota
-from mdiq.runtime.in_process import InProcessStages
+from mdiq.runtime.in_process import InProcessWorkers
 from mdiq.runtime.link_survey import survey_hops
 from mdiq.runtime.loops import Worker, loop_failed, make_worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
-from mdiq.runtime.processes import ProcessStages
-from mdiq.runtime.remote import RemoteStages
-from mdiq.runtime.stages import SocketStages
+from mdiq.runtime.processes import ProcessWorkers
+from mdiq.runtime.remote import RemoteWorkers
+from mdiq.runtime.socket_workers import SocketWorkers
 from mdiq.runtime.starter_service import NoText, StarterService, StreamEvent, TextPipe
 from mdiq.telemetry.trace import Span, Tracer
 
@@ -48,7 +48,7 @@ FIRST_EPOCH = Epoch(1)  # in which Nodes load and Hops are measured
 LOOPBACK_HOP_S = 2e-4  # until the first probe is back: a frame over loopback, both event loops included
 
 
-class LocalRing:
+class RingHost:
     """A Ring to ``stream`` Sequences through; use it as an async context manager.
 
     make_pipe: gives each Sequence the TextPipe that turns its tokens into text.
@@ -71,7 +71,7 @@ class LocalRing:
         self._tracer = Tracer(is_on=options.trace)
         self._worker = make_worker(self._clock, self._tracer, options.threads)
         self._ring_key = secrets.token_bytes(32)
-        self._stages: SocketStages | InProcessStages | None = None
+        self._stages: SocketWorkers | InProcessWorkers | None = None
         self._stage: StarterStage | None = None  # once it is loaded
         self._service: StarterService | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -88,7 +88,7 @@ class LocalRing:
         self._is_lost = asyncio.Event()
         self.wire_check_nats: float | None = None
 
-    async def __aenter__(self) -> "LocalRing":
+    async def __aenter__(self) -> "RingHost":
         try:
             await self._start_unless_lost()
         except BaseException:
@@ -131,22 +131,22 @@ class LocalRing:
     @property
     def missing(self) -> list[str]:
         """The Nodes that the Ring waits for, while it starts."""
-        return self._stages.missing if isinstance(self._stages, SocketStages) else []
+        return self._stages.missing if isinstance(self._stages, SocketWorkers) else []
 
     def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""
-        return self._stages.silent(min_s) if isinstance(self._stages, SocketStages) else {}
+        return self._stages.silent(min_s) if isinstance(self._stages, SocketWorkers) else {}
 
     async def until_leaving(self) -> str:
         """Wait until a Node asks to be drained; return its name."""
-        if isinstance(self._stages, SocketStages):
+        if isinstance(self._stages, SocketWorkers):
             return await self._stages.until_leaving()
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await never
 
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
         """Have these Nodes stand by, in place of those that did; others lose their connections."""
-        if isinstance(self._stages, RemoteStages):
+        if isinstance(self._stages, RemoteWorkers):
             await self._stages.replace_standing_by(nodes)
 
     async def until_lost(self) -> MdiqError:
@@ -241,7 +241,7 @@ class LocalRing:
     async def _start(self) -> None:
         options = self._options
         if options.num_nodes > 1 or (options.remote is not None and options.remote.standing_by):
-            make = _kind_of_stages(options)
+            make = _kind_of_workers(options)
             self._stages = make(
                 options,
                 ring_key=self._ring_key,
@@ -291,7 +291,7 @@ class LocalRing:
         )
         self._serving = asyncio.create_task(service.run(), name="starter")
         self._serving.add_done_callback(self._on_loops_ended)
-        if isinstance(self._stages, SocketStages) and options.num_nodes > 1:
+        if isinstance(self._stages, SocketWorkers) and options.num_nodes > 1:
             self._links = await survey_hops(
                 service, self._stages, self._epoch, options.num_nodes, self._clock, unreached=self._stages.unreached
             )
@@ -394,7 +394,7 @@ def _open_model(options: RingOptions) -> "StarterStage":
     return StarterStage(options)
 
 
-def _kind_of_stages(options: RingOptions) -> type[RemoteStages] | type[InProcessStages] | type[ProcessStages]:
+def _kind_of_workers(options: RingOptions) -> type[RemoteWorkers] | type[InProcessWorkers] | type[ProcessWorkers]:
     if options.remote is not None:
-        return RemoteStages
-    return InProcessStages if options.in_process else ProcessStages
+        return RemoteWorkers
+    return InProcessWorkers if options.in_process else ProcessWorkers

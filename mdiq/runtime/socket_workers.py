@@ -31,7 +31,7 @@ LEASE_S = 60.0  # importing torch and loading may starve a child's loop for long
 DRAIN_S = 1.0
 
 
-class SocketStages(ABC):
+class SocketWorkers(ABC):
     """Every Stage but the Starter's, over sockets.
 
     on_fault: told of Faults; on_lost: told when a Node is gone; on_loading: told (node, done, total).

@@ -16,12 +16,12 @@ from mdiq.engine import runner
 from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
 from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
 from mdiq.plan.pace import paced
-from mdiq.runtime import in_process, local, starter_stage
-from mdiq.runtime.local import LocalRing
+from mdiq.runtime import in_process, ring_host, starter_stage
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, RemoteNode, RemoteRing, RingOptions
-from mdiq.runtime.processes import ProcessStages
-from mdiq.runtime.remote import RemoteStages
+from mdiq.runtime.processes import ProcessWorkers
+from mdiq.runtime.remote import RemoteWorkers
+from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.starter_stage import StarterStage
 
 
@@ -37,7 +37,7 @@ async def test_hops_inside_a_process_are_not_measured_and_carry_what_the_stages_
 ) -> None:
     layers = (LayerRange(0, 2), LayerRange(2, 4))
     options = RingOptions(tiny, layers, wires=wires, in_process=True, kv_tokens=128)
-    async with LocalRing(options) as ring:
+    async with RingHost(options) as ring:
         assert ring.hops() == [HopFigures(wire, None, None) for wire in used]
         assert ring.wire_check_nats is None
         tokens = [e.step.token async for e in ring.stream(Sequence(0, (1, 2, 3), SamplingParams(max_tokens=3)))]
@@ -60,7 +60,7 @@ def test_nodes_of_another_kind_of_cpu_are_named_in_exact_mode(
 
 
 async def test_a_ring_of_one_has_no_hops(tiny: Path) -> None:
-    async with LocalRing(RingOptions(tiny, (LayerRange(0, 4),), wires=("auto",), kv_tokens=128)) as ring:
+    async with RingHost(RingOptions(tiny, (LayerRange(0, 4),), wires=("auto",), kv_tokens=128)) as ring:
         assert ring.hops() == []
 
 
@@ -83,12 +83,12 @@ async def test_a_starter_that_loads_and_measures_notes_its_progress_for_the_watc
         num_loaded.append(done)
 
     options = RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128, weights=WeightSettings(weights))
-    async with LocalRing(options, on_loading=on_loading):
+    async with RingHost(options, on_loading=on_loading):
         # Each layer and the two ends, each of the 24 forwards that are measured, and with packed weights each matrix.
         assert num_notes >= 5 + 24 + (4 * 4 if weights == "int8" else 0)
         assert num_loaded[-1] == 5
         num_notes = 0
-    async with LocalRing(options) as ring:
+    async with RingHost(options) as ring:
         num_notes = 0
         await ring.measured()
         assert num_notes > 5, "the head is measured by several sizes"
@@ -101,15 +101,15 @@ async def test_the_pace_is_planned_beside_the_event_loop(tiny: Path, monkeypatch
         planned_on.append(threading.current_thread())
         return paced(*arguments)
 
-    monkeypatch.setattr(local, "paced", noted)
+    monkeypatch.setattr(ring_host, "paced", noted)
     options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), in_process=True, kv_tokens=128)
-    async with LocalRing(options) as ring, asyncio.timeout(30):
+    async with RingHost(options) as ring, asyncio.timeout(30):
         while len(planned_on) < 2 or ring.service.hops_s is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert threading.main_thread() not in planned_on
 
 
-class LosingStages:
+class LosingWorkers:
     """Stages of which one is lost while the Ring waits for another."""
 
     source = sink = None
@@ -131,11 +131,11 @@ class LosingStages:
 async def test_a_node_that_is_lost_ends_the_start_whatever_is_waited_for(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "_kind_of_stages", lambda _: LosingStages)
+    monkeypatch.setattr(ring_host, "_kind_of_workers", lambda _: LosingWorkers)
     options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), kv_tokens=128)
     async with asyncio.timeout(30):
         with pytest.raises(NodeDiedError, match="node-2: no heartbeat"):
-            await LocalRing(options).__aenter__()
+            await RingHost(options).__aenter__()
 
 
 @pytest.mark.parametrize("is_remote", [False, True])
@@ -146,7 +146,7 @@ async def test_nodes_of_this_machine_start_before_torch_and_the_model_are_loaded
     remote = RemoteRing(nodes, "tcp://c:1", "tcp://w:1") if is_remote else None
     events: list[str] = []
 
-    class StartingStages(LosingStages):
+    class StartingWorkers(LosingWorkers):
         async def open(self) -> None:
             events.append("nodes start")
             if is_remote:
@@ -157,10 +157,10 @@ async def test_nodes_of_this_machine_start_before_torch_and_the_model_are_loaded
         if not is_remote:
             raise ModelError("none of ours")
 
-    monkeypatch.setattr(local, "_kind_of_stages", lambda _: StartingStages)
-    monkeypatch.setattr(local, "_open_model", open_model)
+    monkeypatch.setattr(ring_host, "_kind_of_workers", lambda _: StartingWorkers)
+    monkeypatch.setattr(ring_host, "_open_model", open_model)
     with pytest.raises(ModelError, match="none of ours"):
-        await LocalRing(RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), remote=remote)).__aenter__()
+        await RingHost(RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), remote=remote)).__aenter__()
     assert events == (["model is opened", "nodes start"] if is_remote else ["nodes start", "model is opened"])
 
 
@@ -170,19 +170,19 @@ async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
     def watching() -> bool:
         return "coordinator" in {task.get_name() for task in asyncio.all_tasks()}
 
-    async def join_and_load(stages: ProcessStages) -> list[control.Ready]:
+    async def join_and_load(stages: ProcessWorkers) -> list[control.Ready]:
         await asyncio.sleep(0)
         assert watching()
         return []
 
-    async def spawn(stages: ProcessStages, node: NodeId, i: int, endpoint: str) -> asyncio.subprocess.Process:
+    async def spawn(stages: ProcessWorkers, node: NodeId, i: int, endpoint: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             "cat", stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
 
-    monkeypatch.setattr(ProcessStages, "_spawn", spawn)
-    monkeypatch.setattr(ProcessStages, "_join_and_load", join_and_load)
-    stages = ProcessStages(
+    monkeypatch.setattr(ProcessWorkers, "_spawn", spawn)
+    monkeypatch.setattr(ProcessWorkers, "_join_and_load", join_and_load)
+    stages = ProcessWorkers(
         RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
         ring_key=b"the ring's key, of thirty bytes",
         on_fault=lambda _: None,
@@ -204,13 +204,13 @@ async def test_the_starter_opens_its_model_once(tiny: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(starter_stage, "open_checkpoint", noted)
     monkeypatch.setattr(runner, "open_checkpoint", noted)
-    async with LocalRing(RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128)):
+    async with RingHost(RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128)):
         assert opened == [tiny]
 
 
 async def test_a_ring_that_loads_says_that_it_holds_nothing_yet(tiny: Path) -> None:
     held: list[int] = []
-    ring = LocalRing(
+    ring = RingHost(
         RingOptions(tiny, (LayerRange(0, 4),), kv_tokens=128),
         on_loading=lambda *_: held.extend(figures.weight_bytes for figures in ring.figures()),
     )
@@ -220,7 +220,7 @@ async def test_a_ring_that_loads_says_that_it_holds_nothing_yet(tiny: Path) -> N
 
 async def test_a_loop_of_the_stages_that_fails_ends_the_ring_with_its_reason(tiny: Path) -> None:
     lost: asyncio.Queue[MdiqError] = asyncio.Queue()
-    stages = ProcessStages(
+    stages = ProcessWorkers(
         RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
         ring_key=b"the ring's key, of thirty bytes",
         on_fault=lambda _: None,
@@ -255,7 +255,7 @@ async def test_a_hop_that_nothing_crosses_is_named_with_its_address_and_what_to_
     tiny: Path, listening: str, says: str
 ) -> None:
     nodes = (RemoteNode("desk", "tcp://10.0.0.1:5001", None), RemoteNode("pi1", "tcp://10.0.0.2:5002", None))
-    stages = RemoteStages(
+    stages = RemoteWorkers(
         RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), remote=RemoteRing(nodes, "tcp://c:1", "tcp://w:1")),
         ring_key=b"the ring's key, of thirty bytes",
         on_fault=lambda _: None,
@@ -283,7 +283,7 @@ async def test_a_stage_of_this_process_that_breaks_ends_the_ring_with_its_reason
 
     monkeypatch.setattr(in_process, "StageService", BreakingStage)
     options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), in_process=True, kv_tokens=128)
-    async with LocalRing(options) as ring, asyncio.timeout(20):
+    async with RingHost(options) as ring, asyncio.timeout(20):
         breaks.set()
         error = await ring.until_lost()
     assert isinstance(error, RingError) and "a row that nobody has" in str(error)
