@@ -1,4 +1,4 @@
-"""Which of the waiting Segments the next Batch takes. The cap comes from the Plan, see plan/micro_batches.py."""
+"""Choose the Segments of the next Batch. The cap comes from the Plan, see plan/micro_batches.py."""
 
 from collections import deque
 from collections.abc import Callable
@@ -23,11 +23,11 @@ class Queued:
 def coalesce(
     waiting: deque[Queued], cap: int, token_budget: int, is_ready: Callable[[Segment], bool] = lambda _: True
 ) -> list[Queued]:
-    """Remove from ``waiting`` what the next Batch runs, oldest first, and return it.
+    """Remove the Segments of the next Batch from ``waiting``, oldest first, and return them.
 
-    At most ``cap`` Segments, one of each Sequence, so that the order within a Sequence stays that of arrival; at most
-    ``token_budget`` tokens, but always one Segment when any is ready. Segments that are left behind keep their order.
-    A first Segment that is not ready holds back those behind it: the next Stage knows first Segments by their order.
+    At most ``cap`` Segments, one per Sequence, so that the Segments of a Sequence run in the order of arrival; at most
+    ``token_budget`` tokens, but always one Segment when any is ready. Segments that are not taken keep their order.
+    A first Segment that is not ready holds back later first Segments: the next Stage knows them by their order.
     """
     taken: list[Queued] = []
     skipped: list[Queued] = []

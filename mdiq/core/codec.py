@@ -1,4 +1,4 @@
-"""Messages that are dataclasses, to bytes and back. Which messages there are is control.py's and weights.py's.
+"""Encode dataclasses as messages and decode them. The messages are defined in control.py and weights.py.
 
 A message is a version byte, a msgpack map with its type's name and its fields, and a keyed tag. Every field is checked
 against its annotation, so a message that decodes has the types that mypy believes it has. A field may be a dataclass
@@ -26,7 +26,7 @@ M = TypeVar("M")
 
 
 class Codec(Generic[M]):
-    """The messages of one channel, ``what`` one of them is called in errors.
+    """The messages of one channel. ``what``: the name of such a message in errors.
 
     max_bytes: of a whole message. max_blob_bytes: of a field that is bytes.
     """
@@ -64,7 +64,7 @@ class Codec(Generic[M]):
         """Return the message that ``data`` carries. Fields that this version does not know are ignored.
 
         Raises:
-            RemoteProtocolError: it is no message of a holder of ``key``, or a field is missing or of the wrong type.
+            RemoteProtocolError: it was not made by a holder of ``key``, or a field is missing or of the wrong type.
         """
         if not 1 + TAG_BYTES < len(data) <= self._max_bytes:
             raise RemoteProtocolError(
@@ -108,7 +108,7 @@ class Codec(Generic[M]):
 
 
 Check = Callable[[object, str], Any]
-"""Returns the value as its annotation has it, or raises ValueError; the text names the field."""
+"""Returns the value with its annotated type, or raises ValueError with a text that names the field."""
 
 
 def _check_int(value: object, where: str) -> int:
@@ -137,10 +137,10 @@ def _check_str(value: object, where: str) -> str:
     return value
 
 
-def _bytes_check(most: int) -> Check:
+def _bytes_check(max_bytes: int) -> Check:
     def check(value: object, where: str) -> bytes:
-        if not isinstance(value, bytes) or len(value) > most:
-            raise ValueError(f"{where} is not at most {most} bytes")
+        if not isinstance(value, bytes) or len(value) > max_bytes:
+            raise ValueError(f"{where} is not at most {max_bytes} bytes")
         return value
 
     return check
@@ -189,7 +189,7 @@ def _checked_list(value: object, where: str, item: Check) -> tuple[Any, ...]:
 
 
 def _checked_fields(value: object, where: str, kind: Any, checks: Mapping[str, Check]) -> Any:
-    """Return the map of a dataclass that is to be sent, or the dataclass of a map that came."""
+    """Return the map for a dataclass to be sent, or the dataclass for a map that was received."""
     if isinstance(value, kind):
         return {name: check(getattr(value, name), f"{where}.{name}") for name, check in checks.items()}
     if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The messages of the control channel. Their bytes are codec.py's; who sends which when is control/."""
+"""The messages of the control channel. codec.py encodes them; control/ decides when each is sent."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MAX_BYTES = 2**20
 MAX_BLOB = 64 * 1024
 """Bytes of one field, and of one matrix's hot columns."""
 CHECKSUM_KEY = b"mdiq: no secret, a checksum only"
-"""Tags the messages of a Ring over several machines: there CURVE says who speaks, and keeps others from reading."""
+"""Tags the messages of a Ring over several machines, where CURVE authenticates the sender and encrypts."""
 MAX_BURST_FRAMES = 64
 MAX_BURST_FRAME_BYTES = 2**20
 
@@ -31,16 +31,16 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """What a Node is to load and where it sends its Frames.
+    """Which layers a Node loads and where it sends its Frames.
 
     model_digest: of the Starter's checkpoint; the Node's must be the same.
     wire: format of the Hop out of this Stage.
     kv_tokens: KV capacity; 0 lets the Node choose from ``memory_share`` of its free memory.
     receive_key, send_key: tag the Frames of the Hops into this Stage and out of it; see wire.hop_key.
     trace: collect Spans.
-    hot: hot columns of packed weights, i32 little endian, by the names of engine/model/hot_columns.py. A Node that has
-    a part of the model cannot find them; empty where it has all of it.
-    previous: the Node before this one, whose key alone is let in to send Frames; empty where nobody has a key.
+    hot: outlier channels ("hot columns") of packed weights, i32 little endian, by the names of
+    engine/model/hot_columns.py. A Node with part of the model cannot find them; empty where it has the whole model.
+    previous: the Node before this one, whose key alone may send Frames; empty where nodes have no keys.
     """
 
     epoch: int
@@ -61,8 +61,8 @@ class Assign:
     previous: str = ""
 
     def __post_init__(self) -> None:
-        least = min(len(self.receive_key), len(self.send_key))
-        if self.epoch < 1 or not self.layer_start < self.layer_stop or least < MIN_KEY_BYTES:
+        key_bytes = min(len(self.receive_key), len(self.send_key))
+        if self.epoch < 1 or not self.layer_start < self.layer_stop or key_bytes < MIN_KEY_BYTES:
             raise ValueError("it needs an epoch of at least 1, a layer, and keys of at least 16 bytes")
 
 
@@ -79,9 +79,9 @@ class Ready:
     """A Node has loaded its layers.
 
     decode_s, prompt_s: measured (size, seconds) of a forward, by Segments of one token and by tokens of a prompt.
-    free_bytes: what its device leaves it beside what it takes; 0 if it does not say. peak_bytes: the most resident
-    memory that it had while it loaded and measured; 0 if it does not say. cpu: the kind of processor that computes its
-    layers; sums may differ in the last bit between kinds.
+    free_bytes: memory of its device that is still free; 0 if unknown. peak_bytes: its peak resident memory while it
+    loaded and measured; 0 if unknown. cpu: the kind of processor that computes its layers; sums may differ in the
+    last bit between kinds.
     """
 
     epoch: int
@@ -104,7 +104,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class SendBurst:
-    """Measure the Hop out of this Stage: send so many BURST Frames of about so many bytes. ``number`` names them."""
+    """Measure the Hop out of this Stage: send ``num_frames`` BURST Frames of about ``frame_bytes`` each."""
 
     epoch: int
     number: int
@@ -120,7 +120,7 @@ class SendBurst:
 
 @dataclass(frozen=True, slots=True)
 class BurstSent:
-    """A burst has left. ``sent_s``: when its first Frame did, on this Node's clock."""
+    """A burst was sent. ``sent_s``: when its first Frame left, on this Node's clock."""
 
     epoch: int
     number: int
@@ -129,9 +129,9 @@ class BurstSent:
 
 @dataclass(frozen=True, slots=True)
 class BurstArrived:
-    """A burst is here, whole.
+    """A burst has arrived completely.
 
-    first_s, last_s: when its first and its last Frame came, on this Node's clock; later_bytes: those behind the first.
+    first_s, last_s: arrival of its first and last Frame, on this Node's clock; later_bytes: all after the first Frame.
     """
 
     epoch: int
@@ -147,7 +147,7 @@ class BurstArrived:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Serve in a new Epoch with the same layers: forget every Sequence, and count anew.
+    """Serve in a new Epoch with the same layers: forget every Sequence and reset the counts.
 
     wire: format of the Hop out of this Stage from now on.
     """
@@ -169,7 +169,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A Node lives; its figures since it began to serve.
+    """A Node is alive; its figures since it began to serve.
 
     frames_dropped: Frames that it refused, by reason.
     queue_depth: Segments that wait.
@@ -188,7 +188,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Sequences that a Node cannot go on with: after a gap (``reason`` is "gap") or an error (its class)."""
+    """Sequences that a Node cannot continue. ``reason``: "gap", or the class of the error."""
 
     epoch: int
     seq_ids: tuple[int, ...]
@@ -201,7 +201,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A Node could not do what it was told. ``kind`` is the class of the error."""
+    """A Node failed to carry out a request. ``kind``: the class of the error."""
 
     kind: str
     text: str
@@ -212,7 +212,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class StandBy:
-    """A Node of the topology that the Ring goes without, and why: an answer to its Hello."""
+    """Answer to the Hello of a Node that the Ring does not use, with the reason."""
 
     reason: str
 
@@ -222,17 +222,17 @@ class StandBy:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """A Node that serves is to end: the Starter drains it when what is in the Ring has ended. Failed follows if not."""
+    """A serving Node asks to stop: the Starter drains it when the Ring's Sequences have ended, or answers Failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Finish, report and end."""
+    """Finish, report and stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """A Node ends: the last that it sends."""
+    """The last message of a Node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +279,7 @@ def decode(data: bytes, key: bytes) -> Message:
     """Return the message that ``data`` carries. Fields that this version does not know are ignored.
 
     Raises:
-        RemoteProtocolError: it is no message of a holder of ``key``, or a field is missing or of the wrong type.
+        RemoteProtocolError: it was not made by a holder of ``key``, or a field is missing or of the wrong type.
     """
     return _CODEC.decode(data, key)
 

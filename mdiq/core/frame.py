@@ -1,4 +1,4 @@
-"""Frames, Segments and Batches: what travels a Hop and what one forward runs. No bytes (wire.py), no tensors (engine/).
+"""Frames and Segments (sent over a Hop) and Batches (run by one forward). No bytes (wire.py), no tensors (engine/).
 
 A payload is opaque here: core only counts its rows, slices them and hands them on. The engine concatenates payloads
 and turns them into tensors, so a Ring inside one process passes tensors on without a copy.
@@ -14,7 +14,7 @@ from mdiq.core.types import Epoch, SeqId
 Buffer = bytes | bytearray | memoryview
 
 MAX_SEGMENTS = 1_024
-"""Segments that no Frame exceeds."""
+"""Maximum number of Segments in a Frame."""
 
 
 class Payload(Protocol):
@@ -79,19 +79,19 @@ class FrameKind(IntEnum):
     RELEASE = 3
     """Segments of length 0: their Sequences have ended, free their KV cache. Makes a full Lap."""
     PROBE = 4
-    """One Segment of length 0, whose id numbers the probe. Every Stage sends it on at once: its Lap is all Hops."""
+    """One Segment of length 0, whose id numbers the probe. Stages forward it at once, so its Lap times the Hops."""
     BURST = 5
-    """Bytes that measure one Hop and go no further. One Segment: its id numbers the burst, ``start`` counts the Frames
-    of the burst that follow, and the payload is ``length`` rows that mean nothing."""
+    """Bytes that measure one Hop and are not forwarded. One Segment: its id numbers the burst, ``start`` counts the
+    Frames of the burst still to come, and the payload is ``length`` rows of no meaning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive tokens of one Sequence: positions ``start`` to ``stop - 1``.
 
-    wants_logits: the last token of the Segment completes what is known of the Sequence, so its row goes to the head.
-    parent: on the first Segment of a Sequence that begins with another's KV cache, that other; the first ``start``
-    tokens are the same in both.
+    wants_logits: the Segment ends with the Sequence's last known token, so that row goes to the head.
+    parent: on the first Segment of a Sequence that begins with another's KV cache, the id of that other; the first
+    ``start`` tokens are the same in both.
     """
 
     seq_id: SeqId
@@ -102,7 +102,7 @@ class Segment:
 
     @property
     def is_first(self) -> bool:
-        """Whether nothing of the Sequence came before under this id."""
+        """Whether this is the first Segment with its id."""
         return self.start == 0 or self.parent is not None
 
     @property
@@ -116,10 +116,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What travels one Hop: the Epoch, some Segments, and the payload that holds their rows in order.
+    """The unit sent over a Hop: the Epoch, some Segments, and the payload that holds their rows in order.
 
-    cap: the MicroBatch cap that the Starter wishes now; Stages obey the newest one that they see.
-    chunk_tokens: most prompt tokens of a Batch, a multiple of CHUNK_STEP, likewise; 0 leaves it to the Stage.
+    cap: the MicroBatch cap that the Starter sets; Stages use the newest one they have seen.
+    chunk_tokens: maximum prompt tokens of a Batch, a multiple of CHUNK_STEP; 0 leaves it to the Stage.
     """
 
     epoch: Epoch
@@ -151,7 +151,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward runs: Segments of distinct Sequences with one payload each, after some releases.
+    """The input of one forward: Segments of distinct Sequences with one payload each, after some releases.
 
     releases: Sequences whose KV cache the engine frees before it runs the Segments.
     """
@@ -167,7 +167,7 @@ class Batch:
 
 
 class Engine(Protocol):
-    """What a Stage needs of whatever computes: torch in the product, the chain engine in the simulation."""
+    """The interface between a Stage and its compute: torch in production, the chain engine in the simulation."""
 
     def forward(self, batch: Batch) -> Payload:
         """Run the Batch through this Stage's layers and return its rows, in the order of the Segments.

@@ -1,15 +1,15 @@
 """How long each Hop takes and how much it carries, from bursts of Frames that Nodes time on their own clocks. No I/O.
 
-A Hop is one way, so nothing can be sent back on it, and clocks of Nodes have nothing to do with each other. But every
-Node answers the Starter over the control channel: a request that leaves at a, is answered with a Node's time t, and
-whose answer is here at b, tells that this clock runs ahead by t - (a + b) / 2, wrong by (b - a) / 2 at most. With the
-clocks so known, the way of a Frame is its arrival less its departure. Round the Ring the errors cancel: the sum of the
-delays is that of the Hops, however far the clocks are off.
+A Hop is one way, so nothing can be sent back on it, and the clocks of Nodes are not synchronized. But every Node
+answers the Starter over the control channel: if a request leaves at a, the Node reports its time t, and the answer
+arrives at b, then that clock is ahead by t - (a + b) / 2, with an error of at most (b - a) / 2. With known clock
+offsets, a Frame's delay is its arrival minus its departure. Around the Ring the errors cancel: the sum of the delays
+is correct, however far the clocks are off.
 
-One Frame at a time gives the delay: the least of several, since whatever a Frame waits for only adds to it. Bursts give
-the bandwidth: what came behind the first Frame over the time that it took. Only the receiver's clock counts, so what a
-sender's buffers swallow does not. Bursts grow until one takes long enough to be seen behind what lies in buffers. One
-that takes so long all of a sudden was perhaps held up on its way: it is sent again, and the better rate counts.
+Single Frames give the delay: the minimum of several, since waiting only adds to it. Bursts give the bandwidth: the
+bytes after the first Frame divided by the time that they took. Only the receiver's clock counts, so the sender's
+buffers do not distort it. Bursts grow until one takes long enough to stand out from buffering. If a burst suddenly
+takes much longer, it may have been held up: it is sent again, and the better rate counts.
 """
 
 import math
@@ -34,7 +34,7 @@ _ELEMENT_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class HopLink:
-    """What a Hop is like, one way. delay_s: of a small Frame, the loops at both ends included."""
+    """Delay and bandwidth of a Hop, one way. delay_s: of a small Frame, the event loops at both ends included."""
 
     delay_s: float
     bytes_per_s: float
@@ -42,10 +42,10 @@ class HopLink:
 
 @dataclass(frozen=True, slots=True)
 class BurstReport:
-    """What became of a burst.
+    """The times of one burst.
 
-    asked_s, answered_s: when the sender was asked and its answer was here, on the Starter's clock.
-    sent_s: when its first Frame left, on the sender's clock. arrived: what the receiver saw, on its own.
+    asked_s, answered_s: when the sender was asked and when its answer arrived, on the Starter's clock.
+    sent_s: when its first Frame left, on the sender's clock. arrived: the receiver's report, on the receiver's clock.
     """
 
     asked_s: float
@@ -55,9 +55,9 @@ class BurstReport:
 
 
 class HopSurvey:
-    """Says which burst is to be sent next, one Hop after the other, and what follows of all that came.
+    """Chooses the next burst, one Hop after the other, and computes the links from the reports.
 
-    Hop i leaves Stage i; the last one returns to the Starter, whose clock is the measure of the others.
+    Hop i leaves Stage i; the last one returns to the Starter, whose clock is the reference.
     """
 
     def __init__(self, epoch: Epoch, num_hops: int) -> None:
@@ -73,7 +73,7 @@ class HopSurvey:
         self._clocks: dict[int, tuple[float, float]] = {0: (0.0, 0.0)}  # by Stage: (how sure, seconds ahead)
 
     def next_burst(self) -> tuple[int, SendBurst] | None:
-        """Return the Hop to measure and what its sender is to do, or None when all are measured."""
+        """Return the Hop to measure and the request to its sender, or None when all are measured."""
         if self._hop == self._num_hops:
             return None
         self._number += 1
@@ -82,7 +82,7 @@ class HopSurvey:
         return self._hop, SendBurst(self._epoch, self._number, BURST_FRAMES, self._frame_bytes)
 
     def reported(self, report: BurstReport) -> None:
-        """Take in what became of the newest burst."""
+        """Process the report of the newest burst."""
         hop, arrived = self._hop, report.arrived
         if hop:
             doubt_s = report.answered_s - report.asked_s
@@ -107,12 +107,12 @@ class HopSurvey:
             self._frame_bytes = min(self._frame_bytes * GROWTH, MAX_FRAME_BYTES)
 
     def missed(self) -> None:
-        """Give this Hop up: the newest burst did not arrive."""
+        """Give up on this Hop: the newest burst did not arrive."""
         self._rates.pop(self._hop, None)
         self._go_on()
 
     def links(self) -> tuple[HopLink | None, ...]:
-        """Return what is known of each Hop; None where it was given up, or the clock of one of its ends is unknown."""
+        """Return each Hop's link; None where it was given up, or where the clock of one of its ends is unknown."""
         return tuple(self._link(hop) for hop in range(self._num_hops))
 
     def _go_on(self) -> None:
@@ -129,7 +129,7 @@ class HopSurvey:
 
 
 def burst_frames(burst: SendBurst, limits: WireLimits) -> list[Frame]:
-    """Return the Frames of a burst, of about the size that it asks for and within the Ring's limits."""
+    """Return the Frames of a burst, of about the requested size and within the Ring's limits."""
     width = min(max(burst.frame_bytes // _ELEMENT_BYTES, 1), limits.max_width)
     max_rows = min(limits.max_tokens, limits.max_context - burst.num_frames)
     num_rows = max(min(burst.frame_bytes // (_ELEMENT_BYTES * width), max_rows), 1)
@@ -141,7 +141,7 @@ def burst_frames(burst: SendBurst, limits: WireLimits) -> list[Frame]:
 
 
 class BurstMeter:
-    """Times what arrives of a burst at the far end of a Hop. A burst that is not complete is forgotten."""
+    """Times the Frames of a burst at the receiving end of a Hop. An incomplete burst is dropped."""
 
     def __init__(self) -> None:
         self._number = -1
@@ -149,7 +149,7 @@ class BurstMeter:
         self._later_bytes = 0
 
     def arrived(self, frame: Frame, now: float) -> BurstArrived | None:
-        """Take a Frame of a burst in; return what is to be reported when it was the last one."""
+        """Count a Frame of a burst; return the report if it was the last one."""
         (segment,) = frame.segments
         if segment.seq_id != self._number:
             self._number, self._first_s, self._later_bytes = segment.seq_id, now, 0

@@ -1,4 +1,4 @@
-"""How long the way round the Ring is without computing, from PROBE Frames that every Stage sends on at once. No I/O."""
+"""The delay of all Hops together, measured with PROBE Frames that every Stage forwards at once. No I/O."""
 
 from collections import deque
 
@@ -9,7 +9,7 @@ _MAX_UNDER_WAY = 16
 
 
 class HopMeter:
-    """Takes the least Lap of the newest few probes: whatever a probe waits for only adds to it."""
+    """Keeps the shortest Lap of the newest few probes: waiting only adds to it."""
 
     def __init__(self) -> None:
         self._sent: dict[int, float] = {}
@@ -23,7 +23,7 @@ class HopMeter:
         return min(self._laps_s, default=None)
 
     def send(self, now: float) -> int:
-        """Return the number of a new probe that leaves now. One that never comes back is forgotten in time."""
+        """Return the number of a new probe that is sent now. A probe that never returns is dropped in time."""
         self._number += 1
         self._sent[self._number] = now
         if len(self._sent) > _MAX_UNDER_WAY:
@@ -31,7 +31,7 @@ class HopMeter:
         return self._number
 
     def returned(self, number: int, now: float) -> float | None:
-        """Take a probe back; return the time of the Hops if it is news, else None. Other numbers are ignored."""
+        """Return the new delay of the Hops if it changed noticeably, else None. Unknown numbers are ignored."""
         sent_at = self._sent.pop(number, None)
         if sent_at is None:
             return None

@@ -1,11 +1,11 @@
-"""How much KV cache is promised to whom, counted in tokens at the Starter alone. The cache is engine/model/kv_cache.py.
+"""Reservations of KV cache per Sequence, in tokens, kept by the Starter alone. The cache is engine/model/kv_cache.py.
 
-A token takes at most one slot in every Stage, so the Ring's capacity is the least over its Stages, and what the ledger
-grants no Stage can lack. A Sequence reserves what is known of it when it enters, and more KvBlocks as it grows; no
-token is sent that has no room. Room that is given up counts as taken until the RELEASE has come round.
+A token takes at most one slot in every Stage, so the Ring's capacity is the minimum over its Stages, and every Stage
+has room for what the ledger grants. A Sequence reserves its known tokens when it enters, and more KvBlocks as it
+grows; a token without room is not sent. Freed room counts as taken until the RELEASE has made its Lap.
 
-Sequences that begin alike may share their first KvBlocks: each is counted once and comes back when the last Sequence
-that holds it is gone from every Stage. So the ledger numbers KvBlocks; a Stage chooses its own.
+Sequences with a common prefix may share their first KvBlocks: each is counted once and is free again when the last
+Sequence that holds it has left every Stage. So the ledger numbers KvBlocks; a Stage chooses its own.
 """
 
 from collections import Counter
@@ -75,28 +75,28 @@ class KvLedger:
         self._drop(replaced, self._staying, self._holders)
 
     def shrink(self, seq_id: SeqId, num_tokens: int) -> None:
-        """Take back what a Sequence did not grow to: no Stage has given it more than ``num_tokens``."""
+        """Reduce a reservation to ``num_tokens``: no Stage has given the Sequence more than these."""
         blocks = self._blocks[seq_id]
         keep = self._num_blocks(num_tokens)
         self._drop(blocks[keep:], self._staying, self._holders)
         del blocks[keep:]
 
     def leave(self, seq_id: SeqId) -> None:
-        """Note that a Sequence is to be released: its room will come back."""
+        """Note that a Sequence is about to be released: its room will be free again."""
         if seq_id in self._blocks and seq_id not in self._leaving:
             self._leaving.add(seq_id)
             self._drop(self._blocks[seq_id], self._staying)
 
     def release(self, seq_id: SeqId) -> None:
-        """Take a promise back; one that is unknown is ignored, since a RELEASE may come round twice."""
+        """Free a reservation; an unknown one is ignored, since a RELEASE may return twice."""
         self.leave(seq_id)
         self._leaving.discard(seq_id)
         self._drop(self._blocks.pop(seq_id, ()), self._holders)
 
     def to_give_up(self, num_tokens: int, candidates: Iterable[SeqId], shared_tokens: int = 0) -> list[SeqId] | None:
-        """Return the first of ``candidates`` without which ``num_tokens`` will fit, or None if all would not do.
+        """Return the first of ``candidates`` whose eviction makes room for ``num_tokens``, or None if all are too few.
 
-        None of them is needed when room enough is on its way back already.
+        The list is empty if enough room is being freed already.
         """
         lacking = self._num_blocks(num_tokens - shared_tokens) + len(self._staying) - self._capacity_blocks
         chosen: list[SeqId] = []

@@ -1,11 +1,11 @@
-"""How long a Lap may take before it counts as lost, from Laps that were measured. Pure; time is an argument.
+"""The timeout after which a Lap counts as lost, from measured Laps. Pure; time is an argument.
 
-A decode Lap may take a few measured ones and four times their mean deviation more (Jacobson and Karels 1988; RFC 6298),
-and every token in flight what tokens of prompts were seen to take, four times. So a ring that is slow, or grows slower,
-is not taken for one that loses Frames, and a lost Frame costs a few Laps. Nothing measured: the limit.
+A decode Lap may take a few times the measured mean plus four mean deviations (Jacobson and Karels 1988; RFC 6298), plus
+four times the measured time of a prompt token for every token in flight. So a ring that is slow, or becomes slower, is
+not mistaken for one that loses Frames, and a lost Frame costs a few Laps. Before any measurement the limit holds.
 
-While nothing at all comes round (probes do so every second), nothing is given up before the limit: what is sent again
-into a cut cable is lost again. When something is heard after a silence, patience begins anew.
+While nothing at all returns (probes do every second), nothing counts as lost before the limit: what is sent again
+into a cut cable is lost again. When something is heard after a silence, all timeouts start again.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ _LAPS = 3
 _DEVIATIONS = 4
 _SLACK = 4  # over what a token in flight takes
 _GAIN, _GAIN_DEVIATION = 1 / 8, 1 / 4  # RFC 6298, 2.3
-_KEEP = 0.9  # of the sums behind the time of a token, for every sample
+_KEEP = 0.9  # decay, per sample, of the sums from which the time of a token is computed
 
 
 @dataclass(slots=True)
 class Flight:
-    """Something on its Lap. stop: where a Segment stops. due: when it is overdue; limit: when it is, come what may."""
+    """A Segment or probe in flight. stop: where a Segment stops. due: when it is overdue; limit: the latest ``due``."""
 
     stop: int
     sent_at: float
@@ -32,8 +32,8 @@ class Flight:
 class LapTimer:
     """Deadlines of what is in flight.
 
-    min_s, limit_s: the shortest and the longest patience, and token_s more of it for every token in flight.
-    silence_s: a Ring of which nothing was heard for so long is silent.
+    min_s, limit_s: the shortest and the longest timeout; token_s is added for every token in flight.
+    silence_s: a Ring counts as silent when nothing was heard for this long.
     """
 
     def __init__(self, *, min_s: float, limit_s: float, token_s: float, silence_s: float) -> None:
@@ -47,7 +47,7 @@ class LapTimer:
         self._excess_s = self._num_tokens = 0.0
 
     def sent(self, stop: int, num_tokens: int, now: float, num_replays: int = 0) -> Flight:
-        """Return a Flight that begins now. num_tokens: in the Ring with it. num_replays: patience doubles with each."""
+        """Return a Flight that begins now. num_tokens: in the Ring with it. num_replays: each doubles the timeout."""
         limit = now + self._limit_s + self._token_s * num_tokens
         flight = Flight(stop, now, num_tokens, num_replays, limit, limit)
         flight.due = self._due(flight, now)
@@ -71,7 +71,7 @@ class LapTimer:
             self._lap_s += _GAIN * (took_s - self._lap_s)
 
     def heard(self, now: float) -> bool:
-        """Note that something came round; return whether it was silent before."""
+        """Note that something returned; return whether the Ring was silent before."""
         was_silent = self.is_silent(now)
         self._heard_at = now
         return was_silent
@@ -80,13 +80,13 @@ class LapTimer:
         return now - self._heard_at > self._silence_s
 
     def is_overdue(self, flight: Flight, now: float) -> bool:
-        """Tell whether it is lost; while the Ring is silent it is not before its limit, which becomes its due time."""
+        """Whether it is lost. In a silent Ring that is so only at its limit, which becomes its due time."""
         if flight.due <= now < flight.limit and self.is_silent(now):
             flight.due = flight.limit
         return flight.due <= now
 
     def begin_anew(self, flight: Flight, now: float) -> None:
-        """Have patience from now on: the Ring was silent."""
+        """Start the timeout again: the Ring was silent."""
         flight.due = self._due(flight, now)
 
     def _due(self, flight: Flight, since: float, num_more: int = 0) -> float:

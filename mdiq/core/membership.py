@@ -1,4 +1,4 @@
-"""Who is in the Ring and in what state: a table of Leases. No clock of its own, no sockets.
+"""The Nodes of the Ring and their states: a table of Leases. No clock of its own, no sockets.
 
 state      event      next
 JOINING    assigned   LOADING
@@ -59,19 +59,19 @@ class Membership:
         self._members[node] = Member(node, NodeState.JOINING, now + self._lease_s)
 
     def assigned(self, node: NodeId) -> None:
-        """Note that the Node was told what to load."""
+        """Note that the Node was assigned layers."""
         self._step(node, "assigned")
 
     def ready(self, node: NodeId) -> None:
         """Note that the Node has loaded.
 
         Raises:
-            RemoteProtocolError: it was not told to load anything.
+            RemoteProtocolError: it was not assigned any layers.
         """
         self._step(node, "ready")
 
     def heard(self, node: NodeId, now: float) -> None:
-        """Renew a Lease; one that has ended stays so until the Node joins again."""
+        """Renew a Lease; an expired one stays expired until the Node joins again."""
         member = self._members.get(node)
         if member is not None and member.state is not NodeState.LOST:
             member.lease_until = now + self._lease_s
@@ -88,7 +88,7 @@ class Membership:
         return ended
 
     def stretch(self, late_s: float) -> None:
-        """Make all Leases longer: the watcher was stopped for so long, and heard nobody then."""
+        """Make all Leases longer by the time for which the watcher itself was stopped and heard no Node."""
         for member in self._members.values():
             member.lease_until += late_s
 

@@ -1,8 +1,8 @@
-"""Which beginnings of token streams lie in the Ring's KV cache, and under whose wire id. Pure books; ring.py acts.
+"""The prefixes that are in the Ring's KV cache, and the ids that hold them. An index only; ring.py acts on it.
 
-A KvBlock is known by the hash of its tokens and of all before them, so equal hashes mean equal blocks at every Stage.
-A Sequence in the Ring holds what it has sent; one that has ended is *retained* until its room is wanted: it stays known
-to the Stages, and the least recently used goes first.
+A KvBlock is identified by the hash of its tokens and of all tokens before them, so equal hashes mean equal blocks at
+every Stage. A Sequence in the Ring holds what it has sent. The prefix of a Sequence that has ended stays cached
+(*retained*) until its room is needed; the least recently used is evicted first.
 """
 
 from collections.abc import Container
@@ -15,7 +15,7 @@ from mdiq.core.types import SeqId
 class PrefixIndex:
     """Holders of cached prefixes by the hash of their last KvBlock.
 
-    max_tokens: most tokens that retained ids hold together; None is no limit, 0 turns the index off.
+    max_tokens: maximum tokens that retained ids hold together; None: no limit; 0 turns the index off.
     """
 
     def __init__(self, block_tokens: int, max_tokens: int | None = None) -> None:
@@ -36,7 +36,7 @@ class PrefixIndex:
 
     @property
     def is_over(self) -> bool:
-        """Whether more is retained than may be."""
+        """Whether more than ``max_tokens`` are retained."""
         return self._max_tokens is not None and self.retained_tokens > self._max_tokens
 
     def extend(self, seq_id: SeqId, sequence: Sequence, num_tokens: int) -> None:
@@ -51,7 +51,7 @@ class PrefixIndex:
             self._chains[seq_id] = chain
 
     def longest(self, sequence: Sequence) -> tuple[SeqId, int] | None:
-        """Return who holds the longest beginning of a Sequence, and its tokens, or None.
+        """Return the holder of a Sequence's longest cached prefix, and the length of that in tokens, or None.
 
         The last known token is not among them: its row is what the next token is drawn from.
         """
@@ -65,7 +65,7 @@ class PrefixIndex:
         return found
 
     def touch(self, seq_id: SeqId) -> None:
-        """Note the use of a prefix: its holder, if it has ended, is given up last."""
+        """Note the use of a prefix: its holder, if it has ended, is evicted last."""
         if seq_id in self._retained:
             del self._retained[seq_id]
             self._retained[seq_id] = None
@@ -77,7 +77,7 @@ class PrefixIndex:
         return seq_id in self._chains
 
     def covered(self, seq_id: SeqId) -> list[SeqId]:
-        """Return the retained ids that nobody needs beside this one: all that they hold, it holds too."""
+        """Return the retained ids that this one makes redundant: it holds all that they hold."""
         chain = self._chains[seq_id]
         return [
             other
@@ -87,7 +87,7 @@ class PrefixIndex:
         ]
 
     def to_give_up(self, pinned: Container[SeqId | None]) -> list[SeqId]:
-        """Return the retained ids that may go, least recently used first."""
+        """Return the retained ids that may be evicted, least recently used first."""
         return [seq_id for seq_id in self._retained if seq_id not in pinned]
 
     def remove(self, seq_id: SeqId) -> None:

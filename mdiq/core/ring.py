@@ -470,7 +470,7 @@ class RingProtocol:
         needed = self._scheduler.needed(entry, self._ledger)
         parent, num_shared = self._longest_prefix(entry)
         if self._ledger.fits(needed, num_shared):
-            entry.begin_behind(parent, num_shared)
+            entry.begin_after(parent, num_shared)
             return Room.HERE
         pinned = self._pinned()
         others = self._prefixes.to_give_up({*pinned, parent})
@@ -486,7 +486,7 @@ class RingProtocol:
         parent, num_shared = self._longest_prefix(entry)
         if parent is not None and num_shared > entry.num_shared:
             self._ledger.share(entry.seq_id, parent, num_shared)
-            entry.begin_behind(parent, num_shared)
+            entry.begin_after(parent, num_shared)
 
     def _longest_prefix(self, entry: Entry) -> tuple[SeqId | None, int]:
         for seq_id, live in self._scheduler.live.items():

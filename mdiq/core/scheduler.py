@@ -1,24 +1,24 @@
-"""Which Sequences enter the Ring and which of their tokens go next. Spends the KV ledger; knows no time and no Frames.
+"""Admit Sequences to the Ring and choose the tokens to send next. Reserves in the KV ledger; knows no Frames.
 
-First come, first served. A Sequence enters when there is room for what is known of it, for some of its answer, and for
-a KvBlock more of every other one in the Ring that may still grow. One that waits for room holds back those after it,
-but for small ones: what fits whole, answer included, may pass, and no Sequence is passed more than MAX_PASSED times.
+First come, first served. A Sequence enters when there is room for its known tokens, for some of its answer, and for
+one more KvBlock of every other one in the Ring that may still grow. One that waits for room holds back later ones,
+except small ones: a Sequence that fits with its whole answer may pass. None is passed more than MAX_PASSED times.
 
-When room ends, the newest Sequence is put back (ring.py): the oldest always gets on. One that was put back waits for
-twice the room for its answer each time; after MAX_PREEMPTIONS it waits until all that came before it have ended, and
-then nothing can put it back. So every Sequence ends.
+When room runs out, the newest Sequence is preempted (ring.py): the oldest always proceeds. A preempted one waits for
+twice the room for its answer each time; after MAX_PREEMPTIONS it waits until all earlier Sequences have ended, and
+then nothing can preempt it. So every Sequence ends.
 
 Decoding Sequences have one token in flight each; prompts are cut into chunks, and no more than a budget of prompt
 tokens is in the Ring at once, which bounds every queue.
 
 Chunks of one prompt follow each other round the Ring, so that all Stages work on it. A prompt of P tokens in chunks of
 n takes a Ring of N Stages (P / n + N - 1) (w + n) units of time, where w is what a forward costs before its first
-token, in tokens. That is least at n = sqrt(w P / (N - 1)). When other Sequences are in the Ring, a chunk is no longer
-than they may have to wait for (plan/pace.py).
+token, in tokens. The minimum is at n = sqrt(w P / (N - 1)). When other Sequences are in the Ring, the time that they
+may have to wait also limits a chunk (plan/pace.py).
 
-Decoding Sequences enter in groups: as many groups are on their Lap as the Plan has micro-batches in flight, no more.
-Without that, a Batch that was cut in two by chance would stay so for ever, since no Stage waits for what comes next.
-While a prompt is in the Ring nothing is held back: what is sent must not wait for a group to come home.
+Decoding Sequences are sent in groups, and at most as many groups are in flight as the Plan has micro-batches.
+Without that, a Batch that was split by chance would stay split for ever, since no Stage waits for later Segments.
+While a prompt is in the Ring nothing is held back: Segments must not wait for a group to return.
 
 First Segments enter in the order of their ids, always: a Stage tells a late first Segment from a new one by its id.
 """
@@ -50,15 +50,15 @@ class Entry:
     arrival: its place in the order of submission, kept over Replays.
     max_tokens: tokens that it may grow to, prompt included; within the context and the Ring's KV cache.
     seq_id: its id on the wire, or None while it waits.
-    num_shared: tokens at its beginning that it finds in the cache and does not send.
-    parent: whose cache that is, until the first Segment has made its Lap; None when the Ring no longer needs to know.
+    num_shared: tokens of its prefix that are in the cache and are not sent.
+    parent: the Sequence that holds this cache, until the first Segment has made its Lap; None after that.
     num_granted: tokens that it has room for in the KV cache.
     num_known: tokens known when it entered, its prompt in this Ring.
-    num_sent: tokens injected under that id, the shared ones included; num_back: tokens whose Lap is done, likewise.
+    num_sent: tokens injected under that id; num_back: tokens whose Lap is done; both include the shared ones.
     in_flight: Segments on their Lap, oldest first.
     is_sampling: its newest row is with the sampler.
     num_replays: Replays since its last token.
-    num_preemptions: how often it was put back to make room. num_passed: how often others entered before it.
+    num_preemptions: how often it was preempted. num_passed: how often later ones entered before it.
     sent_at: when its newest Segment was sent.
     token_at: when its newest token came; None before that, and after a Replay.
     group: the group of decode Segments that it was sent in last.
@@ -98,8 +98,8 @@ class Entry:
         """Whether its first Segment has been sent."""
         return self.num_sent > self.num_shared
 
-    def begin_behind(self, parent: SeqId | None, num_shared: int) -> None:
-        """Send the Sequence from ``num_shared`` on: what comes before is in the parent's cache."""
+    def begin_after(self, parent: SeqId | None, num_shared: int) -> None:
+        """Send the Sequence from ``num_shared`` on: the tokens before are in the parent's cache."""
         self.parent = parent
         self.num_shared = self.num_sent = self.num_back = num_shared
 
@@ -107,14 +107,14 @@ class Entry:
         """Forget what the Ring held: the Sequence begins again under a new id."""
         self.seq_id = None
         self.num_granted = 0
-        self.begin_behind(None, 0)
+        self.begin_after(None, 0)
         self.in_flight.clear()
         self.is_sampling = False
         self.token_at = None
 
 
 class Room(Enum):
-    """Whether there is KV cache for a Sequence that waits: now, when what has been given up is back, or not yet."""
+    """Whether a waiting Sequence has KV cache: now, when room that is being freed is free, or not yet."""
 
     HERE = auto()
     COMING = auto()
@@ -124,11 +124,11 @@ class Room(Enum):
 class Scheduler:
     """The waiting and the live Sequences.
 
-    chunk_tokens: most tokens of one prompt Segment.
-    prefill_tokens: most prompt tokens in flight, over all Sequences (one chunk may exceed it alone).
-    spec: what the Plan says of the Ring; it may be replaced at any time.
+    chunk_tokens: maximum tokens of one prompt Segment.
+    prefill_tokens: maximum prompt tokens in flight, over all Sequences (one chunk may exceed it alone).
+    spec: the Plan's figures for the Ring; it may be replaced at any time.
     lap_s: how long the newest decode Lap took; 0 before the first.
-    look_again_at: when decoding Sequences that wait for those under way wait no longer; None when none waits.
+    look_again_at: when waiting decode Sequences are sent without waiting for those in flight; None when none waits.
     """
 
     def __init__(self, *, chunk_tokens: int, prefill_tokens: int, spec: RingSpec) -> None:
@@ -147,9 +147,9 @@ class Scheduler:
         insort(self.waiting, entry, key=lambda e: e.arrival)
 
     def admit(self, ledger: KvLedger, find_room: Callable[[Entry], Room] | None = None) -> None:
-        """Let Sequences in while there is room; each gets a new wire id and reserves KV cache for what is known of it.
+        """Admit Sequences while there is room; each gets a new wire id and reserves KV cache for its known tokens.
 
-        find_room: tells whether there is room for a Sequence, having it begin behind what is cached of it.
+        find_room: returns whether a Sequence has room, and lets it begin after its cached prefix.
         """
         find_room = find_room or (lambda entry: Room.HERE if ledger.fits(self.needed(entry, ledger)) else Room.LACKING)
         place = 0
@@ -183,7 +183,7 @@ class Scheduler:
         return all(other.arrival >= entry.arrival for other in others)
 
     def _margin(self, ledger: KvLedger) -> int:
-        """Return the room that is left to those in the Ring: a KvBlock each, if they may still need one."""
+        """Return the room that is kept for Sequences in the Ring: a KvBlock for each that may still need one."""
         return ledger.block_tokens * sum(entry.max_tokens > entry.num_granted for entry in self.live.values())
 
     def _let_in(self, entry: Entry, ledger: KvLedger) -> None:
@@ -201,7 +201,7 @@ class Scheduler:
 
     @property
     def shared_chunk_tokens(self) -> int | None:
-        """Most prompt tokens that others may meet in a Batch; None while a Sequence has the Ring to itself."""
+        """Maximum prompt tokens of a Batch beside other Sequences; None while a Sequence has the Ring to itself."""
         num_sequences = len(self.live) + len(self.waiting)
         return self.spec.shared_chunk(num_sequences) if num_sequences > 1 else None
 
@@ -210,12 +210,12 @@ class Scheduler:
     ) -> list[tuple[Entry, Segment]]:
         """Return the Segments to inject now, decoding Sequences first, and count them as sent.
 
-        enter: called before the first Segment of a Sequence; it may have more of it begin behind what is cached.
+        enter: called before the first Segment of a Sequence; it may extend the cached prefix after which that begins.
         """
         decoding = [(entry, self._send(seq_id, entry, 1)) for seq_id, entry in self._next_groups(now)]
         prompts: list[tuple[Entry, Segment]] = []
         most = min(self._chunk_tokens, self.shared_chunk_tokens or self._chunk_tokens)
-        # More chunks than keep the Stages at work would only stand in the way of who comes next.
+        # Chunks beyond those that keep the Stages busy would only delay the next Sequence.
         max_in_flight = min(self._prefill_tokens, self.spec.num_chunks * most)
         budget = max_in_flight - sum(
             entry.num_sent - entry.num_back for entry in self.live.values() if self._is_prefill(entry)
@@ -233,7 +233,7 @@ class Scheduler:
         return decoding + prompts
 
     def _next_groups(self, now: float) -> list[tuple[SeqId, Entry]]:
-        """Return the decoding Sequences to send now, those first that were sent longest ago."""
+        """Return the decoding Sequences to send now, least recently sent first."""
         decoding = [(seq_id, entry) for seq_id, entry in self.live.items() if not self._is_prefill(entry)]
         ready = [
             (seq_id, entry)
@@ -244,7 +244,7 @@ class Scheduler:
         cap = self.spec.cap(len(self.live))
         self.look_again_at = None
         if not self.has_prompt:
-            # A group that has been on its Lap for very long is lost, or its Stage is: others do not wait for it.
+            # A group that has been in flight for very long is lost, or its Stage is: others do not wait for it.
             patience_s = max(_PATIENCE_LAPS * self.lap_s, _MIN_PATIENCE_S)
             out = [entry for _, entry in decoding if entry.num_sent > entry.num_back]
             out = [entry for entry in out if entry.sent_at + patience_s > now]
@@ -259,7 +259,7 @@ class Scheduler:
         return ready
 
     def _chunk(self, entry: Entry) -> int:
-        """Return the length of the chunks in which a prompt is fastest when it has the Ring to itself."""
+        """Return the chunk length at which a prompt is fastest when it has the Ring to itself."""
         num_tokens = entry.sequence.num_tokens - entry.num_shared
         if self.spec.num_stages == 1:
             return num_tokens
@@ -269,7 +269,7 @@ class Scheduler:
 
     @staticmethod
     def _is_prefill(entry: Entry) -> bool:
-        """Whether its first Segment, or more than its newest token, is on its way or still to be sent."""
+        """Whether its first Segment, or more than its newest token, is in flight or still to be sent."""
         return not entry.has_entered or entry.sequence.num_tokens - entry.num_back > 1
 
     @staticmethod

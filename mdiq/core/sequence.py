@@ -25,7 +25,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen, and when to stop.
 
-    max_tokens: most tokens to generate (at least 1).
+    max_tokens: maximum tokens to generate (at least 1).
     temperature: 0 is greedy; otherwise logits are divided by it.
     top_k: keep the k most likely tokens; 0 keeps all.
     top_p: keep the smallest set of tokens whose probabilities reach it, in (0, 1].
@@ -33,8 +33,8 @@ class SamplingParams:
     repetition_penalty: over 1 makes tokens of the prompt and the answer less likely (Keskar et al. 2019, CTRL, 4.1).
     stop: texts that end the answer; they are not part of it.
     stop_token_ids: tokens that end the answer, beside the model's own.
-    ignore_eos: go on behind the model's own end tokens.
-    seed: draws depend on (seed, position) alone, so a Replay repeats itself.
+    ignore_eos: continue after the model's own end tokens.
+    seed: draws depend on (seed, position) alone, so a Replay gives the same tokens.
     """
 
     max_tokens: int = 256
@@ -115,7 +115,7 @@ class Sequence:
     index: the caller's name for it, unique within a Ring.
     prompt: token ids of the prompt, at least one.
     eos_token_ids: the model's own end tokens.
-    deadline: the time on the caller's clock at which it ends unfinished, or None.
+    deadline: the time on the caller's clock at which it is ended if it has not finished; None: no limit.
     cached_prompt_tokens: tokens of the prompt that were found in the KV cache and not computed.
     """
 
@@ -136,7 +136,7 @@ class Sequence:
 
     @property
     def max_total_tokens(self) -> int:
-        """Tokens that it may grow to; the KV cache never holds more of it."""
+        """Tokens that it may grow to, the maximum that the KV cache holds of it."""
         return len(self.prompt) + self.params.max_tokens
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:

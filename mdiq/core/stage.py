@@ -1,13 +1,13 @@
-"""The Stage's side of the ring protocol: which Frames to believe, what to run next, what to send on. No I/O.
+"""The Stage's side of the ring protocol: which Frames to accept, what to run next, what to forward. No I/O.
 
 Theory. Position is the sequence number: for every Sequence a Stage knows how many tokens it has taken in
-(``num_expected``, cached or queued). A Segment that starts there is queued; one that starts before is a duplicate and
-dropped; one that starts behind it is a gap, which the Starter hears of and mends with a Replay. The Epoch filters
-Frames of an older Ring, and ids that only grow filter those of Sequences that have ended. Nothing else is remembered
-of a Sequence, and all of it can be rebuilt: that is what *stateless stage* means here.
+(``num_expected``, cached or queued). A Segment that starts there is queued; one that starts before it is a duplicate
+and dropped; one that starts after it is a gap, which is reported to the Starter and repaired with a Replay. The Epoch
+filters Frames of an older Ring, and ids that only grow filter those of Sequences that have ended. A Stage remembers
+nothing else of a Sequence, and all of it can be rebuilt: that is what *stateless stage* means here.
 
-A Sequence may begin with the cache of another, its parent, whose first tokens are the same: its first Segment starts
-behind them. It waits until the parent's Segments before that place have run.
+A Sequence may begin with the cache of another, its parent, if their first tokens are the same: its first Segment
+starts after them. It waits until the parent's Segments before that position have run.
 
     event                          known, start == expected    start < expected    start > expected
     HIDDEN                         queue                       duplicate           gap
@@ -18,10 +18,10 @@ behind them. It waits until the parent's Segments before that place have run.
                                    drop what is queued to begin with that cache: gap
     any of another Epoch           stale
 
-Decode Segments and prompts wait in queues of their own and are not mixed in a Batch. When both wait they take turns,
-decode Segments with all that wait of them: so a decode Segment waits for one Batch of a prompt at most, and prompts get
-on. First Segments keep the order of their ids, and no RELEASE passes one of a lower id: it would bar it at the next
-Stage.
+Decode Segments and prompts wait in separate queues and are not mixed in a Batch. When both wait they take turns, and
+a decode Batch takes all waiting decode Segments: so a decode Segment waits for at most one Batch of a prompt, and
+prompts make progress. First Segments keep the order of their ids, and no RELEASE overtakes one of a lower id: the next
+Stage would then refuse that one.
 """
 
 from collections import Counter, deque
@@ -39,7 +39,7 @@ NO_EPOCH = Epoch(0)
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What became of a Frame: counts of its Segments, and the Sequences that have a gap.
+    """The outcome for a Frame: counts of its Segments, and the Sequences that have a gap.
 
     passes: the Frame goes on to the next Stage at once, as it is.
     """
@@ -54,8 +54,8 @@ class Receipt:
 class StageProtocol:
     """Queues what arrives, hands out Batches, and turns their output into Frames for the next Stage.
 
-    token_budget: most tokens of a Batch (one Segment may exceed it alone).
-    counts: Segments by what became of them, for the metrics.
+    token_budget: maximum tokens of a Batch (one Segment may exceed it alone).
+    counts: Segments by outcome, for the metrics.
     """
 
     def __init__(self, token_budget: int = 512) -> None:
@@ -80,7 +80,7 @@ class StageProtocol:
         The caller resets the engine. A Batch that still runs is dropped when it completes.
 
         Raises:
-            LocalProtocolError: the Epoch does not grow.
+            LocalProtocolError: the Epoch is not larger than the current one.
         """
         if epoch <= self.epoch:
             raise LocalProtocolError(f"assign: epoch {epoch} does not grow (now {self.epoch})")
@@ -105,15 +105,15 @@ class StageProtocol:
         return self._running is None and bool(self._decoding or self._prompts or self._releases)
 
     def receive(self, frame: Frame) -> Receipt:
-        """Take a Frame in and tell what became of it.
+        """Process a Frame and return its outcome.
 
         Raises:
-            RemoteProtocolError: the Frame is one that no Stage may be sent.
+            RemoteProtocolError: the Frame is of a kind that must not be sent to a Stage.
         """
         if frame.kind is FrameKind.HEAD:
             raise RemoteProtocolError(f"{frame}: rows for the head came to a stage; check the order of the ring's hops")
         if frame.kind is FrameKind.BURST:
-            raise RemoteProtocolError(f"{frame}: a burst measures a hop and is none of the protocol's")
+            raise RemoteProtocolError(f"{frame}: a burst measures a hop; it must not reach the ring protocol")
         if frame.epoch != self.epoch:
             self.counts["stale"] += len(frame.segments)
             return Receipt(stale=len(frame.segments))
@@ -132,7 +132,7 @@ class StageProtocol:
         if not self.has_work:
             return None
         taken = self._take_segments()
-        # Ids below which nothing is barred: first Segments of this Batch travel behind its releases.
+        # Ids from which first Segments are accepted: those of this Batch are sent after its releases.
         firsts = [queued.segment.seq_id for queued in (*taken, *self._prompts) if queued.is_first]
         releases = tuple(seq_id for seq_id in self._releases if not firsts or seq_id < min(firsts))
         for seq_id in releases:
@@ -165,10 +165,10 @@ class StageProtocol:
         return frames
 
     def fail(self, batch: Batch) -> tuple[tuple[SeqId, ...], list[Frame]]:
-        """Give up a Batch whose forward failed: return its Sequences, for the Starter to hear of, and Frames to send.
+        """Drop a Batch whose forward failed: return its Sequences, to report to the Starter, and the Frames to send.
 
-        What else is queued of those Sequences is dropped, and what was to begin with their cache: the Starter begins
-        those again. Cache is freed when its RELEASE comes.
+        Other queued Segments of those Sequences are dropped, and Sequences that would begin with their cache: the
+        Starter replays these. The cache is freed when its RELEASE comes.
         """
         self._stop_running(batch)
         if batch.epoch != self.epoch:
@@ -178,7 +178,7 @@ class StageProtocol:
         return seq_ids, self._release_frames(batch)
 
     def drop(self, batch: Batch, seq_ids: Collection[SeqId]) -> Batch:
-        """Give up some Sequences of the Batch that runs, as ``fail`` does; return the Batch to run in its place."""
+        """Drop some Sequences of the running Batch, as ``fail`` does; return the Batch to run in its place."""
         self._stop_running(batch)
         if batch.epoch == self.epoch:
             self._forget(set(seq_ids))
@@ -245,7 +245,7 @@ class StageProtocol:
         return segment.parent is None or self._num_run.get(segment.parent, -1) >= segment.start
 
     def _forget(self, seq_ids: set[SeqId]) -> list[SeqId]:
-        """Forget Sequences and drop what waits of them; return those that waited to begin with their cache."""
+        """Forget Sequences and drop their queued Segments; return those that waited to begin with their cache."""
         children: list[SeqId] = []
         for queue in (self._prompts, self._decoding):
             kept: list[Queued] = []
@@ -272,7 +272,7 @@ class StageProtocol:
 
     def _release_frames(self, batch: Batch) -> list[Frame]:
         segments = [Segment(seq_id, 0, 0) for seq_id in batch.releases]
-        # Releases pile up while a Hop is down: in one Frame too large for the wire they would never get round.
+        # Releases pile up while a Hop is down: in one Frame, too large for the wire, they would never be delivered.
         return [
             Frame(
                 batch.epoch,

@@ -1,13 +1,13 @@
-"""Text of one answer, up to the first stop text. Knows characters only; engine/text/ makes text of tokens."""
+"""The text of one answer, up to the first stop text. Characters only; engine/text/ decodes tokens."""
 
 
 class StopText:
-    """Passes text on and ends it before the first of ``stops``.
+    """Passes text through and ends it before the first of ``stops``.
 
-    The first is the one that is complete first, and of several that end at one character the longest. So what comes out
+    The first is the one that is complete first, and the longest if several end at the same character. So the output
     does not depend on how the text was cut into pieces.
 
-    matched: a stop text has been found; nothing comes out any more.
+    matched: a stop text has been found; there is no more output.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
@@ -17,7 +17,7 @@ class StopText:
         self.matched = False
 
     def push(self, text: str) -> str:
-        """Take the next piece in and return what is certain to be before any stop text."""
+        """Add the next piece and return the text that certainly comes before any stop text."""
         if self.matched:
             return ""
         text = self._held + text
@@ -31,11 +31,11 @@ class StopText:
         return text[:certain]
 
     def finish(self) -> str:
-        """Return what was held back: the text has ended, so it begins no stop text after all."""
+        """Return the text that was held back: the answer has ended, so no stop text begins there."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` with which ``stop`` begins, short of the whole of it."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class TokenBucket:
-    """Who wants to send takes its bytes at once and waits as long as it is told, so nobody is overtaken for ever.
+    """A sender takes its bytes at once and then waits for the returned time, so no sender is overtaken for ever.
 
-    burst_bytes: what may go out at once after a silence.
+    burst_bytes: bytes that may be sent at once after a pause.
     """
 
     rate_bytes_per_s: float
@@ -20,7 +20,7 @@ class TokenBucket:
             raise ValueError(f"TokenBucket: {self.rate_bytes_per_s} bytes/s and a burst of {self.burst_bytes}")
 
     def take(self, num_bytes: int, now: float) -> float:
-        """Take ``num_bytes`` and return the seconds to wait before they may go out."""
+        """Take ``num_bytes`` and return the seconds to wait before they may be sent."""
         since_s = now - self._at_s if self._at_s is not None else 0.0
         start = self.burst_bytes if self._at_s is None else self._level
         self._level = min(start + since_s * self.rate_bytes_per_s, self.burst_bytes) - num_bytes

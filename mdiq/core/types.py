@@ -1,4 +1,4 @@
-"""Identifiers and small values that every other room uses. No behaviour beyond their own invariants."""
+"""Identifiers and small values that every other package uses. No behaviour beyond their own invariants."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Epoch = NewType("Epoch", int)
 
 
 CHUNK_STEP = 16
-"""Chunks of prompts are multiples of it: kernels work in such steps, and the wire counts in them."""
+"""Prompt chunks are multiples of it: kernels work in such steps, and the wire counts in them."""
 
 
 WeightFormat = Literal["auto", "plain", "int8", "int4"]
@@ -66,15 +66,15 @@ class LayerRange:
 
 @dataclass(frozen=True, slots=True)
 class RingSpec:
-    """What the ring protocol needs to know of a Plan.
+    """The part of a Plan that the ring protocol needs.
 
     num_stages: Stages of the Ring, the Starter's included.
-    kv_tokens: KV capacity of the Ring in tokens, the least over its Stages.
-    context_tokens: most tokens of one Sequence, prompt and answer together.
+    kv_tokens: KV capacity of the Ring in tokens, the minimum over its Stages.
+    context_tokens: maximum tokens of one Sequence, prompt and answer together.
     caps: ``caps[i]`` is the MicroBatch cap while i + 1 Sequences are live; the last one holds for more.
     kv_block_tokens: tokens of one KvBlock; a Sequence takes whole ones.
-    max_live: most Sequences in the Ring at once.
-    pass_tokens: tokens that cost a Stage as much as a forward costs before its first one.
+    max_live: maximum Sequences in the Ring at once.
+    pass_tokens: the fixed cost of a forward, in tokens that cost a Stage as much.
     shared_chunks: ``shared_chunks[i]`` bounds the prompt tokens of a Batch while i + 1 Sequences are live.
     num_chunks: chunks in flight that keep every Stage at work.
     """
@@ -100,7 +100,7 @@ class RingSpec:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of one Sequence that context and KV cache hold."""
+        """Maximum tokens of one Sequence that context and KV cache hold."""
         return min(self.context_tokens, self.kv_tokens // self.kv_block_tokens * self.kv_block_tokens)
 
     def cap(self, num_live: int) -> int:
@@ -108,5 +108,5 @@ class RingSpec:
         return self.caps[min(max(num_live, 1), len(self.caps)) - 1]
 
     def shared_chunk(self, num_live: int) -> int:
-        """Return the most prompt tokens of a Batch that others may have to wait for."""
+        """Return the maximum prompt tokens of a Batch that others may have to wait for."""
         return self.shared_chunks[min(max(num_live, 1), len(self.shared_chunks)) - 1]

@@ -8,14 +8,14 @@ Version 1. A Frame is one part, the header, or two, header and payload; all numb
     4       4     epoch, at least 1
     8       2     cap, at least 1
     10      1     dtype of the payload, see DTYPES
-    11      1     most prompt tokens of a Batch, in steps of 16; 0 leaves it to the Stage
+    11      1     maximum prompt tokens of a Batch, in steps of 16; 0 leaves it to the Stage
     12      4     width: elements of a payload row
     16      2     number of Segments, at least 1; of PROBE and BURST 1
     18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits, bit 1: parent)
     ...     8     of each Segment with bit 1, in their order: its parent u64, an older id; HIDDEN alone, start over 0
     end-16  16    tag: BLAKE2b keyed with the hop's key, over the header before it and the payload
 
-What comes from a peer is hostile: sizes are checked first, then the tag, then every field, each before it is used.
+Bytes from a peer are hostile: sizes are checked first, then the tag, then every field, each before it is used.
 """
 
 import hmac
@@ -40,7 +40,7 @@ WIRES = tuple(name for name in DTYPES if name != "none")
 """Formats of activations on a Hop."""
 
 ROUNDINGS = ("f32", "bf16", "i8")
-"""The same, each of which holds less of a number than the one before."""
+"""The same formats, in order of falling precision."""
 
 _PROTOCOL = b"MQ"
 _MAGIC = _PROTOCOL + b"%d" % VERSION
@@ -58,13 +58,13 @@ _OF_ONE_SEGMENT = (FrameKind.PROBE, FrameKind.BURST)
 def hop_key(ring_key: bytes, receiver: int) -> bytes:
     """Return the key of the Hop into Stage ``receiver``: 32 bytes.
 
-    One key a Hop: a Frame that was recorded on one Hop is not believed on another, where its position may be the next.
+    Each Hop has its own key: a Frame recorded on one Hop is not accepted on another, where its position may be next.
     """
     return blake2b(b"hop %d" % receiver, digest_size=32, key=ring_key).digest()
 
 
 class BadFrame(RemoteProtocolError):
-    """What came is not a legal Frame. ``reason`` is one word, for counting."""
+    """The bytes are not a legal Frame. ``reason`` is one word, for counting."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
@@ -87,14 +87,14 @@ class WireLimits:
 
     @property
     def max_frame_bytes(self) -> int:
-        """Bytes that no part of a legal Frame exceeds."""
+        """Maximum bytes of a part of a legal Frame."""
         header_bytes = _header_bytes(self.max_segments, self.max_segments)
         return max(header_bytes, self.max_tokens * _widest_row_bytes(self.max_width))
 
 
 @dataclass(frozen=True, slots=True)
 class WirePayload:
-    """Rows as they came off the wire; nothing is copied, so they keep the part that they came in alive."""
+    """Rows as received; nothing is copied, so they keep the message part that holds them alive."""
 
     dtype: str
     width: int
@@ -124,7 +124,7 @@ def frame_bytes(num_segments: int, payload_bytes: int) -> int:
 
 
 def make_tag(key: bytes, *parts: Buffer) -> bytes:
-    """Return the 16 bytes that prove to a holder of ``key`` that ``parts`` come from another.
+    """Return the 16 bytes that prove to a holder of ``key`` that another holder sent ``parts``.
 
     Raises:
         LocalProtocolError: the key is too short to prove anything (BLAKE2b takes an empty one for no key at all).
@@ -176,11 +176,11 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
     """Return the Frame that ``parts`` carry; its payload shares their memory.
 
     Raises:
-        BadFrame: they are no legal Frame of this Ring.
+        BadFrame: they are not a legal Frame of this Ring.
     """
     if not 1 <= len(parts) <= 2:
         _refuse("parts", f"{len(parts)} parts; a frame has 1 or 2")
-    # Links inside one process hand on what an engine gave, which may be a view of floats.
+    # Links inside one process pass on the engine's own output, which may be a view of floats.
     header, payload = (memoryview(part).cast("B") for part in (*parts, b"")[:2])
     if len(parts) == 2 and not payload.nbytes:
         _refuse("parts", "an empty payload; a frame without one has 1 part")
@@ -217,7 +217,7 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
 
 
 def _check_sizes(header: memoryview, payload: memoryview, limits: WireLimits) -> int:
-    """Check all that can be checked of bytes that anybody may have sent; return the number of Segments."""
+    """Check what can be checked before the sender is authenticated; return the number of Segments."""
     if bytes(header[:2]) != _PROTOCOL:
         _refuse("magic", "it does not begin with MQ: not a frame of mdiq")
     version = bytes(header[2:3])
@@ -227,7 +227,7 @@ def _check_sizes(header: memoryview, payload: memoryview, limits: WireLimits) ->
             f"wire version {_printable(version)} came and this is version {VERSION}; install the same mdiq everywhere",
         )
     if header.nbytes < _header_bytes(1):
-        _refuse("length", f"a header of {header.nbytes} bytes; the least is {_header_bytes(1)}")
+        _refuse("length", f"a header of {header.nbytes} bytes; the minimum is {_header_bytes(1)}")
     num_segments: int = _HEADER.unpack_from(header)[-1]
     if not 1 <= num_segments <= limits.max_segments:
         _refuse("segments", f"{num_segments} segments; a frame has 1 to {limits.max_segments}")
@@ -235,7 +235,7 @@ def _check_sizes(header: memoryview, payload: memoryview, limits: WireLimits) ->
     if parent_bytes % _PARENT.size or not 0 <= parent_bytes <= num_segments * _PARENT.size:
         _refuse("length", f"a header of {header.nbytes} bytes for {num_segments} segments")
     if payload.nbytes > limits.max_frame_bytes:
-        _refuse("length", f"a payload of {payload.nbytes} bytes; the most is {limits.max_frame_bytes}")
+        _refuse("length", f"a payload of {payload.nbytes} bytes; the maximum is {limits.max_frame_bytes}")
     return num_segments
 
 
@@ -250,7 +250,7 @@ def _checked_segments(data: memoryview, kind: FrameKind, limits: WireLimits) -> 
         if kind in _WITHOUT_TOKENS and (start or length or flags):
             _refuse("segments", f"sequence {seq_id}: a {kind.name} has no tokens")
         if kind is FrameKind.BURST and flags:
-            _refuse("segments", f"burst {seq_id}: flags {flags:#x}; its rows are nobody's")
+            _refuse("segments", f"burst {seq_id}: flags {flags:#x}; its rows belong to no sequence")
         if kind not in _WITHOUT_TOKENS and not length:
             _refuse("segments", f"sequence {seq_id}: a segment without tokens")
         if start + length > limits.max_context:
