@@ -16,13 +16,14 @@ from mdiq.bench.plots import check_plots, draw
 from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, Report, make_report
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
 from mdiq.bench.workload import ApartCell, Cell, grid
+from mdiq.cli.flags import parse_numbers, parse_wires
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import LEAST_CPU, check_quota
-from mdiq.runtime.options import RingOptions, parse_wires
+from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
 from mdiq.transport.link_shape import LinkShape, parse_link
 
@@ -185,11 +186,12 @@ def _cells(options: BenchOptions) -> tuple[Cell, ...]:
     if options.users is not None and options.users_per_node is not None:
         raise ConfigError("mdiq bench: give --users or --users-per-node, not both")
     users = options.users if options.users is not None or options.users_per_node is not None else "1,4"
+    per_node = options.users_per_node
     return grid(
-        _numbers("--nodes", options.nodes, MOST_NODES),
-        _numbers("--users", users, MOST_USERS) if users is not None else (),
-        _numbers("--users-per-node", options.users_per_node, MOST_USERS) if options.users_per_node is not None else (),
-        _numbers("--prompt-tokens", options.prompt_tokens, 1 << 20),
+        parse_numbers("--nodes", options.nodes, MOST_NODES),
+        () if users is None else parse_numbers("--users", users, MOST_USERS),
+        () if per_node is None else parse_numbers("--users-per-node", per_node, MOST_USERS),
+        parse_numbers("--prompt-tokens", options.prompt_tokens, 1 << 20),
         [None if text == NO_LINK else parse_link(text) for text in options.links] or [None],
     )
 
@@ -198,17 +200,6 @@ def _apart_cells(cells: Sequence[Cell]) -> tuple[ApartCell, ...]:
     """Return what is measured apart: of each ring's cell that one Node has with as many users a Node."""
     beside = dict.fromkeys(ApartCell.beside(cell) for cell in cells)
     return tuple(apart for apart in beside if apart and Cell(1, apart.users, apart.prompt_tokens) in cells)
-
-
-def _numbers(flag: str, text: str, most: int) -> tuple[int, ...]:
-    """Return the numbers of a list like 1,2,4."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{flag} {text}: not whole numbers with commas between; write for example 1,2,4") from None
-    if not all(1 <= number <= most for number in numbers):
-        raise ConfigError(f"{flag} {text}: each must be from 1 to {most}")
-    return numbers
 
 
 def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
@@ -265,7 +256,7 @@ def _peer_threads(options: BenchOptions, nodes: Sequence[int], threads: int) -> 
     if options.peer is None:
         return ()
     if options.peer_threads is not None:
-        return tuple(sorted(set(_numbers("--peer-threads", options.peer_threads, 1024))))
+        return tuple(sorted(set(parse_numbers("--peer-threads", options.peer_threads, 1024))))
     return tuple(sorted({count * threads for count in nodes}))
 
 

@@ -5,10 +5,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from mdiq.cli.ring_file import Needs, needs_of
 from mdiq.config.load import Report, check_file, load_topology
 from mdiq.config.topology import Topology
 from mdiq.errors import ConfigError
+from mdiq.service.topology_values import Needs, needs_of
 
 
 def check(file: Path, *, as_json: bool) -> int:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import typer
 
-from mdiq.cli.planned import goal_of, profiles_path, read_profiles
 from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
 from mdiq.plan.explain import explain, render
 from mdiq.plan.partition import Objective
 from mdiq.plan.plan import plan_split
+from mdiq.service.planned import goal_of, profiles_path, read_profiles
 
 
 def forget(file: Path) -> int:

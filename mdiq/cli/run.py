@@ -13,27 +13,28 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from mdiq.cli.flags import hand_split, parse_wires
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import PromptLine, read_finished, read_prompts, results_file
 from mdiq.cli.signals import run_until_signal
-from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.micro_batches import MAX_LIVE
 from mdiq.plan.pace import PaceSettings
-from mdiq.runtime.options import RingOptions, parse_wires
+from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
+from mdiq.service.text_pipe import TokenizerPipe
 from mdiq.telemetry import logging
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
 if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, and what reads topologies if there is one
-    from mdiq.cli.topology_ring import TopologyRings
     from mdiq.config.load import LoadedTopology
     from mdiq.engine.model_config import ModelConfig
     from mdiq.engine.text.tokenizer import Tokenizer
     from mdiq.runtime.ring_host import RingHost
+    from mdiq.service.topology_rings import TopologyRings
 
 DEFAULT_NODES = 2
 MAX_SUBMITTED = MAX_LIVE + 64  # requests of a file that are with the ring at once: what it takes, and some that wait
@@ -78,15 +79,21 @@ def execute(options: RunOptions) -> int:
     console = Console(stderr=True)
     lines, finished = _read_requests(options)
     loaded: LoadedTopology | None = None
+    name = options.model
     if options.topology is not None:
-        options, loaded = _from_topology(options, options.topology)
-    num_nodes = len(_hand_split(options) or ()) or options.nodes or DEFAULT_NODES
-    wires = parse_wires(options.wire, num_nodes)
-    threads = options.threads or max(usable_threads() // num_nodes, 1)
+        from mdiq.service.topology_values import model_of, threads_of
+
+        loaded = _topology(options, options.topology)
+        name, threads = model_of(loaded), threads_of(loaded.topology, loaded.topology.starter)
+    else:
+        split = hand_split(options.layers, options.nodes)
+        num_nodes = len(split) or options.nodes or DEFAULT_NODES
+        wires = parse_wires(options.wire, num_nodes)
+        threads = options.threads or max(usable_threads() // num_nodes, 1)
+        if options.pin and not options.in_process and num_nodes > usable_cores():
+            raise ConfigError(f"--pin: {num_nodes} nodes need as many cores; there are {usable_cores()}")
     set_threads(threads)
     if options.pin:
-        if not options.in_process and num_nodes > usable_cores():
-            raise ConfigError(f"--pin: {num_nodes} nodes need as many cores; there are {usable_cores()}")
         bind_to_core(core_of(0))
     with results_file(options.out) as results:
         todo = [line for line in lines if line.index not in finished]
@@ -97,11 +104,11 @@ def execute(options: RunOptions) -> int:
         from mdiq.engine.model_config import read_config
         from mdiq.engine.text.tokenizer import Tokenizer
 
-        model = find_model(options.model, progress=lambda text: console.print(text, style="dim"))
+        model = find_model(name, progress=lambda text: console.print(text, style="dim"))
         config = read_config(model)
         rings: TopologyRings | None = None
         if loaded is None:
-            ring_options = _local_ring(options, model, config, num_nodes, wires, threads)
+            ring_options = _local_ring(options, model, config, split or num_nodes, wires, threads)
         else:
             rings = _topology_rings(options, loaded, model, config, threads, console)
             ring_options = rings.options()
@@ -110,16 +117,21 @@ def execute(options: RunOptions) -> int:
 
 
 def _local_ring(
-    options: RunOptions, model: Path, config: "ModelConfig", num_nodes: int, wires: tuple[str, ...], threads: int
+    options: RunOptions,
+    model: Path,
+    config: "ModelConfig",
+    split: AbstractSequence[int] | int,
+    wires: tuple[str, ...],
+    threads: int,
 ) -> RingOptions:
+    """Return the Ring that the flags ask for. split: the Layers of each Node, or how many Nodes share them."""
     from mdiq.plan.split import check_split, split_layers
 
-    split = _hand_split(options)
     return RingOptions(
         model=model,
-        layers=check_split(split, config.num_layers)
-        if split
-        else split_layers(config.num_layers, num_nodes, config.head_layers),
+        layers=split_layers(config.num_layers, split, config.head_layers)
+        if isinstance(split, int)
+        else check_split(split, config.num_layers),
         weights=WeightSettings(options.weights, options.dtype, options.exact, options.device),
         wires=wires,
         threads=threads,
@@ -236,7 +248,7 @@ class _Run:
         # A ring that holds every request of a long file spends its time on those that wait.
         lines = iter(self._lines)
         async with asyncio.TaskGroup() as tasks:
-            for i in range(min(len(self._lines), max(MAX_SUBMITTED, self._options.max_live or 0))):
+            for i in range(min(len(self._lines), max(MAX_SUBMITTED, self._ring_options.pace.max_live or 0))):
                 tasks.create_task(self._serve_each(ring, lines), name=f"requests-{i}")
 
     async def _serve_each(self, ring: "RingHost", lines: Iterator[PromptLine]) -> None:
@@ -305,10 +317,10 @@ class _Run:
         return time.monotonic() - self._start_s
 
 
-def _from_topology(options: RunOptions, file: Path) -> "tuple[RunOptions, LoadedTopology]":
-    """Return the options as a topology file sets them, and the file itself."""
-    from mdiq.cli.ring_file import flags_of, remote_ring
+def _topology(options: RunOptions, file: Path) -> "LoadedTopology":
+    """Return the topology of a file, and see that no flag contradicts it."""
     from mdiq.config.load import load_topology
+    from mdiq.service.topology_values import secret_of
 
     given = {
         "--nodes": options.nodes,
@@ -320,15 +332,15 @@ def _from_topology(options: RunOptions, file: Path) -> "tuple[RunOptions, Loaded
     if wrong := [flag for flag, value in given.items() if value]:
         raise ConfigError(f"{wrong[0]}: it is for rings on this machine; leave it out, or --topology")
     loaded = load_topology(file)
-    remote_ring(loaded, options.join_wait_s)  # a key that is wrong is told before torch is loaded
+    secret_of(loaded, loaded.topology.starter)  # a key that is wrong is told before torch is loaded
     logging.configure(options.log_level, node=loaded.topology.starter.name)
-    return replace(options, **flags_of(loaded)), loaded
+    return loaded
 
 
 def _topology_rings(
     options: RunOptions, loaded: "LoadedTopology", model: Path, config: "ModelConfig", threads: int, console: Console
 ) -> "TopologyRings":
-    from mdiq.cli.topology_ring import TopologyRings
+    from mdiq.service.topology_rings import TopologyRings
 
     return TopologyRings(
         loaded,
@@ -354,24 +366,6 @@ def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:
             raise ConfigError(f"{options.out}: it exists; add --resume to go on where it stopped, or move it away")
         finished = read_finished(options.out, lines)
     return lines, finished
-
-
-def _hand_split(options: RunOptions) -> list[int] | None:
-    """Return the Layers of each Node by hand; None: of a ring on this machine nobody says, of a topology its file does.
-
-    Raises:
-        ConfigError: they are no numbers, or --nodes says something else.
-    """
-    layers, nodes = options.layers, options.nodes
-    if layers is None:
-        return None
-    try:
-        split = [int(number) for number in layers.split(",")]
-    except ValueError:
-        raise ConfigError(f"--layers {layers}: not numbers with commas between; write for example 10,12,8") from None
-    if nodes is not None and nodes != len(split):
-        raise ConfigError(f"--layers {layers}: that is {len(split)} nodes and --nodes says {nodes}; leave --nodes out")
-    return split
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from mdiq.core.types import LayerRange
 from mdiq.errors import PlanError
 
 
-def check_split(split: list[int], num_layers: int) -> tuple[LayerRange, ...]:
+def check_split(split: Sequence[int], num_layers: int) -> tuple[LayerRange, ...]:
     """Return the LayerRanges of Stages with ``split[i]`` layers each.
 
     Raises:

@@ -6,26 +6,11 @@ from pathlib import Path
 
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
-from mdiq.core.wire import ROUNDINGS, WIRES
+from mdiq.core.wire import ROUNDINGS
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
 from mdiq.plan.wire_choice import AUTO, MAX_DIVERGENCE_NATS, USUAL
 from mdiq.transport.link_shape import LinkShape
-
-
-def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
-    """Return the formats that "bf16" (all Hops) or "bf16,auto" (each Hop) names.
-
-    Raises:
-        ConfigError: a format is unknown, or there are more or fewer of them than Hops.
-    """
-    wires = tuple(text.split(","))
-    for wire in wires:
-        if wire not in (*WIRES, AUTO):
-            raise ConfigError(f"--wire {text}: {wire!r} is not a format; use one of {', '.join((*WIRES, AUTO))}")
-    if len(wires) not in (1, num_nodes):
-        raise ConfigError(f"--wire {text}: {len(wires)} formats for {num_nodes} hops; give one, or one for each")
-    return wires
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from mdiq.cli.output import AnswerPrinter, Result
 from mdiq.cli.prompts import PromptLine, results_file
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, ContextLengthError
+from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.starter_service import StreamEvent
 
 
@@ -61,9 +62,10 @@ class FakeRing:
 def _run(
     lines: list[PromptLine], out: io.StringIO, tokenizer: FakeTokenizer, prompts: Path | None = Path("in.jsonl")
 ) -> Any:
-    options: Any = SimpleNamespace(prompts=prompts, as_json=False, raw=True, max_live=None)
+    options: Any = SimpleNamespace(prompts=prompts, as_json=False, raw=True)
     config: Any = SimpleNamespace(vocab_size=1_000, context_tokens=200)
-    return run._Run(options, SimpleNamespace(), tokenizer, lines, Console(file=io.StringIO()), out, None, config)  # type: ignore[arg-type]
+    ring: Any = SimpleNamespace(pace=PaceSettings())
+    return run._Run(options, ring, tokenizer, lines, Console(file=io.StringIO()), out, None, config)  # type: ignore[arg-type]
 
 
 async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:

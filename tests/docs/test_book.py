@@ -24,8 +24,8 @@ RING = (
     "integration/test_topology_ring.py::test_three_nodes_answer_as_three_local_ones_and_a_second_run_transfers_nothing"
 )
 DRAIN = "integration/test_serve.py::test_a_drained_node_leaves_the_others_its_layers_and_comes_back"
-PLAN = "cli/test_planned.py::test_mdiq_plan_says_what_to_do_first_and_then_shows_the_plan"
-GOAL = "cli/test_planned.py::test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given"
+PLAN = "cli/test_plan.py::test_mdiq_plan_says_what_to_do_first_and_then_shows_the_plan"
+GOAL = "cli/test_plan.py::test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given"
 LINKS = "integration/test_bench.py::test_two_nodes_are_measured_over_slow_links"
 RUN_ELSEWHERE = {
     "mdiq node topology.yaml --name": RING,
@@ -39,7 +39,7 @@ RUN_ELSEWHERE = {
     "curl http://127.0.0.1:8080/": "integration/test_serve.py::test_the_pages_requests_are_answered",
     "mdiq plan topology.yaml": PLAN,
     "mdiq plan topology.yaml --objective": GOAL,
-    "mdiq plan topology.yaml --forget": "cli/test_planned.py::test_figures_are_forgotten_on_demand",
+    "mdiq plan topology.yaml --forget": "cli/test_plan.py::test_figures_are_forgotten_on_demand",
     "mdiq bench --nodes 1,2 --users": LINKS,
     "mdiq bench --shape tinyllama-1.1b --nodes 2 --users 8 --link none": LINKS,
     "mdiq bench --shape tinyllama-1.1b --nodes 1,2,3 --users-per-node 4 --cpu 0.5": (

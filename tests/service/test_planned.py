@@ -1,7 +1,6 @@
-"""Layers of a topology from kept figures; mdiq plan."""
+"""Layers of a topology from kept figures."""
 
 import contextlib
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,25 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from mdiq.cli.main import app
-from mdiq.cli.planned import keep_profiles, planned_ring, read_profiles, without
-from mdiq.cli.topology_ring import TopologyRings
 from mdiq.config.load import LoadedTopology, load_topology
-from mdiq.core.hop_survey import HopLink
 from mdiq.errors import CapacityError, ConfigError, MdiqError, NodeDiedError, PlanError, RingError
-from mdiq.plan.measured import MeasuredRing, MeasuredStage
-from mdiq.plan.micro_batches import Curve
+from mdiq.plan.measured import MeasuredStage
 from mdiq.plan.pace import StageCost
 from mdiq.plan.plan import Plan
-
-MIB = 1 << 20
-LAYERS = 30
-NODES = """version: 1
-model: {path: smollm2-135m-instruct, weights: int8}
-nodes:
-- {name: desk, role: starter, address: 127.0.0.1}
-- {name: pi1, address: 127.0.0.2%s}
-- {name: pi2, address: 127.0.0.3%s}
-"""
+from mdiq.service.planned import keep_profiles, planned_ring, read_profiles, without
+from mdiq.service.topology_rings import TopologyRings
+from tests.service.measured_rings import LAYERS, MIB, measured_ring, topology
 
 
 @pytest.fixture(autouse=True)
@@ -37,35 +25,16 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MDIQ_CACHE", str(tmp_path / "cache"))
 
 
-def _topology(tmp_path: Path, pi1: str = "", pi2: str = "", starter: str = "") -> LoadedTopology:
-    file = tmp_path / "topology.yaml"
-    file.write_text((NODES % (pi1, pi2)).replace("address: 127.0.0.1", f"address: 127.0.0.1{starter}"))
-    return load_topology(file)
-
-
-def _ring(delay_s: float = 0.0005, **layer_s: float) -> MeasuredRing:
-    """A ring of 10 Layers a Node, whose time for one and for eight Segments is given by Node."""
-
-    def stage(name: str) -> MeasuredStage:
-        time_s = 10 * layer_s[name]
-        cost = StageCost.of(((1, time_s), (8, 6 * time_s)), ((64, 8 * time_s),))
-        return MeasuredStage(name, 10, cost, 10 * 4 * MIB, 10 * 1_536, 300 * MIB, 700 * MIB)
-
-    link = HopLink(delay_s, 1e8)
-    stages = tuple(map(stage, layer_s))
-    return MeasuredRing(LAYERS, stages, Curve(((1, 1e-5),)), 576, (("bf16", link),) * len(layer_s))
-
-
 def test_before_anything_was_measured_the_nodes_measure(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
+    loaded = topology(tmp_path)
     assert read_profiles(loaded) is None
     planned = planned_ring(loaded, None, LAYERS)
     assert planned.layers is None and planned.is_unmeasured and planned.loaded is loaded
 
 
 def test_a_slow_node_gets_fewer_layers_the_next_time(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    keep_profiles(loaded, _ring(desk=0.002, pi1=0.002, pi2=0.004))
+    loaded = topology(tmp_path)
+    keep_profiles(loaded, measured_ring(desk=0.002, pi1=0.002, pi2=0.004))
     planned = planned_ring(loaded, read_profiles(loaded), LAYERS)
     assert planned.layers is not None and sum(planned.layers) == 30
     desk, pi1, pi2 = planned.layers
@@ -74,8 +43,8 @@ def test_a_slow_node_gets_fewer_layers_the_next_time(tmp_path: Path) -> None:
 
 
 def test_a_node_that_only_slows_the_ring_down_is_left_out_and_it_is_said(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.5))
+    loaded = topology(tmp_path)
+    keep_profiles(loaded, measured_ring(desk=0.001, pi1=0.001, pi2=0.5))
     planned = planned_ring(loaded, read_profiles(loaded), LAYERS)
     assert [node.name for node in planned.loaded.topology.ring_nodes] == ["desk", "pi1"]
     assert planned.layers is not None and len(planned.layers) == 2
@@ -101,8 +70,8 @@ def test_a_plan_over_different_kinds_of_cpu_says_so_in_exact_mode(tmp_path: Path
 
 
 def test_a_ring_is_planned_for_the_users_and_the_cache_that_the_topology_names(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.001))
+    loaded = topology(tmp_path)
+    keep_profiles(loaded, measured_ring(desk=0.001, pi1=0.001, pi2=0.001))
     profiles = read_profiles(loaded)
 
     def planned(wishes: str) -> Plan:
@@ -122,35 +91,11 @@ def test_a_ring_is_planned_for_the_users_and_the_cache_that_the_topology_names(t
         planned("kv_tokens: 500000")
 
 
-def test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.001))
-    loaded.file.write_text(f"{loaded.file.read_text()}ring: {{objective: latency, users: 5}}\n")
-
-    def goal(*options: str) -> tuple[str, int]:
-        shown = CliRunner().invoke(app, ["plan", str(loaded.file), "--json", *options])
-        assert shown.exit_code == 0, shown.output
-        found = json.loads(shown.stdout)["plan"]["goal"]
-        return found["objective"], found["num_users"]
-
-    assert goal() == ("latency", 1)
-    assert goal("--objective", "throughput") == ("throughput", 5)
-    assert goal("--users", "7") == ("throughput", 7)
-
-
-def test_figures_are_forgotten_on_demand(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    keep_profiles(loaded, _ring(desk=0.001, pi1=0.001, pi2=0.001))
-    told = [CliRunner().invoke(app, ["plan", str(loaded.file), "--forget"]).stdout for _ in range(2)]
-    assert told[0].startswith("forgotten") and told[1].startswith("nothing was kept")
-    assert planned_ring(loaded, read_profiles(loaded), LAYERS).is_unmeasured
-
-
 def test_layers_by_hand_stay_and_a_new_node_waits_for_its_figures(tmp_path: Path) -> None:
-    keep_profiles(_topology(tmp_path), _ring(desk=0.002, pi1=0.002, pi2=0.006))
-    by_hand = _topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
+    keep_profiles(topology(tmp_path), measured_ring(desk=0.002, pi1=0.002, pi2=0.006))
+    by_hand = topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
     assert planned_ring(by_hand, read_profiles(by_hand), LAYERS).layers is None
-    loaded = _topology(tmp_path)
+    loaded = topology(tmp_path)
     profiles = read_profiles(loaded)
     assert profiles is not None
     known = {name: node for name, node in profiles.nodes.items() if name != "pi2"}
@@ -159,8 +104,8 @@ def test_layers_by_hand_stay_and_a_new_node_waits_for_its_figures(tmp_path: Path
 
 
 def test_a_node_that_becomes_the_starter_waits_for_its_heads_figures(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    keep_profiles(loaded, _ring(desk=0.002, pi1=0.002, pi2=0.006))
+    loaded = topology(tmp_path)
+    keep_profiles(loaded, measured_ring(desk=0.002, pi1=0.002, pi2=0.006))
     text = loaded.file.read_text().replace("name: desk, role: starter", "name: pi1, role: starter")
     loaded.file.write_text(text.replace("{name: pi1, address", "{name: desk, address"))
     swapped = load_topology(loaded.file)
@@ -171,63 +116,42 @@ def test_a_node_that_becomes_the_starter_waits_for_its_heads_figures(tmp_path: P
 
 
 def test_stated_limits_bind_the_plan_and_too_little_memory_is_refused_in_words(tmp_path: Path) -> None:
-    figures = _ring(desk=0.001, pi1=0.02, pi2=0.02)  # by speed alone the Starter would hold everything
-    keep_profiles(_topology(tmp_path), figures)
-    limited = _topology(tmp_path, starter=", memory: 330M")
+    figures = measured_ring(desk=0.001, pi1=0.02, pi2=0.02)  # by speed alone the Starter would hold everything
+    keep_profiles(topology(tmp_path), figures)
+    limited = topology(tmp_path, starter=", memory: 330M")
     planned = planned_ring(limited, read_profiles(limited), LAYERS)
     assert planned.layers is not None and len(planned.layers) >= 2
     assert planned.plan is not None and planned.plan.stages[0].free_bytes >= 0
-    tiny = _topology(tmp_path, ", memory: 270M", ", memory: 270M", ", memory: 280M")
+    tiny = topology(tmp_path, ", memory: 270M", ", memory: 270M", ", memory: 280M")
     with pytest.raises(PlanError, match="do not fit|needs"):
         planned_ring(tiny, read_profiles(tiny), LAYERS)
 
 
 def test_nodes_are_taken_out_by_name_and_the_starter_is_not(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
+    loaded = topology(tmp_path)
     assert [node.name for node in without(loaded, {"pi1"}).topology.ring_nodes] == ["desk", "pi2"]
     assert without(loaded, set()) is loaded
     for name, words in (("desk", "Starter"), ("pi7", "no such node; its workers are pi1, pi2")):
         with pytest.raises(ConfigError, match=words):
             without(loaded, {name})
-    by_hand = _topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
+    by_hand = topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
     with pytest.raises(ConfigError, match="by hand"):
         without(by_hand, {"pi1"})
 
 
 def test_figures_are_those_of_one_model_in_one_format(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    keep_profiles(loaded, _ring(desk=0.002, pi1=0.002, pi2=0.006))
+    loaded = topology(tmp_path)
+    keep_profiles(loaded, measured_ring(desk=0.002, pi1=0.002, pi2=0.006))
     file = loaded.file
     file.write_text(file.read_text().replace("int8", "int4"))
     assert read_profiles(load_topology(file)) is None
 
 
-def test_mdiq_plan_says_what_to_do_first_and_then_shows_the_plan(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    run = CliRunner()
-    nothing = run.invoke(app, ["plan", str(loaded.file)])
-    assert isinstance(nothing.exception, ConfigError) and "mdiq run --topology" in str(nothing.exception)
-    keep_profiles(loaded, _ring(desk=0.002, pi1=0.002, pi2=0.006))
-    short = run.invoke(app, ["plan", str(loaded.file)])
-    assert short.exit_code == 0 and "predicted" in short.output and "with one more device" not in short.output
-    long = run.invoke(app, ["plan", str(loaded.file), "--explain", "--objective", "latency"])
-    assert "with one more device like" in long.output and "one user's" in long.output
-    assert run.invoke(app, ["plan", str(loaded.file), "--json"]).output.startswith("{")
-
-
-def test_mdiq_plan_compares_layers_by_hand_with_its_own(tmp_path: Path) -> None:
-    keep_profiles(_topology(tmp_path), _ring(desk=0.002, pi1=0.002, pi2=0.006))
-    by_hand = _topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
-    shown = CliRunner().invoke(app, ["plan", str(by_hand.file)])
-    assert shown.exit_code == 0, shown.exception
-    assert "by hand 10,10,10: " in shown.output
-
-
 def test_figures_of_another_model_under_the_old_name_are_measured_anew(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    keep_profiles(loaded, _ring(desk=0.002, pi1=0.002, pi2=0.004))
+    loaded = topology(tmp_path)
+    keep_profiles(loaded, measured_ring(desk=0.002, pi1=0.002, pi2=0.004))
     assert planned_ring(loaded, read_profiles(loaded), 22).is_unmeasured
-    newer = replace(_ring(desk=0.001, pi1=0.001), num_layers=22)
+    newer = replace(measured_ring(desk=0.001, pi1=0.001), num_layers=22)
     profiles = keep_profiles(loaded, newer)
     assert profiles is not None and profiles.model.num_layers == 22 and set(profiles.nodes) == {"desk", "pi1"}
 
@@ -257,11 +181,11 @@ def _rings(
 
 def test_the_first_ring_is_planned_from_a_survey_of_a_few_layers_each(tmp_path: Path) -> None:
     notes: list[str] = []
-    rings = _rings(_topology(tmp_path), notes)
+    rings = _rings(topology(tmp_path), notes)
     survey = rings.options()
     assert survey.is_survey and survey.kv_tokens is not None
     assert [len(layers) for layers in survey.layers] == [4, 4, 4]
-    rings.keep(replace(_ring(desk=0.002, pi1=0.002, pi2=0.004), num_layers=LAYERS), is_survey=True)
+    rings.keep(replace(measured_ring(desk=0.002, pi1=0.002, pi2=0.004), num_layers=LAYERS), is_survey=True)
     planned = rings.options()
     assert not planned.is_survey and planned.kv_tokens is None
     assert sum(len(layers) for layers in planned.layers) == LAYERS
@@ -272,7 +196,7 @@ def test_the_first_ring_is_planned_from_a_survey_of_a_few_layers_each(tmp_path: 
 def _serve(rings: TopologyRings, **layer_s: float) -> None:
     """Have the next ring serve, and measure these times of a Layer."""
     options = rings.options()
-    ring = _ring(**{name: layer_s[name] for name in options.node_names})
+    ring = measured_ring(**{name: layer_s[name] for name in options.node_names})
 
     def as_served(stage: MeasuredStage, num_layers: int) -> MeasuredStage:
         time_s = num_layers * layer_s[stage.name]
@@ -290,19 +214,19 @@ def _serve(rings: TopologyRings, **layer_s: float) -> None:
 
 
 def test_a_topology_that_is_read_again_gives_the_ring_that_serves(tmp_path: Path) -> None:
-    rings = _rings(_topology(tmp_path), [])
-    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.004), is_survey=True)
+    rings = _rings(topology(tmp_path), [])
+    rings.keep(measured_ring(desk=0.002, pi1=0.002, pi2=0.004), is_survey=True)
     before = rings.options()
     _serve(rings, desk=0.0022, pi1=0.002, pi2=0.004)
     assert rings.options() == before
-    assert _rings(_topology(tmp_path), [], before=rings).options() == before
-    assert _rings(_topology(tmp_path), []).options() != before  # a process that is started anew knows the newer figures
+    assert _rings(topology(tmp_path), [], before=rings).options() == before
+    assert _rings(topology(tmp_path), []).options() != before  # a process that is started anew knows the newer figures
 
 
 def test_figures_that_are_forgotten_are_measured_anew_at_a_reload(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
+    loaded = topology(tmp_path)
     rings = _rings(loaded, [])
-    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.004), is_survey=True)
+    rings.keep(measured_ring(desk=0.002, pi1=0.002, pi2=0.004), is_survey=True)
     assert not rings.options().is_survey
     CliRunner().invoke(app, ["plan", str(loaded.file), "--forget"])
     assert _rings(loaded, [], before=rings).options().is_survey
@@ -310,8 +234,8 @@ def test_figures_that_are_forgotten_are_measured_anew_at_a_reload(tmp_path: Path
 
 def test_a_much_better_split_by_a_rings_own_figures_is_told_and_taken_up_and_not_for_ever(tmp_path: Path) -> None:
     notes: list[str] = []
-    rings = _rings(_topology(tmp_path), notes)
-    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.02), is_survey=True)
+    rings = _rings(topology(tmp_path), notes)
+    rings.keep(measured_ring(desk=0.002, pi1=0.002, pi2=0.02), is_survey=True)
     first = rings.options()
 
     _serve(rings, desk=0.02, pi1=0.002, pi2=0.002)
@@ -322,7 +246,7 @@ def test_a_much_better_split_by_a_rings_own_figures_is_told_and_taken_up_and_not
     third = rings.options()
     _serve(rings, desk=0.02, pi1=0.002, pi2=0.002)
     assert third != second and rings.options() == third
-    again = _rings(_topology(tmp_path), notes, before=rings)
+    again = _rings(topology(tmp_path), notes, before=rings)
     assert again.options() == third
     _serve(again, desk=0.02, pi1=0.002, pi2=0.002)
     assert again.options() == third
@@ -335,8 +259,8 @@ def _failure(error: MdiqError, node: str | None) -> MdiqError:
 
 def test_layers_that_a_nodes_memory_did_not_hold_are_not_planned_for_it_again(tmp_path: Path) -> None:
     notes: list[str] = []
-    rings = _rings(_topology(tmp_path), notes)
-    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.002), is_survey=True)
+    rings = _rings(topology(tmp_path), notes)
+    rings.keep(measured_ring(desk=0.002, pi1=0.002, pi2=0.002), is_survey=True)
     first = rings.options()
     rings.note_failure(first, _failure(RingError("pi1: something else"), "pi1"))
     rings.note_failure(first, _failure(NodeDiedError("pi1: it was started anew"), "pi1"))
@@ -347,7 +271,7 @@ def test_layers_that_a_nodes_memory_did_not_hold_are_not_planned_for_it_again(tm
     assert notes[-2].startswith(
         f"pi1: its memory did not hold {len(first.layers[1])} layers (pi1: it was started anew)"
     )
-    assert _rings(_topology(tmp_path), notes, before=rings).options() == second
+    assert _rings(topology(tmp_path), notes, before=rings).options() == second
     for _ in range(9):  # it has nearly nothing
         options = rings.options()
         if "pi1" in options.node_names:
@@ -363,9 +287,9 @@ def test_layers_that_a_nodes_memory_did_not_hold_are_not_planned_for_it_again(tm
 
 def test_layers_by_hand_stay_whatever_fails(tmp_path: Path) -> None:
     notes: list[str] = []
-    rings = _rings(_topology(tmp_path), notes)
-    rings.keep(_ring(desk=0.002, pi1=0.002, pi2=0.002), is_survey=True)
-    by_hand = _topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
+    rings = _rings(topology(tmp_path), notes)
+    rings.keep(measured_ring(desk=0.002, pi1=0.002, pi2=0.002), is_survey=True)
+    by_hand = topology(tmp_path, ", layers: 10-19", ", layers: 20-29", ", layers: 0-9")
     rings = _rings(by_hand, notes, before=rings)
     first = rings.options()
     rings.note_failure(first, _failure(CapacityError("pi1: no memory"), "pi1"))
@@ -374,7 +298,7 @@ def test_layers_by_hand_stay_whatever_fails(tmp_path: Path) -> None:
 
 def test_a_node_that_has_no_room_to_measure_is_left_out_before_anything_is_planned(tmp_path: Path) -> None:
     notes: list[str] = []
-    rings = _rings(_topology(tmp_path), notes)
+    rings = _rings(topology(tmp_path), notes)
     error = CapacityError("pi2: KV cache: 0 MiB (of its 256 MiB the process takes 300) are free")
     rings.note_failure(rings.options(), _failure(error, "pi2"))
     survey = rings.options()
@@ -385,20 +309,20 @@ def test_a_node_that_has_no_room_to_measure_is_left_out_before_anything_is_plann
 
 
 def test_a_first_ring_keeps_to_stated_limits_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    rings = _rings(_topology(tmp_path, ", memory: 270M", ", memory: 270M", ", memory: 280M"), [])
+    rings = _rings(topology(tmp_path, ", memory: 270M", ", memory: 270M", ", memory: 280M"), [])
     assert rings.options().is_survey
-    rings.keep(_ring(desk=0.001, pi1=0.02, pi2=0.02), is_survey=True)
+    rings.keep(measured_ring(desk=0.001, pi1=0.02, pi2=0.02), is_survey=True)
     with pytest.raises(PlanError):
         rings.options()
 
 
 def test_an_even_split_measures_nothing(tmp_path: Path) -> None:
-    options = _rings(_topology(tmp_path), [], even_split=True).options()
+    options = _rings(topology(tmp_path), [], even_split=True).options()
     assert not options.is_survey and sum(len(layers) for layers in options.layers) == LAYERS
 
 
 def test_a_ring_of_more_nodes_than_layers_is_refused_in_words(tmp_path: Path) -> None:
-    rings = _rings(_topology(tmp_path), [], even_split=True)
+    rings = _rings(topology(tmp_path), [], even_split=True)
     _Config.num_layers = 2
     try:
         with pytest.raises(PlanError, match="3 nodes and a model of 2 layers"):

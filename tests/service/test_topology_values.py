@@ -1,13 +1,20 @@
 """What a topology file means to a ring: its flags, its nodes as both ends reach them, and keys that fit."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mdiq.cli.keys import execute as make_keys
-from mdiq.cli.ring_file import flags_of, node_of, peers_of, remote_ring
 from mdiq.config.load import LoadedTopology, load_topology
+from mdiq.core.ring import RingSettings
+from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.errors import ConfigError
+from mdiq.plan.pace import PaceSettings
+from mdiq.runtime.options import RingOptions
+from mdiq.service.topology_rings import TopologyRings
+from mdiq.service.topology_values import model_of, node_of, peers_of, remote_ring, threads_of
 from mdiq.transport.keys import public_of
 
 TEXT = """\
@@ -29,26 +36,28 @@ def loaded(tmp_path: Path) -> LoadedTopology:
     return load_topology(file)
 
 
-def test_the_file_sets_the_flags_that_say_what_the_ring_is(loaded: LoadedTopology) -> None:
-    assert flags_of(loaded) == {
-        "model": "smollm2-135m-instruct",
-        "nodes": 2,
-        "layers": "12,18",
-        "dtype": "bf16",
-        "weights": "int4",
-        "exact": False,
-        "wire": "bf16,i8",
-        "device": "cpu",
-        "threads": 3,
-        "decode_wait_ms": 100.0,
-        "max_live": 8,
-        "prefix_reuse": False,
-    }
+def test_the_file_says_what_the_ring_is(loaded: LoadedTopology) -> None:
+    config: Any = SimpleNamespace(num_layers=30)
+    threads = threads_of(loaded.topology, loaded.topology.starter)
+    rings = TopologyRings(
+        loaded, Path("m.gguf"), config, threads=threads, join_wait_s=7.0, even_split=False, on_note=lambda _: None
+    )
+    assert rings.options() == RingOptions(
+        model=Path("m.gguf"),
+        layers=(LayerRange(0, 12), LayerRange(12, 30)),
+        weights=WeightSettings("int4", "bf16", exact=False, device="cpu"),
+        wires=("bf16", "i8"),
+        threads=3,
+        pace=PaceSettings(decode_wait_s=0.1, max_live=8),
+        ring=RingSettings(prefix_tokens=0),
+        remote=remote_ring(loaded, 7.0),
+    )
 
 
 def test_a_model_beside_the_file_is_meant_before_a_known_name(loaded: LoadedTopology) -> None:
+    assert model_of(loaded) == "smollm2-135m-instruct"
     (loaded.file.parent / "smollm2-135m-instruct").mkdir()
-    assert flags_of(loaded)["model"] == str(loaded.file.parent / "smollm2-135m-instruct")
+    assert model_of(loaded) == str(loaded.file.parent / "smollm2-135m-instruct")
 
 
 def test_both_ends_know_each_other_by_address_and_key(loaded: LoadedTopology) -> None:

@@ -1,14 +1,14 @@
-"""What a topology file means to the runtime, which reads no files: Nodes, endpoints, keys, and flags that it sets."""
+"""What a topology file means to the runtime, which reads no files: model, threads, Nodes, endpoints and keys."""
 
 import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from mdiq.config.addresses import machine_of
 from mdiq.config.load import LoadedTopology
 from mdiq.config.topology import Node, Topology
+from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingPeers
 from mdiq.runtime.placement import usable_threads
@@ -29,7 +29,7 @@ def needs_of(old: Topology, new: Topology, name: str) -> Needs:
         before, now = old.node(name), new.node(name)
     except KeyError:
         return Needs.RESTART
-    if before.is_starter != now.is_starter or _threads(old, before) != _threads(new, now):
+    if before.is_starter != now.is_starter or threads_of(old, before) != threads_of(new, now):
         return Needs.RESTART
     if now.is_starter:
         fixed = [(t.model.path, t.model.name, t.api) for t in (old, new)]
@@ -40,32 +40,48 @@ def needs_of(old: Topology, new: Topology, name: str) -> Needs:
     return Needs.NOTHING if read[0] == read[1] else Needs.RELOAD
 
 
-def flags_of(loaded: LoadedTopology) -> dict[str, Any]:
-    """Return the options of `mdiq run` that the file sets, by their names there.
+def model_of(loaded: LoadedTopology) -> str:
+    """Return what the file calls its model: a path beside the file before a known name."""
+    named = loaded.topology.model.path
+    beside = loaded.file.parent / Path(os.path.expanduser(named))
+    return str(beside) if beside.exists() else named
+
+
+def weights_of(topology: Topology) -> WeightSettings:
+    """Return how the Nodes hold their weights; the device is the Starter's."""
+    model = topology.model
+    return WeightSettings(model.weights, model.dtype, model.mode == "exact", topology.starter.device)
+
+
+def wires_of(topology: Topology) -> tuple[str, ...]:
+    """Return the wanted format of each Hop."""
+    nodes = topology.ring_nodes
+    return tuple(topology.wire_of(a.name, b.name) for a, b in zip(nodes, [*nodes[1:], nodes[0]], strict=True))
+
+
+def threads_of(topology: Topology, node: Node) -> int:
+    """Return the threads of a Node: as the file says, else its share of the machine that this is."""
+    sharing = _nodes_by_machine(topology)[machine_of(node.address)]
+    return node.threads or max(usable_threads() // sharing, 1)
+
+
+def secret_of(loaded: LoadedTopology, node: Node) -> bytes | None:
+    """Return a Node's private key, or None in plain text.
 
     Raises:
-        ConfigError: layers are given by hand for some nodes only.
+        ConfigError: it cannot be used.
     """
     topology = loaded.topology
-    nodes, model = topology.ring_nodes, topology.model
-    by_hand = [node.layers for node in nodes]
-    named = Path(os.path.expanduser(model.path))
-    beside = loaded.file.parent / named
-    following = [*nodes[1:], nodes[0]]
-    return {
-        "model": str(beside) if beside.exists() else model.path,
-        "nodes": len(nodes),
-        "layers": ",".join(str(len(layers)) for layers in by_hand if layers is not None) or None,
-        "dtype": model.dtype,
-        "weights": model.weights,
-        "exact": model.mode == "exact",
-        "wire": ",".join(topology.wire_of(a.name, b.name) for a, b in zip(nodes, following, strict=True)),
-        "device": nodes[0].device,
-        "threads": _threads(topology, nodes[0]),
-        "decode_wait_ms": topology.ring.decode_wait_s * 1_000,
-        "max_live": topology.ring.max_live,
-        "prefix_reuse": topology.ring.prefix_reuse,
-    }
+    if topology.is_plain_text:
+        return None
+    folder = loaded.path(topology.security.keys)
+    secret = private_of(folder, node.name)
+    if public_of(secret) != node.public_key:
+        raise ConfigError(
+            f"{node.name}: its private key is not the one of public_key in {loaded.file}; copy both from where "
+            "mdiq keys made them"
+        )
+    return secret
 
 
 def remote_ring(loaded: LoadedTopology, join_wait_s: float) -> RemoteRing:
@@ -81,7 +97,7 @@ def remote_ring(loaded: LoadedTopology, join_wait_s: float) -> RemoteRing:
         nodes=_remote_nodes(topology),
         control_endpoint=starter.control_endpoint,
         weights_endpoint=starter.weights_endpoint,
-        secret=_secret(loaded, starter),
+        secret=secret_of(loaded, starter),
         insecure=topology.security.insecure,
         join_wait_s=join_wait_s,
         transfer_bytes_per_s=None if limit is None else limit / 8,
@@ -103,7 +119,7 @@ def node_of(loaded: LoadedTopology, name: str) -> tuple[Node, int]:
         raise ConfigError(f"--name {name}: {loaded.file} has no such node; its workers are {known}") from None
     if node.is_starter:
         raise ConfigError(f"--name {name}: it is the Starter; start it by mdiq run --topology {loaded.file}")
-    return node, _threads(loaded.topology, node)
+    return node, threads_of(loaded.topology, node)
 
 
 def peers_of(loaded: LoadedTopology, name: str) -> RingPeers:
@@ -116,7 +132,7 @@ def peers_of(loaded: LoadedTopology, name: str) -> RingPeers:
     return RingPeers(
         nodes=_remote_nodes(topology),
         weights_endpoint=topology.starter.weights_endpoint,
-        secret=_secret(loaded, topology.node(name)),
+        secret=secret_of(loaded, topology.node(name)),
         insecure=topology.security.insecure,
     )
 
@@ -134,25 +150,6 @@ def _remote_nodes(topology: Topology) -> tuple[RemoteNode, ...]:
         )
         for node in topology.ring_nodes
     )
-
-
-def _secret(loaded: LoadedTopology, node: Node) -> bytes | None:
-    topology = loaded.topology
-    if topology.is_plain_text:
-        return None
-    folder = loaded.path(topology.security.keys)
-    secret = private_of(folder, node.name)
-    if public_of(secret) != node.public_key:
-        raise ConfigError(
-            f"{node.name}: its private key is not the one of public_key in {loaded.file}; copy both from where "
-            "mdiq keys made them"
-        )
-    return secret
-
-
-def _threads(topology: Topology, node: Node) -> int:
-    sharing = _nodes_by_machine(topology)[machine_of(node.address)]
-    return node.threads or max(usable_threads() // sharing, 1)
 
 
 def _nodes_by_machine(topology: Topology) -> Mapping[str, int]:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from mdiq.cli.node import _Service
-from mdiq.engine import memory
-from mdiq.runtime import node
 from mdiq.runtime.lifecycle import Notifier
+from mdiq.service import worker
+from mdiq.service.worker import NodeService
 
 
 class Weights:
@@ -39,10 +38,10 @@ async def test_memory_goes_back_when_nothing_refers_to_the_ring_any_more(monkeyp
         gc.collect()
         loop.call_soon_threadsafe(freed.put_nowait, FakeProcess.held[-1]() is None)
 
-    monkeypatch.setattr(node, "NodeProcess", FakeProcess)
-    monkeypatch.setattr(memory, "return_free_memory", give_back)
+    monkeypatch.setattr(worker, "NodeProcess", FakeProcess)
+    monkeypatch.setattr(worker, "return_free_memory", give_back)
     options: Any = type("Options", (), {"control": "tcp://starter"})
-    serving = asyncio.create_task(_Service(lambda: options, Notifier(None), once=False)._rings())
+    serving = asyncio.create_task(NodeService(lambda: options, Notifier(None), once=False)._rings())
     async with asyncio.timeout(5):
         assert await freed.get()
     serving.cancel()

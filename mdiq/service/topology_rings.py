@@ -3,22 +3,23 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mdiq.cli.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
-from mdiq.cli.ring_file import flags_of, remote_ring
 from mdiq.core.ring import RingSettings
-from mdiq.core.types import LayerRange, NodeId, WeightSettings
+from mdiq.core.types import LayerRange, NodeId
 from mdiq.errors import CapacityError, MdiqError, NodeDiedError, PlanError
 from mdiq.plan.measured import MeasuredRing, Profiles
 from mdiq.plan.pace import PaceSettings
 from mdiq.plan.plan import Plan, plan_split
 from mdiq.plan.room import format_bytes
 from mdiq.plan.split import check_split, split_layers
-from mdiq.runtime.options import RingOptions, StandingBy, parse_wires
+from mdiq.runtime.options import RingOptions, StandingBy
+from mdiq.service.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
+from mdiq.service.topology_values import remote_ring, weights_of, wires_of
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.config.load import LoadedTopology
+    from mdiq.config.topology import Topology
     from mdiq.engine.model_config import ModelConfig
 
 SURVEY_LAYERS = 4
@@ -170,7 +171,7 @@ class TopologyRings:
         left_out: Collection[str] = (),
         is_survey: bool = False,
     ) -> RingOptions:
-        flags = flags_of(loaded)
+        topology = loaded.topology
         remote = replace(
             remote_ring(loaded, self._join_wait_s),
             standing_by=tuple(
@@ -178,30 +179,26 @@ class TopologyRings:
                 for name, reason in idle.items()
             ),
         )
-        layers = self._layers(planned, flags, len(remote.nodes))
+        layers = self._layers(planned, topology)
         if is_survey:
             layers = tuple(LayerRange(r.start, min(r.start + SURVEY_LAYERS, r.stop)) for r in layers)
         return RingOptions(
             model=self._model,
             layers=layers,
-            weights=WeightSettings(flags["weights"], flags["dtype"], flags["exact"], flags["device"]),
-            wires=parse_wires(flags["wire"], len(remote.nodes)),
+            weights=weights_of(topology),
+            wires=wires_of(topology),
             threads=self._threads,
             kv_tokens=SURVEY_KV_TOKENS if is_survey else None,
-            pace=PaceSettings(decode_wait_s=flags["decode_wait_ms"] / 1_000, max_live=flags["max_live"]),
-            ring=RingSettings(prefix_tokens=None if flags["prefix_reuse"] else 0),
+            pace=PaceSettings(decode_wait_s=topology.ring.decode_wait_s, max_live=topology.ring.max_live),
+            ring=RingSettings(prefix_tokens=None if topology.ring.prefix_reuse else 0),
             remote=remote,
             is_survey=is_survey,
         )
 
-    def _layers(
-        self, planned: tuple[int, ...] | None, flags: Mapping[str, Any], num_nodes: int
-    ) -> tuple[LayerRange, ...]:
-        num_layers = self._config.num_layers
-        if planned is not None:
-            return check_split(list(planned), num_layers)
-        if flags["layers"] is not None:
-            return check_split([int(number) for number in flags["layers"].split(",")], num_layers)
+    def _layers(self, planned: tuple[int, ...] | None, topology: "Topology") -> tuple[LayerRange, ...]:
+        num_layers, num_nodes = self._config.num_layers, len(topology.ring_nodes)
+        if split := planned or [len(node.layers) for node in topology.ring_nodes if node.layers is not None]:
+            return check_split(split, num_layers)
         if num_nodes > num_layers:
             raise PlanError(
                 f"{self._loaded.file}: {num_nodes} nodes and a model of {num_layers} layers; every node of the ring "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mdiq.cli.serve import name_of
+from mdiq.service.starter import name_of
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from mdiq.cli.text_pipe import TokenizerPipe
 from mdiq.engine.text.tokenizer import Tokenizer
+from mdiq.service.text_pipe import TokenizerPipe
 from tests.engine.text.test_tokenizer import byte_level, byte_level_file, pieces, sentencepiece
 
 __all__ = ["byte_level", "pieces", "sentencepiece"]  # fixtures

@@ -1,0 +1,48 @@
+"""Values of flags that are texts with commas between."""
+
+from mdiq.core.wire import WIRES
+from mdiq.errors import ConfigError
+from mdiq.plan.wire_choice import AUTO
+
+
+def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
+    """Return the formats that "bf16" (all Hops) or "bf16,auto" (each Hop) names.
+
+    Raises:
+        ConfigError: a format is unknown, or there are more or fewer of them than Hops.
+    """
+    wires = tuple(text.split(","))
+    for wire in wires:
+        if wire not in (*WIRES, AUTO):
+            raise ConfigError(f"--wire {text}: {wire!r} is not a format; use one of {', '.join((*WIRES, AUTO))}")
+    if len(wires) not in (1, num_nodes):
+        raise ConfigError(f"--wire {text}: {len(wires)} formats for {num_nodes} hops; give one, or one for each")
+    return wires
+
+
+def parse_numbers(flag: str, text: str, most: int) -> tuple[int, ...]:
+    """Return the numbers of a list like 1,2,4."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: not whole numbers with commas between; write for example 1,2,4") from None
+    if not all(1 <= number <= most for number in numbers):
+        raise ConfigError(f"{flag} {text}: each must be from 1 to {most}")
+    return numbers
+
+
+def hand_split(layers: str | None, nodes: int | None) -> tuple[int, ...]:
+    """Return the layers of each node as --layers gives them, or none if the split is automatic.
+
+    Raises:
+        ConfigError: they are no numbers, or --nodes says something else.
+    """
+    if layers is None:
+        return ()
+    try:
+        split = tuple(int(number) for number in layers.split(","))
+    except ValueError:
+        raise ConfigError(f"--layers {layers}: not numbers with commas between; write for example 10,12,8") from None
+    if nodes is not None and nodes != len(split):
+        raise ConfigError(f"--layers {layers}: that is {len(split)} nodes and --nodes says {nodes}; leave --nodes out")
+    return split

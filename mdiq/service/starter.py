@@ -1,0 +1,250 @@
+"""The Starter of a topology as a service: a ring that is kept up, its API, and an operator's socket."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import Sequence as AbstractSequence
+from contextlib import asynccontextmanager
+from itertools import count
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from mdiq.api.app import Api
+from mdiq.api.keys import read_keys
+from mdiq.api.server import ApiRunner
+from mdiq.config.load import LoadedTopology, load_topology
+from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.engine.formats.checkpoint import open_checkpoint
+from mdiq.engine.formats.model_source import find_model
+from mdiq.engine.model_config import ModelConfig
+from mdiq.engine.text.tokenizer import Tokenizer
+from mdiq.errors import ConfigError, MdiqError
+from mdiq.runtime.admin import AdminServer, socket_path
+from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
+from mdiq.runtime.ring_host import RingHost
+from mdiq.runtime.options import RingOptions
+from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
+from mdiq.runtime.starter_service import StreamEvent
+from mdiq.service.text_pipe import TokenizerPipe
+from mdiq.service.topology_rings import TopologyRings
+from mdiq.service.topology_values import model_of
+
+log = structlog.get_logger()
+
+JOIN_S = 24 * 3600.0  # a service waits for its nodes; what it waits for is in its status
+TELL_S = 5.0
+STOP_S = 25.0  # the unit's TimeoutStopSec is 30
+
+
+def name_of(path: str) -> str:
+    """Return what a model is called after its path: without the ending, and without the number of a part."""
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", Path(path).name)
+
+
+class _Topologies:
+    """What the topology file says, read when it is asked for; see RingKeeper."""
+
+    def __init__(
+        self, loaded: LoadedTopology, model: Path, config: ModelConfig, threads: int, *, even_split: bool
+    ) -> None:
+        self._even_split = even_split
+        self._first = loaded
+        self._rings: TopologyRings | None = None
+        self._model = model
+        self._config = config
+        self._threads = threads
+
+    @property
+    def model_name(self) -> str:
+        """As clients name it."""
+        model = self._first.topology.model
+        return model.name or name_of(model.path)
+
+    @property
+    def context_tokens(self) -> int:
+        return self._config.context_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return self._config.vocab_size
+
+    def read(self) -> Form:
+        """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
+        file = self._first.file
+        loaded = load_topology(file)
+        old, new = self._first.topology, loaded.topology
+        for what in ("model.path", "model.name", "api"):
+            value_of = attrgetter(what)
+            if value_of(old) != value_of(new):
+                raise ConfigError(f"{file}: {what}: a reload does not change it; restart mdiq serve")
+        rings = TopologyRings(
+            loaded,
+            self._model,
+            self._config,
+            threads=self._threads,
+            join_wait_s=JOIN_S,
+            even_split=self._even_split,
+            on_note=lambda note: log.info("ring_planned", note=note),
+            before=self._rings,
+        )
+        rings.options()  # what is wrong with it is told now
+        self._rings = rings
+        return rings.options
+
+    async def keep_measured(self, ring: RingHost) -> None:
+        """Keep what the Nodes of a Ring measured: see TopologyRings."""
+        assert self._rings is not None  # a Ring has been formed
+        self._rings.keep(await ring.measured(), is_survey=ring.is_survey)
+
+    def note_failure(self, options: RingOptions, error: MdiqError) -> None:
+        """Learn from a Ring that could not be formed: see TopologyRings."""
+        assert self._rings is not None  # the keeper has read the file
+        self._rings.note_failure(options, error)
+
+
+class _RingBackend:
+    """What the API sees: the ring that is up, and the tokenizer."""
+
+    def __init__(self, keeper: RingKeeper, tokenizer: Tokenizer, topologies: _Topologies) -> None:
+        self._keeper = keeper
+        self._tokenizer = tokenizer
+        self._numbers = count()
+        self.model_name = topologies.model_name
+        # A tokenizer may know tokens that the model has no embedding of.
+        self.vocab_size = topologies.vocab_size
+        self._model_tokens = topologies.context_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        return self._keeper.context_tokens or self._model_tokens
+
+    @property
+    def is_serving(self) -> bool:
+        return self._keeper.state.is_serving
+
+    @property
+    def state(self) -> str:
+        return self._keeper.describe()
+
+    @property
+    def num_running(self) -> int:
+        return self._keeper.num_running
+
+    def encode(self, texts: AbstractSequence[str]) -> list[list[int]]:
+        for text in texts:
+            self._tokenizer.check_fits(text, self.context_tokens)
+        return [self._tokenizer.encode(text) for text in texts]
+
+    def chat_ids(
+        self, messages: AbstractSequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
+    ) -> list[int]:
+        return self._tokenizer.chat_ids(messages, template_kwargs, room=self.context_tokens)
+
+    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+        params = self._tokenizer.with_special_stops(params)
+        sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=self._tokenizer.eos_token_ids)
+        return self._keeper.stream(sequence)
+
+    def status(self) -> Mapping[str, Any]:
+        return self._keeper.status()
+
+
+class TopologyService:
+    """The parts of a Starter's service and their order of starting and ending."""
+
+    def __init__(self, loaded: LoadedTopology, threads: int, notifier: Notifier, *, even_split: bool) -> None:
+        """Find the model, and read what of it the service needs before a Ring is up."""
+        model = find_model(model_of(loaded), progress=lambda text: notifier.starting(text))
+        with open_checkpoint(model) as checkpoint:
+            config = checkpoint.config
+        self._topologies = _Topologies(loaded, model, config, threads, even_split=even_split)
+        self._tokenizer = Tokenizer.load(model)
+        self._notifier = notifier
+        self._file = loaded.file
+        self._wanted_api = loaded.topology.api  # a reload does not change it
+        keys_file = self._wanted_api.keys_file
+        self._keys = [] if keys_file is None else read_keys(loaded.path(keys_file))
+
+    async def run(self) -> None:
+        """Serve until a signal comes."""
+
+        def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> RingHost:
+            return RingHost(options, make_pipe=self._pipe, on_loading=on_loading)
+
+        self._keeper = keeper = RingKeeper(
+            self._topologies.read,
+            open_ring,
+            on_state=self._tell,
+            on_formed=self._topologies.keep_measured,
+            on_not_formed=self._topologies.note_failure,
+        )
+        commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
+        async with AdminServer(socket_path(self._file), commands), self._api(keeper):
+            watchdog = watchdog_loops(self._notifier, keeper.has_work, keeper.last_progress_s)
+            await serve_until_signal(
+                keeper.run(),
+                notifier=self._notifier,
+                drain=keeper.finish,
+                drain_s=STOP_S,
+                reload=self._reload,
+                beside={"telling": self._keep_telling()} | watchdog,
+            )
+        self._notifier.stopping("ends")
+
+    @asynccontextmanager
+    async def _api(self, keeper: RingKeeper) -> AsyncIterator[None]:
+        wanted = self._wanted_api
+        backend = _RingBackend(keeper, self._tokenizer, self._topologies)
+        api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
+        runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s)
+        await runner.setup()
+        try:
+            try:
+                await web.TCPSite(runner, wanted.host, wanted.port).start()
+            except OSError as error:
+                raise ConfigError(
+                    f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
+                    "see what listens there, or choose another port"
+                ) from None
+            log.info("api_listens", host=wanted.host, port=wanted.port, model=backend.model_name)
+            yield
+        finally:
+            await runner.cleanup()
+
+    def _pipe(self, sequence: Sequence) -> TokenizerPipe:
+        return TokenizerPipe(self._tokenizer, sequence.params.stop)
+
+    def _tell(self, state: KeeperState) -> None:
+        if state.is_serving:
+            self._notifier.ready(state.text)
+        else:
+            self._notifier.status(state.text)
+
+    async def _keep_telling(self) -> None:
+        # Waiting for nodes is no start that stands still: without this the manager would end it.
+        while True:
+            if self._keeper.state.is_serving:
+                self._tell(self._keeper.state)  # a node that was silent speaks again
+            else:
+                self._notifier.starting(self._keeper.describe())
+            await asyncio.sleep(TELL_S)
+
+    async def _status(self, _: Mapping[str, Any]) -> Any:
+        return self._keeper.status()
+
+    async def _drain(self, question: Mapping[str, Any]) -> str:
+        return await self._keeper.drain_node(str(question.get("node")), undo=question.get("undo") is True)
+
+    async def _reload_asked(self, _: Mapping[str, Any]) -> str:
+        self._notifier.reloading()
+        try:
+            return await self._keeper.reload()
+        finally:
+            self._notifier.reloaded()
+
+    async def _reload(self) -> None:
+        log.info("reload_done", result=await self._keeper.reload())
