@@ -52,11 +52,8 @@ class BenchOptions:
     prompt_tokens: str
     answer_tokens: int
     repeats: int
-    weights: str
-    exact: bool
+    weights: WeightSettings
     wire: str
-    dtype: str
-    device: str
     threads: int | None
     pin: bool
     kv_tokens: int | None
@@ -95,11 +92,11 @@ def execute(options: BenchOptions) -> int:
         measured = run_until_signal(bench.run())
     settings: dict[str, object] = {
         "model": model.name,
-        "weights": options.weights,
-        "exact": options.exact,
+        "weights": options.weights.format,
+        "exact": options.weights.exact,
         "wire": options.wire,
-        "dtype": options.dtype,
-        "device": options.device,
+        "dtype": options.weights.dtype,
+        "device": options.weights.device,
         "threads_per_node": threads,
         "pin": options.pin,
         "cpu_per_node": options.cpu,
@@ -140,7 +137,7 @@ def _bench(
         return RingOptions(
             model=model,
             layers=layers[nodes],
-            weights=WeightSettings(options.weights, options.dtype, options.exact, options.device),
+            weights=options.weights,
             threads=threads,
             pin=options.pin,
             kv_tokens=options.kv_tokens or _kv_tokens(cells, nodes, options.answer_tokens),

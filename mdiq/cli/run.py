@@ -57,17 +57,13 @@ class RunOptions:
     params: SamplingParams
     raw: bool
     in_process: bool
-    dtype: str
-    weights: str
-    exact: bool
+    weights: WeightSettings
     wire: str
-    device: str
     threads: int | None
     pin: bool
     kv_tokens: int | None
     base_port: int
-    decode_wait_ms: float
-    max_live: int | None
+    pace: PaceSettings
     prefix_reuse: bool
     as_json: bool
     trace: Path | None
@@ -132,14 +128,14 @@ def _local_ring(
         layers=split_layers(config.num_layers, split, config.head_layers)
         if isinstance(split, int)
         else check_split(split, config.num_layers),
-        weights=WeightSettings(options.weights, options.dtype, options.exact, options.device),
+        weights=options.weights,
         wires=wires,
         threads=threads,
         pin=options.pin,
         in_process=options.in_process,
         kv_tokens=options.kv_tokens,
         base_port=options.base_port,
-        pace=PaceSettings(decode_wait_s=options.decode_wait_ms / 1_000, max_live=options.max_live),
+        pace=options.pace,
         trace=options.trace is not None,
         log_level=options.log_level,
         ring=RingSettings(prefix_tokens=None if options.prefix_reuse else 0),

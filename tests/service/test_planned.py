@@ -56,8 +56,8 @@ def test_a_node_that_only_slows_the_ring_down_is_left_out_and_it_is_said(tmp_pat
 
 
 def test_a_plan_over_different_kinds_of_cpu_says_so_in_exact_mode(tmp_path: Path) -> None:
-    loaded = _topology(tmp_path)
-    ring = _ring(desk=0.001, pi1=0.001, pi2=0.001)
+    loaded = topology(tmp_path)
+    ring = measured_ring(desk=0.001, pi1=0.001, pi2=0.001)
     kinds = ("x86_64 AVX2", "x86_64 AVX2", "aarch64 DEFAULT")
     stages = tuple(replace(stage, cpu=cpu) for stage, cpu in zip(ring.stages, kinds, strict=True))
     keep_profiles(loaded, replace(ring, stages=stages))
