@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.engine.model_config import ModelConfig
 
 NO_LINK = "none"
-MOST_NODES = 64
-MOST_USERS = 1024  # a Frame has no room for more Segments
+MAX_NODES = 64
+MAX_USERS = 1024  # a Frame has no room for more Segments
 KV_STEP = 32  # tokens of a KvBlock
 PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
 _FIGURES = ("tokens/s", "with prompts", "first token", "next token")
@@ -185,9 +185,9 @@ def _cells(options: BenchOptions) -> tuple[Cell, ...]:
     users = options.users if options.users is not None or options.users_per_node is not None else "1,4"
     per_node = options.users_per_node
     return grid(
-        parse_numbers("--nodes", options.nodes, MOST_NODES),
-        () if users is None else parse_numbers("--users", users, MOST_USERS),
-        () if per_node is None else parse_numbers("--users-per-node", per_node, MOST_USERS),
+        parse_numbers("--nodes", options.nodes, MAX_NODES),
+        () if users is None else parse_numbers("--users", users, MAX_USERS),
+        () if per_node is None else parse_numbers("--users-per-node", per_node, MAX_USERS),
         parse_numbers("--prompt-tokens", options.prompt_tokens, 1 << 20),
         [None if text == NO_LINK else parse_link(text) for text in options.links] or [None],
     )
@@ -205,8 +205,8 @@ def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
     if options.model is not None and options.shape is not None:
         raise ConfigError("mdiq bench: give --model or --shape, not both")
     users = max(cell.users for cell in cells)
-    if users > MOST_USERS:
-        raise ConfigError(f"--users-per-node: {users} users on {nodes} nodes; a ring takes up to {MOST_USERS}")
+    if users > MAX_USERS:
+        raise ConfigError(f"--users-per-node: {users} users on {nodes} nodes; a ring takes up to {MAX_USERS}")
     if options.pin and nodes > usable_cores():
         raise ConfigError(f"--pin: {nodes} nodes need as many cores; there are {usable_cores()}")
     if options.apart and not _apart_cells(cells):

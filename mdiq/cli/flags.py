@@ -20,14 +20,14 @@ def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
     return wires
 
 
-def parse_numbers(flag: str, text: str, most: int) -> tuple[int, ...]:
+def parse_numbers(flag: str, text: str, maximum: int) -> tuple[int, ...]:
     """Return the numbers of a list like 1,2,4."""
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{flag} {text}: not whole numbers with commas between; write for example 1,2,4") from None
-    if not all(1 <= number <= most for number in numbers):
-        raise ConfigError(f"{flag} {text}: each must be from 1 to {most}")
+    if not all(1 <= number <= maximum for number in numbers):
+        raise ConfigError(f"{flag} {text}: each must be from 1 to {maximum}")
     return numbers
 
 

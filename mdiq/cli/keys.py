@@ -14,7 +14,7 @@ from mdiq.errors import ConfigError
 from mdiq.transport.keys import is_public_key, key_file, make_keys, public_of, read_private
 
 KEYS_FOLDER = "keys"  # unless security.keys says otherwise
-MOST_BYTES = 4 * 2**20  # a topology of 64 nodes has some kilobytes
+MAX_BYTES = 4 * 2**20  # a topology of 64 nodes has some kilobytes
 _PLACEHOLDER = "0" * 40
 
 
@@ -201,11 +201,11 @@ def _line(node: yaml.Node) -> int:
 def _read(file: Path) -> str:
     try:
         with open(file, "rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
+            data = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{file}: cannot read it: {error.strerror}; give the topology's file") from None
-    if len(data) > MOST_BYTES:
-        raise ConfigError(f"{file}: over {MOST_BYTES >> 20} MiB; this is no topology")
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{file}: over {MAX_BYTES >> 20} MiB; this is no topology")
     try:
         return data.decode()
     except UnicodeDecodeError as error:

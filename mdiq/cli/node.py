@@ -11,7 +11,7 @@ from mdiq.cli.signals import LOADS_PROGRAM, READS, run_service
 from mdiq.errors import ConfigError, MdiqError, first_of
 from mdiq.runtime.placement import bind_to_core, set_threads
 
-MOST_KEY_CHARACTERS = 128
+MAX_KEY_CHARACTERS = 128
 
 
 def serve_topology(file: Path, name: str, *, once: bool) -> NoReturn:
@@ -61,7 +61,7 @@ def serve_node(name: str, control: str, listen: str, threads: int, pin: int | No
 
 def _read_key() -> bytes:
     try:
-        return bytes.fromhex(sys.stdin.readline(MOST_KEY_CHARACTERS).strip())
+        return bytes.fromhex(sys.stdin.readline(MAX_KEY_CHARACTERS).strip())
     except ValueError:
         raise ConfigError("mdiq node: the first line of standard input is not a key in hexadecimal") from None
 

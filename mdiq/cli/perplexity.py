@@ -24,7 +24,7 @@ _MOST_OF_4_BITS = 1.01  # of a file of 4-bit types in 4 bits: its values are kep
 _ERRORS = 2  # standard ones: by so many a ratio must be above what it may be, or it may be chance
 
 
-def most_ratio(weights: str, best: str) -> float | None:
+def max_ratio(weights: str, best: str) -> float | None:
     """Return the most that perplexity may grow by, as a factor, or None where there is no bound.
 
     best: the format that suits the file; see quantize.best_format.
@@ -116,7 +116,7 @@ def measure(options: PerplexityOptions) -> int:
                 perplexity=math.exp(found.mean()),
                 ratio=ratio,
                 error=error,
-                most=most_ratio(weights, best),
+                most=max_ratio(weights, best),
                 weight_bytes=model.weight_bytes,
             )
         )

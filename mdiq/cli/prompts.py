@@ -13,9 +13,9 @@ from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of, text_
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
-MOST_LINE_BYTES = 16 * 2**20
+MAX_LINE_BYTES = 16 * 2**20
 NO_LIMIT = 1 << 31  # tokens of an answer: what is left of the context counts
-MOST_SETTINGS, MOST_KEPT_CHARACTERS = 256, 1_024  # that are remembered of a file
+MAX_SETTINGS, MAX_KEPT_CHARACTERS = 256, 1_024  # that are remembered of a file
 _KINDS = ("prompt", "prompt_token_ids", "messages")
 _canonical = json.JSONEncoder(sort_keys=True).encode
 
@@ -149,7 +149,7 @@ class _Settings:
         key = f"{kind == 'messages'} {others!r}"
         if (known := self._known.get(key)) is None:
             known = self._checked(value, where)
-            if len(self._known) < MOST_SETTINGS and len(key) < MOST_KEPT_CHARACTERS:
+            if len(self._known) < MAX_SETTINGS and len(key) < MAX_KEPT_CHARACTERS:
                 self._known[key] = known
         return known
 
@@ -171,8 +171,8 @@ class _Settings:
 
 
 def _parse_line(line: bytes, where: str, index: int, settings: _Settings) -> PromptLine:
-    if len(line) > MOST_LINE_BYTES:
-        raise ConfigError(f"{where}: the line is longer than {MOST_LINE_BYTES >> 20} MiB; shorten it")
+    if len(line) > MAX_LINE_BYTES:
+        raise ConfigError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; shorten it")
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -45,11 +45,11 @@ def planned_ring(
     loaded: LoadedTopology,
     profiles: Profiles | None,
     num_layers: int,
-    most_bytes: Mapping[str, int] = MappingProxyType({}),
+    max_bytes: Mapping[str, int] = MappingProxyType({}),
 ) -> PlannedRing:
     """Return the ring that the planner makes of a topology with ``auto`` layers, if it knows all of its nodes.
 
-    num_layers: of the model as it is now. most_bytes: memory of some nodes, where that is less than they say.
+    num_layers: of the model as it is now. max_bytes: memory of some nodes, where that is less than they say.
 
     Raises:
         PlanError: the model does not fit.
@@ -62,7 +62,7 @@ def planned_ring(
     if profiles is None or profiles.model.num_layers != num_layers:
         return PlannedRing(loaded, notes=("the nodes measure themselves first",), is_unmeasured=True)
     limits = {node.name: node.memory_bytes for node in nodes}
-    limits |= {name: min(limits[name] or most, most) for name, most in most_bytes.items() if name in limits}
+    limits |= {name: min(limits[name] or most, most) for name, most in max_bytes.items() if name in limits}
     known = profiles.of([node.name for node in nodes], limits)
     if known is None:
         new = ", ".join(profiles.unknown([node.name for node in nodes]))

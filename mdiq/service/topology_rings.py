@@ -65,7 +65,7 @@ class TopologyRings:
         self._told: tuple[str, ...] = ()
         self._drained: frozenset[str] = frozenset()
         self._num_changes = 0
-        self._most_bytes: dict[str, int] = {}  # of memory, learnt by failures
+        self._max_bytes: dict[str, int] = {}  # of memory, learnt by failures
         self._unfit: dict[str, str] = {}  # Nodes that cannot even measure, and why
         self._died: tuple[str, tuple[LayerRange, ...]] | None = None  # a Node, and the Ring that was formed then
         self._profiles: Profiles | None = None
@@ -78,7 +78,7 @@ class TopologyRings:
             self._profiles = before._profiles
             if before._loaded.topology == loaded.topology:
                 self._num_changes, self._told = before._num_changes, before._told
-                self._most_bytes, self._unfit = before._most_bytes, before._unfit
+                self._max_bytes, self._unfit = before._max_bytes, before._unfit
         self._profiles = self._profiles or read_profiles(loaded)
         self._is_kept = path.exists()
 
@@ -96,7 +96,7 @@ class TopologyRings:
         idle |= dict.fromkeys(drained, "it is drained")
         if self._even_split:
             return self._options(loaded, None, idle)
-        planned = planned_ring(loaded, self._profiles, num_layers, self._most_bytes)
+        planned = planned_ring(loaded, self._profiles, num_layers, self._max_bytes)
         if planned.notes != self._told:
             self._told = planned.notes
             for note in planned.notes:
@@ -137,7 +137,7 @@ class TopologyRings:
             model = self._profiles.model
             layer_bytes = model.layer_bytes + goal_of(self._loaded.topology).kv_tokens * model.kv_bytes
             needed = profile.memory_bytes - profile.room_bytes(model, is_starter=name == starter)
-            self._most_bytes[name] = most = int(SMALLER * (needed + num_layers * layer_bytes))
+            self._max_bytes[name] = most = int(SMALLER * (needed + num_layers * layer_bytes))
             self._on_note(
                 f"{name}: its memory did not hold {num_layers} layers ({error}); it is planned with "
                 f"{format_bytes(most)} from now on"
@@ -147,7 +147,7 @@ class TopologyRings:
         """Plan with a Ring's own figures from now on, if they predict a much better Ring than this split."""
         try:
             loaded = without(self._loaded, self._drained | self._unfit.keys())
-            plan = planned_ring(loaded, profiles, self._config.num_layers, self._most_bytes).plan
+            plan = planned_ring(loaded, profiles, self._config.num_layers, self._max_bytes).plan
         except MdiqError:
             return  # a Ring that serves is better than none
         if plan is None or {str(stage.node): len(stage.layers) for stage in plan.stages} == split:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mdiq.cli.perplexity import Row, compared, most_ratio
+from mdiq.cli.perplexity import Row, compared, max_ratio
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from mdiq.cli.perplexity import Row, compared, most_ratio
     ],
 )
 def test_four_bits_may_cost_little_where_the_file_has_no_more(weights: str, best: str, expected: float | None) -> None:
-    assert most_ratio(weights, best) == expected
+    assert max_ratio(weights, best) == expected
 
 
 def test_ratios_come_with_what_chance_may_add() -> None:
