@@ -25,8 +25,8 @@ from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
-from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.options import RingOptions
+from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
 from mdiq.service.text_pipe import TokenizerPipe
