@@ -43,7 +43,7 @@ START_S = 90.0
 SETTLE_S = 3.0
 READY_WORDS = ("serves ", "stands by")  # how the status of a unit begins whose part of the ring is up
 POLL_S = 1.0
-MOST_ERROR_LINES = 12
+MAX_ERROR_LINES = 12
 _CHUNK_BYTES = 256 * 1024
 
 
@@ -303,7 +303,7 @@ async def _unit_state(plan: Plan, device: Device) -> dict[str, str]:
 
 async def _journal(plan: Plan, device: Device) -> str:
     lines = await plan.ssh.run(
-        device, f"journalctl --no-pager -o cat -n {MOST_ERROR_LINES} -u {_unit(device)}", timeout_s=SHORT_STAGE_S
+        device, f"journalctl --no-pager -o cat -n {MAX_ERROR_LINES} -u {_unit(device)}", timeout_s=SHORT_STAGE_S
     )
     return "\n".join(f"  {line}" for line in lines.splitlines())
 

@@ -35,13 +35,15 @@ MAY_USE = {
         "cache",
         "errors",
     },
-    "bench": {"bench", "runtime", "engine", "transport", "telemetry.logging", "core", "cache", "errors"},
+    "testbed": {"testbed", "runtime.cpu_quota", "transport.keys", "config", "errors"},
+    "bench": {"bench", "testbed", "runtime", "engine", "transport", "telemetry.logging", "core", "cache", "errors"},
     "nodes": {"cli", "config", "errors"},
     "cli": {
         "cli",
         "service",
         "api",
         "bench",
+        "testbed",
         "config",
         "runtime",
         "control",
@@ -136,6 +138,17 @@ def test_the_operators_scripts_use_command_line_and_configuration_only(script: P
     assert _wrong_imports("nodes", script.read_text(encoding="utf-8")) == []
 
 
+def test_only_benches_and_tests_use_equipment() -> None:
+    rooms = {"mdiq.bench", "mdiq.testbed"}
+    users = {
+        str(module.relative_to(PACKAGE))
+        for module in MODULES
+        if _room(module) not in ("bench", "testbed")
+        and any(".".join(name.split(".")[:2]) in rooms for name in _imports(module.read_text(encoding="utf-8")))
+    }
+    assert users == {"cli/bench.py"}
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
 def test_only_the_command_line_prints(module: Path) -> None:
     tree = ast.parse(module.read_text(encoding="utf-8"))
@@ -164,6 +177,8 @@ def test_every_room_has_its_place() -> None:
         ("control", "import torch"),
         ("runtime", "from mdiq.cli.run import execute"),
         ("runtime", "from mdiq.bench.runner import Bench"),
+        ("transport", "from mdiq.testbed.relay import Relay"),
+        ("testbed", "from mdiq.runtime.ring_host import RingHost"),
         ("bench", "from mdiq.cli.main import app"),
         ("service", "from mdiq.cli.signals import run_service"),
         ("runtime", "from mdiq.service.topology_rings import TopologyRings"),

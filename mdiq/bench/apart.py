@@ -19,7 +19,7 @@ from mdiq.bench.workload import Load
 from mdiq.errors import RingError
 from mdiq.runtime.options import RingOptions
 
-PASSED_ON = ("threads", "kv_tokens", "log_level", "cpu")
+PASSED_ON = ("threads", "kv_tokens", "log_level")
 """Options of a ring that JSON can hold as they are; those that are not sent are apart_ring.py's to choose."""
 
 
@@ -28,13 +28,14 @@ class RingsApart:
     """Rings of one Node that hold the whole model each.
 
     options: of a ring of one Node. cores: the i-th ring's core; empty leaves all unbound. program: what Python runs,
-    apart_ring.py.
+    apart_ring.py. cpu: CPU time of each in cores; None sets no limit.
     """
 
     options: RingOptions
     vocab_size: int
     cores: tuple[int, ...] = ()
     program: tuple[str, ...] = ("-m", "mdiq.bench.apart_ring")
+    cpu: float | None = None
 
     async def run(self, rings: int, load: Load) -> list[UserTimes]:
         """Run the Load on each of ``rings`` rings at once, with a seed each; return the times of all users.
@@ -77,6 +78,7 @@ class RingsApart:
             "weights": asdict(self.options.weights),
             "options": {name: getattr(self.options, name) for name in PASSED_ON},
             "core": self.cores[i] if self.cores else None,
+            "cpu": self.cpu,
             "load": asdict(replace(load, seed=load.seed + i)),
         }
 

@@ -19,6 +19,7 @@ from mdiq.errors import MdiqError, first_of
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core
 from mdiq.telemetry.logging import configure
+from mdiq.testbed.slow_ring import SlowRing
 
 READY = "ready\n"
 
@@ -44,6 +45,7 @@ async def _measured(spec: dict[str, Any]) -> dict[str, Any]:
         layers=(LayerRange(0, spec["layers"]),),
         weights=WeightSettings(**spec["weights"]),
         ring=RingSettings(prefix_tokens=0),
+        slowdown=SlowRing(cpu=spec["cpu"]),
         **spec["options"],
     )
     load = Load(**spec["load"])

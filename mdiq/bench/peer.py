@@ -12,7 +12,7 @@ from mdiq.bench.figures import UserTimes
 from mdiq.bench.programs import how_it_ended, kill
 from mdiq.bench.workload import Load
 from mdiq.errors import ConfigError, RingError
-from mdiq.runtime.cpu_quota import CpuQuota
+from mdiq.testbed.cpu_quota import CpuQuota
 
 PROGRAM = Path(__file__).with_name("peer_llama_cpp.py")
 INSTALL = "install llama-cpp-python there (pip install 'mdiq[peer]'), or name another interpreter with --peer-python"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mdiq.bench.report import CellReport, Report
 from mdiq.bench.workload import Cell
 from mdiq.errors import ConfigError
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from mdiq.core.sequence import SamplingParams, TokenEvent
 from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.errors import RingError
 from mdiq.runtime.options import HopFigures, NodeFigures
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 
 WARM_UP_TOKENS = 4
 

@@ -22,10 +22,10 @@ from mdiq.control.agent import HEARTBEAT_S
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError
-from mdiq.runtime.cpu_quota import LEAST_CPU, check_quota
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
-from mdiq.transport.link_shape import LinkShape, parse_link
+from mdiq.testbed.cpu_quota import MIN_CPU, check_quota
+from mdiq.testbed.link_shape import LinkShape, parse_link
 
 if TYPE_CHECKING:  # torch is imported behind set_threads
     from mdiq.engine.model_config import ModelConfig
@@ -130,6 +130,7 @@ def _bench(
     from mdiq.bench.peer import Peer
     from mdiq.plan.split import split_layers
     from mdiq.runtime.ring_host import RingHost
+    from mdiq.testbed.slow_ring import SlowRing
 
     layers = {count: split_layers(config.num_layers, count, config.head_layers) for count in {c.nodes for c in cells}}
 
@@ -143,8 +144,7 @@ def _bench(
             kv_tokens=options.kv_tokens or _kv_tokens(cells, nodes, options.answer_tokens),
             log_level=options.log_level,
             wires=parse_wires(options.wire, 1),
-            link=link,
-            cpu=options.cpu,
+            slowdown=SlowRing(link, options.cpu),
             # Every round asks the same prompts: each is to be computed each time.
             ring=RingSettings(prefix_tokens=0),
         )
@@ -157,7 +157,8 @@ def _bench(
         cpu=options.cpu,
     )
     # What is measured apart has a ring of one Node to be measured against.
-    apart = RingsApart(of_ring(1), config.vocab_size, cores if options.pin else ()) if options.apart else None
+    bound = cores if options.pin else ()
+    apart = RingsApart(of_ring(1), config.vocab_size, bound, cpu=options.cpu) if options.apart else None
     return Bench(
         cells=cells,
         answer_tokens=options.answer_tokens,
@@ -214,8 +215,8 @@ def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
     if options.plot is not None:
         check_plots()
     if options.cpu is not None:
-        if not LEAST_CPU <= options.cpu <= usable_cores():
-            raise ConfigError(f"--cpu {options.cpu:g}: give {LEAST_CPU:g} to {usable_cores()} cores for each node")
+        if not MIN_CPU <= options.cpu <= usable_cores():
+            raise ConfigError(f"--cpu {options.cpu:g}: give {MIN_CPU:g} to {usable_cores()} cores for each node")
         check_quota()
     if options.json_file is not None and not options.json_file.resolve().parent.is_dir():
         raise ConfigError(f"--json {options.json_file}: there is no such directory; make it first")

@@ -1,8 +1,7 @@
 """Values of flags that are texts with commas between."""
 
-from mdiq.core.wire import WIRES
+from mdiq.core.wire_formats import AUTO, WIRE_FORMATS
 from mdiq.errors import ConfigError
-from mdiq.plan.wire_choice import AUTO
 
 
 def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
@@ -13,8 +12,8 @@ def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
     """
     wires = tuple(text.split(","))
     for wire in wires:
-        if wire not in (*WIRES, AUTO):
-            raise ConfigError(f"--wire {text}: {wire!r} is not a format; use one of {', '.join((*WIRES, AUTO))}")
+        if wire not in (*WIRE_FORMATS, AUTO):
+            raise ConfigError(f"--wire {text}: {wire!r} is not a format; use one of {', '.join((*WIRE_FORMATS, AUTO))}")
     if len(wires) not in (1, num_nodes):
         raise ConfigError(f"--wire {text}: {len(wires)} formats for {num_nodes} hops; give one, or one for each")
     return wires

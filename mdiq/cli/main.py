@@ -105,14 +105,6 @@ def keys(
     raise typer.Exit(execute(file, rotate or (), dry_run=dry_run))
 
 
-@app.command(hidden=True)
-def relay(link: Annotated[str, typer.Option(help="How the link is: delay=20ms,bandwidth=10mbit,jitter=5ms.")]) -> None:
-    """Stand in front of every hop of a ring (started by mdiq bench)."""
-    from mdiq.transport.relay import serve
-
-    serve(link)
-
-
 @app.command()
 def node(
     topology: Annotated[Path | None, typer.Argument(help="The topology file; the same as the Starter's.")] = None,

@@ -7,6 +7,7 @@ from mdiq.config.addresses import is_loopback, is_wildcard, machine_of
 from mdiq.config.findings import OTHER_PLACE, Loc, Problem
 from mdiq.config.topology import Node, Topology
 from mdiq.config.units import shown, size_text
+from mdiq.core.wire_formats import AUTO, SMALL, USUAL, rounds
 
 SMALL_MEMORY_BYTES = 512 << 20
 MANY_THREADS = 64
@@ -302,11 +303,14 @@ def _slow(topology: Topology) -> Iterator[Problem]:
     model = topology.model
     if len(topology.ring_nodes) > 1:
         for loc, wire in places:
-            if model.mode == "exact" and (wire == "i8" or (wire == "bf16" and model.dtype == "f32")):
+            if model.mode == "exact" and wire != AUTO and rounds(wire, model.dtype):
                 text = f"{wire} rounds activations at each cut between nodes, so these give other tokens than one node"
                 yield Problem(loc, f"{text}; write auto, or mode: fast")
-            elif model.mode == "fast" and wire == "f32" and not topology.is_on_loopback:
-                yield Problem(loc, "f32 sends twice the bytes of bf16 and four times those of i8; write auto, or bf16")
+            elif model.mode == "fast" and wire != AUTO and rounds(USUAL, wire) and not topology.is_on_loopback:
+                yield Problem(
+                    loc,
+                    f"{wire} sends twice the bytes of {USUAL} and four times those of {SMALL}; write auto, or {USUAL}",
+                )
     limit = links.transfer_limit_bit_per_s
     if limit is not None and limit < SLOW_TRANSFER_BIT_PER_S:
         text = f"1G of weights then takes {(8 << 30) / limit / 3600:.1f} hours; write more if the network allows it"

@@ -20,12 +20,13 @@ from mdiq.config import units
 from mdiq.config.addresses import check_address, is_loopback
 from mdiq.config.units import AUTO, shown
 from mdiq.core.types import USUAL_WEIGHTS, LayerRange, WeightFormat
+from mdiq.core.wire_formats import DtypeName, WireName
 
 VERSION = 1
 MOST_NODES = 64
 LEAST_MEMORY = "64M"
 
-Wire = Literal["auto", "f32", "bf16", "i8"]
+Wire = Literal["auto", WireName]
 _Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
@@ -217,7 +218,7 @@ class ModelChoice(_Section):
         "exact",
         "The same tokens on any number of nodes, alone and among other requests; or the fastest kernels and hops.",
     )
-    dtype: Literal["f32", "bf16"] = _key("f32", "Number format of activations, KV cache and plain weights.")
+    dtype: DtypeName = _key("f32", "Number format of activations, KV cache and plain weights.")
 
 
 class Node(_Section):

@@ -7,7 +7,8 @@ from typing import get_args
 from mdiq.core.codec import MAX_ITEMS as MAX_ITEMS
 from mdiq.core.codec import MAX_TEXT, Codec
 from mdiq.core.types import WeightSettings
-from mdiq.core.wire import MIN_KEY_BYTES, WIRES
+from mdiq.core.wire import MIN_KEY_BYTES
+from mdiq.core.wire_formats import WIRE_FORMATS
 
 VERSION = 2
 MAX_BYTES = 2**20
@@ -156,8 +157,8 @@ class Begin:
     wire: str
 
     def __post_init__(self) -> None:
-        if self.epoch < 1 or self.wire not in WIRES:
-            raise ValueError(f"it needs an epoch of at least 1 and one of the formats {', '.join(WIRES)}")
+        if self.epoch < 1 or self.wire not in WIRE_FORMATS:
+            raise ValueError(f"it needs an epoch of at least 1 and one of the formats {', '.join(WIRE_FORMATS)}")
 
 
 @dataclass(frozen=True, slots=True)

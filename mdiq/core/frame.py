@@ -30,7 +30,7 @@ class Payload(Protocol):
         ...
 
     def parts(self) -> tuple[str, int, AbstractSequence[Buffer]]:
-        """Return what the wire needs: dtype name (see ``wire.DTYPES``), row width in elements, and the bytes."""
+        """Return what the wire needs: dtype name (see wire_formats.py), row width in elements, and the bytes."""
         ...
 
 

@@ -19,6 +19,7 @@ from mdiq.core.control import BurstArrived, SendBurst
 from mdiq.core.frame import Frame, FrameKind, Segment
 from mdiq.core.types import Epoch, SeqId
 from mdiq.core.wire import WireLimits, WirePayload, frame_bytes
+from mdiq.core.wire_formats import WIRE_FORMATS
 
 NUM_SINGLE = 5
 SINGLE_BYTES = 64
@@ -29,7 +30,8 @@ GROWTH = 4
 ENOUGH_S = 0.1  # the next burst may take GROWTH times as long: a slow link is measured within a second
 _SUDDEN = 2  # so many times below the rate of the burst before
 _MIN_S = 1e-6  # finer than clocks can tell on such a way
-_ELEMENT_BYTES = 4
+_FORMAT = "f32"
+_ELEMENT_BYTES = WIRE_FORMATS[_FORMAT].element_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def burst_frames(burst: SendBurst, limits: WireLimits) -> list[Frame]:
     width = min(max(burst.frame_bytes // _ELEMENT_BYTES, 1), limits.max_width)
     max_rows = min(limits.max_tokens, limits.max_context - burst.num_frames)
     num_rows = max(min(burst.frame_bytes // (_ELEMENT_BYTES * width), max_rows), 1)
-    payload = WirePayload("f32", width, memoryview(bytes(num_rows * width * _ELEMENT_BYTES)))
+    payload = WirePayload(_FORMAT, width, memoryview(bytes(num_rows * width * _ELEMENT_BYTES)))
     return [
         Frame(Epoch(burst.epoch), FrameKind.BURST, (Segment(SeqId(burst.number), left, num_rows),), payload)
         for left in reversed(range(burst.num_frames))

@@ -7,7 +7,7 @@ Version 1. A Frame is one part, the header, or two, header and payload; all numb
     3       1     kind: 1 HIDDEN, 2 HEAD, 3 RELEASE, 4 PROBE, 5 BURST
     4       4     epoch, at least 1
     8       2     cap, at least 1
-    10      1     dtype of the payload, see DTYPES
+    10      1     dtype of the payload, see wire_formats.py; 0: there is none
     11      1     maximum prompt tokens of a Batch, in steps of 16; 0 leaves it to the Stage
     12      4     width: elements of a payload row
     16      2     number of Segments, at least 1; of PROBE and BURST 1
@@ -27,29 +27,23 @@ from typing import NoReturn
 
 from mdiq.core.frame import MAX_SEGMENTS, NO_ROWS, Buffer, Frame, FrameKind, Payload, Segment
 from mdiq.core.types import CHUNK_STEP, Epoch, SeqId
+from mdiq.core.wire_formats import WIRE_FORMATS, row_bytes
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 VERSION = 1
 TAG_BYTES = 16
 MIN_KEY_BYTES = 16
 
-DTYPES = {"none": (0, 0, 0), "f32": (1, 4, 0), "bf16": (2, 2, 0), "i8": (3, 1, 4)}
-"""Name of a payload's dtype -> its code, bytes per element, extra bytes per row (i8: the row's scale, one f32)."""
-
-WIRES = tuple(name for name in DTYPES if name != "none")
-"""Formats of activations on a Hop."""
-
-ROUNDINGS = ("f32", "bf16", "i8")
-"""The same formats, in order of falling precision."""
-
 _PROTOCOL = b"MQ"
 _MAGIC = _PROTOCOL + b"%d" % VERSION
+_NO_DTYPE = "none"  # of NO_ROWS
 _HEADER = struct.Struct("<3sBIHBBIH")
 _SEGMENT = struct.Struct("<QIIB")
 _PARENT = struct.Struct("<Q")
 _WANTS_LOGITS = 1
 _HAS_PARENT = 2
-_NAMES = {code: name for name, (code, _, _) in DTYPES.items()}
+_CODES = {_NO_DTYPE: 0} | {name: wire.code for name, wire in WIRE_FORMATS.items()}
+_NAMES = {code: name for name, code in _CODES.items()}
 _KINDS = {int(kind): kind for kind in FrameKind}
 _WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
 _OF_ONE_SEGMENT = (FrameKind.PROBE, FrameKind.BURST)
@@ -112,12 +106,6 @@ class WirePayload:
         return self.dtype, self.width, (self.data,)
 
 
-def row_bytes(dtype: str, width: int) -> int:
-    """Return the bytes of one payload row."""
-    _, element_bytes, extra_bytes = DTYPES[dtype]
-    return width * element_bytes + extra_bytes
-
-
 def frame_bytes(num_segments: int, payload_bytes: int) -> int:
     """Return the bytes of a Frame without parents, before the transport's own framing."""
     return _header_bytes(num_segments) + payload_bytes
@@ -148,7 +136,7 @@ def encode(frame: Frame, key: bytes) -> list[Buffer]:
     dtype, width, buffers = frame.payload.parts()
     payload: Buffer = buffers[0] if len(buffers) == 1 else b"".join(buffers)
     payload_bytes = memoryview(payload).nbytes
-    if payload_bytes != frame.num_rows * row_bytes(dtype, width):
+    if payload_bytes != _payload_bytes(frame, dtype, width):
         raise LocalProtocolError(
             f"{frame}: a payload of {payload_bytes} bytes is not {frame.num_rows} rows of {width} {dtype}"
         )
@@ -158,7 +146,7 @@ def encode(frame: Frame, key: bytes) -> list[Buffer]:
             frame.kind,
             frame.epoch,
             frame.cap,
-            DTYPES[dtype][0],
+            _CODES[dtype],
             frame.chunk_tokens // CHUNK_STEP,
             width,
             len(frame.segments),
@@ -199,9 +187,9 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
     dtype = _NAMES.get(dtype_code)
     if dtype is None:
         _refuse("dtype", f"dtype {dtype_code} is unknown")
-    if kind in _WITHOUT_TOKENS and dtype != "none":
+    if kind in _WITHOUT_TOKENS and dtype != _NO_DTYPE:
         _refuse("dtype", f"a {kind.name} of dtype {dtype}; it has no payload")
-    if width > limits.max_width or (width == 0) != (dtype == "none"):
+    if width > limits.max_width or (width == 0) != (dtype == _NO_DTYPE):
         _refuse("width", f"width {width} of dtype {dtype}; this model has at most {limits.max_width}")
     split = _HEADER.size + num_segments * _SEGMENT.size
     records = _checked_segments(fields[_HEADER.size : split], kind, limits)
@@ -211,7 +199,7 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
         for seq_id, start, length, flags in records
     )
     frame = Frame(Epoch(epoch), kind, segments, _payload(dtype, width, payload), cap, chunk_steps * CHUNK_STEP)
-    if payload.nbytes != frame.num_rows * row_bytes(dtype, width) or (frame.num_rows and dtype == "none"):
+    if payload.nbytes != _payload_bytes(frame, dtype, width) or (frame.num_rows and dtype == _NO_DTYPE):
         _refuse("payload", f"{frame}: {payload.nbytes} bytes are not {frame.num_rows} rows of {width} {dtype}")
     return frame
 
@@ -284,8 +272,12 @@ def _flags(segment: Segment) -> int:
     return _WANTS_LOGITS * segment.wants_logits | _HAS_PARENT * (segment.parent is not None)
 
 
+def _payload_bytes(frame: Frame, dtype: str, width: int) -> int:
+    return 0 if dtype == _NO_DTYPE else frame.num_rows * row_bytes(dtype, width)
+
+
 def _payload(dtype: str, width: int, data: memoryview) -> Payload:
-    return NO_ROWS if dtype == "none" else WirePayload(dtype, width, data)
+    return NO_ROWS if dtype == _NO_DTYPE else WirePayload(dtype, width, data)
 
 
 def _header_bytes(num_segments: int, num_parents: int = 0) -> int:
@@ -293,7 +285,7 @@ def _header_bytes(num_segments: int, num_parents: int = 0) -> int:
 
 
 def _widest_row_bytes(width: int) -> int:
-    return max(row_bytes(dtype, width) for dtype in DTYPES)
+    return max(row_bytes(dtype, width) for dtype in WIRE_FORMATS)
 
 
 def _printable(version: bytes) -> str:

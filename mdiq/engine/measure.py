@@ -12,6 +12,7 @@ import torch
 from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.sequence import SamplingParams
 from mdiq.core.types import Epoch, SeqId
+from mdiq.core.wire_formats import SMALL, USUAL
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
 from mdiq.engine.model.sampler import SampleRow, sample
 from mdiq.engine.runner import StageRunner
@@ -109,7 +110,7 @@ def measure_packing(width: int) -> Curve:
 
     with torch.inference_mode():
         points = [
-            (size, max(median_s(rows, "i8") - median_s(rows, "bf16"), 0.0))
+            (size, max(median_s(rows, SMALL) - median_s(rows, USUAL), 0.0))
             for size, rows in ((size, torch.randn(size, width)) for size in PACKING_SIZES)
         ]
     return Curve(tuple(points))

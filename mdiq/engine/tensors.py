@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from mdiq.core.frame import Buffer, Payload
-from mdiq.core.wire import WIRES
+from mdiq.core.wire_formats import SMALL, WIRE_FORMATS
 from mdiq.engine.formats.quantize import quantize_int8
 from mdiq.errors import EngineError
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-_SCALE_BYTES = 4
+_SCALE_BYTES = WIRE_FORMATS[SMALL].extra_bytes
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -54,7 +54,7 @@ class PackedRows:
     def parts(self) -> tuple[str, int, Sequence[Buffer]]:
         """Return dtype name, width, and the bytes."""
         data = self.data.contiguous()
-        return "i8", data.shape[1] - _SCALE_BYTES, (data.numpy().data.cast("B") if data.numel() else b"",)
+        return SMALL, data.shape[1] - _SCALE_BYTES, (data.numpy().data.cast("B") if data.numel() else b"",)
 
     def tensor(self) -> torch.Tensor:
         """Return the activations: f32 [num_rows, width]."""
@@ -64,8 +64,8 @@ class PackedRows:
 
 
 def to_wire(hidden: torch.Tensor, wire: str) -> TensorRows | PackedRows:
-    """Return rows [n, width] as the payload that a Hop of format ``wire`` sends, on the CPU: "f32", "bf16" or "i8"."""
-    if wire != "i8":
+    """Return rows [n, width] as the payload that a Hop of format ``wire`` sends, on the CPU."""
+    if wire != SMALL:
         return TensorRows(hidden.to(device="cpu", dtype=DTYPES[wire]))
     if not hidden.numel():
         return PackedRows(torch.empty(0, hidden.shape[1] + _SCALE_BYTES, dtype=torch.uint8))
@@ -86,10 +86,12 @@ def to_tensor(payload: Payload, width: int, dtype: torch.dtype, device: torch.de
     else:
         name, row_width, buffers = payload.parts()
         data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
-        if name not in WIRES or not len(data):
-            raise EngineError(f"a frame brought {len(data)} bytes of {name}; expected rows of {', '.join(WIRES)}")
+        if name not in WIRE_FORMATS or not len(data):
+            raise EngineError(
+                f"a frame brought {len(data)} bytes of {name}; expected rows of {', '.join(WIRE_FORMATS)}"
+            )
         # Received memory may be read-only; nothing below writes to it.
-        if name == "i8":
+        if name == SMALL:
             raw = torch.frombuffer(_writable_view(data), dtype=torch.uint8)
             tensor = PackedRows(raw.view(-1, row_width + _SCALE_BYTES)).tensor()
         else:

@@ -12,12 +12,12 @@ from typing import Any
 
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.types import NodeId
+from mdiq.core.wire_formats import row_bytes
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 from mdiq.plan.profile import HopProfile, Links, ModelShape, NodeProfile
 
 VERSION = 1
-_WIRE_BYTES = {"f32": 4, "bf16": 2, "i8": 1}
 _MIN_S = 1e-7  # of a Layer: noise may make the head longer than the forward that it is a part of
 
 
@@ -106,7 +106,7 @@ def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None
         layer_bytes=max(layer_bytes, 1),
         ends_bytes=max(starter.weight_bytes - starter.num_layers * layer_bytes, 0),
         kv_bytes=max(workers[0].kv_bytes_per_token // workers[0].num_layers, 1),
-        row_bytes=max(_WIRE_BYTES.get(wire, 4) for wire, _ in ring.hops) * ring.hidden_size,
+        row_bytes=max(row_bytes(wire, ring.hidden_size) for wire, _ in ring.hops),
         weights=weights,
     )
     nodes = dict(before.nodes) if before else {}
@@ -116,9 +116,10 @@ def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None
     names = [NodeId(stage.name) for stage in ring.stages]
     for i, (wire, link) in enumerate(ring.hops):
         if link is not None:
-            row_bytes = _WIRE_BYTES.get(wire, 4) * ring.hidden_size
             hops[names[i], names[(i + 1) % len(names)]] = HopProfile(
-                max(link.delay_s, 0.0), link.bytes_per_s or HopProfile(0.0).bytes_per_s, row_bytes
+                max(link.delay_s, 0.0),
+                link.bytes_per_s or HopProfile(0.0).bytes_per_s,
+                row_bytes(wire, ring.hidden_size),
             )
     return Profiles(model, nodes, Links(hops))
 

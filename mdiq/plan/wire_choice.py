@@ -16,13 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mdiq.core.hop_survey import HopLink
-from mdiq.core.wire import frame_bytes, row_bytes
+from mdiq.core.wire import frame_bytes
+from mdiq.core.wire_formats import AUTO, SMALL, USUAL, row_bytes
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 
-AUTO = "auto"
-USUAL = "bf16"
-SMALL = "i8"
 WORTH = 0.03  # of the Lap: less than that nobody would notice, and quality is not given away for it
 _CHUNK = 64
 MAX_DIVERGENCE_NATS = 0.1

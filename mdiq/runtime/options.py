@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
-from mdiq.core.wire import ROUNDINGS
+from mdiq.core.wire_formats import AUTO, USUAL, rounds
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
-from mdiq.plan.wire_choice import AUTO, MAX_DIVERGENCE_NATS, USUAL
-from mdiq.transport.link_shape import LinkShape
+from mdiq.plan.wire_choice import MAX_DIVERGENCE_NATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,19 @@ class RingPeers:
             raise ConfigError(f"{name}: no node of this topology; copy the starter's topology to this device")
 
 
+class Slowdown(Protocol):
+    """Makes one ring of processes slower than its machine: testbed/slow_ring.py. It is closed after they have ended."""
+
+    async def slow_hops(self, endpoints: Sequence[str]) -> list[str]:
+        """Return the endpoints at which slow Hops to these begin."""
+
+    def slow_node(self, name: str, pid: int) -> None:
+        """Slow the process of a Node down."""
+
+    async def aclose(self) -> None:
+        """Undo it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RingOptions:
     """A ring of Nodes: on this machine, or where ``remote`` says.
@@ -116,8 +129,7 @@ class RingOptions:
     kv_tokens: KV capacity of each Node in tokens; None lets each choose from its free memory.
     base_port: Node i listens for activations on base_port + i; 0 lets the system choose.
     trace: collect Spans of every loop.
-    link: how every hop between processes is slowed; None leaves it as it is.
-    cpu: most CPU time of each Node in cores, where control groups allow it; None sets no limit.
+    slowdown: what makes this one ring slower than its machine, for measurements.
     pace: what the operator wishes of caps and chunks.
     remote: the Nodes of other machines; None: all are processes of this one, or Stages in this process.
     is_survey: the Layers are some of the model's, to be measured; the Ring does not serve.
@@ -135,8 +147,7 @@ class RingOptions:
     base_port: int = 0
     trace: bool = False
     log_level: str = "warning"
-    link: LinkShape | None = None
-    cpu: float | None = None
+    slowdown: Slowdown | None = None
     ring: RingSettings = field(default_factory=RingSettings)
     pace: PaceSettings = field(default_factory=PaceSettings)
     remote: RemoteRing | None = None
@@ -163,7 +174,7 @@ class RingOptions:
 
     def rounds(self, wires: Sequence[str]) -> bool:
         """Tell whether Hops of these formats change activations: another number of Nodes may give other tokens."""
-        return any(ROUNDINGS.index(wire) > ROUNDINGS.index(self.weights.dtype) for wire in wires)
+        return any(rounds(wire, self.weights.dtype) for wire in wires)
 
     def wire(self, stage: int) -> str | None:
         """Return the format that the Hop out of a Stage begins with, or None where there are no Hops."""

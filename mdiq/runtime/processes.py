@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from mdiq.core import control
 from mdiq.core.types import NodeId
 from mdiq.errors import MdiqError, NodeDiedError
-from mdiq.runtime.cpu_quota import CpuQuota
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import core_of
 from mdiq.runtime.socket_workers import SocketWorkers
 from mdiq.transport.push_pull import PullSource, PushSink
-from mdiq.transport.relay import RelayProcess
 from mdiq.transport.router_dealer import RouterServer
 
 OWN_ERROR = "mdiq: "  # how the command line begins the one line that says why it ends
@@ -45,8 +43,6 @@ class ProcessWorkers(SocketWorkers):
         )
         self._control_key = secrets.token_bytes(32)
         self._children: dict[NodeId, asyncio.subprocess.Process] = {}
-        self._quotas: list[CpuQuota] = []
-        self._relays: RelayProcess | None = None
 
     async def open(self) -> None:
         """Start the processes, which import what they need and join.
@@ -59,7 +55,6 @@ class ProcessWorkers(SocketWorkers):
         self._coordinate(server, self._control_key)
         for i, node in enumerate(self._names, 1):
             child = await self._spawn(node, i, server.endpoint)
-            self._children[node] = child
             self._run(self._watch(node, child), f"watch-{node}")
 
     async def _join_and_load(self) -> Sequence[control.Ready]:
@@ -67,9 +62,8 @@ class ProcessWorkers(SocketWorkers):
         coordinator = self._coordinator
         hellos = await coordinator.all_joined()
         endpoints = [hellos[node].data_endpoint for node in self._names] + [self.source.endpoint]
-        if self._options.link is not None:
-            self._relays = await RelayProcess.start(self._options.link, endpoints)
-            endpoints = self._relays.endpoints
+        if self._options.slowdown is not None:
+            endpoints = await self._options.slowdown.slow_hops(endpoints)
         self._endpoints = endpoints
         self.sink = await PushSink.connect(self._context, endpoints[0])
         assignments = {node: self._assignment(i, endpoints[i]) for i, node in enumerate(self._names, 1)}
@@ -90,10 +84,6 @@ class ProcessWorkers(SocketWorkers):
             if child.returncode is None:
                 child.kill()
         await asyncio.gather(*waits)
-        for quota in self._quotas:
-            quota.close()
-        if self._relays is not None:
-            await self._relays.aclose()
         await super().aclose()
 
     async def _spawn(self, node: NodeId, i: int, control_endpoint: str) -> asyncio.subprocess.Process:
@@ -103,8 +93,6 @@ class ProcessWorkers(SocketWorkers):
         command += ["--log-level", options.log_level]
         if options.pin:
             command += ["--pin", str(core_of(i))]
-        if options.cpu is not None:
-            self._quotas.append(CpuQuota.create(node, options.cpu))
         child = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
@@ -113,8 +101,9 @@ class ProcessWorkers(SocketWorkers):
             start_new_session=True,
         )
         assert child.stdin is not None  # PIPE was asked for
-        if options.cpu is not None:
-            self._quotas[-1].add(child.pid)
+        self._children[node] = child
+        if options.slowdown is not None:
+            options.slowdown.slow_node(node, child.pid)
         child.stdin.write(self._control_key.hex().encode() + b"\n")
         return child
 

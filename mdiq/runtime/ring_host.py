@@ -22,13 +22,13 @@ from mdiq.core.sequence import Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, RingSpec, SeqId
 from mdiq.core.wire import hop_key
+from mdiq.core.wire_formats import AUTO, USUAL
 from mdiq.engine.memory import return_free_memory, rss_bytes
 from mdiq.errors import MdiqError, first_of
 from mdiq.plan.measured import MeasuredRing
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost, paced
-from mdiq.plan.wire_choice import AUTO, USUAL, WireCosts, choose_wires
-from mdiq.runtime.cpu_quota import CpuQuota
+from mdiq.plan.wire_choice import WireCosts, choose_wires
 from mdiq.runtime.in_process import InProcessWorkers
 from mdiq.runtime.link_survey import survey_hops
 from mdiq.runtime.loops import Worker, loop_failed, make_worker
@@ -75,7 +75,6 @@ class RingHost:
         self._stage: StarterStage | None = None  # once it is loaded
         self._service: StarterService | None = None
         self._serving: asyncio.Task[None] | None = None
-        self._quota: CpuQuota | None = None
         self._spec: RingSpec | None = None
         self._costs: list[StageCost] = []
         self._ready: list[control.Ready] = []  # of the others
@@ -218,8 +217,8 @@ class RingHost:
         if self._stages is not None:
             await self._stages.aclose()
         await self._worker.aclose()
-        if self._quota is not None:
-            self._quota.close()
+        if self._options.slowdown is not None:
+            await self._options.slowdown.aclose()
         # The next Ring's Layers may need the room.
         self._stage = self._service = self._serving = None
         await asyncio.to_thread(return_free_memory, collect=True)
@@ -266,10 +265,8 @@ class RingHost:
             stage.close()
         self._stage = stage
         self._ready = list(starting.result()) if self._stages is not None else []
-        if options.cpu is not None:
-            # Behind the start of the others: a child begins in its parent's control group.
-            self._quota = CpuQuota.create(self._name, options.cpu)
-            self._quota.add(os.getpid())
+        if options.slowdown is not None:  # after the start of the others: a child begins in its parent's control group
+            options.slowdown.slow_node(self._name, os.getpid())
         own_cost = await self._worker.run_long(stage.measure)
         self._costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in self._ready)]
         self._spec = stage.spec(self._ready)

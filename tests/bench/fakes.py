@@ -10,7 +10,7 @@ from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
 from mdiq.errors import MdiqError
 from mdiq.runtime.options import HopFigures, NodeFigures
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 
 
 @dataclass(frozen=True)

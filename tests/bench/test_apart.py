@@ -11,7 +11,7 @@ from mdiq.bench.workload import ApartCell, Cell, Load
 from mdiq.core.types import LayerRange
 from mdiq.errors import RingError
 from mdiq.runtime.options import RingOptions
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 
 OPTIONS = RingOptions(Path("m.gguf"), (LayerRange(0, 4),), kv_tokens=64, log_level="info")
 LOAD = Load(users=2, prompt_tokens=3, answer_tokens=2, seed=5)

@@ -11,7 +11,7 @@ from mdiq.bench.figures import (
     scalings,
 )
 from mdiq.bench.workload import ApartCell, Cell
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 
 
 def figures(rate: float, total: float = 1.0) -> LoadFigures:

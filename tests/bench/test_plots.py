@@ -6,7 +6,7 @@ import pytest
 from mdiq.bench.plots import check_plots, draw, varied
 from mdiq.bench.report import Report, make_report
 from mdiq.errors import ConfigError
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 from tests.bench.fakes import make_measurements
 
 

@@ -3,7 +3,7 @@ import json
 from mdiq.bench.report import Ratio, make_report
 from mdiq.bench.workload import ApartCell, Cell
 from mdiq.runtime.options import HopFigures
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 from tests.bench.fakes import make_measurements
 
 

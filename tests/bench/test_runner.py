@@ -7,7 +7,7 @@ from mdiq.bench.figures import UserTimes
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell, node_shares, run_load
 from mdiq.bench.workload import ApartCell, Cell, Load
 from mdiq.errors import EngineError, RingError
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 from tests.bench.fakes import FakeRing
 
 SLOW = LinkShape(0.02)

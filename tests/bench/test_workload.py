@@ -1,5 +1,5 @@
 from mdiq.bench.workload import Cell, Load, grid
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 
 SLOW = LinkShape(delay_s=0.02)
 

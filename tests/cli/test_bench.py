@@ -12,7 +12,7 @@ from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, make_r
 from mdiq.cli.bench import print_report
 from mdiq.cli.main import app
 from mdiq.errors import UsageError
-from mdiq.transport.link_shape import LinkShape
+from mdiq.testbed.link_shape import LinkShape
 from tests.bench.fakes import make_measurements
 
 

@@ -24,9 +24,9 @@ from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import CREDIT_CHUNKS, WeightMap
 from mdiq.errors import ModelError, RemoteProtocolError, TransportError
+from mdiq.testbed.link_shape import LinkShape
+from mdiq.testbed.relay import Relay
 from mdiq.transport.base import ControlLink
-from mdiq.transport.link_shape import LinkShape
-from mdiq.transport.relay import Relay
 from mdiq.transport.router_dealer import DealerLink, RouterServer
 from tests.transport.conftest import context as context
 

@@ -40,7 +40,7 @@ NOT_TYPED = (
     "pip install -q",
     "ssh root@192.168.1.11 journalctl -u mdiq-node -f",
     "python nodes/provision.py topology.yaml --rollback",
-    "python nodes/loopback.py",
+    "python -m mdiq.testbed",
     "install -D -m 0644 accelerator.conf",
     "systemctl daemon-reload && systemctl restart",
 )
@@ -197,7 +197,7 @@ def _provision_topology(guide: Guide) -> None:
 @contextmanager
 def _capture(shelf: Shelf, file: Path) -> Iterator[None]:
     """Copy what passes between the devices meanwhile."""
-    command = [shelf.tool, "hub", sys.executable, ROOT / "nodes" / "capture.py", file, BRIDGE]
+    command = [shelf.tool, "hub", sys.executable, ROOT / "mdiq" / "testbed" / "capture.py", file, BRIDGE]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as capture:
         assert capture.stdout is not None and capture.stdout.readline() == "captures\n"
         try:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mdiq.core.wire import WirePayload, row_bytes
+from mdiq.core.wire import WirePayload
+from mdiq.core.wire_formats import row_bytes
 from mdiq.engine.tensors import PackedRows, TensorRows, to_tensor, to_wire
 from mdiq.errors import EngineError
 

@@ -26,9 +26,9 @@ from mdiq.core.types import Epoch, LayerRange, SeqId
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError
+from mdiq.testbed.loopback import LoopbackRing, parse_links
+from mdiq.testbed.networks import why_no_namespaces
 from mdiq.transport.watch import UNKNOWN
-from nodes.loopback import LoopbackRing, parse_links
-from nodes.networks import why_no_namespaces
 from tests.integration.conftest import finish
 from tests.integration.tiny_model import HIDDEN_SIZE, NUM_LAYERS, write_tiny_model
 from tests.streams import Way, read_streams

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 import yaml
 
-from nodes.loopback import LoopbackRing
+from mdiq.testbed.loopback import LoopbackRing
 from tests.docs.book import PAGES, commands_of, text_of
 from tests.integration.conftest import mdiq_command, run_mdiq
 

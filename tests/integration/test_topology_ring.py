@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mdiq.plan.measured import from_json
-from nodes.loopback import LoopbackRing
+from mdiq.testbed.loopback import LoopbackRing
 from tests.integration.conftest import Finished, finish, run_mdiq
 
 pytestmark = pytest.mark.timeout(300)  # each node packs its layers, and several rings start

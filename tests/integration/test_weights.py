@@ -19,8 +19,8 @@ from mdiq.core.weights import CHUNK_BYTES, CREDIT_CHUNKS, WeightMap
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.weight_map import map_weights
 from mdiq.engine.runner import StageRunner
-from mdiq.transport.link_shape import LinkShape
-from mdiq.transport.relay import Relay
+from mdiq.testbed.link_shape import LinkShape
+from mdiq.testbed.relay import Relay
 from mdiq.transport.router_dealer import DealerLink, RouterServer
 from tests.transport.conftest import context as context
 

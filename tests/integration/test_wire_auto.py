@@ -11,7 +11,8 @@ from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_host import RingHost
-from mdiq.transport.link_shape import parse_link
+from mdiq.testbed.link_shape import parse_link
+from mdiq.testbed.slow_ring import SlowRing
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -27,7 +28,7 @@ async def open_ring(model: Path, link: str | None, **changes: object) -> AsyncIt
         wires=("auto",),
         weights=WeightSettings(exact=False),
         kv_tokens=1_024,
-        link=None if link is None else parse_link(link),
+        slowdown=None if link is None else SlowRing(parse_link(link)),
         **changes,  # type: ignore[arg-type]
     )
     async with RingHost(options) as ring:

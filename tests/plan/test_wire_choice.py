@@ -3,9 +3,10 @@
 import pytest
 
 from mdiq.core.hop_survey import HopLink
+from mdiq.core.wire_formats import AUTO
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
-from mdiq.plan.wire_choice import AUTO, WORTH, WireCosts, choose_wires
+from mdiq.plan.wire_choice import WORTH, WireCosts, choose_wires
 
 MBIT = 1e6 / 8
 LOOPBACK = HopLink(1e-4, 1e9)

@@ -70,7 +70,7 @@ class Namespaces:
         return self._enter(self._holders[name])
 
     def capture(self) -> tuple[list[str], list[str]]:
-        """Return what stands in front of capture.py, and its arguments behind the file."""
+        """Return what stands in front of capture.py, and its arguments after the file."""
         return self._enter(self._hub), []
 
     def relay(self, link: Link, ports: Sequence[int]) -> tuple[list[str], list[list[object]]]:
@@ -184,7 +184,7 @@ class Plain:
         return []
 
     def capture(self) -> tuple[list[str], list[str]]:
-        """Return what stands in front of capture.py, and its arguments behind the file."""
+        """Return what stands in front of capture.py, and its arguments after the file."""
         return [], [f"{self._network}.0/24"]
 
     def close(self) -> None:

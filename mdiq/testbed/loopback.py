@@ -1,30 +1,24 @@
 """Runs a whole topology on one machine: each node a process of its own, in a network of its own where that can be had.
 
-    python nodes/loopback.py topology.yaml -- mdiq run --topology {topology} "Why is the sky blue?"
-
 Where the kernel lets us (root, or user namespaces), every node gets a network namespace with its own address, the one
 of the file if that is an IPv4 address, and a bridge joins them: nothing else is reached from there, and nothing there
 from outside. Elsewhere the nodes share loopback, each with an address of 127.0.0.0/8 of its own. The ring runs on a
 copy of the file with these addresses, and with keys made for it where the file's are not at hand.
 
 Nothing has to be cleaned up by hand: the namespaces have no names and end with the last process in them, and every
-process ends with this one, also when it is killed. Tests use LoopbackRing, a context manager.
+process ends with this one, also when it is killed. The command line is __main__.py.
 """
 
-import argparse
 import contextlib
-import io
 import ipaddress
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -33,21 +27,18 @@ from typing import Any
 import psutil
 import yaml
 
-from mdiq.cli.keys import execute as make_missing_keys
 from mdiq.config.load import load_topology
-from mdiq.errors import ConfigError, MdiqError, RingError
+from mdiq.errors import ConfigError, RingError
+from mdiq.testbed.networks import SPACE, Link, Namespaces, NoNamespacesError, Plain
+from mdiq.transport.keys import make_keys
 
-if not __package__:  # run as a file: its neighbours lie in nodes/
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
-from nodes.networks import SPACE, Link, Namespaces, NoNamespacesError, Plain
-
-HERE = Path(__file__).resolve().parent
-MDIQ = (sys.executable, "-P", "-m", "mdiq")
-STARTER = 'mdiq run --topology {topology} "Why is the sky blue?"'
+PYTHON = (sys.executable, "-P", "-m")
+MDIQ = (*PYTHON, "mdiq")
+RELAY = (*PYTHON, "mdiq.testbed.relay")
+CAPTURE = (*PYTHON, "mdiq.testbed.capture")
 LINK = "FROM:TO,delay=20ms,bandwidth=10mbit,jitter=5ms"
 STOP_S = 20.0
 """Within this a command that was told to end has ended; then it is killed."""
-POLL_S = 0.2
 # The kernel ends them should this process be killed; behind nsenter, which would lose it.
 _DIES_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
 
@@ -155,7 +146,7 @@ class LoopbackRing:
             ) from None
         with listener:
             # A socket stays in the network in which it was made, whoever has it.
-            relay = [*self._network.inside(self.starter), *MDIQ, "relay", "--link", "delay=0ms"]
+            relay = [*self._network.inside(self.starter), *RELAY, "delay=0ms"]
             self._start_relay(relay, [[f"tcp://{host}:{port}", listener.fileno()]], pass_fds=[listener.fileno()])
 
     def ended(self) -> dict[str, int]:
@@ -230,23 +221,22 @@ class LoopbackRing:
         has_keys = all(node.public_key and (keys / f"{node.name}.key").exists() for node in topology.nodes)
         security["keys"] = str(keys if has_keys else self.folder.resolve() / "keys")
         if not has_keys:
+            public = {} if topology.security.insecure else make_keys(Path(security["keys"]), self._names)
             for node in data["nodes"]:
                 node.pop("public_key", None)
+                node |= {"public_key": public[node["name"]]} if public else {}
         self.file.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        if not has_keys and not topology.security.insecure:
-            with contextlib.redirect_stderr(io.StringIO()):  # what it says is for who makes them by hand
-                make_missing_keys(self.file, (), dry_run=False)
 
     def _start_capture(self, file: Path) -> None:
         inside, arguments = self._network.capture()
-        command = [*inside, *_DIES_WITH_US, sys.executable, "-P", str(HERE / "capture.py"), str(file), *arguments]
+        command = [*inside, *_DIES_WITH_US, *CAPTURE, str(file), *arguments]
         self._capturing = process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
         assert process.stdout is not None  # PIPE was asked for
         if process.stdout.readline() != b"captures\n":
             _, errors = process.communicate()
-            raise ConfigError(f"--capture {file}: {_last_line(errors)}; it needs root, and a file that can be written")
+            raise ConfigError(f"--capture {file}: {last_line(errors)}; it needs root, and a file that can be written")
 
     def _slow_down(self, link: Link) -> None:
         assert isinstance(self._network, Namespaces)
@@ -259,7 +249,7 @@ class LoopbackRing:
             command, targets = self._network.relay(link, ports)
         except NoNamespacesError as error:
             raise ConfigError(f"--link {link}: {error}") from None
-        self._start_relay([*command, *MDIQ, "relay", "--link", link.shape], targets)
+        self._start_relay([*command, *RELAY, link.shape], targets)
 
     def _start_relay(self, command: Sequence[str], targets: object, **options: Any) -> None:
         """Start a relay's process, which ends with its standard input; return when it listens."""
@@ -273,7 +263,7 @@ class LoopbackRing:
             relay.stdin.write(json.dumps(targets).encode() + b"\n")
             relay.stdin.flush()
         if not relay.stdout.readline():
-            raise RingError(f"a link's relay does not start: {_last_line(relay.stderr.read())}")
+            raise RingError(f"a link's relay does not start: {last_line(relay.stderr.read())}")
 
     def _popen(self, name: str, command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
         return subprocess.Popen(
@@ -340,90 +330,5 @@ def _kill(process: "subprocess.Popen[Any]") -> None:
                 pipe.close()
 
 
-def _last_line(text: bytes) -> str:
+def last_line(text: bytes) -> str:
     return next(reversed(text.decode(errors="replace").strip().splitlines()), "it says nothing")
-
-
-# --- command line ---------------------------------------------------------------------------------------------------
-
-
-class _Signalled(BaseException):
-    """SIGINT or SIGTERM has come."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-def say(text: str) -> None:
-    """Tell the operator; standard output is the Starter's."""
-    sys.stderr.write(f"loopback.py: {text}\n")
-    sys.stderr.flush()
-
-
-def run(ring: LoopbackRing, command: Sequence[str], *, opens_api: bool) -> int:
-    """Run the Starter's command to its end beside the Nodes, and return its exit code."""
-    with ring:
-        if ring.is_plain:
-            say(f"no networks of their own ({ring.why_plain}): the nodes share loopback")
-        for name, address in ring.addresses.items():
-            say(f"{name} is at {address}")
-        if opens_api:
-            ring.open_api()
-        starter = ring.start(ring.starter, command)
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = starter.wait(POLL_S)
-                return code if code >= 0 else 128 - code
-            for name, code in ring.ended().items():
-                how = f"exit code {code}" if code >= 0 else f"signal {-code}"
-                say(f"{name} has ended with {how}: {_last_line(ring.log(name).read_bytes())}")
-
-
-def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="loopback.py",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=f"The Starter's command stands behind --; {{topology}} in it is the file to use. Default: {STARTER}",
-    )
-    parser.add_argument("topology", type=Path, help="the topology's YAML")
-    parser.add_argument("--folder", type=Path, help="keep copy, keys, logs and caches there (default: nothing is kept)")
-    parser.add_argument("--link", metavar="SPEC", action="append", default=[], help=f"a slow hop, {LINK}; repeat")
-    parser.add_argument("--capture", metavar="FILE", type=Path, help="copy all packets there, for Wireshark")
-    parser.add_argument("--open-api", action="store_true", help="let this machine reach the Starter's api.port")
-    parser.add_argument("--plain", action="store_true", help="share loopback, also where networks can be had")
-    here = argv.index("--") if "--" in argv else len(argv)
-    return parser.parse_args(argv[:here]), list(argv[here + 1 :]) or shlex.split(STARTER)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    arguments, command = _arguments(sys.argv[1:] if argv is None else argv)
-
-    def stop(number: int, _: object) -> None:
-        raise _Signalled(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    with contextlib.ExitStack() as stack:
-        try:
-            folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mdiq-")))
-            ring = LoopbackRing(
-                arguments.topology,
-                folder,
-                links=parse_links(arguments.link),
-                capture=arguments.capture,
-                plain=arguments.plain,
-            )
-            return run(ring, command, opens_api=arguments.open_api)
-        except MdiqError as error:
-            for line in str(error).splitlines():
-                say(line)
-            return error.exit_code
-        except _Signalled as signalled:
-            say("interrupted")
-            return 128 + signalled.number
-
-
-if __name__ == "__main__":
-    sys.exit(main())

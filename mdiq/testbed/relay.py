@@ -17,13 +17,13 @@ from collections import deque
 from collections.abc import Callable
 
 from mdiq.errors import ConfigError, TransportError
-from mdiq.transport.link_shape import DelayLine, LinkShape, parse_link
+from mdiq.testbed.link_shape import DelayLine, LinkShape, parse_link
 
 Clock = Callable[[], float]
 Draw = Callable[[], float]
 
-MOST_CHUNK_BYTES = 64 * 1024
-LEAST_CHUNK_BYTES = 1448  # what a TCP segment carries over Ethernet
+MAX_CHUNK_BYTES = 64 * 1024
+MIN_CHUNK_BYTES = 1448  # what a TCP segment carries over Ethernet
 CHUNK_S = 1e-3  # a piece is passed on as a whole: at most so much of the link's time
 UNLIMITED_BUFFER_BYTES = 32 << 20
 QUEUE_BYTES = 64 * 1024  # what waits in front of a link beside what travels on it: little, as in a good router
@@ -33,8 +33,8 @@ START_TIMEOUT_S = 30.0
 def chunk_bytes(shape: LinkShape) -> int:
     """Return how many bytes are read at once."""
     if not shape.bandwidth_bit_per_s:
-        return MOST_CHUNK_BYTES
-    return min(max(round(shape.bandwidth_bit_per_s * CHUNK_S / 8), LEAST_CHUNK_BYTES), MOST_CHUNK_BYTES)
+        return MAX_CHUNK_BYTES
+    return min(max(round(shape.bandwidth_bit_per_s * CHUNK_S / 8), MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
 
 
 def buffer_bytes(shape: LinkShape) -> int:
@@ -72,7 +72,7 @@ class Relay:
         listener = self._listener or socket.create_server(("127.0.0.1", 0))
         # Connections inherit it: what waits in the kernel in front of the link is not shaped, so it should be little.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, QUEUE_BYTES)
-        self._server = await asyncio.start_server(self._accept, sock=listener, limit=MOST_CHUNK_BYTES)
+        self._server = await asyncio.start_server(self._accept, sock=listener, limit=MAX_CHUNK_BYTES)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def aclose(self) -> None:
@@ -99,7 +99,7 @@ class Relay:
 
     async def _join(self, near_reader: asyncio.StreamReader, near_writer: asyncio.StreamWriter) -> None:
         """Pass bytes both ways until one side ends; then both are closed."""
-        far_reader, far_writer = await asyncio.open_connection(*self._target, limit=MOST_CHUNK_BYTES)
+        far_reader, far_writer = await asyncio.open_connection(*self._target, limit=MAX_CHUNK_BYTES)
         try:
             for writer in (near_writer, far_writer):
                 writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -131,7 +131,7 @@ class _Way:
     def __init__(self, shape: LinkShape, clock: Clock, draw: Draw) -> None:
         self._line = DelayLine(shape)
         self._chunk_bytes = chunk_bytes(shape)
-        self._most_bytes = buffer_bytes(shape)
+        self._max_bytes = buffer_bytes(shape)
         self._clock = clock
         self._draw = draw
         self._pieces: deque[tuple[float, bytes]] = deque()
@@ -142,7 +142,7 @@ class _Way:
         """Take bytes in until the stream ends; the empty piece marks its end."""
         while True:
             data = await reader.read(self._chunk_bytes)
-            while data and self._num_bytes and self._num_bytes + len(data) > self._most_bytes:
+            while data and self._num_bytes and self._num_bytes + len(data) > self._max_bytes:
                 self._changed.clear()
                 await self._changed.wait()
             self._pieces.append((self._line.release_s(len(data), self._clock(), self._draw()), data))
@@ -186,7 +186,7 @@ class RelayProcess:
             TransportError: the process does not come up.
         """
         child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "mdiq", "relay", "--link", str(shape)),
+            *(sys.executable, "-P", "-m", "mdiq.testbed.relay", str(shape)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
@@ -249,3 +249,10 @@ def _host_and_port(endpoint: str) -> tuple[str, int]:
     if not endpoint.startswith("tcp://") or not host or not port.isdigit():
         raise ConfigError(f"relay: {endpoint!r} is not tcp://HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+if __name__ == "__main__":
+    try:
+        serve(sys.argv[1])
+    except ConfigError as error:
+        sys.exit(f"relay: {error}")

@@ -1,4 +1,4 @@
-"""nodes/loopback.py without a model: networks, addresses, slow hops, the copy of the file, and what is left behind."""
+"""Topologies on one machine, no model: networks, addresses, slow hops, the copy of the file, and what is left."""
 
 import os
 import re
@@ -15,14 +15,14 @@ import yaml
 import zmq
 
 from mdiq.cli.check import check
+from mdiq.cli.keys import execute as make_missing_keys
 from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
-from nodes import loopback
-from nodes.loopback import LoopbackRing, parse_links
-from nodes.networks import Link, Namespaces, NoNamespacesError, why_no_namespaces
+from mdiq.testbed import loopback
+from mdiq.testbed.loopback import LoopbackRing, parse_links
+from mdiq.testbed.networks import Link, Namespaces, NoNamespacesError, why_no_namespaces
 from tests.streams import read_streams
 
-SCRIPT = Path(loopback.__file__)
 WAIT_S = 20.0
 LISTEN = """
 import socket, sys
@@ -205,7 +205,7 @@ def test_keys_are_made_where_private_ones_are_missing(topology: Path, tmp_path: 
 
 
 def test_keys_that_are_there_are_used(topology: Path, tmp_path: Path) -> None:
-    loopback.make_missing_keys(topology, (), dry_run=False)
+    make_missing_keys(topology, (), dry_run=False)
     with LoopbackRing(topology, tmp_path / "ring", without=WORKERS) as ring:
         mine, theirs = (load_topology(file) for file in (ring.file, topology))
         assert [n.public_key for n in mine.topology.nodes] == [n.public_key for n in theirs.topology.nodes]
@@ -263,7 +263,7 @@ def test_a_failure_in_the_middle_of_the_start_leaves_nothing(topology: Path, tmp
 
 
 def script(*arguments: str | Path, **options: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    command = [sys.executable, "-m", "mdiq.testbed", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -274,16 +274,16 @@ def test_the_starters_command_runs_beside_the_nodes_and_its_exit_code_is_the_scr
     assert process.returncode == 3
     addresses = [node["address"] for node in yaml.safe_load(out)["nodes"]]
     for name, address in zip(("desk", *WORKERS), addresses, strict=True):
-        assert f"loopback.py: {name} is at {address}\n" in errors
+        assert f"loopback: {name} is at {address}\n" in errors
 
 
 def test_a_node_that_dies_is_told_with_its_last_words(topology: Path, tmp_path: Path) -> None:
-    loopback.make_missing_keys(topology, (), dry_run=False)
+    make_missing_keys(topology, (), dry_run=False)
     (tmp_path / "keys" / "pi1.key").chmod(0o644)
     process = script(topology, "--", sys.executable, "-c", "import sys; sys.stdin.read()", stdin=subprocess.PIPE)
     assert process.stderr is not None and process.stdin is not None
     line = next(line for line in process.stderr if "has ended" in line)
-    assert re.match(r"loopback.py: pi1 has ended with exit code 2: mdiq: .*pi1\.key: .*chmod 600", line)
+    assert re.match(r"loopback: pi1 has ended with exit code 2: mdiq: .*pi1\.key: .*chmod 600", line)
     process.communicate("", timeout=WAIT_S)
     assert process.returncode == 0
 

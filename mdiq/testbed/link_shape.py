@@ -9,8 +9,8 @@ from mdiq.errors import ConfigError
 EXAMPLE = "delay=20ms,bandwidth=10mbit,jitter=5ms"
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BITS_PER_S = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_MOST_DELAY_S = 10.0
-_LEAST_BIT_PER_S = 1e4
+_MAX_DELAY_S = 10.0
+_MIN_BIT_PER_S = 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,12 @@ def parse_link(text: str) -> LinkShape:
             raise _error(text, f"{name} must be a number with one of the units {', '.join(units)}")
         values[name] = float(match[1]) * units[match[2]]
     shape = LinkShape(values.get("delay", 0.0), values.get("jitter", 0.0), values.get("bandwidth", 0.0))
-    if shape.delay_s > _MOST_DELAY_S:
-        raise _error(text, f"delay is more than {_MOST_DELAY_S:g} s")
+    if shape.delay_s > _MAX_DELAY_S:
+        raise _error(text, f"delay is more than {_MAX_DELAY_S:g} s")
     if shape.jitter_s > shape.delay_s:
         raise _error(text, "jitter is more than delay, and no bit arrives before it is sent")
-    if "bandwidth" in values and not _LEAST_BIT_PER_S <= shape.bandwidth_bit_per_s < math.inf:
-        raise _error(text, f"bandwidth must be {_LEAST_BIT_PER_S / 1e3:g}kbit or more")
+    if "bandwidth" in values and not _MIN_BIT_PER_S <= shape.bandwidth_bit_per_s < math.inf:
+        raise _error(text, f"bandwidth must be {_MIN_BIT_PER_S / 1e3:g}kbit or more")
     return shape
 
 

@@ -10,11 +10,10 @@ import pytest
 import zmq.asyncio
 
 from mdiq.errors import ConfigError, TransportError
-from mdiq.transport.link_shape import LinkShape
-from mdiq.transport.push_pull import PullSource, PushSink
-from mdiq.transport.relay import (
-    LEAST_CHUNK_BYTES,
-    MOST_CHUNK_BYTES,
+from mdiq.testbed.link_shape import LinkShape
+from mdiq.testbed.relay import (
+    MAX_CHUNK_BYTES,
+    MIN_CHUNK_BYTES,
     QUEUE_BYTES,
     UNLIMITED_BUFFER_BYTES,
     Relay,
@@ -23,6 +22,7 @@ from mdiq.transport.relay import (
     buffer_bytes,
     chunk_bytes,
 )
+from mdiq.transport.push_pull import PullSource, PushSink
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -153,10 +153,10 @@ async def test_a_target_that_is_not_there_closes_the_connection() -> None:
 
 
 def test_pieces_are_small_on_slow_links() -> None:
-    assert chunk_bytes(LinkShape()) == MOST_CHUNK_BYTES
-    assert chunk_bytes(LinkShape(bandwidth_bit_per_s=1e9)) == MOST_CHUNK_BYTES
+    assert chunk_bytes(LinkShape()) == MAX_CHUNK_BYTES
+    assert chunk_bytes(LinkShape(bandwidth_bit_per_s=1e9)) == MAX_CHUNK_BYTES
     assert chunk_bytes(LinkShape(bandwidth_bit_per_s=1e8)) == 12_500
-    assert chunk_bytes(LinkShape(bandwidth_bit_per_s=1e6)) == LEAST_CHUNK_BYTES
+    assert chunk_bytes(LinkShape(bandwidth_bit_per_s=1e6)) == MIN_CHUNK_BYTES
 
 
 def test_the_buffer_holds_what_travels_and_little_more() -> None:

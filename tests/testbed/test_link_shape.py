@@ -1,7 +1,7 @@
 import pytest
 
 from mdiq.errors import ConfigError
-from mdiq.transport.link_shape import DelayLine, LinkShape, parse_link
+from mdiq.testbed.link_shape import DelayLine, LinkShape, parse_link
 
 
 @pytest.mark.parametrize(

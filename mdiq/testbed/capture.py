@@ -1,6 +1,6 @@
-"""Copies what crosses the network of nodes/loopback.py into a file that Wireshark and tcpdump read.
+"""Copies what crosses the network of loopback.py into a file that Wireshark and tcpdump read.
 
-    python nodes/capture.py FILE [BRIDGE | NETWORK]
+    python -m mdiq.testbed.capture FILE [BRIDGE | NETWORK]
 
 It runs in the namespace of a bridge (br0, if no name is given) and takes each packet once; with a network, 127.0.0.0/8,
 it takes the packets of those addresses on loopback. It says ``captures`` when it has begun, and ends by SIGTERM;
@@ -22,7 +22,7 @@ _ETH_P_ALL = 0x0003
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h; Python has no name for it
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _BUFFER_BYTES = 128 << 20
-_MOST_FRAME_BYTES = 256 << 10  # with offloading a frame is far longer than the link's MTU
+_MAX_FRAME_BYTES = 256 << 10  # with offloading a frame is far longer than the link's MTU
 _IPV4 = b"\x08\x00"
 
 
@@ -40,7 +40,7 @@ def main(file: Path, where: str = BRIDGE) -> int:
             tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         except PermissionError:
             tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
-        out.write(struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, _MOST_FRAME_BYTES, 1))  # pcap; 1: Ethernet
+        out.write(struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, _MAX_FRAME_BYTES, 1))  # pcap; 1: Ethernet
         sys.stdout.write("captures\n")
         sys.stdout.flush()
         for frame in _frames(tap, network, where, signals):
@@ -58,7 +58,7 @@ def _frames(
     tap.settimeout(QUIET_S)
     while True:
         try:
-            frame, (interface, _, kind, *_) = tap.recvfrom(_MOST_FRAME_BYTES)
+            frame, (interface, _, kind, *_) = tap.recvfrom(_MAX_FRAME_BYTES)
         except TimeoutError:
             if signals:
                 return  # all that had come before the signal is written

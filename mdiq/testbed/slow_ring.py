@@ -1,0 +1,44 @@
+"""Rings on this machine that run as slowly as devices and their network do."""
+
+from collections.abc import Sequence
+
+from mdiq.testbed.cpu_quota import CpuQuota
+from mdiq.testbed.link_shape import LinkShape
+from mdiq.testbed.relay import RelayProcess
+
+
+class SlowRing:
+    """Slows one Ring down; see runtime/options.py's Slowdown.
+
+    link: what every Hop between processes is like; None leaves it as it is.
+    cpu: CPU time of each Node in cores, where control groups allow it; None sets no limit.
+    """
+
+    def __init__(self, link: LinkShape | None = None, cpu: float | None = None) -> None:
+        self._link, self._cpu = link, cpu
+        self._quotas: list[CpuQuota] = []
+        self._relays: RelayProcess | None = None
+
+    async def slow_hops(self, endpoints: Sequence[str]) -> list[str]:
+        """Return an endpoint for each of these, with a slow link between the two."""
+        if self._link is None:
+            return [*endpoints]
+        self._relays = await RelayProcess.start(self._link, [*endpoints])
+        return self._relays.endpoints
+
+    def slow_node(self, name: str, pid: int) -> None:
+        """Limit the CPU time of a Node's process.
+
+        Raises:
+            ConfigError: this machine does not let this process do so.
+        """
+        if self._cpu is not None:
+            self._quotas.append(CpuQuota.create(name, self._cpu))
+            self._quotas[-1].add(pid)
+
+    async def aclose(self) -> None:
+        """Remove all of it; the processes have ended, but for this one."""
+        while self._quotas:
+            self._quotas.pop().close()
+        if self._relays is not None:
+            await self._relays.aclose()
