@@ -98,15 +98,6 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What a Node must do to get from one Plan to another."""
-
-    node: NodeId
-    load: tuple[LayerRange, ...]
-    unload: tuple[LayerRange, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Who holds what, and what is predicted of it. Stages and Hops are in the Ring's order, the Starter first.
 
@@ -141,20 +132,6 @@ class Plan:
     def layers(self, node: NodeId) -> LayerRange | None:
         """Return the Layers of a Node, or None when it has none."""
         return next((stage.layers for stage in self.stages if stage.node == node), None)
-
-    def diff(self, other: "Plan") -> tuple[Change, ...]:
-        """Return what each Node must load and unload to get from this Plan to the other; Nodes that stay are not in it.
-
-        The Starter holds embedding and head in both.
-        """
-        names = dict.fromkeys(stage.node for plan in (other, self) for stage in plan.stages)
-        changes = (
-            Change(
-                name, _without(other.layers(name), self.layers(name)), _without(self.layers(name), other.layers(name))
-            )
-            for name in names
-        )
-        return tuple(change for change in changes if change.load or change.unload)
 
 
 def make_plan(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> Plan:
@@ -303,13 +280,3 @@ def _full_node(
         return None
     gains = {i: faster[0][i] - n for i, n in enumerate(split) if n == most[i]}
     return nodes[max(gains, key=lambda i: gains[i])].name
-
-
-def _without(layers: LayerRange | None, others: LayerRange | None) -> tuple[LayerRange, ...]:
-    """Return what is in the first range and not in the second."""
-    if layers is None:
-        return ()
-    if others is None or others.stop <= layers.start or layers.stop <= others.start:
-        return (layers,)
-    ends = ((layers.start, others.start), (others.stop, layers.stop))
-    return tuple(LayerRange(start, stop) for start, stop in ends if start < stop)

@@ -40,13 +40,13 @@ class AdminServer:
         self._lock: int | None = None
 
     async def __aenter__(self) -> "AdminServer":
-        try:
-            return await self._open()
-        except BaseException:
-            self._unlock()
-            raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unlock)
+            await self._open()
+            undo.pop_all()
+        return self
 
-    async def _open(self) -> "AdminServer":
+    async def _open(self) -> None:
         try:
             folder = self._path.parent
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -65,7 +65,6 @@ class AdminServer:
                 os.umask(before)
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}; mdiq status needs this socket file") from None
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._server is not None:
@@ -92,7 +91,7 @@ class AdminServer:
                 question = json.loads(await reader.readline())
             command = self._commands[question["do"]]
         except (TimeoutError, ValueError, KeyError, TypeError, RecursionError):
-            return {"error": f"that is no question; one of {', '.join(self._commands)} is"}
+            return {"error": f"unknown command; use one of {', '.join(self._commands)}"}
         try:
             return {"ok": await command(question)}
         except MdiqError as error:

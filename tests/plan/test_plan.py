@@ -9,7 +9,7 @@ from mdiq.errors import PlanError
 from mdiq.plan.fixed_tables import mdi_split
 from mdiq.plan.micro_batches import Curve, plan_micro_batches
 from mdiq.plan.partition import Goal, Objective
-from mdiq.plan.plan import Change, LeftOut, Limit, LimitKind, Why, make_plan, plan_split
+from mdiq.plan.plan import LeftOut, Limit, LimitKind, Why, make_plan, plan_split
 from mdiq.plan.profile import HopProfile, Links, NodeProfile
 from mdiq.plan.split import split_layers
 from tests.plan.profiles import BARE, MIB, MODEL, node
@@ -180,36 +180,6 @@ def test_a_split_by_hand_may_leave_a_node_out() -> None:
     plan = plan_split(MODEL, [node("a"), node("b", memory_mib=100), node("c")], LINKS, USERS, (10, 0, 22))
     assert [stage.node for stage in plan.stages] == [A, C]
     assert plan.left_out == ()
-
-
-def test_the_way_to_another_plan_loads_only_what_is_new() -> None:
-    nodes = [node("a"), node("b"), node("c")]
-    old = plan_split(MODEL, nodes, LINKS, USERS, (10, 12, 10))
-    assert old.diff(old) == ()
-    assert old.diff(plan_split(MODEL, nodes, LINKS, USERS, (12, 10, 10))) == (
-        Change(A, (LayerRange(10, 12),), ()),
-        Change(B, (), (LayerRange(10, 12),)),
-    )
-    assert old.diff(plan_split(MODEL, nodes, LINKS, USERS, (22, 0, 10))) == (
-        Change(A, (LayerRange(10, 22),), ()),
-        Change(B, (), (LayerRange(10, 22),)),
-    )
-    # Node b is in the middle of what it had, and c has others.
-    assert plan_split(MODEL, nodes, LINKS, USERS, (2, 28, 2)).diff(
-        plan_split(MODEL, nodes, LINKS, USERS, (8, 2, 22))
-    ) == (
-        Change(A, (LayerRange(2, 8),), ()),
-        Change(B, (), (LayerRange(2, 8), LayerRange(10, 30))),
-        Change(C, (LayerRange(10, 30),), ()),
-    )
-
-
-def test_a_node_that_moves_elsewhere_in_the_model_loads_all_anew() -> None:
-    nodes = [node("a"), node("b"), node("c")]
-    plan = plan_split(MODEL, nodes, LINKS, USERS, (10, 2, 20))
-    assert plan.diff(plan_split(MODEL, nodes, LINKS, USERS, (2, 4, 26)))[1] == Change(
-        B, (LayerRange(2, 6),), (LayerRange(10, 12),)
-    )
 
 
 def test_a_slow_line_makes_prompts_slow() -> None:

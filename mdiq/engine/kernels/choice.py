@@ -4,12 +4,10 @@ No kernel is the fastest everywhere: it depends on the CPU's instructions, on th
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
-from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from mdiq.engine.device import cpu_name, is_out_of_memory
 from mdiq.engine.formats.gguf_blocks import BLOCK, GROUP
 from mdiq.engine.formats.quantize import VERSION, PackedFile, num_hot, written
 from mdiq.engine.kernels.linear import KERNELS, Kernel, Linear, StackedLinear
+from mdiq.engine.program import engine_digest
 from mdiq.errors import EngineError
 
 BATCH_CLASSES = (1, 8, 64)
@@ -48,7 +47,7 @@ class KernelChoice:
                 kernels,
                 cpu_name(),
                 f"torch {torch.__version__}",
-                f"mdiq {mdiq.__version__} {_code_digest()}",
+                f"mdiq {mdiq.__version__} {engine_digest()}",
                 f"{torch.get_num_threads()} threads",
                 f"packing {VERSION}",
             )
@@ -186,14 +185,6 @@ def _random_matrix(weights: str, shape: tuple[int, int]) -> dict[str, torch.Tens
         return nibbles | {"w.high": high, "w.scales": scales, "w.d": torch.full(groups, 0.001, dtype=torch.float16)}
     # With offsets, as most matrices have them: some kernels pay for them.
     return nibbles | {"w.scale": torch.full(blocks, 0.01), "w.offset": torch.full(blocks, 0.01)}
-
-
-@cache
-def _code_digest() -> str:
-    """Return a mark of the kernels' code and of how they are timed: a change to either asks for new ones."""
-    folder = Path(__file__).parent
-    files = [Path(__file__), folder / "linear.py", *sorted(folder.glob("llvm_*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def _is_complete(times: object) -> bool:

@@ -364,7 +364,7 @@ def test_the_kernel_is_the_one_that_was_measured_fastest_of_those_with_the_same_
 
 def test_kernels_whose_code_changed_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     KernelChoice(exact=True, folder=tmp_path).times("int8", (32, 64))
-    monkeypatch.setattr("mdiq.engine.kernels.choice._code_digest", lambda: "other code")
+    monkeypatch.setattr("mdiq.engine.kernels.choice.engine_digest", lambda: "other code")
     KernelChoice(exact=True, folder=tmp_path).times("int8", (32, 64))
     before, after = (key.split("|") for key in json.loads((tmp_path / "kernels.json").read_text()))
     assert [part for part in after if part not in before] == [f"mdiq {mdiq.__version__} other code"]
