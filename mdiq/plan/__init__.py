@@ -1,1 +1,1 @@
-"""From measurements to decisions: who holds which layers, how many Segments a Batch takes. Pure."""
+"""From measurements to decisions: which Node holds which layers, how many Segments a Batch takes. Pure."""

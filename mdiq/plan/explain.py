@@ -1,6 +1,6 @@
-"""A Plan as a table that one can argue with: its figures, those of other splits, and what a Node more or less would do.
+"""A Plan as a table for review: its figures, those of other splits, and the effect of one Node more or less.
 
-explain() gives plain values, render() a text of them; colours and JSON are the command line's.
+explain() returns plain values, render() text; colours and JSON are left to the command line.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _HEADINGS = ("node", "layers", "at most", "share %", "stage ms", "busy %", "weig
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A Stage in the table; share: of the model's Layers; max_layers: that its memory permits."""
+    """A Stage in the table; share: of the model's Layers; max_layers: limit from its memory."""
 
     node: NodeId
     layers: str
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """Another Ring and its rate, by the goal's objective; None where it cannot be, and then ``why``."""
+    """Another Ring and its rate, by the goal's objective; None where it is impossible, for the reason ``why``."""
 
     name: str
     rate: float | None
@@ -45,10 +45,10 @@ class WhatIf:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """All that is said of a Plan.
+    """The figures of a Plan and of its alternatives.
 
-    num_needed: Nodes that the memory limits make necessary, the Starter among them. held: Layers that each could hold.
-    splits: other ways to share the Layers. one_more: a further device of a Node's kind. without: a Node less.
+    num_needed: minimum number of Nodes under the memory limits, with the Starter. held: Layers that each could hold.
+    splits: other splits of the Layers. one_more: with a second device of a Node's kind. without: with one Node less.
     """
 
     plan: Plan
@@ -61,7 +61,7 @@ class Explanation:
 
 
 def explain(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> Explanation:
-    """Return the best Plan for these Nodes, the Starter first, and what there is to say of it.
+    """Return the best Plan for these Nodes, the Starter first, with its alternatives.
 
     Raises:
         PlanError: the model does not fit.
@@ -136,9 +136,9 @@ def _what_if(name: str, model: ModelShape, nodes: Sequence[NodeProfile], links: 
 
 
 def render(explanation: Explanation, *, with_more: bool = True) -> str:
-    """Return the explanation as a text of at most 120 columns, but for long names.
+    """Return the explanation as text of at most 120 columns, except for long names.
 
-    with_more: also what other splits, and a Node more or less, would do.
+    with_more: include other splits, and one Node more or less.
     """
     plan = explanation.plan
     goal, model = plan.goal, plan.model
@@ -212,7 +212,7 @@ def _kv(plan: Plan) -> str:
 
 
 def _memory(explanation: Explanation) -> Iterator[str]:
-    """Say why a Ring is needed, where one Node could not do it."""
+    """Explain why a Ring is needed, if one Node is too small."""
     model, goal = explanation.plan.model, explanation.plan.goal
     if explanation.num_needed > 1:
         held = ", ".join(f"{name} {layers}" for name, layers in explanation.held)

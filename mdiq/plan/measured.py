@@ -1,7 +1,7 @@
-"""From what the Stages of a Ring measured to what the planner is told, and to a file that keeps it.
+"""Convert the measurements of a Ring's Stages to Profiles for the planner, and store them in a file.
 
-A Stage measures its forward with the Layers that it has. A Layer's cost follows from it, since Layers are alike; of the
-Starter's forward the head is taken away first, which it measures apart.
+A Stage measures its forward with the Layers that it has. Layers are alike, so this gives the cost of a Layer; the head,
+which the Starter measures separately, is first subtracted from its forward.
 """
 
 import json
@@ -23,10 +23,10 @@ _MIN_S = 1e-7  # of a Layer: noise may make the head longer than the forward tha
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStage:
-    """A Stage as it serves.
+    """The measurements of a serving Stage.
 
-    rss_bytes: of its process; free_bytes: what its device leaves beside that; peak_bytes: what its process took at most
-    while it loaded, 0 where nobody knows. cpu: its kind of processor, empty where nobody knows.
+    rss_bytes: of its process; free_bytes: still free on its device; peak_bytes: peak memory of its process while it
+    loaded, 0 if unknown. cpu: its kind of processor, empty if unknown.
     """
 
     name: str
@@ -42,7 +42,7 @@ class MeasuredStage:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRing:
-    """A Ring as it serves: Stages in its order, the Starter first, and format and link of each Hop.
+    """The measurements of a serving Ring: Stages in its order, the Starter first, and format and link of each Hop.
 
     num_layers: of the model, which may be more than the Stages have. head: seconds of the Starter's head, by rows.
     """
@@ -56,16 +56,16 @@ class MeasuredRing:
 
 @dataclass(frozen=True, slots=True)
 class Profiles:
-    """What is known of a model and of Nodes that served it; those of Nodes that are in no Ring any more stay."""
+    """The Profiles of a model and of Nodes that served it, including Nodes that are no longer in a Ring."""
 
     model: ModelShape
     nodes: Mapping[str, NodeProfile]
     links: Links = field(default_factory=Links)
 
     def unknown(self, names: Sequence[str]) -> list[str]:
-        """Return which of these Nodes, the Starter first, have yet to measure what a Ring of them needs to know.
+        """Return which of these Nodes, the Starter first, still lack a measurement that their Ring needs.
 
-        A Node that becomes the Starter is one of them: it has not measured the head.
+        A Node that becomes the Starter is one of them if it has not measured the head.
         """
         return [
             name for i, name in enumerate(names) if name not in self.nodes or (i == 0 and self.nodes[name].head is None)
@@ -74,7 +74,7 @@ class Profiles:
     def of(self, names: Sequence[str], limits: Mapping[str, int | None]) -> list[NodeProfile] | None:
         """Return the Profiles of these Nodes, the Starter first, or None when one is not known.
 
-        limits: most bytes of some of them.
+        limits: maximum bytes of some of them.
         """
         if self.unknown(names):
             return None
@@ -86,7 +86,7 @@ class Profiles:
 
 
 def differing_kinds(cpus: Mapping[str, str]) -> str:
-    """Return which Nodes have which kind of CPU, or "" where all that is known is one kind. cpus: by Node."""
+    """Return which Nodes have which kind of CPU, or "" if all known kinds are the same. cpus: by Node."""
     kinds = sorted({cpu for cpu in cpus.values() if cpu})
     if len(kinds) < 2:
         return ""
@@ -94,7 +94,7 @@ def differing_kinds(cpus: Mapping[str, str]) -> str:
 
 
 def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None) -> Profiles | None:
-    """Return what a Ring tells, and what was known before; None for a Ring of one Node: it tells no Layer's weight."""
+    """Return the Profiles of a Ring merged with earlier ones; None for one Node, which does not show a Layer's bytes."""
     starter, *workers = ring.stages
     if not workers:
         return before
@@ -141,14 +141,14 @@ def _node(stage: MeasuredStage, head: Curve | None) -> NodeProfile:
         layer_decode=per_layer(stage.cost.decode, head),
         layer_prompt=per_layer(stage.cost.prompt, one_row),
         head=head,
-        # A process that is over its limit while it loads is ended, however little it takes later.
+        # A process that exceeds its limit while it loads is killed, however little it takes later.
         process_bytes=max(max(stage.rss_bytes, stage.peak_bytes) - stage.weight_bytes, 0),
         cpu=stage.cpu,
     )
 
 
 def to_json(profiles: Profiles) -> str:
-    """Return a text that from_json reads."""
+    """Return JSON text for from_json."""
     model = profiles.model
     value = {
         "version": VERSION,
@@ -177,7 +177,7 @@ _SIZES = ("num_layers", "layer_bytes", "ends_bytes", "kv_bytes", "row_bytes")
 
 
 def from_json(text: str) -> Profiles | None:
-    """Return what to_json wrote, or None for anything else: it is measured again then."""
+    """Return the Profiles that to_json wrote, or None for anything else: they are then measured again."""
     try:
         value: Any = json.loads(text)
         if value["version"] != VERSION:

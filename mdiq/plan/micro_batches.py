@@ -1,18 +1,17 @@
-"""How many Segments a Batch may take, so that the live Sequences spread over the Stages. The choice is coalesce.py's.
+"""How many Segments a Batch may take, so that the live Sequences spread over the Stages. coalesce.py chooses them.
 
 If every Stage takes all that waits, the live Sequences clump into one Batch: one Stage works and the others idle, and
-the clump never breaks. With S Sequences in G micro-batches of sizes b (some S // G, the others one more), a Stage that
-needs t_i(b) seconds for b Sequences, and hops of h seconds in all,
+the clump never breaks up. With S Sequences in G micro-batches of sizes b (some S // G, the others one more), Stages
+that need t_i(b) seconds for b Sequences, and hops of h seconds in all,
 
     rate(G) = S / |max_i sum_b t_i(b), sum_i t_i(max b) + h|
 
 since every Stage serves every micro-batch once a Lap, and a Lap cannot be shorter than its parts. A Hop whose bytes
 take time counts as one more Stage, with the seconds that its line is busy; its delay is part of h. |x, y| is a
-maximum with a rounded corner: times vary, and where both parts are equally long each waits for the other. A single
-micro-batch waits for nobody: its rate is S / Lap. G is the
-number in flight: with equal Stages and a long way it comes to N (1 + delay / stage time), so delay costs latency and
-not throughput, as long as there are Sequences enough. tests/core/test_convoy.py compares the cap that follows with
-taking one and taking all in a simulated Ring.
+smooth maximum: times vary, and where both parts are equally long each waits for the other. A single micro-batch never
+waits: its rate is S / Lap. G is the number in flight: with equal Stages and a long delay it is about
+N (1 + delay / stage time), so delay costs latency and not throughput, as long as there are enough Sequences.
+tests/core/test_convoy.py compares the resulting cap with taking one and taking all in a simulated Ring.
 """
 
 from collections.abc import Sequence
@@ -21,9 +20,9 @@ from itertools import pairwise
 
 _MIN_S = 1e-12  # keeps the rate finite when all costs were measured as 0
 MAX_LIVE = 256
-"""Sequences in the Ring that no Plan exceeds."""
+"""Maximum Sequences in the Ring under any Plan."""
 MIN_LIVE = 64
-"""Sequences that every Plan lets in: below that, waiting for a place would cost users more than a fuller Ring does."""
+"""Sequences that every Plan admits: below that, waiting for a place would cost users more than a fuller Ring does."""
 _CORNER = 8  # fitted to simulated Rings whose times vary by 20 %: the mean error of the rate is 1 to 2 %
 _GAIN = 1.05  # less than that is not worth more Sequences in the Ring
 
@@ -33,10 +32,10 @@ Points = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds by size, as measured: lines between the points, and the last line goes on behind them.
+    """Seconds by size, as measured: linear between the points, and extrapolated from the last line.
 
-    Times of larger sizes are taken to be no shorter. Where a noisy measurement says otherwise, both get their mean: the
-    nearest that do not fall (isotonic regression by pooling adjacent violators).
+    Times must not fall with the size. Where a noisy measurement does, both points get their mean (isotonic regression
+    by pooling adjacent violators).
     """
 
     points: Points
@@ -67,12 +66,12 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
-    """What the Plan makes of its measurements, for 1 to n live Sequences.
+    """The micro-batches that follow from the measurements, for 1 to n live Sequences.
 
     caps: entry i is the MicroBatch cap while i + 1 Sequences are live.
-    in_flight: entry i is G, the micro-batches that circulate then.
-    rates: entry i is the rate in tokens per second that is predicted then.
-    max_live: Sequences that are let in: as many as the Ring needs to be full, and never fewer than MIN_LIVE.
+    in_flight: entry i is G, the number of micro-batches in flight then.
+    rates: entry i is the rate predicted then, in tokens per second.
+    max_live: Sequences that are admitted: as many as fill the Ring, and at least MIN_LIVE.
     """
 
     caps: tuple[int, ...]
@@ -100,12 +99,12 @@ class Grouping:
         return self.size + (self.num_larger > 0)
 
     def busy_s(self, size_s: float, largest_s: float) -> float:
-        """Return what all micro-batches take together, from what one of ``size`` and one of ``largest`` take."""
+        """Return the seconds of all micro-batches together, from those of one of ``size`` and one of ``largest``."""
         return (self.num_batches - self.num_larger) * size_s + self.num_larger * largest_s
 
     def rate(self, busy_s: float, lap_s: float) -> float:
         """Return the tokens per second of a Ring whose slowest Stage is busy for ``busy_s`` a Lap of ``lap_s``."""
-        if self.num_batches == 1:  # it waits for nobody
+        if self.num_batches == 1:  # it never waits
             return self.num_live / max(lap_s, _MIN_S)
         return self.num_live / max(float((busy_s**_CORNER + lap_s**_CORNER) ** (1 / _CORNER)), _MIN_S)
 
@@ -118,14 +117,14 @@ def groupings(num_live: int) -> list[Grouping]:
 
 
 def best_grouping(costs: Sequence[Curve], hops_s: float, num_live: int) -> tuple[Grouping, float]:
-    """Return how Sequences are best grouped in a Ring with these costs, and the rate; see plan_micro_batches."""
+    """Return the best grouping of Sequences in a Ring with these costs, and the rate; see plan_micro_batches."""
     return _Times(costs, hops_s, num_live).best(num_live)
 
 
 def plan_micro_batches(costs: Sequence[Curve], hops_s: float, max_live: int | None = None) -> MicroBatches:
     """Return the caps for Stages with these costs of a decode Batch; ``hops_s`` is the sum over the Ring.
 
-    max_live: lets so many Sequences in, whatever the Ring needs.
+    max_live: admits so many Sequences, however many fill the Ring.
     """
     most = max_live or MAX_LIVE
     times = _Times(costs, hops_s, most)
@@ -140,7 +139,7 @@ def plan_micro_batches(costs: Sequence[Curve], hops_s: float, max_live: int | No
 
 
 class _Times:
-    """What a Ring's Stages take, by size - 1: all of them together, and each that is the slowest somewhere."""
+    """The Stages' seconds, by size - 1: of all Stages together, and of each Stage that is the slowest at some size."""
 
     def __init__(self, costs: Sequence[Curve], hops_s: float, most: int) -> None:
         rows = [tuple(curve.seconds(size) for size in range(1, most + 1)) for curve in costs]
@@ -155,7 +154,7 @@ class _Times:
 
     def best(self, num_live: int) -> tuple[Grouping, float]:
         """Return the Grouping with the highest rate; of equal ones that with the largest cap: fewer, larger Frames."""
-        if self._is_alone:  # nobody waits for anybody
+        if self._is_alone:  # a Ring of one Stage
             alone = Grouping(1, num_live, 0)
             return alone, alone.rate(0.0, self._laps_s[num_live - 1])
 
@@ -168,6 +167,6 @@ class _Times:
 
 
 def _full(rates: Sequence[float]) -> int:
-    """Return the least number of Sequences beyond which the Ring gains nothing that is worth it."""
+    """Return the smallest number of Sequences from which more of them gain less than _GAIN."""
     best = max(rates)
     return max(next(i for i, rate in enumerate(rates, 1) if rate * _GAIN >= best), min(MIN_LIVE, len(rates)))

@@ -1,13 +1,13 @@
-"""From the costs that the Nodes measured, and the way round the Ring, to the Ring's pace: caps and chunks.
+"""Compute the Ring's pace (caps and chunks) from the Nodes' measured costs and the delay of the Hops.
 
-A decode Segment waits at a Stage for the Batch that runs there and for nothing else of a prompt (see core/stage.py), so
-on a Lap it meets one chunk at every Stage. With S live Sequences, chunks of n tokens that take p_i(n) seconds, and
-t_i(b) seconds for b decode Segments,
+Of prompts, a decode Segment waits at a Stage only for the Batch that runs there (see core/stage.py), so on a Lap it
+waits for one chunk at every Stage. With S live Sequences, chunks of n tokens that take p_i(n) seconds, and t_i(b)
+seconds for b decode Segments,
 
     longest wait(n) = sum_i p_i(n) + sum_i (t_i(S) + t_i(1)) + h
 
 (its own Batch may hold all S, and another may run before the chunk). The chunk that others may meet is the longest one
-that keeps this under the setting, but not much longer than is efficient: longer Batches keep the Stages behind idle.
+that keeps this under the setting, but not much longer than is efficient: longer Batches keep the next Stages idle.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from mdiq.plan.micro_batches import Curve, MicroBatches, Points, plan_micro_batc
 
 _SURE = 0.75  # of the setting: contexts grow, and times vary
 _USUAL_CHUNK = 64
-_EFFICIENT_PASSES = 8  # a Batch of a prompt that costs as much as so many forwards wastes an eighth at most
+_EFFICIENT_PASSES = 8  # a prompt Batch that costs as much as this many forwards wastes at most an eighth
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """What a forward of a Stage takes.
+    """The time of a Stage's forward.
 
     decode: seconds by Segments of one token; on the Starter with the head. prompt: seconds by tokens of a prompt.
     """
@@ -39,11 +39,11 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True)
 class PaceSettings:
-    """What the operator wishes.
+    """The operator's settings.
 
-    decode_wait_s: a decoding user's token waits no longer while others' prompts are in the Ring.
+    decode_wait_s: maximum wait of a decoding user's token while others' prompts are in the Ring.
     max_live: Sequences in the Ring at once; None lets the Plan choose.
-    chunk_tokens: most tokens of a chunk.
+    chunk_tokens: maximum tokens of a chunk.
     """
 
     decode_wait_s: float = 0.2
@@ -54,9 +54,9 @@ class PaceSettings:
 def paced(
     spec: RingSpec, costs: Sequence[StageCost], hops_s: float, settings: PaceSettings, sends: Sequence[Curve] = ()
 ) -> tuple[RingSpec, MicroBatches]:
-    """Return the RingSpec with the pace that follows from costs and hops (their sum), and the prediction behind it.
+    """Return the RingSpec with the pace that follows from costs and hops (their sum), and the prediction for it.
 
-    sends: for how long a Frame keeps a Hop's line busy, by rows, where that is known.
+    sends: how long a Frame keeps a Hop's line busy, by rows, where that is known.
     """
     micro_batches = plan_micro_batches([*(cost.decode for cost in costs), *sends], hops_s, settings.max_live)
     return (
@@ -84,7 +84,7 @@ def _shared_chunk(costs: Sequence[StageCost], hops_s: float, num_live: int, sett
 
 
 def _pass_tokens(costs: Sequence[StageCost]) -> float:
-    """Return the tokens that cost as much as a forward costs before its first token, at the slowest Stage."""
+    """Return a forward's fixed cost in tokens, at the slowest Stage."""
     slowest = max((cost.prompt for cost in costs), key=lambda curve: curve.seconds(_USUAL_CHUNK))
     slope_s = (slowest.seconds(4 * _USUAL_CHUNK) - slowest.seconds(_USUAL_CHUNK)) / (3 * _USUAL_CHUNK)
     fixed_s = max(slowest.seconds(_USUAL_CHUNK) - slope_s * _USUAL_CHUNK, 0.0)
@@ -92,6 +92,6 @@ def _pass_tokens(costs: Sequence[StageCost]) -> float:
 
 
 def _num_chunks(costs: Sequence[StageCost], hops_s: float) -> int:
-    """Return how many chunks keep every Stage at work: one each, one that waits, and those on their way."""
+    """Return how many chunks keep every Stage busy: one each, one that waits, and those on the Hops."""
     slowest_s = max(cost.prompt.seconds(_USUAL_CHUNK) for cost in costs)
     return len(costs) + 1 + round(min(hops_s / slowest_s if slowest_s > 0 else 0.0, 64))

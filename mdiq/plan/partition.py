@@ -1,16 +1,16 @@
-"""How many Layers each Node gets: the split with the highest rate under the memory limits, with Nodes left out.
+"""How many Layers each Node gets: the split with the highest rate under the memory limits. It may leave Nodes out.
 
-The Ring's order is the order in which the Nodes are given, the Starter first; which of the others take part is part of
-the search. Layers are alike, so a split is a count per Node, and a Stage's time is a line in that count.
+The Ring's order is the order in which the Nodes are given, the Starter first; the search decides which of the others
+take part. Layers are alike, so a split is a count per Node, and a Stage's time is linear in that count.
 
-latency: one user's Lap is the sum of all Stages and Hops. The least sum comes from a dynamic program over Nodes and
-Layers: the least time in which l Layers are done and Node i was the last one, for every i and l.
+latency: one user's Lap is the sum of all Stages and Hops. A dynamic program over Nodes and Layers minimizes it: for
+every i and l, the minimum time in which l Layers are done and Node i was the last one.
 
-throughput: the rate of plan/micro_batches.py for the best number of micro-batches. It falls with two figures: what the
-slowest Stage or line is busy for in a Lap, and what a Lap takes. The dynamic program gives the shortest Lap in which
-nobody is busy for longer than some bound; the search narrows that bound down, best first, among all values that it can
-have, and stops when no interval can hold a better split than the one it has: from its least busy time and a Lap that
-none of its splits can be shorter than follows a rate that none exceeds. The result is the optimum.
+throughput: the rate of plan/micro_batches.py for the best number of micro-batches. It falls with two figures: the busy
+time per Lap of the slowest Stage or line, and the time of a Lap. The dynamic program gives the shortest Lap in which
+none is busy for longer than a bound. The search is branch and bound, best first, over intervals of all values that
+this bound can have: an interval's minimum busy time and a lower bound of its Laps give an upper bound of its rate. It
+stops when no interval can hold a better split than the best so far. The result is the optimum.
 """
 
 import heapq
@@ -31,7 +31,7 @@ _BETTER = 1e-12  # a rate that is higher by less is the same
 _NEVER = math.inf
 
 Split = tuple[int, ...]
-"""Layers of each Node; 0 leaves it out."""
+"""Layers of each Node; 0: left out."""
 
 
 class Objective(StrEnum):
@@ -43,10 +43,10 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the operator wants of the Plan.
+    """The operator's goal for the Plan.
 
-    num_users: Sequences that are live at once; a Plan for latency is made for one.
-    kv_tokens: least KV capacity; max_kv_tokens: most of it, though there is more room, None for all that there is.
+    num_users: Sequences that are live at once; 1 for latency.
+    kv_tokens: minimum KV capacity; max_kv_tokens: maximum, None for all the room that there is.
     context_tokens: context of a Sequence for which the times are predicted.
     """
 
@@ -66,7 +66,7 @@ def best_split(
 ) -> Split | None:
     """Return the best split of the model over these Nodes, the Starter first, or None when the model does not fit.
 
-    all_nodes: nobody is left out.
+    all_nodes: use every Node.
     """
     found = find_split(model, nodes, links, goal, all_nodes=all_nodes)
     return None if found is None else found[0]
@@ -90,7 +90,7 @@ def find_split(
     searches = [_Search(model, nodes, links, way, layer_s, most, all_nodes=all_nodes) for way in _ways(goal)]
     best: tuple[Split, float] | None = None
     if most[0] == model.num_layers and not (all_nodes and len(nodes) > 1):
-        # The first way is a single micro-batch, and alone the Starter has no other.
+        # The first Grouping is a single micro-batch, the only one of a Starter alone.
         rate = searches[0].rate(0.0, searches[0].alone_s())
         if rate > above:
             best = (model.num_layers, *[0] * (len(nodes) - 1)), rate
@@ -106,7 +106,7 @@ def _search(
 ) -> tuple[Split, float] | None:
     """Return the best split of all Groupings and its rate; see the module's text."""
     best_rate = above if best is None else best[1]
-    # (minus the best rate that is possible, Grouping, first and last of the bounds that are left, least Lap)
+    # (minus the highest possible rate, Grouping, first and last of the remaining bounds, shortest Lap)
     queue = [(-search.rate(search.min_busy_s, search.min_lap_s), i, -1, -1, 0.0) for i, search in enumerate(searches)]
     heapq.heapify(queue)
     while queue and -queue[0][0] > best_rate * (1 + _BETTER):
@@ -153,7 +153,7 @@ class _Search:
         self.is_single = way.num_batches == 1
         self._most = most
         self._all_nodes = all_nodes
-        # Of a Node: what its Layers and the rest take in a Lap, for all micro-batches and for the largest one.
+        # Of a Node: the time of its Layers and of the rest per Lap, for all micro-batches and for the largest one.
         self._lap_layer = layer_s[way.largest]
         self._busy_layer = [way.busy_s(*s) for s in zip(layer_s[way.size], layer_s[way.largest], strict=True)]
         fixed_s = [[node.fixed_s(n, is_starter=not i) for i, node in enumerate(nodes)] for n in (way.size, way.largest)]
@@ -162,7 +162,7 @@ class _Search:
         self._by_speed = sorted(range(len(nodes)), key=lambda i: self._lap_layer[i])
 
         def hop(sender: int, receiver: int) -> tuple[float, float]:
-            """Return what a Hop takes in a Lap: its line is busy for all micro-batches, a Lap meets the largest."""
+            """Return a Hop's seconds per Lap: its line is busy with all micro-batches; a Lap has the largest."""
             between = links.between(nodes[sender].name, nodes[receiver].name)
             return (
                 between.send_s(way.num_batches, way.num_live, model),
@@ -199,11 +199,11 @@ class _Search:
         return self._way.rate(busy_s, lap_s)
 
     def alone_s(self) -> float:
-        """Return what the Starter takes for all Layers."""
+        """Return the Starter's time for all Layers."""
         return self._lap_fixed[0] + self._num_layers * self._lap_layer[0]
 
     def figures(self, split: Split) -> tuple[float, float]:
-        """Return what the slowest Stage or line is busy for in a Lap, and what a Lap takes."""
+        """Return the busy time per Lap of the slowest Stage or line, and the time of a Lap."""
         used = [i for i, n in enumerate(split) if n]
         hops = [self._hop_s(a, b) for a, b in pairwise([*used, used[0]])]
         busy_s = max(self._busy_fixed[i] + split[i] * self._busy_layer[i] for i in used)
@@ -211,11 +211,11 @@ class _Search:
         return max(busy_s, *(hop[0] for hop in hops)), lap_s + sum(hop[1] for hop in hops)
 
     def first_bound(self) -> int:
-        """Return the index of the least bound under which the Layers have room, Hops aside."""
+        """Return the index of the smallest bound under which the Layers have room, without the Hops."""
         return bisect_left(self.bounds, True, key=lambda bound: self._filled(self._caps(bound)) is not None)
 
     def min_lap(self, max_busy_s: float) -> float:
-        """Return what no Lap is shorter than, if nobody is busy for longer.
+        """Return a lower bound of the Lap if no Stage or line is busy for longer than ``max_busy_s``.
 
         A Node's own part is spread over the Layers that it can have, as if it came with each of them.
         """
@@ -235,17 +235,17 @@ class _Search:
         return lap_s
 
     def shortest_lap(self, max_busy_s: float) -> Split | None:
-        """Return the split with the shortest Lap in which nobody is busy for longer, or None when there is none."""
+        """Return the split with the shortest Lap within ``max_busy_s``, or None when there is none."""
         caps = self._caps(max_busy_s)
         if self._all_nodes:
-            # The Hops are given, and Layers go where they are fastest.
+            # The Hops are fixed, and Layers go where they are fastest.
             filled = self._filled(caps)
             assert filled is not None  # the search begins with the first bound under which there is room
             return filled if self.figures(filled)[0] <= max_busy_s * (1 + _ROUNDING) else None
         return self._shortest_lap(caps, max_busy_s)
 
     def _caps(self, max_busy_s: float) -> list[int]:
-        """Return the Layers that each Node can have and be busy no longer."""
+        """Return how many Layers each Node can run within ``max_busy_s``."""
         caps: list[int] = []
         for fixed_s, layer_s, most in zip(self._busy_fixed, self._busy_layer, self._most, strict=True):
             layers = (max_busy_s - fixed_s) / layer_s if layer_s > 0 else math.copysign(_NEVER, max_busy_s - fixed_s)
@@ -253,7 +253,7 @@ class _Search:
         return caps
 
     def _filled(self, caps: Sequence[int]) -> Split | None:
-        """Return the Layers where they are fastest, Hops aside, or None when there is no room for them."""
+        """Return the fastest split without the Hops, or None when there is no room for the Layers."""
         least = [1] * len(caps) if self._all_nodes else [1, *[0] * (len(caps) - 1)]
         left = self._num_layers - sum(least)
         if left < 0 or any(cap < n for cap, n in zip(caps, least, strict=True)):
@@ -280,12 +280,12 @@ class _Search:
         """The dynamic program over Nodes and Layers."""
         num_layers, max_busy_s = self._num_layers, max_busy_s * (1 + _ROUNDING)
         rest = [*accumulate(reversed(caps))][::-1] + [0]  # Layers that the Nodes from i on can take
-        # entered[i][l]: the least time in which the Nodes before i have run l Layers and the rows are at Node i.
+        # entered[i][l]: the minimum time in which the Nodes before i have run l Layers and the rows are at Node i.
         entered = {0: [0.0] + [_NEVER] * num_layers}
         done = {0: self._run(0, caps[0], entered[0], 0, 0)}
         before = caps[0]
         for i in range(1, len(caps)):
-            # Fewer Layers than low leave too many to the Nodes behind, and more than high do not fit before this one.
+            # Fewer Layers than low leave too many to the later Nodes, and more than high do not fit before this one.
             low, high = max(num_layers - rest[i], 1), min(before, num_layers - 1)
             if caps[i] and low <= high:
                 times_s = [_NEVER] * (high - low + 1)
@@ -310,7 +310,7 @@ class _Search:
         return self._trace(last, caps, max_busy_s, done, entered) if lap_s < _NEVER else None
 
     def _run(self, i: int, cap: int, entered: Sequence[float], low: int, high: int) -> list[float]:
-        """Return the least times in which Node i is done with l Layers, if it was entered with ``low`` to ``high``."""
+        """Return the minimum times in which Node i has done l Layers, if it was entered with ``low`` to ``high``."""
         layer_s, last = self._lap_layer[i], min(high + cap, self._num_layers)
         lines_s = [entered[n] - n * layer_s for n in range(low, high + 1)]
         min_s = [
@@ -326,7 +326,7 @@ class _Search:
         done: dict[int, list[float]],
         entered: dict[int, list[float]],
     ) -> Split:
-        """Return the split that led to all Layers behind Node ``last``: the same choices once more, backwards."""
+        """Return the split with all Layers done after Node ``last``: traces the choices backwards."""
         split = [0] * len(caps)
         i, layers = last, self._num_layers
         while i:
@@ -340,7 +340,7 @@ class _Search:
 
 
 def _min_before(values: Sequence[float], width: int, count: int) -> list[float]:
-    """Return for every k from 1 to ``count`` the least of the ``width`` values before index k."""
+    """Return for every k from 1 to ``count`` the minimum of the ``width`` values before index k."""
     least: list[float] = []
     window: deque[int] = deque()  # indices whose values grow
     for k in range(1, count + 1):

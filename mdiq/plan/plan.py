@@ -1,6 +1,6 @@
-"""The Plan: which Layers each Node holds, what rate follows from that, what limits it, and who is left out and why.
+"""The Plan: which Layers each Node holds, the predicted rate, what limits it, and which Nodes are left out and why.
 
-Both ways to a Plan end in the same figures: make_plan searches for the best split, plan_split takes one by hand.
+Both ways to a Plan give the same figures: make_plan searches for the best split, plan_split takes a given one.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from mdiq.plan.profile import Links, ModelShape, NodeProfile
 from mdiq.plan.room import check_room, format_bytes
 
 _CHUNK = 64  # tokens of a prompt's chunk in predictions
-_HELD_BACK = 1.03  # memory limits a Ring that would be faster by so much without
+_HELD_BACK = 1.03  # memory limits a Ring that would be this much faster without its limits
 _FULL = 0.9  # the busiest Stage of a Ring that is full: its share of a Lap, see the corner in plan/micro_batches.py
 _NO_LIMIT_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A Stage as it is predicted for the goal's users; bytes are those of its Node.
+    """The prediction for a Stage with the goal's users; bytes are those of its Node.
 
     batch_s: a forward of the largest micro-batch. busy: the share of the time in which it computes.
-    max_layers: Layers that its memory permits. other_bytes: the process and its activations.
+    max_layers: limit from its memory. other_bytes: the process and its activations.
     """
 
     node: NodeId
@@ -43,13 +43,13 @@ class PlannedStage:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that nothing takes."""
+        """Free bytes."""
         return self.memory_bytes - self.weight_bytes - self.kv_bytes - self.other_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedHop:
-    """A Hop as it is predicted: its delay, how long a Frame keeps its line busy by rows, and its part of a Lap."""
+    """The prediction for a Hop: its delay, how long a Frame keeps its line busy by rows, and its part of a Lap."""
 
     sender: NodeId
     receiver: NodeId
@@ -73,7 +73,7 @@ class Why(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A Node without a Stage; rate_with: of the best Ring that this one and this Node can be, where there is one."""
+    """A Node without a Stage; rate_with: of the best Ring that includes it, if there is one."""
 
     node: NodeId
     why: Why
@@ -90,7 +90,7 @@ class LimitKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What limits the Ring, and where. is_waiting: nobody is busy all the time, more users would fill the Ring."""
+    """What limits the Ring, and where. is_waiting: no Stage is always busy, so more users would fill the Ring."""
 
     kind: LimitKind
     where: str
@@ -99,11 +99,11 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who holds what, and what is predicted of it. Stages and Hops are in the Ring's order, the Starter first.
+    """The Layers of each Node, and the prediction. Stages and Hops are in the Ring's order, the Starter first.
 
-    cap: most Segments of a Batch for the goal's users; in_flight: micro-batches that circulate then.
+    cap: maximum Segments of a Batch for the goal's users; in_flight: micro-batches in flight then.
     kv_tokens: KV capacity. rate, rate_one: tokens per second of the goal's users together, and of one alone.
-    prompt_rate: tokens per second of a long prompt that has the Ring for itself.
+    prompt_rate: tokens per second of a long prompt that has the Ring to itself.
     """
 
     model: ModelShape
@@ -121,7 +121,7 @@ class Plan:
 
     @property
     def value(self) -> float:
-        """The rate that the goal asks for."""
+        """The rate that the goal's objective compares."""
         return self.rate_one if self.goal.objective is Objective.LATENCY else self.rate
 
     @property
@@ -155,7 +155,7 @@ def make_plan(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goa
 
 
 def plan_split(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal, split: Split) -> Plan:
-    """Return the Plan of a split by hand: Layers of each Node that is no spare; 0 leaves it out, but not the Starter.
+    """Return the Plan of a given split: Layers of each Node but the spares. 0: left out; at least 1 for the Starter.
 
     Raises:
         PlanError: the split does not cover the model, or a Node's memory does not hold its part.
@@ -174,7 +174,7 @@ def plan_split(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, go
             raise PlanError(
                 f"{node.name}: {num_layers} layers with {goal.kv_tokens:,} tokens of KV cache need "
                 f"{format_bytes(need_bytes)} and {format_bytes(max(room_bytes, 0))} of its "
-                f"{format_bytes(node.memory_bytes)} are left for them; give it {most} at most"
+                f"{format_bytes(node.memory_bytes)} are left for them; give it at most {most}"
             )
     return _plan(model, usable, links, goal, split)
 
@@ -242,7 +242,7 @@ def _plan(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: G
 
 
 def _limit(stages: Sequence[PlannedStage], hops: Sequence[PlannedHop], goal: Goal) -> Limit:
-    """Return who is busy for longest; where the Ring is not full, or serves one user, who takes most of a Lap."""
+    """Return the busiest Stage or Hop; where the Ring is not full, or serves one user, the longest part of a Lap."""
     one = goal.objective is Objective.LATENCY or goal.num_users == 1
     busiest = max([*(stage.busy for stage in stages), *(hop.busy for hop in hops)])
     is_waiting = len(stages) > 1 and not one and busiest < _FULL

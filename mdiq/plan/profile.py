@@ -1,4 +1,4 @@
-"""What the planner is told: what Nodes measured of themselves, the Hops between them, and what the model weighs.
+"""The planner's input: the Nodes' own measurements, the Hops between them, and the size of the model.
 
 All values are per Layer where a Node's share of the model is not known yet; plan/partition.py decides that share.
 """
@@ -12,19 +12,19 @@ from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 
 FRAME_BYTES = 120
-"""Of a Frame beside its Segments: its header and tag, and the headers of ZeroMQ and TCP/IP (see core/wire.py)."""
+"""Bytes of a Frame without its Segments: header, tag, and the headers of ZeroMQ and TCP/IP (see core/wire.py)."""
 SEGMENT_BYTES = 17
-"""Of a Segment beside its rows."""
+"""Bytes of a Segment without its rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a model weighs in one format of weights; bytes.
+    """The size of a model in one weight format, in bytes.
 
     layer_bytes: of a Layer's weights. ends_bytes: of embedding, final norm and head, which the Starter holds.
     kv_bytes: of K and V of one token in one Layer. row_bytes: of a token's hidden state on the wire.
-    activation_bytes: what a forward of the largest Batch takes beside weights and KV cache, on any Node.
-    weights: the format's name. smaller: the same model in formats that take less, for advice.
+    activation_bytes: memory of a forward of the largest Batch, without weights and KV cache, on any Node.
+    weights: the format's name. smaller: the same model in smaller formats, for advice.
     """
 
     num_layers: int
@@ -47,15 +47,14 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class NodeProfile:
-    """What a Node measured.
+    """A Node's measurements.
 
-    memory_bytes: most that mdiq may take there; process_bytes: what it takes before any weights (mostly torch).
+    memory_bytes: maximum that mdiq may take there; process_bytes: what it takes without any weights (mostly torch).
     layer_decode, layer_prompt: seconds of a Layer by Segments of one token, and by tokens of a prompt.
     head: seconds of embedding and head by rows; the Starter needs it.
-    context_s: what a Layer takes longer for each Segment and token of its context.
-    forward_s: what a forward takes whatever its Layers: Frames, dispatch.
-    is_spare: it takes over from another Node and holds nothing before. cpu: its kind of processor, empty where nobody
-    knows.
+    context_s: additional seconds of a Layer for each Segment and token of its context.
+    forward_s: fixed seconds of a forward: Frames, dispatch.
+    is_spare: it holds nothing until it takes over from another Node. cpu: its kind of processor, empty if unknown.
     """
 
     name: NodeId
@@ -74,10 +73,10 @@ class NodeProfile:
         return self.layer_decode.seconds(size) + size * context_tokens * self.context_s
 
     def fixed_s(self, size: int, *, is_starter: bool) -> float:
-        """Return the seconds of a forward beside its Layers.
+        """Return the seconds of a forward without its Layers.
 
         Raises:
-            ValueError: it is to be the Starter and has not measured the head.
+            ValueError: it is the Starter and has not measured the head.
         """
         if not is_starter:
             return self.forward_s
@@ -86,7 +85,7 @@ class NodeProfile:
         return self.forward_s + self.head.seconds(size)
 
     def stage_cost(self, num_layers: int, context_tokens: int, *, is_starter: bool) -> StageCost:
-        """Return what a forward of ``num_layers`` Layers takes here."""
+        """Return the cost of a forward of ``num_layers`` Layers on this Node."""
         curves = [self.layer_decode, *([self.head] if self.head is not None else [])]
         sizes = sorted({1, 2, *(size for curve in curves for size, _ in curve.points)})
         decode = tuple(
@@ -97,7 +96,7 @@ class NodeProfile:
         return StageCost.of(decode, prompt)
 
     def room_bytes(self, model: ModelShape, *, is_starter: bool) -> int:
-        """Return the bytes that are left for Layers and their KV cache; negative when not even the rest fits."""
+        """Return the bytes left for Layers and their KV cache; negative when not even the rest fits."""
         return (
             self.memory_bytes
             - self.process_bytes
@@ -113,7 +112,7 @@ class NodeProfile:
 
 @dataclass(frozen=True, slots=True)
 class HopProfile:
-    """What was measured from one Node to another; row_bytes: on this Hop's wire, None for the model's."""
+    """The measured link from one Node to another; row_bytes: on this Hop's wire, None for the model's."""
 
     delay_s: float
     bytes_per_s: float = math.inf
@@ -134,15 +133,15 @@ class HopProfile:
 
 
 UNKNOWN_HOP = HopProfile(delay_s=5e-4, bytes_per_s=12.5e6)
-"""A cable of 100 Mbit/s and a switch: taken for Nodes of which no Hop was measured."""
+"""A cable of 100 Mbit/s and a switch: the default for Nodes without a measured Hop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The Hops that were measured, and what follows from them for those that were not.
+    """The measured Hops, and estimates for the others.
 
-    A Ring that leaves a Node out has a Hop that nobody measured. A Node's best Hop tells how good its own line is, so
-    such a Hop is taken to be as bad as the worse of the two Nodes' best ones.
+    A Ring that leaves a Node out has a Hop that was not measured. A Node's best Hop shows how good its own line is, so
+    such a Hop is estimated as the worse of the two Nodes' best ones.
     """
 
     hops: Mapping[tuple[NodeId, NodeId], HopProfile] = field(default_factory=dict)
@@ -158,7 +157,7 @@ class Links:
         object.__setattr__(self, "_best", best)
 
     def between(self, sender: NodeId, receiver: NodeId) -> HopProfile:
-        """Return the Hop as it was measured, or what is to be expected of it."""
+        """Return the Hop as measured, or its estimate."""
         measured = self.hops.get((sender, receiver))
         if measured is not None:
             return measured
@@ -166,7 +165,7 @@ class Links:
         return HopProfile(max(a.delay_s, b.delay_s), min(a.bytes_per_s, b.bytes_per_s))
 
     def with_twin(self, node: NodeId, twin: NodeId) -> "Links":
-        """Return these Hops and those of one more Node, ``twin``, which are as good as those of ``node``."""
+        """Return these Hops and those of one more Node, ``twin``, equal to those of ``node``."""
         renamed = {(_swap(a, node, twin), _swap(b, node, twin)): hop for (a, b), hop in self.hops.items()}
         return Links({**renamed, **self.hops}, self.unknown)
 

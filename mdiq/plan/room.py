@@ -1,4 +1,4 @@
-"""Whether the model has room on the Nodes, and what would help when it has not."""
+"""Check whether the model fits on the Nodes, and advise when it does not."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def count_layers(num_layers: int) -> str:
 
 
 def check_room(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal, spares: Sequence[NodeProfile] = ()) -> None:
-    """Check that the Nodes, the Starter first, can hold the model with the KV capacity that is wanted.
+    """Check that the Nodes, the Starter first, can hold the model with the goal's KV capacity.
 
     Raises:
         PlanError: they cannot; it says what each can hold, what is missing, and what would help.
@@ -57,7 +57,7 @@ def held_layers(model: ModelShape, nodes: Sequence[NodeProfile], kv_tokens: int)
 
 
 def min_nodes(model: ModelShape, nodes: Sequence[NodeProfile], kv_tokens: int) -> int:
-    """Return how many Nodes are needed at least, the Starter among them, where all together can hold the model."""
+    """Return the minimum number of Nodes, the Starter included, if all together can hold the model."""
     starter, *others = held_layers(model, nodes, kv_tokens)
     num_nodes, held = 1, starter
     for layers in sorted(others, reverse=True):

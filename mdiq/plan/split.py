@@ -1,4 +1,4 @@
-"""Which layers go to which Stage: checked when the user says so, even when nobody does."""
+"""Which layers go to which Stage: a given split is checked; without one, the split is even."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -26,8 +26,8 @@ def check_split(split: Sequence[int], num_layers: int) -> tuple[LayerRange, ...]
 def split_layers(num_layers: int, num_nodes: int, head_layers: float = 0.0) -> tuple[LayerRange, ...]:
     """Return LayerRanges that give every Stage the same work, on Nodes of one kind.
 
-    head_layers: the head's cost, in Layers; it is charged to the Starter, which has at least one Layer all the same.
-    The other Stages differ by one Layer at most, and the later ones get what is left over.
+    head_layers: the head's cost, in Layers; it is charged to the Starter, which still has at least one Layer.
+    The other Stages differ by at most one Layer, and the later ones get the remainder.
 
     Raises:
         PlanError: there are more nodes than layers, or no nodes.
@@ -39,7 +39,7 @@ def split_layers(num_layers: int, num_nodes: int, head_layers: float = 0.0) -> t
     if num_nodes == 1:
         return _ranges([num_layers])
     fair = round((num_layers + head_layers) / num_nodes - head_layers)
-    # Never more than an even share: what is left over goes to the later Stages.
+    # Never more than an even share: the remainder goes to the later Stages.
     first = max(min(fair, num_layers // num_nodes), 1)
     return _ranges([first, *_even(num_layers - first, num_nodes - 1)])
 

@@ -1,15 +1,15 @@
-"""Which format each Hop's activations travel in, where the operator leaves it open ("auto").
+"""Choose the activation dtype of each Hop (its wire) where the operator leaves it open ("auto").
 
-bf16, unless the measured link makes i8 worth what it costs: a little compute at both ends, and some quality, which a
-check at start-up bounds (runtime/rehearsal.py). A row of d elements takes 2 d bytes in bf16 and d + 4 in i8. i8 is
-worth it on a Hop where one of these holds:
+bf16, unless the measured link makes i8 worth its cost: a little compute at both ends, and some quality, which a check
+at start-up bounds (runtime/rehearsal.py). A row of d elements takes 2 d bytes in bf16 and d + 4 in i8. i8 is worth it
+on a Hop where one of these holds:
 
     latency      for one Sequence alone it saves WORTH of the Lap, sum_i t_i(1) + sum_h (delay_h + bytes / rate_h)
     throughput   the Hop carries a full MicroBatch, or a chunk of a prompt, in bf16 more slowly than the slowest Stage
                  computes it: the link holds up the Ring
 
-and it saves more time on the wire than packing takes. f32 is never chosen: on a link so fast that its bytes are free,
-bf16's are as well, and it rounds less than what follows can tell.
+and it saves more time on the wire than packing takes. f32 is never chosen: on a link so fast that its bytes cost
+nothing, bf16's cost nothing either, and the rounding of bf16 makes no visible difference.
 """
 
 from collections.abc import Sequence
@@ -24,19 +24,19 @@ from mdiq.plan.pace import StageCost
 WORTH = 0.03  # of the Lap: less than that nobody would notice, and quality is not given away for it
 _CHUNK = 64
 MAX_DIVERGENCE_NATS = 0.1
-"""Most that i8 may cost where it was chosen: mean Kullback-Leibler divergence per token, in nats, of the logits with i8
-from those with bf16, over the text of a rehearsal. It is what the log loss grows by on text that the model itself would
-write, so 0.1 is a tenth of perplexity at the very worst. SmolLM2-135M has 0.03 to 0.08 with i8 on all Hops of 2 to 4
+"""Maximum cost of i8 where it was chosen: mean Kullback-Leibler divergence per token, in nats, of the logits with i8
+from those with bf16, over the text of a rehearsal. It is the increase of the log loss on text that the model itself
+would write, so 0.1 is at most a tenth of perplexity. SmolLM2-135M has 0.03 to 0.08 with i8 on all Hops of 2 to 4
 Nodes, and on 3,072 tokens of a real text its perplexity grew by 0.3 %; int8 weights cost it 0.4 % there.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class WireCosts:
-    """What a choice depends on.
+    """The costs on which the choice depends.
 
-    width: elements of a row. stages: what each Stage's forward takes. cap: Segments of a full MicroBatch.
-    packing: seconds that i8 takes more than bf16 at both ends together, by rows.
+    width: elements of a row. stages: cost of each Stage's forward. cap: Segments of a full MicroBatch.
+    packing: additional seconds of i8 over bf16 at both ends together, by rows.
     """
 
     width: int
@@ -52,9 +52,9 @@ class WireCosts:
 def choose_wires(
     wanted: Sequence[str], links: Sequence[HopLink | None], costs: WireCosts, *, avoid_small: bool = False
 ) -> tuple[str, ...]:
-    """Return the format of each Hop: what is wanted, and where that is "auto", what suits its link.
+    """Return the format of each Hop: the wanted one, and where that is "auto", the one that suits its link.
 
-    links: what was measured of each Hop; one that was not has bf16. avoid_small: i8 failed its check.
+    links: the measured links; a Hop without one gets bf16. avoid_small: i8 failed its check.
     """
     known = [link for link in links if link is not None]
     lap_s = sum(cost.decode.seconds(1) for cost in costs.stages)

@@ -172,7 +172,7 @@ def test_a_split_by_hand_that_exceeds_a_memory_is_refused() -> None:
         plan_split(MODEL, [node("a"), node("b", memory_mib=900)], LINKS, USERS, (16, 16))
     assert str(caught.value) == (
         "b: 16 layers with 2,048 tokens of KV cache need 896 MiB and 540 MiB of its 900 MiB are left for them; "
-        "give it 9 at most"
+        "give it at most 9"
     )
 
 
