@@ -1,6 +1,6 @@
-"""Routes, errors and keys of the HTTP API; what goes through it is never logged.
+"""Routes, errors and keys of the HTTP API. Prompts and answers are never logged.
 
-A client that goes away cancels its Sequence: aiohttp cancels its handler, which closes the Backend's iterator.
+A client that disconnects cancels its Sequence: aiohttp cancels its handler, which closes the Backend's iterator.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Api:
     """The application.
 
-    keys: one of them must come with every request but /health; none: nothing is asked. cors_origins: web pages of
-    these origins may ask from a browser; "*": of all.
+    keys: every request but /health must carry one of them; if empty, no key is required. cors_origins: web pages of
+    these origins may call the API from a browser; "*": of all.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class Api:
             return error_response(too_long(str(error), self._backend.context_tokens))
         except MdiqError as error:
             return error_response(ApiError(503, str(error)))
-        except ConnectionError:  # the client's end of it
+        except ConnectionError:  # the client has closed the connection
             raise
-        except Exception:  # of one request; the client is not told how we are made
+        except Exception:  # of one request; the answer must not show our internals
             log.exception("request_broke", path=request.path)
             return error_response(broke())
 
     def _origin(self, request: web.Request) -> str | None:
-        """Return the request's origin if web pages of it may ask."""
+        """Return the request's origin if its web pages may call the API."""
         origin = request.headers.get("Origin")
         return origin if {origin, "*"} & {*self._cors_origins} else None
 
@@ -113,7 +113,7 @@ class Api:
     def _is_allowed(self, request: web.Request) -> bool:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         sent = given.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
-        # All are compared: how long it takes tells nothing.
+        # All are compared, so that the time taken reveals nothing.
         return not self._keys or any([hmac.compare_digest(sent, key) for key in self._keys])
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -142,7 +142,7 @@ class Api:
 
     def _check_model(self, name: str) -> None:
         if name != self._backend.model_name:
-            text = f"model {name[:80]!r} is not here; this ring serves {self._backend.model_name!r}"
+            text = f"model {name[:80]!r} is not served here; this ring serves {self._backend.model_name!r}"
             raise ApiError(404, text, param="model", code="model_not_found")
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -158,11 +158,11 @@ class Api:
             self._check_model(asked.model)
         if not backend.is_serving:
             raise ApiError(503, backend.state)
-        # Those whose texts still become tokens are not running yet, and count too.
+        # Requests that are still being tokenized are not running yet, and count too.
         num_asked = max(len(asked.prompts), 1)
         num_taken = max(self._num_taken, backend.num_running)
         if num_taken + num_asked > self._max_running:
-            raise ApiError(429, f"{num_taken} requests are in work or wait; ask again in a while")
+            raise ApiError(429, f"{num_taken} requests are running or waiting; try again later")
         self._num_taken += num_asked
         try:
             return await self._run(request, asked, shape)
@@ -175,8 +175,8 @@ class Api:
                 body = await request.read()
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {self._client_timeout_s:g} s") from None
-        except (web.RequestPayloadError, HttpProcessingError):  # their words hold what came
-            raise BadRequest("the body is not HTTP as it should be") from None
+        except (web.RequestPayloadError, HttpProcessingError):  # their messages quote the request
+            raise BadRequest("the body is not valid HTTP") from None
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -211,7 +211,7 @@ class Api:
         backend = self._backend
         field = "messages" if asked.is_chat else "prompt"
         try:
-            # Long texts take long: others' tokens must not wait.
+            # Long texts take long, and others' tokens must not wait.
             if asked.messages is not None:
                 prompts = [tuple(await asyncio.to_thread(backend.chat_ids, asked.messages, asked.template_kwargs))]
             else:
@@ -224,7 +224,7 @@ class Api:
             raise BadRequest(str(error), field) from None
         if not all(prompts):
             raise BadRequest(f"{field}: it is empty; give at least one token", field)
-        # One without an embedding would fail all that are computed with it.
+        # A token id without an embedding would fail the whole Batch.
         if (largest := max(map(max, prompts))) >= backend.vocab_size:
             raise BadRequest(f"{field}: token id {largest}: the model has {backend.vocab_size} tokens only", field)
         return prompts

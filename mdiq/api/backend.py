@@ -1,4 +1,4 @@
-"""What the API needs of the ring behind it."""
+"""The interface between the API and the ring that answers."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
@@ -10,8 +10,8 @@ from mdiq.runtime.starter_service import StreamEvent
 class Backend(Protocol):
     """A ring and its tokenizer.
 
-    model_name: as clients name it. vocab_size: token ids are below it. context_tokens: what the ring
-    holds of prompt and answer together.
+    model_name: its name for clients. vocab_size: token ids are below it. context_tokens: maximum tokens of prompt and
+    answer together.
     """
 
     model_name: str
@@ -22,12 +22,12 @@ class Backend(Protocol):
 
     @property
     def is_serving(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         ...
 
     @property
     def state(self) -> str:
-        """In words: what it waits for, if it does not serve."""
+        """In words; if it does not serve, what it waits for."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class Backend(Protocol):
     def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
     ) -> Sequence[int]:
-        """Return the tokens of a chat in the model's template, which is told template_kwargs too. Called in a thread.
+        """Return the tokens of a chat in the model's template, rendered with template_kwargs. Called in a thread.
 
         Raises:
             CapacityError: the chat cannot fit; it is not tokenized then.
@@ -59,7 +59,7 @@ class Backend(Protocol):
 
         Raises:
             CapacityError: it can never fit.
-            RingError: there is no ring that takes it.
+            RingError: no ring serves now.
         """
         ...
 

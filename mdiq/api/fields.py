@@ -1,7 +1,7 @@
-"""Fields of requests as clients of OpenAI and of other servers name them: which are served, and which are refused.
+"""Request fields of OpenAI and of other servers: which are served, and which are refused.
 
-A field that would change the answer and is not served is refused by name, unless its value asks for nothing. Others are
-ignored: what only says how a request is kept, counted or scheduled, and what only tunes a field that is refused itself.
+A field that would change the answer and is not served is refused by name, unless its value has no effect. Others are
+ignored: fields about storing, counting or scheduling a request, and options of a field that is refused itself.
 Requests of the HTTP API and lines of a prompts file follow the same table.
 
 The names are those of OpenAI, vLLM, SGLang, llama.cpp, TGI, Ollama, KoboldCpp, text-generation-webui and transformers.
@@ -23,7 +23,7 @@ SAMPLING = (
     "ignore_eos",
     "seed",
 )
-"""Of SamplingParams, as clients name them too; max_tokens has more names, see MAX_TOKENS."""
+"""Fields with the names of SamplingParams; max_tokens has more names, see MAX_TOKENS."""
 MAX_TOKENS = ("max_completion_tokens", "max_tokens", "n_predict", "max_new_tokens", "num_predict")
 """The first one that is given counts."""
 _SYNONYMS = {
@@ -35,7 +35,7 @@ _SYNONYMS = {
 }
 _WHOLE = ("top_k", "seed", *MAX_TOKENS)
 
-# Reason: names, each with the values that ask for nothing beside null, false, [], {} and "". True: it is on by default.
+# Reason: names, each with the values, beside null, false, [], {} and "", that have no effect. True: on by default.
 _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "log probabilities are not given": {
         "logprobs": (),
@@ -200,7 +200,7 @@ _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
         "add_special_tokens": (True,),
         "add_bos_token": (True,),
     },
-    "chat_template_kwargs say what the template is told of thinking": {
+    "thinking is set in chat_template_kwargs": {
         "thinking": (),
         "think": (),
         "thinking_budget": (-1,),
@@ -209,7 +209,7 @@ _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
         "reasoning_budget": (-1,),
         "reasoning": (),
     },
-    "what a model thinks is a part of its answer": {
+    "a model's thinking is a part of its answer": {
         "include_reasoning": (True,),
         "reasoning_format": ("none", "auto"),
     },
@@ -225,7 +225,7 @@ def _penalizes_nothing(given: Mapping[str, Any]) -> bool:
     return all(given.get(name) in (None, 1) for name in names)
 
 
-# What changes nothing beside other fields of the same request.
+# Fields without effect together with other fields of the same request.
 _WITHOUT_EFFECT: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     **dict.fromkeys(_NOT_SERVED["repetition_penalty looks at all tokens"], _penalizes_nothing),
     "add_special_tokens": lambda given: "messages" in given,  # a template writes them itself
@@ -234,15 +234,15 @@ _WITHOUT_EFFECT: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
 
 
 def check_served(given: Mapping[str, Any], error: Callable[[str, str], Exception]) -> None:
-    """Refuse what would change the answer and is not served.
+    """Refuse fields that would change the answer and are not served.
 
-    error: makes the exception of a message and the field's name.
+    error: makes the exception, from a message and the field's name.
     """
     for field in given.keys() & _REASONS.keys():
         reason, nothing = _REASONS[field]
         if field in _WITHOUT_EFFECT and _WITHOUT_EFFECT[field](given):
             continue
-        # What is on by default: false asks for something.
+        # A field that is on by default: false has an effect.
         is_on = any(value is True for value in nothing)
         nothing = (None, *nothing) if is_on else (*_NOTHING, *nothing)
         if not any(_equal(given[field], value) for value in nothing):
@@ -250,9 +250,9 @@ def check_served(given: Mapping[str, Any], error: Callable[[str, str], Exception
 
 
 def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a request says of SamplingParams, by their names there; what it leaves out or open is not in it.
+    """Return the SamplingParams that a request sets, by their names there.
 
-    A limit of tokens below 0 is none: "max_tokens" is None then, and missing where nothing is said of it.
+    A negative limit of tokens means no limit: "max_tokens" is then None. It is missing if the request does not set it.
 
     Raises:
         ConfigError: a value has the wrong type; the message begins with its name.
@@ -280,10 +280,10 @@ def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _whole(field: str, value: Any) -> Any:
-    """Return whole numbers that are written as floats as numbers, as JSON of some languages has them."""
+    """Return whole numbers written as floats as integers: the JSON of some languages has no other."""
     return int(value) if field in _WHOLE and isinstance(value, float) and value.is_integer() else value
 
 
 def _equal(value: object, other: object) -> bool:
-    # True is not 1 here, nor False 0: "logprobs": 0 asks for something.
+    # True is not 1 here, nor False 0: "logprobs": 0 has an effect.
     return isinstance(value, bool) == isinstance(other, bool) and value == other

@@ -1,4 +1,4 @@
-"""The keys that clients of the API send: a file with one a line."""
+"""The keys of the API's clients: a file with one key per line."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ CREDENTIAL = "api.keys"
 def read_keys(file: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return the keys of a file, or of systemd's credential "api.keys" if there is one.
 
-    Blank lines and those that begin with # are none.
+    Blank lines and lines that begin with # are ignored.
 
     Raises:
         ConfigError: it cannot be read, others can read it, or it holds no key or a short one.
@@ -27,14 +27,14 @@ def read_keys(file: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
         mode = file.stat().st_mode
         lines = file.read_text(encoding="ascii").splitlines()
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}; api.keys_file names it, and it holds one key a line") from None
+        raise ConfigError(f"{file}: {error.strerror}; api.keys_file names it, and it has one key per line") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{file}: keys are ASCII; write one a line") from None
+        raise ConfigError(f"{file}: keys are ASCII; write one per line") from None
     if mode & 0o077 and not is_credential:
         raise ConfigError(f"{file}: others can read it; run chmod 600 {file}")
     keys = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if not keys:
-        raise ConfigError(f"{file}: it holds no key; write one a line, for example from openssl rand -hex 24")
+        raise ConfigError(f"{file}: it holds no key; write one per line, for example from openssl rand -hex 24")
     for key in keys:
         if len(key) < MIN_CHARACTERS or " " in key:
             raise ConfigError(f"{file}: a key of {len(key)} characters; take at least {MIN_CHARACTERS}, without spaces")

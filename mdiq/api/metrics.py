@@ -1,4 +1,4 @@
-"""Figures of a ring for Prometheus: what `mdiq status --json` shows, in a registry of its own."""
+"""Metrics of a ring for Prometheus: the figures of `mdiq status --json`, in a registry of their own."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,7 +24,7 @@ _NODE = (
 
 
 class RingCollector(Collector):
-    """Reads the figures from the status each time that they are asked for."""
+    """Reads the figures from the status at each scrape."""
 
     def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
         self._status = status
@@ -48,7 +48,7 @@ class RingCollector(Collector):
 
 
 def metrics_registry(status: Callable[[], Mapping[str, Any]]) -> CollectorRegistry:
-    """Return a registry of the ring's figures. Prometheus' global one, with those of the process, stays out of it."""
+    """Return a registry of the ring's figures, without those of Prometheus' global registry about the process."""
     registry = CollectorRegistry()
     registry.register(RingCollector(status))
     return registry

@@ -1,4 +1,4 @@
-"""What a client asks for: JSON of OpenAI's shape to a prompt and SamplingParams; every mistake named. No sockets."""
+"""Parse requests: from JSON of OpenAI's API to a prompt and SamplingParams, naming every mistake. No sockets."""
 
 import contextlib
 import json
@@ -22,9 +22,9 @@ _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error as the answer to a request.
 
-    kind: OpenAI's type of it; param: the field that is wrong; more: further fields of the answer.
+    kind: OpenAI's type of error; param: the wrong field; more: further fields of the answer.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class BadRequest(ApiError):
 
 
 def broke() -> ApiError:
-    """Return the error of a mistake of ours; the client is not told how we are made."""
-    return ApiError(500, "mdiq failed at this request; its log says how", "internal_error")
+    """Return the error of a fault of mdiq; it must not show our internals."""
+    return ApiError(500, "mdiq failed at this request; see its log", "internal_error")
 
 
 def too_long(text: str, context_tokens: int, param: str | None = None, **more: object) -> BadRequest:
-    """Return the error of a prompt that does not fit, in the words and with the code that clients know it by.
+    """Return the error of a prompt that does not fit, with the words and the code that clients recognize.
 
     litellm looks for the first words of the message, langchain-openai for "prompt is too long" or the code.
     """
@@ -73,8 +73,8 @@ def too_long(text: str, context_tokens: int, param: str | None = None, **more: o
 class Asked:
     """One request: ``messages`` of a chat, or ``prompts``, each a text or token ids.
 
-    values: of SamplingParams, as they came. max_tokens: None: as many as there is room for.
-    template_kwargs: what the chat template is told beside the messages.
+    values: of SamplingParams, not yet checked. max_tokens: None: as many as there is room for.
+    template_kwargs: variables of the chat template beside the messages.
     """
 
     is_chat: bool
@@ -88,7 +88,7 @@ class Asked:
     template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def params(self, num_prompt_tokens: int, context_tokens: int) -> SamplingParams:
-        """Return how to sample, for a prompt of that length; what does not fit of the answer is left out.
+        """Return how to sample, for a prompt of that length; the answer is limited to the room that is left.
 
         Raises:
             BadRequest: the prompt leaves no room for an answer, or a value is out of range.
@@ -109,13 +109,13 @@ class Asked:
 
 
 def parse(body: object, *, is_chat: bool) -> Asked:
-    """Return what a request's JSON asks for.
+    """Return the parsed JSON of a request.
 
     Raises:
-        BadRequest: something in it cannot be served.
+        BadRequest: a part of it cannot be served.
     """
     if not isinstance(body, dict):
-        raise BadRequest("the body is no JSON object")
+        raise BadRequest("the body is not a JSON object")
     check_served(body, BadRequest)
     model = body.get("model")
     options = body.get("stream_options") or {}
@@ -127,7 +127,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         raise BadRequest(str(error), str(error).partition(":")[0]) from None
     if isinstance(values.get("stop"), list) and len(values["stop"]) > MAX_STOPS:
         raise BadRequest(f"stop: {len(values['stop'])} texts; give at most {MAX_STOPS}", "stop")
-    # A completion that says -1 wants all that there is room for, as a chat does that says nothing.
+    # In a completion -1 means as many tokens as there is room for, which is the default of a chat.
     is_open = is_chat if "max_tokens" not in values else values["max_tokens"] is None
     common: dict[str, Any] = {
         "is_chat": is_chat,
@@ -150,10 +150,10 @@ def _flag(given: Mapping[str, Any], name: str) -> bool:
 
 
 def template_kwargs_of(body: Mapping[str, Any]) -> Mapping[str, str | int | float | bool]:
-    """Return what a chat template is told beside the messages, such as enable_thinking.
+    """Return the variables of a chat template beside the messages, such as enable_thinking.
 
     Raises:
-        BadRequest: it is not plain.
+        BadRequest: a value is not a text, a number or a boolean.
     """
     where = "chat_template_kwargs"
     given = body.get(where) or {}
@@ -161,9 +161,9 @@ def template_kwargs_of(body: Mapping[str, Any]) -> Mapping[str, str | int | floa
         raise BadRequest(f"{where}: not an object", where)
     for name, value in given.items():
         if name in _TEMPLATE_NAMES or not name.isidentifier() or not isinstance(value, str | int | float | bool):
-            raise BadRequest(f"{where}: {name[:40]}: only names of its own with a text, a number or true/false", where)
+            raise BadRequest(f"{where}: {name[:40]}: give it another name, or a text, number or boolean", where)
     told: dict[str, str | int | float | bool] = {}
-    if body.get("enable_thinking") is not None:  # some clients have it here
+    if body.get("enable_thinking") is not None:  # some clients send it here
         told["enable_thinking"] = _flag(body, "enable_thinking")
     effort = body.get("reasoning_effort")  # of OpenAI's API; templates of reasoning models know it
     if effort is not None:
@@ -174,7 +174,7 @@ def template_kwargs_of(body: Mapping[str, Any]) -> Mapping[str, str | int | floa
 def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:
     many = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
     if len(many) > MAX_PROMPTS:
-        raise BadRequest(f"prompt: {len(many)} prompts; give at most {MAX_PROMPTS} a request", "prompt")
+        raise BadRequest(f"prompt: {len(many)} prompts; give at most {MAX_PROMPTS} per request", "prompt")
     return tuple(_prompt(prompt) for prompt in many)
 
 
@@ -191,7 +191,7 @@ def token_ids_of(given: object, field: str) -> tuple[int, ...]:
     """Return a prompt's token ids.
 
     Raises:
-        BadRequest: it is not a list of them.
+        BadRequest: it is not a list of token ids.
     """
     if not isinstance(given, list) or not all(type(token) is int and token >= 0 for token in given):
         raise BadRequest(f"{field}: not a list of token ids", field)
@@ -199,7 +199,7 @@ def token_ids_of(given: object, field: str) -> tuple[int, ...]:
 
 
 def text_of(given: object, field: str) -> str:
-    """Return a text. JSON can spell half of a surrogate pair, which no tokenizer takes.
+    """Return a text. JSON can contain half of a surrogate pair, which no tokenizer accepts.
 
     Raises:
         BadRequest: it is not a text, or holds such a half.
@@ -214,10 +214,10 @@ def text_of(given: object, field: str) -> str:
 
 
 def messages_of(given: object) -> tuple[Mapping[str, Any], ...]:
-    """Return a chat as templates know it: contents as texts, arguments of tool calls as objects.
+    """Return a chat in the form that templates expect: contents as texts, arguments of tool calls as objects.
 
     Raises:
-        BadRequest: it is none, or holds what is not read.
+        BadRequest: it is not a chat, or has content that is not supported.
     """
     if not isinstance(given, list) or not given:
         raise BadRequest("messages: not a list with at least one message", "messages")
@@ -229,7 +229,7 @@ def _message(given: object, where: str) -> Mapping[str, Any]:
         raise BadRequest(f'{where}: not an object with a "role" and a "content"', "messages")
     role = text_of(given["role"], where)
     if role not in ROLES:
-        raise BadRequest(f"{where}: role {role[:40]!r} is none of {', '.join(ROLES)}", "messages")
+        raise BadRequest(f"{where}: role {role[:40]!r} is not one of {', '.join(ROLES)}", "messages")
     calls = given.get("tool_calls")
     message: dict[str, Any] = {"role": role}
     if role == "assistant" and calls and isinstance(calls, list):
@@ -250,7 +250,7 @@ def _tool_call(given: object, where: str) -> Mapping[str, Any]:
     arguments = function.get("arguments", "")
     if isinstance(arguments, str):
         text_of(arguments, where)
-        # Templates write them as JSON themselves. What is no JSON stays the text that it is.
+        # Templates write them as JSON themselves. Text that is not JSON stays as it is.
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments) if arguments else {}
     call = {"type": "function", "function": {"name": text_of(function["name"], where), "arguments": arguments}}
@@ -263,5 +263,5 @@ def _content(message: Mapping[str, Any], where: str) -> str:
         return content
     parts: Sequence[Any] = content if isinstance(content, list) else [None]
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise BadRequest(f"{where}: content: not a text; images and sound are not read", "messages")
+        raise BadRequest(f"{where}: content: not a text; images and sound are not supported", "messages")
     return "".join(part["text"] for part in parts)

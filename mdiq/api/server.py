@@ -1,6 +1,6 @@
-"""HTTP below the routes: bytes that are not HTTP, and connections on which nothing comes.
+"""HTTP below the routes: malformed requests, and idle connections.
 
-Nothing that a client sends is logged, and nothing of it is sent back.
+Nothing that a client sends is logged or echoed.
 """
 
 import asyncio
@@ -16,19 +16,19 @@ from mdiq.transport.room import Room, connection_limit
 log = structlog.get_logger()
 
 CLIENT_TIMEOUT_S = 60.0
-"""Longest wait for the head of a request, and for its body: what is slower holds a connection for nothing."""
-SHUTDOWN_S = 1.0  # for answers that are on their way when the service ends
+"""Maximum wait for the head of a request, and for its body."""
+SHUTDOWN_S = 1.0  # for answers that are being sent when the service stops
 RETRY_AFTER_S = "5"
 
 
 def error_response(error: ApiError) -> web.Response:
-    """Return an error in OpenAI's form, with what tells clients whether to ask again."""
+    """Return an error in OpenAI's form, with the headers that tell clients whether to retry."""
     headers = {"Retry-After": RETRY_AFTER_S} if error.status in (429, 503) else {"x-should-retry": "false"}
     return web.json_response({"error": error.body}, status=error.status, headers=headers)
 
 
 class _Connection(RequestHandler):
-    """One connection. aiohttp's own would log what came, with traceback, and send it back as plain text."""
+    """One connection. aiohttp's own class would log a malformed request, with traceback, and echo it."""
 
     has_asked = False
     room: "Room[_Connection]"
@@ -42,7 +42,7 @@ class _Connection(RequestHandler):
         super().connection_lost(exc)
 
     def end(self) -> None:
-        """Close the connection for want of room."""
+        """Close the connection to make room."""
         log.warning("too_many_connections", most=connection_limit())
         if self.transport is not None:
             self.transport.abort()
@@ -57,7 +57,7 @@ class _Connection(RequestHandler):
         log.warning("request_malformed", client=request.remote, status=status, kind=type(exc).__name__)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun already")
-        text = "this is not HTTP as it should be" if status < 500 else "mdiq failed at this request"
+        text = "this is not valid HTTP" if status < 500 else "mdiq failed at this request"
         response = error_response(ApiError(status, text))
         response.force_close()
         return response
@@ -78,7 +78,7 @@ class _Server(web.Server):
 class ApiRunner(web.AppRunner):
     """Runs the application; a connection is closed when a request's head does not come within client_timeout_s.
 
-    max_connections: of more the oldest is closed that has not asked anything; see transport/room.py.
+    max_connections: beyond it, the oldest connection without a request is closed; see transport/room.py.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ApiRunner(web.AppRunner):
         make_request = server.request_factory
 
         def noted(message: Any, payload: Any, protocol: _Connection, *rest: Any) -> Any:
-            protocol.has_asked = True  # the head of a request is here
+            protocol.has_asked = True  # the head of a request has arrived
             return make_request(message, payload, protocol, *rest)
 
         server.request_factory = noted

@@ -1,4 +1,4 @@
-"""How answers look to clients: OpenAI's objects, whole and in chunks. No sockets."""
+"""Answers as OpenAI's objects, complete and in chunks. No sockets."""
 
 import secrets
 import time
@@ -13,7 +13,7 @@ from mdiq.runtime.starter_service import StreamEvent
 
 @dataclass(slots=True)
 class Answer:
-    """What a request has come to."""
+    """The result of a request so far."""
 
     num_prompt: int
     num_tokens: int = 0
@@ -41,13 +41,13 @@ def _usage(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 class Shape:
-    """How an answer looks to a client."""
+    """The form of an answer."""
 
     def __init__(self, model: str) -> None:
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     prefix = ""
-    has_opening = False  # a first chunk that says who answers
+    has_opening = False  # whether a first chunk gives the role
     kind = ""
     chunk_kind = ""
 

@@ -1,4 +1,4 @@
-"""Answers as server-sent events: several prompts in one stream, silence filled, errors on the way told in it."""
+"""Answers as server-sent events: several prompts in one stream, keep-alive comments, and errors within the stream."""
 
 import asyncio
 import json
@@ -15,11 +15,11 @@ from mdiq.runtime.starter_service import StreamEvent
 
 log = structlog.get_logger()
 
-SILENCE_S = 10.0  # then a comment keeps proxies from closing a stream
+SILENCE_S = 10.0  # after it a comment keeps proxies from closing the stream
 _HEADERS = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would keep the stream until it is whole
+    "X-Accel-Buffering": "no",  # nginx would hold the stream back until it is complete
 }
 
 Events = AsyncGenerator[tuple[int, StreamEvent] | None, None]
@@ -28,7 +28,7 @@ Events = AsyncGenerator[tuple[int, StreamEvent] | None, None]
 async def send_stream(
     request: web.Request, events: Events, out: Shape, answers: Sequence[Answer], wants_usage: bool
 ) -> web.StreamResponse:
-    """Send events as they come. The first one decides whether it is a stream: an error before it has a status."""
+    """Send events as they come. An error before the first event gets an HTTP status instead of a stream."""
     response = web.StreamResponse(headers=_HEADERS)
     is_whole = True
     is_opened = not out.has_opening
@@ -60,7 +60,7 @@ async def send_stream(
     except Exception:  # of one stream; its client is told that it broke, and the others go on
         if not response.prepared:
             raise
-        # A second response inside of this one would leave the client waiting for its end.
+        # A second response inside this one would leave the client waiting for its end.
         log.exception("request_broke", path=request.path)
         await _send(response, {"error": broke().body})
         is_whole = False
@@ -76,7 +76,7 @@ async def _begun(request: web.Request, response: web.StreamResponse) -> None:
 
 
 async def _send(response: web.StreamResponse, value: Mapping[str, Any]) -> None:
-    # write() waits while the client does not read: its events stay where they are, and its Sequence is bounded.
+    # write() waits while the client does not read; its events queue up, bounded by the length of its Sequence.
     await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
 

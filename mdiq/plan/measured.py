@@ -94,7 +94,7 @@ def differing_kinds(cpus: Mapping[str, str]) -> str:
 
 
 def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None) -> Profiles | None:
-    """Return the Profiles of a Ring merged with earlier ones; None for one Node, which does not show a Layer's bytes."""
+    """Return the Profiles of a Ring merged with earlier ones; None for one Node, which shows no Layer's bytes."""
     starter, *workers = ring.stages
     if not workers:
         return before

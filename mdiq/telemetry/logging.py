@@ -1,8 +1,8 @@
-"""Logs to stderr: readable lines for people, JSON lines for a journal. What is logged is for the callers to choose.
+"""Logs to stderr: readable lines for people, JSON lines for a journal. The callers choose what to log.
 
-JSON lines come when stderr is no terminal and systemd's JOURNAL_STREAM is set or MDIQ_LOG is "json".
+Lines are JSON when stderr is not a terminal and systemd's JOURNAL_STREAM is set or MDIQ_LOG is "json".
 
-Whatever the network sends, the log stays small: of each kind of line only so many are written a minute; see _Limit.
+Whatever the network sends, the log stays small: the lines per minute of each event are limited; see _Limit.
 """
 
 import logging
@@ -27,8 +27,8 @@ MAX_LINES = 20
 WINDOW_S = 60.0
 UNLIMITED = frozenset(
     {
-        "request_ended",  # one for each request that was let in: the access log
-        "peer_refused",  # each address has its line; see transport/curve.py, which bounds them
+        "request_ended",  # one for each admitted request: the access log
+        "peer_refused",  # one per address; transport/curve.py bounds them
     }
 )
 
@@ -36,9 +36,9 @@ UNLIMITED = frozenset(
 def configure(level: str = "warning", *, clock: Callable[[], float] = time.monotonic, **bound: str | int) -> None:
     """Send log lines of ``level`` or worse to stderr, with the ``bound`` fields (node=...) in each.
 
-    Of one event MAX_LINES are written within WINDOW_S; the next line that is written says how many were not. Warnings
-    of the standard library's loggers (asyncio's, say) and of ``warnings`` come in the same form. May be called again;
-    the last call holds.
+    At most MAX_LINES of one event are written within WINDOW_S; the next line says how many were dropped. Warnings of
+    the standard library's loggers (such as asyncio's) and of ``warnings`` have the same form. May be called again; the
+    last call counts.
     """
     least = LEVELS[level]
     shared: list[Processor] = [
@@ -53,7 +53,7 @@ def configure(level: str = "warning", *, clock: Callable[[], float] = time.monot
         processors=[*shared, *_renderers()],
         wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=_stderr_logger,
-        # Loggers are made anew for each line, so that a call of configure reaches those that exist already.
+        # Loggers are not cached, so that a call of configure also affects existing ones.
         cache_logger_on_first_use=False,
     )
     handler = _StderrHandler()
@@ -67,7 +67,7 @@ def configure(level: str = "warning", *, clock: Callable[[], float] = time.monot
     for old in [old for old in root.handlers if isinstance(old, _StderrHandler)]:
         root.removeHandler(old)
     root.addHandler(handler)
-    # Other people's info lines are noise even where ours are wanted.
+    # Info lines of libraries are noise even where our own are wanted.
     root.setLevel(max(least, logging.WARNING) if least > logging.DEBUG else logging.DEBUG)
     logging.captureWarnings(True)
 
@@ -75,7 +75,7 @@ def configure(level: str = "warning", *, clock: Callable[[], float] = time.monot
 def _renderers() -> list[Processor]:
     if _wants_json():
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
-    # The plain traceback: the others print the values of variables, prompts among them.
+    # The plain traceback: richer ones print the values of variables, including prompts.
     return [
         structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
@@ -90,7 +90,7 @@ def _wants_json() -> bool:
 
 @dataclass(slots=True)
 class _Window:
-    """Lines of one event since ``since_s``: how many may still be written, and how many were not."""
+    """Lines of one event since ``since_s``: how many may still be written, and how many were dropped."""
 
     since_s: float
     num_left: int
@@ -98,9 +98,9 @@ class _Window:
 
 
 class _Limit:
-    """Holds back lines of an event that comes too often: strangers cause lines, and must not fill a disk with them.
+    """Drops lines of an event that is too frequent: strangers can cause events, and must not fill a disk.
 
-    After a window that was too small the next one has a single line, with the count of those that were held back.
+    After a window that dropped lines the next one has a single line, with their count.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -109,7 +109,7 @@ class _Limit:
         self._windows: dict[Any, _Window] = {}  # events are constants of the code, so these are few
 
     def __call__(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> EventDict:
-        record = event.get("_record")  # of the standard library: its texts vary, the place in the code does not
+        record = event.get("_record")  # of the standard library: texts vary, so the place in the code is the key
         kind = event.get("event") if record is None else (record.pathname, record.lineno)
         if kind in UNLIMITED:
             return event
@@ -129,7 +129,7 @@ class _Limit:
 
 
 class _Bind:
-    """Adds fixed fields to every line, in whatever task or thread it is logged; context variables reach no thread."""
+    """Adds fixed fields to every line, from any task or thread; context variables do not reach threads."""
 
     def __init__(self, bound: Mapping[str, str | int]) -> None:
         self._bound = dict(bound)
@@ -141,12 +141,12 @@ class _Bind:
 
 
 def _stderr_logger(*_: Any) -> structlog.WriteLogger:
-    # Looked up for each line: a progress bar or a test may have put another stream there.
+    # Looked up for each line: a progress bar or a test may have replaced the stream.
     return structlog.WriteLogger(sys.stderr)
 
 
 class _StderrHandler(logging.Handler):
-    """Writes records of the standard library's loggers to whatever stderr is now."""
+    """Writes records of the standard library's loggers to the current stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

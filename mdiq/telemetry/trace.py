@@ -1,6 +1,6 @@
 """Spans of the loops, as a Chrome/Perfetto trace and as figures of overlap. No clock of its own, no sockets.
 
-Times are seconds of CLOCK_MONOTONIC, which the processes of one machine share; across machines they do not compare.
+Times are seconds of CLOCK_MONOTONIC, which processes of one machine share; across machines they are not comparable.
 """
 
 import json
@@ -22,7 +22,7 @@ class Span:
 
 
 class Tracer:
-    """Collects Spans, or nothing when it is off; the oldest go when ``max_spans`` is reached."""
+    """Collects Spans, or nothing when it is off; the oldest are dropped when ``max_spans`` is reached."""
 
     def __init__(self, *, is_on: bool, max_spans: int = 200_000) -> None:
         self.is_on = is_on
@@ -37,7 +37,7 @@ class Tracer:
             self.spans.append(Span(loop, label, start_s, stop_s))
 
     def clear(self) -> None:
-        """Forget what there is: it was not yet the work that is to be shown."""
+        """Drop the Spans so far, such as those of the warm-up."""
         self.spans.clear()
 
 

@@ -1,1 +1,1 @@
-"""ZeroMQ links and their in-process twins: parts of bytes, no torch."""
+"""ZeroMQ links, and in-process links with the same interface: parts of bytes, no torch."""

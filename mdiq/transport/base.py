@@ -1,7 +1,7 @@
-"""What the layers above expect of a transport: links that move parts of bytes. What the bytes mean is core/wire.py's.
+"""The interface of a transport: links that move parts of bytes. core/wire.py defines their meaning.
 
-A link promises little: a message arrives whole or not at all, perhaps late or twice. The protocols above mend the rest.
-One task reads a link, and it is never cancelled in the hope of reading again: that could lose a message.
+A link guarantees little: a message arrives whole or not at all, perhaps late or twice. The protocols above handle the
+rest. One task reads a link, and does not read again after it was cancelled: that could lose a message.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from mdiq.core.frame import Buffer
 
 
 class FrameSource(Protocol):
-    """The end of a Hop that Frames come out of."""
+    """The receiving end of a Hop."""
 
     @property
     def bytes_in(self) -> int:
@@ -19,7 +19,7 @@ class FrameSource(Protocol):
         ...
 
     async def receive(self) -> list[Buffer]:
-        """Wait for the next message and return its parts; a hostile peer may have sent anything."""
+        """Wait for the next message and return its parts, which are not checked: the peer may be hostile."""
         ...
 
     async def aclose(self) -> None:
@@ -28,7 +28,7 @@ class FrameSource(Protocol):
 
 
 class FrameSink(Protocol):
-    """The end of a Hop that Frames go into."""
+    """The sending end of a Hop."""
 
     @property
     def bytes_out(self) -> int:
@@ -36,7 +36,7 @@ class FrameSink(Protocol):
         ...
 
     async def send(self, parts: Sequence[Buffer]) -> None:
-        """Send one message; wait while the peer is away or behind. Parts must not change afterwards."""
+        """Send one message; wait while the peer is disconnected or slow. Parts must not change afterwards."""
         ...
 
     async def aclose(self) -> None:
@@ -65,7 +65,7 @@ class ControlServer(Protocol):
 
     @property
     def sender(self) -> str | None:
-        """The Node whose key sent what ``receive`` returned last; None where the link has no security."""
+        """The Node, by its key, that sent the last message from ``receive``; None on a link without security."""
         ...
 
     async def receive(self) -> tuple[bytes, bytes]:
@@ -76,7 +76,7 @@ class ControlServer(Protocol):
         """Send one message to a peer, without waiting for it.
 
         Raises:
-            TransportError: no peer of that identity is connected, or it does not take what it is sent.
+            TransportError: no peer of that identity is connected, or its queue is full.
         """
         ...
 

@@ -1,10 +1,10 @@
-"""Security of sockets: CURVE on both ends, and the Gate that lets in who is listed. Key files: keys.py.
+"""Security of sockets: CURVE on both ends, and the authenticator (Gate) with the lists of keys. Key files: keys.py.
 
 A socket that binds is the CURVE server. libzmq asks the Gate of its context about every client (ZAP, RFC 27), and with
-ZAP_ENFORCE_DOMAIN it lets nobody in when no Gate answers. A socket that connects names the one key that it accepts of
-its server. So each side knows whom it talks to, and every message carries its sender's name (metadata ``User-Id``).
+ZAP_ENFORCE_DOMAIN it refuses every client when no Gate answers. A socket that connects names the one server key that
+it accepts. So both sides are authenticated, and every message carries its sender's name (metadata ``User-Id``).
 
-pyzmq's authenticators are not used: they let NULL peers in, hold no names, and know one list for all keys at a time.
+pyzmq's authenticators are not used: they admit NULL peers, have no names, and have one list for all domains.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ Clock = Callable[[], float]
 
 
 class Refusals:
-    """Logs who was refused: each address once an hour for its key, and once for what else it did, in bounded memory."""
+    """Logs refused peers: each address once an hour for its key, and once for any other reason, in bounded memory."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
@@ -47,11 +47,11 @@ class Refusals:
         """Count a refused peer, and log it unless that was done already. public_key: the one that it has shown."""
         self.num_refused += 1
         now = self._clock()
-        # The oldest stand first.
+        # The oldest are first.
         while self._noted and now - next(iter(self._noted.values())) >= FORGET_S:
             del self._noted[next(iter(self._noted))]
             self._is_full = False
-        key = (domain, address, public_key is not None)  # a stranger can show ever new ones
+        key = (domain, address, public_key is not None)  # not the key itself: a stranger can show any number of keys
         if key in self._noted:
             return
         if len(self._noted) >= MAX_REFUSALS:
@@ -68,16 +68,16 @@ class Refusals:
         return (domain, address, True) in self._noted
 
     def forget(self, domain: str) -> None:
-        """Log again what is refused on this plane: its list has changed."""
+        """Log refusals on this plane again: its list has changed."""
         self._noted = {key: when for key, when in self._noted.items() if key[0] != domain}
         self._is_full = False
 
 
 class Gate:
-    """Decides which peers come in, on all secured sockets of one context: an allow-list for each domain.
+    """The authenticator of all secured sockets of one context: an allow-list for each domain.
 
     ``start`` it, let a TaskGroup ``run`` it, so that its end is noticed, and ``aclose`` it last. While it does not run,
-    nobody comes in.
+    every peer is refused.
     """
 
     def __init__(self, context: zmq.asyncio.Context, *, clock: Clock = time.monotonic) -> None:
@@ -102,10 +102,10 @@ class Gate:
             self._socket.bind(ZAP_ENDPOINT)
         except zmq.ZMQError:
             self._socket.close()
-            raise TransportError("gate: this context has one already; use that") from None
+            raise TransportError("gate: this context has one already; use that one") from None
 
     async def run(self) -> None:
-        """Answer until cancelled. However it ends, nobody is let in behind that."""
+        """Answer until cancelled. After its end, whatever the reason, every peer is refused."""
         assert self._socket is not None, "start comes first"
         try:
             while True:
@@ -123,13 +123,13 @@ class Gate:
             self._socket.close()
 
     async def replace(self, domain: str, keys: Mapping[str, str]) -> None:
-        """Let in from now on who has one of these public keys, and no one else. keys: public key in Z85 -> node name.
+        """Admit from now on only peers with one of these public keys. keys: public key in Z85 -> node name.
 
-        Who is no longer listed, or under another name, loses its connections before this returns; if there are such,
-        all others of the domain connect anew, and what was on its way to us may be lost.
+        Peers that are no longer listed, or under another name, lose their connections before this returns. If there
+        are any, all others of the domain reconnect, and messages that were on their way to us may be lost.
 
         Raises:
-            ConfigError: what stands there is no key, or a name has two.
+            ConfigError: one of them is not a public key, or a name has two.
             TransportError: a socket of the domain cannot listen again.
         """
         listed = _listed(domain, keys)
@@ -141,7 +141,7 @@ class Gate:
             self.refusals.forget(domain)
             revoked = {key for key in entered if listed.get(key) != old.get(key)}
             if revoked:
-                # libzmq asks only when a peer connects, so every connection of the domain has to be made anew.
+                # libzmq asks only when a peer connects, so every connection of the domain has to be made again.
                 entered.clear()
                 for renew in list(self._renewals.get(domain, ())):
                     await renew()
@@ -149,7 +149,7 @@ class Gate:
                 log.info("keys_revoked", plane=domain, nodes=names)
 
     def admits(self, domain: str, name: str) -> bool:
-        """Return whether the domain lists a Node of this name now: messages of others are older than its list."""
+        """Return whether the domain lists a Node of this name; other messages were sent before the list changed."""
         return name in self._names.get(domain, ())
 
     def add_renewal(self, domain: str, renew: Renew) -> None:
@@ -157,7 +157,7 @@ class Gate:
         self._renewals.setdefault(domain, []).append(renew)
 
     def remove_renewal(self, domain: str, renew: Renew) -> None:
-        """Take back ``add_renewal``; the socket closes."""
+        """Undo ``add_renewal`` when the socket closes."""
         self._renewals[domain].remove(renew)
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
@@ -177,7 +177,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class ServerSecurity:
-    """How a socket that binds is secured: its private key in Z85, the plane that it serves, and who is let in."""
+    """Security of a socket that binds: its private key in Z85, the plane that it serves, and the Gate."""
 
     secret: bytes = field(repr=False)
     domain: str
@@ -191,13 +191,13 @@ class ServerSecurity:
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
     def admits(self, name: str) -> bool:
-        """Return whether a message of this sender may be handed up."""
+        """Return whether messages of this sender are accepted."""
         return self.gate.admits(self.domain, name)
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSecurity:
-    """How a socket that connects is secured: its private key and its server's public one, in Z85."""
+    """Security of a socket that connects: its private key and its server's public one, in Z85."""
 
     secret: bytes = field(repr=False)
     server_public: str
@@ -206,7 +206,7 @@ class ClientSecurity:
         """Set the options, before the socket connects.
 
         Raises:
-            ConfigError: the server's key is none.
+            ConfigError: the server's key is not a public key.
         """
         if not is_public_key(self.server_public):
             raise ConfigError(f"public key {self.server_public!r}: not 40 characters of Z85; make keys with mdiq keys")
@@ -219,10 +219,10 @@ Security = ServerSecurity | ClientSecurity
 
 
 def check_plain_text(endpoint: str, *, insecure: bool) -> None:
-    """Refuse a link without security that leaves this machine, unless ``insecure`` says so, and warn then.
+    """Refuse an unsecured link that leaves this machine; with ``insecure`` warn instead.
 
     Raises:
-        TransportError: anybody on the network could read and write on that link.
+        TransportError: anyone on the network could read and write on that link.
     """
     if not endpoint.startswith("tcp://") or _is_loopback(endpoint):
         return
@@ -230,11 +230,11 @@ def check_plain_text(endpoint: str, *, insecure: bool) -> None:
         raise TransportError(
             f"{endpoint}: plain text is for loopback only; make keys with mdiq keys, or set security: insecure: true"
         )
-    log.warning("link_in_plain_text", endpoint=endpoint, error="anybody on this network can read and change it")
+    log.warning("link_in_plain_text", endpoint=endpoint, error="anyone on this network can read and change it")
 
 
 def _is_loopback(endpoint: str) -> bool:
-    # A source address may stand in front: tcp://SOURCE:PORT;ADDRESS:PORT.
+    # A source address may come first: tcp://SOURCE:PORT;ADDRESS:PORT.
     host = endpoint.removeprefix("tcp://").rpartition(";")[2].rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True

@@ -1,23 +1,23 @@
-"""Bounds the time that messages of no use take of an event loop, so that others' tokens flow beside a flood of them."""
+"""Limits an event loop's time for useless messages, so that a flood of them does not stop others' tokens."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
 SHARE = 0.2
-"""Of the time: the most that junk takes."""
+"""Maximum share of the time for junk."""
 QUANTUM_S = 0.0005
 BURST_S = 0.005
-"""What may be taken at once after a rest: on a busy loop each rest is longer than it was meant to be."""
+"""Seconds of junk at once after a rest: on a busy loop each rest is longer than intended."""
 RECEIVE_S = 30e-6
-"""What it takes to receive a message, before anybody looks at it; about so much on a desktop machine."""
+"""Time to receive a message, before it is looked at; about this much on a desktop machine."""
 
 
 class JunkBudget:
-    """Lets a reader rest after junk: a fifth of the time is the most that it takes.
+    """Lets a reader rest after junk, so that junk takes at most a fifth of the time.
 
-    A reader that rests reads no more of others either, but libzmq takes turns between senders: whatever one of them
-    sends, the next message is another's. And while it rests, full queues slow the sender down.
+    A resting reader does not read from other senders either, but libzmq takes turns between senders: after a message
+    of one, the next is another's. And while it rests, full queues slow the sender down.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class JunkBudget:
         self._last_s = clock()
 
     async def spent(self, seconds: float) -> None:
-        """Note that it took so long to look at a message and drop it; rest when it is time to."""
+        """Count the time taken to look at a message and drop it; rest when the budget is spent."""
         now_s = self._clock()
         self._left_s = min(self._left_s + (now_s - self._last_s) * SHARE, BURST_S) - (seconds + RECEIVE_S)
         self._last_s = now_s

@@ -1,8 +1,8 @@
-"""Private keys of CURVE as files: made, read, refused when others could have read or changed them. No sockets.
+"""Private keys of CURVE in files: made, read, and refused when others could read or change them. No sockets.
 
 A key file ``<name>.key`` holds the private key in Z85 (40 characters) and a newline, with mode 0600. The public key is
-not stored: it follows from the private one. On a device systemd may hand the key over instead, as the credential
-``node.key``: see systemd.exec(5), LoadCredential.
+not stored: it follows from the private one. On a device systemd may provide the key instead, as the credential
+``node.key``; see systemd.exec(5), LoadCredential.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ _MAX_BYTES = 256
 def make_keys(folder: Path, names: Iterable[str], *, replace: bool = False) -> dict[str, str]:
     """Make a private key for each name in ``folder`` and return the public keys by name.
 
-    A key that is there already stays, unless ``replace``. The folder is made, for its owner alone.
+    An existing key stays, unless ``replace``. The folder is made, for its owner alone.
 
     Raises:
-        ConfigError: a name, the folder or a key that is there cannot be used.
+        ConfigError: a name, the folder or an existing key cannot be used.
     """
     public = {}
     for name in names:
@@ -52,10 +52,10 @@ def key_file(folder: Path, name: str) -> Path:
     """Return the path of a Node's private key.
 
     Raises:
-        ConfigError: the name is none that a Node can have; it could lead out of the folder.
+        ConfigError: the name is not a legal Node name; it could lead out of the folder.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"node name {name!r}: use a-z, 0-9 and -, at most 63 characters, and no - in front")
+        raise ConfigError(f"node name {name!r}: use a-z, 0-9 and -, at most 63 characters, and do not begin with -")
     return folder / f"{name}.key"
 
 
@@ -63,7 +63,7 @@ def private_of(folder: Path, name: str, environ: Mapping[str, str] = os.environ)
     """Return a Node's private key in Z85: systemd's credential if there is one, else the file in ``folder``.
 
     Raises:
-        ConfigError: there is none, or it is not safe to use.
+        ConfigError: there is no key, or it is not safe to use.
     """
     if directory := environ.get("CREDENTIALS_DIRECTORY"):
         credential = Path(directory, CREDENTIAL)
@@ -78,17 +78,17 @@ def read_private(path: Path, *, is_credential: bool = False) -> bytes:
     is_credential: systemd made the file, for this service alone: root may own it, and its group may read it.
 
     Raises:
-        ConfigError: the file is missing, no key, or open to others.
+        ConfigError: the file is missing, is not a key, or is open to others.
     """
     try:
-        # Not blocking: a pipe of that name must not hang us before it is refused.
+        # Not blocking: a pipe of that name must not block us before it is refused.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such key; make it with mdiq keys, or copy it from where it was made") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the key: {error.strerror}; run as its owner") from None
     with open(descriptor, "rb", buffering=0) as file:
-        # Of the open file, not of its name: the name may lead to another file in the next moment.
+        # Of the open file, not of its name: the name may lead to another file a moment later.
         _check_owner_and_mode(path, os.fstat(file.fileno()), is_credential=is_credential)
         text = (file.read(_MAX_BYTES) or b"").strip()
     if not _Z85.fullmatch(text):
@@ -106,14 +106,14 @@ def public_of(private: bytes) -> str:
 
 
 def is_public_key(text: str) -> bool:
-    """Return whether a text can be a public key: 40 characters of Z85 that stand for 32 bytes."""
+    """Return whether a text can be a public key: 40 characters of Z85 that decode to 32 bytes."""
     try:
         encoded = text.encode("ascii")
     except UnicodeEncodeError:
         return False
     if not _Z85.fullmatch(encoded):
         return False
-    # Five characters of Z85 can say more than four bytes can hold (RFC 32); curve_public refuses that.
+    # Five characters of Z85 can encode more than four bytes hold (RFC 32); curve_public refuses that.
     try:
         zmq.curve_public(encoded)
     except zmq.ZMQError:
@@ -145,7 +145,7 @@ def _write_private(path: Path, private: bytes, *, replace: bool) -> None:
         if replace:
             os.replace(new, path)
         else:
-            os.link(new, path)  # unlike a rename it fails when the name is taken: no key is lost
+            os.link(new, path)  # unlike a rename it fails when the name exists: no key is lost
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)

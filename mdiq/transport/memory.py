@@ -1,4 +1,4 @@
-"""Links inside one process: a Ring without sockets, and tests that drop or double what they like."""
+"""Links inside one process: for a Ring without sockets, and for tests that drop or duplicate messages."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ MAX_WAITING = 16
 """Messages that a link holds before its sender waits; the high-water mark of the sockets."""
 
 Copies = Callable[[Sequence[Buffer]], int]
-"""Says how often a message arrives: 1 as it should, 0 drops it, 2 doubles it."""
+"""Returns how often a message arrives: 1 is normal, 0 drops it, 2 duplicates it."""
 
 
 def once(_: Sequence[Buffer]) -> int:
@@ -19,7 +19,7 @@ def once(_: Sequence[Buffer]) -> int:
 
 
 class MemoryLink:
-    """A Hop inside one process: FrameSource and FrameSink in one. Parts are handed over, not copied.
+    """A Hop inside one process: FrameSource and FrameSink in one. Parts are passed on, not copied.
 
     copies: the faults of the link, for tests.
     """
@@ -60,7 +60,7 @@ class MemoryControlServer:
         self.sender: str | None = None
 
     def connect(self, identity: bytes, *, sender: str | None = None) -> "MemoryControlLink":
-        """Return an Agent's end. Like a ROUTER socket the server knows it at once, and keeps the first of a name.
+        """Return an Agent's end. Like a ROUTER socket, the server knows it at once, and keeps the first of each name.
 
         sender: the Node whose key the Agent would have on a secured link.
         """
@@ -81,7 +81,7 @@ class MemoryControlServer:
         """
         link = self._links.get(identity)
         if link is None:
-            raise TransportError(f"control peer {identity!r}: not connected; look whether its process runs")
+            raise TransportError(f"control peer {identity!r}: not connected; check that its process runs")
         for _ in range(self._copies((data,))):
             try:
                 link.waiting.put_nowait(data)
@@ -119,7 +119,7 @@ class MemoryControlLink:
         await self._server._take(self._identity, data, self._sender)
 
     async def aclose(self) -> None:
-        """Leave: the server does not know the identity any more."""
+        """Leave: the server forgets the identity."""
         self._server._disconnect(self._identity, self)
 
 

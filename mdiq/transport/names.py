@@ -1,8 +1,8 @@
-"""Names of hosts, looked up in threads of their own.
+"""Look up host names in separate threads.
 
-libzmq looks them up in its I/O thread: while a name server does not answer, every link of the process stands still. It
-also asks for one family of addresses only, and so waits for ever for a host that has none of that family. So libzmq is
-given addresses, never names.
+libzmq would look them up in its I/O thread: while a name server does not answer, every link of the process stalls. It
+also asks for one address family only, and so waits for ever for a host that has no address of that family. So libzmq
+gets addresses, never names.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import threading
 
 
 def name_in(endpoint: str) -> str | None:
-    """Return the name of the host in ``tcp://HOST:PORT``; None if there is an address, or it is no such endpoint."""
+    """Return the host name in ``tcp://HOST:PORT``; None if it is an address, or if this is not such an endpoint."""
     if not endpoint.startswith("tcp://"):
         return None
     host, _, port = endpoint.removeprefix("tcp://").rpartition(";")[2].rpartition(":")
@@ -34,10 +34,10 @@ def with_address(endpoint: str, address: str) -> str:
 
 
 def addresses_of(name: str) -> list[str]:
-    """Return the addresses of a host, those of IPv4 first. It may take very long.
+    """Return the addresses of a host, IPv4 first. This may take very long.
 
     Raises:
-        OSError: the name is not known, or nobody could be asked. UnicodeError: it cannot be a name.
+        OSError: the name is unknown, or no name server answered. UnicodeError: it cannot be a name.
     """
     found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return sorted(dict.fromkeys(str(each[4][0]) for each in found), key=lambda address: ":" in address)
@@ -46,7 +46,7 @@ def addresses_of(name: str) -> list[str]:
 async def look_up(name: str) -> list[str]:
     """Return the addresses of a host as ``addresses_of`` does.
 
-    Not in the loop's threads: few lookups that hang would take them all, and the end of the process would wait.
+    Not in the loop's thread pool: a few hanging lookups would take all its threads and delay the end of the process.
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[list[str]] = loop.create_future()
@@ -70,7 +70,7 @@ async def look_up(name: str) -> list[str]:
 
 
 def plain_address(address: str) -> str:
-    """Return an address as people write it: one of IPv4 that a socket of both families shows as ::ffff:192.0.2.1."""
+    """Return an address in its usual form: IPv4 without the ::ffff: prefix that a dual-stack socket shows."""
     try:
         mapped = ipaddress.IPv6Address(address).ipv4_mapped
     except ValueError:

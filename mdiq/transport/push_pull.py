@@ -1,4 +1,4 @@
-"""Hops as ZeroMQ sockets, PUSH to PULL. What a message means is left to core/wire.py.
+"""Hops as ZeroMQ sockets, PUSH to PULL. core/wire.py defines the meaning of messages.
 
 PULL binds and PUSH connects: the receivers are the stable addresses. Delivery is at most once, and a cut link may lose
 what was queued; nothing here acknowledges or repeats.
@@ -42,7 +42,7 @@ class PullSource(SocketEnd):
         security: ServerSecurity | None = None,
         insecure: bool = False,
     ) -> "PullSource":
-        """Listen on ``endpoint``; port 0 lets the system choose, and the source's ``endpoint`` tells which.
+        """Listen on ``endpoint``; with port 0 the system chooses one, shown in the source's ``endpoint``.
 
         max_frame_bytes: a peer that sends a longer part is disconnected; see WireLimits.max_frame_bytes.
         insecure: permit plain text beyond loopback where there is no ``security``.
@@ -66,7 +66,7 @@ class PullSource(SocketEnd):
 
     @property
     def sender(self) -> str | None:
-        """The Node that sent what ``receive`` returned last; None without security."""
+        """The Node that sent the last message from ``receive``; None without security."""
         return self._reader.sender
 
     @property
@@ -99,12 +99,12 @@ class PushSink(SocketEnd):
     ) -> "PushSink":
         """Connect to the next Stage's ``endpoint``; it may begin to listen later.
 
-        max_frame_bytes: what the next Stage's source takes.
+        max_frame_bytes: the limit of the next Stage's source.
         insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
-            TransportError: the endpoint is no address.
-            ConfigError: the next Stage's key is none.
+            TransportError: the endpoint is not an address.
+            ConfigError: the next Stage's key is not a public key.
         """
         socket = make_socket(
             context,
@@ -116,17 +116,17 @@ class PushSink(SocketEnd):
             security=security,
             insecure=insecure,
         )
-        # Frames wait for a connection here, not in a queue of libzmq, which would keep stale ones over a cut.
+        # Frames wait for a connection here, not in a queue of libzmq, which would keep stale ones across a cut.
         socket.setsockopt(zmq.IMMEDIATE, 1)
         sink = cls(socket, endpoint, max_frame_bytes)
         await sink._connect(security)
         return sink
 
     async def send(self, parts: Sequence[Buffer]) -> None:
-        """Send one message; wait while the peer is away or behind. Parts must not change afterwards.
+        """Send one message; wait while the peer is disconnected or slow. Parts must not change afterwards.
 
         Raises:
-            TransportError: a part is longer than the peer takes; it would end the connection.
+            TransportError: a part is longer than the peer accepts; it would close the connection.
         """
         sizes = [memoryview(part).nbytes for part in parts]
         largest = max(sizes)

@@ -1,8 +1,8 @@
-"""Room for connections: how many a listener holds, and which one ends when a stranger opens too many.
+"""Limit the connections of a listener, and choose the one to close when a stranger opens too many.
 
-Anyone who reaches a port can open connections and say nothing, each of which costs a descriptor until the time for its
-handshake is up. So a listener holds a bounded number. The oldest connection that is not through with its handshake goes
-first: a peer that belongs to the Ring needs it for a fraction of a second, and a stranger never gets through.
+Anyone who reaches a port can open idle connections, each of which costs a descriptor until the handshake times out. So
+a listener has a maximum. The oldest connection with an unfinished handshake is closed first: a peer of the Ring
+finishes it within a fraction of a second, and a stranger never does.
 """
 
 import contextlib
@@ -15,11 +15,12 @@ from typing import Generic, TypeVar
 MAX_DESCRIPTORS = 65_536
 MAX_CONNECTIONS = 256
 LISTENERS = 8
-"""One in so many parts of the descriptors is a listener's: a Starter has four, and models and threads need some."""
+"""A listener may use one in this many of the descriptors: a Starter has four listeners, and models and threads need
+some."""
 _BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in struct tcp_info, since Linux 4.1; see linux/tcp.h
 _GREETING_BYTES = 64  # ZMTP 3.1, RFC 37
 HANDSHAKE_BYTES = _GREETING_BYTES + 24
-"""More than so many bytes come from a peer that is through, even without security: a greeting and a READY."""
+"""A peer that finished the handshake has sent more bytes, even without security: a greeting and a READY."""
 CURVE_HANDSHAKE_BYTES = _GREETING_BYTES + 202 + 257
 """The same with CURVE, RFC 26: a greeting, a HELLO and an INITIATE, which is more with its metadata."""
 
@@ -27,11 +28,11 @@ T = TypeVar("T", bound=Hashable)
 
 
 def raise_descriptor_limit() -> None:
-    """Allow this process as many descriptors as it may have, up to MAX_DESCRIPTORS; the usual 1,024 are soon gone."""
+    """Raise this process's descriptor limit to its hard limit, at most MAX_DESCRIPTORS; the usual 1,024 are too few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # a sandbox may forbid it: then there is less room
+        with contextlib.suppress(ValueError, OSError):  # a sandbox may forbid it: then fewer connections fit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
@@ -44,7 +45,7 @@ def connection_limit() -> int:
 class Room(Generic[T]):
     """The connections of one listener.
 
-    is_through: tells whether a connection's handshake is over; once that is so, it stays so. end: ends a connection.
+    is_through: returns whether a connection's handshake is finished, which it then stays. end: closes a connection.
     """
 
     def __init__(self, most: int, is_through: Callable[[T], bool], end: Callable[[T], None]) -> None:
@@ -55,7 +56,7 @@ class Room(Generic[T]):
         self._through: set[T] = set()
 
     def accepted(self, connection: T) -> None:
-        """Take in a new connection. If there are too many, the oldest ends that is not through, or else the new one."""
+        """Add a connection. If there are too many, close the oldest with an unfinished handshake, or else this one."""
         self.ended(connection)
         self._shaking[connection] = None
         if len(self._shaking) + len(self._through) > self._most:
@@ -83,7 +84,7 @@ class Room(Generic[T]):
 
 
 def bytes_received(connection: int) -> int:
-    """Return how many bytes have come on a TCP connection so far; 0 if it has ended or the kernel does not tell."""
+    """Return the bytes received so far on a TCP connection; 0 if it has ended or the kernel does not report them."""
     try:
         with borrowed(connection) as socket:
             info = socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES_RECEIVED + 8)
@@ -93,9 +94,9 @@ def bytes_received(connection: int) -> int:
 
 
 def end_connection(connection: int, port: int) -> None:
-    """End a connection that came in on a port: its owner reads the end of the stream, and closes it.
+    """End a connection accepted on a port: its owner reads the end of the stream and closes it.
 
-    The owner may have closed it meanwhile, and the descriptor be another one's: that is left alone.
+    The owner may have closed it already, and the descriptor may belong to another connection: that is left alone.
     """
     with contextlib.suppress(OSError), borrowed(connection) as socket:
         if socket.family in (sockets.AF_INET, sockets.AF_INET6) and socket.getsockname()[1] == port:
@@ -104,10 +105,10 @@ def end_connection(connection: int, port: int) -> None:
 
 @contextlib.contextmanager
 def borrowed(descriptor: int) -> Iterator[sockets.socket]:
-    """Give a socket for a descriptor that is libzmq's: it is not closed, and no other descriptor is taken for it.
+    """Yield a socket object for a descriptor that libzmq owns. The descriptor is neither closed nor duplicated.
 
     Raises:
-        OSError: it stands for no socket.
+        OSError: the descriptor is not a socket.
     """
     socket = sockets.socket(fileno=descriptor)
     try:

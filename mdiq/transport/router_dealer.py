@@ -15,8 +15,8 @@ from mdiq.transport.sockets import PartReader, SocketEnd, make_socket, send_whol
 log = structlog.get_logger()
 
 CONTROL_HWM = 1_000
-CONTROL_LINGER_MS = 500  # a last word such as Failed or Goodbye gets out
-# A message that is a little too long is refused by name, not by a cut.
+CONTROL_LINGER_MS = 500  # so that a last message such as Failed or Goodbye is sent
+# A message that is slightly too long is refused with an error, not with a disconnection.
 MAX_CONTROL_BYTES = max(control.MAX_BYTES, weights.MOST_BYTES) + 4_096
 
 
@@ -38,9 +38,9 @@ class RouterServer(SocketEnd):
         security: ServerSecurity | None = None,
         insecure: bool = False,
     ) -> "RouterServer":
-        """Listen on ``endpoint``; port 0 lets the system choose, and the server's ``endpoint`` tells which.
+        """Listen on ``endpoint``; with port 0 the system chooses one, shown in the server's ``endpoint``.
 
-        hwm: messages that may wait for one peer; for a peer that does not take them ``send`` then fails.
+        hwm: messages that may wait for one peer; beyond that, ``send`` fails.
         insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
@@ -57,8 +57,8 @@ class RouterServer(SocketEnd):
             insecure=insecure,
         )
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A second peer of a name is ignored by libzmq: it cannot take over what the first one is sent. With security
-        # nobody else can know the name, and a peer that comes back is not to be ignored for what it left unread.
+        # libzmq ignores a second peer of the same name: it cannot take over the first one's messages. With security
+        # no other peer can know the name, and a returning peer must not be ignored because of unread messages.
         socket.setsockopt(zmq.ROUTER_HANDOVER, int(security is not None))
         server = cls(socket, endpoint, security)
         await server._bind(security)
@@ -66,7 +66,7 @@ class RouterServer(SocketEnd):
 
     @property
     def sender(self) -> str | None:
-        """The Node that sent what ``receive`` returned last, by its key; None without security."""
+        """The Node, by its key, that sent the last message from ``receive``; None without security."""
         return self._reader.sender
 
     async def receive(self) -> tuple[bytes, bytes]:
@@ -81,7 +81,7 @@ class RouterServer(SocketEnd):
             await junk.spent(0.0)
 
     async def send(self, identity: bytes, data: bytes) -> None:
-        """Send one message to a peer, without waiting for it: one that hangs must not hold up the others.
+        """Send one message to a peer, without waiting for it: a hanging peer must not delay the others.
 
         Raises:
             TransportError: no peer of that identity is connected, or its queue is full.
@@ -92,7 +92,7 @@ class RouterServer(SocketEnd):
             raise TransportError(f"control peer {identity!r}: it does not take its messages; it hangs") from None
         except zmq.ZMQError as error:
             raise TransportError(
-                f"control peer {identity!r}: not connected ({error.strerror}); look whether its process runs"
+                f"control peer {identity!r}: not connected ({error.strerror}); check that its process runs"
             ) from None
 
 
@@ -119,8 +119,8 @@ class DealerLink(SocketEnd):
         insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
-            TransportError: the endpoint is no address, or the name none that a peer can have.
-            ConfigError: the Coordinator's key is none.
+            TransportError: the endpoint is not an address, or the name is not a legal identity.
+            ConfigError: the Coordinator's key is not a public key.
         """
         socket = make_socket(
             context,
@@ -132,10 +132,10 @@ class DealerLink(SocketEnd):
             security=security,
             insecure=insecure,
         )
-        # Messages wait for a peer that is there and has let us in; libzmq forgets what is queued when it is refused.
+        # Messages wait until the peer has accepted us; libzmq drops its queue when it is refused.
         socket.setsockopt(zmq.IMMEDIATE, 1)
         if security is not None:
-            # The key says who we are. A name that others cannot guess is one that they cannot occupy before us.
+            # The key authenticates us. Others cannot occupy a name before us that they cannot guess.
             identity = f"{identity}.{secrets.token_hex(8)}"
         try:
             socket.setsockopt(zmq.ROUTING_ID, identity.encode())

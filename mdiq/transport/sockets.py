@@ -1,8 +1,8 @@
-"""Sockets of every link: their options and security, binding and connecting, whole messages out and in.
+"""The sockets of all links: options and security, binding and connecting, sending and receiving whole messages.
 
-What a peer may cost: the length of a part is bounded by libzmq (MAXMSGSIZE), the number of parts that are handed up by
-PartReader. libzmq itself collects the parts of a message until the last has come and has no bound for that, so without
-security (curve.py) a port must be reachable by trusted peers only.
+Limits for a peer: libzmq bounds the length of a part (MAXMSGSIZE), PartReader the number of parts that are returned.
+libzmq itself collects the parts of a message until the last has arrived, without a limit, so without security
+(curve.py) a port must be reachable by trusted peers only.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from mdiq.transport.names import has_ipv6, name_in
 from mdiq.transport.watch import ClientWatch, ListenerWatch, ServerWatch
 
 MAX_FRAME_BYTES = 32 * 2**20
-"""Most bytes of one part unless the caller knows better: a full Batch of 512 tokens of 16,384 f32."""
+"""Default maximum bytes of one part: a full Batch of 512 tokens of 16,384 f32."""
 MAX_PARTS = 4
-"""Parts of one message that are handed up. A longer message is cut to so many, still more than a Frame has."""
+"""Maximum parts returned of one message. A longer message is cut to this number, still more than a Frame has."""
 ZERO_COPY_BYTES = 64 * 1024  # below, copying is cheaper than the bookkeeping of a shared buffer
 FRAME_HWM = 16  # a decoding Sequence has one Segment in flight: a full queue means a stalled peer, never load
 FRAME_LINGER_MS = 200
@@ -36,7 +36,7 @@ S = TypeVar("S", bound="SocketEnd")
 
 
 class SocketEnd:
-    """What every link over a socket has: the socket and its end. ``endpoint`` is the address, with the real port."""
+    """Base of all links over a socket: owns and closes it. ``endpoint`` is the address, with the real port."""
 
     def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
         self._socket = socket
@@ -45,7 +45,7 @@ class SocketEnd:
         self._watch: ListenerWatch | ClientWatch | None = None
 
     async def aclose(self) -> None:
-        """Close the socket; what is queued still goes out for the socket's linger time, within ``Context.term``."""
+        """Close the socket; queued messages are still sent for its linger time, within ``Context.term``."""
         if self._server_security is not None:
             self._server_security.gate.remove_renewal(self._server_security.domain, self.renew)
             self._server_security = None
@@ -54,7 +54,7 @@ class SocketEnd:
         self._socket.close()
 
     async def renew(self) -> None:
-        """End every connection of an end that listens with security; peers that are still let in come back.
+        """Close every connection of a secured listener; peers that are still admitted reconnect.
 
         Raises:
             TransportError: the port cannot be had again.
@@ -63,7 +63,7 @@ class SocketEnd:
             await self._watch.rebind(self.endpoint)
 
     async def _bind(self, security: ServerSecurity | None) -> None:
-        """Listen on ``endpoint``; with security, under the eyes of its Gate.
+        """Listen on ``endpoint``; with security, its Gate authenticates peers.
 
         Raises:
             TransportError: the address cannot be used.
@@ -85,7 +85,7 @@ class SocketEnd:
             security.gate.add_renewal(security.domain, self.renew)
 
     async def _connect(self, security: ClientSecurity | None) -> None:
-        """Connect to ``endpoint``; the address of a host that has a name is looked up meanwhile.
+        """Connect to ``endpoint``; a host name is looked up in the background.
 
         Raises:
             TransportError: the endpoint is no address.
@@ -112,30 +112,30 @@ def make_socket(
     security: Security | None = None,
     insecure: bool = False,
 ) -> zmq.asyncio.Socket:
-    """Return a socket with the options that all sockets of mdiq have; the caller binds or connects it.
+    """Return a socket with mdiq's common options; the caller binds or connects it.
 
     insecure: permit plain text beyond loopback where there is no ``security``.
 
     Raises:
         TransportError: the link would leave this machine in plain text.
-        ConfigError: a key is none.
+        ConfigError: a key is not valid.
     """
     if security is None:
         check_plain_text(endpoint, insecure=insecure)
     socket = context.socket(kind)
     socket.set_hwm(hwm)
     options = {
-        # libzmq closes the connection of a peer that announces more, before it takes the memory.
+        # libzmq closes the connection of a peer that announces more, before it allocates the memory.
         zmq.MAXMSGSIZE: max_bytes,
         zmq.LINGER: linger_ms,
         zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
-        # The kernel looks after dead peers. A heartbeat of libzmq 4.3.5 (HEARTBEAT_IVL) aborts the process when it is
-        # due on a connection that has ended while we had not read all of it: stream_engine_base.cpp, out_event.
+        # The kernel detects dead peers. A heartbeat of libzmq 4.3.5 (HEARTBEAT_IVL) aborts the process when it is due
+        # on a connection that has ended before we had read all of it: stream_engine_base.cpp, out_event.
         zmq.TCP_KEEPALIVE: 1,
         zmq.TCP_KEEPALIVE_IDLE: DEAD_PEER_S // 3,
         zmq.TCP_KEEPALIVE_INTVL: DEAD_PEER_S // 6,
         zmq.TCP_KEEPALIVE_CNT: 4,
-        zmq.TCP_MAXRT: DEAD_PEER_S * 1_000,  # of data that nobody acknowledges
+        zmq.TCP_MAXRT: DEAD_PEER_S * 1_000,  # of unacknowledged data
         zmq.RECONNECT_IVL: RECONNECT_MS,
         zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
     }
@@ -153,10 +153,10 @@ def make_socket(
 
 
 def listen_endpoint(endpoint: str) -> str:
-    """Return where a Node listens that others reach at ``endpoint``: there, or on all interfaces if that is a name.
+    """Return the endpoint to listen on for a Node reached at ``endpoint``: the same, or all interfaces for a name.
 
-    What a machine's own name stands for on that machine is often another address than for others, and it may be one of
-    IPv6: where the machine has that, it listens on both.
+    A machine's own name often resolves to another address on that machine than elsewhere, possibly an IPv6 one: where
+    the machine has IPv6, it listens on both.
     """
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     if host == "localhost":
@@ -167,10 +167,10 @@ def listen_endpoint(endpoint: str) -> str:
 
 
 def bind_socket(socket: zmq.asyncio.Socket, endpoint: str) -> str:
-    """Bind the socket and return its endpoint with the port that it really has; close it if that fails.
+    """Bind the socket and return its endpoint with the real port; close it if that fails.
 
     Raises:
-        TransportError: the address is taken, not of this machine, or no address.
+        TransportError: the address is in use, not of this machine, or not an address.
     """
     try:
         socket.bind(endpoint)
@@ -181,10 +181,10 @@ def bind_socket(socket: zmq.asyncio.Socket, endpoint: str) -> str:
 
 
 def connect_socket(socket: zmq.asyncio.Socket, endpoint: str) -> None:
-    """Connect the socket, which goes on in the background; close it if that fails.
+    """Connect the socket, which libzmq does in the background; close it if that fails.
 
     Raises:
-        TransportError: the endpoint is no address. Whether anybody listens there shows later.
+        TransportError: the endpoint is not an address. A missing listener shows only later.
     """
     try:
         socket.connect(endpoint)
@@ -194,9 +194,9 @@ def connect_socket(socket: zmq.asyncio.Socket, endpoint: str) -> None:
 
 
 class PartReader:
-    """Reads whole messages off a socket, of which a peer chose sizes and number of parts.
+    """Reads whole messages from a socket; the peer chooses the sizes and the number of parts.
 
-    security: messages of senders that it does not admit (any longer) are dropped.
+    security: messages of senders that are not admitted, or no longer, are dropped.
     """
 
     def __init__(self, socket: zmq.asyncio.Socket, security: ServerSecurity | None = None) -> None:
@@ -209,15 +209,15 @@ class PartReader:
         self.sender: str | None = None
 
     async def read(self) -> list[Buffer]:
-        """Wait for the next message and return its parts, at most MAX_PARTS; further ones are thrown away.
+        """Wait for the next message and return its parts, at most MAX_PARTS; further ones are dropped.
 
-        With security, ``sender`` names who sent it.
+        With security, ``sender`` is the name of its sender.
         """
         while True:
             try:
                 parts, sender = await self._read()
             except zmq.Again:
-                continue  # of a connection that ended, nothing was left when we came to it
+                continue  # the connection ended before its message was read
             if self._security is None or (sender is not None and self._security.admits(sender)):
                 self.sender = sender
                 return parts
@@ -225,7 +225,7 @@ class PartReader:
 
     async def _read(self) -> tuple[list[Buffer], str | None]:
         receiving = self._socket.recv(copy=False)
-        # zmq.asyncio gives a future, done at once when a message was here already.
+        # zmq.asyncio returns a future, done at once if a message has already arrived.
         if asyncio.isfuture(receiving) and receiving.done():
             await self._give_way()
         else:
@@ -234,7 +234,7 @@ class PartReader:
         self.bytes_in += wire_size(len(frame))
         parts: list[Buffer] = [_content(frame)]
         while frame.more:
-            # A message arrives whole, so the rest of it is here.
+            # A message arrives whole, so its other parts are here.
             frame = self._plain.recv(zmq.NOBLOCK, copy=False)
             self.bytes_in += wire_size(len(frame))
             if len(parts) < MAX_PARTS:
@@ -244,7 +244,7 @@ class PartReader:
         return parts, _sender(frame) if self._security is not None else None
 
     async def _give_way(self) -> None:
-        """Let other tasks run now and then: a future that is done does not, and a flood would hold up the loop."""
+        """Let other tasks run now and then: awaiting a done future does not, and a flood would block the loop."""
         self._num_ready += 1
         if self._num_ready >= MAX_READY:
             self._num_ready = 0
@@ -252,7 +252,7 @@ class PartReader:
 
 
 async def send_whole(socket: zmq.asyncio.Socket, parts: Sequence[Buffer], *, copy: bool = True) -> None:
-    """Send one message, however often its connection ends meanwhile; wait while there is none.
+    """Send one message, however often its connection ends meanwhile; wait while there is no connection.
 
     Raises:
         TransportError: the socket is closed.
@@ -269,7 +269,7 @@ async def send_whole(socket: zmq.asyncio.Socket, parts: Sequence[Buffer], *, cop
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            # Closing cancels pyzmq's own futures, of which a sender that is not cancelled itself knows nothing.
+            # Closing cancels pyzmq's own futures; the sending task itself is not cancelled.
             if socket.closed and task is not None and not task.cancelling():
                 raise TransportError("the link is closed") from None
             raise
@@ -280,7 +280,7 @@ def _content(frame: zmq.Frame) -> Buffer:
 
 
 def _sender(frame: zmq.Frame) -> str | None:
-    """Return the name that the Gate gave to a message's sender, or None: it came in without one."""
+    """Return the name that the Gate gave to a message's sender, or None for a message without security."""
     try:
         return str(frame.get("User-Id")) or None
     except zmq.ZMQError:

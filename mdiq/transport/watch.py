@@ -1,15 +1,15 @@
-"""What libzmq does in the background of a socket: who comes, who was refused, and connections that it gives up.
+"""Follow libzmq's background events of a socket: new peers, refused peers, and connections that it gave up.
 
-A ListenerWatch bounds the connections of a socket that listens; see room.py. A ServerWatch is that of a secured one. It
-logs peers that fail before the Gate is asked. libzmq does not tell their addresses, which are read from the connection
-as soon as it is accepted. A peer that sends junk at once may be gone by then: its address is "unknown" in the log, and
-never that of another peer whose connection has the same descriptor.
+A ListenerWatch limits the connections of a listening socket; see room.py. A ServerWatch does so for a secured one, and
+logs peers that fail before the Gate is asked. libzmq does not report their addresses, which are read from the
+connection as soon as it is accepted. A peer that sends junk at once may be gone by then: its address is "unknown" in
+the log, and never that of another peer whose connection has the same descriptor.
 
-A ClientWatch connects anew where libzmq does not: after a refusal, or bytes that somebody garbled, its session is over.
-It also looks names up, which libzmq would do in a bad place; see names.py.
+A ClientWatch reconnects where libzmq does not: after a refusal, or garbled bytes, libzmq's session is over. It also
+looks up names, which would block libzmq's I/O thread; see names.py.
 
-Nobody asks for HANDSHAKE_FAILED_PROTOCOL, which would say more: libzmq 4.3.5 also tells it of a garbled message, and
-loses the error by telling it, so that the connection hangs instead of ending.
+HANDSHAKE_FAILED_PROTOCOL would say more, but is not used: libzmq 4.3.5 also emits it for a garbled message, and then
+loses the error, so that the connection hangs instead of ending.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ class Watch:
         """Begin to watch; before the socket binds or connects."""
         address = f"inproc://mdiq-watch-{next(_NUMBERS)}"
         self._socket.monitor(address, self._EVENTS)
-        # A plain socket: that of zmq.asyncio takes some rounds of the loop more until an event is seen.
+        # A plain socket: with zmq.asyncio an event is seen some rounds of the loop later.
         self._monitor = self._socket.context.socket(zmq.PAIR, socket_class=zmq.Socket)
         self._monitor.connect(address)
         asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._take_in)
@@ -75,7 +75,7 @@ class Watch:
             self._monitor.close(linger=0)
 
     def _take_in(self) -> None:
-        """Handle the events that have come so far. libzmq wakes us again only after a look that found none."""
+        """Handle all events so far. libzmq wakes us again only after a read that found none."""
         assert self._monitor is not None, "start comes first"
         with contextlib.suppress(zmq.Again):
             while True:
@@ -88,7 +88,7 @@ class Watch:
 
 
 class ListenerWatch(Watch):
-    """Bounds the connections that strangers can open to a socket that listens."""
+    """Limits the connections that strangers can open to a listening socket."""
 
     _EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
     _HANDSHAKE_BYTES = HANDSHAKE_BYTES
@@ -100,7 +100,7 @@ class ListenerWatch(Watch):
         self._room = Room(self._most, lambda it: bytes_received(it) > self._HANDSHAKE_BYTES, self._end)
 
     def listening(self) -> None:
-        """Call it as soon as the socket is bound: no peer shall come in between."""
+        """To be called as soon as the socket is bound, before any peer connects."""
         self._take_in()
 
     def _handle(self, event: int, value: int) -> None:
@@ -119,7 +119,7 @@ class ListenerWatch(Watch):
 
 
 class ServerWatch(ListenerWatch):
-    """Logs peers that fail in the handshake, and tells when the port is free again behind an unbind."""
+    """Logs peers that fail in the handshake, and reports when the port is free again after an unbind."""
 
     _EVENTS = (
         ListenerWatch._EVENTS
@@ -136,31 +136,31 @@ class ServerWatch(ListenerWatch):
         self._refusals = refusals
         self._shaking: dict[int, str] = {}  # connections whose handshake goes on: their descriptor and peer
         self._accepted: set[int] = set()  # of these: those that were accepted since the events were last all read
-        self._num_succeeded = 0  # of these; libzmq does not say which
+        self._num_succeeded = 0  # of these; libzmq does not report which
         self._num_unlisted = 0  # refused by the Gate, which has logged them, and not yet disconnected
         self._reason: str | None = None
         self._is_gate_missing = False
         self._closed = asyncio.Event()
 
     async def rebind(self, endpoint: str) -> None:
-        """End every connection of the socket and listen again; peers connect anew by themselves.
+        """Close every connection of the socket and listen again; peers reconnect by themselves.
 
         Raises:
-            TransportError: the port cannot be had again.
+            TransportError: the port is no longer available.
         """
         self._closed.clear()
         try:
             self._socket.unbind(endpoint)  # the connections belong to the listener, and end with it
             async with asyncio.timeout(CLOSE_S):
                 await self._closed.wait()
-            # libzmq does not tell of each one's end.
+            # libzmq does not report the end of each one.
             self._room.clear()
             self._shaking.clear()
             self._num_succeeded = self._num_unlisted = 0
             self._socket.bind(endpoint)
             self.listening()
         except (zmq.ZMQError, TimeoutError) as error:
-            raise TransportError(f"{endpoint}: cannot listen again behind a revocation: {error}; restart") from None
+            raise TransportError(f"{endpoint}: cannot listen after a revocation: {error}; restart the node") from None
 
     def _take_in(self) -> None:
         super()._take_in()
@@ -179,9 +179,9 @@ class ServerWatch(ListenerWatch):
                     self._shaking.clear()
                     self._num_succeeded = 0
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value == errno.EFAULT:
-                # The connection ends when the time for its handshake does.
+                # The connection ends when its handshake times out.
                 if not self._is_gate_missing:
-                    log.error("gate_not_running", plane=self._domain, error="nobody is let in; restart the node")
+                    log.error("gate_not_running", plane=self._domain, error="every peer is refused; restart the node")
                 self._is_gate_missing = True
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 why = "in time" if value == errno.EAGAIN else f"({os.strerror(value)})"
@@ -196,33 +196,34 @@ class ServerWatch(ListenerWatch):
     def _disconnected(self, connection: int) -> None:
         """Log the peer if its handshake failed.
 
-        libzmq tells of a failure and of the end of its connection in a row, but not for keys that the Gate has refused.
+        libzmq reports a failure together with the end of its connection, but not for keys that the Gate has refused.
         """
         address = self._shaking.pop(connection, None)
         if connection in self._accepted:
-            # libzmq tells of the end before it closes, so an address that is read while no end is told is right. Here
-            # the end may have been waiting to be read, and the descriptor been another connection's already.
+            # libzmq reports the end before it closes, so an address that is read before that is right. Here the end
+            # may already have been waiting to be read, and the descriptor may have been another connection's.
             address = UNKNOWN
         reason, self._reason = self._reason, None
         if reason is None and self._num_unlisted and address is not None:
             has_noted = self._refusals.has_noted_key
-            # Who is unknown is one of them if they are more than those of whom it is known: none is noted twice.
+            # A peer of unknown address is one of the unlisted ones if not all of these are among the known addresses,
+            # so that none is noted twice.
             num_known = sum(has_noted(self._domain, other) for other in self._shaking.values())
             if has_noted(self._domain, address) or (address == UNKNOWN and self._num_unlisted > num_known):
                 self._num_unlisted -= 1
                 return
-        # If others have succeeded meanwhile, this may be one of them that leaves already.
+        # If others have succeeded meanwhile, this may be one of them that disconnects already.
         if reason is None and address is not None and not self._num_succeeded:
-            reason = "it speaks no CURVE, has a wrong key of ours, or sends what it has recorded"
+            reason = "it does not use CURVE, has a wrong public key of ours, or replays a recording"
         if reason:
             self._refusals.note(self._domain, address or UNKNOWN, reason)
 
 
 class ClientWatch(Watch):
-    """Connects a socket, anew when libzmq has given up or its peer's name has another address; says why one is away.
+    """Connects a socket, again when libzmq has given up or its peer's address has changed; logs why a peer is missing.
 
-    ``start`` connects. A name is looked up first, and again while there is no connection: each time another one of its
-    addresses is tried.
+    ``start`` connects. A name is looked up first, and again while there is no connection; each time another one of
+    its addresses is tried.
     """
 
     _EVENTS = (
@@ -251,7 +252,7 @@ class ClientWatch(Watch):
         """Begin to watch, and to connect.
 
         Raises:
-            ZMQError: the endpoint is no address.
+            ZMQError: the endpoint is not an address.
         """
         super().start()
         if self._name is None:
@@ -261,7 +262,7 @@ class ClientWatch(Watch):
             self._naming = asyncio.create_task(self._follow(self._name), name="names")
 
     async def aclose(self) -> None:
-        """Stop watching, and looking for the peer; the socket can be closed then."""
+        """Stop watching and reconnecting; the socket can be closed then."""
         if self._naming is not None:
             self._naming.cancel()
             await asyncio.gather(self._naming, return_exceptions=True)
@@ -302,7 +303,7 @@ class ClientWatch(Watch):
             log.warning(event, endpoint=self._endpoint, error=error)
 
     async def _follow(self, name: str) -> None:
-        """Keep the socket connected to an address that the name has now."""
+        """Keep the socket connected to a current address of the name."""
         try:
             for i in itertools.count():
                 addresses = await self._look_up(name)
@@ -316,13 +317,13 @@ class ClientWatch(Watch):
 
     async def _look_up(self, name: str) -> list[str]:
         slow = asyncio.get_running_loop().call_later(
-            SLOW_S, self._tell, "name_server_silent", f"nobody has said yet what address {name} has; others go on"
+            SLOW_S, self._tell, "name_server_silent", f"no answer yet for the address of {name}; other links go on"
         )
         try:
             return await look_up(name)
         except (OSError, UnicodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it cannot be a name"
-            self._tell("name_not_found", f"{name}: {reason}; mend the name, or write its address")
+            self._tell("name_not_found", f"{name}: {reason}; correct the name, or write its address")
             return []
         finally:
             slow.cancel()

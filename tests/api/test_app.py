@@ -197,7 +197,7 @@ async def test_a_key_is_asked_for_everywhere_but_at_health() -> None:
         (b"{", 400, "not JSON"),
         (b"[" * 100_000, 400, "not JSON"),
         (b"\xff\xfe", 400, "not JSON"),
-        (b"[]", 400, "no JSON object"),
+        (b"[]", 400, "not a JSON object"),
         (json.dumps({**CHAT, "model": "gpt-4"}).encode(), 404, "this ring serves 'tiny'"),
         (
             json.dumps({"messages": [{"role": "user", "content": "a " * 63}]}).encode(),
@@ -205,7 +205,7 @@ async def test_a_key_is_asked_for_everywhere_but_at_health() -> None:
             "length is 64 tokens",
         ),
         (json.dumps({"messages": [{"role": "user", "content": "Ahoy"}]}).encode(), 400, "no pirate"),
-        (json.dumps({"messages": [{"role": "banana", "content": "a"}]}).encode(), 400, "'banana' is none of"),
+        (json.dumps({"messages": [{"role": "banana", "content": "a"}]}).encode(), 400, "'banana' is not one of"),
         (b" " * (MAX_BODY_BYTES + 1), 413, "Too Large"),
     ],
 )

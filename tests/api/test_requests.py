@@ -166,7 +166,7 @@ def test_a_prompt_that_is_none_is_refused(prompt: object) -> None:
 
 @pytest.mark.parametrize("body", [None, [], "text", 5])
 def test_a_body_that_is_no_object_is_refused(body: object) -> None:
-    with pytest.raises(BadRequest, match="no JSON object"):
+    with pytest.raises(BadRequest, match="not a JSON object"):
         parse(body, is_chat=True)
 
 
