@@ -6,16 +6,7 @@ that were measured (lap_timer.py). What is overdue, or
 reported as a gap, is *replayed*: the Sequence gets a new wire id and its known tokens enter as a prompt again. Emitted
 tokens are history and never sampled twice, and draws depend on (seed, position) alone, so a Replay continues the same
 text. RELEASE travels behind the last Segment of a Sequence, and its KV reservation returns when it has made its Lap; a
-lost one is sent again.
-
-KV cache is reserved as Sequences grow, for the oldest first. When there is none, ended Sequences give up what they
-hold, then the newest in the Ring is *put back* (preempted): released, and replayed when there is room again. It is
-never failed for it, and how often it may happen to one Sequence is bounded (scheduler.py).
-
-A Sequence whose first tokens are in the KV cache already begins behind them, with the cache of the one that holds them
-(its parent): one in the Ring that has sent them, or an ended one that is retained for this (prefix_index.py). Stages
-keep the order of arrival, so the parent's Segments need not be back yet. What goes wrong with a parent costs time only:
-the Sequence begins again. A Replay computes all its tokens itself.
+lost one is sent again. Who gets KV cache, and who gives it up, is in books.py.
 
     state of a Sequence    event                              next
     waiting                room in ledger and Ring            in flight (prompt chunks)
@@ -36,11 +27,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mdiq.core.books import Books, max_tokens
 from mdiq.core.frame import NO_ROWS, Frame, FrameKind, Payload, Segment, TokenIds
-from mdiq.core.kv_ledger import KvLedger
 from mdiq.core.lap_timer import Flight, LapTimer
-from mdiq.core.prefix_index import PrefixIndex
-from mdiq.core.scheduler import MAX_PREEMPTIONS, Entry, Room, Scheduler
+from mdiq.core.ring_actions import Action, Ended, HeadRow, Inject, Suspect
+from mdiq.core.scheduler import Entry, Scheduler
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.stage import NO_EPOCH
 from mdiq.core.types import CHUNK_STEP, Epoch, RingSpec, SeqId
@@ -70,39 +61,6 @@ class RingSettings:
     prefix_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Inject:
-    """Hand this Frame to the Starter's own Stage."""
-
-    frame: Frame
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A Sequence ended without a token: tell its caller."""
-
-    event: TokenEvent
-
-
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """A Lap of this Epoch was overdue: something in the Ring is slow or dead."""
-
-    epoch: Epoch
-
-
-Action = Inject | Ended | Suspect
-
-
-@dataclass(frozen=True, slots=True)
-class HeadRow:
-    """A returned row that the head turns into a token: row ``row`` of the Frame, for this Sequence."""
-
-    seq_id: SeqId
-    row: int
-    sequence: Sequence
-
-
 class RingProtocol:
     """Owns every Sequence from submission to end.
 
@@ -121,17 +79,13 @@ class RingProtocol:
             prefill_tokens=self._settings.prefill_tokens,
             spec=RingSpec(1, 1, 1),
         )
-        self._entries: dict[int, Entry] = {}
-        self._num_arrived = 0
+        self.counts: Counter[str] = Counter()
+        self._books = Books(self._scheduler, self.counts)
         self._spec: RingSpec | None = None
-        self._ledger = KvLedger(0)
-        self._prefixes = PrefixIndex(1)
-        self._releasing: dict[SeqId, Flight | None] = {}  # the RELEASE under way; None: not sent yet
         self._overdue: dict[SeqId, Flight] = {}  # of ids that were given up and may still come back
         self._timer = self._new_timer()
         self._actions: list[Action] = []
         self.epoch = NO_EPOCH
-        self.counts: Counter[str] = Counter()
         self.decode_gap_s = 0.0
         self.peak_live = 0
         self._prompt_at = float("-inf")  # when a prompt was last known to be in the Ring
@@ -145,21 +99,21 @@ class RingProtocol:
     @property
     def num_unfinished(self) -> int:
         """Sequences in the Ring or waiting for it."""
-        return len(self._entries)
+        return len(self._books.unfinished)
 
     @property
     def is_quiet(self) -> bool:
         """Whether nothing is left to do: no Sequence, and no RELEASE under way."""
-        return not self._entries and not self._releasing
+        return not self._books.unfinished and not self._books.releasing
 
     @property
     def kv_reserved_tokens(self) -> int:
-        return self._ledger.reserved_tokens
+        return self._books.reserved_tokens
 
     @property
     def num_retained(self) -> int:
         """Ended Sequences whose cache is kept for others."""
-        return len(self._prefixes.retained)
+        return len(self._books.retained)
 
     def submit(self, sequence: Sequence, now: float) -> None:
         """Take a Sequence in; it enters the Ring at a later ``poll``.
@@ -169,18 +123,15 @@ class RingProtocol:
             CapacityError: the prompt leaves no room for a token in the Ring's KV cache.
             LocalProtocolError: no Epoch has begun, or the index is in use.
         """
-        if self._spec is None or sequence.index in self._entries:
+        if self._spec is None or sequence.index in self._books.unfinished:
             raise LocalProtocolError(f"submit: sequence {sequence.index} comes before an epoch or a second time")
         if not sequence.prompt:
             raise ContextLengthError("prompt: it has no tokens; give at least one")
-        max_tokens = _max_tokens(sequence, self._spec)
-        self._entries[sequence.index] = entry = Entry(sequence, self._num_arrived, max_tokens)
-        self._num_arrived += 1
-        self._scheduler.wait(entry)
+        self._books.submit(sequence, max_tokens(sequence, self._spec))
 
     def cancel(self, index: int) -> None:
         """End a Sequence unfinished; one that has ended already is left alone."""
-        if entry := self._entries.get(index):
+        if entry := self._books.unfinished.get(index):
             self._end(entry, FinishReason.CANCELLED)
 
     def begin_epoch(self, epoch: Epoch, spec: RingSpec) -> None:
@@ -193,17 +144,12 @@ class RingProtocol:
             raise LocalProtocolError(f"begin_epoch: epoch {epoch} does not grow (now {self.epoch})")
         self.epoch = epoch
         self._spec = self._scheduler.spec = spec
-        self._ledger = KvLedger(spec.kv_tokens, spec.kv_block_tokens)
-        self._prefixes = PrefixIndex(spec.kv_block_tokens, self._settings.prefix_tokens)
-        self._releasing.clear()
+        self._books.begin_epoch(spec, self._settings.prefix_tokens)
         self._overdue.clear()
         self._timer = self._new_timer()
-        for entry in list(self._scheduler.live.values()):
-            self._leave_ring(entry)
-            self._scheduler.wait(entry)
         for entry in list(self._scheduler.waiting):
             try:
-                entry.max_tokens = _max_tokens(entry.sequence, spec)
+                entry.max_tokens = max_tokens(entry.sequence, spec)
             except CapacityError as error:
                 self._end(entry, FinishReason.ERROR, error)
                 continue
@@ -224,7 +170,7 @@ class RingProtocol:
         """Note that something came round, a PROBE perhaps: the Ring is not cut."""
         if self._timer.heard(now):
             flights = [flight for entry in self._scheduler.live.values() for flight in entry.in_flight]
-            for flight in (*flights, *self._releasing.values()):
+            for flight in (*flights, *self._books.releasing.values()):
                 if flight is not None:
                     self._timer.begin_anew(flight, now)
 
@@ -238,8 +184,7 @@ class RingProtocol:
         if frame.kind is FrameKind.RELEASE:
             for segment in frame.segments:
                 self._overdue.pop(segment.seq_id, None)
-                if self._releasing.pop(segment.seq_id, -1) != -1:
-                    self._ledger.release(segment.seq_id)
+                self._books.released(segment.seq_id)
             return []
         rows: list[HeadRow] = []
         row = 0
@@ -277,7 +222,7 @@ class RingProtocol:
         if reason is None and sequence.num_tokens >= entry.max_tokens:
             reason = FinishReason.LENGTH  # the context is full, or the KV cache
         if reason is not None:
-            self._end_with_token(entry, reason)
+            self._books.end_with_token(entry, reason)
         return TokenEvent(sequence.index, token, position, reason)
 
     def fault(self, seq_ids: Iterable[SeqId]) -> None:
@@ -287,7 +232,7 @@ class RingProtocol:
                 parent = entry.parent
                 self._replay(entry)
                 # A parent that a Stage does not know would give a gap to the next one as well.
-                self._give_up([other for other in self._prefixes.to_give_up(self._pinned()) if other == parent])
+                self._books.drop_prefix(parent)
 
     def fail(self, seq_ids: Iterable[SeqId], error: Exception) -> None:
         """End Sequences with an error: a Stage could not compute them."""
@@ -297,19 +242,18 @@ class RingProtocol:
 
     def fail_all(self, error: Exception) -> None:
         """End every Sequence with an error: the Ring is gone."""
-        for entry in list(self._entries.values()):
+        for entry in list(self._books.unfinished.values()):
             self._end(entry, FinishReason.ERROR, error)
 
     def drop_prefixes(self) -> None:
         """Give up the cache of every ended Sequence; what is in use stays."""
-        self._give_up(self._prefixes.to_give_up(self._pinned()))
+        self._books.drop_prefixes()
 
     def poll(self, now: float) -> list[Action]:
         """Return what is to be done now. Call it after every other call, and when ``next_deadline`` has come."""
         if self._spec is not None:
             self._check_deadlines(now)
-            self._grow()
-            self._scheduler.admit(self._ledger, self._find_room)
+            self._books.admit()
             self._inject_releases(now)
             self.peak_live = max(self.peak_live, self.num_live)
             self._inject_segments(now)
@@ -323,8 +267,8 @@ class RingProtocol:
         dues = [entry.in_flight[0].due for entry in self._scheduler.live.values() if entry.in_flight]
         if self._scheduler.look_again_at is not None:
             dues.append(self._scheduler.look_again_at)
-        dues += [flight.due for flight in self._releasing.values() if flight is not None]
-        dues += [e.sequence.deadline for e in self._entries.values() if e.sequence.deadline is not None]
+        dues += [flight.due for flight in self._books.releasing.values() if flight is not None]
+        dues += [e.sequence.deadline for e in self._books.unfinished.values() if e.sequence.deadline is not None]
         return min(dues, default=None)
 
     def _new_timer(self) -> LapTimer:
@@ -362,7 +306,7 @@ class RingProtocol:
 
     def _check_deadlines(self, now: float) -> None:
         is_overdue = False
-        for entry in list(self._entries.values()):
+        for entry in list(self._books.unfinished.values()):
             deadline = entry.sequence.deadline
             if deadline is not None and deadline <= now:
                 self._end(entry, FinishReason.DEADLINE)
@@ -376,21 +320,18 @@ class RingProtocol:
             self._actions.append(Suspect(self.epoch))
 
     def _inject_releases(self, now: float) -> None:
-        due = [
-            seq_id
-            for seq_id, flight in self._releasing.items()
-            if flight is None or self._timer.is_overdue(flight, now)
-        ]
+        releasing = self._books.releasing
+        due = [seq_id for seq_id, flight in releasing.items() if flight is None or self._timer.is_overdue(flight, now)]
         if due:
             for seq_id in due:
-                before = self._releasing[seq_id]
+                before = releasing[seq_id]
                 num_sent = 0 if before is None else before.num_replays + 1
-                self._releasing[seq_id] = self._timer.sent(0, 0, now, num_sent)
+                releasing[seq_id] = self._timer.sent(0, 0, now, num_sent)
             segments = tuple(Segment(seq_id, 0, 0) for seq_id in due)
             self._actions.append(Inject(self._frame(FrameKind.RELEASE, segments)))
 
     def _inject_segments(self, now: float) -> None:
-        segments = self._scheduler.take_segments(self._enter, now)
+        segments = self._scheduler.take_segments(self._books.enter, now)
         in_flight = sum(entry.num_sent - entry.num_back for entry in self._scheduler.live.values())
         longest = max((segment.length for _, segment in segments), default=0)
         if longest > 1:
@@ -419,95 +360,6 @@ class RingProtocol:
             if entry.num_shared:
                 self.prefill.update(prefix_hits=1, prefix_tokens=entry.num_shared)
 
-    def _grow(self) -> None:
-        """Give decoding Sequences room for their next token, the oldest first."""
-        lacking = [entry for entry in self._scheduler.live.values() if entry.lacks_room]
-        for entry in sorted(lacking, key=lambda entry: entry.arrival):
-            if entry.seq_id is not None and (self._has_room(entry) or self._make_room(entry)):
-                self._ledger.grow(entry.seq_id, entry.sequence.num_tokens)
-                entry.num_granted = self._ledger.granted_tokens(entry.seq_id)
-
-    def _has_room(self, entry: Entry) -> bool:
-        return self._ledger.fits(entry.sequence.num_tokens, entry.num_granted)
-
-    def _make_room(self, entry: Entry) -> bool:
-        """Have others give up what a Sequence needs to grow; return whether it is there at once.
-
-        If all that came after it hold too little, the Sequence itself is put back, unless it is the oldest.
-        """
-        live, pinned = self._scheduler.live, self._pinned()
-        newer = sorted((e for e in live.values() if e.arrival > entry.arrival), key=lambda e: -e.arrival)
-        candidates = [*self._prefixes.to_give_up(pinned), *(e.seq_id for e in newer if e.seq_id not in pinned)]
-        chosen = self._ledger.to_give_up(
-            entry.sequence.num_tokens, [seq_id for seq_id in candidates if seq_id is not None], entry.num_granted
-        )
-        if chosen is None:
-            # What is pinned will be free in a Lap.
-            if len(live) > 1 and not newer and not pinned:
-                self._put_back(entry)
-            return False
-        for seq_id in chosen:
-            if seq_id in live:
-                self._put_back(live[seq_id])
-            else:
-                self._give_up([seq_id] if seq_id in self._prefixes.retained else [])
-        return entry.seq_id is not None and self._has_room(entry)
-
-    def _put_back(self, entry: Entry) -> None:
-        """Take a Sequence out of the Ring to make room; it is replayed later."""
-        self.counts["preemptions"] += 1
-        entry.num_preemptions += 1
-        self._leave_ring(entry, release=True)
-        self._scheduler.wait(entry)
-
-    def _find_room(self, entry: Entry) -> Room:
-        """Tell whether there is room for a waiting Sequence, and have it begin behind what is cached of it.
-
-        If there is not, ended Sequences give up what they hold, as far as it helps. Their room is back after a Lap.
-        """
-        if entry.num_preemptions >= MAX_PREEMPTIONS and not self._scheduler.is_oldest(entry):
-            return Room.LACKING
-        needed = self._scheduler.needed(entry, self._ledger)
-        parent, num_shared = self._longest_prefix(entry)
-        if self._ledger.fits(needed, num_shared):
-            entry.begin_after(parent, num_shared)
-            return Room.HERE
-        pinned = self._pinned()
-        others = self._prefixes.to_give_up({*pinned, parent})
-        seq_ids = self._ledger.to_give_up(needed, others, num_shared)
-        if seq_ids is None:
-            seq_ids = self._ledger.to_give_up(needed, self._prefixes.to_give_up(pinned))
-        self._give_up(seq_ids or [])
-        return Room.LACKING if seq_ids is None else Room.COMING
-
-    def _enter(self, entry: Entry) -> None:
-        """Have a Sequence begin behind what is cached of it by now, which may be more than when it was let in."""
-        assert entry.seq_id is not None  # it is live
-        parent, num_shared = self._longest_prefix(entry)
-        if parent is not None and num_shared > entry.num_shared:
-            self._ledger.share(entry.seq_id, parent, num_shared)
-            entry.begin_after(parent, num_shared)
-
-    def _longest_prefix(self, entry: Entry) -> tuple[SeqId | None, int]:
-        for seq_id, live in self._scheduler.live.items():
-            if live.has_entered:
-                self._prefixes.extend(seq_id, live.sequence, live.num_sent)
-        found = None if entry.num_replays else self._prefixes.longest(entry.sequence)
-        if found is None:
-            return None, 0
-        self._prefixes.touch(found[0])
-        return found
-
-    def _pinned(self) -> set[SeqId]:
-        """Return whose cache a Sequence is about to begin with, at some Stage at least."""
-        return {entry.parent for entry in self._scheduler.live.values() if entry.parent is not None}
-
-    def _give_up(self, seq_ids: Iterable[SeqId]) -> None:
-        """Release ended Sequences that were retained."""
-        for seq_id in seq_ids:
-            self._prefixes.remove(seq_id)
-            self._release(seq_id)
-
     def _replay(self, entry: Entry) -> None:
         self.counts["replays"] += 1
         entry.num_replays += 1
@@ -518,76 +370,10 @@ class RingProtocol:
             )
             self._end(entry, FinishReason.ERROR, stalled)
             return
-        self._leave_ring(entry, release=True)
-        self._scheduler.wait(entry)
+        self._books.begin_again(entry)
 
     def _end(self, entry: Entry, reason: FinishReason, error: Exception | None = None) -> None:
         """End a Sequence without a token, and have its caller told."""
-        self._forget(entry, reason, error)
+        self._books.end(entry, reason, error)
         sequence = entry.sequence
         self._actions.append(Ended(TokenEvent(sequence.index, None, sequence.num_tokens, reason, error)))
-
-    def _end_with_token(self, entry: Entry, reason: FinishReason) -> None:
-        """End a Sequence with its newest token, which no Stage has seen; keep what is cached of the others."""
-        assert entry.seq_id is not None  # it was live when the token was drawn
-        seq_id, num_sent = entry.seq_id, entry.num_sent
-        self._prefixes.extend(seq_id, entry.sequence, num_sent)
-        if not self._prefixes.retain(seq_id):
-            self._forget(entry, reason)
-            return
-        entry.sequence.finish_reason = reason
-        del self._entries[entry.sequence.index], self._scheduler.live[seq_id]
-        self._ledger.shrink(seq_id, num_sent)
-        pinned = self._pinned()
-        self._give_up([other for other in self._prefixes.covered(seq_id) if other not in pinned])
-        for oldest in self._prefixes.to_give_up(pinned):
-            if self._prefixes.is_over:
-                self._give_up([oldest])
-
-    def _forget(self, entry: Entry, reason: FinishReason, error: Exception | None = None) -> None:
-        entry.sequence.finish_reason = reason
-        entry.sequence.error = error
-        del self._entries[entry.sequence.index]
-        if entry.seq_id is None:
-            self._scheduler.waiting.remove(entry)
-        else:
-            self._leave_ring(entry, release=True)
-
-    def _leave_ring(self, entry: Entry, *, release: bool = False) -> None:
-        assert entry.seq_id is not None  # only live entries leave the Ring
-        seq_id = entry.seq_id
-        del self._scheduler.live[seq_id]
-        self._prefixes.remove(seq_id)
-        if release and entry.has_entered:
-            self._release(seq_id)
-        elif release:
-            # No Stage knows the id, and a RELEASE would bar lower ids that have not been sent yet either.
-            self._ledger.release(seq_id)
-        entry.leave_ring()
-        for child in [child for child in self._scheduler.live.values() if release and child.parent == seq_id]:
-            self.counts["restarts"] += 1
-            self._leave_ring(child, release=True)
-            self._scheduler.wait(child)
-
-    def _release(self, seq_id: SeqId) -> None:
-        self._releasing[seq_id] = None
-        self._ledger.leave(seq_id)
-
-
-def _max_tokens(sequence: Sequence, spec: RingSpec) -> int:
-    """Return the tokens that a Sequence may grow to in this Ring, prompt included.
-
-    Raises:
-        ContextLengthError, CapacityError: the prompt leaves no room for an answer.
-    """
-    if len(sequence.prompt) >= spec.context_tokens:
-        raise ContextLengthError(
-            f"prompt: {len(sequence.prompt)} tokens leave no room for an answer in the context of "
-            f"{spec.context_tokens}; shorten it"
-        )
-    if len(sequence.prompt) >= spec.max_tokens:
-        raise CapacityError(
-            f"KV cache: the prompt has {len(sequence.prompt)} tokens and the ring has room for {spec.max_tokens} with "
-            "the answer; shorten the prompt, or give the nodes more memory"
-        )
-    return min(sequence.max_total_tokens, spec.max_tokens)

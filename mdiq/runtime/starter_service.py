@@ -13,7 +13,8 @@ from mdiq.core import control, wire
 from mdiq.core.frame import Engine, Frame, FrameKind, Payload, Segment
 from mdiq.core.hop_survey import BurstMeter
 from mdiq.core.hops import WINDOW, HopMeter
-from mdiq.core.ring import Ended, HeadRow, Inject, RingProtocol, Suspect
+from mdiq.core.ring import RingProtocol
+from mdiq.core.ring_actions import Ended, HeadRow, Inject, Suspect
 from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, RingSpec, SeqId

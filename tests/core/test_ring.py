@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from mdiq.core.frame import Frame, FrameKind, Segment, TokenIds
-from mdiq.core.ring import Ended, HeadRow, Inject, RingProtocol, RingSettings, Suspect
+from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring_actions import Ended, HeadRow, Inject, Suspect
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import Epoch, RingSpec, SeqId
 from mdiq.errors import CapacityError, ContextLengthError, LocalProtocolError, MdiqError, RingStalledError
