@@ -1,8 +1,8 @@
 """This machine's cache folder: where it is, its file locks, whether there is room, and what is forgotten to make some.
 
 models/    model files that were fetched              packed/  weights in 8 and 4 bits, by model and format
-weights/   a Node's copies of its Starter's model     shapes/  files of random weights
-hashes/, profiles/, kernels.json, code/, costs/       what was measured, computed or compiled once; small, stays
+weights/   layers that a Node has from its Starter    shapes/  files of random weights
+profiles/, kernels.json, code/, costs/                what was measured or compiled once; small, stays
 
 An Entry is a file or folder directly in one of the first four. Its users hold a shared lock on it (``use``), so only
 what nobody uses is forgotten. It carries the time of its last use: a folder as its time of change, a file as its time
@@ -38,8 +38,8 @@ _LOCK = ".lock"
 _BLOCK_BYTES = 512  # what st_blocks counts, whatever the file system's own blocks
 _NAMES = {
     "models": re.compile(r".+\.joined(-\d+)?|fetch-\w+"),  # and a file that has a lock beside it
-    "packed": re.compile(r"[0-9a-f]{16}-[0-9a-f]+-(hot-v\d+\.safetensors|int[48]-v\d+)|measure-\w+"),
-    "weights": re.compile(r"[0-9a-f]{64}"),
+    "packed": re.compile(r"[0-9a-f]{16}-[0-9a-f]+-(hot-v\d+\.safetensors|(int[48]|plain)-v\d+)|measure-\w+"),
+    "weights": re.compile(r"[0-9a-f]{64}(-[a-z0-9]{1,8})?"),
     "shapes": re.compile(r".+-q\d_\d-v\d+\.gguf|write-\w+"),
 }
 _TEMPORARY = re.compile(r"(fetch|measure|write)-\w+")

@@ -143,7 +143,7 @@ def test_what_was_used_longest_ago_is_forgotten_and_no_more_than_is_needed(
 ) -> None:
     add("models/a.gguf", 3)
     add(f"packed/{PACKED}", 1)
-    add(f"weights/{64 * 'a'}", 2)
+    add(f"weights/{64 * 'a'}-int4", 2)
     add("shapes/tiny-q8_0-v1.gguf", 4)
     cache.make_room(root / "models", 50_000)
     assert len(_names(root)) == 4

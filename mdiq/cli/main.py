@@ -209,7 +209,7 @@ app.add_typer(_cache, name="cache", help="Show what the cache holds, or clear it
 
 @_cache.command("list")
 def cache_list(as_json: Json = False) -> None:
-    """Show models, packed weights and copies of weights in the cache, in the order in which they will be removed."""
+    """Show models, packed weights and fetched layers in the cache, in the order in which they will be removed."""
     from mdiq.cli.cache import show
 
     raise typer.Exit(show(as_json=as_json))

@@ -1,4 +1,4 @@
-"""A Node's end of weight transfers: fetches the chunks that it lacks, over as many connections as it takes.
+"""A Node's end of weight transfers: fetches the files that it lacks of its Layers, over many connections if need be.
 
 A connection on which nothing comes for ``silence_s`` is given up for a new one; what was taken in by then stays. Each
 new connection has an identity of its own, so nothing that was meant for an earlier one arrives on it.
@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +18,10 @@ from typing import TypeVar
 import structlog
 
 from mdiq import cache
-from mdiq.control.weight_store import Chunk, WeightStore, file_errors, try_lock
+from mdiq.control.weight_store import StoredFile, file_errors, try_lock
 from mdiq.core import weights as messages
 from mdiq.core.types import LayerRange
-from mdiq.core.weights import CREDIT_CHUNKS, Manifest
+from mdiq.core.weights import CREDIT_PARTS, PART_BYTES
 from mdiq.errors import ModelError, RemoteProtocolError, TransportError
 from mdiq.transport.base import ControlLink
 
@@ -31,24 +31,23 @@ SILENCE_S = 10.0
 GIVE_UP_S = 60.0
 RETRY_S = 0.5
 LOCK_S = 0.2
-MOST_TRIES = 4  # of a chunk that comes with wrong bytes
-CHUNKS_PER_CHECK = 16
+MAX_TRIES = 4  # of a file that comes with wrong bytes
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What ``fetch_weights`` did. ``path`` is what the engine opens; it stays there as long as ``in_use`` does.
+    """What ``fetch_weights`` did. ``paths`` are the files by Layer; they stay there as long as ``in_use`` does.
 
-    num_fetched: chunks that came. num_confirmed: that were there and only had to be asked about. num_bad: that came
-    with wrong bytes. num_mended: that had changed on this disk.
+    num_fetched: files that came; num_bytes: of them that came now. num_bad: that came with wrong bytes. num_mended:
+    that had changed on this disk.
     """
 
-    path: Path
+    paths: Mapping[int, Path]
     in_use: cache.Use
     num_fetched: int
-    num_confirmed: int
+    num_bytes: int
     num_bad: int
     num_mended: int
 
@@ -60,37 +59,36 @@ class _InterruptedError(Exception):
 async def fetch_weights(
     connect: Callable[[], Awaitable[ControlLink]],
     folder: Path,
+    digest: str,
     layers: LayerRange,
     *,
     clock: Callable[[], float],
-    digest: str = "",
-    with_ends: bool = False,
-    is_thorough: bool = False,
     progress: Callable[[int, int], object] = lambda *_: None,
     silence_s: float = SILENCE_S,
     give_up_s: float = GIVE_UP_S,
 ) -> Fetched:
-    """Bring the weights of some Layers to this machine, into a folder below ``folder``.
+    """Bring the files of some Layers to this machine, into ``folder``.
 
-    connect: makes a new connection to the weights port, under a new identity. digest: of the model; empty takes any.
-    with_ends: the Starter's part too. is_thorough: hash also what is here already and looks untouched. progress: told
-    (done, total) in bytes.
+    connect: makes a new connection to the weights port, under a new identity. digest: of the model. progress: called
+    with (done, total) in bytes; the total is an estimate until all files are known, and (0, 0) comes before the first.
 
     Raises:
         TransportError: nothing came for ``give_up_s`` seconds.
         ModelError: the Starter refuses, or serves another model; or the folder cannot be written.
         CapacityError: the disk is full.
-        RemoteProtocolError: a chunk came with wrong bytes again and again.
+        RemoteProtocolError: a file came with wrong bytes again and again.
     """
-    ask = messages.AskManifest(layers.start, layers.stop, with_ends)
-    transfer = _Transfer(
-        folder, ask, digest, is_thorough=is_thorough, progress=progress, clock=clock, silence_s=silence_s
-    )
+    make = partial(folder.mkdir, parents=True, exist_ok=True)
+    with file_errors(folder):
+        in_use = await asyncio.to_thread(cache.use, folder, make)
+    lock = await _lock(folder)
+    transfer = _Transfer(folder, messages.AskLayers(digest, layers.start, layers.stop), progress, clock, silence_s)
     try:
         while True:
             link = await connect()
             try:
-                return await transfer.run(link)
+                await transfer.run(link)
+                return transfer.fetched(in_use)
             except _InterruptedError as error:
                 reason = str(error)
                 log.info("weights_interrupted", reason=reason)
@@ -103,126 +101,149 @@ async def fetch_weights(
                 )
             await asyncio.sleep(RETRY_S)
     finally:
-        transfer.worker.shutdown(wait=False)
+        await transfer.aclose()
+        os.close(lock)
+
+
+async def _lock(folder: Path) -> int:
+    """Wait until no other process fills the folder: what it fetches need not be fetched again."""
+    is_told = False
+    while (lock := try_lock(folder)) is None:
+        if not is_told:
+            log.info("weights_folder_busy", folder=str(folder))
+            is_told = True
+        await asyncio.sleep(LOCK_S)
+    return lock
 
 
 class _Transfer:
-    """What outlives a connection. ``news_s``: when something was last heard of the chunks."""
+    """What outlives a connection. ``news_s``: when something was last heard of the files."""
 
     def __init__(
         self,
         folder: Path,
-        ask: messages.AskManifest,
-        digest: str,
-        *,
-        is_thorough: bool,
+        ask: messages.AskLayers,
         progress: Callable[[int, int], object],
         clock: Callable[[], float],
         silence_s: float,
     ) -> None:
         self._folder = folder
         self._ask = ask
-        self._digest = digest
-        self._is_thorough = is_thorough
         self._progress = progress
         self._clock = clock
         self._silence_s = silence_s
-        self._num_fetched = self._num_confirmed = self._num_mended = 0
-        self._bad: Counter[Chunk] = Counter()
-        # One thread: what touches the store happens in order, closing included, also when this task is cancelled.
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._files: dict[int, StoredFile] = {}
+        self._wanted: deque[tuple[StoredFile, int]] = deque()  # parts to ask for: file and offset
+        self._num_fetched = self._num_bytes = self._num_mended = 0
+        self._bad: Counter[int] = Counter()
+        # One thread: what touches the files happens in order, closing included, also when this task is cancelled.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self.news_s = clock()
 
-    async def run(self, link: ControlLink) -> Fetched:
+    async def run(self, link: ControlLink) -> None:
         """Fetch what is missing over one connection."""
         await self._send(link, self._ask)
-        manifest = await self._receive(link)
-        if not isinstance(manifest, Manifest):
-            raise _InterruptedError(f"{type(manifest).__name__} came and a manifest was asked for")
-        if self._digest not in ("", manifest.digest):
-            raise ModelError(
-                f"weights: the starter serves model {manifest.digest[:12]}… and {self._digest[:12]}… was called for; "
-                "start it again"
-            )
-        folder = self._folder / manifest.digest
-        make = partial(folder.mkdir, parents=True, exist_ok=True)
-        with file_errors(folder):
-            in_use = await self._in_worker(partial(cache.use, folder, make))
-        lock = await self._lock(folder)
-        store: WeightStore | None = None
-
-        def finish() -> None:
-            try:
-                if store is not None:
-                    store.close()
-            finally:
-                os.close(lock)
-
-        try:
-            store = await self._in_worker(partial(WeightStore, folder, manifest, is_thorough=self._is_thorough))
-            while store.num_unchecked:
-                await self._in_worker(partial(store.check, CHUNKS_PER_CHECK))
-            self._is_thorough = False
-            self._num_mended += store.num_bad
-            self.news_s = self._clock()  # another process at the folder, or hashing, is no silence of the Starter
-            await self._fill(link, manifest, store)
-        finally:
-            await asyncio.shield(asyncio.wrap_future(self.worker.submit(finish)))
+        self._progress(*self._done())
+        self._wanted.clear()
+        offered: set[int] = set()
+        asked: deque[tuple[StoredFile, int, bytearray]] = deque()
+        num_taken = 0
+        while len(offered) < len(self._ask.layers) or asked or self._wanted:
+            while self._wanted and len(asked) < CREDIT_PARTS:
+                stored, offset = self._wanted.popleft()
+                asked.append((stored, offset, bytearray()))
+                await self._send(link, messages.AskPart(stored.file.layer, offset, num_taken))
+            message = await self._receive(link)
+            match message:
+                case messages.Waiting():
+                    self.news_s = self._clock()
+                    self._progress(*self._done())  # the manager of a service sees that the start goes on
+                case messages.LayerFile() if message.layer in self._ask.layers and message.layer not in offered:
+                    offered.add(message.layer)
+                    await self._offered(message)
+                case messages.Piece() if asked:
+                    stored, offset, data = asked[0]
+                    size = min(stored.file.num_bytes - offset, PART_BYTES)
+                    is_next = (message.layer, message.offset) == (stored.file.layer, offset + len(data))
+                    if not is_next or len(data) + len(message.data) > size:
+                        raise _InterruptedError(f"bytes of layer {message.layer} came that are not the next ones")
+                    data += message.data
+                    if len(data) == size:
+                        asked.popleft()
+                        num_taken += 1
+                        await self._take(stored, data)
+                case _:
+                    raise _InterruptedError(f"{type(message).__name__} came and nobody had asked for it")
         with contextlib.suppress(_InterruptedError):  # all is here, whether the Starter hears of it or not
             await self._send(link, messages.Done())
-        return Fetched(store.path, in_use, self._num_fetched, self._num_confirmed, self._bad.total(), self._num_mended)
 
-    async def _fill(self, link: ControlLink, manifest: Manifest, store: WeightStore) -> None:
-        missing = deque(store.missing())
-        total = store.size_of(manifest.chunks())
-        done = total - store.size_of(missing)
-        self._progress(done, total)
-        if missing:
-            await self._in_worker(store.make_room)
-        asked: dict[Chunk, bytearray] = {}
-        num_taken = 0
-        while missing or asked:
-            while missing and len(asked) < CREDIT_CHUNKS:
-                chunk = missing.popleft()
-                asked[chunk] = bytearray()
-                await self._send(link, messages.AskChunk(*chunk, num_taken, store.known_sha256(chunk)))
-            piece = await self._receive(link)
-            self.news_s = self._clock()
-            if isinstance(piece, messages.Waiting):
-                continue
-            if not isinstance(piece, messages.Piece):
-                raise _InterruptedError(f"{type(piece).__name__} came and a chunk was asked for")
-            chunk = piece.file, piece.chunk
-            size = manifest.chunk_size(*chunk) if chunk in asked else 0
-            if chunk not in asked or piece.offset != len(asked[chunk]) or piece.offset + len(piece.data) > size:
-                raise _InterruptedError(f"bytes of chunk {piece.chunk} came that are not the next ones")
-            if piece.data:
-                asked[chunk] += piece.data
-                if len(asked[chunk]) < size:
-                    continue
-                is_right = await self._in_worker(partial(store.put, chunk, asked[chunk], piece.sha256))
-                self._num_fetched += is_right
-            else:
-                is_right = piece.sha256 == store.known_sha256(chunk)
-                if is_right:
-                    await self._in_worker(partial(store.confirm, chunk))
-                self._num_confirmed += is_right
-            del asked[chunk]
-            num_taken += 1
-            if is_right:
-                done += size
-                self._progress(done, total)
-            else:
-                self._count_bad(manifest, chunk)
-                missing.appendleft(chunk)
+    def fetched(self, in_use: cache.Use) -> Fetched:
+        """Return what was done, when all is here."""
+        paths = {layer: stored.path for layer, stored in sorted(self._files.items())}
+        bad = self._bad.total()
+        return Fetched(paths, in_use, self._num_fetched, self._num_bytes, bad, self._num_mended)
 
-    def _count_bad(self, manifest: Manifest, chunk: Chunk) -> None:
-        self._bad[chunk] += 1
-        name = manifest.files[chunk[0]][0]
-        log.warning("weights_chunk_bad", file=name, chunk=chunk[1], tries=self._bad[chunk])
-        if self._bad[chunk] >= MOST_TRIES:
+    async def aclose(self) -> None:
+        """Close the files, after what the thread is at."""
+
+        def close() -> None:
+            for stored in self._files.values():
+                stored.close()
+
+        await asyncio.shield(asyncio.wrap_future(self._worker.submit(close)))
+        self._worker.shutdown(wait=False)
+
+    async def _offered(self, file: messages.LayerFile) -> None:
+        """Want the parts of a file that are not here."""
+        start_s = self._clock()
+        stored = await self._in_worker(partial(self._stored, file))
+        self.news_s += self._clock() - start_s  # hashing what is here is no silence of the Starter
+        if not stored.is_whole:
+            missing = sum(other.file.num_bytes - other.num_bytes for other in self._files.values())
+            with file_errors(self._folder):
+                await self._in_worker(partial(cache.make_room, self._folder, missing))
+            self._want(stored)
+        self._progress(*self._done())
+
+    def _stored(self, file: messages.LayerFile) -> StoredFile:
+        stored = self._files.get(file.layer)
+        if stored is None or stored.file != file:
+            if stored is not None:
+                stored.close()
+            self._files[file.layer] = stored = StoredFile(self._folder, file)
+            self._num_mended += stored.was_mended
+        return stored
+
+    def _want(self, stored: StoredFile) -> None:
+        offsets = range(stored.num_bytes, stored.file.num_bytes, PART_BYTES)
+        self._wanted.extend((stored, offset) for offset in offsets)
+
+    async def _take(self, stored: StoredFile, data: bytearray) -> None:
+        """Write a part of a file; the last one makes it whole."""
+        await self._in_worker(partial(stored.put, data))
+        self._num_bytes += len(data)
+        self.news_s = self._clock()
+        if stored.num_bytes == stored.file.num_bytes:
+            if await self._in_worker(stored.finish):
+                self._num_fetched += 1
+            else:
+                self._count_bad(stored.file.layer)
+                self._want(stored)
+        self._progress(*self._done())
+
+    def _done(self) -> tuple[int, int]:
+        """Return how many bytes are here, and how many there will be: Layers are much alike."""
+        sizes = [stored.file.num_bytes for stored in self._files.values()]
+        num_unknown = len(self._ask.layers) - len(sizes)
+        total = sum(sizes) + num_unknown * max(sizes, default=0)
+        return sum(stored.num_bytes for stored in self._files.values()), total
+
+    def _count_bad(self, layer: int) -> None:
+        self._bad[layer] += 1
+        log.warning("weights_file_bad", layer=layer, tries=self._bad[layer])
+        if self._bad[layer] >= MAX_TRIES:
             raise RemoteProtocolError(
-                f"{name}: chunk {chunk[1]} came with wrong bytes {MOST_TRIES} times; look at the network and at the "
+                f"layer {layer}: its weights came with wrong bytes {MAX_TRIES} times; look at the network and at the "
                 "starter's disk"
             )
 
@@ -249,15 +270,5 @@ class _Transfer:
             raise _InterruptedError(f"the starter says: {message.text}")
         return message
 
-    async def _lock(self, folder: Path) -> int:
-        """Wait until no other process fills the folder: what it fetches need not be fetched again."""
-        is_told = False
-        while (lock := try_lock(folder)) is None:  # not in the worker: a handle of a cancelled call would be lost
-            if not is_told:
-                log.info("weights_folder_busy", folder=str(folder))
-                is_told = True
-            await asyncio.sleep(LOCK_S)
-        return lock
-
     async def _in_worker(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.worker, call)
+        return await asyncio.get_running_loop().run_in_executor(self._worker, call)

@@ -1,34 +1,34 @@
-"""The Starter's end of weight transfers: tells what Layers take, and reads chunks from disk when they are asked for.
+"""The Starter's end of weight transfers: has Layers packed when they are asked for, and reads their files from disk.
 
-A Node may have CREDIT_CHUNKS questions open, so a transfer holds no more than that many chunks in memory. Files are
-named by their index in the Manifest, and only its chunks are given, so nobody can name anything else on the disk.
+A Node may have CREDIT_PARTS questions open, so a transfer holds no more than that many parts in memory. It can name
+Layers and nothing else on the disk, and only those that were offered to it. Layers are packed one at a time, in turns
+for the Nodes that ask, while files that are there already are sent.
 """
 
 import asyncio
 import hashlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
-from mdiq.control.chunk_hashes import ChunkHashes
 from mdiq.core import weights as messages
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange
-from mdiq.core.weights import CREDIT_CHUNKS, PIECE_BYTES, Manifest, WeightMap
-from mdiq.errors import MdiqError, ModelError, RemoteProtocolError, TransportError
+from mdiq.core.weights import CREDIT_PARTS, PART_BYTES, PIECE_BYTES
+from mdiq.errors import MdiqError, ModelError, RemoteProtocolError, TransportError, first_of
 from mdiq.transport.base import ControlServer
 from mdiq.transport.junk import JunkBudget
 
 log = structlog.get_logger()
 
-WEIGHTS_HWM = 128
-"""Messages that may wait for one Node: the Pieces of its open questions, and some that are small."""
-MOST_PEERS = 256
-FORGET_S = 60.0  # a Node that is silent for so long asks for the Manifest again
+WEIGHTS_HWM = 256
+"""Messages that may wait for one Node: offers of all Layers, the Pieces of its open questions, and some small ones."""
+MAX_PEERS = 256
+FORGET_S = 60.0  # a Node that is silent for so long asks for its Layers again
 WAITING_S = 2.0
 
 
@@ -37,133 +37,144 @@ def anyone(_: bytes, __: LayerRange) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """What is served. digest: the model's. num_layers: that it has.
+
+    find: returns the file of a Layer, whose name ends in its SHA-256; makes it, which may take long, if there is none.
+    Called in a thread, one call at a time.
+    """
+
+    digest: str
+    num_layers: int
+    find: Callable[[int], Path]
+
+
 @dataclass
 class _Peer:
-    """A Node that has a Manifest. ``under_way``: bytes of each chunk that it asked for and has not taken in."""
+    """A Node that has named its Layers. ``under_way``: bytes of each part that it asked for and has not taken in."""
 
     identity: bytes
-    manifest: Manifest
-    asked: deque[messages.AskChunk] = field(default_factory=deque)
+    layers: LayerRange
+    offered: dict[int, tuple[messages.LayerFile, Path]] = field(default_factory=dict)
+    asked: deque[messages.AskPart] = field(default_factory=deque)
     under_way: deque[int] = field(default_factory=deque)
     num_taken: int = 0
-    given: set[tuple[int, int]] = field(default_factory=set)
+    given: Counter[int] = field(default_factory=Counter)  # bytes by Layer, since its file was last checked
     heard: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class WeightServer:
-    """Serves the model at ``path`` to whoever reaches ``server``.
+    """Serves the Layers of ``source`` to whoever reaches ``server``.
 
     limit: bytes a second of all transfers together. may_fetch: whether a peer may have some Layers, by its identity.
-    outstanding_bytes: of chunks that were asked for and not yet taken in; most_outstanding_bytes: the most so far.
+    outstanding_bytes: of parts that were asked for and not yet taken in; peak_outstanding_bytes: its peak.
     """
 
     def __init__(
         self,
         server: ControlServer,
-        weights: WeightMap,
-        path: Path,
-        hashes: ChunkHashes,
+        source: LayerSource,
         *,
         clock: Callable[[], float],
         limit: TokenBucket | None = None,
         may_fetch: Callable[[bytes, LayerRange], bool] = anyone,
     ) -> None:
         self._server = server
-        self._weights = weights
-        self._path = path
-        self._hashes = hashes
+        self._source = source
         self._clock = clock
         self._limit = limit
         self._may_fetch = may_fetch
         self._peers: dict[bytes, tuple[_Peer, asyncio.Task[None]]] = {}
+        self._finding = asyncio.Lock()
         self.outstanding_bytes = 0
-        self.most_outstanding_bytes = 0
+        self.peak_outstanding_bytes = 0
         self.num_dropped = 0
-        self.num_chunks = 0
+        self.num_parts = 0
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                junk = JunkBudget()
-                while True:
-                    identity, data = await self._server.receive()
-                    start_s = self._clock()
-                    try:
-                        await self._handle(identity, messages.decode(data), tasks)
-                    except RemoteProtocolError as error:
-                        self.num_dropped += 1
-                        log.warning("weights_message_dropped", peer=repr(identity), error=str(error))
-                    if identity not in self._peers:
-                        await junk.spent(self._clock() - start_s)
-        finally:
-            await asyncio.to_thread(self._save_hashes)
+        async with asyncio.TaskGroup() as tasks:
+            junk = JunkBudget()
+            while True:
+                identity, data = await self._server.receive()
+                start_s = self._clock()
+                try:
+                    await self._handle(identity, messages.decode(data), tasks)
+                except RemoteProtocolError as error:
+                    self.num_dropped += 1
+                    log.warning("weights_message_dropped", peer=repr(identity), error=str(error))
+                if identity not in self._peers:
+                    await junk.spent(self._clock() - start_s)
 
     async def _handle(self, identity: bytes, message: messages.Message, tasks: asyncio.TaskGroup) -> None:
         peer, task = self._peers.get(identity, (None, None))
         match message:
-            case messages.AskManifest():
+            case messages.AskLayers():
                 if task is not None:
                     task.cancel()
                 await self._begin(identity, message, tasks)
-            case messages.AskChunk() if peer is None:
-                await self._send(identity, messages.Refused("ask for the manifest first", False))
-            case messages.AskChunk() if peer is not None:
+            case messages.AskPart() if peer is None:
+                await self._send(identity, messages.Refused("ask for the layers first", False))
+            case messages.AskPart() if peer is not None:
                 self._ask(peer, message)
             case messages.Done():
                 if task is not None:
                     task.cancel()
-                    tasks.create_task(asyncio.to_thread(self._save_hashes), name="hashes")
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__}: a node may not send this")
 
-    async def _begin(self, identity: bytes, ask: messages.AskManifest, tasks: asyncio.TaskGroup) -> None:
-        refused: messages.Refused | None = None
-        try:
-            manifest = self._weights.manifest(ask.layers, with_ends=ask.with_ends)
-            messages.encode(manifest)  # a model of very many parts may not fit into a message
-        except MdiqError as error:
-            refused = messages.Refused(str(error), True)
-        if not self._may_fetch(identity, ask.layers):
-            refused = messages.Refused(f"layers {ask.layers} are not this node's", True)
-        elif len(self._peers) >= MOST_PEERS and identity not in self._peers:
-            refused = messages.Refused("too many transfers at once", False)
+    async def _begin(self, identity: bytes, ask: messages.AskLayers, tasks: asyncio.TaskGroup) -> None:
+        refused = self._refusal(identity, ask)
         if refused is not None:
             log.warning("weights_refused", peer=repr(identity), error=refused.text)
             await self._send(identity, refused)
             return
-        peer = _Peer(identity, manifest)
+        peer = _Peer(identity, ask.layers)
         self._peers[identity] = peer, tasks.create_task(self._serve(peer), name=f"weights {identity!r}")
-        log.info("weights_asked", peer=repr(identity), layers=str(ask.layers), chunks=len(manifest.chunks()))
-        await self._send(identity, manifest)
+        log.info("weights_asked", peer=repr(identity), layers=str(ask.layers))
 
-    def _ask(self, peer: _Peer, ask: messages.AskChunk) -> None:
+    def _refusal(self, identity: bytes, ask: messages.AskLayers) -> messages.Refused | None:
+        if not self._may_fetch(identity, ask.layers):
+            return messages.Refused(f"layers {ask.layers} are not this node's", True)
+        if ask.digest != self._source.digest:
+            ours, theirs = self._source.digest[:12], ask.digest[:12]
+            return messages.Refused(f"it serves model {ours}… and {theirs}… was called for; start the node again", True)
+        if ask.layer_stop > self._source.num_layers:
+            last = self._source.num_layers - 1
+            return messages.Refused(
+                f"layers {ask.layers}: the model has layers 0-{last}; give the node some of these", True
+            )
+        if len(self._peers) >= MAX_PEERS and identity not in self._peers:
+            return messages.Refused("too many transfers at once", False)
+        return None
+
+    def _ask(self, peer: _Peer, ask: messages.AskPart) -> None:
         while peer.under_way and peer.num_taken < ask.taken:
             self.outstanding_bytes -= peer.under_way.popleft()
             peer.num_taken += 1
-        if not any(file == ask.file and first <= ask.chunk < stop for file, first, stop in peer.manifest.ranges):
-            raise RemoteProtocolError(f"chunk {ask.chunk} of file {ask.file} does not belong to the peer's layers")
-        if len(peer.under_way) >= CREDIT_CHUNKS:
-            raise RemoteProtocolError(f"more than {CREDIT_CHUNKS} chunks at a time")
-        size = peer.manifest.chunk_size(ask.file, ask.chunk)
+        file, _ = peer.offered.get(ask.layer, (None, None))
+        if file is None or ask.offset >= file.num_bytes:
+            raise RemoteProtocolError(f"byte {ask.offset} of layer {ask.layer} was not offered to the peer")
+        if len(peer.under_way) >= CREDIT_PARTS:
+            raise RemoteProtocolError(f"more than {CREDIT_PARTS} parts at a time")
+        size = min(file.num_bytes - ask.offset, PART_BYTES)
         peer.under_way.append(size)
         self.outstanding_bytes += size
-        self.most_outstanding_bytes = max(self.most_outstanding_bytes, self.outstanding_bytes)
+        self.peak_outstanding_bytes = max(self.peak_outstanding_bytes, self.outstanding_bytes)
         peer.asked.append(ask)
         peer.heard.set()
 
     async def _serve(self, peer: _Peer) -> None:
-        """Answer one Node's questions until it is done, is silent or cannot be reached."""
+        """Offer one Node its Layers, and answer its questions until it is done, is silent or cannot be reached."""
         try:
-            while True:
-                while peer.asked:
-                    await self._answer(peer, peer.asked.popleft())
-                peer.heard.clear()
-                async with asyncio.timeout(FORGET_S):
-                    await peer.heard.wait()
-        except (TimeoutError, TransportError) as error:
-            log.info("weights_peer_gone", peer=repr(peer.identity), error=str(error))
-        except MdiqError as error:
+            async with asyncio.TaskGroup() as tasks:
+                offering = tasks.create_task(self._offer(peer), name="offer")
+                tasks.create_task(self._answer_all(peer, offering), name="answer")
+        except* (TimeoutError, TransportError) as group:
+            log.info("weights_peer_gone", peer=repr(peer.identity), error=str(first_of(group)))
+        except* MdiqError as group:
+            error = first_of(group)
             log.error("weights_not_served", peer=repr(peer.identity), error=str(error))
             await self._send(peer.identity, messages.Refused(str(error), True))
         finally:
@@ -171,13 +182,45 @@ class WeightServer:
             if self._peers.get(peer.identity, (None,))[0] is peer:
                 del self._peers[peer.identity]
 
-    async def _answer(self, peer: _Peer, ask: messages.AskChunk) -> None:
-        is_again = (ask.file, ask.chunk) in peer.given
-        peer.given.add((ask.file, ask.chunk))
-        data, sha256 = await asyncio.to_thread(self._read, ask, is_again)
-        self.num_chunks += bool(data)
-        for offset in range(0, max(len(data), 1), PIECE_BYTES):
-            piece = messages.Piece(ask.file, ask.chunk, offset, sha256, data[offset : offset + PIECE_BYTES])
+    async def _offer(self, peer: _Peer) -> None:
+        """Have the Layers packed where they are not, and tell the Node of each; it hears now and then that it waits."""
+        for layer in peer.layers:
+            finding = asyncio.create_task(self._find(layer), name=f"find {layer}")
+            try:
+                while not (await asyncio.wait({finding}, timeout=WAITING_S))[0]:
+                    await self._server.send(peer.identity, messages.encode(messages.Waiting()))
+                peer.offered[layer] = file, _ = finding.result()
+            finally:
+                finding.cancel()
+            await self._server.send(peer.identity, messages.encode(file))
+
+    async def _find(self, layer: int) -> tuple[messages.LayerFile, Path]:
+        async with self._finding:  # in the order in which they come: Nodes take turns
+            path = await asyncio.to_thread(self._source.find, layer)
+            return await asyncio.to_thread(_described, layer, path), path
+
+    async def _answer_all(self, peer: _Peer, offering: "asyncio.Task[None]") -> None:
+        while True:
+            while peer.asked:
+                await self._answer(peer, peer.asked.popleft())
+            peer.heard.clear()
+            try:
+                async with asyncio.timeout(FORGET_S):
+                    await peer.heard.wait()
+            except TimeoutError:
+                if offering.done():
+                    raise
+
+    async def _answer(self, peer: _Peer, ask: messages.AskPart) -> None:
+        file, path = peer.offered[ask.layer]
+        if peer.given[ask.layer] >= file.num_bytes:  # it had all of it, and asks again: what came was wrong
+            peer.given[ask.layer] = 0
+            await asyncio.to_thread(_check, path, file)
+        data = await asyncio.to_thread(_read, path, file, ask.offset)
+        peer.given[ask.layer] += len(data)
+        self.num_parts += 1
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = messages.Piece(ask.layer, ask.offset + start, data[start : start + PIECE_BYTES])
             await self._keep_pace(peer, len(piece.data))
             await self._server.send(peer.identity, messages.encode(piece))
 
@@ -192,37 +235,6 @@ class WeightServer:
             if wait_s > WAITING_S:
                 await self._server.send(peer.identity, messages.encode(messages.Waiting()))
 
-    def _read(self, ask: messages.AskChunk, is_again: bool) -> tuple[bytes, bytes]:
-        """Return a chunk and its hash; no bytes if the Node has it.
-
-        Raises:
-            ModelError: the file is not what it was.
-        """
-        name, num_bytes, mtime_ns = self._weights.files[ask.file]
-        path = self._path / name if self._weights.is_directory else self._path
-        known = self._hashes.get(ask.file, ask.chunk)
-        try:
-            with path.open("rb", buffering=0) as file:
-                stat = os.fstat(file.fileno())
-                if (stat.st_size, stat.st_mtime_ns) != (num_bytes, mtime_ns):
-                    raise ModelError(f"{path}: it was changed while it is served; start the starter again")
-                data = _read_all(file.fileno(), ask.chunk * self._weights.chunk_bytes, self._weights.chunk_bytes)
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be read ({error.strerror}); look at the starter's disk") from None
-        if known is None or is_again:
-            sha256 = hashlib.sha256(data).digest()
-            if known not in (None, sha256):
-                raise ModelError(f"{path}: its bytes have changed and its time has not; look at the starter's disk")
-            self._hashes.put(ask.file, ask.chunk, sha256)
-            known = sha256
-        return (b"" if known == ask.known_sha256 else data), known
-
-    def _save_hashes(self) -> None:
-        try:
-            self._hashes.save()
-        except ModelError as error:
-            log.warning("hashes_not_kept", error=str(error))
-
     async def _send(self, identity: bytes, message: messages.Message) -> None:
         """Send something to a peer that may be gone."""
         try:
@@ -231,9 +243,44 @@ class WeightServer:
             log.info("weights_peer_gone", peer=repr(identity), error=str(error))
 
 
-def _read_all(handle: int, offset: int, most: int) -> bytes:
-    parts = []
-    while most > 0 and (part := os.pread(handle, most, offset)):
-        parts.append(part)
-        offset, most = offset + len(part), most - len(part)
+def _described(layer: int, path: Path) -> messages.LayerFile:
+    try:
+        return messages.LayerFile(layer, path.stat().st_size, bytes.fromhex(path.stem.rpartition("-")[2]))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be served ({error}); look at the starter's disk") from None
+
+
+def _read(path: Path, file: messages.LayerFile, offset: int) -> bytes:
+    """Return a part of a file.
+
+    Raises:
+        ModelError: the file is not what it was.
+    """
+    parts: list[bytes] = []
+    size = min(file.num_bytes - offset, PART_BYTES)
+    try:
+        with path.open("rb", buffering=0) as opened:
+            if os.fstat(opened.fileno()).st_size != file.num_bytes:
+                raise ModelError(f"{path}: it was changed while it is served; start the starter again")
+            while size > 0 and (part := os.pread(opened.fileno(), size, offset)):
+                parts.append(part)
+                offset, size = offset + len(part), size - len(part)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); look at the starter's disk") from None
     return b"".join(parts)
+
+
+def _check(path: Path, file: messages.LayerFile) -> None:
+    """Remove a file whose bytes are not those that its name tells of: it is made anew at the next start.
+
+    Raises:
+        ModelError: they are not.
+    """
+    try:
+        with path.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").digest() == file.sha256:
+                return
+        path.unlink()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); look at the starter's disk") from None
+    raise ModelError(f"{path}: its bytes have changed; look at the starter's disk, and start the starter again")

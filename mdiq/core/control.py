@@ -12,8 +12,8 @@ from mdiq.core.wire_formats import WIRE_FORMATS
 
 VERSION = 2
 MAX_BYTES = 2**20
-MAX_BLOB = 64 * 1024
-"""Bytes of one field, and of one matrix's hot columns."""
+MAX_BLOB = 64
+"""Bytes of a key."""
 CHECKSUM_KEY = b"mdiq: no secret, a checksum only"
 """Tags the messages of a Ring over several machines, where CURVE authenticates the sender and encrypts."""
 MAX_BURST_FRAMES = 64
@@ -39,8 +39,6 @@ class Assign:
     kv_tokens: KV capacity; 0 lets the Node choose from ``memory_share`` of its free memory.
     receive_key, send_key: tag the Frames of the Hops into this Stage and out of it; see wire.hop_key.
     trace: collect Spans.
-    hot: outlier channels ("hot columns") of packed weights, i32 little endian, by the names of
-    engine/model/hot_columns.py. A Node with part of the model cannot find them; empty where it has the whole model.
     previous: the Node before this one, whose key alone may send Frames; empty where nodes have no keys.
     """
 
@@ -58,7 +56,6 @@ class Assign:
     receive_key: bytes
     send_key: bytes
     trace: bool
-    hot: Mapping[str, bytes]
     previous: str = ""
 
     def __post_init__(self) -> None:

@@ -106,12 +106,8 @@ def read_config(model: Path) -> ModelConfig:
 
 
 def gguf_file_of(model: Path) -> Path | None:
-    """Return the GGUF file that a model is, or the first of its parts; None for a directory of another layout."""
-    if not model.is_dir():
-        return model
-    # The copy of a split GGUF file, as other nodes have it, is a directory of its parts.
-    parts = [] if (model / "config.json").exists() else sorted(model.glob("*-00001-of-*.gguf"))
-    return parts[0] if parts else None
+    """Return the GGUF file that a model is; None for a directory."""
+    return None if model.is_dir() else model
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Runs Batches on a Stage's part of the model: payloads in, rows out. No sockets; one thread calls it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from mdiq.core.types import PLAIN_WEIGHTS, LayerRange, SeqId, WeightSettings
 from mdiq.core.wire import WireLimits
 from mdiq.engine.device import choose_device, choose_dtype, free_bytes, is_out_of_memory
 from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
+from mdiq.engine.formats.layer_files import LayerFiles
 from mdiq.engine.memory import drop_library, return_free_memory, rss_bytes
-from mdiq.engine.model.hot_table import hot_columns_from
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.model.layers import Span
 from mdiq.engine.model.stage_model import StageModel
@@ -52,7 +52,7 @@ class StageRunner:
     @classmethod
     def load(
         cls,
-        model: Path | Checkpoint,
+        model: Path | Checkpoint | LayerFiles,
         layers: LayerRange,
         *,
         is_last: bool,
@@ -63,16 +63,15 @@ class StageRunner:
         memory_share: float = 1.0,
         memory_bytes: int | None = None,
         digest: str = "",
-        hot: Mapping[str, bytes] | None = None,
         progress: Callable[[int, int], object] = lambda *_: None,
     ) -> "StageRunner":
         """Load Layers ``layers`` of a model and make room for their KV cache.
 
-        model: where it is, or as somebody has opened it, who closes it.
+        model: where it is; or as somebody has opened it, who closes it; or the files of these Layers.
         kv_tokens: capacity in tokens, or None for what free memory allows. memory_share: the part of the machine's free
         memory that this Stage may plan with. memory_bytes: most that this process may take, or None. wire: the format
         of the Hop out of this Stage, or None where the rows stay here. digest: refuse a model with another fingerprint;
-        empty takes any. hot: hot columns of packed weights, for a part of a model; see hot_table.py.
+        empty takes any.
 
         Raises:
             ModelError: the model is missing, malformed, unsupported, or another one than ``digest`` tells of.
@@ -86,18 +85,18 @@ class StageRunner:
             )
         folder = cache_directory() if is_packed else Path()  # a user without a home needs none then
         with ExitStack() as opened, torch.inference_mode():
-            checkpoint = model if isinstance(model, Checkpoint) else opened.enter_context(open_checkpoint(model))
-            path = checkpoint.path
-            if digest and checkpoint.digest != digest:
+            if isinstance(model, Path):
+                model = opened.enter_context(open_checkpoint(model))
+            path = model.path
+            if digest and model.digest != digest:
                 raise ModelError(f"{path}: it is not the starter's model (their digests differ); copy it here again")
             try:
                 stage = StageModel(
-                    checkpoint,
+                    model,
                     layers,
                     owns_embedding_and_head=owns_embedding_and_head,
                     weights=weights,
                     folder=folder,
-                    hot=hot_columns_from(hot or {}, checkpoint),
                     progress=progress,
                 )
             except (MemoryError, RuntimeError) as error:

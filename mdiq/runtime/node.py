@@ -16,13 +16,15 @@ import structlog
 import zmq.asyncio
 
 import mdiq
-from mdiq.cache import Use, cache_directory
+from mdiq.cache import cache_directory
 from mdiq.control.agent import Agent
 from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
 from mdiq.core.types import Epoch, LayerRange
+from mdiq.core.weights import folder_name
 from mdiq.engine.device import choose_device, free_bytes, kind_of
+from mdiq.engine.formats.layer_files import LayerFiles
 from mdiq.engine.kept_cost import kept_cost
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
@@ -84,7 +86,6 @@ class NodeProcess:
         self._num_links = 0
         self._stage = StageProtocol()
         self._runner: StageRunner | None = None
-        self._weights: Use | None = None  # the Ring's, on this machine's disk
         self._sink: PushSink | None = None
         self._serving: asyncio.Task[None] | None = None
         self._context = zmq.asyncio.Context()
@@ -127,7 +128,7 @@ class NodeProcess:
                     await part.aclose()
             await self.worker.aclose()
             self._context.term()
-            self._runner = self._service = self._serving = self._weights = None
+            self._runner = self._service = self._serving = None
 
     async def ask_to_leave(self) -> bool:
         """Ask the Starter to drain this Node when what is in the Ring has ended; return whether that will happen."""
@@ -223,7 +224,7 @@ class NodeProcess:
         self._previous = assign.previous
         await self._admit()
         self._tracer.is_on = assign.trace
-        model = await self._fetch(self._peers, layers, assign.model_digest) if self._peers else Path(assign.model)
+        model = await self._fetch(self._peers, layers, assign) if self._peers else Path(assign.model)
         load = partial(
             StageRunner.load,
             model,
@@ -236,7 +237,6 @@ class NodeProcess:
             memory_share=assign.memory_share,
             memory_bytes=self._memory_bytes(),
             digest=assign.model_digest,
-            hot=assign.hot,
         )
         can_peak = reset_peak()
         runner = await self.worker.run_long(
@@ -289,20 +289,24 @@ class NodeProcess:
             return None
         return next((node.memory_bytes for node in self._peers.nodes if node.name == self._options.name), None)
 
-    async def _fetch(self, peers: RingPeers, layers: LayerRange, digest: str) -> Path:
-        """Return where this machine's copy of the Layers is, fetched now where it lacks some."""
+    async def _fetch(self, peers: RingPeers, layers: LayerRange, assign: control.Assign) -> LayerFiles:
+        """Return this machine's files of the Layers, fetched now where it lacks some."""
         self._progress("fetching", 0, 0)
         fetched = await fetch_weights(
             lambda: self._connect_to_starter(peers, peers.weights_endpoint),
-            cache_directory() / "weights",
+            cache_directory() / "weights" / folder_name(assign.model_digest, assign.weights.format),
+            assign.model_digest,
             layers,
             clock=self._clock,
-            digest=digest,
             progress=partial(self._progress, "fetching"),
         )
-        self._weights = fetched.in_use
-        log.info("weights_here", chunks_fetched=fetched.num_fetched, chunks_mended=fetched.num_mended)
-        return fetched.path
+        log.info(
+            "weights_here",
+            layers_fetched=fetched.num_fetched,
+            num_bytes=fetched.num_bytes,
+            layers_mended=fetched.num_mended,
+        )
+        return LayerFiles(fetched.paths, fetched.in_use)
 
     def _progress(self, what: str, done: int, total: int) -> None:
         share = f": {100 * done // total} %" if total else ""

@@ -9,13 +9,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
 from mdiq.cache import cache_directory
-from mdiq.control.chunk_hashes import ChunkHashes
 from mdiq.control.coordinator import Coordinator
-from mdiq.control.weight_server import WEIGHTS_HWM, WeightServer
+from mdiq.control.weight_server import WEIGHTS_HWM, LayerSource, WeightServer
 from mdiq.core import control
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange, NodeId
@@ -28,6 +28,9 @@ from mdiq.transport.push_pull import PullSource, PushSink
 from mdiq.transport.router_dealer import RouterServer
 from mdiq.transport.sockets import listen_endpoint
 
+if TYPE_CHECKING:
+    from mdiq.engine.model.layer_packing import LayerPacking
+
 log = structlog.get_logger()
 
 TELL_S = 5.0
@@ -38,6 +41,7 @@ class RemoteWorkers(SocketWorkers):
 
     _gate: Gate | None = None
     _weights: RouterServer | None = None
+    _packing: "LayerPacking | None" = None
 
     async def open(self) -> None:
         """Listen to the Nodes; without any, the Starter only tells those that stand by that they do.
@@ -79,11 +83,10 @@ class RemoteWorkers(SocketWorkers):
             return []
         try:
             async with asyncio.TaskGroup() as tasks:
-                preparing = tasks.create_task(self._prepare(self._weights), name="prepare-weights")
+                tasks.create_task(self._serve_weights(self._weights), name="serve-weights")
                 joining = tasks.create_task(self._all_joined(coordinator), name="join")
         except* MdiqError as group:
             raise first_of(group) from None
-        hot = preparing.result()
         self._listening = {node: hello.data_endpoint for node, hello in joining.result().items()}
         self._endpoints = [node.data_endpoint for node in (*ring.nodes[1:], ring.nodes[0])]
         following = ring.nodes[1]
@@ -93,7 +96,7 @@ class RemoteWorkers(SocketWorkers):
             security=self._client_security(following.public_key),
             insecure=ring.insecure,
         )
-        assignments = {node: self._remote_assignment(i, hot) for i, node in enumerate(self._names, 1)}
+        assignments = {node: self._remote_assignment(i) for i, node in enumerate(self._names, 1)}
         ready = await coordinator.assign(assignments)
         self._ready = dict(ready)
         return [ready[node] for node in self._names]
@@ -104,6 +107,8 @@ class RemoteWorkers(SocketWorkers):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._packing is not None:
+            await asyncio.to_thread(self._packing.close)
         if self._weights is not None:
             await self._weights.aclose()
         if self._gate is not None:
@@ -137,30 +142,22 @@ class RemoteWorkers(SocketWorkers):
         if self._gate is not None:
             await self._gate.replace(CONTROL, self._speakers(nodes))
 
-    async def _prepare(self, server: RouterServer) -> Mapping[str, bytes]:
-        """Begin to serve weights; return the hot columns of packed ones, found first if they never were."""
-        from mdiq.engine.formats.quantize import FORMATS
-        from mdiq.engine.formats.weight_map import map_weights
-        from mdiq.engine.model.hot_table import hot_table
+    async def _serve_weights(self, server: RouterServer) -> None:
+        """Begin to serve weights."""
+        from mdiq.engine.model.layer_packing import LayerPacking
 
-        options = self._options
-        weights = await asyncio.to_thread(map_weights, options.model)
-        rate = self._ring.transfer_bytes_per_s
-        is_split = weights.is_directory and not options.model.is_dir()
-        model = options.model.parent if is_split else options.model
+        options, rate = self._options, self._ring.transfer_bytes_per_s
+        self._packing = packing = await asyncio.to_thread(
+            LayerPacking, options.model, options.weights.format, cache_directory() / "packed"
+        )
         weight_server = WeightServer(
             server,
-            weights,
-            model,
-            await asyncio.to_thread(ChunkHashes, cache_directory() / "hashes", model, weights),
+            LayerSource(packing.digest, packing.num_layers, packing.find),
             clock=time.monotonic,
             limit=None if rate is None else TokenBucket(rate, PIECE_BYTES),
             may_fetch=partial(self._may_fetch, server),
         )
         self._run(weight_server.run(), "weights")
-        if options.weights.format not in FORMATS:
-            return {}
-        return await asyncio.to_thread(hot_table, options.model, options.weights.format)
 
     def _may_fetch(self, server: RouterServer, identity: bytes, layers: LayerRange) -> bool:
         """Tell whether Layers are those of the Node that asks: by its key, or by what it calls itself in plain text."""
@@ -186,9 +183,7 @@ class RemoteWorkers(SocketWorkers):
             telling.cancel()
             await asyncio.gather(telling, return_exceptions=True)
 
-    def _remote_assignment(self, i: int, hot: Mapping[str, bytes]) -> control.Assign:
-        from mdiq.engine.model.hot_table import of_layers
-
+    def _remote_assignment(self, i: int) -> control.Assign:
         ring = self._ring
         node, following = ring.nodes[i], ring.nodes[(i + 1) % len(ring.nodes)]
         return replace(
@@ -196,7 +191,6 @@ class RemoteWorkers(SocketWorkers):
             model="",
             weights=replace(self._options.weights, device=node.device),
             memory_share=node.memory_share,
-            hot=of_layers(hot, self._options.layers[i]),
             previous=ring.nodes[i - 1].name,
         )
 

@@ -239,7 +239,6 @@ class SocketWorkers(ABC):
             receive_key=hop_key(self._ring_key, i),
             send_key=hop_key(self._ring_key, 0 if is_last else i + 1),
             trace=options.trace,
-            hot={},
         )
 
     def _lost(self, node: NodeId, error: MdiqError) -> None:

@@ -17,7 +17,7 @@ log = structlog.get_logger()
 CONTROL_HWM = 1_000
 CONTROL_LINGER_MS = 500  # so that a last message such as Failed or Goodbye is sent
 # A message that is slightly too long is refused with an error, not with a disconnection.
-MAX_CONTROL_BYTES = max(control.MAX_BYTES, weights.MOST_BYTES) + 4_096
+MAX_CONTROL_BYTES = max(control.MAX_BYTES, weights.MAX_BYTES) + 4_096
 
 
 class RouterServer(SocketEnd):

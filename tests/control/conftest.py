@@ -37,7 +37,6 @@ def assignment(**changes: object) -> control.Assign:
         "receive_key": b"the key of a hop, thirty bytes",
         "send_key": b"the key of the next hop, of 32 B",
         "trace": False,
-        "hot": {},
     }
     return control.Assign(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -34,7 +34,6 @@ ASSIGN = control.Assign(
     receive_key=KEY,
     send_key=KEY,
     trace=False,
-    hot={"layer-000.qkv": bytes(8)},
 )
 READY = control.Ready(1, 2, 3, 4, 5, ((1, 0.25),), ((64, 0.5),))
 MESSAGES: st.SearchStrategy[control.Message] = st.one_of(
@@ -137,7 +136,6 @@ def test_a_missing_field_is_refused_by_name() -> None:
         ("model", "x" * 4_097),
         ("receive_key", "text"),
         ("receive_key", b"short"),
-        ("hot", {"layer-000.qkv": "text"}),
         ("is_last", 1),
         ("weights", "plain"),
         ("weights", {"format": "plain"}),

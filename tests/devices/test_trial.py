@@ -276,9 +276,10 @@ def test_the_ring_answers_over_http_as_a_local_one(shelf: Shelf) -> None:
 
 def test_each_node_has_its_own_layers_only_and_the_spare_has_none(shelf: Shelf) -> None:
     for name in WORKERS:
-        assert _events(shelf, name, "weights_here")[0]["chunks_fetched"] > 0
-        size, taken = map(int, shelf.sh(name, "stat -c '%s %b' /var/cache/mdiq/weights/*/model.gguf").split())
-        assert taken * 512 < 0.6 * size, "it has more than its own layers"
+        num_fetched = sum(event["layers_fetched"] for event in _events(shelf, name, "weights_here"))
+        files = shelf.sh(name, "find /var/cache/mdiq -name 'layer-*'").split()
+        assert 0 < num_fetched == len(files) < 0.6 * 30, "it has more than its own layers"
+        assert all("/weights/" in file for file in files), "it has packed what came packed"
     assert shelf.sh(SPARE, "ls -A /var/cache/mdiq") == ""
     assert shelf.unit(SPARE, "ActiveState", "StatusText") == ["active", "stands by: it is a spare"]
 
@@ -308,7 +309,7 @@ def test_the_watchdog_restarts_a_node_that_stands_still_and_the_ring_is_formed_a
     assert [node["layers"] for node in _members(again)] == [node["layers"] for node in _members(served)]
     assert _answer(shelf) == before
     # What it had is still there.
-    assert _events(shelf, "pi2", "weights_here")[-1]["chunks_fetched"] == 0
+    assert _events(shelf, "pi2", "weights_here")[-1]["layers_fetched"] == 0
 
 
 def test_a_device_that_lost_its_power_comes_back_into_service_by_itself(shelf: Shelf) -> None:
@@ -318,7 +319,7 @@ def test_a_device_that_lost_its_power_comes_back_into_service_by_itself(shelf: S
     _until_serves(shelf, served["rings_formed"] + 1)
     assert _answer(shelf) == before
     assert shelf.sh("pi1", "systemctl is-system-running").strip() == "running"
-    assert _events(shelf, "pi1", "weights_here")[-1]["chunks_fetched"] == 0
+    assert _events(shelf, "pi1", "weights_here")[-1]["layers_fetched"] == 0
 
 
 def test_the_planned_ring_beside_the_equal_one(shelf: Shelf, record_property: Callable[[str, object], None]) -> None:

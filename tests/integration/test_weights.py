@@ -1,4 +1,4 @@
-"""The real model's weights travel: cut, resumed, to three nodes at once, and every stage computes as on the whole."""
+"""The real model's layers travel as files: cut, resumed, to two nodes at once; stages compute as on the whole model."""
 
 import asyncio
 import time
@@ -10,14 +10,13 @@ import pytest
 import torch
 import zmq.asyncio
 
-from mdiq.control.chunk_hashes import ChunkHashes
 from mdiq.control.weight_client import Fetched, fetch_weights
-from mdiq.control.weight_server import WEIGHTS_HWM, WeightServer
+from mdiq.control.weight_server import WEIGHTS_HWM, LayerSource, WeightServer
 from mdiq.core.frame import Batch, Payload, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId
-from mdiq.core.weights import CHUNK_BYTES, CREDIT_CHUNKS, WeightMap
-from mdiq.engine.formats.checkpoint import open_checkpoint
-from mdiq.engine.formats.weight_map import map_weights
+from mdiq.core.weights import CREDIT_PARTS, PART_BYTES, folder_name
+from mdiq.engine.formats.layer_files import LayerFiles
+from mdiq.engine.model.layer_packing import LayerPacking
 from mdiq.engine.runner import StageRunner
 from mdiq.testbed.link_shape import LinkShape
 from mdiq.testbed.relay import Relay
@@ -33,7 +32,7 @@ class Starter:
 
     context: zmq.asyncio.Context
     folder: Path
-    weights: WeightMap
+    packing: LayerPacking
     server: WeightServer
     server_port: int
     port: int
@@ -45,32 +44,33 @@ class Starter:
             name = f"{node}/{self.num_links}"
             return await DealerLink.connect(self.context, f"tcp://127.0.0.1:{self.port}", identity=name)
 
-        values: dict[str, object] = {"silence_s": 2.0, "digest": self.weights.digest, **options}
-        return await fetch_weights(connect, self.folder / node, layers, clock=time.monotonic, **values)  # type: ignore
-
-    def held_bytes(self, layers: LayerRange, *, with_ends: bool = False) -> int:
-        manifest = self.weights.manifest(layers, with_ends=with_ends)
-        return sum(manifest.chunk_size(*chunk) for chunk in manifest.chunks())
+        values: dict[str, object] = {"silence_s": 4.0, "clock": time.monotonic, **options}
+        folder = self.folder / node / "weights" / folder_name(self.packing.digest, "plain")
+        return await fetch_weights(connect, folder, self.packing.digest, layers, **values)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-async def starter(context: zmq.asyncio.Context, real_model: Path, tmp_path: Path) -> AsyncIterator[Starter]:
-    weights = map_weights(real_model)
+async def starter(
+    context: zmq.asyncio.Context, real_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Starter]:
+    monkeypatch.setenv("MDIQ_CACHE", str(tmp_path / "starter"))
+    packing = LayerPacking(real_model, "plain", tmp_path / "starter" / "packed")
     router = await RouterServer.bind(context, "tcp://127.0.0.1:0", hwm=WEIGHTS_HWM)
-    hashes = ChunkHashes(tmp_path / "hashes", real_model, weights)
-    server = WeightServer(router, weights, real_model, hashes, clock=time.monotonic)
+    source = LayerSource(packing.digest, packing.num_layers, packing.find)
+    server = WeightServer(router, source, clock=time.monotonic)
     serving = asyncio.create_task(server.run())
     port = int(router.endpoint.rpartition(":")[2])
-    yield Starter(context, tmp_path, weights, server, port, port)
+    yield Starter(context, tmp_path, packing, server, port, port)
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
     await router.aclose()
+    packing.close()
 
 
-def _rows(path: Path, layers: LayerRange, payload: Payload, digest: str) -> tuple[StageRunner, Payload]:
+def _rows(model: Path | LayerFiles, layers: LayerRange, payload: Payload, digest: str) -> tuple[StageRunner, Payload]:
     """Return a Stage that was loaded from there, and what it makes of a payload of six tokens."""
     runner = StageRunner.load(
-        path,
+        model,
         layers,
         is_last=layers.stop == 30,
         owns_embedding_and_head=layers.start == 0,
@@ -81,37 +81,31 @@ def _rows(path: Path, layers: LayerRange, payload: Payload, digest: str) -> tupl
     return runner, runner.forward(Batch(Epoch(1), segments, (payload,)))
 
 
-async def test_three_nodes_fetch_at_once_and_compute_what_the_whole_model_does(
+async def test_two_nodes_fetch_at_once_and_compute_what_the_whole_model_does(
     starter: Starter, real_model: Path
 ) -> None:
-    many = await asyncio.gather(
-        *(starter.fetch(f"node-{i}", layers, with_ends=i == 0) for i, layers in enumerate(STAGES))
-    )
-    for i, (fetched, layers) in enumerate(zip(many, STAGES, strict=True)):
-        own = starter.held_bytes(layers, with_ends=i == 0)
-        stat = fetched.path.stat()
-        assert stat.st_size == starter.weights.files[0][1]
-        assert stat.st_blocks * 512 < own + 2**16 < 0.75 * stat.st_size, (
-            "something outside its own ranges is on the disk"
-        )
-        with open_checkpoint(fetched.path) as copy:
-            assert copy.digest == starter.weights.digest
-    assert starter.server.most_outstanding_bytes <= len(STAGES) * CREDIT_CHUNKS * CHUNK_BYTES
-    # The packed weights of int8 and int4 are those of the whole as well: tests/engine/formats/test_weight_map.py.
+    many = await asyncio.gather(*(starter.fetch(f"node-{i}", layers) for i, layers in enumerate(STAGES) if i))
+    whole = await asyncio.to_thread(lambda: real_model.stat().st_size)
+    for fetched, layers in zip(many, STAGES[1:], strict=True):
+        taken = sum(path.stat().st_size for path in fetched.paths[layers.start].parent.iterdir())
+        assert taken == fetched.num_bytes < 0.02 * whole + whole * len(layers) / 30, "it has more than its own layers"
+    assert starter.server.peak_outstanding_bytes <= 2 * CREDIT_PARTS * PART_BYTES
+    # The packed formats: tests/engine/formats/test_layer_files.py.
     answers = []
-    for paths in ([real_model] * 3, [fetched.path for fetched in many]):
+    files = [LayerFiles(fetched.paths, fetched.in_use) for fetched in many]
+    for models in ([real_model] * 3, [real_model, *files]):
         payload: Payload = TokenIds((504, 1266, 29, 7, 1999, 30))
         starts = []
-        for path, layers in zip(paths, STAGES, strict=True):
-            runner, payload = await asyncio.to_thread(_rows, path, layers, payload, starter.weights.digest)
+        for model, layers in zip(models, STAGES, strict=True):
+            runner, payload = await asyncio.to_thread(_rows, model, layers, payload, starter.packing.digest)
             starts.append(runner)
         answers.append(starts[0].logits([payload]))
     assert torch.equal(answers[0], answers[1])
 
 
-async def test_a_transfer_that_is_cut_five_times_ends_with_the_right_digest(starter: Starter) -> None:
+async def test_a_transfer_that_is_cut_five_times_ends_with_whole_files(starter: Starter) -> None:
     layers = LayerRange(10, 20)
-    total = starter.held_bytes(layers)
+    total = sum(starter.packing.find(layer).stat().st_size for layer in layers)
     shape = LinkShape(bandwidth_bit_per_s=100e6)
     done = [0]
 
@@ -133,12 +127,13 @@ async def test_a_transfer_that_is_cut_five_times_ends_with_the_right_digest(star
     fetched = await fetching
     await relay.aclose()
     assert starter.num_links >= 6
-    assert fetched.num_fetched == len(starter.weights.manifest(layers, with_ends=False).chunks())
-    with open_checkpoint(fetched.path) as copy:
-        assert copy.digest == starter.weights.digest
-    num_served, starter.port = starter.server.num_chunks, starter.server_port
+    assert (fetched.num_fetched, fetched.num_bytes, fetched.num_bad) == (len(layers), total, 0)
+    for layer, path in fetched.paths.items():
+        own = starter.packing.find(layer)
+        assert path.name == own.name and path.read_bytes() == own.read_bytes()
+    num_served, starter.port = starter.server.num_parts, starter.server_port
     again = await starter.fetch("node", layers)
-    assert again.num_fetched == 0 and starter.server.num_chunks == num_served, "a second start transfers nothing"
+    assert again.num_fetched == 0 and starter.server.num_parts == num_served, "a second start transfers nothing"
 
 
 async def _until(is_so: Callable[[], bool]) -> None:

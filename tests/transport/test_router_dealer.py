@@ -6,7 +6,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from mdiq.core.weights import MOST_BYTES
+from mdiq.core.weights import MAX_BYTES
 from mdiq.errors import TransportError
 from mdiq.transport.router_dealer import MAX_CONTROL_BYTES, DealerLink, RouterServer
 from tests.transport.conftest import Until
@@ -21,10 +21,10 @@ async def test_messages_go_both_ways_by_identity(context: zmq.asyncio.Context) -
         await link.send(data)
     came = {identity: data for identity, data in [await server.receive(), await server.receive()]}
     assert came == {b"one": b"from one", b"two": b""}
-    await server.send(b"two", b"x" * MOST_BYTES)
+    await server.send(b"two", b"x" * MAX_BYTES)
     await server.send(b"one", b"for one")
     assert await links[0].receive() == b"for one"
-    assert await links[1].receive() == b"x" * MOST_BYTES
+    assert await links[1].receive() == b"x" * MAX_BYTES
     for part in (*links, server):
         await part.aclose()
 

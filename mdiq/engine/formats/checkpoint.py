@@ -1,8 +1,7 @@
 """Weights from disk, one layer at a time: safetensors directories and GGUF files behind one interface.
 
-A Checkpoint reads only what it is asked for, and a partial copy (a note of core/weights.py's lies beside it) gives
-nothing but what it holds. Names, transpositions and permutations end here: what leaves has the
-roles of ``families.py`` and the shape [out, in].
+A Checkpoint reads only what it is asked for. Names, transpositions and permutations end here: what leaves has the roles
+of ``families.py`` and the shape [out, in].
 """
 
 import hashlib
@@ -16,21 +15,13 @@ from types import TracebackType
 import torch
 
 from mdiq.engine.families import GGUF_NAMES
-from mdiq.engine.formats.checkpoint_files import (
-    GgufSource,
-    PartialSource,
-    Place,
-    SafetensorsSource,
-    Source,
-    read_note,
-)
+from mdiq.engine.formats.checkpoint_files import GgufSource, SafetensorsSource, Source
 from mdiq.engine.formats.gguf_blocks import Blocks
 from mdiq.engine.formats.gguf_file import GgufFile
 from mdiq.engine.model_config import ModelConfig, config_from_gguf, gguf_file_of, read_config
 from mdiq.errors import ModelError
 
 _NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm")
-_ENDS = ("embedding", "positions", "final_norm", "head")
 _ROPE_FACTORS = "rope_freqs.weight"
 # Constants that some libraries store: tables of the rotation, and the mask of GPT-2's attention.
 _UNUSED = re.compile(
@@ -60,13 +51,14 @@ class Checkpoint:
 
     config: its shape.
     path: where it lies, for messages.
+    is_gguf: whether its tensors have the names and the order of GGUF files.
     """
 
     def __init__(self, path: Path, config: ModelConfig, source: Source, *, is_gguf: bool) -> None:
         self.path = path
         self.config = config
+        self.is_gguf = is_gguf
         self._source = source
-        self._is_gguf = is_gguf
         self._names = GGUF_NAMES if is_gguf else config.family.hf_names
 
     def __enter__(self) -> "Checkpoint":
@@ -85,8 +77,7 @@ class Checkpoint:
     def digest(self) -> str:
         """A fingerprint of the model: every tensor's name, shape, type and first 4 KiB, hashed.
 
-        It tells models apart that differ by mistake; it is no proof against forgery. In a partial copy the fingerprints
-        of the tensors that it lacks are what its note says.
+        It tells models apart that differ by mistake; it is no proof against forgery.
         """
         digest = hashlib.sha256(self.config.text.encode())
         for name in self._source.names():
@@ -95,7 +86,7 @@ class Checkpoint:
 
     def check_names(self) -> None:
         """Raise ModelError if a tensor is stored that nothing asks for: without it the answers would be wrong."""
-        asked = {_ROPE_FACTORS} if self._is_gguf else set()
+        asked = {_ROPE_FACTORS} if self.is_gguf else set()
         parts = [part for rows in self._parts().values() for part in rows]
         for i in range(self.config.num_layers):
             asked.update(self._name(role, i, kind) for role in parts for kind in ("weight", "bias"))
@@ -119,45 +110,24 @@ class Checkpoint:
         return [self._name(role, i, kind) for role in roles for kind in kinds[role]]
 
     @property
-    def is_partial(self) -> bool:
-        """Whether it lies beside a note that says what of it is there."""
-        return isinstance(self._source, PartialSource)
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return self._source.files()
 
-    @property
-    def headers(self) -> Mapping[str, int]:
-        """The files that hold tensors, by name, and the bytes in front of the tensors of each."""
-        return self._source.headers()
+    def stored_layer(self, i: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of Layer ``i`` by their own names, as they are stored; u8 where torch has no such type."""
+        return {name: self._source.stored(name) for name in self._layer_names(i)}
 
-    @property
-    def folder(self) -> Path:
-        """Where those files lie."""
-        return self.path if self.path.is_dir() else self.path.parent
+    def stored_kinds(self, i: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return type and shape of those tensors of Layer ``i`` that torch has no type for."""
+        kinds = {name: self._source.stored_kind(name) for name in self._layer_names(i)}
+        return {name: kind for name, kind in kinds.items() if kind is not None}
 
-    def fingerprints(self) -> bytes:
-        """Return what the digest is made of: 32 bytes of each tensor, in the order of their names."""
-        return b"".join(map(self._source.fingerprint, self._source.names()))
-
-    def shared_places(self) -> list[Place]:
-        """Return where the tensors lie that every Stage reads."""
-        return [self._source.place(_ROPE_FACTORS)] if self._source.has(_ROPE_FACTORS) else []
-
-    def end_places(self) -> list[Place]:
-        """Return where the tensors of the Starter's ends lie: embedding, positions, final norm and head."""
-        names = [self._name(role, 0, part) for role in _ENDS if role in self._names for part in ("weight", "bias")]
-        return [self._source.place(name) for name in names if self._source.has(name)]
-
-    def layer_places(self) -> list[list[Place]]:
-        """Return where the tensors of each Layer lie."""
-        # Every family's layers are numbered behind one word, which some checkpoints of GPT-2 shorten.
-        prefix = self._names["attn_norm"].partition("{i}")[0]
-        places: list[list[Place]] = [[] for _ in range(self.config.num_layers)]
-        for name in self._source.names():
-            for word in (prefix, prefix.removeprefix("transformer.")):
-                number = name.removeprefix(word).partition(".")[0] if name.startswith(word) else ""
-                if number.isdecimal() and int(number) < len(places):
-                    places[int(number)].append(self._source.place(name))
-                    break
-        return places
+    def _layer_names(self, i: int) -> list[str]:
+        parts = [part for rows in self._parts().values() for part in rows]
+        roles = [role for role in (*parts, *_NORMS) if role in self._names]
+        names = [self._name(role, i, kind) for role in roles for kind in ("weight", "bias")]
+        return [name for name in names if self._source.has(name)]
 
     def embedding(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return the token embedding: [vocab_size, hidden_size], or some rows of it."""
@@ -179,7 +149,7 @@ class Checkpoint:
 
     def rope_factors(self) -> torch.Tensor | None:
         """Return what each rotary frequency is divided by, [head_dim / 2], where a GGUF file stores it (Llama 3.1)."""
-        if self._is_gguf and self._source.has(_ROPE_FACTORS):
+        if self.is_gguf and self._source.has(_ROPE_FACTORS):
             return self._source.read(_ROPE_FACTORS)
         return None
 
@@ -249,13 +219,13 @@ class Checkpoint:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return matrix and bias of a role; ``heads`` marks the ones that GGUF may store permuted."""
         family = self.config.family
-        is_transposed = family.is_transposed_hf and not self._is_gguf
+        is_transposed = family.is_transposed_hf and not self.is_gguf
         weight = self._checked(role, (shape[1], shape[0]) if is_transposed else shape, i)
         if is_transposed:
             weight = weight.t().contiguous()
         has_bias = role in family.biases or self._source.has(self._name(role, i, "bias"))
         bias = self._checked(role, (shape[0],), i, "bias") if has_bias else None
-        if heads and self._is_gguf and family.is_permuted_gguf:
+        if heads and self.is_gguf and family.is_permuted_gguf:
             weight = _unpermuted(weight, heads)
             bias = None if bias is None else _unpermuted(bias, heads)
         return weight, bias
@@ -300,7 +270,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ModelError: missing, truncated, malformed, or of an unsupported kind.
     """
-    note = read_note(path)
     with ExitStack() as opened:
         source: Source
         gguf_file = gguf_file_of(path)
@@ -311,8 +280,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         else:
             file = opened.enter_context(GgufFile(gguf_file))
             config, source = config_from_gguf(file), GgufSource(file)
-        if note is not None:
-            source = PartialSource(source, note, path)
         checkpoint = Checkpoint(path, config, source, is_gguf=gguf_file is not None)
         checkpoint.check_names()
         opened.pop_all()

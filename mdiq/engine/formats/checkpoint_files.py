@@ -1,35 +1,20 @@
-"""Where tensors lie on disk: GGUF files, safetensors directories, and partial copies of either, by their own names."""
+"""Where tensors lie on disk: GGUF files and safetensors directories, by their own names."""
 
 import hashlib
-import json
-import struct
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mdiq.core.weights import PART_SUFFIX, SHA256_BYTES, Manifest, decode
 from mdiq.engine.formats.gguf_blocks import KEPT, Blocks, take_apart
 from mdiq.engine.formats.gguf_file import GgufFile
 from mdiq.engine.model_config import read_json
-from mdiq.errors import ModelError, RemoteProtocolError
+from mdiq.errors import ModelError
 
 _SAMPLE_BYTES = 4096
 _QUANTIZED_KINDS = ("F8", "F6", "F4")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the bytes of a tensor lie: in the file of that name."""
-
-    file: str
-    offset: int
-    num_bytes: int
 
 
 class Source(Protocol):
@@ -67,89 +52,21 @@ class Source(Protocol):
         """Return a SHA-256 of shape, type and first bytes of a tensor, for the digest."""
         ...
 
-    def place(self, name: str) -> Place:
-        """Return where a tensor lies."""
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a tensor that is there, with the bytes that it has in the file: u8 if torch has no such type."""
         ...
 
-    def headers(self) -> Mapping[str, int]:
-        """Return the files that hold tensors, by name, and the bytes in front of the tensors of each."""
+    def stored_kind(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """Return type and shape of a tensor that ``stored`` returns as u8; None of others."""
+        ...
+
+    def files(self) -> list[Path]:
+        """Return the files that hold tensors."""
         ...
 
     def close(self) -> None:
         """Unmap the files."""
         ...
-
-
-def read_note(path: Path) -> Manifest | None:
-    """Return what is there of a partial copy, or None of a whole model."""
-    where = path.with_name(path.name + PART_SUFFIX)
-    try:
-        note = decode(where.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, RemoteProtocolError) as error:
-        raise ModelError(f"{where}: cannot be read ({str(error)[:100]}); delete it and fetch the model again") from None
-    if not isinstance(note, Manifest):
-        raise ModelError(f"{where}: it does not say what of the model is there; delete it and fetch the model again")
-    return note
-
-
-class PartialSource:
-    """Another Source, of which only some ranges of bytes are there: the rest of its files are holes."""
-
-    def __init__(self, source: Source, note: Manifest, path: Path) -> None:
-        self._source = source
-        self._note = note
-        self._path = path
-        self._files = {name: i for i, (name, _, _) in enumerate(note.files)}
-        names = source.names()
-        if len(note.fingerprints) != len(names) * SHA256_BYTES:
-            raise ModelError(f"{path}: its note is about another model; delete both and fetch the model again")
-        self._order = {name: i for i, name in enumerate(names)}
-
-    def has(self, name: str) -> bool:
-        return self._source.has(name)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        self._check(name)
-        return self._source.read(name, start, stop)
-
-    def kind(self, name: str) -> str:
-        return self._source.kind(name)
-
-    def blocks(self, name: str) -> Blocks | None:
-        self._check(name)
-        return self._source.blocks(name)
-
-    def names(self) -> list[str]:
-        return self._source.names()
-
-    def fingerprint(self, name: str) -> bytes:
-        if self._holds(name):
-            return self._source.fingerprint(name)
-        at = self._order[name] * SHA256_BYTES
-        return self._note.fingerprints[at : at + SHA256_BYTES]
-
-    def place(self, name: str) -> Place:
-        return self._source.place(name)
-
-    def headers(self) -> Mapping[str, int]:
-        return self._source.headers()
-
-    def close(self) -> None:
-        self._source.close()
-
-    def _check(self, name: str) -> None:
-        if self.has(name) and not self._holds(name):
-            raise ModelError(f"{self._path}: tensor {name} was not fetched to this node; fetch its layer first")
-
-    def _holds(self, name: str) -> bool:
-        place, chunk_bytes = self._source.place(name), self._note.chunk_bytes
-        file = self._files.get(place.file) if self._note.is_directory else 0
-        return any(
-            i == file and first * chunk_bytes <= place.offset and place.offset + place.num_bytes <= stop * chunk_bytes
-            for i, first, stop in self._note.ranges
-        )
 
 
 class GgufSource:
@@ -180,12 +97,14 @@ class GgufSource:
         description = f"{tensor.shape} {tensor.type.name} ".encode() + self._file.sample(name, _SAMPLE_BYTES)
         return hashlib.sha256(description).digest()
 
-    def place(self, name: str) -> Place:
-        tensor = self._file.tensors[name]
-        return Place(self._file.file_of(tensor).name, tensor.offset, tensor.num_bytes)
+    def stored(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self._file.stored(name))
 
-    def headers(self) -> Mapping[str, int]:
-        return self._file.headers
+    def stored_kind(self, name: str) -> tuple[str, tuple[int, ...]]:
+        return self.kind(name), self._file.tensors[name].shape
+
+    def files(self) -> list[Path]:
+        return self._file.paths
 
     def close(self) -> None:
         self._file.close()
@@ -255,27 +174,14 @@ class SafetensorsSource:
         description = f"{shape} {view.get_dtype()} ".encode() + data.view(torch.uint8).numpy().tobytes()
         return hashlib.sha256(description).digest()
 
-    def place(self, name: str) -> Place:
-        return self._index[0][name]
+    def stored(self, name: str) -> torch.Tensor:
+        return self.read(name)
 
-    def headers(self) -> Mapping[str, int]:
-        return self._index[1]
+    def stored_kind(self, name: str) -> None:
+        return None
 
-    @cached_property
-    def _index(self) -> tuple[dict[str, Place], dict[str, int]]:
-        """Where the tensors lie, and the bytes in front of those of each file; safetensors tells neither."""
-        places: dict[str, Place] = {}
-        headers: dict[str, int] = {}
-        for shard in _shard_names(self._path):
-            with (self._path / shard).open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))  # safe_open has checked it
-            headers[shard] = 8 + size
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    start, stop = entry["data_offsets"]
-                    places[name] = Place(shard, 8 + size + start, stop - start)
-        return places, headers
+    def files(self) -> list[Path]:
+        return [self._path / name for name in _shard_names(self._path)]
 
     def close(self) -> None:
         self._files.clear()

@@ -79,13 +79,9 @@ class GgufFile:
         self._opened.close()
 
     @property
-    def headers(self) -> dict[str, int]:
-        """Return the names of the files, and what lies in front of the tensors of each."""
-        return {part.path.name: part.header_bytes for part in self._parts}
-
-    def file_of(self, tensor: GgufTensor) -> Path:
-        """Return the file that a tensor lies in."""
-        return self._parts[tensor.part].path
+    def paths(self) -> list[Path]:
+        """The files: one, or all parts."""
+        return [part.path for part in self._parts]
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Return a metadata value of the wanted type, or the default where it is missing.
@@ -115,22 +111,9 @@ class GgufFile:
         if start or stop is not None:
             data = data.reshape(shape[0], -1)[start:stop].reshape(-1)
             shape = (len(range(*slice(start, stop).indices(shape[0]))), *shape[1:])
-        if tensor.type in _PLAIN:
-            plain = data.view(_PLAIN[tensor.type]).reshape(shape).astype(np.float32)
-            self._drop_pages(tensor)
-            return plain
-        columns = shape[-1]
-        num_rows = int(np.prod(shape[:-1], dtype=np.int64))
-        rows = data.reshape(num_rows, -1)
-        out = np.empty((num_rows, columns), np.float32)
-        step = max(_CHUNK_ELEMENTS // columns, 1)
-        try:
-            for start in range(0, num_rows, step):
-                out[start : start + step] = gguf.dequantize(rows[start : start + step], tensor.type)
-        except NotImplementedError:
-            raise ModelError(f"{self.path}: tensor {name} has type {tensor.type.name}, {_NOT_READ}") from None
+        found = dequantized(data, tensor.type, shape, f"{self.path}: tensor {name}")
         self._drop_pages(tensor)
-        return out.reshape(shape)
+        return found
 
     def stored(self, name: str) -> np.ndarray:
         """Return the rows of a matrix as stored: u8 [rows, bytes], a copy."""
@@ -170,6 +153,27 @@ class GgufFile:
                 "fetch all parts again, from one place"
             )
         return tensors
+
+
+def dequantized(data: np.ndarray, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Return the tensor that stored bytes stand for, f32, row-major. what: names it in an error.
+
+    Raises:
+        ModelError: `gguf` cannot dequantize its type.
+    """
+    if kind in _PLAIN:
+        return data.view(_PLAIN[kind]).reshape(shape).astype(np.float32)
+    columns = shape[-1]
+    num_rows = int(np.prod(shape[:-1], dtype=np.int64))
+    rows = data.reshape(num_rows, -1)
+    out = np.empty((num_rows, columns), np.float32)
+    step = max(_CHUNK_ELEMENTS // columns, 1)
+    try:
+        for start in range(0, num_rows, step):
+            out[start : start + step] = gguf.dequantize(rows[start : start + step], kind)
+    except NotImplementedError:
+        raise ModelError(f"{what} has type {kind.name}, {_NOT_READ}") from None
+    return out.reshape(shape)
 
 
 class _Part:
@@ -221,7 +225,7 @@ class _Part:
         if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"alignment {alignment}")
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        self.header_bytes = data_start = min(-(-self._at // alignment) * alignment, len(self.map))
+        data_start = min(-(-self._at // alignment) * alignment, len(self.map))
         self.tensors: list[GgufTensor] = []
         for name, shape, kind, offset in infos:
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -6,13 +6,17 @@ with activations in 8 bits: x86 without VNNI adds two products in so many.
 int4: blocks of 32 columns; see gguf_blocks.Blocks. A file of few bits decides for each matrix: blocks of 4 bits
 and of Q6_K stay as they are, and what else it has is packed in 8. Other files are packed in 4.
 
-A layer is packed the first time that it is loaded, and written to a file; from then on the file is mapped into memory.
-So no more than one layer is ever held in f32, and a restart reads no weights that it does not use.
+A layer is packed the first time that it is loaded, or that another node asks for it, and written to a file; from then
+on the file is mapped into memory, here and at the node that fetches it. So no more than one layer of a process is ever
+held in f32, and a restart reads no weights that it does not use. The file does not depend on the CPU: what kernels need
+beside it, they derive from it.
 """
 
 import contextlib
+import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,18 +29,22 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from mdiq.cache import Use, locked, make_room, no_space, says_no_space, scratch_directory, use
+from mdiq.engine.formats.about import About
 from mdiq.engine.formats.checkpoint import Checkpoint
 from mdiq.engine.formats.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, Blocks
 from mdiq.errors import ModelError
 
 FORMATS = ("int8", "int4")
-VERSION = 5
+VERSION = 6
 """Of the files' layout."""
 _HOT_SHARE = 0.03  # copies, of a matrix's columns
 _HOT_SHARES = {"down": 0.08}  # its activations are products, and spread the most
 _HOT_STEP = 32  # columns: what the kernels take
 _MOST_PAIR = 127.4  # steps: rounding may add 1, and 255 * 128 is the most that 16 bits hold
 _ROWS = 4_096  # of the vocabulary, packed at a time: a whole one in f32 may be larger than a layer
+_PACKING = threading.Lock()  # a Starter packs for itself and for others: one layer at a time
+_PACKING_S = 1.0
+_ABOUT = "mdiq"  # the one key of a file's metadata: safetensors does not keep the order of several
 _SYMMETRIC_ERROR = 1e-3  # of a scale: below it a block came from a format without offsets
 
 
@@ -128,6 +136,11 @@ class PackedFile:
         self._file: Any = safe_open(path, framework="pt")  # safetensors gives its handles no type
         self.names = frozenset[str](self._file.keys())  # type: ignore[no-untyped-call]
 
+    @property
+    def about(self) -> str:
+        """What the file says of itself: see about.py; empty where it says nothing."""
+        return str((self._file.metadata() or {}).get(_ABOUT, ""))
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor; its memory is the file's. Raises KeyError where there is none."""
         if name not in self.names:
@@ -143,20 +156,25 @@ class PackedFile:
         """Return a tensor's shape without touching its memory."""
         return tuple(self._file.get_slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """Return a tensor's type, as safetensors calls it, without touching its memory."""
+        return str(self._file.get_slice(name).get_dtype())
+
 
 class PackedModel:
-    """A checkpoint's weights in one of FORMATS, a file for each Layer and one for embedding, final norm and head.
+    """A checkpoint's weights in one of FORMATS or "plain", a file for each Layer and one for embedding, norm and head.
 
     folder: where the files are kept; if it cannot be written, new ones are temporary.
     find_hot: finds the hot columns; called once for a model.
-    known_hot: hot columns that somebody else found; then none are looked for.
-    on_step: called after each matrix that was packed, or part of a large one: the first load takes long.
+    on_step: called after each matrix that was packed, or part of a large one, and while another thread packs: the first
+    load takes long.
     has_packed: whether anything was packed since it was last set to False.
     in_use: what keeps its files from being forgotten; whoever computes with their tensors refers to it.
 
-    Tensor names in a file: "<role>." and the names of quantize_columns for int8 or of gguf_blocks.Blocks for int4, and
-    "<role>.bias"; norms by their role. What a matrix is stacked of has "<role>.0", "<role>.1".. for a role where the
-    parts are held in several ways.
+    A file's name ends in its SHA-256. Tensor names in it: "<role>." and the names of quantize_columns for int8 or of
+    gguf_blocks.Blocks for int4, and "<role>.bias"; norms by their role. What a matrix is stacked of has "<role>.0",
+    "<role>.1".. for a role where the parts are held in several ways. For "plain", of a Layer: its tensors by the names
+    and with the bytes of the model's own files. "rope_factors": see Checkpoint.
     """
 
     def __init__(
@@ -165,19 +183,16 @@ class PackedModel:
         weights: str,
         folder: Path,
         find_hot: Callable[[], dict[str, torch.Tensor]],
-        known_hot: Mapping[str, torch.Tensor] | None = None,
         on_step: Callable[[], object] = lambda: None,
     ) -> None:
         self._on_step = on_step
         self.has_packed = False
-        self._known_hot = known_hot or {}
         self._checkpoint = checkpoint
         self._weights = weights
         self._find_hot = find_hot
         self._hot: PackedFile | None = None
         # The digest samples; a file that was changed in place has another time.
-        sources = [checkpoint.folder / name for name in checkpoint.headers]
-        stamp = max(source.stat().st_mtime_ns for source in sources)
+        stamp = max(source.stat().st_mtime_ns for source in checkpoint.files)
         name = f"{checkpoint.digest[:16]}-{stamp:x}"
         self._kept = folder / f"{name}-{weights}-v{VERSION}"
         self._folder = self._kept
@@ -208,37 +223,51 @@ class PackedModel:
         Raises:
             ModelError: the checkpoint lacks something, or the disk is full.
         """
-        return self._file(f"layer-{i:03}.safetensors", lambda: self._pack_layer(i))
+        return self._file(f"layer-{i:03}", lambda: self._stored_layer(i) if self._is_plain else self._pack_layer(i))
 
     def ends(self) -> PackedFile:
         """Return embedding ("embedding", int8 also in int4 models), "positions", "final_norm" and "head"."""
-        return self._file("ends.safetensors", self._pack_ends)
+        return self._file("ends", self._pack_ends)
 
-    def hot_columns(self) -> dict[str, torch.Tensor]:
-        """Return the hot columns of all matrices by name, found now if they never were."""
-        self._hot_columns("")
-        assert self._hot is not None  # they are found
-        return {name: self._hot.tensor(name) for name in self._hot.names}
+    @property
+    def _is_plain(self) -> bool:
+        return self._weights == "plain"
 
     def _file(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> PackedFile:
-        """Return a file of this model, made now if there is none that fits."""
-        for path in (self._kept / name, self._folder / name):
-            with contextlib.suppress(SafetensorError, OSError):
-                file = PackedFile(path)
-                # Others may have been packed for a Starter that found other hot columns.
-                if all(self._has_known_hot(file, hot) for hot in file.names if hot.endswith(".hot")):
-                    return file
-        self.has_packed = True
-        return written(self._folder / name, make())
+        """Return a file of this model, made now if there is none."""
+        if (file := self._found(name)) is not None:
+            return file
+        while not _PACKING.acquire(timeout=_PACKING_S):
+            self._on_step()
+        try:
+            if (file := self._found(name)) is None:
+                self.has_packed = True
+                file = written(self._folder / f"{name}.safetensors", make(), about=self._about(name))
+        finally:
+            _PACKING.release()
+        return file
 
-    def _has_known_hot(self, file: PackedFile, name: str) -> bool:
-        known = self._known_hot.get(f"{file.path.stem}.{name.removesuffix('.hot')}")
-        return known is None or torch.equal(known, file.tensor(name))
+    def _found(self, name: str) -> PackedFile | None:
+        for folder in (self._kept, self._folder):
+            for path in sorted(folder.glob(f"{name}-*.safetensors")):
+                with contextlib.suppress(SafetensorError, OSError):
+                    return PackedFile(path)
+        return None
+
+    def _about(self, name: str) -> str:
+        checkpoint = self._checkpoint
+        stored = checkpoint.stored_kinds(int(name[-3:])) if self._is_plain else {}
+        return About(checkpoint.digest, self._weights, checkpoint.config, checkpoint.is_gguf, stored).text
+
+    def _with_rope(self, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        factors = self._checkpoint.rope_factors()
+        return packed if factors is None else packed | {"rope_factors": factors.float()}
+
+    def _stored_layer(self, i: int) -> dict[str, torch.Tensor]:
+        return self._with_rope(self._checkpoint.stored_layer(i))
 
     def _hot_columns(self, name: str) -> torch.Tensor | None:
         """Return a matrix's hot columns, found now if they never were; None where there are none."""
-        if self._known_hot:
-            return self._known_hot.get(name)
         if self._hot is None:
             # Nodes of one machine start together: one of them finds the columns, and the others wait for it.
             self._hot = self._found_hot()
@@ -272,7 +301,7 @@ class PackedModel:
                     packed[f"{name}.bias"] = biases[role][rows].clone()
                 first += num_rows
                 self._on_step()
-        return packed
+        return self._with_rope(packed)
 
     @property
     def _keeps_blocks(self) -> bool:
@@ -328,8 +357,8 @@ def _merged(parts: Sequence[tuple[int, Blocks | None]]) -> list[tuple[int, Block
     return merged
 
 
-def written(path: Path, tensors: dict[str, torch.Tensor]) -> PackedFile:
-    """Write a file and return it.
+def written(path: Path, tensors: dict[str, torch.Tensor], *, about: str | None = None) -> PackedFile:
+    """Write a file and return it. about: what it says of itself; then the SHA-256 of the whole is added to its name.
 
     Several Nodes of one machine may make the same file: each writes its own, and the last one stays.
 
@@ -344,7 +373,10 @@ def written(path: Path, tensors: dict[str, torch.Tensor]) -> PackedFile:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp")
         os.close(handle)
         own = Path(temporary)
-        save_file(tensors, own)
+        save_file(tensors, own, metadata=None if about is None else {_ABOUT: about})
+        if about is not None:
+            with own.open("rb") as file:
+                path = path.with_stem(f"{path.stem}-{hashlib.file_digest(file, 'sha256').hexdigest()}")
         own.replace(path)
         return PackedFile(path)
     except (SafetensorError, OSError) as error:

@@ -1,6 +1,6 @@
 """A Stage's part of the model: its Layers, and on the Starter the embedding, the final norm and the head."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import groupby
@@ -11,6 +11,7 @@ import torch
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.engine.device import choose_device, choose_dtype
 from mdiq.engine.formats.checkpoint import Checkpoint, Tensors
+from mdiq.engine.formats.layer_files import LayerFiles
 from mdiq.engine.formats.quantize import FORMATS, PackedModel
 from mdiq.engine.kernels.choice import KernelChoice
 from mdiq.engine.kernels.linear import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
@@ -43,25 +44,24 @@ class StageModel:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        model: Checkpoint | LayerFiles,
         layers: LayerRange,
         *,
         owns_embedding_and_head: bool,
         weights: WeightSettings,
         folder: Path,
-        hot: Mapping[str, torch.Tensor] | None = None,
         progress: Callable[[int, int], object],
     ) -> None:
         """Read the weights, one Layer at a time; ``progress`` is called with (done, total) in Layers after each step.
 
-        weights: its format is "plain" or one of quantize.FORMATS. folder: where packed weights and measurements of
-        kernels are kept. hot: hot columns by name, where this Node cannot find them; see hot_table.py.
+        model: the whole model; or these Layers in the format of ``weights``, which have no ends. weights: its format is
+        "plain" or one of quantize.FORMATS. folder: where packed weights and measurements of kernels are kept.
 
         Raises:
-            ModelError: the checkpoint lacks something.
+            ModelError: the model lacks something.
             EngineError: this device has no kernel for the weights' format.
         """
-        self.config = config = checkpoint.config
+        self.config = config = model.config
         self._dtype = dtype = choose_dtype(weights.dtype)
         self._device = device = choose_device(weights.device)
         total = len(layers) + owns_embedding_and_head
@@ -79,32 +79,35 @@ class StageModel:
         self._steps: list[tuple[Step, ...]] = []
         self._rope: Rope | None = None
         if config.family.has_rotary:
-            self._rope = Rope(config.rope, config.head_dim, device, checkpoint.rope_factors())
+            self._rope = Rope(config.rope, config.head_dim, device, model.rope_factors())
         self._attention = CompiledAttention.find(config, dtype, device)
         self._activate: Activate = CompiledActivation.find(config, dtype, device) or partial(activated, config)
         choice = KernelChoice(exact=weights.exact, folder=folder)
         with ExitStack() as stack:
-            packed = None
-            if weights.format in FORMATS:
-                find_hot = partial(hot_columns, checkpoint, lambda *_: step())
-                packed = stack.enter_context(
-                    PackedModel(checkpoint, weights.format, folder / "packed", find_hot, hot, step)
-                )
+            packed: PackedModel | LayerFiles | None = None
+            if isinstance(model, LayerFiles):
+                self._in_use = model.in_use
+                packed = model if weights.format in FORMATS else None
+            elif weights.format in FORMATS:
+                find_hot = partial(hot_columns, model, lambda *_: step())
+                made = PackedModel(model, weights.format, folder / "packed", find_hot, step)
+                packed = stack.enter_context(made)
                 self._in_use = packed.in_use
             if owns_embedding_and_head:
-                if packed is None:
-                    self._load_ends(checkpoint)
-                else:
+                assert isinstance(model, Checkpoint)  # files of Layers are for the other Nodes
+                if isinstance(packed, PackedModel):
                     self._load_packed_ends(packed, choice)
+                else:
+                    self._load_ends(model)
                 done = 1
                 _settle(packed)
                 step()
             for layer in layers:
-                loaded = (
-                    plain_layer(checkpoint, layer, dtype, device)
-                    if packed is None
-                    else packed_layer(config, packed.layer(layer), choice, dtype, device)
-                )
+                if packed is not None:
+                    loaded = packed_layer(config, packed.layer(layer), choice, dtype, device)
+                else:
+                    stored = model.stored(layer) if isinstance(model, LayerFiles) else model
+                    loaded = plain_layer(stored, layer, dtype, device)
                 self._steps.append(layer_steps(loaded, config, layer))
                 self.weight_bytes += _num_bytes(loaded)
                 _settle(packed)
@@ -214,7 +217,7 @@ def _norm_bytes(norm: Norm) -> int:
     return norm.weight.nbytes + (0 if norm.bias is None else norm.bias.nbytes)
 
 
-def _settle(packed: PackedModel | None) -> None:
+def _settle(packed: PackedModel | LayerFiles | None) -> None:
     """Give freed memory back, and leave out of the process's peak what packing took: it is done once on a device."""
     return_free_memory()
     if packed is not None and packed.has_packed:

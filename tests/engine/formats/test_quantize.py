@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from mdiq.cli.main import Weights
+from mdiq.cli.options import Weights
 from mdiq.core.types import WeightFormat
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.gguf_blocks import BLOCK
@@ -172,7 +172,7 @@ def test_a_cache_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(os, "access", lambda *_: False)
         with PackedModel(checkpoint, "int8", tmp_path / "packed", dict) as packed:
             assert [packed.layer(0).path, packed.ends().path] == kept
-            assert torch.equal(packed.hot_columns()["head"], hot["head"])
+            assert torch.equal(packed._hot_columns("head"), hot["head"])
             own = packed.layer(1).path
             assert own.is_file() and tmp_path not in own.parents
         assert not own.exists()
@@ -180,7 +180,7 @@ def test_a_cache_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_disk_that_is_full_is_named(is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(*_: object) -> None:
+    def fill(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     if is_early:
