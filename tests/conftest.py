@@ -16,3 +16,7 @@ def restored_logging() -> Iterator[None]:
     logging.captureWarnings(False)
     root.setLevel(level)
     root.handlers[:] = handlers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-stories", action="store_true", help="write tests/core/stories anew")
