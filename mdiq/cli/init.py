@@ -11,9 +11,10 @@ import typer
 
 from mdiq.cli.check import print_findings
 from mdiq.config.load import Report, check_bytes
-from mdiq.config.sample import DEFAULT_PATH, NODE_KEYS, Answers, NodeAnswer, topology_text
+from mdiq.config.sample import NODE_KEYS, Answers, NodeAnswer, topology_text
 from mdiq.config.schema import SCHEMA_FILE, schema_text
 from mdiq.config.topology import Topology
+from mdiq.core.known_models import DEFAULT_MODEL
 from mdiq.errors import ConfigError
 
 EXAMPLE = "--node desk=192.168.1.10 --node pi1=192.168.1.11,memory=700M,threads=1"
@@ -41,11 +42,13 @@ def init(options: InitOptions) -> int:
         flags += [(f"--spare {text}", text, True) for text in options.spares]
         sources = [flag for flag, _, _ in flags]
         nodes = tuple(parse_node(flag, text, spare=spare) for flag, text, spare in flags)
-        model = options.model or DEFAULT_PATH
+        model = options.model or DEFAULT_MODEL.name
     elif is_terminal():
         nodes = ask_nodes()
         sources = [f"node {node.name}" for node in nodes]
-        model = options.model or typer.prompt("Model (directory, .gguf file or known name)", DEFAULT_PATH, err=True)
+        model = options.model or typer.prompt(
+            "Model (directory, .gguf file or known name)", DEFAULT_MODEL.name, err=True
+        )
     else:
         raise ConfigError(f"mdiq init: give the devices, the Starter first: {EXAMPLE}; on a terminal it asks for them")
     text = topology_text(Answers(nodes, model, options.weights, options.insecure))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS
 from mdiq.core.types import USUAL_WEIGHTS
 
 
@@ -46,8 +47,8 @@ def make_stdout_utf8(is_json: bool) -> bool:
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Model directory, .gguf file, or a name (fetched once): smollm2-135m-instruct, "
-        "qwen2.5-coder-0.5b-instruct, qwen2.5-coder-1.5b-instruct. [default: smollm2-135m-instruct]",
+        help=f"Model directory, .gguf file, or a name (fetched once): {', '.join(KNOWN_MODELS)}. "
+        f"[default: {DEFAULT_MODEL.name}]",
         show_default=False,
     ),
 ]

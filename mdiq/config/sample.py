@@ -12,9 +12,9 @@ import yaml
 from mdiq.config.addresses import is_loopback, machine_of
 from mdiq.config.schema import SCHEMA_LINE, topology_schema, values_text
 from mdiq.config.topology import VERSION
+from mdiq.core.known_models import DEFAULT_MODEL
 from mdiq.core.types import USUAL_WEIGHTS
 
-DEFAULT_PATH = "smollm2-135m-instruct"
 NODE_KEYS = ("data_port", "control_port", "weights_port", "device", "threads", "memory", "layers")
 """What may be said of a node beside its name, address and role."""
 
@@ -41,7 +41,7 @@ class Answers:
     """What a file is made of; the first node is the Starter."""
 
     nodes: tuple[NodeAnswer, ...]
-    model: str = DEFAULT_PATH
+    model: str = DEFAULT_MODEL.name
     weights: str = USUAL_WEIGHTS
     insecure: bool = False
 

@@ -19,6 +19,7 @@ from pydantic import (
 from mdiq.config import units
 from mdiq.config.addresses import check_address, is_loopback
 from mdiq.config.units import AUTO, shown
+from mdiq.core.known_models import DEFAULT_MODEL
 from mdiq.core.types import USUAL_WEIGHTS, LayerRange, WeightFormat
 from mdiq.core.wire_formats import DtypeName, WireName
 
@@ -106,7 +107,7 @@ def _device(value: str) -> str:
 
 def _model_path(value: str) -> str:
     if not value.strip():
-        raise ValueError("it is empty; write a model directory, a .gguf file or a known name: smollm2-135m-instruct")
+        raise ValueError(f"it is empty; write a model directory, a .gguf file or a known name: {DEFAULT_MODEL.name}")
     if re.match(r"[a-z]+://", value):
         raise ValueError(
             "mdiq does not download it; fetch it on the Starter's machine and write its directory or .gguf file"
@@ -205,7 +206,7 @@ class ModelChoice(_Section):
     path: Annotated[str, AfterValidator(_model_path)] = _key(
         ...,
         "Model directory, .gguf file, or a known name. Only the Starter's machine has it.",
-        example="smollm2-135m-instruct",
+        example=DEFAULT_MODEL.name,
     )
     name: Annotated[str, AfterValidator(_model_name)] | None = _key(
         None, "Name that the API's clients use for the model; null: the name of its file or directory."
@@ -359,7 +360,7 @@ class Topology(_Section):
     """The operator's file: the devices, the model, and who may talk to whom."""
 
     version: Literal[1] = _key(..., "Version of this file's format.", example=VERSION)
-    model: ModelChoice = _key(..., "The model.", example="{path: smollm2-135m-instruct}")
+    model: ModelChoice = _key(..., "The model.", example=f"{{path: {DEFAULT_MODEL.name}}}")
     nodes: Annotated[tuple[Node, ...], AfterValidator(_some_nodes)] = _key(
         ...,
         "The devices, in ring order: the Starter, then each passes on to the one below it, the last to the Starter.",

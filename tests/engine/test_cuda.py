@@ -12,27 +12,16 @@ from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.engine.measure import measure_cost
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import CapacityError
-from tests.engine.tiny_models import MODELS, NEAR_TIE, Chain, make_model, reference_tokens
+from tests.engine.tiny_models import MODELS, assert_gives_reference_tokens, make_model
 from tests.integration.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.cuda
-
-PROMPTS = {0: [5], 1: [3, 14, 15, 92, 65], 2: [i * 31 % 97 for i in range(40)]}
-COUNT = 16
 
 
 @pytest.mark.parametrize("devices", [("cuda",), ("cuda", "cpu"), ("cpu", "cuda")], ids="-".join)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_family_gives_the_reference_tokens(name: str, devices: tuple[str, ...], tmp_path: Path) -> None:
-    model = make_model(name)
-    model.save_pretrained(tmp_path)
-    reference = {s: reference_tokens(model, prompt, COUNT) for s, prompt in PROMPTS.items()}
-    answers = Chain.load(tmp_path, [1, 2, 1], devices=devices).generate(PROMPTS, COUNT, 7)
-    for s, (expected, gaps) in reference.items():
-        for i, (token, wanted) in enumerate(zip(answers[s], expected, strict=True)):
-            if token != wanted:
-                assert gaps[i] < NEAR_TIE, f"prompt {s}, token {i}: {token} is not {wanted}"
-                break
+    assert_gives_reference_tokens(name, tmp_path, [([1, 2, 1], 7)], devices)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

@@ -26,6 +26,9 @@ from mdiq.engine.runner import StageRunner
 
 NEAR_TIE = 1e-3
 """A token that differs counts as equal where the reference's two best logits are closer than this."""
+PROMPTS = {0: [5], 1: [3, 14, 15, 92, 65], 2: [i * 31 % 97 for i in range(40)]}
+COUNT = 16
+"""Tokens of an answer to each."""
 
 _SHAPE = {
     "vocab_size": 97,
@@ -114,6 +117,26 @@ def reference_tokens(model: PreTrainedModel, prompt: list[int], count: int) -> t
             tokens.append(int(best.indices[0]))
             gaps.append(float(best.values[0] - best.values[1]))
     return tokens[len(prompt) :], gaps
+
+
+def assert_gives_reference_tokens(
+    name: str, folder: Path, splits: Sequence[tuple[list[int], int]], devices: Sequence[str] = ("cpu",)
+) -> None:
+    """Check a family's answers, however its layers are split and prompts cut, against those of transformers.
+
+    splits: layers of each Stage, and tokens of a chunk.
+    """
+    model = make_model(name)
+    model.save_pretrained(folder)
+    reference = {s: reference_tokens(model, prompt, COUNT) for s, prompt in PROMPTS.items()}
+    assert len({token for expected, _ in reference.values() for token in expected}) > 2, "it tests too little"
+    for split, chunk in splits:
+        answers = Chain.load(folder, split, devices=devices).generate(PROMPTS, COUNT, chunk)
+        for s, (expected, gaps) in reference.items():
+            for i, (token, wanted) in enumerate(zip(answers[s], expected, strict=True)):
+                if token != wanted:
+                    assert gaps[i] < NEAR_TIE, f"split {split}, prompt {s}, token {i}: {token} is not {wanted}"
+                    break
 
 
 @dataclass

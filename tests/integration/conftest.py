@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mdiq.engine.formats.model_source import QWEN_CODER_0_5B, find_model
+from mdiq.core.known_models import QWEN_CODER_0_5B
+from mdiq.engine.formats.model_source import find_model
 from mdiq.runtime.placement import usable_cores
 from tests.real_models import fetched
 

