@@ -13,28 +13,24 @@ of any other place.
 
 import argparse
 import asyncio
-import hashlib
 import io
 import os
 import shlex
-import stat
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdiq.cli.signals import LOADS_PROGRAM, READS
-from mdiq.config.load import load_topology
-from mdiq.errors import TopologyError
 
 if not __package__:  # run as a file: its neighbours lie in nodes/
     sys.path.append(str(Path(__file__).resolve().parent.parent))
+from nodes.cargo import Kind, check_keys, files_to_push, read_devices, sha256, wheels_for
 from nodes.ssh import Device, ProvisionError, Ssh
 
-HERE = Path(__file__).resolve().parent
 PUSHED = "/opt/mdiq/push"
 """Where wheels and scripts lie on a device; of root."""
 SHORT_STAGE_S = 120.0
@@ -45,21 +41,6 @@ READY_WORDS = ("serves ", "stands by")  # how the status of a unit begins whose 
 POLL_S = 1.0
 MAX_ERROR_LINES = 12
 _CHUNK_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What decides which wheels a device can use: its machine ("x86_64", "aarch64") and its Python ("3.11")."""
-
-    machine: str
-    python: str
-
-    def takes(self, wheel: Path) -> bool:
-        """Tell whether the wheel is for such a device."""
-        _, abi, place = wheel.stem.rsplit("-", 2)
-        # cp311 is for that Python alone; abi3 and none are for later ones too.
-        is_for_python = not abi.startswith("cp") or abi == f"cp{self.python.replace('.', '')}"
-        return is_for_python and place.endswith(("any", f"_{self.machine}"))
 
 
 @dataclass(slots=True)
@@ -79,75 +60,6 @@ def say(device: str, stage: str, text: str) -> None:
     """Show a line of progress."""
     sys.stdout.write(f"{device:<12} {stage:<8} {text}\n")
     sys.stdout.flush()
-
-
-# --- the operator's files -------------------------------------------------------------------------------------------
-
-
-def read_devices(path: Path) -> list[Device]:
-    """Return the devices of a topology file: of it all only what provisioning needs.
-
-    Raises:
-        ProvisionError: the file is missing or of no use; all of its mistakes are told.
-    """
-    try:
-        loaded = load_topology(path)
-    except TopologyError as error:
-        raise ProvisionError(str(error), code=2) from None
-    topology, keys = loaded.topology, loaded.path(loaded.topology.security.keys)
-    has_keys = not topology.is_plain_text
-    return [
-        Device(node.name, node.address, node.role, keys / f"{node.name}.key" if has_keys else None)
-        for node in topology.nodes
-    ]
-
-
-def check_keys(devices: Iterable[Device]) -> None:
-    """See that every device's private key is there and nobody else's to read.
-
-    Raises:
-        ProvisionError: one is not.
-    """
-    for device in devices:
-        if device.key is None:
-            continue
-        try:
-            mode = device.key.stat().st_mode
-        except OSError:
-            raise ProvisionError(f"{device.key}: missing; make it with: mdiq keys", code=2) from None
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise ProvisionError(f"{device.key}: others may read it; run: chmod 600 {device.key}", code=2)
-
-
-def wheels_for(folder: Path, kind: Kind) -> list[Path]:
-    """Return the wheels of a folder that such a device can use.
-
-    Raises:
-        ProvisionError: there is no wheel of mdiq, or none of torch for it.
-    """
-    fitting = [wheel for wheel in sorted(folder.glob("*.whl")) if kind.takes(wheel)]
-    for needed in ("mdiq", "torch"):
-        if not any(wheel.name.startswith(f"{needed}-") for wheel in fitting):
-            raise ProvisionError(
-                f"{folder}: no wheel of {needed} for {kind.machine} with Python {kind.python}; run: "
-                f"python nodes/wheels.py --machine {kind.machine} --python {kind.python} --wheels {folder}",
-                code=2,
-            )
-    return fitting
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_to_push(plan: Plan, kind: Kind) -> dict[str, Path]:
-    """Return name below PUSHED -> file here, of all that a device of that kind needs but its key."""
-    files = {f"wheels/{wheel.name}": wheel for wheel in wheels_for(plan.wheels, kind)}
-    for script in [HERE / "install.sh", HERE / "README.md", *sorted((HERE / "systemd").iterdir())]:
-        files[f"nodes/{script.relative_to(HERE)}"] = script
-    files["topology.yaml"] = plan.topology
-    return files
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------
@@ -172,8 +84,8 @@ async def reach(plan: Plan, device: Device) -> str:
 
 async def push(plan: Plan, device: Device) -> str:
     """Send the files that the device does not have yet, by digest, and remove wheels that are no longer wanted."""
-    files = files_to_push(plan, plan.kinds[device.name])
-    wanted = {name: await asyncio.to_thread(_sha256, path) for name, path in files.items()}
+    files = files_to_push(plan.topology, plan.wheels, plan.kinds[device.name])
+    wanted = {name: await asyncio.to_thread(sha256, path) for name, path in files.items()}
     there = await _digests_there(plan, device)
     missing = [name for name in files if there.get(name) != wanted[name]]
     total = sum(files[name].stat().st_size for name in missing)

@@ -15,6 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from mdiq import cache
+from mdiq.cache import files
 from mdiq.control.weight_store import try_lock
 from mdiq.errors import CapacityError, ConfigError, ModelError
 
@@ -29,7 +30,7 @@ def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(files, "_warned", set())
 
 
 @pytest.mark.usefixtures("without_locks")
@@ -77,7 +78,7 @@ def test_room_is_looked_at_before_it_is_used(tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_kept_is_made_in_a_temporary_folder_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(files, "_warned", set())
     (tmp_path / "file").touch()
     with capture_logs() as lines:
         found = [cache.scratch_directory(tmp_path / "file" / name) for name in "ab"]
@@ -332,10 +333,10 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_is_taken_anew(tmp_path:
 def test_what_this_process_runs_with_is_kept(
     root: Path, add: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_kept", {})
+    monkeypatch.setattr(files, "_kept", {})
     path = add("models/a.gguf", 1)
     cache.keep(path)
     cache.keep(path)
     cache.keep(root / "models" / "missing.gguf")
     cache.keep(root.parent / "other.gguf")
-    assert _is_used(path) and list(cache._kept) == [path]
+    assert _is_used(path) and list(files._kept) == [path]

@@ -13,7 +13,7 @@ SCRIPTS = sorted((PACKAGE.parent / "nodes").glob("*.py"))
 
 MAY_USE = {
     "errors": set(),
-    "cache": {"errors"},
+    "cache": {"cache", "errors"},
     "core": {"core", "errors"},
     "plan": {"plan", "core", "errors"},
     "config": {"config", "plan", "core", "errors"},

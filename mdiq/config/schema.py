@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from mdiq.config.topology import MOST_NODES, Topology
+from mdiq.config.topology import MAX_NODES, Topology
 
 SCHEMA_FILE = "topology.schema.json"
 SCHEMA_LINE = f"# yaml-language-server: $schema=./{SCHEMA_FILE}"
@@ -32,7 +32,7 @@ def topology_schema() -> dict[str, Any]:
                 value.setdefault("description", model["description"])
                 if "default" in value:
                     value["default"] = {}  # the keys' own defaults, in the units of the file
-    schema["properties"]["nodes"] |= {"minItems": 1, "maxItems": MOST_NODES}
+    schema["properties"]["nodes"] |= {"minItems": 1, "maxItems": MAX_NODES}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mdiq topology"}
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from mdiq.config.checks import find_problems
-from mdiq.config.topology import MOST_NODES, Topology
+from mdiq.config.topology import MAX_NODES, Topology
 from mdiq.core.types import LayerRange
 
 KEYS = ["0" * 40, "1" * 40, "2" * 40]
@@ -93,8 +93,8 @@ def test_a_topology_cannot_be_changed() -> None:
 
 
 def test_there_are_no_more_nodes_than_a_ring_takes() -> None:
-    workers = [{"name": f"n{i}", "address": f"10.0.1.{i}", "public_key": f"{i:040}"} for i in range(1, MOST_NODES)]
-    assert len(topology(STARTER | {"public_key": "a" * 40}, *workers).nodes) == MOST_NODES
+    workers = [{"name": f"n{i}", "address": f"10.0.1.{i}", "public_key": f"{i:040}"} for i in range(1, MAX_NODES)]
+    assert len(topology(STARTER | {"public_key": "a" * 40}, *workers).nodes) == MAX_NODES
     with pytest.raises(ValidationError, match="these are 65 nodes, and a ring has up to 64"):
         topology(STARTER | {"public_key": "a" * 40}, *workers, SPARE | {"public_key": "b" * 40})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nodes import provision
+from nodes import cargo, provision
 from nodes.ssh import Device, ProvisionError, Ssh
 
 KEYS = {"pi1": "the key of pi1, which is its own secret!", "pi2": "the key of pi2, which is its own secret!"}
@@ -266,7 +266,7 @@ def test_a_file_that_is_no_topology_is_refused_with_its_line(document: str, comp
     file = tmp_path / "topology.yaml"
     file.write_text(document)
     with pytest.raises(ProvisionError, match=complaint) as caught:
-        provision.read_devices(file)
+        cargo.read_devices(file)
     assert caught.value.code == 2
 
 
@@ -294,12 +294,12 @@ def test_a_key_that_is_missing_or_readable_by_others_stops_the_run_before_it_beg
 
 def test_wheels_that_lack_torch_for_a_machine_are_refused(world: World) -> None:
     with pytest.raises(ProvisionError, match="no wheel of torch for riscv64"):
-        provision.wheels_for(world.folder / "wheels", provision.Kind("riscv64", "3.11"))
+        cargo.wheels_for(world.folder / "wheels", cargo.Kind("riscv64", "3.11"))
 
 
 def test_wheels_for_another_python_are_refused_with_the_command_that_fetches_its_own(world: World) -> None:
     with pytest.raises(ProvisionError, match="run: python nodes/wheels.py --machine aarch64 --python 3.13"):
-        provision.wheels_for(world.folder / "wheels", provision.Kind("aarch64", "3.13"))
+        cargo.wheels_for(world.folder / "wheels", cargo.Kind("aarch64", "3.13"))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_wheels_for_another_python_are_refused_with_the_command_that_fetches_its
     ],
 )
 def test_a_device_takes_wheels_of_its_kind(wheel: str, fits: bool) -> None:
-    assert provision.Kind("aarch64", "3.11").takes(Path(f"{wheel}.whl")) == fits
+    assert cargo.Kind("aarch64", "3.11").takes(Path(f"{wheel}.whl")) == fits
 
 
 async def test_a_command_that_hangs_is_ended_at_its_limit(world: World) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from mdiq import cache
-from mdiq.cache import cache_directory
+from mdiq.cache import cache_directory, files
 from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS, PackagedModel
 from mdiq.engine.formats import model_source
 from mdiq.engine.formats.model_source import find_model
@@ -130,10 +130,10 @@ def test_a_model_in_the_cache_is_not_forgotten_while_a_process_runs_with_it(use)
     path = find_model(None)
     (entry,) = cache.entries(path.parent.parent)
     assert cache.state_of(entry) is cache.State.IN_USE
-    del cache._kept[path]  # as when it ends
+    del files._kept[path]  # as when it ends
     assert cache.forget(entry) is cache.State.FREE and not list(path.parent.iterdir())
     assert find_model(None) == path
-    del cache._kept[path]
+    del files._kept[path]
     assert find_model(str(path)) == path
     assert [cache.state_of(entry) for entry in cache.entries(path.parent.parent)] == [cache.State.IN_USE]
 

@@ -1,0 +1,191 @@
+"""What one key of a topology file may hold: the types of its values, with what is said of a wrong one."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from mdiq.config import units
+from mdiq.config.addresses import check_address
+from mdiq.config.units import AUTO, shown
+from mdiq.core.known_models import DEFAULT_MODEL
+from mdiq.core.types import LayerRange
+from mdiq.core.wire_formats import WireName
+
+MIN_MEMORY = "64M"
+
+Wire = Literal["auto", WireName]
+Port = Annotated[int, Field(ge=1024, le=65535)]
+
+
+def text_schema(pattern: str, values: str, *, or_auto: bool = False, or_null: bool = False) -> WithJsonSchema:
+    """Return the JSON schema of a text with a unit. values: what the table says of it."""
+    schema: dict[str, Any] = {"type": "string", "pattern": f"^({'auto|' if or_auto else ''}{pattern})$"}
+    if or_null:
+        schema["type"] = ["string", "null"]
+    return WithJsonSchema(schema | {"x-values": values})
+
+
+_NO_VALUE = "it has no value; remove the line, or write auto"
+
+
+def _count_or_auto(value: object) -> object:
+    if value is None:
+        raise ValueError(_NO_VALUE)
+    if isinstance(value, str) and value != AUTO:
+        if value.isascii() and value.isdigit():
+            raise ValueError(f"it is a text because of the quotes; write {shown(value)}")
+        raise ValueError(f"{shown(value)} is neither auto nor a number; write auto or for example 2")
+    return None if value == AUTO else value
+
+
+def _memory(value: object) -> int | None:
+    if value is None:
+        raise ValueError(_NO_VALUE)
+    if value == AUTO:
+        return None
+    if isinstance(value, str) and value.endswith("%"):
+        raise ValueError(f"{shown(value)} is a share; write a size, for example 700M, or auto")
+    num_bytes = units.parse_size(value)
+    if num_bytes < units.parse_size(MIN_MEMORY):
+        raise ValueError(f"{shown(value)} is too little to hold anything; write at least {MIN_MEMORY}, or auto")
+    return num_bytes
+
+
+def _layers(value: object) -> LayerRange | None:
+    if value is None:
+        raise ValueError(_NO_VALUE)
+    return None if value == AUTO else units.parse_layers(value)
+
+
+def _rate(value: object) -> float | None:
+    return None if value is None else units.parse_rate(value)
+
+
+def _decode_wait(value: object) -> float:
+    seconds = units.parse_time(value)
+    if not 0.001 <= seconds <= 60:
+        raise ValueError(f"{shown(value)} is out of range; write 1ms to 60s, for example 200ms")
+    return seconds
+
+
+def _client_timeout(value: object) -> float:
+    seconds = units.parse_time(value)
+    if not 1 <= seconds <= 3600:
+        raise ValueError(f"{shown(value)} is out of range; write 1s to 3600s, for example 60s")
+    return seconds
+
+
+def _name(value: str) -> str:
+    if re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
+        return value
+    better = re.sub(r"[^a-z0-9-]+", "-", value.lower())[:63].strip("-")
+    advice = f"write for example {better}" if better else "write for example pi1"
+    raise ValueError(f"{shown(value)} is not a node's name: a-z, 0-9 and - inside, at most 63; {advice}")
+
+
+def _device(value: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", value):
+        return value
+    if re.fullmatch(r"gpu|nvidia|jetson", value, re.IGNORECASE):
+        raise ValueError(f"{value} is not a device's name; write cuda")
+    raise ValueError(f"{shown(value)} is not a device; write cpu, cuda, cuda:0 or auto")
+
+
+def _model_path(value: str) -> str:
+    if not value.strip():
+        raise ValueError(f"it is empty; write a model directory, a .gguf file or a known name: {DEFAULT_MODEL.name}")
+    if re.match(r"[a-z]+://", value):
+        raise ValueError(
+            "mdiq does not download it; fetch it on the Starter's machine and write its directory or .gguf file"
+        )
+    if value.endswith((".safetensors", ".safetensors.index.json", "config.json")):
+        raise ValueError("that is one file of a model; write the directory that holds it")
+    if value.endswith((".bin", ".pt", ".pth", ".onnx", ".ckpt")):
+        raise ValueError("this kind of file is not read; write a .gguf file or a directory with .safetensors files")
+    return value
+
+
+def _model_name(value: str) -> str:
+    if re.fullmatch(r"[\w.:/@+-]{1,128}", value, re.ASCII):
+        return value
+    raise ValueError(f"{shown(value)} is not a name for clients: letters, digits and . _ - : / @ +, at most 128")
+
+
+def _origin(value: str) -> str:
+    if value == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", value):
+        return value
+    raise ValueError(f"{shown(value)} is not an origin; write for example https://chat.example.org, or '*' for all")
+
+
+def _public_key(value: str) -> str:
+    if len(value) != 40:
+        raise ValueError(f"it has {len(value)} characters and a public key has 40; copy it whole, or run `mdiq keys`")
+    if wrong := re.search(r"[^0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]", value):
+        raise ValueError(f"{wrong[0]!r} at character {wrong.start() + 1} is no sign of a key (Z85); copy it again")
+    return value
+
+
+def _path(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError("it is empty; write a path (a relative one begins beside this file)")
+    return value
+
+
+def _host(value: str) -> str:
+    check_address(value, may_be_wildcard=True)
+    return value
+
+
+def _address(value: str) -> str:
+    check_address(value)
+    return value
+
+
+Name = Annotated[
+    str, AfterValidator(_name), text_schema(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "a-z, 0-9, -; at most 63")
+]
+Device = Annotated[
+    str, AfterValidator(_device), text_schema(r"auto|cpu|cuda(:\d{1,2})?", "`cpu`, `cuda`, `cuda:0`, `auto`")
+]
+ModelPath = Annotated[str, AfterValidator(_model_path)]
+ModelName = Annotated[str, AfterValidator(_model_name)]
+Origin = Annotated[str, AfterValidator(_origin)]
+PublicKey = Annotated[
+    Annotated[str, AfterValidator(_public_key)] | None,
+    text_schema(r".{40}", "`null`, or 40 characters (Z85) in quotes", or_null=True),
+]
+FilePath = Annotated[str, AfterValidator(_path)]
+Host = Annotated[str, AfterValidator(_host)]
+Address = Annotated[str, AfterValidator(_address)]
+Size = Annotated[
+    int | None,
+    BeforeValidator(_memory),
+    text_schema(units.SIZE_PATTERN, "`auto`, or a size: `700M`, `2G` (powers of 1024)", or_auto=True),
+]
+Layers = Annotated[
+    LayerRange | None,
+    BeforeValidator(_layers),
+    text_schema(units.LAYERS_PATTERN, "`auto`, or the first and the last layer, from 0: `0-11`", or_auto=True),
+]
+Rate = Annotated[
+    float | None,
+    BeforeValidator(_rate),
+    text_schema(units.RATE_PATTERN, "`null`, or a rate: `20mbit` (a second)", or_null=True),
+]
+Count = Annotated[
+    Annotated[int, Field(ge=1, le=1024)] | None,
+    BeforeValidator(_count_or_auto),
+    WithJsonSchema(
+        {
+            "anyOf": [{"const": AUTO}, {"type": "integer", "minimum": 1, "maximum": 1024}],
+            "x-values": "`auto`, or 1 to 1024",
+        }
+    ),
+]
+DecodeWait = Annotated[
+    float, BeforeValidator(_decode_wait), text_schema(units.TIME_PATTERN, "a time: `200ms`, `5s`; 1ms to 60s")
+]
+ClientTimeout = Annotated[
+    float, BeforeValidator(_client_timeout), text_schema(units.TIME_PATTERN, "a time: `60s`; 1s to 3600s")
+]
