@@ -81,7 +81,7 @@ async def fetch_weights(
     make = partial(folder.mkdir, parents=True, exist_ok=True)
     with file_errors(folder):
         in_use = await asyncio.to_thread(cache.use, folder, make)
-    lock = await _lock(folder)
+    lock = await _lock(folder, progress)
     transfer = _Transfer(folder, messages.AskLayers(digest, layers.start, layers.stop), progress, clock, silence_s)
     try:
         while True:
@@ -105,13 +105,14 @@ async def fetch_weights(
         os.close(lock)
 
 
-async def _lock(folder: Path) -> int:
+async def _lock(folder: Path, progress: Callable[[int, int], object]) -> int:
     """Wait until no other process fills the folder: what it fetches need not be fetched again."""
     is_told = False
     while (lock := try_lock(folder)) is None:
         if not is_told:
             log.info("weights_folder_busy", folder=str(folder))
             is_told = True
+        progress(0, 0)  # the manager of a service sees that the start goes on
         await asyncio.sleep(LOCK_S)
     return lock
 

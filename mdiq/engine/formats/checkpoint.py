@@ -6,7 +6,7 @@ of ``families.py`` and the shape [out, in].
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,8 +192,10 @@ class Checkpoint:
             "down": {"down": config.hidden_size},
         }
 
-    def layer(self, i: int) -> LayerTensors:
+    def layer(self, i: int, kept: Collection[str] = ()) -> LayerTensors:
         """Return the weights of Layer ``i``.
+
+        kept: roles of which the caller has ``layer_blocks``: their matrices are not read, and have no columns here.
 
         Raises:
             ModelError: a tensor is missing or has another shape than the config says.
@@ -205,7 +207,10 @@ class Checkpoint:
         biases: dict[str, torch.Tensor] = {}
         for role, parts in self._parts().items():
             width = widths.get(role, config.hidden_size)
-            linears = [self._linear(part, i, (rows, width), heads=heads.get(part, 0)) for part, rows in parts.items()]
+            linears = [
+                self._linear(part, i, (rows, width), heads=heads.get(part, 0), reads=role not in kept)
+                for part, rows in parts.items()
+            ]
             matrices[role], bias = _stacked(linears)
             if bias is not None:
                 biases[role] = bias
@@ -215,18 +220,25 @@ class Checkpoint:
         return LayerTensors(matrices, biases, norms)
 
     def _linear(
-        self, role: str, i: int, shape: tuple[int, int], *, heads: int = 0
+        self, role: str, i: int, shape: tuple[int, int], *, heads: int = 0, reads: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return matrix and bias of a role; ``heads`` marks the ones that GGUF may store permuted."""
         family = self.config.family
         is_transposed = family.is_transposed_hf and not self.is_gguf
-        weight = self._checked(role, (shape[1], shape[0]) if is_transposed else shape, i)
+        if reads:
+            weight = self._checked(role, (shape[1], shape[0]) if is_transposed else shape, i)
+        else:
+            name = self._name(role, i, "weight")
+            stored = self._source.stored_kind(name)
+            assert stored is not None  # safetensors files have no blocks
+            self._check_shape(name, stored[1], shape)
+            weight = torch.empty(shape[0], 0)
         if is_transposed:
             weight = weight.t().contiguous()
         has_bias = role in family.biases or self._source.has(self._name(role, i, "bias"))
         bias = self._checked(role, (shape[0],), i, "bias") if has_bias else None
         if heads and self.is_gguf and family.is_permuted_gguf:
-            weight = _unpermuted(weight, heads)
+            weight = _unpermuted(weight, heads) if reads else weight
             bias = None if bias is None else _unpermuted(bias, heads)
         return weight, bias
 
@@ -250,12 +262,15 @@ class Checkpoint:
     ) -> torch.Tensor:
         name = self._name(role, i, part)
         tensor = self._source.read(name, *rows)
-        if tuple(tensor.shape) != shape:
+        self._check_shape(name, tuple(tensor.shape), shape)
+        return tensor
+
+    def _check_shape(self, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        if found != shape:
             raise ModelError(
-                f"{self.path}: tensor {name} has shape {list(tensor.shape)} and the config calls for {list(shape)}; "
+                f"{self.path}: tensor {name} has shape {list(found)} and the config calls for {list(shape)}; "
                 "fetch the model again"
             )
-        return tensor
 
     def _name(self, role: str, i: int, part: str) -> str:
         name = f"{self._names[role].format(i=i)}.{part}"

@@ -285,11 +285,12 @@ class PackedModel:
             return written(path, self._find_hot())
 
     def _pack_layer(self, i: int) -> dict[str, torch.Tensor]:
-        layer = self._checkpoint.layer(i)
-        packed = {name: tensor.float() for name, tensor in layer.norms.items()}
-        biases = {role: bias.float() for role, bias in layer.biases.items()}
         keeps_blocks = self._keeps_blocks
         stored = self._checkpoint.layer_blocks(i) if keeps_blocks else {}
+        kept = [role for role, parts in stored.items() if all(blocks is not None for _, blocks in parts)]
+        layer = self._checkpoint.layer(i, kept)
+        packed = {name: tensor.float() for name, tensor in layer.norms.items()}
+        biases = {role: bias.float() for role, bias in layer.biases.items()}
         for role, matrix in layer.matrices.items():
             parts = _merged(stored[role]) if keeps_blocks else [(matrix.shape[0], None)]
             first = 0

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from mdiq.cli.options import Weights
 from mdiq.core.types import WeightFormat
 from mdiq.engine.formats.checkpoint import open_checkpoint
+from mdiq.engine.formats.checkpoint_files import GgufSource
 from mdiq.engine.formats.gguf_blocks import BLOCK
+from mdiq.engine.formats.gguf_file import GgufFile
 from mdiq.engine.formats.quantize import (
     FORMATS,
     PackedFile,
@@ -28,7 +30,7 @@ from mdiq.engine.formats.quantize import (
     unpack_int4,
 )
 from mdiq.engine.kernels.choice import KernelChoice
-from mdiq.errors import CapacityError
+from mdiq.errors import CapacityError, ModelError
 from tests.engine.formats.test_gguf_blocks import BLOCK_BYTES, random_rows, values
 from tests.engine.tiny_models import make_model
 
@@ -302,3 +304,31 @@ def test_what_packed_parts_give_is_what_the_matrix_gives(tmp_path: Path) -> None
             assert found.shape == expected.shape
             assert (found - expected).norm() < 0.03 * expected.norm(), role
             assert torch.equal(linear(x[2:3]), found[2:3])
+
+
+def test_matrices_whose_blocks_are_kept_are_not_made_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would be most of the time that packing takes; and the result is the same."""
+    path = _write_gguf(tmp_path / "model.gguf", "Q4_K")
+    read: list[str] = []
+    array = GgufFile.array
+
+    def noting(self: GgufFile, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        read.append(name)
+        return array(self, name, start, stop)
+
+    monkeypatch.setattr(GgufFile, "array", noting)
+    with open_checkpoint(path) as checkpoint:
+        with PackedModel(checkpoint, "int4", tmp_path, dict) as packed:
+            packed.layer(0)
+        wide = [f"blk.0.{name}.weight" for name, kind in KINDS.items() if kind == "Q5_0"]
+        assert read == ["blk.0.ffn_down.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"] and wide == read[:1]
+
+
+def test_a_kept_matrix_of_another_shape_than_the_config_calls_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _write_gguf(tmp_path / "model.gguf", "Q4_K")
+    monkeypatch.setattr(GgufSource, "stored_kind", lambda self, name: (self.kind(name), (7, HIDDEN)))
+    with open_checkpoint(path) as checkpoint, PackedModel(checkpoint, "int4", tmp_path, dict) as packed:
+        with pytest.raises(ModelError, match=r"blk.0.attn_q.weight has shape \[7, 256\] and the config calls for"):
+            packed.layer(0)
