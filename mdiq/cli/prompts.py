@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,30 +11,13 @@ from mdiq.api.fields import check_served, sampling_values
 from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of, text_of, token_ids_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
+from mdiq.service.requests import PromptLine
 
 MAX_LINE_BYTES = 16 * 2**20
 NO_LIMIT = 1 << 31  # tokens of an answer: what is left of the context counts
 MAX_SETTINGS, MAX_KEPT_CHARACTERS = 256, 1_024  # that are remembered of a file
 _KINDS = ("prompt", "prompt_token_ids", "messages")
 _canonical = json.JSONEncoder(sort_keys=True).encode
-
-
-@dataclass(frozen=True, slots=True)
-class PromptLine:
-    """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set. ``where`` names it in errors.
-
-    template_kwargs: what the chat template is told beside the messages. digest: of the line; a results file tells by it
-    which request it answered.
-    """
-
-    index: int
-    where: str
-    params: SamplingParams
-    text: str | None = None
-    token_ids: tuple[int, ...] | None = None
-    messages: tuple[Mapping[str, Any], ...] | None = None
-    template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    digest: str = ""
 
 
 def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from mdiq.cli.flags import hand_split, parse_wires
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
-from mdiq.cli.prompts import PromptLine, read_finished, read_prompts, results_file
+from mdiq.cli.prompts import read_finished, read_prompts, results_file
 from mdiq.cli.signals import run_until_signal
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
@@ -25,14 +25,13 @@ from mdiq.plan.micro_batches import MAX_LIVE
 from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
-from mdiq.service.text_pipe import TokenizerPipe
+from mdiq.service.requests import PromptLine, Requests
 from mdiq.telemetry import logging
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
 if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, and what reads topologies if there is one
     from mdiq.config.load import LoadedTopology
     from mdiq.engine.model_config import ModelConfig
-    from mdiq.engine.text.tokenizer import Tokenizer
     from mdiq.runtime.ring_host import RingHost
     from mdiq.service.topology_rings import TopologyRings
 
@@ -108,7 +107,8 @@ def execute(options: RunOptions) -> int:
         else:
             rings = _topology_rings(options, loaded, model, config, threads, console)
             ring_options = rings.options()
-        run = _Run(options, ring_options, Tokenizer.load(model), todo, console, results, rings, config)
+        requests = Requests(Tokenizer.load(model), config, raw=options.raw)
+        run = _Run(options, ring_options, requests, todo, console, results, rings)
         return run_until_signal(run.main())
 
 
@@ -149,20 +149,17 @@ class _Run:
         self,
         options: RunOptions,
         ring_options: RingOptions,
-        tokenizer: "Tokenizer",
+        requests: Requests,
         lines: list[PromptLine],
         console: Console,
         results_file: TextIO | None,
         rings: "TopologyRings | None",
-        config: "ModelConfig",
     ) -> None:
         self._options = options
         self._rings = rings
         self._ring_options = ring_options
-        self._tokenizer = tokenizer
+        self._requests = requests
         self._lines = lines
-        self._config = config
-        self._checked: dict[int, Sequence] = {}  # made to be checked before the ring loads; nothing is tokenized twice
         self._console = console
         self._is_single = options.prompts is None
         self._printer = AnswerPrinter(
@@ -174,7 +171,7 @@ class _Run:
     async def main(self) -> int:
         from mdiq.runtime.ring_host import RingHost
 
-        self._check_lines()
+        self._requests.check(self._lines, is_single=self._is_single)
         if self._ring_options.is_survey and self._rings is not None:
             with _loading_bars(self._console) as on_loading:
                 async with RingHost(self._ring_options, on_loading=on_loading) as ring:
@@ -188,7 +185,7 @@ class _Run:
                 log_level=self._options.log_level,
             )
         with _loading_bars(self._console) as on_loading:
-            ring = RingHost(self._ring_options, make_pipe=self._pipe, on_loading=on_loading)
+            ring = RingHost(self._ring_options, make_pipe=self._requests.pipe, on_loading=on_loading)
             await ring.__aenter__()
         try:
             self._start_s = time.monotonic()
@@ -197,47 +194,6 @@ class _Run:
         finally:
             await ring.aclose()
         return 1 if any(result.finish_reason is FinishReason.ERROR for result in self._results) else 0
-
-    def _check_lines(self) -> None:
-        """Refuse what can be seen to be wrong before anything runs.
-
-        Raises:
-            ConfigError: a request has token ids that the model does not have, or no token.
-            ContextLengthError: the only one cannot fit the model's context.
-        """
-        for line in self._lines:
-            if line.token_ids:
-                self._check_ids(line, line.token_ids)
-            if self._is_single or not (line.token_ids or line.text or line.messages):
-                self._checked[line.index] = self._sequence(line, self._config.context_tokens)
-
-    def _check_ids(self, line: PromptLine, ids: AbstractSequence[int]) -> None:
-        if (largest := max(ids)) >= self._config.vocab_size:
-            raise ConfigError(f"{line.where}: token id {largest}: the model has {self._config.vocab_size} tokens only")
-
-    def _sequence(self, line: PromptLine, room: int) -> Sequence:
-        """Make a request; a text that cannot fit ``room`` tokens is refused before it is tokenized."""
-        tokenizer = self._tokenizer
-        text = line.text or ""
-        if line.token_ids is not None:
-            prompt = line.token_ids
-        elif line.messages is not None:
-            prompt = tuple(tokenizer.chat_ids(line.messages, line.template_kwargs, room=room))
-        elif self._options.raw or not tokenizer.has_chat_template:
-            tokenizer.check_fits(text, room)
-            prompt = tuple(tokenizer.encode(text))
-        else:
-            messages = [{"role": "user", "content": text}]
-            prompt = tuple(tokenizer.chat_ids(messages, line.template_kwargs, room=room))
-        if not prompt:
-            raise ConfigError(f"{line.where}: the prompt is empty; give at least one token")
-        # A tokenizer may know tokens that the model has no embedding of.
-        self._check_ids(line, prompt)
-        params = tokenizer.with_special_stops(line.params)
-        return Sequence(line.index, prompt, params, eos_token_ids=tokenizer.eos_token_ids)
-
-    def _pipe(self, sequence: Sequence) -> TokenizerPipe:
-        return TokenizerPipe(self._tokenizer, sequence.params.stop)
 
     async def serve_all(self, ring: "RingHost") -> None:
         """Answer every request; MAX_SUBMITTED of them are with the ring at once."""
@@ -254,11 +210,10 @@ class _Run:
     async def _serve(self, ring: "RingHost", line: PromptLine) -> None:
         result = Result(line.index, (), submitted_s=self._now(), request=line.digest)
         self._results.append(result)
-        sequence = self._checked.pop(line.index, None)
+        sequence: Sequence | None = None
         try:
-            if sequence is None:
-                # In a thread: a template and a long text take longer than other requests' tokens can wait.
-                sequence = await asyncio.to_thread(self._sequence, line, ring.context_tokens)
+            # In a thread: a template and a long text take longer than other requests' tokens can wait.
+            sequence = await asyncio.to_thread(self._requests.sequence, line, ring.context_tokens)
             result.prompt_token_ids = sequence.prompt
             async for event in ring.stream(sequence):
                 at_s = event.at_s - self._start_s

@@ -10,9 +10,10 @@ import pytest
 from mdiq.api.fields import sampling_values
 from mdiq.cli import prompts
 from mdiq.cli.output import Result
-from mdiq.cli.prompts import PromptLine, read_finished, read_prompts
+from mdiq.cli.prompts import read_finished, read_prompts
 from mdiq.core.sequence import FinishReason, SamplingParams
 from mdiq.errors import ConfigError
+from mdiq.service.requests import PromptLine
 
 
 def _prompts(path: Path, *requests: object) -> list[PromptLine]:

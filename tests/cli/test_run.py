@@ -11,11 +11,12 @@ from rich.console import Console
 
 from mdiq.cli import run
 from mdiq.cli.output import AnswerPrinter, Result
-from mdiq.cli.prompts import PromptLine, results_file
+from mdiq.cli.prompts import results_file
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, ContextLengthError
 from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.starter_service import StreamEvent
+from mdiq.service.requests import PromptLine, Requests
 
 
 class FakeTokenizer:
@@ -62,10 +63,11 @@ class FakeRing:
 def _run(
     lines: list[PromptLine], out: io.StringIO, tokenizer: FakeTokenizer, prompts: Path | None = Path("in.jsonl")
 ) -> Any:
-    options: Any = SimpleNamespace(prompts=prompts, as_json=False, raw=True)
+    options: Any = SimpleNamespace(prompts=prompts, as_json=False)
     config: Any = SimpleNamespace(vocab_size=1_000, context_tokens=200)
     ring: Any = SimpleNamespace(pace=PaceSettings())
-    return run._Run(options, ring, tokenizer, lines, Console(file=io.StringIO()), out, None, config)  # type: ignore[arg-type]
+    requests = Requests(tokenizer, config, raw=True)  # type: ignore[arg-type]
+    return run._Run(options, ring, requests, lines, Console(file=io.StringIO()), out, None)
 
 
 async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +87,12 @@ async def test_a_lone_prompt_is_checked_before_the_ring_loads_and_tokenized_once
     tokenizer = FakeTokenizer()
     ring: Any = FakeRing(tokenizer)
     one = _run([PromptLine(0, "prompt", SamplingParams(), text="hello")], io.StringIO(), tokenizer, None)
-    one._check_lines()
+    one._requests.check(one._lines, is_single=True)
     assert tokenizer.num_encoded == 1
     await one.serve_all(ring)
     assert tokenizer.num_encoded == 1 and one._results[0].text == "x"
     with pytest.raises(ContextLengthError):
-        _run([PromptLine(0, "prompt", SamplingParams(), text="a" * 300)], io.StringIO(), tokenizer, None)._check_lines()
+        one._requests.check([PromptLine(0, "prompt", SamplingParams(), text="a" * 300)], is_single=True)
 
 
 async def test_a_line_that_cannot_fit_the_ring_is_refused_before_it_is_tokenized() -> None:

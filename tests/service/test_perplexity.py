@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mdiq.cli.perplexity import Row, compared, max_ratio
+from mdiq.service.perplexity import Row, compared, max_ratio
 
 
 @pytest.mark.parametrize(

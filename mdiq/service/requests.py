@@ -1,0 +1,92 @@
+"""Requests of `mdiq run` become Sequences: before a Ring loads where that is cheap, else when their turn comes."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.errors import ConfigError
+from mdiq.service.text_pipe import TokenizerPipe
+
+if TYPE_CHECKING:
+    from mdiq.engine.model_config import ModelConfig
+    from mdiq.engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLine:
+    """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set. ``where`` names it in errors.
+
+    template_kwargs: what the chat template is told beside the messages. digest: of the line; a results file tells by it
+    which request it answered.
+    """
+
+    index: int
+    where: str
+    params: SamplingParams
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    digest: str = ""
+
+
+class Requests:
+    """Makes the Sequences of requests. raw: prompts are used as they are, without the chat template."""
+
+    def __init__(self, tokenizer: "Tokenizer", config: "ModelConfig", *, raw: bool) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._raw = raw
+        self._checked: dict[int, Sequence] = {}  # made to be checked before the ring loads; nothing is tokenized twice
+
+    def check(self, lines: AbstractSequence[PromptLine], *, is_single: bool) -> None:
+        """Refuse what can be seen to be wrong before anything runs.
+
+        Raises:
+            ConfigError: a request has token ids that the model does not have, or no token.
+            ContextLengthError: the only one cannot fit the model's context.
+        """
+        for line in lines:
+            if line.token_ids:
+                self._check_ids(line, line.token_ids)
+            if is_single or not (line.token_ids or line.text or line.messages):
+                self._checked[line.index] = self._make(line, self._config.context_tokens)
+
+    def sequence(self, line: PromptLine, room: int) -> Sequence:
+        """Return the Sequence of a request; a text that cannot fit ``room`` tokens is refused before it is tokenized.
+
+        Raises:
+            ConfigError: see ``check``.
+            ContextLengthError: it does not fit.
+        """
+        return self._checked.pop(line.index, None) or self._make(line, room)
+
+    def _make(self, line: PromptLine, room: int) -> Sequence:
+        tokenizer = self._tokenizer
+        text = line.text or ""
+        if line.token_ids is not None:
+            prompt = line.token_ids
+        elif line.messages is not None:
+            prompt = tuple(tokenizer.chat_ids(line.messages, line.template_kwargs, room=room))
+        elif self._raw or not tokenizer.has_chat_template:
+            tokenizer.check_fits(text, room)
+            prompt = tuple(tokenizer.encode(text))
+        else:
+            messages = [{"role": "user", "content": text}]
+            prompt = tuple(tokenizer.chat_ids(messages, line.template_kwargs, room=room))
+        if not prompt:
+            raise ConfigError(f"{line.where}: the prompt is empty; give at least one token")
+        # A tokenizer may know tokens that the model has no embedding of.
+        self._check_ids(line, prompt)
+        params = tokenizer.with_special_stops(line.params)
+        return Sequence(line.index, prompt, params, eos_token_ids=tokenizer.eos_token_ids)
+
+    def pipe(self, sequence: Sequence) -> TokenizerPipe:
+        """Return what turns the Sequence's tokens into text."""
+        return TokenizerPipe(self._tokenizer, sequence.params.stop)
+
+    def _check_ids(self, line: PromptLine, ids: AbstractSequence[int]) -> None:
+        if (largest := max(ids)) >= self._config.vocab_size:
+            raise ConfigError(f"{line.where}: token id {largest}: the model has {self._config.vocab_size} tokens only")
