@@ -141,7 +141,7 @@ def test_a_folder_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.M
     def refusing(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("mdiq.cache.fcntl.flock", refusing)
+    monkeypatch.setattr("mdiq.cache.files.fcntl.flock", refusing)
     with pytest.raises(ModelError, match="no file locks there .*; set MDIQ_CACHE to a directory of a local disk"):
         try_lock(tmp_path)
 
