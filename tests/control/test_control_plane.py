@@ -350,7 +350,7 @@ async def test_a_node_that_dies_while_others_load_ends_the_wait(plane: Plane) ->
 
     async def load(_: control.Assign) -> control.Ready:
         begun.set()
-        return await asyncio.get_running_loop().create_future()
+        return await asyncio.Future[control.Ready]()
 
     plane.agent("node-1", load=load)
     plane.agent("node-2")
@@ -364,7 +364,7 @@ async def test_a_node_that_dies_while_others_load_ends_the_wait(plane: Plane) ->
 
 async def test_a_drain_does_not_wait_for_a_node_that_hangs(plane: Plane) -> None:
     async def load(_: control.Assign) -> control.Ready:
-        return await asyncio.get_running_loop().create_future()
+        return await asyncio.Future[control.Ready]()
 
     plane.agent("node-1", load=load)
     _, two = plane.agent("node-2")
@@ -505,7 +505,7 @@ async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pyte
         load=lambda _: asyncio.get_running_loop().create_future(),
         send_burst=send_burst,
         begin=begin,
-        stand_by=[].append,
+        stand_by=list[str]().append,
         heartbeat=breaks,
         spans=list,
     )
@@ -556,7 +556,7 @@ async def test_the_same_over_real_sockets() -> None:
             load=load,
             send_burst=send_burst,
             begin=begin,
-            stand_by=[].append,
+            stand_by=list[str]().append,
             heartbeat=heartbeat,
             spans=list,
         ).run()

@@ -20,7 +20,7 @@ from mdiq.cache import State, entries, state_of
 from mdiq.control import weight_client, weight_server
 from mdiq.control.weight_client import Fetched, fetch_weights
 from mdiq.control.weight_server import WEIGHTS_HWM, LayerSource, WeightServer
-from mdiq.control.weight_store import try_lock
+from mdiq.control.weight_store import StoredFile, try_lock
 from mdiq.core import weights
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange
@@ -496,7 +496,7 @@ async def test_a_node_that_was_forgotten_asks_for_its_layers_again(
 ) -> None:
     monkeypatch.setattr(weight_client, "RETRY_S", 0.01)
     plane = await start()
-    open_file = weight_client.StoredFile
+    open_file = StoredFile
     may_hash = threading.Event()
 
     def slow(*arguments: object) -> object:
@@ -528,7 +528,7 @@ async def test_a_limit_holds_for_all_transfers_together(start: Start, monkeypatc
             now[0] += seconds
         await sleep(0)
 
-    monkeypatch.setattr(weight_server.asyncio, "sleep", sleeping)
+    monkeypatch.setattr(asyncio, "sleep", sleeping)
     plane.server._clock = lambda: now[0]
     for fetched in await asyncio.gather(plane.fetch("a"), plane.fetch("b")):
         plane.check(fetched)
@@ -568,7 +568,7 @@ async def test_a_starter_that_is_not_there_is_given_up_with_one_line(
     ],
 )
 async def test_what_a_node_may_not_or_cannot_have_is_refused_in_words(
-    start: Start, layers: LayerRange, options: dict[str, object], match: str
+    start: Start, layers: LayerRange, options: dict[str, str], match: str
 ) -> None:
     plane = await start(may_fetch=lambda _, wanted: wanted.start > 0)
     with pytest.raises(ModelError, match=match):

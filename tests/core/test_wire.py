@@ -13,6 +13,7 @@ from mdiq.core import wire
 from mdiq.core.frame import MAX_SEGMENTS, NO_ROWS, Buffer, Frame, FrameKind, Payload, Segment, TokenIds
 from mdiq.core.types import Epoch, SeqId
 from mdiq.core.wire import BadFrame, WireLimits, WirePayload
+from mdiq.core.wire_formats import row_bytes
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 KEY = bytes(range(32))
@@ -28,7 +29,7 @@ class Rows:
 
     def __init__(self, num_rows: int, width: int, dtype: str = "f32", num_buffers: int = 1) -> None:
         self.num_rows = num_rows
-        self.data = bytes(i % 251 for i in range(num_rows * wire.row_bytes(dtype, width)))
+        self.data = bytes(i % 251 for i in range(num_rows * row_bytes(dtype, width)))
         self._width, self._dtype, self._num_buffers = width, dtype, num_buffers
 
     def rows(self, start: int, stop: int) -> Payload:

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as AbstractSequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -144,12 +145,15 @@ class Ring:
                     self._sink(i),
                     report_gaps=self.starter.report_gaps,
                     report_failure=self.starter.report_failure,
-                    report_burst=lambda arrived, stage=i: self.bursts.put_nowait((stage, arrived)),
+                    report_burst=partial(self._burst_arrived, i),
                     **self._common(i),
                 )
             )
         self.starter.begin_epoch(Epoch(1), spec)
-        self.tasks = [asyncio.create_task(service.run()) for service in (self.starter, *self.services)]
+        self.tasks = [asyncio.create_task(run()) for run in (self.starter.run, *(s.run for s in self.services))]
+
+    def _burst_arrived(self, stage: int, arrived: BurstArrived) -> None:
+        self.bursts.put_nowait((stage, arrived))
 
     async def stream(self, sequence: Sequence, on_event: Callable[[StreamEvent], None] | None = None) -> list[int]:
         """Run a Sequence to its end and return its tokens."""

@@ -11,7 +11,7 @@ import structlog.testing
 from mdiq.bench.shapes import shape_file
 from mdiq.core import control
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.core.types import LayerRange, NodeId, WeightSettings
+from mdiq.core.types import PLAIN_WEIGHTS, LayerRange, NodeId, WeightSettings
 from mdiq.engine import runner
 from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
 from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
@@ -22,6 +22,7 @@ from mdiq.runtime.options import HopFigures, RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.processes import ProcessWorkers
 from mdiq.runtime.remote import RemoteWorkers
 from mdiq.runtime.ring_host import RingHost
+from mdiq.runtime.stage_service import StageService
 from mdiq.runtime.starter_stage import StarterStage
 
 
@@ -191,7 +192,7 @@ async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
     )
     await stages.open()
     assert not watching()
-    await stages.start("", "plain")
+    await stages.start("", PLAIN_WEIGHTS)
     await stages.aclose()
 
 
@@ -274,7 +275,7 @@ async def test_a_stage_of_this_process_that_breaks_ends_the_ring_with_its_reason
 ) -> None:
     breaks = asyncio.Event()
 
-    class BreakingStage(in_process.StageService):
+    class BreakingStage(StageService):
         async def run(self) -> None:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(super().run())

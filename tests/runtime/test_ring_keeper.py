@@ -121,7 +121,7 @@ class House:
             self.read,
             self.open,
             clock=lambda: self.now,
-            on_formed=lambda _: self.kept.wait(),
+            on_formed=self.note_formed,
             on_not_formed=self.note_failure,
         )
         self.running = asyncio.create_task(self.keeper.run(), name="keeper")
@@ -149,6 +149,9 @@ class House:
             return RingOptions(Path("model"), layers, remote=remote, is_survey=not self.is_measured)
 
         return form
+
+    async def note_formed(self, _: object) -> None:
+        await self.kept.wait()
 
     def note_failure(self, options: RingOptions, error: MdiqError) -> None:
         self.failures.append(str(error))

@@ -8,6 +8,8 @@ import socket as sockets
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import structlog
@@ -124,6 +126,10 @@ def is_logged_once(events: Events, address: str = "127.0.0.1") -> bool:
     """A peer that fails at once may be gone before its address is read; whatever it does, that is at most two lines."""
     addresses = [event["address"] for event in refused(events)]
     return 1 <= len(addresses) <= 2 and {*addresses} <= {address, watch.UNKNOWN} and len({*addresses}) == len(addresses)
+
+
+def refuses_more(ward: Ward, before: int) -> Callable[[], bool]:
+    return lambda: ward.gate.refusals.num_refused > before
 
 
 def raw_client(context: zmq.asyncio.Context, kind: int = zmq.PUSH, **options: object) -> zmq.asyncio.Socket:
@@ -290,14 +296,17 @@ async def test_peers_that_send_all_the_time_go_on_over_many_revocations(ward: Wa
             assert len(parts) == 3 and parts[2] == b"end"
             came.append((source.sender, bytes(parts[0]), len(parts[1])))
 
+    def came_since(before: int, *names: str) -> bool:
+        return {*names} <= {name for name, *_ in came[before:]}
+
     tasks = [asyncio.create_task(send(sink)) for sink in sinks] + [asyncio.create_task(receive())]
     for i in range(6):
         before = len(came)
-        await happens(lambda before=before: {name for name, *_ in came[before:]} == {"pi1", "pi2"})
+        await happens(partial(came_since, before, "pi1", "pi2"))
         # A new name for the same key: as good as a revocation and at once a new listing.
         await ward.gate.replace(DATA, {**listed, pair().public: "pi3", ward.pi2.public: f"pi2-{i}"})
         before = len(came)
-        await happens(lambda before=before, i=i: f"pi2-{i}" in {name for name, *_ in came[before:]})
+        await happens(partial(came_since, before, f"pi2-{i}"))
         await ward.gate.replace(DATA, listed)
     assert not [task for task in tasks if task.done()]
     assert {size for *_, size in came} == {100_000}
@@ -363,12 +372,12 @@ async def test_a_list_that_takes_nobodys_place_cuts_no_connection(ward: Ward) ->
 @pytest.mark.parametrize("mechanism", ["NULL", "PLAIN"])
 async def test_a_peer_without_a_key_is_refused(ward: Ward, events: Events, mechanism: str) -> None:
     source = await PullSource.bind(ward.context, ANY_PORT, security=ward.guards())
-    options = {} if mechanism == "NULL" else {"plain_username": b"pi1", "plain_password": b"guess"}
+    options: dict[str, Any] = {} if mechanism == "NULL" else {"plain_username": b"pi1", "plain_password": b"guess"}
     for _ in range(2):
         bad = raw_client(ward.context, **options)
         before = ward.gate.refusals.num_refused
         bad.connect(source.endpoint)
-        await happens(lambda before=before: ward.gate.refusals.num_refused > before)
+        await happens(refuses_more(ward, before))
         bad.close()
     assert is_logged_once(events)
     sink = await PushSink.connect(ward.context, source.endpoint, security=ward.client(ward.pi1))
@@ -433,7 +442,7 @@ async def test_bytes_that_are_no_handshake_are_refused_and_logged_once(
         before = ward.gate.refusals.num_refused
         with sockets.create_connection(("127.0.0.1", _port(source))) as raw:
             raw.sendall(junk)
-            await happens(lambda before=before: ward.gate.refusals.num_refused > before)
+            await happens(refuses_more(ward, before))
     assert is_logged_once(events)
     sink = await PushSink.connect(ward.context, source.endpoint, security=ward.client(ward.pi1))
     await serves(source, sink)
@@ -475,7 +484,7 @@ async def test_strangers_of_all_kinds_at_once_are_each_logged_once(ward: Ward, e
     strangers = []
     for i in range(10, 26):
         keys = pair()
-        options = {
+        options: dict[str, Any] = {
             "curve_publickey": keys.public.encode(),
             "curve_secretkey": keys.secret,
             "curve_serverkey": ward.server.public.encode(),
@@ -496,7 +505,7 @@ async def test_strangers_of_all_kinds_at_once_are_each_logged_once(ward: Ward, e
 
 
 @contextlib.contextmanager
-def told_server(context: zmq.asyncio.Context) -> Iterator[tuple[watch.ServerWatch, Callable[[int, int], None]]]:
+def told_server(context: zmq.asyncio.Context) -> Iterator[tuple[watch.ServerWatch, Callable[[int, int], object]]]:
     """A watch, and what tells it an event as libzmq does; it reads them when it is asked to."""
     with (
         context.socket(zmq.PULL) as socket,

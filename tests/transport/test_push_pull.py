@@ -174,7 +174,7 @@ async def test_a_flood_does_not_keep_other_tasks_from_running(context: zmq.async
     num_messages = 2_000
 
     def flood() -> None:
-        blocking = zmq.Socket.shadow(hostile.underlying)
+        blocking: zmq.Socket[bytes] = zmq.Socket.shadow(hostile.underlying)
         for _ in range(num_messages):
             blocking.send(b"x")
 

@@ -10,7 +10,6 @@ import pytest
 import structlog
 import zmq.asyncio
 
-from mdiq.transport import room as room_module
 from mdiq.transport import watch
 from mdiq.transport.curve import DATA, ClientSecurity, Gate, ServerSecurity
 from mdiq.transport.push_pull import PullSource, PushSink
@@ -97,8 +96,8 @@ def test_the_limit_is_raised_to_what_is_permitted_and_listeners_take_a_part_of_i
     limits: tuple[int, int], raised: tuple[int, int] | None, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [limits]
-    monkeypatch.setattr(room_module.resource, "getrlimit", lambda _: now[-1])
-    monkeypatch.setattr(room_module.resource, "setrlimit", lambda _, limits: now.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: now[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: now.append(limits))
     raise_descriptor_limit()
     assert now[1:] == ([raised] if raised else [])
     assert connection_limit() == most
@@ -108,8 +107,8 @@ def test_a_limit_that_may_not_be_raised_stays(monkeypatch: pytest.MonkeyPatch) -
     def refuses(*_: object) -> None:
         raise OSError("not here")
 
-    monkeypatch.setattr(room_module.resource, "getrlimit", lambda _: (1_024, 4_096))
-    monkeypatch.setattr(room_module.resource, "setrlimit", refuses)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1_024, 4_096))
+    monkeypatch.setattr(resource, "setrlimit", refuses)
     raise_descriptor_limit()
 
 
