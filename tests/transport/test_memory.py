@@ -8,17 +8,6 @@ from mdiq.errors import TransportError
 from mdiq.transport.memory import MemoryControlServer, MemoryLink
 
 
-async def test_messages_come_out_in_order_and_are_counted_on_both_sides() -> None:
-    link = MemoryLink()
-    await link.send([b"ab", memoryview(b"cde")])
-    await link.send([b"f"])
-    assert link.bytes_out == 6
-    assert [bytes(part) for part in await link.receive()] == [b"ab", b"cde"]
-    assert link.bytes_in == 5
-    assert await link.receive() == [b"f"]
-    assert link.bytes_in == 6
-
-
 async def test_a_full_link_makes_its_sender_wait() -> None:
     link = MemoryLink(max_waiting=1)
     await link.send([b"1"])
@@ -36,19 +25,6 @@ async def test_a_link_drops_and_doubles_what_its_hook_says() -> None:
     for data in (b"lost", b"twice", b"once"):
         await link.send([data])
     assert [await link.receive() for _ in range(3)] == [[b"twice"], [b"twice"], [b"once"]]
-
-
-async def test_a_control_server_talks_to_each_peer_by_its_identity() -> None:
-    server = MemoryControlServer()
-    one, two = server.connect(b"one"), server.connect(b"two")
-    await one.send(b"hello")
-    await two.send(b"hi")
-    assert await server.receive() == (b"one", b"hello")
-    assert await server.receive() == (b"two", b"hi")
-    await server.send(b"two", b"for two")
-    await server.send(b"one", b"for one")
-    assert await one.receive() == b"for one"
-    assert await two.receive() == b"for two"
 
 
 async def test_a_peer_that_is_unknown_or_gone_or_hangs_is_a_transport_error() -> None:

@@ -6,27 +6,11 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from mdiq.core.weights import MAX_BYTES
 from mdiq.errors import TransportError
 from mdiq.transport.router_dealer import MAX_CONTROL_BYTES, DealerLink, RouterServer
 from tests.transport.conftest import Until
 
 ANY_PORT = "tcp://127.0.0.1:0"
-
-
-async def test_messages_go_both_ways_by_identity(context: zmq.asyncio.Context) -> None:
-    server = await RouterServer.bind(context, ANY_PORT)
-    links = [await DealerLink.connect(context, server.endpoint, identity=name) for name in ("one", "two")]
-    for link, data in zip(links, (b"from one", b""), strict=True):
-        await link.send(data)
-    came = {identity: data for identity, data in [await server.receive(), await server.receive()]}
-    assert came == {b"one": b"from one", b"two": b""}
-    await server.send(b"two", b"x" * MAX_BYTES)
-    await server.send(b"one", b"for one")
-    assert await links[0].receive() == b"for one"
-    assert await links[1].receive() == b"x" * MAX_BYTES
-    for part in (*links, server):
-        await part.aclose()
 
 
 async def test_a_peer_that_is_unknown_or_gone_is_a_transport_error(context: zmq.asyncio.Context) -> None:
