@@ -220,7 +220,7 @@ class StandBy:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """A serving Node asks to stop: the Starter drains it when the Ring's Sequences have ended, or answers Failed."""
+    """A serving Node asks to be drained when the Ring's Sequences have ended. If it is not, the Node sends Failed."""
 
 
 @dataclass(frozen=True, slots=True)

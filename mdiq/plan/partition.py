@@ -45,7 +45,7 @@ class Objective(StrEnum):
 class Goal:
     """The operator's goal for the Plan.
 
-    num_users: Sequences that are live at once; 1 for latency.
+    num_users: Sequences that are live at once; a Plan for latency is computed for one, whatever this says.
     kv_tokens: minimum KV capacity; max_kv_tokens: maximum, None for all the room that there is.
     context_tokens: context of a Sequence for which the times are predicted.
     """
