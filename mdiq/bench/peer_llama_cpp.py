@@ -61,12 +61,12 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "submitted_s": submitted_s,
         "tokens_s": tokens_s,
-        "rss_bytes": _most_memory(),
+        "rss_bytes": _peak_memory(),
         "version": llama_cpp.__version__,
     }
 
 
-def _most_memory() -> int:
+def _peak_memory() -> int:
     """Return the most resident memory so far. getrusage would count the parent's, from before this program began."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))

@@ -173,8 +173,8 @@ class Bench:
     async def _measure_ring(self, ring: LoadedRing, cells: Sequence[Cell], where: str, result: Measurements) -> None:
         index = 0
         # The largest Load once, shortly: memory that a first forward of that size takes is taken then.
-        most_users, longest = max(c.users for c in cells), max(c.prompt_tokens for c in cells)
-        warm_up = Load(most_users, longest, WARM_UP_TOKENS, self.seed + 1, self.temperature)
+        max_users, longest = max(c.users for c in cells), max(c.prompt_tokens for c in cells)
+        warm_up = Load(max_users, longest, WARM_UP_TOKENS, self.seed + 1, self.temperature)
         await run_load(ring, warm_up, self.vocab_size, index)
         index += warm_up.users
         # The Starter's own figures are never old.

@@ -27,7 +27,7 @@ from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_co
 from mdiq.testbed.cpu_quota import MIN_CPU, check_quota
 from mdiq.testbed.link_shape import LinkShape, parse_link
 
-if TYPE_CHECKING:  # torch is imported behind set_threads
+if TYPE_CHECKING:  # torch is imported after set_threads
     from mdiq.engine.model_config import ModelConfig
 
 NO_LINK = "none"

@@ -82,7 +82,7 @@ def read_finished(path: Path, requests: Sequence[PromptLine]) -> set[int]:
 
 @contextlib.contextmanager
 def results_file(path: Path | None) -> Iterator[TextIO | None]:
-    """Open a results file to go on behind its last whole line; None is none.
+    """Open a results file to go on after its last whole line; None if there is no file.
 
     Raises:
         ConfigError: it cannot be written.

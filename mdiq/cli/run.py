@@ -29,7 +29,7 @@ from mdiq.service.requests import PromptLine, Requests
 from mdiq.telemetry import logging
 from mdiq.telemetry.trace import overlap_shares, write_trace
 
-if TYPE_CHECKING:  # torch and the tokenizer are imported behind set_threads, and what reads topologies if there is one
+if TYPE_CHECKING:  # torch and the tokenizer are imported after set_threads, and what reads topologies if there is one
     from mdiq.config.load import LoadedTopology
     from mdiq.engine.model_config import ModelConfig
     from mdiq.runtime.ring_host import RingHost

@@ -14,9 +14,9 @@ from mdiq.config.findings import Finding, Loc, path_of
 from mdiq.config.syntax import syntax_error
 from mdiq.config.units import shown
 
-MOST_BYTES = 256 * 1024
-MOST_DEPTH = 20
-MOST_VALUES = 10_000
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 20
+MAX_VALUES = 10_000
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TRUTH = ("true", "false", "True", "False", "TRUE", "FALSE")
@@ -82,8 +82,8 @@ class _Unreadable(Exception):
 
 
 def _decode(data: bytes) -> str:
-    if len(data) > MOST_BYTES:
-        raise _Unreadable(1, f"the file is larger than {MOST_BYTES // 1024} KiB; is it a topology at all?")
+    if len(data) > MAX_BYTES:
+        raise _Unreadable(1, f"the file is larger than {MAX_BYTES // 1024} KiB; is it a topology at all?")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise _Unreadable(1, "the file is UTF-16; save it as UTF-8")
     try:
@@ -103,10 +103,10 @@ def _check_bounds(text: str) -> None:
             depth -= 1
         num_values += isinstance(event, yaml.NodeEvent)
         line = event.start_mark.line + 1 if event.start_mark else 1
-        if depth > MOST_DEPTH:
-            raise _Unreadable(line, f"more than {MOST_DEPTH} levels deep; is it a topology at all?")
-        if num_values > MOST_VALUES:
-            raise _Unreadable(line, f"more than {MOST_VALUES} values; is it a topology at all?")
+        if depth > MAX_DEPTH:
+            raise _Unreadable(line, f"more than {MAX_DEPTH} levels deep; is it a topology at all?")
+        if num_values > MAX_VALUES:
+            raise _Unreadable(line, f"more than {MAX_VALUES} values; is it a topology at all?")
 
 
 class _Builder:
@@ -126,14 +126,14 @@ class _Builder:
     def _value(self, node: yaml.Node, loc: Loc) -> object:
         line = node.start_mark.line + 1
         self._num_values += 1
-        if self._num_values > MOST_VALUES:
-            raise _Unreadable(line, f"its aliases (*) grow to more than {MOST_VALUES} values; write them out")
+        if self._num_values > MAX_VALUES:
+            raise _Unreadable(line, f"its aliases (*) grow to more than {MAX_VALUES} values; write them out")
         if id(node) in self._open:
             raise _Unreadable(line, "an anchor (&) that holds its own alias (*); write the values out")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, loc)
-        if len(self._open) >= MOST_DEPTH:
-            raise _Unreadable(line, f"its aliases (*) go more than {MOST_DEPTH} levels deep; write the values out")
+        if len(self._open) >= MAX_DEPTH:
+            raise _Unreadable(line, f"its aliases (*) go more than {MAX_DEPTH} levels deep; write the values out")
         if node.tag not in (_TAG + "map", _TAG + "seq"):
             return self._refuse(loc, f"the tag {shown(_tag_text(node.tag))} is not read here; remove it")
         self._open.add(id(node))

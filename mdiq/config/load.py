@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mdiq.config.checks import find_problems, find_warnings
-from mdiq.config.document import MOST_BYTES, Document, read_document
+from mdiq.config.document import MAX_BYTES, Document, read_document
 from mdiq.config.findings import OTHER_PLACE, Finding, Loc, Problem, path_of
 from mdiq.config.messages import SECTIONS, meant_by, noun_of, value_message, without_indices
 from mdiq.config.topology import VERSION, Topology
@@ -70,7 +70,7 @@ def check_file(file: Path, *, without_keys: bool = False) -> Report:
     """
     try:
         with file.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
+            data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise TopologyError([f"{file}: no such file; `mdiq init` writes one, and configs/ has examples"]) from None
     except OSError as error:

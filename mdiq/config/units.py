@@ -18,7 +18,7 @@ _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _BYTES_PER_S = {"k": "kbit", "m": "mbit", "g": "gbit"}
-_MOST_CHARACTERS = 40  # of a value that a message repeats
+_MAX_CHARACTERS = 40  # of a value that a message repeats
 
 
 def parse_size(value: object) -> int:
@@ -102,7 +102,7 @@ def shown(value: object) -> str:
     if value == "":
         return "an empty text"
     text = "".join(character if character.isprintable() else "?" for character in str(value))
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."
 
 
 def _split(value: object, example: str, noun: str) -> tuple[float, str]:

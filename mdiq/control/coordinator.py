@@ -20,7 +20,7 @@ log = structlog.get_logger()
 SILENT_S = 3.0  # three heartbeats
 WATCH_S = 1.0
 LATE_S = 0.5  # of the watcher; less than that hides no heartbeat
-MOST_STRANGERS = 256
+MAX_STRANGERS = 256
 
 A = TypeVar("A", control.Begun, control.BurstSent, control.BurstArrived)
 T = TypeVar("T")
@@ -189,7 +189,7 @@ class Coordinator:
         """Tell a Node of an earlier Ring once to end; what else it says meanwhile is of no use."""
         if identity in self._drained_strangers:
             return
-        if len(self._drained_strangers) >= MOST_STRANGERS:
+        if len(self._drained_strangers) >= MAX_STRANGERS:
             self._drained_strangers.clear()
         self._drained_strangers.add(identity)
         log.info("stranger_drained", peer=repr(identity))

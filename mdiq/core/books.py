@@ -6,7 +6,7 @@ KV cache is reserved as Sequences grow, for the oldest first. When there is none
 hold, then the newest in the Ring is *put back* (preempted): released, and replayed when there is room again. It is
 never failed for it, and how often it may happen to one Sequence is bounded (scheduler.py).
 
-A Sequence whose first tokens are in the KV cache already begins behind them, with the cache of the one that holds them
+A Sequence whose first tokens are in the KV cache already begins after them, with the cache of the one that holds them
 (its parent): one in the Ring that has sent them, or an ended one that is retained for this (prefix_index.py). Stages
 keep the order of arrival, so the parent's Segments need not be back yet. What goes wrong with a parent costs time only:
 the Sequence begins again. A Replay computes all its tokens itself.
@@ -74,7 +74,7 @@ class Books:
         self._scheduler.admit(self._ledger, self._find_room)
 
     def enter(self, entry: Entry) -> None:
-        """Have a Sequence begin behind what is cached of it by now, which may be more than when it was let in."""
+        """Have a Sequence begin after its cached prefix, which may be longer than when the Sequence was admitted."""
         assert entry.seq_id is not None  # it is live
         parent, num_shared = self._longest_prefix(entry)
         if parent is not None and num_shared > entry.num_shared:
@@ -167,7 +167,7 @@ class Books:
         self.begin_again(entry)
 
     def _find_room(self, entry: Entry) -> Room:
-        """Tell whether there is room for a waiting Sequence, and have it begin behind what is cached of it.
+        """Tell whether there is room for a waiting Sequence, and have it begin after its cached prefix.
 
         If there is not, ended Sequences give up what they hold, as far as it helps. Their room is back after a Lap.
         """

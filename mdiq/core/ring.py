@@ -5,7 +5,7 @@ link may repeat or delay, so delivery is never assumed: every Segment in flight 
 that were measured (lap_timer.py). What is overdue, or
 reported as a gap, is *replayed*: the Sequence gets a new wire id and its known tokens enter as a prompt again. Emitted
 tokens are history and never sampled twice, and draws depend on (seed, position) alone, so a Replay continues the same
-text. RELEASE travels behind the last Segment of a Sequence, and its KV reservation returns when it has made its Lap; a
+text. RELEASE travels after the last Segment of a Sequence, and its KV reservation returns when it has made its Lap; a
 lost one is sent again. Who gets KV cache, and who gives it up, is in books.py.
 
     state of a Sequence    event                              next
@@ -157,7 +157,7 @@ class RingProtocol:
                 self._end(entry, FinishReason.LENGTH)  # this Ring holds no more of it
 
     def pace(self, spec: RingSpec) -> None:
-        """Go on in the same Ring at another pace: the measurements behind it have changed."""
+        """Go on in the same Ring at another pace: the measurements that it follows from have changed."""
         self._spec = self._scheduler.spec = spec
 
     def reset_counts(self) -> None:

@@ -20,7 +20,7 @@ from mdiq.errors import ConfigError, MdiqError
 
 log = structlog.get_logger()
 
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 ANSWER_S = 660.0  # a node is drained when what runs has ended
 READ_S = 5.0
 
@@ -60,7 +60,7 @@ class AdminServer:
             self._path.unlink(missing_ok=True)  # of one that was killed
             before = os.umask(0o177)
             try:
-                self._server = await asyncio.start_unix_server(self._serve, self._path, limit=MOST_BYTES)
+                self._server = await asyncio.start_unix_server(self._serve, self._path, limit=MAX_BYTES)
             finally:
                 os.umask(before)
         except OSError as error:
@@ -127,7 +127,7 @@ def ask(topology: Path, question: Mapping[str, Any], environ: Mapping[str, str] 
         try:
             link.sendall(json.dumps(question).encode() + b"\n")
             with link.makefile("rb") as lines:
-                answer = json.loads(lines.readline(MOST_BYTES))
+                answer = json.loads(lines.readline(MAX_BYTES))
         except (OSError, ValueError):
             raise ConfigError(f"{topology}: mdiq serve ended while it was asked; see its log") from None
     if "error" in answer:

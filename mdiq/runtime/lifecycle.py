@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 
 EXTEND_S = 120.0
 """How much longer a start may take, counted from its last progress."""
-MOST_STATUS_CHARACTERS = 200
+MAX_STATUS_CHARACTERS = 200
 _SEND_TIMEOUT_S = 0.5
 _FEEDS_PER_INTERVAL = 4
 
@@ -299,4 +299,4 @@ async def _reload_at(hup: asyncio.Event, reload: Callable[[], Awaitable[None]] |
 
 def _one_line(text: str) -> str:
     # A line break in a status would begin a field of its own, READY=1 say.
-    return " ".join(text.split())[:MOST_STATUS_CHARACTERS]
+    return " ".join(text.split())[:MAX_STATUS_CHARACTERS]

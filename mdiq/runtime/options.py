@@ -122,7 +122,7 @@ class RingOptions:
     wires: format of each Hop's activations, "f32", "bf16", "i8", or "auto": in exact mode the dtype, so that a cut
     between Layers changes no bit; else the Ring chooses when it has measured the Hop. Hop i leaves Stage i. One entry
     serves all.
-    most_divergence_nats: what i8 may cost where the Ring chose it; see plan/wire_choice.py.
+    max_divergence_nats: what i8 may cost where the Ring chose it; see plan/wire_choice.py.
     threads: torch threads of each Node.
     pin: bind Node i to core i.
     in_process: keep all Stages in this process.
@@ -139,7 +139,7 @@ class RingOptions:
     layers: tuple[LayerRange, ...]
     weights: WeightSettings = field(default_factory=WeightSettings)
     wires: tuple[str, ...] = (AUTO,)
-    most_divergence_nats: float = MAX_DIVERGENCE_NATS
+    max_divergence_nats: float = MAX_DIVERGENCE_NATS
     threads: int = 1
     pin: bool = False
     in_process: bool = False

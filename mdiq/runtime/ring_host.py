@@ -52,7 +52,7 @@ class RingHost:
     """A Ring to ``stream`` Sequences through; use it as an async context manager.
 
     make_pipe: gives each Sequence the TextPipe that turns its tokens into text.
-    on_loading: told (node, done, total) while weights load.
+    on_loading: called with (node, done, total) while weights load.
     wire_check_nats: what i8 would cost on the Hops that it was chosen for; None where it was not in question.
     """
 
@@ -328,11 +328,9 @@ class RingHost:
             await self._begin_epoch(tried)
             logits.append(await rehearse(self.service, stage.engine, tokens))
         self.wire_check_nats = divergence_nats(*logits)
-        if self.wire_check_nats <= options.most_divergence_nats:
+        if self.wire_check_nats <= options.max_divergence_nats:
             return wires
-        log.warning(
-            "i8_refused", divergence_nats=round(self.wire_check_nats, 4), most_nats=options.most_divergence_nats
-        )
+        log.warning("i8_refused", divergence_nats=round(self.wire_check_nats, 4), most_nats=options.max_divergence_nats)
         return choose(avoid_small=True)
 
     async def _begin_epoch(self, wires: tuple[str, ...]) -> None:

@@ -34,7 +34,7 @@ DRAIN_S = 1.0
 class SocketWorkers(ABC):
     """Every Stage but the Starter's, over sockets.
 
-    on_fault: told of Faults; on_lost: told when a Node is gone; on_loading: told (node, done, total).
+    on_fault: called with Faults; on_lost: called when a Node is gone; on_loading: called with (node, done, total).
     """
 
     def __init__(

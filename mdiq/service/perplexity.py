@@ -15,8 +15,8 @@ from mdiq.engine.formats.quantize import best_format, chosen_format
 from mdiq.engine.model.perplexity import losses
 from mdiq.engine.model.stage_model import StageModel
 
-_MOST = {"int8": 1.005, "int4": 1.04}
-_MOST_OF_4_BITS = 1.01  # of a file of 4-bit types in 4 bits: its values are kept, and activations are rounded
+_MAX = {"int8": 1.005, "int4": 1.04}
+_MAX_OF_4_BITS = 1.01  # of a file of 4-bit types in 4 bits: its values are kept, and activations are rounded
 _ERRORS = 2  # standard ones: by so many a ratio must be above what it may be, or it may be chance
 
 
@@ -25,7 +25,7 @@ def max_ratio(weights: str, best: str) -> float | None:
 
     best: the format that suits the file; see quantize.best_format.
     """
-    return _MOST_OF_4_BITS if weights == best == "int4" else _MOST.get(weights)
+    return _MAX_OF_4_BITS if weights == best == "int4" else _MAX.get(weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ def _entry(file: Path, text: str, i: int, node: yaml.Node) -> NodeEntry:
     if node.flow_style:
         place = name.end_mark.index
         return NodeEntry(name.value, line, None, place, place, ", public_key: ")
-    # A line of its own behind that of the name, indented like it.
+    # A line of its own after that of the name, indented like it.
     place = text.find("\n", name.end_mark.index) + 1
     indentation = " " * name_key.start_mark.column
     if not place:
@@ -118,7 +118,7 @@ def _entry(file: Path, text: str, i: int, node: yaml.Node) -> NodeEntry:
 
 
 def _check_place(file: Path, name: str, key: yaml.Node, value: yaml.ScalarNode) -> None:
-    """Refuse a value that stands elsewhere than behind its key on one line: an alias, a block of text."""
+    """Refuse a value that does not stand on the line of its key, after it: an alias, a block of text."""
     lines = {key.start_mark.line, value.start_mark.line, value.end_mark.line}
     if len(lines) > 1 or value.start_mark.index < key.end_mark.index:
         raise ConfigError(f"{file}:{_line(key)} {name}.{key.value}: write it out on one line, without alias or block")

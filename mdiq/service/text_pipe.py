@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from mdiq.core.stop_text import StopText
 
-if TYPE_CHECKING:  # torch is imported behind set_threads
+if TYPE_CHECKING:  # torch is imported after set_threads
     from mdiq.engine.text.tokenizer import Tokenizer
 
 

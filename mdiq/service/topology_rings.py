@@ -17,7 +17,7 @@ from mdiq.runtime.options import RingOptions, StandingBy
 from mdiq.service.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
 from mdiq.service.topology_values import remote_ring, weights_of, wires_of
 
-if TYPE_CHECKING:  # torch is imported behind set_threads
+if TYPE_CHECKING:  # torch is imported after set_threads
     from mdiq.config.load import LoadedTopology
     from mdiq.config.topology import Topology
     from mdiq.engine.model_config import ModelConfig

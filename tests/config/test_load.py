@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdiq.config.document import MOST_BYTES
+from mdiq.config.document import MAX_BYTES
 from mdiq.config.load import check_bytes, check_file, load_topology
 from mdiq.config.messages import SECTIONS
 from mdiq.errors import ConfigError, TopologyError
@@ -158,7 +158,7 @@ def test_a_mistake_of_yaml_is_told_in_words(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b" " * (MOST_BYTES + 1), "the file is larger than 256 KiB"),
+        (b" " * (MAX_BYTES + 1), "the file is larger than 256 KiB"),
         (b"[" * 100_000, "more than 20 levels deep"),
         (b"- a\n" * 20_000, "more than 10000 values"),
         ("a: 1\n".encode("utf-16"), "the file is UTF-16"),

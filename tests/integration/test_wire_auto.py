@@ -71,7 +71,7 @@ async def test_a_fast_ring_chooses_bf16(real_model: Path) -> None:
 
 
 async def test_i8_that_costs_more_than_it_may_gives_way_to_bf16(real_model: Path) -> None:
-    async with open_ring(real_model, "bandwidth=200kbit", most_divergence_nats=0.0) as ring:
+    async with open_ring(real_model, "bandwidth=200kbit", max_divergence_nats=0.0) as ring:
         assert [hop.wire for hop in ring.hops()] == ["bf16", "bf16"]
         assert ring.wire_check_nats is not None and ring.wire_check_nats > 0.0
         assert len(await answer(ring, [504, 2988], 3)) == 3

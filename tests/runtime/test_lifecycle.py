@@ -12,7 +12,7 @@ import pytest
 from mdiq.errors import ConfigError
 from mdiq.runtime.lifecycle import (
     EXTEND_S,
-    MOST_STATUS_CHARACTERS,
+    MAX_STATUS_CHARACTERS,
     Notifier,
     Watchdog,
     serve_until_signal,
@@ -86,7 +86,7 @@ def test_a_status_is_said_once(manager: Manager, notifier: Notifier) -> None:
 def test_a_status_cannot_add_fields_and_has_a_bounded_length(manager: Manager, notifier: Notifier) -> None:
     notifier.status("a name with\nREADY=1\r\nMAINPID=1")
     notifier.status("x" * 5000)
-    assert manager.heard() == ["STATUS=a name with READY=1 MAINPID=1", "STATUS=" + "x" * MOST_STATUS_CHARACTERS]
+    assert manager.heard() == ["STATUS=a name with READY=1 MAINPID=1", "STATUS=" + "x" * MAX_STATUS_CHARACTERS]
 
 
 def test_a_start_that_makes_progress_gets_more_time_but_does_not_ask_at_every_step(

@@ -40,7 +40,7 @@ VERSION = 6
 _HOT_SHARE = 0.03  # copies, of a matrix's columns
 _HOT_SHARES = {"down": 0.08}  # its activations are products, and spread the most
 _HOT_STEP = 32  # columns: what the kernels take
-_MOST_PAIR = 127.4  # steps: rounding may add 1, and 255 * 128 is the most that 16 bits hold
+_MAX_PAIR = 127.4  # steps: rounding may add 1, and 255 * 128 is the most that 16 bits hold
 _ROWS = 4_096  # of the vocabulary, packed at a time: a whole one in f32 may be larger than a layer
 _PACKING = threading.Lock()  # a Starter packs for itself and for others: one layer at a time
 _PACKING_S = 1.0
@@ -92,12 +92,12 @@ def quantize_columns(weight: torch.Tensor, hot: torch.Tensor | None) -> dict[str
 
 
 def _quantize_pairs(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as quantize_int8, with a scale that keeps every pair of neighbours within _MOST_PAIR."""
+    """Do as quantize_int8, with a scale that keeps every pair of neighbours within _MAX_PAIR."""
     wide = weight.float()
     pairs = functional.pad(wide, (0, wide.shape[1] % 2)).view(wide.shape[0], -1, 2)
     # Activations are 0 to 255: the worst that a pair can add up to is its positive part, or its negative one.
     most = torch.maximum(pairs.clamp_min(0).sum(-1), pairs.clamp_max(0).sum(-1).neg_()).amax(1)
-    scale = torch.maximum(wide.abs().amax(1) / 127, most / _MOST_PAIR).clamp_min_(torch.finfo(torch.float32).tiny)
+    scale = torch.maximum(wide.abs().amax(1) / 127, most / _MAX_PAIR).clamp_min_(torch.finfo(torch.float32).tiny)
     return (wide / scale[:, None]).round_().to(torch.int8), scale
 
 

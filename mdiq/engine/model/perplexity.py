@@ -22,7 +22,7 @@ def losses(
     Perplexity is e to the power of their mean.
 
     model: all Layers with embedding and head, on the CPU. What is left behind the last whole window is not used.
-    ``progress`` is told (done, total) in windows.
+    ``progress`` is called with (done, total) in windows.
     """
     config, dtype, device = model.config, torch.float32, torch.device("cpu")
     window = min(window, len(token_ids), config.context_tokens)
