@@ -49,12 +49,12 @@ _WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
 _OF_ONE_SEGMENT = (FrameKind.PROBE, FrameKind.BURST)
 
 
-def hop_key(ring_key: bytes, receiver: int) -> bytes:
-    """Return the key of the Hop into Stage ``receiver``: 32 bytes.
+def hop_key(ring_key: bytes, receiver: str) -> bytes:
+    """Return the key of the Hop into the Node of this name: 32 bytes. A Node keeps it wherever it stands in the Ring.
 
     Each Hop has its own key: a Frame recorded on one Hop is not accepted on another, where its position may be next.
     """
-    return blake2b(b"hop %d" % receiver, digest_size=32, key=ring_key).digest()
+    return blake2b(b"hop " + receiver.encode(), digest_size=32, key=ring_key).digest()
 
 
 class BadFrame(RemoteProtocolError):

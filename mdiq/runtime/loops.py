@@ -6,7 +6,7 @@ runs in one worker thread per Node, and nothing spins: every loop sleeps on a so
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,43 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class EpochLinks:
+    """A Stage's two Hops in an Epoch: where Frames come from and go to, the keys that tag them, and their limits."""
+
+    source: FrameSource
+    sink: FrameSink
+    receive_key: bytes
+    send_key: bytes
+    limits: wire.WireLimits
+
+
+class Supervisor:
+    """Runs loops until ``aclose``; calls ``on_failed`` with the reason when one of them fails."""
+
+    def __init__(self, on_failed: Callable[[MdiqError], None]) -> None:
+        self._on_failed = on_failed
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def run(self, loop: Coroutine[Any, Any, None], name: str) -> None:
+        """Run a loop; its name stands in the error if it fails in a way that nobody has foreseen."""
+        task = asyncio.create_task(loop, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def aclose(self) -> None:
+        """Cancel all loops and wait for their ends."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_failed(loop_failed(task.get_name(), error))
+
+
 class GivenUp(Exception):
     """Ends a long job from within: nobody waits for its result any more."""
 
@@ -53,14 +90,14 @@ class Meter:
 
 
 class Worker:
-    """The one thread that computes, with its meter.
+    """The one thread that computes, with its meter, and with the clock and tracer of its Node.
 
     initialize: called once in the thread, for settings that torch keeps per thread.
     """
 
     def __init__(self, clock: Clock, tracer: Tracer, initialize: Callable[[], None] = lambda: None) -> None:
-        self._clock = clock
-        self._tracer = tracer
+        self.clock = clock
+        self.tracer = tracer
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="mdiq-compute", initializer=initialize)
         self._work_since: float | None = None
         self._jobs: set[Future[Any]] = set()  # queued or running, also those that nobody waits for any more
@@ -80,12 +117,12 @@ class Worker:
 
     def note_progress(self) -> None:
         """Say that a job goes on: a watchdog does not take it for a stuck one then. From any thread."""
-        self._last_progress_s = self._clock()
+        self._last_progress_s = self.clock()
 
     def work_waits(self) -> None:
         """Note that there is work: from now on an idle worker is one that lets work wait."""
         if not self._jobs and self._work_since is None:
-            self._work_since = self._clock()
+            self._work_since = self.clock()
 
     async def run(self, label: str, job: Callable[[], T]) -> T:
         """Run ``job`` in the worker thread and return its result; it counts as compute time."""
@@ -95,7 +132,7 @@ class Worker:
             self.meter.waiting_s += max(start_s - self._work_since, 0.0)
         # What arrived meanwhile waits from this moment on; the compute loop clears it when nothing did.
         self._work_since = stop_s
-        self._tracer.add(COMPUTE, label, start_s, stop_s)
+        self.tracer.add(COMPUTE, label, start_s, stop_s)
         return result
 
     async def run_uncounted(self, job: Callable[[], T]) -> T:
@@ -145,9 +182,9 @@ class Worker:
 
     async def _timed(self, job: Callable[[], T]) -> tuple[T, float, float]:
         def timed() -> tuple[T, float, float]:
-            start_s = self._clock()
+            start_s = self.clock()
             result = job()
-            return result, start_s, self._clock()
+            return result, start_s, self.clock()
 
         running = self._executor.submit(timed)
         self._jobs.add(running)
@@ -179,42 +216,34 @@ def loop_failed(name: str, error: BaseException) -> MdiqError:
     return RingError(f"{name}: {first!r}; see the log")
 
 
-async def receive_frames(
-    source: FrameSource,
-    key: bytes,
-    limits: wire.WireLimits,
-    accept: Callable[[Frame], None],
-    worker: Worker,
-    clock: Clock,
-    tracer: Tracer,
-) -> None:
+async def receive_frames(links: EpochLinks, accept: Callable[[Frame], None], worker: Worker) -> None:
     """Decode what arrives and hand it to ``accept``, for ever; what is not a legal Frame is dropped and counted."""
     junk = JunkBudget()
     while True:
-        parts = await source.receive()
-        start_s = clock()
+        parts = await links.source.receive()
+        start_s = worker.clock()
         try:
-            decode = partial(wire.decode, parts, key, limits)
+            decode = partial(wire.decode, parts, links.receive_key, links.limits)
             frame = await asyncio.to_thread(decode) if _num_bytes(parts) >= LARGE_BYTES else decode()
             accept(frame)
         except RemoteProtocolError as error:
             reason = error.reason if isinstance(error, wire.BadFrame) else "protocol"
             worker.meter.dropped[reason] += 1
             log.warning("frame_dropped", reason=reason, error=str(error))
-            await junk.spent(clock() - start_s)
+            await junk.spent(worker.clock() - start_s)
             continue
-        tracer.add("receive", f"{len(frame.segments)} segments", start_s, clock())
+        worker.tracer.add("receive", f"{len(frame.segments)} segments", start_s, worker.clock())
 
 
-async def send_frames(queue: "asyncio.Queue[Frame]", sink: FrameSink, key: bytes, clock: Clock, tracer: Tracer) -> None:
+async def send_frames(queue: "asyncio.Queue[Frame]", links: EpochLinks, worker: Worker) -> None:
     """Send what is queued on the Hop, for ever."""
     while True:
         frame = await queue.get()
-        start_s = clock()
-        encode = partial(wire.encode, frame, key)
+        start_s = worker.clock()
+        encode = partial(wire.encode, frame, links.send_key)
         is_large = _num_bytes(frame.payload.parts()[2]) >= LARGE_BYTES
-        await sink.send(await asyncio.to_thread(encode) if is_large else encode())
-        tracer.add("send", f"{len(frame.segments)} segments", start_s, clock())
+        await links.sink.send(await asyncio.to_thread(encode) if is_large else encode())
+        worker.tracer.add("send", f"{len(frame.segments)} segments", start_s, worker.clock())
 
 
 def _num_bytes(parts: Sequence[Buffer]) -> int:

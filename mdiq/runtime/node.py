@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 import zmq.asyncio
@@ -20,20 +21,14 @@ from mdiq.cache import cache_directory
 from mdiq.control.agent import Agent
 from mdiq.control.weight_client import fetch_weights
 from mdiq.core import control
-from mdiq.core.stage import NO_EPOCH, StageProtocol
-from mdiq.core.types import Epoch, LayerRange
+from mdiq.core.types import LayerRange
 from mdiq.core.weights import folder_name
-from mdiq.engine.device import choose_device, free_bytes, kind_of
 from mdiq.engine.formats.layer_files import LayerFiles
-from mdiq.engine.kept_cost import kept_cost
-from mdiq.engine.measure import SUSTAINED_S, measure_cost
-from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
-from mdiq.engine.runner import StageRunner
-from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError, TransportError, first_of
+from mdiq.errors import LocalProtocolError, MdiqError, RingError
 from mdiq.runtime.lifecycle import Notifier
-from mdiq.runtime.loops import make_worker
+from mdiq.runtime.loops import Supervisor, make_worker
 from mdiq.runtime.options import RingPeers
-from mdiq.runtime.stage_service import StageService
+from mdiq.runtime.stage_host import StageHost
 from mdiq.telemetry.trace import Tracer
 from mdiq.transport.curve import DATA, ClientSecurity, Gate, ServerSecurity
 from mdiq.transport.push_pull import PullSource, PushSink
@@ -79,21 +74,16 @@ class NodeProcess:
         self.is_assigned = self.has_served = False
         self._waits_for = "the starter"  # or for nothing
         self._gate: Gate | None = None
-        self._guarding: asyncio.Task[None] | None = None
-        self._telling: asyncio.Task[None] | None = None
+        self._loops = Supervisor(self._on_failed)
+        self._failed: asyncio.Future[MdiqError] | None = None
         self._previous = ""  # the Node before this one; unknown before the assignment
         self._layers = ""
         self._num_links = 0
-        self._stage = StageProtocol()
-        self._runner: StageRunner | None = None
+        self._stage = StageHost(self.worker, is_rationed=self._peers is not None)
         self._sink: PushSink | None = None
-        self._serving: asyncio.Task[None] | None = None
         self._context = zmq.asyncio.Context()
         self._source: PullSource | None = None
         self._agent: Agent | None = None
-        self._service: StageService | None = None
-        self._is_last = False
-        self._bytes_before = (0, 0)  # in and out, when this Node began to serve
 
     async def run(self) -> None:
         """Serve until the Starter drains this Node.
@@ -102,33 +92,32 @@ class NodeProcess:
             MdiqError: the port or the model cannot be used, or a loop failed.
         """
         link: DealerLink | None = None
-        self._telling = asyncio.create_task(self._tell_what_it_waits_for(), name="telling")
+        self._failed = failed = asyncio.get_running_loop().create_future()
+        self._loops.run(self._tell_what_it_waits_for(), "telling")
         try:
-            self._source, link = await self._open_links()
-            hello = control.Hello(self._options.name, self._source.endpoint, os.getpid(), mdiq.__version__)
+            self._source = source = await self._open_source()
+            link = await self._connect_control()
+            hello = control.Hello(self._options.name, source.endpoint, os.getpid(), mdiq.__version__)
             self._agent = Agent(
                 link,
                 self._options.control_key,
                 hello,
                 load=self._load,
-                send_burst=self._send_burst,
+                send_burst=self._stage.send_burst,
                 begin=self._begin,
                 stand_by=self._stand_by,
-                heartbeat=self._heartbeat,
+                heartbeat=self._stage.heartbeat,
                 spans=lambda: self._tracer.spans,
             )
-            await self._until_drained(self._agent)
+            await self._until_drained(self._agent, failed)
         finally:
-            tasks = [task for task in (self._telling, self._serving, self._guarding) if task is not None]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._loops.aclose()
             for part in (self._sink, self._source, link, self._gate):
                 if part is not None:
                     await part.aclose()
             await self.worker.aclose()
             self._context.term()
-            self._runner = self._service = self._serving = None
+            self._stage.free()
 
     async def ask_to_leave(self) -> bool:
         """Ask the Starter to drain this Node when what is in the Ring has ended; return whether that will happen."""
@@ -151,26 +140,26 @@ class NodeProcess:
             nodes = [node for node in self._peers.nodes if self._previous in ("", node.name)]
             await self._gate.replace(DATA, {node.public_key or "": node.name for node in nodes})
 
-    async def _open_links(self) -> tuple[PullSource, DealerLink]:
+    async def _open_source(self) -> PullSource:
         options, peers = self._options, self._peers
         if peers is None:
-            source = await PullSource.bind(self._context, options.listen)
-            return source, await DealerLink.connect(self._context, options.control, identity=options.name)
+            return await PullSource.bind(self._context, options.listen)
         entrance: ServerSecurity | None = None
         if peers.secret is not None:
             self._gate = gate = Gate(self._context)
             gate.start()
             await self._admit()
-            self._guarding = asyncio.create_task(_guard(gate), name="gate")
+            self._loops.run(gate.run(), "gate")  # without it nobody is let in
             entrance = ServerSecurity(peers.secret, DATA, gate)
-        source = await PullSource.bind(
+        return await PullSource.bind(
             self._context, listen_endpoint(options.listen), security=entrance, insecure=peers.insecure
         )
-        try:
-            return source, await self._connect_to_starter(peers, options.control)
-        except BaseException:
-            await source.aclose()
-            raise
+
+    async def _connect_control(self) -> DealerLink:
+        options = self._options
+        if self._peers is None:
+            return await DealerLink.connect(self._context, options.control, identity=options.name)
+        return await self._connect_to_starter(self._peers, options.control)
 
     async def _connect_to_starter(self, peers: RingPeers, endpoint: str) -> DealerLink:
         # Another identity each time: nothing that was meant for an earlier link arrives on this one.
@@ -194,28 +183,29 @@ class NodeProcess:
                 self._notifier.starting(f"waits for {self._waits_for}")
             await asyncio.sleep(TELL_S)
 
-    async def _until_drained(self, agent: Agent) -> None:
-        """Run the agent; a loop of the Stage that fails ends the Node with its error."""
+    async def _until_drained(self, agent: Agent, failed: "asyncio.Future[MdiqError]") -> None:
+        """Run the agent; a loop that fails ends the Node with its error."""
         obeying = asyncio.create_task(agent.run(), name="agent")
         try:
-            while not obeying.done():
-                loops = {task for task in (self._telling, self._serving, self._guarding) if task is not None}
-                # The Stage begins to serve while the agent obeys: look again when it does.
-                done, _ = await asyncio.wait({obeying, *loops}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-                for ended in done & loops:
-                    error = first_of(ended.exception() or EngineError("a loop of the node has ended; see its log"))
-                    if self._peers is not None and isinstance(error, MdiqError):
-                        await agent.leave(error)  # nobody watches this process for the Starter
-                    ended.result()
+            waited_for: set[asyncio.Future[Any]] = {obeying, failed}
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                if self._peers is not None:
+                    await agent.leave(failed.result())  # nobody watches this process for the Starter
+                raise failed.result()
             obeying.result()
         finally:
             obeying.cancel()
             await asyncio.gather(obeying, return_exceptions=True)
 
+    def _on_failed(self, error: MdiqError) -> None:
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_result(error)
+
     async def _load(self, assign: control.Assign) -> control.Ready:
-        if self._serving is not None or self._agent is None or self._source is None:
+        agent, source = self._agent, self._source
+        if self._sink is not None or agent is None or source is None:
             raise LocalProtocolError("assign: this version loads once; restart the node")
-        agent = self._agent
         layers = LayerRange(assign.layer_start, assign.layer_stop)
         self._layers = f"layers {layers.start}-{layers.stop - 1}"
         self.is_assigned, self._waits_for = True, ""
@@ -225,63 +215,18 @@ class NodeProcess:
         await self._admit()
         self._tracer.is_on = assign.trace
         model = await self._fetch(self._peers, layers, assign) if self._peers else Path(assign.model)
-        load = partial(
-            StageRunner.load,
+        ready = await self._stage.load(
+            assign,
             model,
-            layers,
-            is_last=assign.is_last,
-            owns_embedding_and_head=False,
-            kv_tokens=assign.kv_tokens or None,
-            weights=assign.weights,
-            wire=assign.wire,
-            memory_share=assign.memory_share,
             memory_bytes=self._memory_bytes(),
-            digest=assign.model_digest,
+            on_loading=partial(self._progress, "loading"),
+            on_measuring=lambda: self._notifier.starting(f"measures {self._layers}"),
         )
-        can_peak = reset_peak()
-        runner = await self.worker.run_long(
-            lambda progress: load(progress=progress), partial(self._progress, "loading")
-        )
-        measure = partial(measure_cost, min_s=SUSTAINED_S) if self._peers else kept_cost
-        cost = await self.worker.run_long(
-            lambda progress: measure(runner, progress=progress),
-            lambda *_: self._notifier.starting(f"measures {self._layers}"),
-        )
-        self._runner = runner
         self._sink = await self._connect_hop(assign.next_endpoint)
-        self.worker.reset_meter()
-        self._stage.assign(Epoch(assign.epoch), is_last=assign.is_last)
-        self._is_last = assign.is_last
-        self._service = StageService(
-            self._stage,
-            runner,
-            self._source,
-            self._sink,
-            receive_key=assign.receive_key,
-            send_key=assign.send_key,
-            limits=runner.wire_limits,
-            worker=self.worker,
-            clock=self._clock,
-            tracer=self._tracer,
-            report_gaps=agent.gaps,
-            report_failure=agent.failure,
-            report_burst=agent.burst_arrived,
-        )
-        self._serving = asyncio.create_task(self._service.run(), name="stage")
+        self._loops.run(self._stage.serve(assign, source, self._sink, agent), "stage")
         self._waits_for = "the others of the ring"
-        log.info("stage_ready", epoch=assign.epoch, layers=str(layers), kv_tokens=runner.kv_capacity_tokens)
-        return control.Ready(
-            epoch=assign.epoch,
-            kv_tokens=runner.kv_capacity_tokens,
-            weight_bytes=runner.weight_bytes,
-            kv_bytes_per_token=runner.kv_bytes_per_token,
-            rss_bytes=rss_bytes(),
-            decode_s=cost.decode.points,
-            prompt_s=cost.prompt.points,
-            free_bytes=free_bytes(choose_device(assign.weights.device)),
-            peak_bytes=peak_bytes() if can_peak else 0,
-            cpu=kind_of(choose_device(assign.weights.device)),
-        )
+        log.info("stage_ready", epoch=assign.epoch, layers=str(layers), kv_tokens=ready.kv_tokens)
+        return ready
 
     def _memory_bytes(self) -> int | None:
         """Return the most that this process may take, by the topology."""
@@ -320,26 +265,11 @@ class NodeProcess:
         security = self._client_security(self._peers.public_key(endpoint))
         return await PushSink.connect(self._context, endpoint, security=security, insecure=self._peers.insecure)
 
-    async def _send_burst(self, burst: control.SendBurst) -> control.BurstSent:
-        if self._service is None:
-            raise LocalProtocolError("burst: there is no hop before an assignment; restart the ring")
-        return control.BurstSent(burst.epoch, burst.number, await self._service.send_burst(burst))
-
     async def _begin(self, begin: control.Begin) -> control.Begun:
-        runner = self._runner
-        if runner is None or self._source is None or self._sink is None:
-            raise LocalProtocolError("begin: there is nothing to serve before an assignment; restart the ring")
-        self._stage.assign(Epoch(begin.epoch), is_last=self._is_last)
-        runner.set_wire(begin.wire)
-        # In the worker's turn: a Batch of the old Epoch may still run.
-        await self.worker.run_uncounted(runner.reset)
-        self.worker.reset_meter()
-        self._tracer.clear()
-        self._bytes_before = self._source.bytes_in, self._sink.bytes_out
+        begun = await self._stage.begin(begin)
         self._waits_for, self.has_served = "", True
         self._notifier.ready(f"serves {self._layers}")
-        log.info("epoch_began", epoch=begin.epoch, wire=begin.wire)
-        return control.Begun(begin.epoch)
+        return begun
 
     def _stand_by(self, reason: str) -> None:
         if self.is_assigned:
@@ -347,25 +277,3 @@ class NodeProcess:
         self._waits_for = ""
         self._notifier.ready(f"stands by: {reason}")
         log.info("stands_by", reason=reason)
-
-    def _heartbeat(self) -> control.Heartbeat:
-        meter, (bytes_in, bytes_out) = self.worker.meter, self._bytes_before
-        return control.Heartbeat(
-            epoch=self._stage.epoch or NO_EPOCH,
-            rss_bytes=rss_bytes(),
-            busy_s=meter.busy_s,
-            waiting_s=meter.waiting_s,
-            bytes_in=self._source.bytes_in - bytes_in if self._source else 0,
-            bytes_out=self._sink.bytes_out - bytes_out if self._sink else 0,
-            frames_dropped=dict(meter.dropped),
-            kv_tokens_in_use=self._runner.kv_tokens_in_use if self._runner else 0,
-            queue_depth=self._stage.num_waiting,
-        )
-
-
-async def _guard(gate: Gate) -> None:
-    """Answer for keys; without that nobody is let in, so the Ring ends and the next one has a new Gate."""
-    try:
-        await gate.run()
-    except Exception as error:
-        raise TransportError(f"its gate failed, and lets nobody in any more: {error!r}; see its log") from error

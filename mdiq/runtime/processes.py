@@ -8,14 +8,15 @@ import asyncio
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 
 from mdiq.core import control
 from mdiq.core.types import NodeId
-from mdiq.errors import MdiqError, NodeDiedError
+from mdiq.errors import NodeDiedError
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import core_of
 from mdiq.runtime.socket_workers import SocketWorkers
+from mdiq.runtime.workers import RingEvents
 from mdiq.transport.push_pull import PullSource, PushSink
 from mdiq.transport.router_dealer import RouterServer
 
@@ -25,24 +26,11 @@ OWN_ERROR = "mdiq: "  # how the command line begins the one line that says why i
 class ProcessWorkers(SocketWorkers):
     """Every Stage but the Starter's, each in a process of its own on this machine."""
 
-    def __init__(
-        self,
-        options: RingOptions,
-        *,
-        ring_key: bytes,
-        on_fault: Callable[[control.Fault], None],
-        on_lost: Callable[[MdiqError], None],
-        on_loading: Callable[[str, int, int], None],
-    ) -> None:
-        super().__init__(
-            options,
-            ring_key=ring_key,
-            on_fault=on_fault,
-            on_lost=on_lost,
-            on_loading=on_loading,
-        )
+    def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
+        super().__init__(options, ring_key, events)
         self._control_key = secrets.token_bytes(32)
         self._children: dict[NodeId, asyncio.subprocess.Process] = {}
+        self._own_endpoint = ""
 
     async def open(self) -> None:
         """Start the processes, which import what they need and join.
@@ -50,26 +38,26 @@ class ProcessWorkers(SocketWorkers):
         Raises:
             MdiqError: a port or a process failed; the message names the Node.
         """
-        self.source = await PullSource.bind(self._context, _listen(self._options, 0))
+        self.source = source = await PullSource.bind(self._context, _listen(self._options, 0))
+        self._own_endpoint = source.endpoint
         server = await RouterServer.bind(self._context, "tcp://127.0.0.1:0")
         self._coordinate(server, self._control_key)
         for i, node in enumerate(self._names, 1):
             child = await self._spawn(node, i, server.endpoint)
-            self._run(self._watch(node, child), f"watch-{node}")
+            self._children[node] = child
+            self._loops.run(self._watch(node, child), f"watch-{node}")
 
-    async def _join_and_load(self) -> Sequence[control.Ready]:
-        assert self._coordinator is not None and self.source is not None  # open has run
+    async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:
         coordinator = self._coordinator
+        assert coordinator is not None  # open has run
         hellos = await coordinator.all_joined()
-        endpoints = [hellos[node].data_endpoint for node in self._names] + [self.source.endpoint]
+        endpoints = [hellos[node].data_endpoint for node in self._names] + [self._own_endpoint]
         if self._options.slowdown is not None:
             endpoints = await self._options.slowdown.slow_hops(endpoints)
         self._endpoints = endpoints
         self.sink = await PushSink.connect(self._context, endpoints[0])
         assignments = {node: self._assignment(i, endpoints[i]) for i, node in enumerate(self._names, 1)}
-        ready = await coordinator.assign(assignments)
-        self._ready = dict(ready)
-        return [ready[node] for node in self._names]
+        return await coordinator.assign(assignments)
 
     async def aclose(self) -> None:
         """End every process and close every socket; what does not end by itself is killed."""

@@ -75,12 +75,12 @@ class RemoteWorkers(SocketWorkers):
             insecure=insecure,
         )
 
-    async def _join_and_load(self) -> Sequence[control.Ready]:
+    async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:
         """Wait for the Nodes, have them fetch and load their Layers."""
         ring, coordinator = self._ring, self._coordinator
         assert coordinator is not None  # open has run
         if self._weights is None:
-            return []
+            return {}
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._serve_weights(self._weights), name="serve-weights")
@@ -97,16 +97,12 @@ class RemoteWorkers(SocketWorkers):
             insecure=ring.insecure,
         )
         assignments = {node: self._remote_assignment(i) for i, node in enumerate(self._names, 1)}
-        ready = await coordinator.assign(assignments)
-        self._ready = dict(ready)
-        return [ready[node] for node in self._names]
+        return await coordinator.assign(assignments)
 
     async def aclose(self) -> None:
         """Send the Nodes back to waiting for a Starter, and close every socket."""
         await self.drain()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._loops.aclose()
         if self._packing is not None:
             await asyncio.to_thread(self._packing.close)
         if self._weights is not None:
@@ -127,7 +123,7 @@ class RemoteWorkers(SocketWorkers):
         last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
         for domain, listed in ((DATA, last), (CONTROL, self._speakers(ring.standing_by)), (WEIGHTS, workers)):
             await gate.replace(domain, listed)
-        self._run(gate.run(), "gate")
+        self._loops.run(gate.run(), "gate")
         return gate
 
     def _speakers(self, standing_by: Sequence[StandingBy]) -> dict[str, str]:
@@ -157,7 +153,7 @@ class RemoteWorkers(SocketWorkers):
             limit=None if rate is None else TokenBucket(rate, PIECE_BYTES),
             may_fetch=partial(self._may_fetch, server),
         )
-        self._run(weight_server.run(), "weights")
+        self._loops.run(weight_server.run(), "weights")
 
     def _may_fetch(self, server: RouterServer, identity: bytes, layers: LayerRange) -> bool:
         """Tell whether Layers are those of the Node that asks: by its key, or by what it calls itself in plain text."""

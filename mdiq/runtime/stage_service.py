@@ -3,64 +3,50 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import structlog
 
-from mdiq.core import control, wire
+from mdiq.core import control
 from mdiq.core.frame import Engine, Frame, FrameKind
 from mdiq.core.hop_survey import BurstMeter
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, SeqId
 from mdiq.errors import EngineError, MdiqError, SequenceError
-from mdiq.runtime.loops import Clock, Worker, queue_burst, receive_frames, send_frames
-from mdiq.telemetry.trace import Tracer
-from mdiq.transport.base import FrameSink, FrameSource
+from mdiq.runtime.loops import EpochLinks, Worker, queue_burst, receive_frames, send_frames
 
 log = structlog.get_logger()
 
-GapReport = Callable[[Epoch, tuple[SeqId, ...]], None]
 FailureReport = Callable[[Epoch, tuple[SeqId, ...], MdiqError], None]
-BurstReport = Callable[[control.BurstArrived], None]
+
+
+class StageReports(Protocol):
+    """What a Stage tells the Starter; an Agent does it for one on another machine."""
+
+    def gaps(self, epoch: Epoch, seq_ids: tuple[SeqId, ...]) -> None:
+        """Report Sequences whose Frames were lost on the way here."""
+        ...
+
+    def failure(self, epoch: Epoch, seq_ids: tuple[SeqId, ...], error: MdiqError) -> None:
+        """Report Sequences that the engine could not compute."""
+        ...
+
+    def burst_arrived(self, arrived: control.BurstArrived) -> None:
+        """Report a burst that came over the Hop into this Stage."""
+        ...
 
 
 class StageService:
-    """Runs a Stage that is not the Starter until it is cancelled.
-
-    report_gaps: told of Sequences whose Frames were lost on the way here.
-    report_failure: told of Sequences that the engine could not compute.
-    report_burst: told of bursts that came over the Hop into this Stage.
-    """
+    """Runs a Stage that is not the Starter until it is cancelled."""
 
     def __init__(
-        self,
-        stage: StageProtocol,
-        engine: Engine,
-        source: FrameSource,
-        sink: FrameSink,
-        *,
-        receive_key: bytes,
-        send_key: bytes,
-        limits: wire.WireLimits,
-        worker: Worker,
-        clock: Clock,
-        tracer: Tracer,
-        report_gaps: GapReport,
-        report_failure: FailureReport,
-        report_burst: BurstReport,
+        self, stage: StageProtocol, engine: Engine, links: EpochLinks, worker: Worker, reports: StageReports
     ) -> None:
         self._stage = stage
         self._engine = engine
-        self._source = source
-        self._sink = sink
-        self._receive_key = receive_key
-        self._send_key = send_key
-        self._limits = limits
+        self._links = links
         self._worker = worker
-        self._clock = clock
-        self._tracer = tracer
-        self._report_gaps = report_gaps
-        self._report_failure = report_failure
-        self._report_burst = report_burst
+        self._reports = reports
         self._bursts = BurstMeter()
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=64)
         self._wake = asyncio.Event()
@@ -68,39 +54,32 @@ class StageService:
     async def run(self) -> None:
         """Receive, compute and send until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(
-                receive_frames(
-                    self._source, self._receive_key, self._limits, self._accept, self._worker, self._clock, self._tracer
-                ),
-                name="receive",
-            )
+            tasks.create_task(receive_frames(self._links, self._accept, self._worker), name="receive")
             tasks.create_task(self._compute(), name="compute")
-            tasks.create_task(
-                send_frames(self._outgoing, self._sink, self._send_key, self._clock, self._tracer), name="send"
-            )
+            tasks.create_task(send_frames(self._outgoing, self._links, self._worker), name="send")
 
     async def send_burst(self, burst: control.SendBurst) -> float:
         """Send a burst over the Hop out of this Stage; return when it began to leave."""
-        return await queue_burst(burst, self._limits, self._outgoing, self._clock)
+        return await queue_burst(burst, self._links.limits, self._outgoing, self._worker.clock)
 
     def _accept(self, frame: Frame) -> None:
         if frame.kind is FrameKind.BURST:
-            arrived = self._bursts.arrived(frame, self._clock()) if frame.epoch == self._stage.epoch else None
+            arrived = self._bursts.arrived(frame, self._worker.clock()) if frame.epoch == self._stage.epoch else None
             if arrived is not None:
-                self._report_burst(arrived)
+                self._reports.burst_arrived(arrived)
             return
         receipt = self._stage.receive(frame)
         if receipt.passes and not self._outgoing.full():
             self._outgoing.put_nowait(frame)
         if receipt.gaps:
-            self._report_gaps(frame.epoch, receipt.gaps)
+            self._reports.gaps(frame.epoch, receipt.gaps)
         if self._stage.has_work:
             self._worker.work_waits()
             self._wake.set()
 
     async def _compute(self) -> None:
         while True:
-            frames = await compute_batch(self._stage, self._engine, self._worker, self._report_failure)
+            frames = await compute_batch(self._stage, self._engine, self._worker, self._reports.failure)
             if frames is None:
                 self._worker.nothing_waits()
                 self._wake.clear()

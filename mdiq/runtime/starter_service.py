@@ -19,10 +19,8 @@ from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, RingSpec, SeqId
 from mdiq.errors import EngineError, MdiqError, RingError
-from mdiq.runtime.loops import Clock, Worker, queue_burst, receive_frames, send_frames
+from mdiq.runtime.loops import EpochLinks, Worker, queue_burst, receive_frames, send_frames
 from mdiq.runtime.stage_service import compute_batch
-from mdiq.telemetry.trace import Tracer
-from mdiq.transport.base import FrameSink, FrameSource
 
 log = structlog.get_logger()
 
@@ -89,7 +87,7 @@ class _Stream:
 class StarterService:
     """Serves Sequences on one Ring. ``run`` keeps it going; ``stream`` is what callers use.
 
-    source: what the last Stage sends, or None when this Stage is the only one; sink: the next Stage, likewise.
+    links: to the other Stages, or None when this Stage is the only one.
     make_pipe: gives each Sequence its TextPipe.
     plan_pace: called with how long the Hops take when that has changed noticeably; returns the Ring's new pace. None
     disables the measuring.
@@ -100,29 +98,18 @@ class StarterService:
         ring: RingProtocol,
         stage: StageProtocol,
         engine: StarterEngine,
-        source: FrameSource | None,
-        sink: FrameSink | None,
-        *,
-        receive_key: bytes,
-        send_key: bytes,
-        limits: wire.WireLimits,
+        links: EpochLinks | None,
         worker: Worker,
-        clock: Clock,
-        tracer: Tracer,
+        *,
         make_pipe: Callable[[Sequence], TextPipe] = lambda _: NoText(),
         plan_pace: Callable[[float], Awaitable[RingSpec]] | None = None,
     ) -> None:
         self._ring = ring
         self._stage = stage
         self._engine = engine
-        self._source = source
-        self._sink = sink
-        self._receive_key = receive_key
-        self._send_key = send_key
-        self._limits = limits
+        self._links = links
         self._worker = worker
-        self._clock = clock
-        self._tracer = tracer
+        self._clock = worker.clock
         self._make_pipe = make_pipe
         self._plan_pace = plan_pace
         self._hops = HopMeter()
@@ -139,38 +126,25 @@ class StarterService:
         self._ended: BaseException | None = None
 
     async def run(self) -> None:
-        """Receive, compute and send until cancelled; if a loop fails, every stream ends with an error."""
+        """Receive, compute and send until cancelled, or until a loop fails; every stream ends with an error then."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._compute(), name="compute")
                 tasks.create_task(self._watch_deadlines(), name="deadlines")
-                if self._source is not None and self._sink is not None:
-                    tasks.create_task(
-                        receive_frames(
-                            self._source,
-                            self._receive_key,
-                            self._limits,
-                            self._accept,
-                            self._worker,
-                            self._clock,
-                            self._tracer,
-                        ),
-                        name="receive",
-                    )
-                    tasks.create_task(
-                        send_frames(self._outgoing, self._sink, self._send_key, self._clock, self._tracer),
-                        name="send",
-                    )
+                if self._links is not None:
+                    tasks.create_task(receive_frames(self._links, self._accept, self._worker), name="receive")
+                    tasks.create_task(send_frames(self._outgoing, self._links, self._worker), name="send")
                     if self._plan_pace is not None:
                         tasks.create_task(self._probe_hops(), name="probe")
                         tasks.create_task(self._renew_pace(self._plan_pace), name="pace")
-        except BaseException as error:
-            self.fail_all(RingError(f"starter: its loops have ended: {error!r}; see the log"))
-            raise
+        finally:
+            self.fail_all(RingError("starter: its loops have ended; see the log"))
 
-    def begin_epoch(self, epoch: Epoch, spec: RingSpec) -> None:
+    async def begin_epoch(self, epoch: Epoch, spec: RingSpec) -> None:
         """Serve on a new Ring from now on; unfinished Sequences are replayed there."""
+        # The Stage first: no Batch of the old Epoch is taken and put into the cache after the engine has emptied it.
         self._stage.assign(epoch, is_last=spec.num_stages == 1)
+        await self._worker.run_uncounted(self._engine.reset)
         self._returned.clear()
         self._ring.begin_epoch(epoch, spec)
         self._poll()
@@ -200,7 +174,8 @@ class StarterService:
 
     async def send_burst(self, burst: control.SendBurst) -> float:
         """Send a burst over the first Hop; return when it began to leave."""
-        return await queue_burst(burst, self._limits, self._outgoing, self._clock)
+        assert self._links is not None  # a Ring of one has no Hop
+        return await queue_burst(burst, self._links.limits, self._outgoing, self._clock)
 
     def burst_arrived(self, number: int) -> "asyncio.Future[control.BurstArrived]":
         """Return a future of what comes of a burst over the last Hop; it fails when the Ring is gone."""
@@ -309,7 +284,7 @@ class StarterService:
         if frames is None:
             return False
         for frame in frames:
-            if self._sink is None:
+            if self._links is None:
                 self._returned.append(frame)
             else:
                 await self._outgoing.put(frame)

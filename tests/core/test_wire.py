@@ -423,8 +423,8 @@ def _mutated(rng: random.Random, parts: list[bytes]) -> list[bytes]:
 def test_a_frame_recorded_on_one_hop_is_refused_on_another() -> None:
     ring_key = bytes(range(32))
     frame = Frame(Epoch(1), FrameKind.RELEASE, (Segment(SeqId(1), 0, 0),))
-    parts = wire.encode(frame, wire.hop_key(ring_key, 1))
-    assert wire.decode(parts, wire.hop_key(ring_key, 1), wire.WireLimits()) == frame
+    parts = wire.encode(frame, wire.hop_key(ring_key, "pi1"))
+    assert wire.decode(parts, wire.hop_key(ring_key, "pi1"), wire.WireLimits()) == frame
     with pytest.raises(wire.BadFrame) as caught:
-        wire.decode(parts, wire.hop_key(ring_key, 2), wire.WireLimits())
+        wire.decode(parts, wire.hop_key(ring_key, "pi2"), wire.WireLimits())
     assert caught.value.reason == "tag"

@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as AbstractSequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,11 +18,10 @@ from mdiq.core.ring_actions import Action
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, LayerRange, RingSpec
-from mdiq.runtime.loops import Worker
+from mdiq.runtime.loops import EpochLinks, Worker
 from mdiq.runtime.stage_service import StageService
 from mdiq.runtime.starter_service import StarterService, StreamEvent
 from mdiq.telemetry.trace import Tracer
-from mdiq.transport.base import FrameSink, FrameSource
 from mdiq.transport.memory import Copies, MemoryLink, once
 from mdiq.transport.push_pull import PullSource, PushSink
 from tests.fakes import VOCAB, ChainEngine, ChainStarter, chain_answer
@@ -125,35 +123,31 @@ class Ring:
         self.stages = [StageProtocol() for _ in range(size)]
         self.tracer = Tracer(is_on=False)
         self.workers = [Worker(time.monotonic, self.tracer) for _ in range(size)]
+        links = [
+            EpochLinks(
+                sources[i],
+                sinks[i],
+                wire.hop_key(RING_KEY, f"{i}"),
+                wire.hop_key(RING_KEY, f"{(i + 1) % size}"),
+                LIMITS,
+            )
+            for i in range(size)
+        ]
         self.starter = StarterService(
             self.protocol,
             self.stages[0],
             self.engines[0],
-            self._source(0) if size > 1 else None,
-            self._sink(0) if size > 1 else None,
+            links[0] if size > 1 else None,
+            self.workers[0],
             plan_pace=plan_pace,
-            **self._common(0),
         )
         self.services: list[StageService] = []
         for i in range(1, size):
             self.stages[i].assign(Epoch(1), is_last=i == size - 1)
             self.services.append(
-                StageService(
-                    self.stages[i],
-                    self.engines[i],
-                    self._source(i),
-                    self._sink(i),
-                    report_gaps=self.starter.report_gaps,
-                    report_failure=self.starter.report_failure,
-                    report_burst=partial(self._burst_arrived, i),
-                    **self._common(i),
-                )
+                StageService(self.stages[i], self.engines[i], links[i], self.workers[i], Reports(self, i))
             )
-        self.starter.begin_epoch(Epoch(1), spec)
-        self.tasks = [asyncio.create_task(run()) for run in (self.starter.run, *(s.run for s in self.services))]
-
-    def _burst_arrived(self, stage: int, arrived: BurstArrived) -> None:
-        self.bursts.put_nowait((stage, arrived))
+        self.tasks = [asyncio.create_task(service.run()) for service in (self.starter, *self.services)]
 
     async def stream(self, sequence: Sequence, on_event: Callable[[StreamEvent], None] | None = None) -> list[int]:
         """Run a Sequence to its end and return its tokens."""
@@ -195,23 +189,18 @@ class Ring:
             await worker.aclose()
         assert not failed, "a service ended by itself"
 
-    def _source(self, i: int) -> FrameSource:
-        source: FrameSource = self.sources[i]
-        return source
 
-    def _sink(self, i: int) -> FrameSink:
-        sink: FrameSink = self.sinks[i]
-        return sink
+class Reports:
+    """What a Stage of a Ring tells its Starter: faults at once, bursts through the Ring's queue."""
 
-    def _common(self, i: int) -> dict[str, Any]:
-        return {
-            "receive_key": wire.hop_key(RING_KEY, i),
-            "send_key": wire.hop_key(RING_KEY, (i + 1) % len(self.workers)),
-            "limits": LIMITS,
-            "worker": self.workers[i],
-            "clock": time.monotonic,
-            "tracer": self.tracer,
-        }
+    def __init__(self, ring: Ring, stage: int) -> None:
+        self.gaps = ring.starter.report_gaps
+        self.failure = ring.starter.report_failure
+        self._ring = ring
+        self._stage = stage
+
+    def burst_arrived(self, arrived: BurstArrived) -> None:
+        self._ring.bursts.put_nowait((self._stage, arrived))
 
 
 def make_sequence(index: int, *, num_prompt: int = 5, max_tokens: int = 12) -> Sequence:
@@ -253,6 +242,7 @@ def open_ring() -> OpenRing:
             sinks = [links[(i + 1) % num_stages] for i in range(num_stages)]
             ring = Ring(links, sinks, settings=ring_settings, spec=spec, make_engine=make_engine, plan_pace=plan_pace)
             try:
+                await ring.starter.begin_epoch(Epoch(1), spec)
                 yield ring
             finally:
                 await ring.aclose()
@@ -267,6 +257,7 @@ def open_ring() -> OpenRing:
         ring = Ring(watched, pushed, settings=ring_settings, spec=spec, make_engine=make_engine, plan_pace=plan_pace)
         ring.endpoints = endpoints
         try:
+            await ring.starter.begin_epoch(Epoch(1), spec)
             yield ring
         finally:
             await ring.aclose()

@@ -10,7 +10,7 @@ import pytest
 from mdiq.core import wire
 from mdiq.core.frame import Buffer, Frame, FrameKind, Segment
 from mdiq.core.types import Epoch, SeqId
-from mdiq.runtime.loops import LARGE_BYTES, Worker, receive_frames, send_frames
+from mdiq.runtime.loops import LARGE_BYTES, EpochLinks, Worker, receive_frames, send_frames
 from mdiq.telemetry.trace import Tracer
 from mdiq.transport.memory import MemoryLink
 
@@ -36,12 +36,13 @@ async def test_tags_of_large_frames_are_computed_in_a_thread_and_frames_keep_the
         return make_tag(key, *parts)
 
     monkeypatch.setattr(wire, "make_tag", noted)
-    link, worker, tracer = MemoryLink(), Worker(time.monotonic, Tracer(is_on=False)), Tracer(is_on=False)
+    link, worker = MemoryLink(), Worker(time.monotonic, Tracer(is_on=False))
+    links = EpochLinks(link, link, KEY, KEY, LIMITS)
     queue: asyncio.Queue[Frame] = asyncio.Queue()
     arrived: asyncio.Queue[Frame] = asyncio.Queue()
     tasks = [
-        asyncio.create_task(send_frames(queue, link, KEY, time.monotonic, tracer)),
-        asyncio.create_task(receive_frames(link, KEY, LIMITS, arrived.put_nowait, worker, time.monotonic, tracer)),
+        asyncio.create_task(send_frames(queue, links, worker)),
+        asyncio.create_task(receive_frames(links, arrived.put_nowait, worker)),
     ]
     sizes: Sequence[int] = (1, 256, 1, 2, 128, 1)
     for number, num_rows in enumerate(sizes):
@@ -59,7 +60,7 @@ async def test_tags_of_large_frames_are_computed_in_a_thread_and_frames_keep_the
 
 async def test_beside_a_flood_of_junk_the_loop_is_free_for_others_and_frames_arrive() -> None:
     """The reader would otherwise run all the time: the thread that computes waits for it wherever it needs Python."""
-    link, worker, tracer = MemoryLink(), Worker(time.monotonic, Tracer(is_on=False)), Tracer(is_on=False)
+    link, worker = MemoryLink(), Worker(time.monotonic, Tracer(is_on=False))
     receiving: list[bytes] = []
 
     class Flood:
@@ -77,9 +78,8 @@ async def test_beside_a_flood_of_junk_the_loop_is_free_for_others_and_frames_arr
             await link.aclose()
 
     arrived: list[Frame] = []
-    reading = asyncio.create_task(
-        receive_frames(Flood(), KEY, LIMITS, arrived.append, worker, time.monotonic, tracer), name="receive"
-    )
+    links = EpochLinks(Flood(), link, KEY, KEY, LIMITS)
+    reading = asyncio.create_task(receive_frames(links, arrived.append, worker), name="receive")
     cpu_s, start_s = time.thread_time(), time.monotonic()
     await asyncio.sleep(0.5)
     used = (time.thread_time() - cpu_s) / (time.monotonic() - start_s)

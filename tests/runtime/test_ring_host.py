@@ -16,14 +16,14 @@ from mdiq.engine import runner
 from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
 from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
 from mdiq.plan.pace import paced
-from mdiq.runtime import in_process, ring_host, starter_stage
+from mdiq.runtime import epochs, ring_host, stage_host, starter_stage
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.processes import ProcessWorkers
 from mdiq.runtime.remote import RemoteWorkers
 from mdiq.runtime.ring_host import RingHost
-from mdiq.runtime.stage_service import StageService
 from mdiq.runtime.starter_stage import StarterStage
+from mdiq.runtime.workers import RingEvents
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ async def test_the_pace_is_planned_beside_the_event_loop(tiny: Path, monkeypatch
         planned_on.append(threading.current_thread())
         return paced(*arguments)
 
-    monkeypatch.setattr(ring_host, "paced", noted)
+    monkeypatch.setattr(epochs, "paced", noted)
     options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), in_process=True, kv_tokens=128)
     async with RingHost(options) as ring, asyncio.timeout(30):
         while len(planned_on) < 2 or ring.service.hops_s is None:  # noqa: ASYNC110
@@ -115,8 +115,8 @@ class LosingWorkers:
 
     source = sink = None
 
-    def __init__(self, options: RingOptions, **callbacks: Any) -> None:
-        self._on_lost = callbacks["on_lost"]
+    def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
+        self._on_lost = events.on_lost
 
     async def open(self) -> None:
         pass
@@ -171,10 +171,10 @@ async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
     def watching() -> bool:
         return "coordinator" in {task.get_name() for task in asyncio.all_tasks()}
 
-    async def join_and_load(stages: ProcessWorkers) -> list[control.Ready]:
+    async def join_and_load(stages: ProcessWorkers) -> dict[NodeId, control.Ready]:
         await asyncio.sleep(0)
         assert watching()
-        return []
+        return {NodeId("node-1"): control.Ready(1, 64, 1, 1, 1, ((1, 0.1),), ((1, 0.1),))}
 
     async def spawn(stages: ProcessWorkers, node: NodeId, i: int, endpoint: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
@@ -185,10 +185,8 @@ async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
     monkeypatch.setattr(ProcessWorkers, "_join_and_load", join_and_load)
     stages = ProcessWorkers(
         RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
-        ring_key=b"the ring's key, of thirty bytes",
-        on_fault=lambda _: None,
-        on_lost=lambda _: None,
-        on_loading=lambda *_: None,
+        b"the ring's key, of thirty bytes",
+        RingEvents(),
     )
     await stages.open()
     assert not watching()
@@ -223,16 +221,14 @@ async def test_a_loop_of_the_stages_that_fails_ends_the_ring_with_its_reason(tin
     lost: asyncio.Queue[MdiqError] = asyncio.Queue()
     stages = ProcessWorkers(
         RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
-        ring_key=b"the ring's key, of thirty bytes",
-        on_fault=lambda _: None,
-        on_lost=lost.put_nowait,
-        on_loading=lambda *_: None,
+        b"the ring's key, of thirty bytes",
+        RingEvents(on_lost=lost.put_nowait),
     )
 
     async def fail() -> None:
         raise RuntimeError("a table is full")
 
-    stages._run(fail(), "coordinator")
+    stages._loops.run(fail(), "coordinator")
     async with asyncio.timeout(20):
         error = await lost.get()
     assert isinstance(error, RingError) and "coordinator: RuntimeError('a table is full')" in str(error)
@@ -258,10 +254,8 @@ async def test_a_hop_that_nothing_crosses_is_named_with_its_address_and_what_to_
     nodes = (RemoteNode("desk", "tcp://10.0.0.1:5001", None), RemoteNode("pi1", "tcp://10.0.0.2:5002", None))
     stages = RemoteWorkers(
         RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), remote=RemoteRing(nodes, "tcp://c:1", "tcp://w:1")),
-        ring_key=b"the ring's key, of thirty bytes",
-        on_fault=lambda _: None,
-        on_lost=lambda _: None,
-        on_loading=lambda *_: None,
+        b"the ring's key, of thirty bytes",
+        RingEvents(),
     )
     stages._endpoints = [nodes[1].data_endpoint, nodes[0].data_endpoint]
     stages._listening = {"pi1": listening}
@@ -275,14 +269,14 @@ async def test_a_stage_of_this_process_that_breaks_ends_the_ring_with_its_reason
 ) -> None:
     breaks = asyncio.Event()
 
-    class BreakingStage(StageService):
+    class BreakingStage(stage_host.StageService):
         async def run(self) -> None:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(super().run())
                 await breaks.wait()
                 raise KeyError("a row that nobody has")
 
-    monkeypatch.setattr(in_process, "StageService", BreakingStage)
+    monkeypatch.setattr(stage_host, "StageService", BreakingStage)
     options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), in_process=True, kv_tokens=128)
     async with RingHost(options) as ring, asyncio.timeout(20):
         breaks.set()

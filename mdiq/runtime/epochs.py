@@ -1,0 +1,160 @@
+"""The Epochs of one Ring: what its Hops are like, its pace, their formats, and the beginning of each."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+
+from mdiq.core import control
+from mdiq.core.hop_survey import HopLink
+from mdiq.core.types import Epoch, RingSpec
+from mdiq.core.wire_formats import AUTO, USUAL
+from mdiq.plan.measured import MeasuredRing
+from mdiq.plan.micro_batches import MicroBatches
+from mdiq.plan.pace import StageCost, paced
+from mdiq.plan.wire_choice import WireCosts, choose_wires
+from mdiq.runtime.loops import Worker
+from mdiq.runtime.options import HopFigures, PaceFigures, RingOptions
+from mdiq.runtime.starter_service import StarterService
+from mdiq.runtime.workers import Workers
+
+if TYPE_CHECKING:
+    from mdiq.runtime.starter_stage import StarterStage
+
+log = structlog.get_logger()
+
+FIRST_EPOCH = Epoch(1)  # in which Nodes load and Hops are measured
+LOOPBACK_HOP_S = 2e-4  # until the first probe is back: a frame over loopback, both event loops included
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRing:
+    """What lives as long as the weights: the Starter's Stage, what the other Nodes have, and what forwards cost."""
+
+    stage: "StarterStage"
+    others: Sequence[control.Ready]
+    costs: Sequence[StageCost]
+
+
+class Epochs:
+    """Forms a Ring that is loaded: measures its Hops, plans its pace, chooses formats, and begins its Epochs.
+
+    wire_check_nats: what i8 would cost on the Hops that it was chosen for; None where it was not in question.
+    bytes_before: in and out, when this Epoch began.
+    """
+
+    def __init__(self, options: RingOptions, ring: LoadedRing, workers: Workers, worker: Worker) -> None:
+        self._options = options
+        self._ring = ring
+        self._workers = workers
+        self._worker = worker
+        self._epoch = FIRST_EPOCH
+        self._links: tuple[HopLink | None, ...] = ()
+        self._wires: tuple[str, ...] = ()
+        self._micro_batches: MicroBatches | None = None
+        self.spec = ring.stage.spec(ring.others)
+        self.bytes_before = (0, 0)
+        self.wire_check_nats: float | None = None
+
+    async def form(self, service: StarterService) -> None:
+        """Measure the Hops, and begin to serve unless this is a survey.
+
+        Raises:
+            MdiqError: a Node is gone, or nothing arrives over a Hop.
+        """
+        self._links = await self._workers.survey(service, self._epoch)
+        if self._options.is_survey:
+            self._wires = self._first_wires
+            return
+        delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
+        await self.plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * self._options.num_nodes)
+        await self._begin(service, await self._choose_wires(service))
+
+    async def plan_pace(self, hops_s: float) -> RingSpec:
+        """Plan the pace anew, for Hops that take so long together; return what the ring protocol is to know of it."""
+        # In a thread: 30 to 120 ms on a desktop machine.
+        planned = await asyncio.to_thread(paced, self.spec, self._ring.costs, hops_s, self._options.pace)
+        self.spec, self._micro_batches = planned
+        return self.spec
+
+    def pace(self, service: StarterService) -> PaceFigures:
+        """Return the pace of the most Sequences that were in the Ring at once, as it is planned now."""
+        assert self._micro_batches is not None  # it is formed
+        num_live = max(service.ring.peak_live, 1)
+        return PaceFigures(
+            num_live=service.ring.peak_live,
+            in_flight=self._micro_batches.in_flight[num_live - 1],
+            cap=self.spec.cap(num_live),
+            hops_s=service.hops_s,
+            predicted_tokens_per_s=self._micro_batches.rates[num_live - 1],
+            chunk_tokens=self.spec.shared_chunk(num_live),
+            decode_gap_s=service.ring.decode_gap_s,
+        )
+
+    def hops(self) -> list[HopFigures]:
+        """Return what every Hop is like, the one out of the Starter first; none in a Ring of one Node."""
+        links = self._links or (None,) * len(self._wires)
+        return [
+            HopFigures(wire, None, None) if link is None else HopFigures(wire, link.delay_s, link.bytes_per_s)
+            for wire, link in zip(self._wires, links, strict=True)
+        ]
+
+    async def measured(self) -> MeasuredRing:
+        """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
+        ring = self._ring
+        head = await self._worker.run_long(ring.stage.measure_head)
+        return ring.stage.measured(ring.costs, ring.others, head, tuple(zip(self._wires, self._links, strict=False)))
+
+    @property
+    def _first_wires(self) -> tuple[str, ...]:
+        """The formats that the Hops begin with."""
+        options = self._options
+        return tuple(options.wire(i) or USUAL for i in range(options.num_nodes)) if options.num_nodes > 1 else ()
+
+    async def _choose_wires(self, service: StarterService) -> tuple[str, ...]:
+        """Return the format of each Hop; where i8 is in question, try it first."""
+        from mdiq.engine.measure import measure_packing
+        from mdiq.engine.wire_check import check_tokens, divergence_nats
+        from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
+
+        options, stage, first = self._options, self._ring.stage, self._first_wires
+        if not self._links or AUTO not in options.wanted_wires:
+            return first
+        config = stage.runner.config
+        packing = await self._worker.run_uncounted(partial(measure_packing, config.hidden_size))
+        costs = WireCosts(config.hidden_size, self._ring.costs, self.spec.cap(self.spec.max_live), packing)
+        choose = partial(choose_wires, options.wanted_wires, self._links, costs)
+        wires = choose()
+        if wires == first:
+            return wires
+        tokens = await self._worker.run_uncounted(partial(check_tokens, options.model, NUM_TOKENS, config.vocab_size))
+        logits = []
+        for tried in (first, wires):
+            await self._begin(service, tried)
+            logits.append(await rehearse(service, stage.engine, tokens))
+        self.wire_check_nats = divergence_nats(*logits)
+        if self.wire_check_nats <= options.max_divergence_nats:
+            return wires
+        log.warning("i8_refused", divergence_nats=round(self.wire_check_nats, 4), most_nats=options.max_divergence_nats)
+        return choose(avoid_small=True)
+
+    async def _begin(self, service: StarterService, wires: tuple[str, ...]) -> None:
+        """Have every Stage serve in a new Epoch with these formats; figures count from here on."""
+        options, workers = self._options, self._workers
+        self._epoch = Epoch(self._epoch + 1)
+        self._wires = wires
+        if options.weights.exact and options.rounds(wires):
+            log.warning("wire_is_not_exact", wires=wires, text="hops round activations: other tokens than on one node")
+        await workers.begin(self._epoch, wires)
+        if wires:
+            self._ring.stage.runner.set_wire(wires[0])
+        await service.begin_epoch(self._epoch, self.spec)
+        service.ring.reset_counts()
+        self._worker.reset_meter()
+        self._worker.tracer.clear()
+        if workers.source is not None and workers.sink is not None:
+            self.bytes_before = workers.source.bytes_in, workers.sink.bytes_out
+        log.info("epoch_began", epoch=self._epoch, wires=wires)

@@ -1,0 +1,143 @@
+"""One Stage that is not the Starter's, wherever it runs: loaded as an Assign says, measured, and served.
+
+How its Node joins and what its Hops lead to is for its callers: node.py and in_process.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from mdiq.core import control
+from mdiq.core.stage import NO_EPOCH, StageProtocol
+from mdiq.core.types import Epoch, LayerRange
+from mdiq.engine.device import choose_device, free_bytes, kind_of
+from mdiq.engine.formats.layer_files import LayerFiles
+from mdiq.engine.kept_cost import kept_cost
+from mdiq.engine.measure import SUSTAINED_S, measure_cost
+from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
+from mdiq.engine.runner import StageRunner
+from mdiq.errors import LocalProtocolError
+from mdiq.runtime.loops import EpochLinks, Progress, Worker
+from mdiq.runtime.stage_service import StageReports, StageService
+from mdiq.transport.base import FrameSink, FrameSource
+
+log = structlog.get_logger()
+
+
+class StageHost:
+    """The parts of a Stage in the order in which they come: ``load``, ``serve``, then ``begin`` for every Epoch.
+
+    owns_process: nothing else of the Ring is in this process, so that its memory is the Stage's.
+    is_rationed: the device may have its CPU time rationed, so that its costs are measured anew and for longer.
+    """
+
+    def __init__(self, worker: Worker, *, owns_process: bool = True, is_rationed: bool = False) -> None:
+        self._worker = worker
+        self._owns_process = owns_process
+        self._is_rationed = is_rationed
+        self._stage = StageProtocol()
+        self._runner: StageRunner | None = None
+        self._links: EpochLinks | None = None
+        self._service: StageService | None = None
+        self._is_last = False
+        self._bytes_before = (0, 0)  # in and out, when this Epoch began
+
+    async def load(
+        self,
+        assign: control.Assign,
+        model: Path | LayerFiles,
+        *,
+        memory_bytes: int | None = None,
+        on_loading: Progress = lambda *_: None,
+        on_measuring: Callable[[], None] = lambda: None,
+    ) -> control.Ready:
+        """Load the Layers and measure what they cost; return what there is then.
+
+        Raises:
+            MdiqError: see StageRunner.load.
+        """
+        can_peak = self._owns_process and reset_peak()
+        load = partial(
+            StageRunner.load,
+            model,
+            LayerRange(assign.layer_start, assign.layer_stop),
+            is_last=assign.is_last,
+            owns_embedding_and_head=False,
+            kv_tokens=assign.kv_tokens or None,
+            weights=assign.weights,
+            wire=assign.wire or None,
+            memory_share=assign.memory_share,
+            memory_bytes=memory_bytes,
+            digest=assign.model_digest,
+        )
+        runner = await self._worker.run_long(lambda progress: load(progress=progress), on_loading)
+        measure = partial(measure_cost, min_s=SUSTAINED_S) if self._is_rationed else kept_cost
+        cost = await self._worker.run_long(
+            lambda progress: measure(runner, progress=progress), lambda *_: on_measuring()
+        )
+        self._runner = runner
+        self._is_last = assign.is_last
+        self._worker.reset_meter()
+        self._stage.assign(Epoch(assign.epoch), is_last=assign.is_last)
+        device = choose_device(assign.weights.device)
+        return control.Ready(
+            epoch=assign.epoch,
+            kv_tokens=runner.kv_capacity_tokens,
+            weight_bytes=runner.weight_bytes,
+            kv_bytes_per_token=runner.kv_bytes_per_token,
+            rss_bytes=rss_bytes(),
+            decode_s=cost.decode.points,
+            prompt_s=cost.prompt.points,
+            free_bytes=free_bytes(device) if self._owns_process else 0,
+            peak_bytes=peak_bytes() if can_peak else 0,
+            cpu=kind_of(device),
+        )
+
+    async def serve(self, assign: control.Assign, source: FrameSource, sink: FrameSink, reports: StageReports) -> None:
+        """Serve over these Hops until cancelled."""
+        assert self._runner is not None  # it is loaded
+        limits = self._runner.wire_limits
+        self._links = EpochLinks(source, sink, assign.receive_key, assign.send_key, limits)
+        self._service = StageService(self._stage, self._runner, self._links, self._worker, reports)
+        await self._service.run()
+
+    async def send_burst(self, burst: control.SendBurst) -> control.BurstSent:
+        """Send a burst over the Hop out of this Stage."""
+        if self._service is None:
+            raise LocalProtocolError("burst: there is no hop before an assignment; restart the ring")
+        return control.BurstSent(burst.epoch, burst.number, await self._service.send_burst(burst))
+
+    async def begin(self, begin: control.Begin) -> control.Begun:
+        """Forget every Sequence and serve in a new Epoch; figures count from here on."""
+        if self._runner is None or self._links is None:
+            raise LocalProtocolError("begin: there is nothing to serve before an assignment; restart the ring")
+        self._stage.assign(Epoch(begin.epoch), is_last=self._is_last)
+        self._runner.set_wire(begin.wire)
+        # In the worker's turn: a Batch of the old Epoch may still run.
+        await self._worker.run_uncounted(self._runner.reset)
+        self._worker.reset_meter()
+        self._worker.tracer.clear()
+        self._bytes_before = self._links.source.bytes_in, self._links.sink.bytes_out
+        log.info("epoch_began", epoch=begin.epoch, wire=begin.wire)
+        return control.Begun(begin.epoch)
+
+    def free(self) -> None:
+        """Let go of the weights."""
+        self._runner = self._service = self._links = None
+
+    def heartbeat(self) -> control.Heartbeat:
+        """Return the figures of now."""
+        meter, links, (bytes_in, bytes_out) = self._worker.meter, self._links, self._bytes_before
+        return control.Heartbeat(
+            epoch=self._stage.epoch or NO_EPOCH,
+            rss_bytes=rss_bytes(),
+            busy_s=meter.busy_s,
+            waiting_s=meter.waiting_s,
+            bytes_in=links.source.bytes_in - bytes_in if links else 0,
+            bytes_out=links.sink.bytes_out - bytes_out if links else 0,
+            frames_dropped=dict(meter.dropped),
+            kv_tokens_in_use=self._runner.kv_tokens_in_use if self._runner else 0,
+            queue_depth=self._stage.num_waiting,
+        )

@@ -1,0 +1,173 @@
+"""The Nodes of a Ring beside the Starter, as the Starter sees them: one interface, whatever they are.
+
+Tasks of this process (in_process.py), processes of this machine (processes.py), or other machines (remote.py).
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from mdiq.core import control
+from mdiq.core.hop_survey import HopLink
+from mdiq.core.types import Epoch, NodeId, WeightSettings
+from mdiq.core.wire import hop_key
+from mdiq.errors import MdiqError
+from mdiq.runtime.loops import Supervisor
+from mdiq.runtime.options import NodeFigures, RingOptions, StandingBy
+from mdiq.runtime.starter_service import StarterService
+from mdiq.telemetry.trace import Span
+from mdiq.transport.base import FrameSink, FrameSource
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class RingEvents:
+    """Callbacks of a Ring's Workers.
+
+    on_fault: called with Faults; on_lost: called when a Node is gone; on_loading: called with (node, done, total).
+    """
+
+    on_fault: Callable[[control.Fault], None] = lambda _: None
+    on_lost: Callable[[MdiqError], None] = lambda _: None
+    on_loading: Callable[[str, int, int], None] = lambda *_: None
+
+
+class Workers(ABC):
+    """Every Node of a Ring but the Starter: ``open``, ``start``, ``begin`` for every Epoch, ``drain``, ``aclose``.
+
+    source: what the last Stage sends; sink: the next Stage. Both are there from ``start`` on, unless there is no Hop.
+    """
+
+    def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
+        self._options = options
+        self._ring_key = ring_key
+        self._events = events
+        self._names = [NodeId(name) for name in options.node_names[1:]]
+        self._model_digest = ""
+        self._ready: dict[NodeId, control.Ready] = {}
+        self._is_closing = False
+        self._loops = Supervisor(lambda error: self._lost(NodeId(options.node_names[0]), error))
+        self.source: FrameSource | None = None
+        self.sink: FrameSink | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """The Nodes that have not joined yet."""
+        return []
+
+    def silent(self, min_s: float) -> Mapping[str, float]:
+        """Return the Nodes that have not been heard for so long, and for how long."""
+        return {}
+
+    async def until_leaving(self) -> str:
+        """Wait until a Node asks to be drained; return its name."""
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
+
+    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:  # noqa: B027  only some can
+        """Have these Nodes stand by, in place of those that did; the keys of others are cut off before this returns."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Have the Nodes start, and listen to them.
+
+        Raises:
+            MdiqError: a port or a process failed; the message names the Node.
+        """
+
+    async def start(self, model_digest: str, weights: WeightSettings) -> Sequence[control.Ready]:
+        """Have every Node join and load; return what each has, in ring order. weights: how all hold them.
+
+        Raises:
+            MdiqError: a port, a Node or a model failed; the message names the Node.
+        """
+        self._model_digest = model_digest
+        self._options = replace(self._options, weights=weights)
+        self._ready = dict(await self._join_and_load())
+        return [self._ready[node] for node in self._names]
+
+    @abstractmethod
+    async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:
+        """See ``start``."""
+
+    async def survey(self, starter: StarterService, epoch: Epoch) -> tuple[HopLink | None, ...]:
+        """Return what each Hop is like; nothing where none leads out of this process.
+
+        Raises:
+            TransportError: nothing arrives over one of them.
+            MdiqError: a Node is gone.
+        """
+        return ()
+
+    @abstractmethod
+    async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
+        """Have every Stage serve in a new Epoch; ``wires[i]`` is the format of the Hop out of Stage i.
+
+        Raises:
+            MdiqError: a Node is gone.
+        """
+
+    async def drain(self) -> None:
+        """Ask the Nodes to end and take their last figures; ``aclose`` does not wait for those that do not answer."""
+        self._is_closing = True
+
+    def figures(self) -> list[NodeFigures]:
+        """Return the newest figures of every Node, in ring order."""
+        heartbeats = self._heartbeats()
+        return [
+            NodeFigures(
+                name=node,
+                layers=layers,
+                rss_bytes=beat.rss_bytes,
+                weight_bytes=self._ready[node].weight_bytes if node in self._ready else 0,
+                busy_s=beat.busy_s,
+                waiting_s=beat.waiting_s,
+                bytes_in=beat.bytes_in,
+                bytes_out=beat.bytes_out,
+                dropped=dict(beat.frames_dropped),
+            )
+            for node, layers in zip(self._names, self._options.layers[1:], strict=True)
+            if (beat := heartbeats.get(node)) is not None
+        ]
+
+    @abstractmethod
+    def _heartbeats(self) -> Mapping[NodeId, control.Heartbeat]:
+        """Return the newest Heartbeats."""
+
+    @abstractmethod
+    def spans(self) -> dict[str, list[Span]]:
+        """Return the Spans that came in so far, by Node in ring order."""
+
+    async def aclose(self) -> None:
+        """End the loops."""
+        self._is_closing = True
+        await self._loops.aclose()
+
+    def _assignment(self, i: int, next_endpoint: str) -> control.Assign:
+        """Return what Stage ``i`` is to do in a Ring on this machine."""
+        options, layers, names = self._options, self._options.layers[i], self._options.node_names
+        return control.Assign(
+            epoch=1,
+            layer_start=layers.start,
+            layer_stop=layers.stop,
+            is_last=i == options.num_nodes - 1,
+            next_endpoint=next_endpoint,
+            model=str(options.model),
+            model_digest=self._model_digest,
+            weights=options.weights,
+            wire=options.wire(i) or "",
+            kv_tokens=options.kv_tokens or 0,
+            memory_share=1 / options.num_nodes,
+            receive_key=hop_key(self._ring_key, names[i]),
+            send_key=hop_key(self._ring_key, names[(i + 1) % len(names)]),
+            trace=options.trace,
+        )
+
+    def _lost(self, node: NodeId, error: MdiqError) -> None:
+        if not self._is_closing:
+            log.info("node_lost", node=node, error=str(error))
+            self._events.on_lost(error)
