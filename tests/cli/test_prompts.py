@@ -111,5 +111,5 @@ def test_a_line_tells_the_template_more_than_its_messages(tmp_path: Path) -> Non
         {"prompt": "a", "enable_thinking": False},
     )
     assert [line.template_kwargs for line in lines] == [{"enable_thinking": False}] * 2
-    with pytest.raises(ConfigError, match="in.jsonl:1: chat_template_kwargs: deep: only names"):
+    with pytest.raises(ConfigError, match="in.jsonl:1: chat_template_kwargs: deep: give it another name"):
         _prompts(tmp_path / "in.jsonl", {"messages": chat, "chat_template_kwargs": {"deep": {}}})
