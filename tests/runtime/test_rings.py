@@ -12,7 +12,7 @@ import pytest
 from mdiq.core.frame import Batch, Buffer
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason
-from mdiq.core.types import LayerRange, RingSpec, SeqId
+from mdiq.core.types import Epoch, LayerRange, RingSpec, SeqId
 from mdiq.errors import CapacityError, EngineError, RingError, RingStalledError, SequenceError
 from tests.fakes import ChainEngine, ChainRows
 from tests.runtime.conftest import OpenRing, make_sequence, right_answer
@@ -277,3 +277,18 @@ async def test_the_starter_measures_the_hops_and_goes_on_at_the_pace_that_follow
         await ring.check(*(make_sequence(i) for i in range(4)))
         caps = {stage._cap for stage in ring.stages}
         assert caps == {9}
+
+
+async def test_a_starter_takes_the_new_epoch_before_its_engine_is_emptied(
+    open_ring: OpenRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_ring(2) as ring:
+        engine, stage, seen = ring.engines[0], ring.stages[0], []
+
+        def reset() -> None:
+            seen.append(stage.epoch)
+            type(engine).reset(engine)
+
+        monkeypatch.setattr(engine, "reset", reset)
+        await ring.starter.begin_epoch(Epoch(2), RingSpec(2, 4_096, context_tokens=256, caps=(1, 1)))
+    assert seen == [Epoch(2)]
