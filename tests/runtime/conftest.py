@@ -147,7 +147,7 @@ class Ring:
             self.services.append(
                 StageService(self.stages[i], self.engines[i], links[i], self.workers[i], Reports(self, i))
             )
-        self.tasks = [asyncio.create_task(service.run()) for service in (self.starter, *self.services)]
+        self.tasks = [asyncio.create_task(run()) for run in (self.starter.run, *(s.run for s in self.services))]
 
     async def stream(self, sequence: Sequence, on_event: Callable[[StreamEvent], None] | None = None) -> list[int]:
         """Run a Sequence to its end and return its tokens."""

@@ -22,6 +22,7 @@ from mdiq.runtime.options import HopFigures, RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.processes import ProcessWorkers
 from mdiq.runtime.remote import RemoteWorkers
 from mdiq.runtime.ring_host import RingHost
+from mdiq.runtime.stage_service import StageService
 from mdiq.runtime.starter_stage import StarterStage
 from mdiq.runtime.workers import RingEvents
 
@@ -269,7 +270,7 @@ async def test_a_stage_of_this_process_that_breaks_ends_the_ring_with_its_reason
 ) -> None:
     breaks = asyncio.Event()
 
-    class BreakingStage(stage_host.StageService):
+    class BreakingStage(StageService):
         async def run(self) -> None:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(super().run())
