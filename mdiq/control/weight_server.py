@@ -156,7 +156,7 @@ class WeightServer:
         file, _ = peer.offered.get(ask.layer, (None, None))
         if file is None or ask.offset >= file.num_bytes:
             raise RemoteProtocolError(f"byte {ask.offset} of layer {ask.layer} was not offered to the peer")
-        if len(peer.under_way) >= CREDIT_PARTS:
+        if len(peer.under_way) >= CREDIT_PARTS or len(peer.asked) >= CREDIT_PARTS:  # whatever it says it has taken
             raise RemoteProtocolError(f"more than {CREDIT_PARTS} parts at a time")
         size = min(file.num_bytes - ask.offset, PART_BYTES)
         peer.under_way.append(size)

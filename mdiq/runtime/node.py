@@ -24,7 +24,7 @@ from mdiq.core import control
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import folder_name
 from mdiq.engine.formats.layer_files import LayerFiles
-from mdiq.errors import LocalProtocolError, MdiqError, RingError
+from mdiq.errors import LocalProtocolError, MdiqError, RingError, TransportError
 from mdiq.runtime.lifecycle import Notifier
 from mdiq.runtime.loops import Supervisor, make_worker
 from mdiq.runtime.options import RingPeers
@@ -149,7 +149,7 @@ class NodeProcess:
             self._gate = gate = Gate(self._context)
             gate.start()
             await self._admit()
-            self._loops.run(gate.run(), "gate")  # without it nobody is let in
+            self._loops.run(_guard(gate), "gate")
             entrance = ServerSecurity(peers.secret, DATA, gate)
         return await PullSource.bind(
             self._context, listen_endpoint(options.listen), security=entrance, insecure=peers.insecure
@@ -277,3 +277,11 @@ class NodeProcess:
         self._waits_for = ""
         self._notifier.ready(f"stands by: {reason}")
         log.info("stands_by", reason=reason)
+
+
+async def _guard(gate: Gate) -> None:
+    """Answer for keys; without that nobody is let in, so the Ring ends and the next one has a new Gate."""
+    try:
+        await gate.run()
+    except Exception as error:
+        raise TransportError(f"its gate failed, and lets nobody in any more: {error!r}; see its log") from error

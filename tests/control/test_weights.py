@@ -491,6 +491,19 @@ async def test_a_node_that_takes_nothing_and_goes_away_costs_nothing(
     plane.check(await plane.fetch())
 
 
+async def test_a_node_that_lies_about_what_it_has_taken_gets_no_more_credit(start: Start) -> None:
+    plane = await start(limit=TokenBucket(1, 1))  # nothing is answered meanwhile
+    link = await DealerLink.connect(plane.context, plane.router.endpoint, identity="liar")
+    await link.send(weights.encode(weights.AskLayers(DIGEST, 0, 2)))
+    await _offered(link, 2)
+    for _ in range(20):
+        await link.send(weights.encode(weights.AskPart(0, 0, 2**60)))
+    await _until(lambda: plane.server.num_dropped >= 15)
+    [(peer, _)] = plane.server._peers.values()
+    assert len(peer.asked) <= CREDIT_PARTS
+    await link.aclose()
+
+
 async def test_a_node_that_was_forgotten_asks_for_its_layers_again(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
