@@ -1,5 +1,7 @@
 """Keeps a Ring up: forms it, serves Sequences on it, and forms it again when a Node is lost or the operator says so.
 
+What it tells an operator meanwhile is in ring_status.py.
+
 surveying ──all Nodes measured──▶ forming
 forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ forming
                                  ├──reload, drain──▶ draining ──nothing runs──▶ forming
@@ -8,24 +10,24 @@ forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ fo
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
 from mdiq.core.sequence import Sequence
-from mdiq.errors import CapacityError, ConfigError, MdiqError, PlanError, RingError
-from mdiq.runtime.loops import Clock, Worker
-from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
-from mdiq.runtime.starter_service import StarterService, StreamEvent
+from mdiq.errors import MdiqError, PlanError, RingError
+from mdiq.runtime.loops import Clock
+from mdiq.runtime.options import RingOptions
+from mdiq.runtime.ring_status import KeptRing, Requests, RingView
+from mdiq.runtime.starter_service import StreamEvent
 
 log = structlog.get_logger()
 
 RETRY_S = 5.0
 NO_ROOM_RETRY_S = 60.0  # each try has the Nodes measure again
 DRAIN_S = 600.0  # how long what runs may hold up a reload
-SILENT_S = 5.0  # heartbeats of five seconds that a Node owes, and the Ring does not serve any more
 IDLE_S = 60.0  # without a Sequence, before a better plan is taken up
 
 Form = Callable[[frozenset[str]], RingOptions]
@@ -35,29 +37,6 @@ A survey where Nodes are to be measured first; it is asked again behind that. Ra
 none, and PlanError when the model does not fit.
 """
 OnLoading = Callable[[str, int, int], None]
-
-
-class KeptRing(Protocol):
-    """What is asked of a Ring; RingHost is one."""
-
-    @property
-    def missing(self) -> list[str]: ...
-    @property
-    def worker(self) -> Worker: ...
-    @property
-    def service(self) -> StarterService: ...
-    @property
-    def context_tokens(self) -> int: ...
-    async def __aenter__(self) -> Any: ...
-    async def aclose(self) -> None: ...
-    def silent(self, min_s: float) -> Mapping[str, float]: ...
-    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None: ...
-    async def until_lost(self) -> MdiqError: ...
-    async def until_leaving(self) -> str: ...
-    def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]: ...
-    def figures(self) -> list[NodeFigures]: ...
-    def hops(self) -> list[HopFigures]: ...
-    def pace(self) -> PaceFigures: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,36 +74,25 @@ class RingKeeper:
         self._on_state = on_state
         self._form = read()
         self._drained: frozenset[str] = frozenset()
-        self._options = self._form(self._drained)  # of the Ring that is up, or that is being formed
-        self._wanted = self._options  # of the next one
+        self._wanted = self._form(self._drained)  # of the next Ring
+        self._now = RingView(self._wanted)
         self._has_plan = True  # else the last one failed, and there is no better one
-        self._ring: KeptRing | None = None
-        self._is_entered = False  # the Ring, else it starts
-        self._loading: dict[str, tuple[int, int]] = {}
         self._is_ending = False
         self._holds_back = False  # a change waits until nothing runs
         self._renew = asyncio.Event()
         self._closed = asyncio.Event()
         self._closed.set()
-        self._quiet = asyncio.Event()
-        self._quiet.set()
         self._changing = asyncio.Lock()
-        self._serving_since_s = 0.0
-        self._num_running = 0
-        self._num_taken = 0
+        self._requests = Requests()
         self._num_rings = 0
         self._context_tokens: int | None = None
-        self._num_done = 0
-        self._num_failed = 0
-        self._num_refused = 0
-        self._num_left = 0
         self.last_error: str | None = None
         self._state = KeeperState(False, "starts")
 
     @property
     def state(self) -> KeeperState:
         """Whether the Ring serves now; not while a Node of it is silent, though its Lease lasts longer."""
-        if self._state.is_serving and self._ring is not None and (silent := self._ring.silent(SILENT_S)):
+        if self._state.is_serving and (silent := self._now.silent()):
             names = ", ".join(f"{name} (silent for {silent_s:.0f} s)" for name, silent_s in silent.items())
             return KeeperState(False, f"degraded: waits for {names}")
         return self._state
@@ -132,7 +100,7 @@ class RingKeeper:
     @property
     def num_running(self) -> int:
         """Sequences that are not finished."""
-        return self._num_running
+        return self._requests.num_running
 
     async def run(self) -> None:
         """Keep a Ring up until cancelled."""
@@ -154,12 +122,10 @@ class RingKeeper:
         Raises:
             RingError: there is no Ring that takes it.
         """
-        ring = self._ring
+        ring = self._now.ring
         if ring is None or not self.state.is_serving:
             raise RingError(f"the ring does not serve: {self.state.text}; ask again in a while")
-        self._num_running += 1
-        self._num_taken += 1
-        self._quiet.clear()
+        self._requests.begun()
         is_done = False
         error: Exception | None = None
         events = ring.stream(sequence)
@@ -175,17 +141,7 @@ class RingKeeper:
             raise
         finally:
             await events.aclose()  # leaving it cancels the Sequence
-            self._num_running -= 1
-            if isinstance(error, CapacityError | ConfigError):
-                self._num_refused += 1
-            elif error is not None:
-                self._num_failed += 1
-            elif is_done:
-                self._num_done += 1
-            else:
-                self._num_left += 1
-            if not self._num_running:
-                self._quiet.set()
+            self._requests.ended(error, is_done=is_done)
 
     async def drain_node(self, name: str, *, undo: bool = False) -> str:
         """Take a Node out of the Ring when nothing runs on it any more, or let it in again; return what was done.
@@ -212,19 +168,20 @@ class RingKeeper:
             options = form(self._drained)
             self._form = form
             if options == self._wanted:
-                waits = "" if self._wanted == self._options else "; a better plan is taken up when nothing runs"
+                waits = "" if self._wanted == self._now.options else "; a better plan is taken up when nothing runs"
                 return f"nothing that the ring depends on has changed{waits}"
-            revoked = _members(self._options) - _members(options)
-            old, new = self._options.remote, options.remote
-            if self._ring is not None and self._is_entered and old is not None and new is not None:
-                if _without_idle(options) == _without_idle(self._options):
-                    await self._ring.replace_standing_by(new.standing_by)
-                    self._options = self._wanted = options
+            now = self._now.options
+            revoked = _members(now) - _members(options)
+            ring, old, new = self._now.formed, now.remote, options.remote
+            if ring is not None and old is not None and new is not None:
+                if _without_idle(options) == _without_idle(now):
+                    await ring.replace_standing_by(new.standing_by)
+                    self._now.options = self._wanted = options
                     return "the ring goes on; nodes that stand by are as the topology says now"
                 stay = tuple(node for node in old.standing_by if (node.name, node.public_key) not in revoked)
                 if len(stay) < len(old.standing_by):
-                    await self._ring.replace_standing_by(stay)
-            is_cut = bool(revoked & _in_ring(self._options))
+                    await ring.replace_standing_by(stay)
+            is_cut = bool(revoked & _in_ring(now))
             await self._change(options, self._drained, "reloads", at_once=is_cut)
             return f"the ring is formed with {_names(options)}"
 
@@ -232,89 +189,38 @@ class RingKeeper:
         """Take no more Sequences, and wait until those that run are done."""
         self._is_ending = True
         self._say("ends")
-        await self._quiet.wait()
+        await self._requests.quiet.wait()
 
     def describe(self) -> str:
         """Return the state in words, those of a start newly made: they change without an event."""
-        if self._ring is None or self._is_entered:
-            return self.state.text
-        loading = [f"{node} {100 * done // total} %" for node, (done, total) in self._loading.items() if total > done]
-        parts = [f"loading: {', '.join(loading)}"] if loading else []
-        if missing := self._ring.missing:
-            parts.append(f"waiting for {', '.join(missing)}")
-        text = "; ".join(parts) or "measures the ring"
-        return f"nodes measure themselves; {text}" if self._options.is_survey else text
+        return self._now.starting() or self.state.text
 
     @property
     def context_tokens(self) -> int | None:
         """Most tokens of one Sequence, as the newest Ring holds them; None before the first."""
-        if self._ring is not None and self._is_entered:
-            self._context_tokens = self._ring.context_tokens
+        if self._now.formed is not None:
+            self._context_tokens = self._now.formed.context_tokens
         return self._context_tokens
 
     def has_work(self) -> bool:
         """Tell whether anything is computed or waits to be; for a watchdog."""
-        return self._ring is not None and self._ring.worker.has_work
+        return self._now.ring is not None and self._now.ring.worker.has_work
 
     def last_progress_s(self) -> float:
         """Return when a job last ended; for a watchdog."""
-        return 0.0 if self._ring is None else self._ring.worker.last_progress_s
+        return 0.0 if self._now.ring is None else self._now.ring.worker.last_progress_s
 
     def status(self) -> dict[str, Any]:
         """Return what `mdiq status --json` shows."""
-        options, state = self._options, self.state
-        ring = self._ring if self._is_entered else None
-        since_s = self._clock() - self._serving_since_s
-        figures = {} if ring is None else {node.name: node for node in ring.figures()}
-        nodes: list[dict[str, Any]] = []
-        silent = {} if ring is None else ring.silent(SILENT_S)
-        missing = set() if self._ring is None or ring is not None else set(self._ring.missing)
-        for name, layers in zip(options.node_names, options.layers, strict=True):
-            node: dict[str, Any] = {"name": name, "layers": [layers.start, layers.stop]}
-            if (found := figures.get(name)) is not None:
-                node |= {
-                    "state": "silent" if name in silent else "serves",
-                    "rss_bytes": found.rss_bytes,
-                    "weight_bytes": found.weight_bytes,
-                    "busy_share": round(min(found.busy_s / since_s, 1.0), 4) if since_s > 0 else 0.0,
-                    "bytes_in": found.bytes_in,
-                    "bytes_out": found.bytes_out,
-                    "frames_dropped": found.dropped,
-                }
-            elif name in missing:
-                node["state"] = "missing"
-            elif name in self._loading:
-                done, total = self._loading[name]
-                node |= {"state": "loads", "loaded": done, "to_load": total}
-            else:
-                node["state"] = "joined" if self._ring is not None else "unknown"
-            nodes.append(node)
-        standing_by = options.remote.standing_by if options.remote else ()
-        nodes += [{"name": node.name, "state": "stands by", "reason": node.reason} for node in standing_by]
-        status: dict[str, Any] = {
-            "is_serving": state.is_serving,
+        return {
+            "is_serving": self.state.is_serving,
             "state": self.describe(),
-            "model": str(options.model),
-            "nodes": nodes,
-            "requests": {
-                "running": self._num_running,
-                "done": self._num_done,
-                "failed": self._num_failed,
-                "refused": self._num_refused,
-                "left": self._num_left,
-            },
+            **self._now.about_plan(self._clock()),
+            "requests": self._requests.counts(),
             "rings_formed": self._num_rings,
             "last_error": self.last_error,
+            **self._now.about_ring(self._clock()),
         }
-        if ring is not None:
-            status["serving_s"] = round(since_s, 1)
-            status["hops"] = [
-                {"wire": hop.wire, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s} for hop in ring.hops()
-            ]
-            status["counts"] = dict(ring.service.ring.counts)
-            pace = ring.pace()
-            status["pace"] = {"most_live": pace.num_live, "in_flight": pace.in_flight, "cap": pace.cap}
-        return status
 
     def _plan(self) -> None:
         """Ask the topology for the next Ring."""
@@ -323,9 +229,9 @@ class RingKeeper:
 
     async def _one_ring(self) -> None:
         """Form a Ring and serve on it until it is to be renewed; raise why when it is lost."""
-        self._loading = {}
-        self._options = self._wanted
-        self._ring = ring = self._open_ring(self._options, self._note_loading)
+        options = self._wanted
+        ring = self._open_ring(options, self._note_loading)
+        self._now = now = RingView(options, ring)
         self._closed.clear()
         self._say(self.describe())
         renewing = asyncio.create_task(self._renew.wait(), name="renew")
@@ -339,29 +245,28 @@ class RingKeeper:
                 return
             if (error := entering.exception()) is not None:
                 if isinstance(error, MdiqError) and not self._renew.is_set():
-                    self._on_not_formed(self._options, error)
+                    self._on_not_formed(options, error)
                     self._has_plan = False
                     self._plan()  # with what there is to learn from it
                 raise error
-            # A survey serves nobody: it has no pace and no hops to show, and its KV cache is not the Ring's.
-            self._is_entered = not self._options.is_survey
+            now.is_formed = not options.is_survey
             if self._on_formed is not None:
                 await self._on_formed(ring)
             if not self._renew.is_set():
                 self._wanted = self._form(self._drained)  # with what it has measured
-            if self._options.is_survey:
+            if options.is_survey:
                 return
             self._num_rings += 1
-            self._serving_since_s = self._clock()
+            now.serving_since_s = self._clock()
             self.last_error = None
             losing = asyncio.create_task(ring.until_lost(), name="lost")
-            log.info("ring_formed", nodes=_names(self._options))
+            log.info("ring_formed", nodes=_names(now.options))
             if not self._is_ending and not self._holds_back:
-                self._say(_serves(self._options), is_serving=True)
+                self._say(_serves(now.options), is_serving=True)
             ending = asyncio.create_task(self._until_left(ring), name="leaving")
             waited_for: set[asyncio.Task[Any]] = {losing, renewing, ending}
-            if self._wanted != self._options:
-                idling = asyncio.create_task(self._until_idle(), name="idle")
+            if self._wanted != now.options:
+                idling = asyncio.create_task(self._requests.until_idle(IDLE_S), name="idle")
                 waited_for.add(idling)
             await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
             if losing.done():
@@ -372,7 +277,7 @@ class RingKeeper:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._ring, self._is_entered = None, False
+            self._now = RingView(now.options)
             self._say("ends" if self._is_ending else "forms the ring anew")
             await ring.aclose()
             self._closed.set()
@@ -384,9 +289,9 @@ class RingKeeper:
         try:
             if not at_once:
                 async with asyncio.timeout(DRAIN_S):
-                    await self._quiet.wait()
+                    await self._requests.quiet.wait()
         except TimeoutError:
-            log.warning("drain_cut_short", running=self._num_running)
+            log.warning("drain_cut_short", running=self._requests.num_running)
         finally:
             self._holds_back = False
         self._wanted, self._drained, self._has_plan = options, drained, True
@@ -396,19 +301,10 @@ class RingKeeper:
     async def _until_left(self, ring: KeptRing) -> None:
         """Wait until a Node asks to be drained and nothing runs any more; it ends with the Ring then."""
         name = await ring.until_leaving()
-        log.info("node_leaves", node=name, running=self._num_running)
+        log.info("node_leaves", node=name, running=self._requests.num_running)
         if not self._is_ending:
             self._say(f"{name} leaves when what runs is done")
-        await self._quiet.wait()
-
-    async def _until_idle(self) -> None:
-        """Wait until nothing has run for a while."""
-        while True:
-            await self._quiet.wait()
-            num_taken = self._num_taken
-            await asyncio.sleep(IDLE_S)
-            if self._num_taken == num_taken:
-                return
+        await self._requests.quiet.wait()
 
     async def _pause(self, pause_s: float) -> None:
         try:
@@ -418,8 +314,8 @@ class RingKeeper:
             pass
 
     def _note_loading(self, node: str, done: int, total: int) -> None:
-        self._loading[node] = done, total
-        if not self._is_entered:
+        self._now.loading[node] = done, total
+        if not self._now.is_formed:
             self._say(self.describe())
 
     def _say(self, text: str, *, is_serving: bool = False) -> None:

@@ -1,0 +1,167 @@
+"""What an operator sees of a Ring that is kept up: how its requests end, what its Nodes do, and what it waits for.
+
+Forming the Ring, and forming it again, is for ring_keeper.py.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mdiq.core.sequence import Sequence
+from mdiq.errors import CapacityError, ConfigError, MdiqError
+from mdiq.runtime.loops import Worker
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
+from mdiq.runtime.starter_service import StarterService, StreamEvent
+
+SILENT_S = 5.0  # heartbeats of five seconds that a Node owes, and the Ring does not serve any more
+
+
+class KeptRing(Protocol):
+    """What is asked of a Ring; RingHost is one."""
+
+    @property
+    def missing(self) -> list[str]: ...
+    @property
+    def worker(self) -> Worker: ...
+    @property
+    def service(self) -> StarterService: ...
+    @property
+    def context_tokens(self) -> int: ...
+    async def __aenter__(self) -> Any: ...
+    async def aclose(self) -> None: ...
+    def silent(self, min_s: float) -> Mapping[str, float]: ...
+    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None: ...
+    async def until_lost(self) -> MdiqError: ...
+    async def until_leaving(self) -> str: ...
+    def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]: ...
+    def figures(self) -> list[NodeFigures]: ...
+    def hops(self) -> list[HopFigures]: ...
+    def pace(self) -> PaceFigures: ...
+
+
+class Requests:
+    """Counts requests: those that run, and how the others ended. num_taken: of both. quiet: set while none runs."""
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+        self.quiet = asyncio.Event()
+        self.quiet.set()
+        self._ended = {"done": 0, "failed": 0, "refused": 0, "left": 0}
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have not ended."""
+        return self.num_taken - sum(self._ended.values())
+
+    def begun(self) -> None:
+        """Count a request in."""
+        self.num_taken += 1
+        self.quiet.clear()
+
+    def ended(self, error: Exception | None, *, is_done: bool) -> None:
+        """Count a request out. is_done: it came to its end; else its caller has left it, unless there is an error."""
+        if isinstance(error, CapacityError | ConfigError):
+            how = "refused"
+        elif error is not None:
+            how = "failed"
+        else:
+            how = "done" if is_done else "left"
+        self._ended[how] += 1
+        if not self.num_running:
+            self.quiet.set()
+
+    async def until_idle(self, idle_s: float) -> None:
+        """Wait until none has run for so long."""
+        while True:
+            await self.quiet.wait()
+            num_taken = self.num_taken
+            await asyncio.sleep(idle_s)
+            if self.num_taken == num_taken:
+                return
+
+    def counts(self) -> dict[str, int]:
+        """Return how many run, and how many ended in which way."""
+        return {"running": self.num_running, **self._ended}
+
+
+@dataclass(slots=True)
+class RingView:
+    """A Ring from its opening to its end. ring: None before and after, when only the plan is known.
+
+    loading: how much of its Layers each Node has, (done, total). is_formed: it can serve; a survey never does, since
+    it has no pace and no Hops to show, and its KV cache is not the Ring's.
+    """
+
+    options: RingOptions
+    ring: KeptRing | None = None
+    loading: dict[str, tuple[int, int]] = field(default_factory=dict)
+    is_formed: bool = False
+    serving_since_s: float = 0.0
+
+    @property
+    def formed(self) -> KeptRing | None:
+        """The Ring, if it is formed."""
+        return self.ring if self.is_formed else None
+
+    def silent(self) -> Mapping[str, float]:
+        """Return the Nodes that should have been heard, and for how long they were not."""
+        return {} if self.ring is None else self.ring.silent(SILENT_S)
+
+    def starting(self) -> str:
+        """Return in words what a Ring that starts waits for; empty if none starts."""
+        if self.ring is None or self.is_formed:
+            return ""
+        loading = [f"{node} {100 * done // total} %" for node, (done, total) in self.loading.items() if total > done]
+        parts = [f"loading: {', '.join(loading)}"] if loading else []
+        if missing := self.ring.missing:
+            parts.append(f"waiting for {', '.join(missing)}")
+        text = "; ".join(parts) or "measures the ring"
+        return f"nodes measure themselves; {text}" if self.options.is_survey else text
+
+    def about_plan(self, now: float) -> dict[str, Any]:
+        """Return what the status shows of any Ring: its model, and its Nodes with those that stand by."""
+        options = self.options
+        figures = {} if self.formed is None else {node.name: node for node in self.formed.figures()}
+        silent = set() if self.formed is None else set(self.silent())
+        missing = set() if self.ring is None or self.is_formed else set(self.ring.missing)
+        nodes: list[dict[str, Any]] = []
+        for name, layers in zip(options.node_names, options.layers, strict=True):
+            node: dict[str, Any] = {"name": name, "layers": [layers.start, layers.stop]}
+            if (found := figures.get(name)) is not None:
+                node |= {"state": "silent" if name in silent else "serves", **_shown(found, now - self.serving_since_s)}
+            elif name in missing:
+                node["state"] = "missing"
+            elif name in self.loading:
+                done, total = self.loading[name]
+                node |= {"state": "loads", "loaded": done, "to_load": total}
+            else:
+                node["state"] = "joined" if self.ring is not None else "unknown"
+            nodes.append(node)
+        standing_by = options.remote.standing_by if options.remote else ()
+        nodes += [{"name": node.name, "state": "stands by", "reason": node.reason} for node in standing_by]
+        return {"model": str(options.model), "nodes": nodes}
+
+    def about_ring(self, now: float) -> dict[str, Any]:
+        """Return what the status shows of a Ring that is formed; nothing of another."""
+        if self.formed is None:
+            return {}
+        hops, pace = self.formed.hops(), self.formed.pace()
+        return {
+            "serving_s": round(now - self.serving_since_s, 1),
+            "hops": [{"wire": hop.wire, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s} for hop in hops],
+            "counts": dict(self.formed.service.ring.counts),
+            "pace": {"most_live": pace.num_live, "in_flight": pace.in_flight, "cap": pace.cap},
+        }
+
+
+def _shown(figures: NodeFigures, since_s: float) -> dict[str, Any]:
+    """Return a Node's figures as the status shows them."""
+    return {
+        "rss_bytes": figures.rss_bytes,
+        "weight_bytes": figures.weight_bytes,
+        "busy_share": round(min(figures.busy_s / since_s, 1.0), 4) if since_s > 0 else 0.0,
+        "bytes_in": figures.bytes_in,
+        "bytes_out": figures.bytes_out,
+        "frames_dropped": figures.dropped,
+    }
