@@ -6,7 +6,7 @@ What loading means and what there is to report come as callables: torch and the 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
@@ -182,13 +182,13 @@ class Agent:
         await self._send(self._heartbeat())
         await self._send(control.Goodbye())
 
-    async def _beat(self) -> None:
+    async def _beat(self) -> NoReturn:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             if self._outgoing.qsize() < MAX_WAITING:  # while the Starter is away there is no use in more
                 self._post(self._heartbeat())
 
-    async def _send_queued(self) -> None:
+    async def _send_queued(self) -> NoReturn:
         while True:
             await self._send(await self._outgoing.get())
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import structlog
 
@@ -161,7 +161,7 @@ class Coordinator:
         if not self._gone[node].done():
             self._gone[node].set_result(None)
 
-    async def _listen(self) -> None:
+    async def _listen(self) -> NoReturn:
         junk = JunkBudget()
         while True:
             identity, data = await self._server.receive()
@@ -302,7 +302,7 @@ class Coordinator:
         if future is not None and not future.done():
             future.set_result(answer)
 
-    async def _watch_leases(self) -> None:
+    async def _watch_leases(self) -> NoReturn:
         time_of, pause_s = asyncio.get_running_loop().time, min(self._lease_s / 4, WATCH_S)
         while True:
             due_s = time_of() + pause_s

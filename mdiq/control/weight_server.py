@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 
@@ -92,7 +93,7 @@ class WeightServer:
         self.num_dropped = 0
         self.num_parts = 0
 
-    async def run(self) -> None:
+    async def run(self) -> NoReturn:
         """Serve until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             junk = JunkBudget()

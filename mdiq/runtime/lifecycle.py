@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
@@ -191,7 +191,7 @@ class Watchdog:
             self._notifier.feed_watchdog()
         return not is_late
 
-    async def run(self) -> None:
+    async def run(self) -> NoReturn:
         """Look several times an interval, for ever."""
         while True:
             self.look()
@@ -200,7 +200,7 @@ class Watchdog:
 
 def watchdog_loops(
     notifier: Notifier, has_work: Callable[[], bool], last_progress_s: Callable[[], float]
-) -> dict[str, Coroutine[Any, Any, None]]:
+) -> dict[str, Coroutine[Any, Any, NoReturn]]:
     """Return the Watchdog's loop for ``serve_until_signal``'s ``beside``; none where the manager watches nobody."""
     interval_s = watchdog_interval_s()
     if interval_s is None:
@@ -216,7 +216,7 @@ async def serve_until_signal(
     drain: Callable[[], Awaitable[None]],
     drain_s: float,
     reload: Callable[[], Awaitable[None]] | None = None,
-    beside: Mapping[str, Coroutine[Any, Any, None]] | None = None,
+    beside: Mapping[str, Coroutine[Any, Any, NoReturn]] | None = None,
 ) -> None:
     """Run ``serving`` until it ends, or until SIGTERM or SIGINT and then ``drain`` end it.
 
@@ -280,7 +280,7 @@ async def _drain_before(
         await asyncio.gather(draining, hurrying, return_exceptions=True)
 
 
-async def _reload_at(hup: asyncio.Event, reload: Callable[[], Awaitable[None]] | None, notifier: Notifier) -> None:
+async def _reload_at(hup: asyncio.Event, reload: Callable[[], Awaitable[None]] | None, notifier: Notifier) -> NoReturn:
     """Reload at every signal, for ever; signals during a reload make one more."""
     while True:
         await hup.wait()

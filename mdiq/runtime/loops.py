@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import structlog
 
@@ -46,11 +46,12 @@ class EpochLinks:
 
 
 class Supervisor:
-    """Runs loops until ``aclose``; calls ``on_failed`` with the reason when one of them fails."""
+    """Runs loops until ``aclose``; calls ``on_failed`` with the reason when one ends before, in whatever way."""
 
     def __init__(self, on_failed: Callable[[MdiqError], None]) -> None:
         self._on_failed = on_failed
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closing = False
 
     def run(self, loop: Coroutine[Any, Any, None], name: str) -> None:
         """Run a loop; its name stands in the error if it fails in a way that nobody has foreseen."""
@@ -60,6 +61,7 @@ class Supervisor:
 
     async def aclose(self) -> None:
         """Cancel all loops and wait for their ends."""
+        self._is_closing = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -67,8 +69,13 @@ class Supervisor:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
             self._on_failed(loop_failed(task.get_name(), error))
+        elif not self._is_closing:
+            how = "was cancelled" if task.cancelled() else "returned"
+            log.error("loop_ended", loop=task.get_name(), how=how)
+            self._on_failed(RingError(f"{task.get_name()}: its loop {how} while it was needed; this is a bug in mdiq"))
 
 
 class GivenUp(Exception):
@@ -216,7 +223,7 @@ def loop_failed(name: str, error: BaseException) -> MdiqError:
     return RingError(f"{name}: {first!r}; see the log")
 
 
-async def receive_frames(links: EpochLinks, accept: Callable[[Frame], None], worker: Worker) -> None:
+async def receive_frames(links: EpochLinks, accept: Callable[[Frame], None], worker: Worker) -> NoReturn:
     """Decode what arrives and hand it to ``accept``, for ever; what is not a legal Frame is dropped and counted."""
     junk = JunkBudget()
     while True:
@@ -235,7 +242,7 @@ async def receive_frames(links: EpochLinks, accept: Callable[[Frame], None], wor
         worker.tracer.add("receive", f"{len(frame.segments)} segments", start_s, worker.clock())
 
 
-async def send_frames(queue: "asyncio.Queue[Frame]", links: EpochLinks, worker: Worker) -> None:
+async def send_frames(queue: "asyncio.Queue[Frame]", links: EpochLinks, worker: Worker) -> NoReturn:
     """Send what is queued on the Hop, for ever."""
     while True:
         frame = await queue.get()

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 import zmq.asyncio
@@ -24,7 +24,7 @@ from mdiq.core import control
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import folder_name
 from mdiq.engine.formats.layer_files import LayerFiles
-from mdiq.errors import LocalProtocolError, MdiqError, RingError, TransportError
+from mdiq.errors import LocalProtocolError, MdiqError, RingError
 from mdiq.runtime.lifecycle import Notifier
 from mdiq.runtime.loops import Supervisor, make_worker
 from mdiq.runtime.options import RingPeers
@@ -81,7 +81,6 @@ class NodeProcess:
         self._num_links = 0
         self._stage = StageHost(self.worker, is_rationed=self._peers is not None)
         self._sink: PushSink | None = None
-        self._context = zmq.asyncio.Context()
         self._source: PullSource | None = None
         self._agent: Agent | None = None
 
@@ -92,6 +91,7 @@ class NodeProcess:
             MdiqError: the port or the model cannot be used, or a loop failed.
         """
         link: DealerLink | None = None
+        self._context = zmq.asyncio.Context()
         self._failed = failed = asyncio.get_running_loop().create_future()
         self._loops.run(self._tell_what_it_waits_for(), "telling")
         try:
@@ -149,7 +149,7 @@ class NodeProcess:
             self._gate = gate = Gate(self._context)
             gate.start()
             await self._admit()
-            self._loops.run(_guard(gate), "gate")
+            self._loops.run(gate.run(), "gate")
             entrance = ServerSecurity(peers.secret, DATA, gate)
         return await PullSource.bind(
             self._context, listen_endpoint(options.listen), security=entrance, insecure=peers.insecure
@@ -176,7 +176,7 @@ class NodeProcess:
         secret = self._peers.secret if self._peers else None
         return None if secret is None else ClientSecurity(secret, public_key or "")
 
-    async def _tell_what_it_waits_for(self) -> None:
+    async def _tell_what_it_waits_for(self) -> NoReturn:
         while True:
             # Waiting is no start that stands still; loading tells of its own progress.
             if self._waits_for:
@@ -277,11 +277,3 @@ class NodeProcess:
         self._waits_for = ""
         self._notifier.ready(f"stands by: {reason}")
         log.info("stands_by", reason=reason)
-
-
-async def _guard(gate: Gate) -> None:
-    """Answer for keys; without that nobody is let in, so the Ring ends and the next one has a new Gate."""
-    try:
-        await gate.run()
-    except Exception as error:
-        raise TransportError(f"its gate failed, and lets nobody in any more: {error!r}; see its log") from error

@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Mapping
+from typing import NoReturn
 
 from mdiq.core import control
 from mdiq.core.types import NodeId
@@ -38,6 +39,7 @@ class ProcessWorkers(SocketWorkers):
         Raises:
             MdiqError: a port or a process failed; the message names the Node.
         """
+        await super().open()
         self.source = source = await PullSource.bind(self._context, _listen(self._options, 0))
         self._own_endpoint = source.endpoint
         server = await RouterServer.bind(self._context, "tcp://127.0.0.1:0")
@@ -95,13 +97,14 @@ class ProcessWorkers(SocketWorkers):
         child.stdin.write(self._control_key.hex().encode() + b"\n")
         return child
 
-    async def _watch(self, node: NodeId, child: asyncio.subprocess.Process) -> None:
+    async def _watch(self, node: NodeId, child: asyncio.subprocess.Process) -> NoReturn:
+        """Wait for the end of a child, which is a failure."""
         last_words = await _forward_errors(child)
         code = await child.wait()
-        if not self._is_closing and self._coordinator is not None:
-            error = NodeDiedError(f"{node}: {last_words or f'its process ended with {_exit_text(code)}'}")
-            self._coordinator.fail(node, error)
-            self._lost(node, error)
+        error = NodeDiedError(f"{node}: {last_words or f'its process ended with {_exit_text(code)}'}")
+        assert self._coordinator is not None  # open has run
+        self._coordinator.fail(node, error)  # which names the Node in the error
+        raise error
 
 
 async def _forward_errors(child: asyncio.subprocess.Process) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
@@ -49,6 +49,7 @@ class RemoteWorkers(SocketWorkers):
         Raises:
             MdiqError: a port cannot be used.
         """
+        await super().open()
         ring = self._ring
         if ring.secret is not None:
             self._gate = await self._open_gate(ring)
@@ -203,7 +204,7 @@ def _reasons(standing_by: Sequence[StandingBy]) -> dict[NodeId, str]:
     return {NodeId(node.name): node.reason for node in standing_by}
 
 
-async def _tell(coordinator: Coordinator) -> None:
+async def _tell(coordinator: Coordinator) -> NoReturn:
     """Say which Nodes are missing, when they have been for a while and when that changes."""
     told: list[NodeId] = []
     while True:

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
@@ -102,7 +102,7 @@ class RingKeeper:
         """Sequences that are not finished."""
         return self._requests.num_running
 
-    async def run(self) -> None:
+    async def run(self) -> NoReturn:
         """Keep a Ring up until cancelled."""
         while True:
             self._renew.clear()

@@ -4,6 +4,7 @@ How the Nodes come to be, and how they are reached, is for those who build on it
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 
@@ -28,9 +29,11 @@ DRAIN_S = 1.0
 class SocketWorkers(Workers):
     """Every Stage but the Starter's, over sockets."""
 
+    _context: zmq.asyncio.Context  # from ``open`` on
+
     def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
         super().__init__(options, ring_key, events)
-        self._context = zmq.asyncio.Context()
+        self._opened = contextlib.ExitStack()
         self._coordinator: Coordinator | None = None
         self._server: RouterServer | None = None
         self._endpoints: list[str] = []  # that each Hop leads to, the one out of the Starter first
@@ -50,6 +53,11 @@ class SocketWorkers(Workers):
         """Wait until a Node asks to be drained; return its name."""
         assert self._coordinator is not None  # start has run
         return await asyncio.shield(self._coordinator.leaving)
+
+    async def open(self) -> None:
+        """Make the context of all sockets; see Workers."""
+        self._context = zmq.asyncio.Context()
+        self._opened.callback(self._context.term)
 
     async def start(self, model_digest: str, weights: WeightSettings) -> Sequence[control.Ready]:
         """Watch the Nodes, and have them join and load; see Workers."""
@@ -117,7 +125,7 @@ class SocketWorkers(Workers):
         for part in (self.sink, self.source, self._server):
             if part is not None:
                 await part.aclose()
-        self._context.term()
+        self._opened.close()
 
     def _coordinate(
         self,

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import structlog
 
@@ -77,7 +77,7 @@ class StageService:
             self._worker.work_waits()
             self._wake.set()
 
-    async def _compute(self) -> None:
+    async def _compute(self) -> NoReturn:
         while True:
             frames = await compute_batch(self._stage, self._engine, self._worker, self._reports.failure)
             if frames is None:

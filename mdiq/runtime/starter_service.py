@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import structlog
 
@@ -221,7 +221,7 @@ class StarterService:
         """Seconds of all Hops together, as measured; None when they were not."""
         return self._hops.hops_s
 
-    async def _probe_hops(self) -> None:
+    async def _probe_hops(self) -> NoReturn:
         """Send a PROBE round again and again; those that do not return are not waited for."""
         num_sent = 0
         while True:
@@ -240,7 +240,7 @@ class StarterService:
             self._new_hops_s = hops_s
             self._is_pace_old.set()
 
-    async def _renew_pace(self, plan_pace: Callable[[float], Awaitable[RingSpec]]) -> None:
+    async def _renew_pace(self, plan_pace: Callable[[float], Awaitable[RingSpec]]) -> NoReturn:
         """Plan anew when the Hops take longer or less: not while a probe is received, since planning takes long."""
         while True:
             await self._is_pace_old.wait()
@@ -271,7 +271,7 @@ class StarterService:
         self._worker.work_waits()
         self._wake.set()
 
-    async def _compute(self) -> None:
+    async def _compute(self) -> NoReturn:
         while True:
             # Returned rows first: their tokens are what the next Batch is made of.
             if not (await self._sample_returned() | await self._run_batch()):
@@ -355,7 +355,7 @@ class StarterService:
         if due is not None and (self._armed_for is None or due < self._armed_for):
             self._rearm.set()
 
-    async def _watch_deadlines(self) -> None:
+    async def _watch_deadlines(self) -> NoReturn:
         """Poll when the ring protocol's next deadline comes."""
         while True:
             self._rearm.clear()

@@ -50,7 +50,7 @@ class Workers(ABC):
         self._model_digest = ""
         self._ready: dict[NodeId, control.Ready] = {}
         self._is_closing = False
-        self._loops = Supervisor(lambda error: self._lost(NodeId(options.node_names[0]), error))
+        self._loops = Supervisor(lambda error: self._lost(NodeId(error.node or options.node_names[0]), error))
         self.source: FrameSource | None = None
         self.sink: FrameSink | None = None
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 from aiohttp import web
@@ -224,7 +224,7 @@ class TopologyService:
         else:
             self._notifier.status(state.text)
 
-    async def _keep_telling(self) -> None:
+    async def _keep_telling(self) -> NoReturn:
         # Waiting for nodes is no start that stands still: without this the manager would end it.
         while True:
             if self._keeper.state.is_serving:

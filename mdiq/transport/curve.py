@@ -12,6 +12,7 @@ import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import structlog
 import zmq
@@ -104,16 +105,20 @@ class Gate:
             self._socket.close()
             raise TransportError("gate: this context has one already; use that one") from None
 
-    async def run(self) -> None:
-        """Answer until cancelled. After its end, whatever the reason, every peer is refused."""
+    async def run(self) -> NoReturn:
+        """Answer until cancelled. After its end, whatever the reason, every peer is refused.
+
+        Raises:
+            TransportError: it failed.
+        """
         assert self._socket is not None, "start comes first"
         try:
             while True:
                 request = await self._socket.recv_multipart()
                 await self._socket.send_multipart(self._answer(request))
-        except Exception as error:
+        except Exception as error:  # whatever it is: a Node that lets no peer in must say so
             log.error("gate_failed", error=repr(error))
-            raise
+            raise TransportError(f"gate: it failed, and lets no node in any more: {error!r}; see the log") from error
         finally:
             self._socket.close()
 

@@ -260,6 +260,7 @@ class ClientWatch(Watch):
         else:
             self._address = ""
             self._naming = asyncio.create_task(self._follow(self._name), name="names")
+            self._naming.add_done_callback(_log_failure)
 
     async def aclose(self) -> None:
         """Stop watching and reconnecting; the socket can be closed then."""
@@ -304,16 +305,12 @@ class ClientWatch(Watch):
 
     async def _follow(self, name: str) -> None:
         """Keep the socket connected to a current address of the name."""
-        try:
-            for i in itertools.count():
-                addresses = await self._look_up(name)
-                if addresses:
-                    self._move_to(with_address(self._endpoint, addresses[i % len(addresses)]))
-                await asyncio.sleep(LOOK_AGAIN_S)
-                await self._is_away.wait()
-        except Exception as error:
-            log.error("watch_failed", error=repr(error))
-            raise
+        for i in itertools.count():
+            addresses = await self._look_up(name)
+            if addresses:
+                self._move_to(with_address(self._endpoint, addresses[i % len(addresses)]))
+            await asyncio.sleep(LOOK_AGAIN_S)
+            await self._is_away.wait()
 
     async def _look_up(self, name: str) -> list[str]:
         slow = asyncio.get_running_loop().call_later(
@@ -347,6 +344,11 @@ class ClientWatch(Watch):
     def _disconnect(self) -> None:
         with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
             self._socket.disconnect(self._address)
+
+
+def _log_failure(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("watch_failed", error=repr(error))
 
 
 def _address(connection: int) -> str:

@@ -508,7 +508,7 @@ def test_a_starter_with_another_key_hears_nothing_and_is_logged_once(siege: Sieg
 
 def test_a_gate_that_fails_ends_the_ring_in_words_and_the_next_ring_answers_the_same(siege: Siege) -> None:
     code, last_words = siege.notes["end"]
-    assert code == 1 and last_words.startswith(f"mdiq: {RIGHT}: its gate failed"), last_words
+    assert code == 1 and last_words.startswith(f"mdiq: {RIGHT}: gate: it failed"), last_words
     first, second = siege.texts
     assert len(second) >= 20 and first[: len(second)] == second[: len(first)]
 
@@ -523,6 +523,6 @@ def test_a_key_that_is_revoked_in_the_midst_of_a_ring_ends_its_connection(siege:
 def test_nothing_crashes(siege: Siege) -> None:
     assert siege.notes["ended"] == {}
     code, last_words = siege.notes["second end"]
-    assert code == 1 and last_words.startswith("mdiq: gate: "), last_words
+    assert code == 1 and last_words.startswith("mdiq: gate: it failed"), last_words
     crashes = [line for lines in siege.logs.values() for line in lines if "exception" in line]
     assert crashes == []

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -396,7 +397,7 @@ async def _start(service: Service, notifier: Notifier, drain_s: float = 20.0) ->
 async def test_a_loop_beside_the_service_that_fails_ends_it_with_its_reason(notifier: Notifier) -> None:
     service = Service()
 
-    async def fail() -> None:
+    async def fail() -> NoReturn:
         await service.began.wait()
         raise RuntimeError("nobody fed the watchdog any more")
 

@@ -1,16 +1,19 @@
-"""The loops of a Stage: nothing that takes long runs on the event loop, and Frames keep their order."""
+"""Loops: nothing that takes long runs on the event loop, Frames keep their order, and no loop ends unnoticed."""
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import pytest
 
 from mdiq.core import wire
 from mdiq.core.frame import Buffer, Frame, FrameKind, Segment
 from mdiq.core.types import Epoch, SeqId
-from mdiq.runtime.loops import LARGE_BYTES, EpochLinks, Worker, receive_frames, send_frames
+from mdiq.errors import MdiqError, RingError
+from mdiq.runtime.loops import LARGE_BYTES, EpochLinks, Supervisor, Worker, receive_frames, send_frames
 from mdiq.telemetry.trace import Tracer
 from mdiq.transport.memory import MemoryLink
 
@@ -89,3 +92,46 @@ async def test_beside_a_flood_of_junk_the_loop_is_free_for_others_and_frames_arr
     assert arrived
     assert worker.meter.dropped
     assert used < 0.6  # a fifth, and what waking up costs
+
+
+async def _returns() -> None:
+    pass
+
+
+async def _waits() -> None:
+    await asyncio.Event().wait()
+
+
+async def _is_cancelled() -> None:
+    waiting = asyncio.get_running_loop().create_future()
+    waiting.cancel()
+    await waiting
+
+
+@pytest.mark.parametrize(("loop", "how"), [(_returns, "returned"), (_is_cancelled, "was cancelled")])
+async def test_a_loop_that_ends_while_it_is_needed_is_a_failure_that_names_it(
+    loop: Callable[[], Coroutine[Any, Any, None]], how: str
+) -> None:
+    failed: asyncio.Queue[MdiqError] = asyncio.Queue()
+    loops = Supervisor(failed.put_nowait)
+    loops.run(_waits(), "another")
+    loops.run(loop(), "coordinator")
+    async with asyncio.timeout(5):
+        error = await failed.get()
+    assert isinstance(error, RingError) and f"coordinator: its loop {how}" in str(error)
+    await loops.aclose()
+    assert failed.empty(), "a loop that is closed has not failed"
+
+
+async def test_a_loop_that_returns_when_it_is_closed_has_not_failed() -> None:
+    failed: list[MdiqError] = []
+    loops = Supervisor(failed.append)
+
+    async def ends_well() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    loops.run(ends_well(), "gate")
+    await asyncio.sleep(0)
+    await loops.aclose()
+    assert failed == []

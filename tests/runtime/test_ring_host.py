@@ -1,12 +1,14 @@
 """A Ring of this one process, on a model of random weights."""
 
 import asyncio
+import gc
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog.testing
+import zmq
 
 from mdiq.bench.shapes import shape_file
 from mdiq.core import control
@@ -18,6 +20,7 @@ from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
 from mdiq.plan.pace import paced
 from mdiq.runtime import epochs, ring_host, stage_host, starter_stage
 from mdiq.runtime.loops import Worker
+from mdiq.runtime.node import NodeOptions, NodeProcess
 from mdiq.runtime.options import HopFigures, RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.processes import ProcessWorkers
 from mdiq.runtime.remote import RemoteWorkers
@@ -193,6 +196,54 @@ async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
     assert not watching()
     await stages.start("", PLAIN_WEIGHTS)
     await stages.aclose()
+
+
+async def test_a_child_that_ends_is_the_loss_of_its_node(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: asyncio.Queue[MdiqError] = asyncio.Queue()
+
+    async def spawn(stages: ProcessWorkers, node: NodeId, i: int, endpoint: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *("sh", "-c", "read line; echo 'mdiq: no room for the model' >&2; exit 1"),
+            stdin=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    monkeypatch.setattr(ProcessWorkers, "_spawn", spawn)
+    stages = ProcessWorkers(
+        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
+        b"the ring's key, of thirty bytes",
+        RingEvents(on_lost=lost.put_nowait),
+    )
+    await stages.open()
+    starting = asyncio.create_task(stages.start("", PLAIN_WEIGHTS))
+    await asyncio.sleep(0)
+    with structlog.testing.capture_logs() as logs:
+        for child in stages._children.values():
+            assert child.stdin is not None
+            child.stdin.write(b"go\n")
+        async with asyncio.timeout(20):
+            error = await lost.get()
+            with pytest.raises(NodeDiedError, match="^node-1: no room for the model$"):
+                await starting
+    assert str(error) == "node-1: no room for the model"
+    assert [line["node"] for line in logs if line["event"] == "node_lost"] == ["node-1"]
+    await stages.aclose()
+    assert lost.empty()
+
+
+def test_a_ring_that_is_never_entered_and_a_node_that_never_runs_hold_nothing_open(tiny: Path) -> None:
+    def contexts() -> int:
+        return sum(issubclass(type(it), zmq.Context) and not it.closed for it in gc.get_objects())
+
+    layers = (LayerRange(0, 2), LayerRange(2, 4))
+    nodes = (RemoteNode("desk", "tcp://10.0.0.1:5001", None), RemoteNode("pi1", "tcp://10.0.0.2:5002", None))
+    before = contexts()
+    made: list[object] = [
+        RingHost(RingOptions(tiny, layers)),
+        RingHost(RingOptions(tiny, layers, remote=RemoteRing(nodes, "tcp://c:1", "tcp://w:1"))),
+        NodeProcess(NodeOptions("pi1", "tcp://127.0.0.1:1", "tcp://127.0.0.1:0", b"key")),
+    ]
+    assert len(made) == 3 and contexts() == before
 
 
 async def test_the_starter_opens_its_model_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -599,7 +599,7 @@ async def test_a_gate_that_fails_says_so_and_closes(
     monkeypatch.setattr(ward.gate, "_answer", fails)
     source = await PullSource.bind(ward.context, ANY_PORT, security=ward.guards())
     sink = await PushSink.connect(ward.context, source.endpoint, security=ward.client(ward.pi1))
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(TransportError, match="gate: it failed, and lets no node in any more: .*broken"):
         await ward.running
     assert [event["event"] for event in events if event["event"] == "gate_failed"] == ["gate_failed"]
     await happens(lambda: ward.gate.refusals.num_refused >= 2)
