@@ -4,7 +4,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,14 @@ from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, Report
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
 from mdiq.bench.workload import ApartCell, Cell, grid
 from mdiq.cli.flags import parse_numbers, parse_wires
+from mdiq.cli.ring_commands import BenchOptions
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
 from mdiq.core.ring import RingSettings
-from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
+from mdiq.telemetry import logging
 from mdiq.testbed.cpu_quota import MIN_CPU, check_quota
 from mdiq.testbed.link_shape import LinkShape, parse_link
 
@@ -39,39 +39,9 @@ _FIGURES = ("tokens/s", "with prompts", "first token", "next token")
 REST_S = 1.5 * HEARTBEAT_S  # after a Load, every Node's heartbeat has come
 
 
-@dataclass(frozen=True, slots=True)
-class BenchOptions:
-    """The flags of `mdiq bench`; see its help. Lists are texts with commas between."""
-
-    model: str | None
-    shape: str | None
-    bits: int
-    nodes: str
-    users: str | None
-    users_per_node: str | None
-    prompt_tokens: str
-    answer_tokens: int
-    repeats: int
-    weights: WeightSettings
-    wire: str
-    threads: int | None
-    pin: bool
-    kv_tokens: int | None
-    links: tuple[str, ...]
-    cpu: float | None
-    apart: bool
-    peer: str | None
-    peer_python: str | None
-    peer_threads: str | None
-    seed: int
-    temperature: float
-    json_file: Path | None
-    plot: Path | None
-    log_level: str
-
-
 def execute(options: BenchOptions) -> int:
     """Measure, print and write; return the exit code."""
+    logging.configure(options.log_level, node="node-0")
     console = Console(stderr=True)
     cells = _cells(options)
     _check(options, cells)
@@ -92,11 +62,11 @@ def execute(options: BenchOptions) -> int:
         measured = run_until_signal(bench.run())
     settings: dict[str, object] = {
         "model": model.name,
-        "weights": options.weights.format,
-        "exact": options.weights.exact,
+        "weights": options.weights,
+        "exact": options.exact,
         "wire": options.wire,
-        "dtype": options.weights.dtype,
-        "device": options.weights.device,
+        "dtype": options.dtype,
+        "device": options.device,
         "threads_per_node": threads,
         "pin": options.pin,
         "cpu_per_node": options.cpu,
@@ -138,7 +108,7 @@ def _bench(
         return RingOptions(
             model=model,
             layers=layers[nodes],
-            weights=options.weights,
+            weights=options.held,
             threads=threads,
             pin=options.pin,
             kv_tokens=options.kv_tokens or _kv_tokens(cells, nodes, options.answer_tokens),
@@ -190,7 +160,7 @@ def _cells(options: BenchOptions) -> tuple[Cell, ...]:
         () if users is None else parse_numbers("--users", users, MAX_USERS),
         () if per_node is None else parse_numbers("--users-per-node", per_node, MAX_USERS),
         parse_numbers("--prompt-tokens", options.prompt_tokens, 1 << 20),
-        [None if text == NO_LINK else parse_link(text) for text in options.links] or [None],
+        [None if text == NO_LINK else parse_link(text) for text in options.link or ()] or [None],
     )
 
 

@@ -4,7 +4,6 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -20,46 +19,40 @@ from mdiq.errors import ConfigError
 EXAMPLE = "--node desk=192.168.1.10 --node pi1=192.168.1.11,memory=700M,threads=1"
 
 
-@dataclass(frozen=True, slots=True)
-class InitOptions:
-    """The flags of `mdiq init`; see its help."""
-
-    nodes: tuple[str, ...]
-    spares: tuple[str, ...]
-    model: str | None
-    weights: str
-    insecure: bool
-    out: Path
-    force: bool
-
-
-def init(options: InitOptions) -> int:
+def init(
+    node_flags: Sequence[str],
+    spare_flags: Sequence[str],
+    model: str | None,
+    weights: str,
+    *,
+    insecure: bool,
+    out: Path,
+    force: bool,
+) -> int:
     """Write the file and its schema; return the exit code."""
-    if options.out.exists() and not options.force:
-        raise ConfigError(f"{options.out}: it exists; add --force to write over it, or give another file by --out")
-    if options.nodes or options.spares:
-        flags = [(f"--node {text}", text, False) for text in options.nodes]
-        flags += [(f"--spare {text}", text, True) for text in options.spares]
+    if out.exists() and not force:
+        raise ConfigError(f"{out}: it exists; add --force to write over it, or give another file by --out")
+    if node_flags or spare_flags:
+        flags = [(f"--node {text}", text, False) for text in node_flags]
+        flags += [(f"--spare {text}", text, True) for text in spare_flags]
         sources = [flag for flag, _, _ in flags]
         nodes = tuple(parse_node(flag, text, spare=spare) for flag, text, spare in flags)
-        model = options.model or DEFAULT_MODEL.name
+        model = model or DEFAULT_MODEL.name
     elif is_terminal():
         nodes = ask_nodes()
         sources = [f"node {node.name}" for node in nodes]
-        model = options.model or typer.prompt(
-            "Model (directory, .gguf file or known name)", DEFAULT_MODEL.name, err=True
-        )
+        model = model or typer.prompt("Model (directory, .gguf file or known name)", DEFAULT_MODEL.name, err=True)
     else:
         raise ConfigError(f"mdiq init: give the devices, the Starter first: {EXAMPLE}; on a terminal it asks for them")
-    text = topology_text(Answers(nodes, model, options.weights, options.insecure))
-    report = check_bytes(text.encode(), options.out, without_keys=True)
+    text = topology_text(Answers(nodes, model, weights, insecure))
+    report = check_bytes(text.encode(), out, without_keys=True)
     if report.topology is None:
         raise ConfigError("\n".join(_by_flag(report, sources)))
-    _write(options.out, text, force=options.force)
-    _write(options.out.parent / SCHEMA_FILE, schema_text(), force=True)
+    _write(out, text, force=force)
+    _write(out.parent / SCHEMA_FILE, schema_text(), force=True)
     print_findings(report)
-    sys.stdout.write(f"{options.out}: written, with {SCHEMA_FILE} beside it\n")
-    sys.stderr.write(f"next: {_next(report.topology, options.out)}\n")
+    sys.stdout.write(f"{out}: written, with {SCHEMA_FILE} beside it\n")
+    sys.stderr.write(f"next: {_next(report.topology, out)}\n")
     return 0
 
 

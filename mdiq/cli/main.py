@@ -15,8 +15,9 @@ import typer
 
 import mdiq
 from mdiq.cache import NO_SPACE
-from mdiq.cli.options import USUAL, EvenSplit, HeldAs, Json, Level, LogLevel, Model, Topology
-from mdiq.cli.ring_commands import bench, perplexity, run
+from mdiq.cli.options import EvenSplit, HeldAs, Json, Level, LogLevelName, Model, Topology, command
+from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions
+from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
 from mdiq.plan.partition import Objective
 from mdiq.telemetry import logging
@@ -42,8 +43,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-for command in (run, perplexity, bench):
-    app.command()(command)
+for name, options in (("run", RunOptions), ("perplexity", PerplexityOptions), ("bench", BenchOptions)):
+    app.command(name)(command(options, f"mdiq.cli.{name}"))
 
 
 @app.command()
@@ -59,17 +60,15 @@ def init(
         list[str] | None, typer.Option(help="A device that stands by for one that fails; may be repeated.")
     ] = None,
     model: Model = None,
-    weights: HeldAs = USUAL,
+    weights: HeldAs = USUAL_WEIGHTS,
     insecure: Annotated[bool, typer.Option("--insecure", help="Plain text on the network, without keys.")] = False,
     out: Annotated[Path, typer.Option(help="File to write; its schema is written beside it.")] = Path("topology.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write an annotated topology file from flags, or from questions on a terminal."""
-    from mdiq.cli.init import InitOptions
     from mdiq.cli.init import init as execute
 
-    options = InitOptions(tuple(node or ()), tuple(spare or ()), model, weights.value, insecure, out, force)
-    raise typer.Exit(execute(options))
+    raise typer.Exit(execute(node or (), spare or (), model, weights, insecure=insecure, out=out, force=force))
 
 
 @app.command()
@@ -118,17 +117,17 @@ def node(
     pin: Annotated[int | None, typer.Option(hidden=True)] = None,
     stdin_key: Annotated[bool, typer.Option("--stdin-key", hidden=True)] = False,
     log_level: Annotated[
-        LogLevel | None, typer.Option(help="Minimum severity of log lines. [default: info]", show_default=False)
+        LogLevelName | None, typer.Option(help="Minimum severity of log lines. [default: info]", show_default=False)
     ] = None,
 ) -> None:
     """Serve one node of a topology, ring after ring, until it is stopped."""
     from mdiq.cli.node import serve_node, serve_topology
 
     if topology is not None:
-        logging.configure((log_level or LogLevel.INFO).value, node=name)
+        logging.configure(log_level or "info", node=name)
         raise typer.Exit(serve_topology(topology, name, once=once))
     # A child of `mdiq run`: control is its endpoint, listen where this node takes activations.
-    logging.configure((log_level or LogLevel.WARNING).value, node=name)
+    logging.configure(log_level or "warning", node=name)
     raise typer.Exit(serve_node(name, control, listen, threads, pin, stdin_key=stdin_key))
 
 
@@ -166,12 +165,12 @@ def plan(
 def serve(
     topology: Topology,
     even_split: EvenSplit = False,
-    log_level: Level = LogLevel.INFO,
+    log_level: Level = "info",
 ) -> None:
     """Serve a topology on its Starter, with the HTTP API, until it is stopped."""
     from mdiq.cli.serve import serve as execute
 
-    logging.configure(log_level.value, node="starter")
+    logging.configure(log_level, node="starter")
     raise typer.Exit(execute(topology, even_split=even_split))
 
 
@@ -226,7 +225,7 @@ def cache_clear(
     """Remove everything from the cache that no process uses."""
     from mdiq.cli.cache import clear
 
-    logging.configure(LogLevel.WARNING.value, node="")
+    logging.configure("warning", node="")
     raise typer.Exit(clear(names or (), dry_run=dry_run))
 
 

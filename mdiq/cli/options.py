@@ -1,26 +1,25 @@
 """Options that several commands have, declared once."""
 
+import inspect
 import io
 import sys
+from collections.abc import Callable
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS
-from mdiq.core.types import USUAL_WEIGHTS
+from mdiq.core.types import WeightFormat
+from mdiq.core.wire_formats import DtypeName
 
-
-class Dtype(StrEnum):
-    """Number format of activations and KV cache, and of plain weights."""
-
-    F32 = "f32"
-    BF16 = "bf16"
+LogLevelName = Literal["debug", "info", "warning", "error"]
 
 
 class Weights(StrEnum):
-    """How weights are held: as suits the file, as --dtype says, or packed; core.types.WeightFormat."""
+    """core.types.WeightFormat for options that may be repeated, of which typer knows no Literal."""
 
     AUTO = "auto"
     PLAIN = "plain"
@@ -28,13 +27,18 @@ class Weights(StrEnum):
     INT4 = "int4"
 
 
-class LogLevel(StrEnum):
-    """Minimum severity of log lines."""
+def command(options: type, module: str) -> Callable[..., None]:
+    """Return a command whose parameters are the fields of a dataclass, and whose help is its docstring.
 
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
+    module: has ``execute``, which is called with an instance and returns the exit code; imported when the command runs.
+    """
+
+    def run(**values: Any) -> None:
+        raise typer.Exit(import_module(module).execute(options(**values)))
+
+    run.__doc__, run.__annotations__ = options.__doc__, get_type_hints(options, include_extras=True)
+    vars(run)["__signature__"] = inspect.signature(options)
+    return run
 
 
 def make_stdout_utf8(is_json: bool) -> bool:
@@ -53,13 +57,12 @@ Model = Annotated[
     ),
 ]
 HeldAs = Annotated[
-    Weights,
+    WeightFormat,
     typer.Option(
         help="How weights are held: auto (4 bits for a file of 4-bit types, else 8; plain on a GPU), plain "
         "(as --dtype says), int8 or int4.",
     ),
 ]
-USUAL = Weights(USUAL_WEIGHTS)
 Exact = Annotated[
     bool,
     typer.Option(
@@ -68,11 +71,11 @@ Exact = Annotated[
         "or whatever kernel and hop is fastest.",
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Number format of activations, KV cache and plain weights.")]
+Dtype = Annotated[DtypeName, typer.Option(help="Number format of activations, KV cache and plain weights.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or auto; the same for all nodes.")]
 EvenSplit = Annotated[
     bool, typer.Option("--even-split", help="Share a topology's auto layers evenly instead of by the plan.")
 ]
-Level = Annotated[LogLevel, typer.Option(help="Minimum severity of log lines.")]
+Level = Annotated[LogLevelName, typer.Option(help="Minimum severity of log lines.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", callback=make_stdout_utf8)]
 Topology = Annotated[Path, typer.Argument(help="The topology file.")]

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from mdiq.cli.ring_commands import PerplexityOptions
 from mdiq.errors import ConfigError
 from mdiq.runtime.placement import set_threads, usable_threads
 
@@ -19,20 +20,7 @@ if TYPE_CHECKING:  # torch is imported after set_threads
     from mdiq.service.perplexity import Row
 
 
-@dataclass(frozen=True, slots=True)
-class PerplexityOptions:
-    """The flags of `mdiq perplexity`; see its help."""
-
-    model: str | None
-    text: Path | None
-    tokens: int
-    weights: tuple[str, ...]
-    exact: bool
-    threads: int | None
-    as_json: bool
-
-
-def measure(options: PerplexityOptions) -> int:
+def execute(options: PerplexityOptions) -> int:
     """Print the perplexities and return the exit code: 1 when weights miss their bound."""
     set_threads(options.threads or usable_threads())
     from mdiq.engine.formats.model_source import find_model
@@ -49,7 +37,7 @@ def measure(options: PerplexityOptions) -> int:
         raise ConfigError(f"{options.text}: {len(token_ids)} tokens are too few; give a longer text")
     measured = MeasuredWeights(path, token_ids, is_exact=options.exact)
     rows: list[Row] = []
-    for weights in ("plain", *options.weights):
+    for weights in dict.fromkeys(("plain", *(options.weights or ("int8", "int4")))):
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task(weights, total=None)
             rows.append(measured.row(weights, partial(_advance, bars, task, weights)))

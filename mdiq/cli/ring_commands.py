@@ -1,76 +1,68 @@
-"""The commands that run a model here: their options. run.py, perplexity.py and bench.py do the work."""
+"""The commands that run a model here: options, each with its help. run.py, perplexity.py and bench.py do the work."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mdiq.cli.options import (
-    USUAL,
-    Device,
-    Dtype,
-    DtypeOption,
-    EvenSplit,
-    Exact,
-    HeldAs,
-    Json,
-    Level,
-    LogLevel,
-    Model,
-    Weights,
-    make_stdout_utf8,
-)
-from mdiq.telemetry import logging
+from mdiq.cli.options import Device, Dtype, EvenSplit, Exact, HeldAs, Json, Level, Model, Weights, make_stdout_utf8
+from mdiq.core.sequence import SamplingParams
+from mdiq.core.types import USUAL_WEIGHTS, WeightSettings
+from mdiq.plan.pace import PaceSettings
 
 
-def run(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; or use --prompts.")] = None,
-    model: Model = None,
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Run prompts on a ring of local node processes, or of the nodes of a topology, and print the answers."""
+
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; or use --prompts.")] = None
+    model: Model = None
     nodes: Annotated[
         int | None,
         typer.Option(min=1, max=64, help="Nodes of the ring; each needs a layer. [default: 2]", show_default=False),
-    ] = None,
+    ] = None
     layers: Annotated[
         str | None,
         typer.Option(
             help="Layers of each node by hand: 10,12,8. [default: even work; the head counts as layers of the Starter]"
         ),
-    ] = None,
+    ] = None
     topology: Annotated[
         Path | None, typer.Option(help="Run on the nodes of this topology file, which wins over other flags.")
-    ] = None,
+    ] = None
     join_wait: Annotated[
         float, typer.Option(min=1, help="Seconds to wait for the nodes of a topology to join, at most.")
-    ] = 120.0,
-    even_split: EvenSplit = False,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of JSON lines, one request each, instead of a prompt.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write results to this file as JSON lines, as they finish.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue where --out stopped.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")] = 256,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens that add up to p.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this times the most likely.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Over 1 avoids tokens seen before.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
-    stop_token_id: Annotated[
-        list[int] | None, typer.Option(help="A token that ends the answer; may be repeated.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Use prompts as they are, without the chat template.")] = False,
+    ] = 120.0
+    even_split: EvenSplit = False
+    prompts: Annotated[Path | None, typer.Option(help="File of JSON lines, one request each, instead of a prompt.")] = (
+        None
+    )
+    out: Annotated[Path | None, typer.Option(help="Write results to this file as JSON lines, as they finish.")] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Continue where --out stopped.")] = False
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")] = 256
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")] = False
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")] = 0
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens that add up to p.")] = 1.0
+    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this times the most likely.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Over 1 avoids tokens seen before.")] = 1.0
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="A token that ends the answer; may be repeated.")] = (
+        None
+    )
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0
+    raw: Annotated[bool, typer.Option("--raw", help="Use prompts as they are, without the chat template.")] = False
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run all stages in this process, without sockets.")
-    ] = False,
-    dtype: DtypeOption = Dtype.F32,
-    weights: HeldAs = USUAL,
-    exact: Exact = True,
+    ] = False
+    dtype: Dtype = "f32"
+    weights: HeldAs = USUAL_WEIGHTS
+    exact: Exact = True
     wire: Annotated[
         str, typer.Option(help="Activations on the hops: auto, f32, bf16 or i8; or one for each hop: bf16,auto.")
-    ] = "auto",
-    device: Device = "cpu",
+    ] = "auto"
+    device: Device = "cpu"
     threads: Annotated[
         int | None,
         typer.Option(
@@ -79,199 +71,146 @@ def run(
             help="Threads that compute, per node. [default: cores / nodes, within the control group's CPU time]",
             show_default=False,
         ),
-    ] = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Bind node i to core i.")] = False,
+    ] = None
+    pin: Annotated[bool, typer.Option("--pin", help="Bind node i to core i.")] = False
     kv_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="KV cache of each node in tokens, in steps of 32. [default: half of a node's share of free memory]",
         ),
-    ] = None,
+    ] = None
     base_port: Annotated[
         int, typer.Option(min=0, max=65000, help="Node i listens on this port + i; 0: any free port.")
-    ] = 0,
+    ] = 0
     decode_wait: Annotated[
         float,
         typer.Option(min=1, help="Max ms between two tokens of a request while prompts of others are in the ring."),
-    ] = 200.0,
+    ] = 200.0
     max_live: Annotated[
         int | None,
         typer.Option(min=1, max=1024, help="Requests in the ring at once. [default: what fills it, 64 to 256]"),
-    ] = None,
+    ] = None
     no_prefix_reuse: Annotated[
         bool, typer.Option("--no-prefix-reuse", help="Compute every prompt whole, even if it begins like another.")
-    ] = False,
+    ] = False
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON lines on stdout, a summary last.", callback=make_stdout_utf8)
-    ] = False,
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None,
-    log_level: Level = LogLevel.WARNING,
-) -> None:
-    """Run prompts on a ring of local node processes, or of the nodes of a topology, and print the answers."""
-    from mdiq.cli.run import RunOptions, execute
-    from mdiq.core.sequence import SamplingParams
-    from mdiq.core.types import WeightSettings
-    from mdiq.plan.pace import PaceSettings
+    ] = False
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of every loop.")] = None
+    log_level: Level = "warning"
 
-    logging.configure(log_level.value, node="node-0")
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        stop_token_ids=tuple(stop_token_id or ()),
-        ignore_eos=ignore_eos,
-        seed=seed,
-    )
-    options = RunOptions(
-        prompt=prompt,
-        prompts=prompts,
-        out=out,
-        resume=resume,
-        model=model,
-        nodes=nodes,
-        layers=layers,
-        topology=topology,
-        join_wait_s=join_wait,
-        even_split=even_split,
-        params=params,
-        raw=raw,
-        in_process=in_process,
-        weights=WeightSettings(weights.value, dtype.value, exact, device),
-        wire=wire,
-        threads=threads,
-        pin=pin,
-        kv_tokens=kv_tokens,
-        base_port=base_port,
-        pace=PaceSettings(decode_wait_s=decode_wait / 1_000, max_live=max_live),
-        prefix_reuse=not no_prefix_reuse,
-        as_json=as_json,
-        trace=trace,
-        log_level=log_level.value,
-    )
-    raise typer.Exit(execute(options))
+    @property
+    def params(self) -> SamplingParams:
+        """How to sample, where a line of a prompts file does not say it."""
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_id or ()),
+            ignore_eos=self.ignore_eos,
+            seed=self.seed,
+        )
+
+    @property
+    def held(self) -> WeightSettings:
+        return WeightSettings(self.weights, self.dtype, self.exact, self.device)
+
+    @property
+    def pace(self) -> PaceSettings:
+        return PaceSettings(decode_wait_s=self.decode_wait / 1_000, max_live=self.max_live)
 
 
-def perplexity(
-    model: Model = None,
+@dataclass(frozen=True, slots=True)
+class PerplexityOptions:
+    """Measure what packed weights cost in quality: perplexity on a real text, beside f32."""
+
+    model: Model = None
     weights: Annotated[
         list[Weights] | None,
         typer.Option(help="Formats beside f32; may be repeated, auto is the file's. [default: int8 and int4]"),
-    ] = None,
+    ] = None
     exact: Annotated[
         bool,
         typer.Option(
             "--exact/--fast", help="Kernels that give the same tokens alone and among other requests, or the fastest."
         ),
-    ] = True,
-    text: Annotated[Path | None, typer.Option(help="Text to read. [default: Python's own documentation]")] = None,
-    tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Tokens of the text to read.")] = 4096,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads. [default: cores]")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure what packed weights cost in quality: perplexity on a real text, beside f32."""
-    from mdiq.cli.perplexity import PerplexityOptions, measure
-
-    chosen = tuple(item.value for item in weights or (Weights.INT8, Weights.INT4) if item is not Weights.PLAIN)
-    raise typer.Exit(measure(PerplexityOptions(model, text, tokens, chosen, exact, threads, as_json)))
+    ] = True
+    text: Annotated[Path | None, typer.Option(help="Text to read. [default: Python's own documentation]")] = None
+    tokens: Annotated[int, typer.Option(min=2, max=1_000_000, help="Tokens of the text to read.")] = 4096
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads. [default: cores]")] = None
+    as_json: Json = False
 
 
-def bench(
-    model: Model = None,
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """Measure rings of local nodes under load: tokens/s, time to first token, inter-token latency."""
+
+    model: Model = None
     shape: Annotated[
         str | None,
         typer.Option(
             help="Random weights of this shape instead, written to the cache once: "
             "tiny, smollm2-135m, tinyllama-1.1b, llama-3.2-1b."
         ),
-    ] = None,
-    bits: Annotated[int, typer.Option(help="Bits of a shape's weights in its file: 8 (Q8_0) or 4 (Q4_0).")] = 8,
+    ] = None
+    bits: Annotated[int, typer.Option(help="Bits of a shape's weights in its file: 8 (Q8_0) or 4 (Q4_0).")] = 8
     nodes: Annotated[
         str, typer.Option(help="Sizes of the rings to measure, separated by commas; every combination is measured.")
-    ] = "1,2",
+    ] = "1,2"
     users: Annotated[
         str | None, typer.Option(help="Users that ask at once, separated by commas. [default: 1,4]", show_default=False)
-    ] = None,
+    ] = None
     users_per_node: Annotated[
         str | None,
         typer.Option(help="Users for each node instead of --users; also the smallest ring's users on every ring."),
-    ] = None,
-    prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt, separated by commas.")] = "32",
-    answer_tokens: Annotated[int, typer.Option(min=1, max=65536, help="Tokens of each answer.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; medians are shown.")] = 3,
-    weights: HeldAs = USUAL,
-    exact: Exact = True,
-    wire: Annotated[str, typer.Option(help="Activations on all hops: auto, f32, bf16 or i8.")] = "auto",
-    dtype: DtypeOption = Dtype.F32,
-    device: Device = "cpu",
+    ] = None
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt, separated by commas.")] = "32"
+    answer_tokens: Annotated[int, typer.Option(min=1, max=65536, help="Tokens of each answer.")] = 64
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; medians are shown.")] = 3
+    weights: HeldAs = USUAL_WEIGHTS
+    exact: Exact = True
+    wire: Annotated[str, typer.Option(help="Activations on all hops: auto, f32, bf16 or i8.")] = "auto"
+    dtype: Dtype = "f32"
+    device: Device = "cpu"
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=1024, help="Threads per node. [default: cores / max nodes]", show_default=False),
-    ] = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Bind node i to core i, and the peer to its first cores.")] = False,
+    ] = None
+    pin: Annotated[bool, typer.Option("--pin", help="Bind node i to core i, and the peer to its first cores.")] = False
     kv_tokens: Annotated[
         int | None, typer.Option(min=1, help="KV cache of each node in tokens. [default: what the load needs]")
-    ] = None,
+    ] = None
     link: Annotated[
         list[str] | None,
         typer.Option(help="Slow every hop down: delay=20ms,bandwidth=10mbit,jitter=5ms, or none; may be repeated."),
-    ] = None,
+    ] = None
     cpu: Annotated[
         float | None, typer.Option(help="CPU time of each node in cores, by control groups: 0.5. [default: no limit]")
-    ] = None,
+    ] = None
     apart: Annotated[
         bool, typer.Option("--apart", help="Also measure as many rings of one node at once: what the machine can do.")
-    ] = False,
-    peer: Annotated[str | None, typer.Option(help="llama-cpp: run the same load through it, too.")] = None,
+    ] = False
+    peer: Annotated[str | None, typer.Option(help="llama-cpp: run the same load through it, too.")] = None
     peer_python: Annotated[
         str | None, typer.Option(help="Interpreter that has llama-cpp-python. [default: this one]")
-    ] = None,
+    ] = None
     peer_threads: Annotated[
         str | None,
         typer.Option(help="Threads of the peer, separated by commas. [default: those of each ring's nodes together]"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the draws.")] = 0,
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the draws.")] = 0
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Temperature of the draws; 0 is greedy; not with a peer.")
-    ] = 0.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write plots to this directory, as SVG and PNG.")] = None,
-    log_level: Level = LogLevel.WARNING,
-) -> None:
-    """Measure rings of local nodes under load: tokens/s, time to first token, inter-token latency."""
-    from mdiq.cli.bench import BenchOptions, execute
-    from mdiq.core.types import WeightSettings
+    ] = 0.0
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as JSON.")] = None
+    plot: Annotated[Path | None, typer.Option(help="Write plots to this directory, as SVG and PNG.")] = None
+    log_level: Level = "warning"
 
-    logging.configure(log_level.value, node="node-0")
-    options = BenchOptions(
-        model=model,
-        shape=shape,
-        bits=bits,
-        nodes=nodes,
-        users=users,
-        users_per_node=users_per_node,
-        prompt_tokens=prompt_tokens,
-        answer_tokens=answer_tokens,
-        repeats=repeats,
-        weights=WeightSettings(weights.value, dtype.value, exact, device),
-        wire=wire,
-        threads=threads,
-        pin=pin,
-        kv_tokens=kv_tokens,
-        links=tuple(link or ()),
-        cpu=cpu,
-        apart=apart,
-        peer=peer,
-        peer_python=peer_python,
-        peer_threads=peer_threads,
-        seed=seed,
-        temperature=temperature,
-        json_file=json_file,
-        plot=plot,
-        log_level=log_level.value,
-    )
-    raise typer.Exit(execute(options))
+    @property
+    def held(self) -> WeightSettings:
+        return WeightSettings(self.weights, self.dtype, self.exact, self.device)

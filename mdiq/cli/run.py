@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,13 +16,12 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from mdiq.cli.flags import hand_split, parse_wires
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import read_finished, read_prompts, results_file
+from mdiq.cli.ring_commands import RunOptions
 from mdiq.cli.signals import run_until_signal
 from mdiq.core.ring import RingSettings
-from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
-from mdiq.core.types import WeightSettings
+from mdiq.core.sequence import FinishReason, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.micro_batches import MAX_LIVE
-from mdiq.plan.pace import PaceSettings
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
 from mdiq.service.requests import PromptLine, Requests
@@ -39,38 +38,9 @@ DEFAULT_NODES = 2
 MAX_SUBMITTED = MAX_LIVE + 64  # requests of a file that are with the ring at once: what it takes, and some that wait
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """The flags of `mdiq run`; see its help."""
-
-    prompt: str | None
-    prompts: Path | None
-    out: Path | None
-    resume: bool
-    model: str | None
-    nodes: int | None
-    layers: str | None
-    topology: Path | None
-    join_wait_s: float
-    even_split: bool
-    params: SamplingParams
-    raw: bool
-    in_process: bool
-    weights: WeightSettings
-    wire: str
-    threads: int | None
-    pin: bool
-    kv_tokens: int | None
-    base_port: int
-    pace: PaceSettings
-    prefix_reuse: bool
-    as_json: bool
-    trace: Path | None
-    log_level: str
-
-
 def execute(options: RunOptions) -> int:
     """Run the command and return its exit code."""
+    logging.configure(options.log_level, node="node-0")
     console = Console(stderr=True)
     lines, finished = _read_requests(options)
     loaded: LoadedTopology | None = None
@@ -128,7 +98,7 @@ def _local_ring(
         layers=split_layers(config.num_layers, split, config.head_layers)
         if isinstance(split, int)
         else check_split(split, config.num_layers),
-        weights=options.weights,
+        weights=options.held,
         wires=wires,
         threads=threads,
         pin=options.pin,
@@ -138,7 +108,7 @@ def _local_ring(
         pace=options.pace,
         trace=options.trace is not None,
         log_level=options.log_level,
-        ring=RingSettings(prefix_tokens=None if options.prefix_reuse else 0),
+        ring=RingSettings(prefix_tokens=0 if options.no_prefix_reuse else None),
     )
 
 
@@ -298,7 +268,7 @@ def _topology_rings(
         model,
         config,
         threads=threads,
-        join_wait_s=options.join_wait_s,
+        join_wait_s=options.join_wait,
         even_split=options.even_split,
         on_note=lambda note: console.print(f"mdiq: {note}", markup=False, highlight=False),
     )

@@ -4,7 +4,7 @@ import inspect
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -84,8 +84,11 @@ def _default(parameter: Any) -> str:
 def _values(hint: Any) -> str:
     """Return the values of an option, as words. hint: its annotation, with typer's own mark."""
     kind, mark = get_args(hint)
-    kind = next((choice for choice in get_args(kind) if choice is not type(None)), kind)  # list[str] | None
-    kind = next(iter(get_args(kind)), kind)
+    if type(None) in get_args(kind):  # list[str] | None
+        kind = next(choice for choice in get_args(kind) if choice is not type(None))
+    kind = next(iter(get_args(kind)), kind) if get_origin(kind) is list else kind
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
     if issubclass(kind, Enum):
         return ", ".join(f"`{choice.value}`" for choice in kind)
     if mark.min is not None:
