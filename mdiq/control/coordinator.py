@@ -22,14 +22,15 @@ WATCH_S = 1.0
 LATE_S = 0.5  # of the watcher; less than that hides no heartbeat
 MAX_STRANGERS = 256
 
-A = TypeVar("A", control.Begun, control.BurstSent, control.BurstArrived)
+A = TypeVar("A", control.Ready, control.Begun, control.BurstSent, control.BurstArrived)
 T = TypeVar("T")
 
 
 class Coordinator:
     """Talks to the Agents of the Nodes named ``expected``. On a secured link each speaks for itself alone.
 
-    on_fault: told of Faults; on_loading: told of a Node's progress; on_lost: told of Nodes whose Lease has ended.
+    A call to Nodes ends when all have answered, or as soon as one of them is gone, which may have answered already.
+    on_fault: called with Faults; on_loading: with a Node's progress; on_lost: with Nodes that are gone.
     drains_strangers: a Node that speaks and has not joined still serves an earlier Starter's Ring; tell it to end, so
     that it joins this one. standing_by: Nodes that the Ring goes without, and why; they are told so when they come.
     """
@@ -68,8 +69,7 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         names = list(expected)
         self._joined: dict[NodeId, asyncio.Future[control.Hello]] = {name: loop.create_future() for name in names}
-        self._ready: dict[NodeId, asyncio.Future[control.Ready]] = {name: loop.create_future() for name in names}
-        self._gone: dict[NodeId, asyncio.Future[None]] = {name: loop.create_future() for name in names}
+        self._gone: dict[NodeId, asyncio.Future[MdiqError]] = {name: loop.create_future() for name in names}
         self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
         self.leaving: asyncio.Future[NodeId] = loop.create_future()  # the first Node that asks to be drained
         self.heartbeats: dict[NodeId, control.Heartbeat] = {}
@@ -87,7 +87,7 @@ class Coordinator:
         Raises:
             MdiqError: one of them failed or died; see ``fail``.
         """
-        return await _all_of(self._joined)
+        return await self._all_of(self._joined)
 
     @property
     def missing(self) -> list[NodeId]:
@@ -106,10 +106,7 @@ class Coordinator:
         Raises:
             MdiqError: one of them failed or died; see ``fail``.
         """
-        for node, assignment in assignments.items():
-            self._members.assigned(node)
-            await self._send(node, assignment)
-        return await _all_of({node: self._ready[node] for node in assignments})
+        return await self._call(assignments, {node: (control.Ready, each.epoch) for node, each in assignments.items()})
 
     async def begin(self, begins: Mapping[NodeId, control.Begin]) -> None:
         """Tell the Nodes to begin an Epoch and wait until all have.
@@ -117,16 +114,11 @@ class Coordinator:
         Raises:
             MdiqError: one of them failed or died; see ``fail``.
         """
-        begun = {node: self._await(node, control.Begun, message.epoch) for node, message in begins.items()}
-        for node, message in begins.items():
-            await self._send(node, message)
-        await _all_of(begun)
+        await self._call(begins, {node: (control.Begun, begin.epoch) for node, begin in begins.items()})
 
     async def send_burst(self, node: NodeId, burst: control.SendBurst) -> control.BurstSent:
         """Have a Node send a burst and return when it did; raises as ``begin`` does."""
-        sent = self._await(node, control.BurstSent, burst.number)
-        await self._send(node, burst)
-        return await sent
+        return (await self._call({node: burst}, {node: (control.BurstSent, burst.number)}))[node]
 
     def burst_arrived(self, node: NodeId, number: int) -> "asyncio.Future[control.BurstArrived]":
         """Return a future of what a Node sees of a burst that it receives; raises as ``begin`` does."""
@@ -152,14 +144,14 @@ class Coordinator:
     def fail(self, node: NodeId, error: MdiqError) -> None:
         """Note that a Node is gone or cannot do its part: whoever waits for it gets the error."""
         error.node = node
-        futures: list[asyncio.Future[Any]] = [self._joined[node], self._ready[node]]
+        futures: list[asyncio.Future[Any]] = [self._joined[node]]
         futures += [future for (whom, _, _), future in self._awaited.items() if whom == node]
         for future in futures:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # it is also told to on_lost: not an error that nobody looked at
         if not self._gone[node].done():
-            self._gone[node].set_result(None)
+            self._gone[node].set_result(error)
 
     async def _listen(self) -> NoReturn:
         junk = JunkBudget()
@@ -220,8 +212,7 @@ class Coordinator:
                 self._on_loading(node, message)
             case control.Ready():
                 self._members.ready(node)
-                if not self._ready[node].done():
-                    self._ready[node].set_result(message)
+                self._answered((node, control.Ready, message.epoch), message)
             case control.BurstSent() | control.BurstArrived():
                 self._answered((node, type(message), message.number), message)
             case control.Begun():
@@ -236,8 +227,7 @@ class Coordinator:
                 if not self.leaving.done():
                     self.leaving.set_result(node)
             case control.Goodbye():
-                if not self._gone[node].done():
-                    self._gone[node].set_result(None)
+                self.fail(node, NodeDiedError(f"{node}: it is gone; see the log"))
             case control.Failed():
                 error = error_from(node, message)
                 self.fail(node, error)
@@ -286,6 +276,32 @@ class Coordinator:
             self._on_lost(node, error)
         return had_work
 
+    async def _call(
+        self, requests: Mapping[NodeId, control.Message], answers: Mapping[NodeId, tuple[type[A], int]]
+    ) -> dict[NodeId, A]:
+        """Send each Node its request; return the answer of each, of the kind and number that it has."""
+        futures = {node: self._await(node, kind, number) for node, (kind, number) in answers.items()}
+        if not any(self._gone[node].done() for node in requests):
+            for node, message in requests.items():
+                if isinstance(message, control.Assign):
+                    self._members.assigned(node)
+                await self._send(node, message)
+        return await self._all_of(futures)
+
+    async def _all_of(self, futures: Mapping[NodeId, "asyncio.Future[T]"]) -> dict[NodeId, T]:
+        """Return what every Node answers, or raise why the first of them is gone.
+
+        A caller that gives up does not end the futures: they tell who is missing.
+        """
+        gone = [self._gone[node] for node in futures]
+        while not any(each.done() for each in gone) and not all(future.done() for future in futures.values()):
+            waiting: list[asyncio.Future[Any]] = [future for future in futures.values() if not future.done()]
+            await asyncio.wait([*waiting, *gone], return_when=asyncio.FIRST_COMPLETED)
+        for each in gone:
+            if each.done():
+                raise each.result()
+        return {node: future.result() for node, future in futures.items()}
+
     def _await(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
         """Return a future of the answer of this kind and number; what nobody waits for is ignored."""
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
@@ -293,7 +309,7 @@ class Coordinator:
         self._awaited[key] = future
         future.add_done_callback(lambda done: self._awaited.pop(key, None))
         if self._gone[node].done():
-            future.set_exception(NodeDiedError(f"{node}: it is gone; see the log"))
+            future.set_exception(self._gone[node].result())
             future.exception()  # its caller may wait for another one first
         return future
 
@@ -329,19 +345,6 @@ class Coordinator:
             await self._server.send(identity, control.encode(message, self._key))
         except errors.TransportError as error:
             log.info("control_message_not_sent", peer=repr(identity), error=str(error))
-
-
-async def _all_of(futures: Mapping[NodeId, "asyncio.Future[T]"]) -> dict[NodeId, T]:
-    """Return what every Node answers, or raise the first failure, whoever has not answered yet.
-
-    A caller that gives up does not end the futures: they tell who is missing.
-    """
-    if futures:
-        await asyncio.wait(futures.values(), return_when=asyncio.FIRST_EXCEPTION)
-    for future in futures.values():
-        if future.done():
-            future.result()  # raises what has failed
-    return {node: future.result() for node, future in futures.items()}
 
 
 def error_from(node: NodeId, failed: control.Failed) -> MdiqError:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from dataclasses import replace
 from typing import NoReturn
 
 import pytest
@@ -261,7 +262,7 @@ async def test_whoever_waits_for_a_node_that_is_lost_gets_the_error(plane: Plane
         await plane.coordinator.begin({TWO: control.Begin(2, "bf16"), ONE: control.Begin(2, "bf16")})
     with pytest.raises(EngineError, match="node-1: no such epoch"):
         await waiting
-    with pytest.raises(NodeDiedError, match="node-1: it is gone"):
+    with pytest.raises(EngineError, match="node-1: no such epoch"):
         await plane.coordinator.send_burst(ONE, control.SendBurst(1, 4, 16, 128))
 
 
@@ -313,8 +314,8 @@ async def test_a_lease_ends_when_no_heartbeat_renews_it(plane: Plane) -> None:
     assert f"no heartbeat for {LEASE_S:g} s" in str(error)
     plane.now = LEASE_S * 2.0
     assert (await plane.lost.get())[0] == ONE
-    with pytest.raises(NodeDiedError):
-        await plane.coordinator._ready[TWO]
+    with pytest.raises(NodeDiedError, match="node-2: no heartbeat"):
+        await plane.coordinator.assign({TWO: assignment()})
 
 
 async def test_a_starter_that_was_stopped_itself_does_not_take_its_nodes_for_dead() -> None:
@@ -360,6 +361,62 @@ async def test_a_node_that_dies_while_others_load_ends_the_wait(plane: Plane) ->
     plane.coordinator.fail(ONE, NodeDiedError("node-1: its process ended with exit code 1"))
     with pytest.raises(NodeDiedError, match="exit code 1"):
         await assigning
+
+
+async def _by_hand(plane: Plane, name: str) -> MemoryControlLink:
+    """Have a Node join that says only what the test does."""
+    link = plane.server.connect(name.encode())
+    await link.send(control.encode(control.Hello(name, f"tcp://127.0.0.1:600{name[-1]}", 1, VERSION), KEY))
+    return link
+
+
+async def _says(plane: Plane, link: MemoryControlLink, message: control.Message) -> None:
+    """Have a Node say something, and wait until it is heard."""
+    await link.send(control.encode(message, KEY))
+    await link.send(control.encode(heartbeat(), KEY))
+    async with asyncio.timeout(20):
+        await plane.heartbeats.heard.get()
+
+
+async def test_a_node_that_has_loaded_and_dies_while_another_loads_ends_the_wait_with_its_error(plane: Plane) -> None:
+    one = await _by_hand(plane, "node-1")
+    await _by_hand(plane, "node-2")
+    await plane.coordinator.all_joined()
+    assigning = asyncio.create_task(plane.coordinator.assign({ONE: assignment(), TWO: assignment()}))
+    await one.receive()
+    await _says(plane, one, ready())
+    plane.coordinator.fail(ONE, NodeDiedError("node-1: its process ended with exit code 1"))
+    async with asyncio.timeout(20):
+        with pytest.raises(NodeDiedError, match="exit code 1"):
+            await assigning
+
+
+async def test_an_answer_to_an_earlier_assignment_is_not_taken_for_one_to_this(plane: Plane) -> None:
+    one = await _by_hand(plane, "node-1")
+    await _by_hand(plane, "node-2")
+    await plane.coordinator.all_joined()
+    first = asyncio.create_task(plane.coordinator.assign({ONE: assignment()}))
+    await one.receive()
+    await _says(plane, one, ready(kv_tokens=64))
+    assert (await first)[ONE].kv_tokens == 64
+    second = asyncio.create_task(plane.coordinator.assign({ONE: assignment(epoch=2)}))
+    await one.receive()
+    await _says(plane, one, control.Loading(1, 2))
+    assert not second.done()
+    await _says(plane, one, replace(ready(kv_tokens=99), epoch=2))
+    async with asyncio.timeout(20):
+        assert (await second)[ONE].kv_tokens == 99
+
+
+async def test_where_a_node_is_gone_nobody_is_assigned_layers_and_its_own_error_is_told(plane: Plane) -> None:
+    two = await _by_hand(plane, "node-2")
+    await _by_hand(plane, "node-1")
+    await plane.coordinator.all_joined()
+    plane.coordinator.fail(ONE, NodeDiedError("node-1: its process ended with exit code 1"))
+    with pytest.raises(NodeDiedError, match="exit code 1"):
+        await plane.coordinator.assign({TWO: assignment(), ONE: assignment()})
+    await plane.coordinator.drain(0.0)
+    assert isinstance(control.decode(await two.receive(), KEY), control.Drain)
 
 
 async def test_a_drain_does_not_wait_for_a_node_that_hangs(plane: Plane) -> None:
