@@ -28,6 +28,7 @@ from mdiq.transport.base import ControlLink
 log = structlog.get_logger()
 
 SILENCE_S = 10.0
+TELL_S = 2.0
 GIVE_UP_S = 60.0
 RETRY_S = 0.5
 LOCK_S = 0.2
@@ -82,7 +83,9 @@ async def fetch_weights(
     with file_errors(folder):
         in_use = await asyncio.to_thread(cache.use, folder, make)
     lock = await _lock(folder, progress)
-    transfer = _Transfer(folder, messages.AskLayers(digest, layers.start, layers.stop), progress, clock, silence_s)
+    transfer = _Transfer(
+        folder, lock, messages.AskLayers(digest, layers.start, layers.stop), progress, clock, silence_s
+    )
     try:
         while True:
             link = await connect()
@@ -102,7 +105,6 @@ async def fetch_weights(
             await asyncio.sleep(RETRY_S)
     finally:
         await transfer.aclose()
-        os.close(lock)
 
 
 async def _lock(folder: Path, progress: Callable[[int, int], object]) -> int:
@@ -118,23 +120,25 @@ async def _lock(folder: Path, progress: Callable[[int, int], object]) -> int:
 
 
 class _Transfer:
-    """What outlives a connection. ``news_s``: when something was last heard of the files."""
+    """What outlives a connection. It closes ``lock``. ``news_s``: when something was last heard of the files."""
 
     def __init__(
         self,
         folder: Path,
+        lock: int,
         ask: messages.AskLayers,
         progress: Callable[[int, int], object],
         clock: Callable[[], float],
         silence_s: float,
     ) -> None:
         self._folder = folder
+        self._lock = lock
         self._ask = ask
         self._progress = progress
         self._clock = clock
         self._silence_s = silence_s
         self._files: dict[int, StoredFile] = {}
-        self._wanted: deque[tuple[StoredFile, int]] = deque()  # parts to ask for: file and offset
+        self._wanted: deque[tuple[StoredFile, int]] = deque()  # files to ask for, from an offset on
         self._num_fetched = self._num_bytes = self._num_mended = 0
         self._bad: Counter[int] = Counter()
         # One thread: what touches the files happens in order, closing included, also when this task is cancelled.
@@ -151,7 +155,7 @@ class _Transfer:
         num_taken = 0
         while len(offered) < len(self._ask.layers) or asked or self._wanted:
             while self._wanted and len(asked) < CREDIT_PARTS:
-                stored, offset = self._wanted.popleft()
+                stored, offset = self._next_part()
                 asked.append((stored, offset, bytearray()))
                 await self._send(link, messages.AskPart(stored.file.layer, offset, num_taken))
             message = await self._receive(link)
@@ -185,26 +189,32 @@ class _Transfer:
         return Fetched(paths, in_use, self._num_fetched, self._num_bytes, bad, self._num_mended)
 
     async def aclose(self) -> None:
-        """Close the files, after what the thread is at."""
+        """Close the files and then the lock, after what the thread is at, also if this is cancelled."""
 
         def close() -> None:
             for stored in self._files.values():
                 stored.close()
+            os.close(self._lock)
 
-        await asyncio.shield(asyncio.wrap_future(self._worker.submit(close)))
+        closing = asyncio.wrap_future(self._worker.submit(close))
         self._worker.shutdown(wait=False)
+        await asyncio.shield(closing)
 
     async def _offered(self, file: messages.LayerFile) -> None:
         """Want the parts of a file that are not here."""
-        start_s = self._clock()
         stored = await self._in_worker(partial(self._stored, file))
-        self.news_s += self._clock() - start_s  # hashing what is here is no silence of the Starter
         if not stored.is_whole:
             missing = sum(other.file.num_bytes - other.num_bytes for other in self._files.values())
             with file_errors(self._folder):
                 await self._in_worker(partial(cache.make_room, self._folder, missing))
-            self._want(stored)
+            self._wanted.append((stored, stored.num_bytes))
         self._progress(*self._done())
+
+    def _next_part(self) -> tuple[StoredFile, int]:
+        stored, offset = self._wanted.popleft()
+        if offset + PART_BYTES < stored.file.num_bytes:
+            self._wanted.appendleft((stored, offset + PART_BYTES))
+        return stored, offset
 
     def _stored(self, file: messages.LayerFile) -> StoredFile:
         stored = self._files.get(file.layer)
@@ -215,29 +225,26 @@ class _Transfer:
             self._num_mended += stored.was_mended
         return stored
 
-    def _want(self, stored: StoredFile) -> None:
-        offsets = range(stored.num_bytes, stored.file.num_bytes, PART_BYTES)
-        self._wanted.extend((stored, offset) for offset in offsets)
-
     async def _take(self, stored: StoredFile, data: bytearray) -> None:
         """Write a part of a file; the last one makes it whole."""
+        self.news_s = self._clock()
         await self._in_worker(partial(stored.put, data))
         self._num_bytes += len(data)
-        self.news_s = self._clock()
         if stored.num_bytes == stored.file.num_bytes:
             if await self._in_worker(stored.finish):
                 self._num_fetched += 1
             else:
                 self._count_bad(stored.file.layer)
-                self._want(stored)
+                self._wanted.append((stored, 0))
         self._progress(*self._done())
 
     def _done(self) -> tuple[int, int]:
         """Return how many bytes are here, and how many there will be: Layers are much alike."""
-        sizes = [stored.file.num_bytes for stored in self._files.values()]
+        files = tuple(self._files.values())  # the thread may be adding one
+        sizes = [stored.file.num_bytes for stored in files]
         num_unknown = len(self._ask.layers) - len(sizes)
         total = sum(sizes) + num_unknown * max(sizes, default=0)
-        return sum(stored.num_bytes for stored in self._files.values()), total
+        return sum(stored.num_bytes for stored in files), total
 
     def _count_bad(self, layer: int) -> None:
         self._bad[layer] += 1
@@ -272,4 +279,13 @@ class _Transfer:
         return message
 
     async def _in_worker(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, call)
+        """Have something done with the files. That it takes long, on a slow card, is no silence of the Starter."""
+        start_s = self._clock()
+        doing = asyncio.get_running_loop().run_in_executor(self._worker, call)
+        try:
+            while not (await asyncio.wait({doing}, timeout=TELL_S))[0]:
+                self._progress(*self._done())  # the manager of a service sees that the start goes on
+            return doing.result()
+        finally:
+            doing.cancel()
+            self.news_s += self._clock() - start_s

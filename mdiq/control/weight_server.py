@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +21,7 @@ from mdiq.core import weights as messages
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import CREDIT_PARTS, PART_BYTES, PIECE_BYTES
-from mdiq.errors import MdiqError, ModelError, RemoteProtocolError, TransportError, first_of
+from mdiq.errors import MdiqError, ModelError, RemoteProtocolError, RingError, TransportError, first_of
 from mdiq.transport.base import ControlServer
 from mdiq.transport.junk import JunkBudget
 
@@ -28,13 +29,14 @@ log = structlog.get_logger()
 
 WEIGHTS_HWM = 256
 """Messages that may wait for one Node: offers of all Layers, the Pieces of its open questions, and some small ones."""
-MAX_PEERS = 256
+MAX_TRANSFERS = 4
+"""Of one Node at a time. Each new connection has a new identity, so earlier ones may not be forgotten yet."""
 FORGET_S = 60.0  # a Node that is silent for so long asks for its Layers again
 WAITING_S = 2.0
 
 
-def anyone(_: bytes, __: LayerRange) -> bool:
-    """Let every peer have any Layers."""
+def anyone(_: str, __: LayerRange) -> bool:
+    """Let every Node have any Layers."""
     return True
 
 
@@ -43,7 +45,7 @@ class LayerSource:
     """What is served. digest: the model's. num_layers: that it has.
 
     find: returns the file of a Layer, whose name ends in its SHA-256; makes it, which may take long, if there is none.
-    Called in a thread, one call at a time.
+    Called in a thread of its own, one call at a time.
     """
 
     digest: str
@@ -53,9 +55,14 @@ class LayerSource:
 
 @dataclass
 class _Peer:
-    """A Node that has named its Layers. ``under_way``: bytes of each part that it asked for and has not taken in."""
+    """A transfer to a Node, which has named its Layers.
+
+    node: its name, by its key; in plain text, what it calls itself. under_way: bytes of each part that it asked for
+    and has not taken in.
+    """
 
     identity: bytes
+    node: str
     layers: LayerRange
     offered: dict[int, tuple[messages.LayerFile, Path]] = field(default_factory=dict)
     asked: deque[messages.AskPart] = field(default_factory=deque)
@@ -68,7 +75,7 @@ class _Peer:
 class WeightServer:
     """Serves the Layers of ``source`` to whoever reaches ``server``.
 
-    limit: bytes a second of all transfers together. may_fetch: whether a peer may have some Layers, by its identity.
+    limit: bytes a second of all transfers together. may_fetch: whether a Node may have some Layers, by its name.
     outstanding_bytes: of parts that were asked for and not yet taken in; peak_outstanding_bytes: its peak.
     """
 
@@ -79,7 +86,7 @@ class WeightServer:
         *,
         clock: Callable[[], float],
         limit: TokenBucket | None = None,
-        may_fetch: Callable[[bytes, LayerRange], bool] = anyone,
+        may_fetch: Callable[[str, LayerRange], bool] = anyone,
     ) -> None:
         self._server = server
         self._source = source
@@ -87,56 +94,68 @@ class WeightServer:
         self._limit = limit
         self._may_fetch = may_fetch
         self._peers: dict[bytes, tuple[_Peer, asyncio.Task[None]]] = {}
-        self._finding = asyncio.Lock()
+        # A thread of their own: whoever else needs a thread does not wait for packing.
+        self._finder = ThreadPoolExecutor(1, thread_name_prefix="find-layer")
+        self._finding: dict[int, asyncio.Future[tuple[messages.LayerFile, Path]]] = {}
         self.outstanding_bytes = 0
         self.peak_outstanding_bytes = 0
         self.num_dropped = 0
         self.num_parts = 0
 
     async def run(self) -> NoReturn:
-        """Serve until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            junk = JunkBudget()
-            while True:
-                identity, data = await self._server.receive()
-                start_s = self._clock()
-                try:
-                    await self._handle(identity, messages.decode(data), tasks)
-                except RemoteProtocolError as error:
-                    self.num_dropped += 1
-                    log.warning("weights_message_dropped", peer=repr(identity), error=str(error))
-                if identity not in self._peers:
-                    await junk.spent(self._clock() - start_s)
+        """Serve until cancelled, once."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                junk = JunkBudget()
+                while True:
+                    identity, data = await self._server.receive()
+                    start_s = self._clock()
+                    try:
+                        await self._handle(identity, messages.decode(data), tasks)
+                    except RemoteProtocolError as error:
+                        self.num_dropped += 1
+                        log.warning("weights_message_dropped", peer=repr(identity), error=str(error))
+                    if identity not in self._peers:
+                        await junk.spent(self._clock() - start_s)
+        finally:
+            self._finder.shutdown(wait=False, cancel_futures=True)
 
     async def _handle(self, identity: bytes, message: messages.Message, tasks: asyncio.TaskGroup) -> None:
-        peer, task = self._peers.get(identity, (None, None))
+        peer, _ = self._peers.get(identity, (None, None))
         match message:
             case messages.AskLayers():
-                if task is not None:
-                    task.cancel()
+                self._end(identity)
                 await self._begin(identity, message, tasks)
             case messages.AskPart() if peer is None:
                 await self._send(identity, messages.Refused("ask for the layers first", False))
             case messages.AskPart() if peer is not None:
                 self._ask(peer, message)
             case messages.Done():
-                if task is not None:
-                    task.cancel()
+                self._end(identity)
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__}: a node may not send this")
 
     async def _begin(self, identity: bytes, ask: messages.AskLayers, tasks: asyncio.TaskGroup) -> None:
-        refused = self._refusal(identity, ask)
+        node = self._server.sender or identity.partition(b"/")[0].decode(errors="replace")
+        refused = self._refusal(node, ask)
         if refused is not None:
             log.warning("weights_refused", peer=repr(identity), error=refused.text)
             await self._send(identity, refused)
             return
-        peer = _Peer(identity, ask.layers)
+        before = [peer for peer, _ in self._peers.values() if peer.node == node]
+        if len(before) >= MAX_TRANSFERS:
+            self._end(before[0].identity)
+        peer = _Peer(identity, node, ask.layers)
         self._peers[identity] = peer, tasks.create_task(self._serve(peer), name=f"weights {identity!r}")
         log.info("weights_asked", peer=repr(identity), layers=str(ask.layers))
 
-    def _refusal(self, identity: bytes, ask: messages.AskLayers) -> messages.Refused | None:
-        if not self._may_fetch(identity, ask.layers):
+    def _end(self, identity: bytes) -> None:
+        """End a peer's transfer, if it has one."""
+        if (known := self._peers.pop(identity, None)) is not None:
+            known[1].cancel()
+
+    def _refusal(self, node: str, ask: messages.AskLayers) -> messages.Refused | None:
+        if not self._may_fetch(node, ask.layers):
             return messages.Refused(f"layers {ask.layers} are not this node's", True)
         if ask.digest != self._source.digest:
             ours, theirs = self._source.digest[:12], ask.digest[:12]
@@ -146,8 +165,6 @@ class WeightServer:
             return messages.Refused(
                 f"layers {ask.layers}: the model has layers 0-{last}; give the node some of these", True
             )
-        if len(self._peers) >= MAX_PEERS and identity not in self._peers:
-            return messages.Refused("too many transfers at once", False)
         return None
 
     def _ask(self, peer: _Peer, ask: messages.AskPart) -> None:
@@ -177,7 +194,8 @@ class WeightServer:
         except* MdiqError as group:
             error = first_of(group)
             log.error("weights_not_served", peer=repr(peer.identity), error=str(error))
-            await self._send(peer.identity, messages.Refused(str(error), True))
+            # A ring that ends is followed by another one, which packs on.
+            await self._send(peer.identity, messages.Refused(str(error), not isinstance(error, RingError)))
         finally:
             self.outstanding_bytes -= sum(peer.under_way)
             if self._peers.get(peer.identity, (None,))[0] is peer:
@@ -186,19 +204,31 @@ class WeightServer:
     async def _offer(self, peer: _Peer) -> None:
         """Have the Layers packed where they are not, and tell the Node of each; it hears now and then that it waits."""
         for layer in peer.layers:
-            finding = asyncio.create_task(self._find(layer), name=f"find {layer}")
-            try:
-                while not (await asyncio.wait({finding}, timeout=WAITING_S))[0]:
-                    await self._server.send(peer.identity, messages.encode(messages.Waiting()))
-                peer.offered[layer] = file, _ = finding.result()
-            finally:
-                finding.cancel()
+            finding = self._find(layer)
+            while not (await asyncio.wait({finding}, timeout=WAITING_S))[0]:
+                await self._server.send(peer.identity, messages.encode(messages.Waiting()))
+            peer.offered[layer] = file, _ = finding.result()
             await self._server.send(peer.identity, messages.encode(file))
 
-    async def _find(self, layer: int) -> tuple[messages.LayerFile, Path]:
-        async with self._finding:  # in the order in which they come: Nodes take turns
-            path = await asyncio.to_thread(self._source.find, layer)
-            return await asyncio.to_thread(_described, layer, path), path
+    def _find(self, layer: int) -> "asyncio.Future[tuple[messages.LayerFile, Path]]":
+        """Have a Layer found, once for all who wait for it: however often Nodes ask, each is found or queued once.
+
+        They are found in the order in which they come: Nodes take turns.
+        """
+        if (finding := self._finding.get(layer)) is None:
+            finding = asyncio.get_running_loop().run_in_executor(self._finder, self._found, layer)
+            self._finding[layer] = finding
+            finding.add_done_callback(lambda done: self._on_found(layer, done))
+        return finding
+
+    def _found(self, layer: int) -> tuple[messages.LayerFile, Path]:
+        path = self._source.find(layer)
+        return _described(layer, path), path
+
+    def _on_found(self, layer: int, done: "asyncio.Future[tuple[messages.LayerFile, Path]]") -> None:
+        del self._finding[layer]
+        if not done.cancelled():
+            done.exception()  # those who wait raise it; perhaps nobody does any more
 
     async def _answer_all(self, peer: _Peer, offering: "asyncio.Task[None]") -> None:
         while True:

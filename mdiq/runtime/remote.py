@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import structlog
@@ -103,6 +102,8 @@ class RemoteWorkers(SocketWorkers):
     async def aclose(self) -> None:
         """Send the Nodes back to waiting for a Starter, and close every socket."""
         await self.drain()
+        if self._packing is not None:
+            self._packing.stop()
         await self._loops.aclose()
         if self._packing is not None:
             await asyncio.to_thread(self._packing.close)
@@ -152,14 +153,13 @@ class RemoteWorkers(SocketWorkers):
             LayerSource(packing.digest, packing.num_layers, packing.find),
             clock=time.monotonic,
             limit=None if rate is None else TokenBucket(rate, PIECE_BYTES),
-            may_fetch=partial(self._may_fetch, server),
+            may_fetch=self._may_fetch,
         )
         self._loops.run(weight_server.run(), "weights")
 
-    def _may_fetch(self, server: RouterServer, identity: bytes, layers: LayerRange) -> bool:
-        """Tell whether Layers are those of the Node that asks: by its key, or by what it calls itself in plain text."""
-        name = server.sender or identity.partition(b"/")[0].decode(errors="replace")
-        return dict(zip(self._options.node_names[1:], self._options.layers[1:], strict=True)).get(name) == layers
+    def _may_fetch(self, node: str, layers: LayerRange) -> bool:
+        """Tell whether Layers are those of the Node that asks."""
+        return dict(zip(self._options.node_names[1:], self._options.layers[1:], strict=True)).get(node) == layers
 
     async def _all_joined(self, coordinator: Coordinator) -> Mapping[NodeId, control.Hello]:
         ring = self._ring

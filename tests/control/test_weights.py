@@ -7,7 +7,9 @@ import random
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from mdiq.core import weights
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import CREDIT_PARTS, PART_BYTES
-from mdiq.errors import CapacityError, ModelError, RemoteProtocolError, TransportError
+from mdiq.errors import CapacityError, ModelError, RemoteProtocolError, RingError, TransportError
 from mdiq.testbed.link_shape import LinkShape
 from mdiq.testbed.relay import Relay
 from mdiq.transport.base import ControlLink
@@ -257,6 +259,97 @@ async def test_a_node_that_is_told_to_stop_leaves_its_folder_to_others(start: St
     assert (await plane.fetch()).num_bytes <= TOTAL - done[-1]
 
 
+async def test_a_slow_disk_is_no_silence_of_the_starter(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card may write for a minute; a Starter that is gone by then is given as long as any other to come back."""
+    monkeypatch.setattr(weight_client, "RETRY_S", 0.01)
+    monkeypatch.setattr(weight_client, "TELL_S", 0.05, raising=False)
+    plane = await start()
+    finish, progress = StoredFile.finish, [0]
+    is_writing, is_gone = threading.Event(), threading.Event()
+
+    def slowly(stored: StoredFile) -> bool:
+        if not is_writing.is_set():
+            is_writing.set()
+            before = progress[0]
+            time.sleep(1.5)
+            assert progress[0] - before >= 5, "a node that writes looks as if it stood still"
+        return finish(stored)
+
+    def telling(*_: int) -> None:
+        progress[0] += 1
+
+    def gone(layer: int) -> None:
+        if layer == 3 and not is_gone.is_set():
+            is_writing.wait(20)
+            is_gone.set()
+            raise TransportError("as if the Starter had crashed")
+
+    plane.packing.wait = gone
+    monkeypatch.setattr(StoredFile, "finish", slowly)
+    fetched = await plane.fetch(layers=LayerRange(2, 4), progress=telling, silence_s=0.3, give_up_s=1.5)
+    plane.check(fetched, LayerRange(2, 4))
+    assert plane.num_links > 1
+
+
+async def test_a_node_that_is_told_to_stop_twice_leaves_its_folder_to_others(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may be at a file still, and nobody else writes there until it has done."""
+    plane = await start()
+    put, is_there, may_write = StoredFile.put, threading.Event(), threading.Event()
+
+    def slowly(stored: StoredFile, data: bytes) -> None:
+        is_there.set()
+        may_write.wait(20)
+        put(stored, data)
+
+    monkeypatch.setattr(StoredFile, "put", slowly)
+    fetching = asyncio.create_task(plane.fetch())
+    await _until(is_there.is_set)
+    for _ in range(2):
+        fetching.cancel()
+        await asyncio.sleep(0.02)
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    folder = tmp_path / "weights" / "node-1"
+    assert try_lock(folder) is None
+    may_write.set()
+    locks: list[int] = []
+
+    def is_free() -> bool:
+        if (lock := try_lock(folder)) is not None:
+            locks.append(lock)
+        return bool(locks)
+
+    await _until(is_free)
+    os.close(*locks)
+
+
+async def test_the_size_that_a_starter_names_costs_a_node_no_memory(
+    monkeypatch: pytest.MonkeyPatch, start: Start
+) -> None:
+    plane = await start()
+    plane.task.cancel()
+    await asyncio.gather(plane.task, return_exceptions=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**45))
+
+    async def boasting() -> None:
+        while True:
+            identity, data = await plane.router.receive()
+            if isinstance(weights.decode(data), weights.AskLayers):
+                await plane.router.send(identity, weights.encode(weights.LayerFile(1, 2**40, bytes(32))))
+
+    plane.task = asyncio.create_task(boasting())
+    tracemalloc.start()
+    try:
+        with pytest.raises(TransportError):
+            await plane.fetch(silence_s=0.1, give_up_s=0.05)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert plane.asked == [(1, part * PART_BYTES) for part in range(CREDIT_PARTS)]
+
+
 async def test_layers_are_packed_while_earlier_ones_are_fetched(start: Start) -> None:
     plane = await start()
     may_pack = {1: threading.Event(), 2: threading.Event()}
@@ -285,6 +378,7 @@ async def test_a_node_waits_for_packing_with_progress_and_without_giving_up(
     await asyncio.sleep(1.5)
     assert len(progress) > 10 and set(progress) == {(0, 0)} and plane.num_links == 1
     monkeypatch.setattr(weight_server, "FORGET_S", 60.0)
+    await asyncio.sleep(0.1)  # the Starter's wait of before ends
     may_pack.set()
     plane.check(await fetching)
     assert plane.num_links == 1
@@ -617,6 +711,62 @@ async def test_a_flood_of_questions_ends_no_transfer_and_packs_nothing_twice(sta
     plane.check(await plane.fetch())
     assert plane.packing.packed == [1, 2]
     await link.aclose()
+
+
+async def test_a_flood_of_questions_while_a_layer_is_packed_holds_one_thread(start: Start) -> None:
+    """Not those that the whole program shares, which also close what packs."""
+    plane = await start()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    may_pack, at_once, peak = threading.Event(), [0], [0]
+
+    def waiting(_: int) -> None:
+        at_once[0] += 1
+        peak[0] = max(peak[0], at_once[0])
+        may_pack.wait(20)
+        at_once[0] -= 1
+
+    plane.packing.wait = waiting
+    link = await DealerLink.connect(plane.context, plane.router.endpoint, identity="flood")
+    for _ in range(8):
+        await link.send(weights.encode(weights.AskLayers(DIGEST, 1, 3)))
+        await asyncio.sleep(0.02)
+    try:
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 5) == "done"
+    finally:
+        may_pack.set()
+    plane.check(await plane.fetch())
+    assert (peak[0], plane.packing.packed) == (1, [1, 2])
+    await link.aclose()
+
+
+async def test_a_starter_whose_ring_ends_while_it_packs_is_asked_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_client, "RETRY_S", 0.01)
+    plane = await start()
+    ends = [True]
+
+    def ending(_: int) -> None:
+        if ends.pop() if ends else False:
+            raise RingError("the ring ends, and its layers are packed no further")
+
+    plane.packing.wait = ending
+    plane.check(await plane.fetch())
+    assert plane.num_links == 2
+
+
+async def test_a_node_has_four_transfers_and_its_newest_is_the_one_that_it_needs(start: Start) -> None:
+    plane = await start(limit=TokenBucket(1, 1))  # none ends by itself
+    links = [
+        await DealerLink.connect(plane.context, plane.router.endpoint, identity=f"node-{node}/{i}")
+        for node, i in [(2, 1), *((1, i) for i in range(1, 8))]
+    ]
+    for link in links:
+        await link.send(weights.encode(weights.AskLayers(DIGEST, 1, 3)))
+        await _offered(link, 2)
+    assert [*plane.server._peers] == [b"node-2/1", *(f"node-1/{i}".encode() for i in range(4, 8))]
+    for link in links:
+        await link.aclose()
 
 
 async def test_a_file_that_changes_while_it_is_served_is_an_error(start: Start) -> None:

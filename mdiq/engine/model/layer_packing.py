@@ -24,7 +24,7 @@ class LayerPacking:
     """
 
     def __init__(self, path: Path, weights: str, folder: Path) -> None:
-        self._is_closing = False
+        self._is_stopped = False
         self._at_work = threading.Lock()
         with ExitStack() as opened:
             checkpoint = opened.enter_context(open_checkpoint(path))
@@ -38,7 +38,7 @@ class LayerPacking:
 
         Raises:
             ModelError, CapacityError: it cannot be packed, or not be written.
-            RingError: this is being closed.
+            RingError: it was stopped.
         """
         with self._at_work, torch.inference_mode():
             self._step()
@@ -49,12 +49,16 @@ class LayerPacking:
                 reset_peak()  # it is done once on a device
             return path
 
+    def stop(self) -> None:
+        """Have what packs a Layer in another thread end after its step; nothing is packed any more."""
+        self._is_stopped = True
+
     def close(self) -> None:
-        """Close the model, after the step that a thread is at."""
-        self._is_closing = True
+        """Stop, and close the model after the step that a thread is at."""
+        self.stop()
         with self._at_work:
             self._opened.close()
 
     def _step(self) -> None:
-        if self._is_closing:
+        if self._is_stopped:
             raise RingError("the ring ends, and its layers are packed no further")

@@ -233,7 +233,7 @@ def test_a_packing_that_is_closed_ends_at_its_next_step(packing: LayerPacking, m
     steps: list[str] = []
 
     def stepping(*_: object) -> None:
-        packing._is_closing = True  # as ``close`` does from another thread, which then waits
+        packing.stop()  # as ``close`` does from another thread, which then waits
         steps.append("find")
 
     monkeypatch.setattr(quantize.PackedModel, "_pack_layer", lambda self, i: (stepping(), self._on_step()))
