@@ -277,7 +277,7 @@ def test_the_ring_answers_over_http_as_a_local_one(shelf: Shelf) -> None:
 def test_each_node_has_its_own_layers_only_and_the_spare_has_none(shelf: Shelf) -> None:
     for name in WORKERS:
         num_fetched = sum(event["layers_fetched"] for event in _events(shelf, name, "weights_here"))
-        files = shelf.sh(name, "find /var/cache/mdiq -name 'layer-*'").split()
+        files = shelf.sh(name, "find /var/cache/mdiq/ -name 'layer-*'").split()
         assert 0 < num_fetched == len(files) < 0.6 * 30, "it has more than its own layers"
         assert all("/weights/" in file for file in files), "it has packed what came packed"
     assert shelf.sh(SPARE, "ls -A /var/cache/mdiq") == ""
