@@ -1,10 +1,11 @@
 """Runs a command's coroutine to its end, or ends every process of it when a signal comes; and services."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, NoReturn, TypeVar
 
 from mdiq.errors import first_of
@@ -35,24 +36,30 @@ def run_until_signal(main: Coroutine[Any, Any, T]) -> T:
         return await main
 
     try:
-        return asyncio.run(with_handlers())
+        with _one_error():
+            return asyncio.run(with_handlers())
     except asyncio.CancelledError:
         sys.stderr.write("mdiq: interrupted\n")
         sys.stderr.flush()
         sys.stdout.flush()
         # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
         os._exit(128 + received[0] if received else 1)
-    except BaseExceptionGroup as group:  # of a TaskGroup: users are told one error
-        raise first_of(group) from None
 
 
 def run_service(main: Coroutine[Any, Any, None]) -> NoReturn:
     """Run a service, which minds its signals itself, and end the process with it."""
-    try:
+    with _one_error():
         asyncio.run(main)
-    except BaseExceptionGroup as group:  # of a TaskGroup: users are told one error
-        raise first_of(group) from None
     sys.stderr.flush()
     sys.stdout.flush()
     # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
     os._exit(0)
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Raise the first error of a TaskGroup's: users are told one."""
+    try:
+        yield
+    except ExceptionGroup as group:
+        raise first_of(group) from None

@@ -5,6 +5,7 @@ Lines are JSON when stderr is not a terminal and systemd's JOURNAL_STREAM is set
 Whatever the network sends, the log stays small: the lines per minute of each event are limited; see _Limit.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor
@@ -145,13 +146,10 @@ def _stderr_logger(*_: Any) -> structlog.WriteLogger:
     return structlog.WriteLogger(sys.stderr)
 
 
-class _StderrHandler(logging.Handler):
+class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes records of the standard library's loggers to the current stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            sys.stderr.write(self.format(record) + "\n")
-        except structlog.DropEvent:
-            pass
-        except Exception:
-            self.handleError(record)
+        self.stream = sys.stderr
+        with contextlib.suppress(structlog.DropEvent):
+            super().emit(record)

@@ -89,11 +89,10 @@ class LoopbackRing:
         Raises:
             MdiqError: a file cannot be written, or what was asked for cannot be had on this machine.
         """
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             self._start()
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(

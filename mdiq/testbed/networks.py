@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
@@ -48,7 +49,8 @@ class Namespaces:
     def __init__(self, addresses: Mapping[str, str]) -> None:
         self.addresses = addresses
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
             self._hub = self._hold_hub()
             for name in addresses:
                 self._holders[name] = self._hold(*self._unshare())
@@ -61,9 +63,7 @@ class Namespaces:
             for name, address in addresses.items():
                 mine = ["link set lo up", f"addr add {address}/32 dev eth0", "link set eth0 up"]
                 self._ip(self._holders[name], [*mine, "route add default dev eth0"])
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def inside(self, name: str) -> list[str]:
         """Return what stands in front of a command that is to run in a Node's network."""

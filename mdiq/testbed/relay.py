@@ -193,16 +193,15 @@ class RelayProcess:
         )
         assert child.stdin is not None and child.stdout is not None  # PIPE was asked for
         relays = cls(child, [])
-        try:
-            child.stdin.write(json.dumps(targets).encode() + b"\n")
-            async with asyncio.timeout(START_TIMEOUT_S):
-                relays.endpoints = json.loads(await child.stdout.readline())
-        except (OSError, ValueError, TimeoutError):
-            await relays.aclose()
-            raise TransportError(f"--link {shape}: the relays' process does not start; see the log") from None
-        except BaseException:
-            await relays.aclose()
-            raise
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(relays.aclose)
+            try:
+                child.stdin.write(json.dumps(targets).encode() + b"\n")
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    relays.endpoints = json.loads(await child.stdout.readline())
+            except (OSError, ValueError, TimeoutError):
+                raise TransportError(f"--link {shape}: the relays' process does not start; see the log") from None
+            undo.pop_all()
         return relays
 
     async def aclose(self) -> None:

@@ -57,13 +57,14 @@ async def look_up(name: str) -> list[str]:
 
     def ask() -> None:
         addresses: list[str] = []
-        failed: Exception | None = None
+        failed: Exception | None = OSError(0, "the look-up broke; see the log")
         try:
-            addresses = addresses_of(name)
-        except Exception as error:
+            addresses, failed = addresses_of(name), None
+        except (OSError, UnicodeError) as error:
             failed = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(tell, addresses, failed)
+        finally:  # what nobody has foreseen is for the hook of all threads
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(tell, addresses, failed)
 
     threading.Thread(target=ask, name=f"look-up-{name}", daemon=True).start()
     return await answer

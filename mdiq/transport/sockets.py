@@ -6,6 +6,7 @@ libzmq itself collects the parts of a message until the last has arrived, withou
 """
 
 import asyncio
+import contextlib
 import errno
 from collections.abc import Sequence
 from typing import TypeVar
@@ -143,12 +144,11 @@ def make_socket(
         options[zmq.IPV6] = 1
     for option, value in options.items():
         socket.setsockopt(option, value)
-    if security is not None:
-        try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(socket.close, linger=0)
+        if security is not None:
             security.apply(socket)
-        except BaseException:
-            socket.close(linger=0)
-            raise
+        undo.pop_all()
     return socket
 
 

@@ -4,7 +4,8 @@ Owns the table of pre-tokenizers. Parsing the file is formats/gguf_file.py's, us
 Keys and defaults: ggml's docs/gguf.md and llama.cpp's llama_vocab.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +128,15 @@ _PRE_TOKENIZERS: Mapping[str, _PreTokenizer] = {
 }
 
 
+@contextmanager
+def in_words(what: str, advice: str) -> Iterator[None]:
+    """Make a ModelError of what `tokenizers` raises: plain Exceptions."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"{what} ({' '.join(str(error).split())[:120]}); {advice}") from None
+
+
 def load_gguf_tokenizer(path: Path) -> TokenizerParts:
     """Return the tokenizer of a GGUF file.
 
@@ -156,16 +166,12 @@ def load_gguf_tokenizer(path: Path) -> TokenizerParts:
                     "fetch or convert the file again"
                 )
         template = file.get("tokenizer.chat_template", str, "") or None
-    try:
+    with in_words(f"{path}: its tokenizer is malformed", "fetch or convert it again"):
         if kind == "gpt2":
             backend = _byte_level(vocabulary, pre)
         else:
             backend = _sentencepiece(vocabulary, ids.get("unknown"), has_prefix_space=has_prefix_space)
         _add_special_tokens(backend, vocabulary, ids, is_sentencepiece=kind == "llama")
-    except Exception as error:  # `tokenizers` raises plain Exceptions
-        raise ModelError(
-            f"{path}: its tokenizer is malformed ({' '.join(str(error).split())[:120]}); fetch or convert it again"
-        ) from None
     tokens = vocabulary.tokens
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return TokenizerParts(

@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 
 from mdiq.core.sequence import SamplingParams
 from mdiq.engine.text.chat_template import ChatTemplate
-from mdiq.engine.text.gguf_tokenizer import TokenizerParts, load_gguf_tokenizer
+from mdiq.engine.text.gguf_tokenizer import TokenizerParts, in_words, load_gguf_tokenizer
 from mdiq.engine.text.token_bound import TokenBound
 from mdiq.errors import ConfigError, ContextLengthError, ModelError
 
@@ -190,8 +190,9 @@ class TextStream:
             return ""
         self._waiting.append(token)
         try:
-            text = self._stream.step(self._backend, token)
-        except Exception:  # `tokenizers` raises plain Exceptions, here where bytes change what is decoded already
+            with in_words("its decoder cannot go on", "begin anew"):
+                text = self._stream.step(self._backend, token)
+        except ModelError:  # bytes change what is decoded already
             return self._restart()
         if text is None:
             return ""
@@ -247,16 +248,12 @@ def _load_directory(directory: Path) -> TokenizerParts:
         raise ModelError(
             f"{path}: no such file; a model directory needs it: fetch it, or save the tokenizer again with transformers"
         )
-    try:
+    with in_words(f"{path}: it cannot be read", "fetch the file again"):
         backend = Backend.from_file(str(path))
         backend.no_truncation()
         backend.no_padding()
         # In a directory, add_bos_token of tokenizer_config.json counts for nothing, as in transformers.
         prefix, suffix = _added_around(backend)
-    except Exception as error:  # `tokenizers` raises plain Exceptions
-        raise ModelError(
-            f"{path}: it cannot be read ({' '.join(str(error).split())[:120]}); fetch the file again"
-        ) from None
     config = _read_json(directory / "tokenizer_config.json")
     texts = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None}
     ids = {name: token for name, text in texts.items() if (token := backend.token_to_id(text)) is not None}
