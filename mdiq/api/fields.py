@@ -35,186 +35,100 @@ _SYNONYMS = {
 }
 _WHOLE = ("top_k", "seed", *MAX_TOKENS)
 
-# Reason: names, each with the values, beside null, false, [], {} and "", that have no effect. True: on by default.
+
+def _fields(names: str = "", **harmless: object) -> Mapping[str, tuple[object, ...]]:
+    """Return fields with the values, beside null, false, [], {} and "", that have no effect. True: on by default.
+
+    names: of fields that have no such value. harmless: the others; a tuple has several values.
+    """
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in harmless.items()}
+    return {**dict.fromkeys(names.split(), ()), **values}
+
+
+# Reason: fields.
 _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
-    "log probabilities are not given": {
-        "logprobs": (),
-        "top_logprobs": (),
-        "prompt_logprobs": (),
-        "n_probs": (0,),
-        "top_n_tokens": (0,),
-        "decoder_input_details": (),
-        "details": (),
-    },
-    "one answer a request is given; ask several times": {
-        "n": (1,),
-        "n_cmpl": (1,),
-        "best_of": (1,),
-        "num_return_sequences": (1,),
-    },
-    "one answer is drawn, token by token": {
-        "use_beam_search": (),
-        "num_beams": (1,),
-        "num_beam_groups": (1,),
-        "diversity_penalty": (0,),
-        "length_penalty": (1, 0),
-        "early_stopping": (),
-    },
-    "tokens are drawn; temperature 0 takes the likeliest": {"do_sample": (True,)},
-    "tools are not called": {
-        "tools": (),
-        "tool_choice": ("none", "auto"),
-        "functions": (),
-        "function_call": ("none", "auto"),
-        "web_search_options": (),
-        "tool_prompt": (),
-        "guideline": (),
-    },
-    "the answer's form is not enforced": {
-        "response_format": ({"type": "text"},),
-        "response_schema": (),
-        "response_mime_type": ("text/plain",),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "structured_outputs": (),
-        "structural_tag": (),
-        "grammar": (),
-        "grammar_string": (),
-        "json_schema": (),
-        "regex": (),
-        "ebnf": (),
-        "format": (),
-        "n_indent": (0,),
-        "watermark": (),
-        "verbosity": ("medium",),
-    },
-    "no token can be made likelier, less likely or impossible": {
-        "logit_bias": (),
-        "bad_words": (),
-        "bad_words_ids": (),
-        "banned_tokens": (),
-        "banned_strings": (),
-        "custom_token_bans": (),
-        "ban_eos_token": (),
-        "allowed_token_ids": (),
-        "suppress_tokens": (),
-        "begin_suppress_tokens": (),
-        "force_words_ids": (),
-        "forced_bos_token_id": (),
-        "forced_eos_token_id": (),
-        "sequence_bias": (),
-        "no_repeat_ngram_size": (0,),
-        "encoder_no_repeat_ngram_size": (0,),
-        "logits_processors": (),
-        "logits_processor": (),
-        "custom_logit_processor": (),
-        "negative_prompt": (),
-        "guidance_scale": (1, 0),
-        "cfg_scale": (1, 0),
-    },
-    "tokens are penalized by repetition_penalty alone": {
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "encoder_repetition_penalty": (1,),
-        "exponential_decay_length_penalty": (),
-        "rep_pen_slope": (0, 1),
-        "repetition_detection": (),
-    },
-    "repetition_penalty looks at all tokens": {
-        "repeat_last_n": (-1,),
-        "repetition_penalty_range": (),
-        "rep_pen_range": (),
-        "penalize_nl": (True,),
-    },
-    "there is no such sampler (temperature, top_k, top_p, min_p and repetition_penalty are there)": {
-        "typical_p": (1,),
-        "typical": (1,),
-        "tfs_z": (1,),
-        "tfs": (1,),
-        "top_a": (0,),
-        "top_n_sigma": (-1, 0),
-        "mirostat": (0,),
-        "mirostat_mode": (0,),
-        "dynatemp_range": (0,),
-        "dynamic_temperature": (),
-        "smoothing_factor": (0,),
-        "dry_multiplier": (0,),
-        "xtc_probability": (0,),
-        "adaptive_target": (-1,),
-        "penalty_alpha": (0,),
-        "epsilon_cutoff": (0,),
-        "eta_cutoff": (0,),
-        "min_keep": (0,),
-        "samplers": (),
-        "sampler_order": (),
-        "sampler_priority": (),
-        "temperature_last": (),
-        "preset": (),
-    },
-    "an answer ends at stop texts, stop tokens, the model's own end and max_tokens": {
-        "min_tokens": (0,),
-        "min_length": (0,),
-        "min_new_tokens": (0,),
-        "stop_regex": (),
-        "t_max_predict_ms": (0, -1),
-        "max_time": (),
-    },
-    "a stop text is not a part of the answer": {"include_stop_str_in_output": (), "no_stop_trim": ()},
-    "special tokens have no text in an answer": {"skip_special_tokens": (True,)},
-    "answers are texts": {
-        "audio": (),
-        "modalities": (["text"],),
-        "return_tokens_as_token_ids": (),
-        "return_token_ids": (),
-        "return_tokens": (),
-        "return_hidden_states": (),
-    },
-    "the prompt is not repeated": {"echo": (), "return_full_text": ()},
-    "text is not inserted": {"suffix": (), "input_prefix": (), "input_suffix": (), "input_extra": ()},
-    "answers are not predicted": {"prediction": ()},
-    "nothing of a prompt is left out": {
-        "n_keep": (0, -1),
-        "num_keep": (0, -1),
-        "truncate_prompt_tokens": (),
-        "truncate": (),
-        "truncation_length": (),
-    },
-    "prompts are texts or token ids": {"prompt_embeds": (), "images": (), "image_data": (), "input_ids": ()},
-    "the prompt is made of the messages and the model's chat template alone": {
-        "add_generation_prompt": (True,),
-        "continue_final_message": (),
-        "continue_": (),
-        "chat_template": (),
-        "template": (),
-        "instruction_template": (),
-        "character": (),
-        "mode": ("instruct",),
-        "raw": (),
-        "system": (),
-        "context": (),
-        "documents": (),
-    },
-    "the tokenizer says which special tokens come before and after a text": {
-        "add_special_tokens": (True,),
-        "add_bos_token": (True,),
-    },
-    "thinking is set in chat_template_kwargs": {
-        "thinking": (),
-        "think": (),
-        "thinking_budget": (-1,),
-        "thinking_budget_tokens": (-1,),
-        "thinking_token_budget": (),
-        "reasoning_budget": (-1,),
-        "reasoning": (),
-    },
-    "a model's thinking is a part of its answer": {
-        "include_reasoning": (True,),
-        "reasoning_format": ("none", "auto"),
-    },
-    "there are no adapters": {"lora": (), "lora_path": (), "adapter_id": ()},
-    "its fields stand beside the messages or the prompt": {"options": (), "parameters": (), "extra_body": ()},
+    "log probabilities are not given": _fields(
+        "logprobs top_logprobs prompt_logprobs decoder_input_details details", n_probs=0, top_n_tokens=0
+    ),
+    "one answer a request is given; ask several times": _fields(n=1, n_cmpl=1, best_of=1, num_return_sequences=1),
+    "one answer is drawn, token by token": _fields(
+        "use_beam_search early_stopping", num_beams=1, num_beam_groups=1, diversity_penalty=0, length_penalty=(1, 0)
+    ),
+    "tokens are drawn; temperature 0 takes the likeliest": _fields(do_sample=True),
+    "tools are not called": _fields(
+        "tools functions web_search_options tool_prompt guideline",
+        tool_choice=("none", "auto"),
+        function_call=("none", "auto"),
+    ),
+    "the answer's form is not enforced": _fields(
+        "response_schema guided_json guided_regex guided_choice guided_grammar structured_outputs "
+        "structural_tag grammar grammar_string json_schema regex ebnf format watermark",
+        response_format=({"type": "text"},),
+        response_mime_type="text/plain",
+        n_indent=0,
+        verbosity="medium",
+    ),
+    "no token can be made likelier, less likely or impossible": _fields(
+        "logit_bias bad_words bad_words_ids banned_tokens banned_strings custom_token_bans ban_eos_token "
+        "allowed_token_ids suppress_tokens begin_suppress_tokens force_words_ids forced_bos_token_id "
+        "forced_eos_token_id sequence_bias logits_processors logits_processor custom_logit_processor "
+        "negative_prompt",
+        no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        guidance_scale=(1, 0),
+        cfg_scale=(1, 0),
+    ),
+    "tokens are penalized by repetition_penalty alone": _fields(
+        "exponential_decay_length_penalty repetition_detection",
+        frequency_penalty=0,
+        presence_penalty=0,
+        encoder_repetition_penalty=1,
+        rep_pen_slope=(0, 1),
+    ),
+    "repetition_penalty looks at all tokens": _fields(
+        "repetition_penalty_range rep_pen_range", repeat_last_n=-1, penalize_nl=True
+    ),
+    "there is no such sampler (temperature, top_k, top_p, min_p and repetition_penalty are there)": _fields(
+        "dynamic_temperature samplers sampler_order sampler_priority temperature_last preset",
+        **dict.fromkeys("typical_p typical tfs_z tfs".split(), 1),
+        **dict.fromkeys("top_a mirostat mirostat_mode dynatemp_range smoothing_factor dry_multiplier".split(), 0),
+        **dict.fromkeys("xtc_probability penalty_alpha epsilon_cutoff eta_cutoff min_keep".split(), 0),
+        top_n_sigma=(-1, 0),
+        adaptive_target=-1,
+    ),
+    "an answer ends at stop texts, stop tokens, the model's own end and max_tokens": _fields(
+        "stop_regex max_time", min_tokens=0, min_length=0, min_new_tokens=0, t_max_predict_ms=(0, -1)
+    ),
+    "a stop text is not a part of the answer": _fields("include_stop_str_in_output no_stop_trim"),
+    "special tokens have no text in an answer": _fields(skip_special_tokens=True),
+    "answers are texts": _fields(
+        "audio return_tokens_as_token_ids return_token_ids return_tokens return_hidden_states", modalities=(["text"],)
+    ),
+    "the prompt is not repeated": _fields("echo return_full_text"),
+    "text is not inserted": _fields("suffix input_prefix input_suffix input_extra"),
+    "answers are not predicted": _fields("prediction"),
+    "nothing of a prompt is left out": _fields(
+        "truncate_prompt_tokens truncate truncation_length", n_keep=(0, -1), num_keep=(0, -1)
+    ),
+    "prompts are texts or token ids": _fields("prompt_embeds images image_data input_ids"),
+    "the prompt is made of the messages and the model's chat template alone": _fields(
+        "continue_final_message continue_ chat_template template instruction_template character raw system "
+        "context documents",
+        add_generation_prompt=True,
+        mode="instruct",
+    ),
+    "the tokenizer says which special tokens come before and after a text": _fields(
+        add_special_tokens=True, add_bos_token=True
+    ),
+    "thinking is set in chat_template_kwargs": _fields(
+        "thinking think thinking_token_budget reasoning",
+        thinking_budget=-1,
+        thinking_budget_tokens=-1,
+        reasoning_budget=-1,
+    ),
+    "a model's thinking is a part of its answer": _fields(include_reasoning=True, reasoning_format=("none", "auto")),
+    "there are no adapters": _fields("lora lora_path adapter_id"),
+    "its fields stand beside the messages or the prompt": _fields("options parameters extra_body"),
 }
 _REASONS = {name: (reason, nothing) for reason, names in _NOT_SERVED.items() for name, nothing in names.items()}
 _NOTHING: tuple[object, ...] = (None, False, [], {}, "")

@@ -9,12 +9,11 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from mdiq.bench.apart_ring import READY
 from mdiq.bench.figures import UserTimes
-from mdiq.bench.programs import how_it_ended, kill
+from mdiq.bench.programs import kill, result_of
 from mdiq.bench.workload import Load
 from mdiq.errors import RingError
 from mdiq.runtime.options import RingOptions
@@ -61,13 +60,13 @@ class RingsApart:
             for i, line in enumerate(said):
                 if line != READY.encode():
                     out, errors = await children[i].communicate(b"")  # its input ends, and so does it
-                    _times(i, line + out, errors, children[i].returncode)
+                    result_of(f"ring {i} apart", line + out, errors, children[i].returncode)
                     raise RingError(f"ring {i} apart: it began without waiting for the others")
             results = await asyncio.gather(*(child.communicate(b"\n") for child in children))
             return [
                 user
                 for i, ((out, errors), child) in enumerate(zip(results, children, strict=True))
-                for user in _times(i, out, errors, child.returncode)
+                for user in result_of(f"ring {i} apart", out, errors, child.returncode)[0]
             ]
 
     def _spec(self, i: int, load: Load) -> dict[str, object]:
@@ -86,21 +85,6 @@ class RingsApart:
 async def _first_line(child: asyncio.subprocess.Process) -> bytes:
     assert child.stdout is not None  # PIPE was asked for
     return await child.stdout.readline()
-
-
-def _times(i: int, out: bytes, errors: bytes, code: int | None) -> Sequence[UserTimes]:
-    """Return what a ring measured, or raise what it died of."""
-    where = f"ring {i} apart"
-    try:
-        result = json.loads(out)
-        if "error" in result:
-            raise RingError(f"{where}: {result['error']}")
-        return [
-            UserTimes(submitted_s, tuple(tokens_s))
-            for submitted_s, tokens_s in zip(result["submitted_s"], result["tokens_s"], strict=True)
-        ]
-    except (ValueError, KeyError, TypeError):
-        raise RingError(f"{where}: {how_it_ended(code, errors)}") from None
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdiq.bench.figures import UserTimes
-from mdiq.bench.programs import how_it_ended, kill
+from mdiq.bench.programs import kill, result_of
 from mdiq.bench.workload import Load
 from mdiq.errors import ConfigError, RingError
 from mdiq.testbed.cpu_quota import CpuQuota
@@ -66,18 +66,10 @@ class Peer:
                 stack.callback(kill, child)  # before its control group can go
                 quota.add(child.pid)
             out, errors = await child.communicate(json.dumps(spec).encode() + b"\n")
-            return _times(out, errors, child.returncode)
-
-
-def _times(out: bytes, errors: bytes, code: int | None) -> tuple[Sequence[UserTimes], int]:
-    where = "peer llama-cpp"
-    try:
-        result = json.loads(out)
-        if "error" in result:
-            if "No module named" in result["error"]:
-                raise ConfigError(f"{where}: {result['error']}; {INSTALL}")
-            raise RingError(f"{where}: {result['error']}")
-        users = [UserTimes(result["submitted_s"], tuple(times)) for times in result["tokens_s"]]
+        try:
+            users, result = result_of("peer llama-cpp", out, errors, child.returncode)
+        except RingError as error:
+            if "No module named" in str(error):
+                raise ConfigError(f"{error}; {INSTALL}") from None
+            raise
         return users, int(result["rss_bytes"])
-    except (ValueError, KeyError, TypeError):
-        raise RingError(f"{where}: {how_it_ended(code, errors)}") from None

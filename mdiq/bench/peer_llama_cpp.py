@@ -4,7 +4,7 @@ It runs in a process of its own, so that neither side's threads and memory distu
 that may have llama-cpp-python and nothing of mdiq: it imports the standard library, numpy and llama_cpp only.
 
 One JSON object comes on standard input (model, threads, cores, prompts, answer_tokens), one goes to standard output
-(submitted_s, tokens_s of each user, rss_bytes, version), or {"error": ...}. Users are sequences of one context, and
+(submitted_s and tokens_s of each user, rss_bytes, version), or {"error": ...}. Users are sequences of one context, and
 every llama_decode carries a token of each user that decodes and as many prompt tokens as fit, as llama.cpp's server
 does it. Tokens are greedy and end tokens are ignored.
 """
@@ -59,7 +59,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     engine.answer([prompt[: max(len(prompt) // 4, 1)] for prompt in prompts], 2)
     submitted_s, tokens_s = engine.answer(prompts, answer_tokens)
     return {
-        "submitted_s": submitted_s,
+        "submitted_s": [submitted_s] * len(prompts),
         "tokens_s": tokens_s,
         "rss_bytes": _peak_memory(),
         "version": llama_cpp.__version__,

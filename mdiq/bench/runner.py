@@ -15,33 +15,20 @@ from typing import Protocol
 
 from mdiq.bench.figures import LoadFigures, UserTimes, load_figures
 from mdiq.bench.workload import ApartCell, Cell, Load
-from mdiq.core.sequence import SamplingParams, TokenEvent
+from mdiq.core.sequence import SamplingParams
 from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.errors import RingError
 from mdiq.runtime.options import HopFigures, NodeFigures
+from mdiq.runtime.starter_service import StreamEvent
 from mdiq.testbed.link_shape import LinkShape
 
 WARM_UP_TOKENS = 4
 
 
-class Event(Protocol):
-    """What a ring's stream yields; see runtime's StreamEvent."""
-
-    @property
-    def step(self) -> TokenEvent:
-        """The token, or the end."""
-        ...
-
-    @property
-    def at_s(self) -> float:
-        """When it came, on time.monotonic."""
-        ...
-
-
 class LoadedRing(Protocol):
     """What is measured; runtime's RingHost is one."""
 
-    def stream(self, sequence: TokenSequence) -> AsyncIterator[Event]:
+    def stream(self, sequence: TokenSequence) -> AsyncIterator[StreamEvent]:
         """Run a Sequence and yield its events."""
         ...
 

@@ -60,22 +60,9 @@ def execute(options: BenchOptions) -> int:
     with console.status("starting") as status:
         bench = _bench(options, cells, model, config, threads, peer_threads, cores, status.update)
         measured = run_until_signal(bench.run())
-    settings: dict[str, object] = {
-        "model": model.name,
-        "weights": options.weights,
-        "exact": options.exact,
-        "wire": options.wire,
-        "dtype": options.dtype,
-        "device": options.device,
-        "threads_per_node": threads,
-        "pin": options.pin,
-        "cpu_per_node": options.cpu,
-        "answer_tokens": options.answer_tokens,
-        "repeats": options.repeats,
-        "seed": options.seed,
-        "temperature": options.temperature,
-        "peer": options.peer,
-    }
+    kept = "weights exact wire dtype device pin answer_tokens repeats seed temperature peer".split()
+    settings: dict[str, object] = {"model": model.name, "threads_per_node": threads, "cpu_per_node": options.cpu}
+    settings |= {name: getattr(options, name) for name in kept}
     report = make_report(measured, machine=_machine(), settings=settings)
     print_report(Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH), report)
     if options.json_file is not None:

@@ -54,7 +54,7 @@ class Result:
         decode_s = None if self.first_token_s is None else self.finished_s - self.first_token_s
         return {
             "submitted_s": round(self.submitted_s, 6),
-            "ttft_s": None if ttft_s is None else round(ttft_s, 6),
+            "ttft_s": _rounded(ttft_s, 6),
             "total_s": round(self.finished_s - self.submitted_s, 6),
             "decode_tokens_per_s": round((len(self.token_ids) - 1) / decode_s, 3) if decode_s else None,
         }
@@ -136,17 +136,17 @@ class Summary:
             "num_tokens": self.num_tokens,
             "wall_s": round(self.wall_s, 4),
             "tokens_per_s": round(self.tokens_per_s, 3),
-            "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 4),
+            "ttft_s": _rounded(self.ttft_s, 4),
             "pace": self._pace(),
             "wires": [hop.wire for hop in self.hops],
             "hops": [
                 {
-                    "delay_s": None if hop.delay_s is None else round(hop.delay_s, 6),
-                    "bytes_per_s": None if hop.bytes_per_s is None else round(hop.bytes_per_s),
+                    "delay_s": _rounded(hop.delay_s, 6),
+                    "bytes_per_s": _rounded(hop.bytes_per_s, 0),
                 }
                 for hop in self.hops
             ],
-            "wire_check_nats": None if self.wire_check_nats is None else round(self.wire_check_nats, 6),
+            "wire_check_nats": _rounded(self.wire_check_nats, 6),
             "nodes": nodes,
             "counts": {**self.counts, **self.prefill},
         }
@@ -158,9 +158,9 @@ class Summary:
             "num_live": pace.num_live,
             "in_flight": pace.in_flight,
             "cap": pace.cap,
-            "hops_s": None if pace.hops_s is None else round(pace.hops_s, 6),
+            "hops_s": _rounded(pace.hops_s, 6),
             "predicted_tokens_per_s": round(pace.predicted_tokens_per_s, 3),
-            "measured_tokens_per_s": None if self.decode_tokens_per_s is None else round(self.decode_tokens_per_s, 3),
+            "measured_tokens_per_s": _rounded(self.decode_tokens_per_s, 3),
             "chunk_tokens": pace.chunk_tokens,
             "decode_gap_ms_max": round(pace.decode_gap_s * 1_000, 3),
         }
@@ -217,6 +217,10 @@ def print_table(console: Console, summary: Summary) -> None:
     mended = {name: count for name, count in summary.counts.items() if count}
     if mended:
         console.print(f"ring: {', '.join(f'{count} {name}' for name, count in mended.items())}", style="yellow")
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits or None)
 
 
 def _bytes(count: int) -> str:

@@ -75,7 +75,17 @@ def execute(options: RunOptions) -> int:
         if loaded is None:
             ring_options = _local_ring(options, model, config, split or num_nodes, wires, threads)
         else:
-            rings = _topology_rings(options, loaded, model, config, threads, console)
+            from mdiq.service import topology_rings
+
+            rings = topology_rings.TopologyRings(
+                loaded,
+                model,
+                config,
+                threads=threads,
+                join_wait_s=options.join_wait,
+                even_split=options.even_split,
+                on_note=lambda note: console.print(f"mdiq: {note}", markup=False, highlight=False),
+            )
             ring_options = rings.options()
         requests = Requests(Tokenizer.load(model), config, raw=options.raw)
         run = _Run(options, ring_options, requests, todo, console, results, rings)
@@ -256,22 +266,6 @@ def _topology(options: RunOptions, file: Path) -> "LoadedTopology":
     secret_of(loaded, loaded.topology.starter)  # a key that is wrong is told before torch is loaded
     logging.configure(options.log_level, node=loaded.topology.starter.name)
     return loaded
-
-
-def _topology_rings(
-    options: RunOptions, loaded: "LoadedTopology", model: Path, config: "ModelConfig", threads: int, console: Console
-) -> "TopologyRings":
-    from mdiq.service.topology_rings import TopologyRings
-
-    return TopologyRings(
-        loaded,
-        model,
-        config,
-        threads=threads,
-        join_wait_s=options.join_wait,
-        even_split=options.even_split,
-        on_note=lambda note: console.print(f"mdiq: {note}", markup=False, highlight=False),
-    )
 
 
 def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:

@@ -9,8 +9,8 @@ _LOOPBACK_NAMES = {"localhost", "ip6-localhost", "ip6-loopback"}
 _EXAMPLE = "for example 192.168.1.10"
 
 
-def check_address(text: str, *, may_be_wildcard: bool = False) -> None:
-    """Do nothing for an IP address or a host name.
+def checked_address(text: str, *, may_be_wildcard: bool) -> str:
+    """Return an IP address or a host name.
 
     may_be_wildcard: it may also stand for all addresses of the machine, as in 0.0.0.0.
 
@@ -40,13 +40,14 @@ def check_address(text: str, *, may_be_wildcard: bool = False) -> None:
         address = ipaddress.ip_address(text)
     except ValueError:
         _check_name(text)
-        return
+        return text
     if address.is_unspecified and not may_be_wildcard:
         raise ValueError(
             f"{text} stands for all addresses of a machine, and nobody can call it; write the device's own, {_EXAMPLE}"
         )
     if address.is_multicast or text == "255.255.255.255":
         raise ValueError(f"{text} belongs to no single device; write the device's own address, {_EXAMPLE}")
+    return text
 
 
 def is_loopback(text: str) -> bool:

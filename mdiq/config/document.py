@@ -57,28 +57,19 @@ def read_document(data: bytes) -> Document:
         if root is None:
             raise _Unreadable(1, "the file is empty; `mdiq init` writes one, and configs/ has examples")
         _Builder(document, text.splitlines()).build(root)
+        return document
     except _Unreadable as error:
-        document.findings.append(Finding(error.line, "", error.message))
-        document.is_readable = False
+        line, message = error.args
     except yaml.MarkedYAMLError as error:
         line, message = syntax_error(error, text.splitlines())
-        document.findings.append(Finding(line, "", message))
-        document.is_readable = False
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         message = f"a control character (U+{int(error.character):04X}); remove it"
-        document.findings.append(Finding(line, "", message))
-        document.is_readable = False
-    return document
+    return Document(findings=[Finding(line, "", message)], is_readable=False)
 
 
 class _Unreadable(Exception):
-    """The file as a whole is refused."""
-
-    def __init__(self, line: int, message: str) -> None:
-        super().__init__(message)
-        self.line = line
-        self.message = message
+    """The file as a whole is refused: a line, and why."""
 
 
 def _decode(data: bytes) -> str:
@@ -147,11 +138,8 @@ class _Builder:
 
     def _items(self, node: yaml.SequenceNode, loc: Loc) -> Iterator[object]:
         for i, item in enumerate(node.value):
-            place = (*loc, i)
-            self._document.lines[place] = item.start_mark.line + 1
-            value = self._value(item, place)
-            # A refused item keeps its place, so that the later ones keep their numbers.
-            yield value
+            self._document.lines[*loc, i] = item.start_mark.line + 1
+            yield self._value(item, (*loc, i))  # a refused item keeps its place: the later ones keep their numbers
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, object]:
         values: dict[str, object] = {}
@@ -173,24 +161,16 @@ class _Builder:
 
     def _key(self, node: yaml.Node, loc: Loc, line: int) -> str | None:
         if not isinstance(node, yaml.ScalarNode):
-            self._find(
-                line, loc, "a {...} or [...] stands where a key should; is it a template that was not filled in?"
-            )
-            self._document.incomplete.add(loc)
-            return None
-        if node.tag == _TAG + "merge":
-            self._find(line, loc, "`<<` is not read here; write the keys out at each place")
-            self._document.incomplete.add(loc)  # what it would bring is not missing
-            return None
-        if node.tag != _TAG + "str":
-            self._find(
-                line,
-                loc,
-                f"YAML reads the key {shown(node.value)} as {_kind(node)}; a key is text, see configs/README.md",
-            )
-            self._document.incomplete.add(loc)
-            return None
-        return str(node.value)
+            message = "a {...} or [...] stands where a key should; is it a template that was not filled in?"
+        elif node.tag == _TAG + "str":
+            return str(node.value)
+        elif node.tag == _TAG + "merge":
+            message = "`<<` is not read here; write the keys out at each place"
+        else:
+            message = f"YAML reads the key {shown(node.value)} as {_kind(node)}; a key is text, see configs/README.md"
+        self._find(line, loc, message)
+        self._document.incomplete.add(loc)  # what the key would bring is not missing
+        return None
 
     def _scalar(self, node: yaml.ScalarNode, loc: Loc) -> object:
         self._document.raw[loc] = raw = node.value

@@ -1,4 +1,4 @@
-"""The keys of a topology file for editors (JSON schema) and for readers (tables): both made of the models."""
+"""The keys of a topology file for editors and for readers, as JSON schema: made of the models."""
 
 import json
 from typing import Any
@@ -8,17 +8,6 @@ from mdiq.config.topology import MAX_NODES, Topology
 SCHEMA_FILE = "topology.schema.json"
 SCHEMA_LINE = f"# yaml-language-server: $schema=./{SCHEMA_FILE}"
 """First line of a topology file: editors find the schema by it."""
-
-_SECTIONS = (
-    ("The file itself", "Topology"),
-    ("`model`", "ModelChoice"),
-    ("`nodes`: each of them", "Node"),
-    ("`links`", "Links"),
-    ("`links.hops`: each of them", "HopWire"),
-    ("`security`", "Security"),
-    ("`api`", "Api"),
-    ("`ring`", "RingWishes"),
-)
 
 
 def topology_schema() -> dict[str, Any]:
@@ -39,30 +28,6 @@ def topology_schema() -> dict[str, Any]:
 def schema_text() -> str:
     """Return the schema as its file holds it."""
     return json.dumps(topology_schema(), indent=2, ensure_ascii=False) + "\n"
-
-
-def key_tables() -> str:
-    """Return every key with its values, default and meaning, as Markdown."""
-    schema = topology_schema()
-    parts = []
-    for title, name in _SECTIONS:
-        section = schema if name == "Topology" else schema["$defs"][name]
-        rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
-        for key, value in section["properties"].items():
-            default = "required" if key in section.get("required", ()) else _default(value)
-            meaning = value["description"].replace("|", "\\|")
-            rows.append(f"| `{key}` | {values_text(value)} | {default} | {meaning} |")
-        parts.append(f"### {title}\n\n" + "\n".join(rows) + "\n")
-    return "\n".join(parts)
-
-
-def _default(value: dict[str, Any]) -> str:
-    default = value["default"]
-    if isinstance(default, dict):
-        return "see below"
-    if default == []:
-        return "none"
-    return f"`{default if isinstance(default, str) else json.dumps(default)}`"
 
 
 def values_text(value: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """What one key of a topology file may hold: the types of its values, with what is said of a wrong one."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from mdiq.config import units
-from mdiq.config.addresses import check_address
+from mdiq.config.addresses import checked_address
 from mdiq.config.units import AUTO, shown
 from mdiq.core.known_models import DEFAULT_MODEL
 from mdiq.core.types import LayerRange
@@ -26,24 +28,26 @@ def text_schema(pattern: str, values: str, *, or_auto: bool = False, or_null: bo
     return WithJsonSchema(schema | {"x-values": values})
 
 
-_NO_VALUE = "it has no value; remove the line, or write auto"
+def _or_auto(value_of: Callable[[object], Any]) -> BeforeValidator:
+    """Return the reader of a key that may be ``auto``, which is None."""
+
+    def read(value: object) -> Any:
+        if value is None:
+            raise ValueError("it has no value; remove the line, or write auto")
+        return None if value == AUTO else value_of(value)
+
+    return BeforeValidator(read)
 
 
-def _count_or_auto(value: object) -> object:
-    if value is None:
-        raise ValueError(_NO_VALUE)
-    if isinstance(value, str) and value != AUTO:
+def _count(value: object) -> object:
+    if isinstance(value, str):
         if value.isascii() and value.isdigit():
             raise ValueError(f"it is a text because of the quotes; write {shown(value)}")
         raise ValueError(f"{shown(value)} is neither auto nor a number; write auto or for example 2")
-    return None if value == AUTO else value
+    return value
 
 
-def _memory(value: object) -> int | None:
-    if value is None:
-        raise ValueError(_NO_VALUE)
-    if value == AUTO:
-        return None
+def _memory(value: object) -> int:
     if isinstance(value, str) and value.endswith("%"):
         raise ValueError(f"{shown(value)} is a share; write a size, for example 700M, or auto")
     num_bytes = units.parse_size(value)
@@ -52,28 +56,20 @@ def _memory(value: object) -> int | None:
     return num_bytes
 
 
-def _layers(value: object) -> LayerRange | None:
-    if value is None:
-        raise ValueError(_NO_VALUE)
-    return None if value == AUTO else units.parse_layers(value)
-
-
 def _rate(value: object) -> float | None:
     return None if value is None else units.parse_rate(value)
 
 
-def _decode_wait(value: object) -> float:
-    seconds = units.parse_time(value)
-    if not 0.001 <= seconds <= 60:
-        raise ValueError(f"{shown(value)} is out of range; write 1ms to 60s, for example 200ms")
-    return seconds
+def _time(least: str, most: str, example: str) -> BeforeValidator:
+    """Return the reader of a time from ``least`` to ``most``."""
 
+    def read(value: object) -> float:
+        seconds = units.parse_time(value)
+        if not units.parse_time(least) <= seconds <= units.parse_time(most):
+            raise ValueError(f"{shown(value)} is out of range; write {least} to {most}, for example {example}")
+        return seconds
 
-def _client_timeout(value: object) -> float:
-    seconds = units.parse_time(value)
-    if not 1 <= seconds <= 3600:
-        raise ValueError(f"{shown(value)} is out of range; write 1s to 3600s, for example 60s")
-    return seconds
+    return BeforeValidator(read)
 
 
 def _name(value: str) -> str:
@@ -132,16 +128,6 @@ def _path(value: str) -> str:
     return value
 
 
-def _host(value: str) -> str:
-    check_address(value, may_be_wildcard=True)
-    return value
-
-
-def _address(value: str) -> str:
-    check_address(value)
-    return value
-
-
 Name = Annotated[
     str, AfterValidator(_name), text_schema(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "a-z, 0-9, -; at most 63")
 ]
@@ -156,16 +142,16 @@ PublicKey = Annotated[
     text_schema(r".{40}", "`null`, or 40 characters (Z85) in quotes", or_null=True),
 ]
 FilePath = Annotated[str, AfterValidator(_path)]
-Host = Annotated[str, AfterValidator(_host)]
-Address = Annotated[str, AfterValidator(_address)]
+Host = Annotated[str, AfterValidator(partial(checked_address, may_be_wildcard=True))]
+Address = Annotated[str, AfterValidator(partial(checked_address, may_be_wildcard=False))]
 Size = Annotated[
     int | None,
-    BeforeValidator(_memory),
+    _or_auto(_memory),
     text_schema(units.SIZE_PATTERN, "`auto`, or a size: `700M`, `2G` (powers of 1024)", or_auto=True),
 ]
 Layers = Annotated[
     LayerRange | None,
-    BeforeValidator(_layers),
+    _or_auto(units.parse_layers),
     text_schema(units.LAYERS_PATTERN, "`auto`, or the first and the last layer, from 0: `0-11`", or_auto=True),
 ]
 Rate = Annotated[
@@ -175,7 +161,7 @@ Rate = Annotated[
 ]
 Count = Annotated[
     Annotated[int, Field(ge=1, le=1024)] | None,
-    BeforeValidator(_count_or_auto),
+    _or_auto(_count),
     WithJsonSchema(
         {
             "anyOf": [{"const": AUTO}, {"type": "integer", "minimum": 1, "maximum": 1024}],
@@ -184,8 +170,8 @@ Count = Annotated[
     ),
 ]
 DecodeWait = Annotated[
-    float, BeforeValidator(_decode_wait), text_schema(units.TIME_PATTERN, "a time: `200ms`, `5s`; 1ms to 60s")
+    float, _time("1ms", "60s", "200ms"), text_schema(units.TIME_PATTERN, "a time: `200ms`, `5s`; 1ms to 60s")
 ]
 ClientTimeout = Annotated[
-    float, BeforeValidator(_client_timeout), text_schema(units.TIME_PATTERN, "a time: `60s`; 1s to 3600s")
+    float, _time("1s", "3600s", "60s"), text_schema(units.TIME_PATTERN, "a time: `60s`; 1s to 3600s")
 ]

@@ -58,20 +58,6 @@ class _Topologies:
         self._config = config
         self._threads = threads
 
-    @property
-    def model_name(self) -> str:
-        """As clients name it."""
-        model = self._first.topology.model
-        return model.name or name_of(model.path)
-
-    @property
-    def context_tokens(self) -> int:
-        return self._config.context_tokens
-
-    @property
-    def vocab_size(self) -> int:
-        return self._config.vocab_size
-
     def read(self) -> Form:
         """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
         file = self._first.file
@@ -109,14 +95,14 @@ class _Topologies:
 class _RingBackend:
     """What the API sees: the ring that is up, and the tokenizer."""
 
-    def __init__(self, keeper: RingKeeper, tokenizer: Tokenizer, topologies: _Topologies) -> None:
+    def __init__(self, keeper: RingKeeper, tokenizer: Tokenizer, config: ModelConfig, model_name: str) -> None:
         self._keeper = keeper
         self._tokenizer = tokenizer
         self._numbers = count()
-        self.model_name = topologies.model_name
+        self.model_name = model_name
         # A tokenizer may know tokens that the model has no embedding of.
-        self.vocab_size = topologies.vocab_size
-        self._model_tokens = topologies.context_tokens
+        self.vocab_size = config.vocab_size
+        self._model_tokens = config.context_tokens
 
     @property
     def context_tokens(self) -> int:
@@ -160,8 +146,10 @@ class TopologyService:
         """Find the model, and read what of it the service needs before a Ring is up."""
         model = find_model(model_of(loaded), progress=lambda text: notifier.starting(text))
         with open_checkpoint(model) as checkpoint:
-            config = checkpoint.config
-        self._topologies = _Topologies(loaded, model, config, threads, even_split=even_split)
+            self._config = checkpoint.config
+        self._topologies = _Topologies(loaded, model, self._config, threads, even_split=even_split)
+        named = loaded.topology.model
+        self._model_name = named.name or name_of(named.path)  # as clients name it
         self._tokenizer = Tokenizer.load(model)
         self._notifier = notifier
         self._file = loaded.file
@@ -198,7 +186,7 @@ class TopologyService:
     @asynccontextmanager
     async def _api(self, keeper: RingKeeper) -> AsyncIterator[None]:
         wanted = self._wanted_api
-        backend = _RingBackend(keeper, self._tokenizer, self._topologies)
+        backend = _RingBackend(keeper, self._tokenizer, self._config, self._model_name)
         api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
         runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s)
         await runner.setup()

@@ -163,15 +163,6 @@ class Namespaces:
             raise NoNamespacesError(f"ip: {_first_line(done.stderr)}")
 
 
-def why_no_namespaces() -> str:
-    """Return why this machine lets us have no namespaces, or nothing if it does."""
-    try:
-        Namespaces({"probe": str(next(SPACE.hosts()))}).close()
-    except NoNamespacesError as error:
-        return str(error)
-    return ""
-
-
 class Plain:
     """Loopback for all Nodes, an address for each; several rings of one machine use different ones."""
 

@@ -8,6 +8,7 @@ pyzmq's authenticators are not used: they admit NULL peers, have no names, and h
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -162,8 +163,9 @@ class Gate:
         self._renewals.setdefault(domain, []).append(renew)
 
     def remove_renewal(self, domain: str, renew: Renew) -> None:
-        """Undo ``add_renewal`` when the socket closes."""
-        self._renewals[domain].remove(renew)
+        """Undo ``add_renewal``, if it was called, when the socket closes."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._renewals[domain].remove(renew)
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         """Return the reply to a ZAP request (RFC 27): version, id, domain, address, identity, mechanism, key."""

@@ -17,9 +17,7 @@ from mdiq.transport.sockets import (
     FRAME_LINGER_MS,
     MAX_FRAME_BYTES,
     ZERO_COPY_BYTES,
-    PartReader,
     SocketEnd,
-    make_socket,
     send_whole,
     wire_size,
 )
@@ -28,9 +26,8 @@ from mdiq.transport.sockets import (
 class PullSource(SocketEnd):
     """The receiving end of a Hop: a FrameSource over a PULL socket."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, security: ServerSecurity | None = None) -> None:
-        super().__init__(socket, endpoint)
-        self._reader = PartReader(socket, security)
+    KIND = zmq.PULL
+    LINGER_MS = FRAME_LINGER_MS
 
     @classmethod
     async def bind(
@@ -45,23 +42,12 @@ class PullSource(SocketEnd):
         """Listen on ``endpoint``; with port 0 the system chooses one, shown in the source's ``endpoint``.
 
         max_frame_bytes: a peer that sends a longer part is disconnected; see WireLimits.max_frame_bytes.
-        insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
             TransportError: the address cannot be used.
         """
-        socket = make_socket(
-            context,
-            zmq.PULL,
-            endpoint,
-            hwm=FRAME_HWM,
-            max_bytes=max_frame_bytes,
-            linger_ms=FRAME_LINGER_MS,
-            security=security,
-            insecure=insecure,
-        )
-        source = cls(socket, endpoint, security)
-        await source._bind(security)
+        source = cls(context, endpoint, security, hwm=FRAME_HWM, max_bytes=max_frame_bytes, insecure=insecure)
+        await source._bind()
         return source
 
     @property
@@ -82,10 +68,9 @@ class PullSource(SocketEnd):
 class PushSink(SocketEnd):
     """The sending end of a Hop: a FrameSink over a PUSH socket."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        super().__init__(socket, endpoint)
-        self._max_frame_bytes = max_frame_bytes
-        self.bytes_out = 0
+    KIND = zmq.PUSH
+    LINGER_MS = FRAME_LINGER_MS
+    bytes_out = 0
 
     @classmethod
     async def connect(
@@ -100,26 +85,15 @@ class PushSink(SocketEnd):
         """Connect to the next Stage's ``endpoint``; it may begin to listen later.
 
         max_frame_bytes: the limit of the next Stage's source.
-        insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
             TransportError: the endpoint is not an address.
             ConfigError: the next Stage's key is not a public key.
         """
-        socket = make_socket(
-            context,
-            zmq.PUSH,
-            endpoint,
-            hwm=FRAME_HWM,
-            max_bytes=max_frame_bytes,
-            linger_ms=FRAME_LINGER_MS,
-            security=security,
-            insecure=insecure,
-        )
+        sink = cls(context, endpoint, security, hwm=FRAME_HWM, max_bytes=max_frame_bytes, insecure=insecure)
         # Frames wait for a connection here, not in a queue of libzmq, which would keep stale ones across a cut.
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        sink = cls(socket, endpoint, max_frame_bytes)
-        await sink._connect(security)
+        sink._socket.setsockopt(zmq.IMMEDIATE, 1)
+        await sink._connect()
         return sink
 
     async def send(self, parts: Sequence[Buffer]) -> None:
@@ -130,9 +104,9 @@ class PushSink(SocketEnd):
         """
         sizes = [memoryview(part).nbytes for part in parts]
         largest = max(sizes)
-        if largest > self._max_frame_bytes:
+        if largest > self._max_bytes:
             raise TransportError(
-                f"{self.endpoint}: a frame of {largest} bytes is over the {self._max_frame_bytes} that a stage takes; "
+                f"{self.endpoint}: a frame of {largest} bytes is over the {self._max_bytes} that a stage takes; "
                 "send fewer tokens in one prompt chunk"
             )
         copy = largest < ZERO_COPY_BYTES

@@ -10,7 +10,7 @@ from mdiq.core import control, weights
 from mdiq.errors import TransportError
 from mdiq.transport.curve import ClientSecurity, ServerSecurity
 from mdiq.transport.junk import JunkBudget
-from mdiq.transport.sockets import PartReader, SocketEnd, make_socket, send_whole
+from mdiq.transport.sockets import SocketEnd, send_whole
 
 log = structlog.get_logger()
 
@@ -20,13 +20,27 @@ CONTROL_LINGER_MS = 500  # so that a last message such as Failed or Goodbye is s
 MAX_CONTROL_BYTES = max(control.MAX_BYTES, weights.MAX_BYTES) + 4_096
 
 
-class RouterServer(SocketEnd):
+class _ControlEnd(SocketEnd):
+    LINGER_MS = CONTROL_LINGER_MS
+    num_dropped = 0
+
+    async def _message(self, num_before: int) -> list[bytes]:
+        """Wait for the next message of one part and return its parts. num_before: those that libzmq puts before it."""
+        junk = JunkBudget()
+        while True:
+            parts = await self._reader.read()
+            if len(parts) == num_before + 1:
+                return [bytes(part) for part in parts]
+            self.num_dropped += 1
+            num_parts = len(parts) - num_before
+            log.warning("control_message_dropped", error=f"{num_parts} parts; a control message has 1")
+            await junk.spent(0.0)
+
+
+class RouterServer(_ControlEnd):
     """The Coordinator's end: a ControlServer over a ROUTER socket."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str, security: ServerSecurity | None = None) -> None:
-        super().__init__(socket, endpoint)
-        self._reader = PartReader(socket, security)
-        self.num_dropped = 0
+    KIND = zmq.ROUTER
 
     @classmethod
     async def bind(
@@ -41,27 +55,16 @@ class RouterServer(SocketEnd):
         """Listen on ``endpoint``; with port 0 the system chooses one, shown in the server's ``endpoint``.
 
         hwm: messages that may wait for one peer; beyond that, ``send`` fails.
-        insecure: permit plain text beyond loopback where there is no ``security``.
 
         Raises:
             TransportError: the address cannot be used.
         """
-        socket = make_socket(
-            context,
-            zmq.ROUTER,
-            endpoint,
-            hwm=hwm,
-            max_bytes=MAX_CONTROL_BYTES,
-            linger_ms=CONTROL_LINGER_MS,
-            security=security,
-            insecure=insecure,
-        )
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        server = cls(context, endpoint, security, hwm=hwm, max_bytes=MAX_CONTROL_BYTES, insecure=insecure)
+        server._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # libzmq ignores a second peer of the same name: it cannot take over the first one's messages. With security
         # no other peer can know the name, and a returning peer must not be ignored because of unread messages.
-        socket.setsockopt(zmq.ROUTER_HANDOVER, int(security is not None))
-        server = cls(socket, endpoint, security)
-        await server._bind(security)
+        server._socket.setsockopt(zmq.ROUTER_HANDOVER, int(security is not None))
+        await server._bind()
         return server
 
     @property
@@ -71,14 +74,8 @@ class RouterServer(SocketEnd):
 
     async def receive(self) -> tuple[bytes, bytes]:
         """Wait for the next message of one part and return its sender's identity and the message."""
-        junk = JunkBudget()
-        while True:
-            parts = await self._reader.read()
-            if len(parts) == 2:
-                return bytes(parts[0]), bytes(parts[1])
-            self.num_dropped += 1
-            log.warning("control_message_dropped", error=f"{len(parts) - 1} parts; a control message has 1")
-            await junk.spent(0.0)
+        identity, data = await self._message(1)
+        return identity, data
 
     async def send(self, identity: bytes, data: bytes) -> None:
         """Send one message to a peer, without waiting for it: a hanging peer must not delay the others.
@@ -96,13 +93,10 @@ class RouterServer(SocketEnd):
             ) from None
 
 
-class DealerLink(SocketEnd):
+class DealerLink(_ControlEnd):
     """An Agent's end: a ControlLink over a DEALER socket."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
-        super().__init__(socket, endpoint)
-        self._reader = PartReader(socket)
-        self.num_dropped = 0
+    KIND = zmq.DEALER
 
     @classmethod
     async def connect(
@@ -116,46 +110,27 @@ class DealerLink(SocketEnd):
     ) -> "DealerLink":
         """Connect to the Coordinator's ``endpoint`` under the Node's name; it may begin to listen later.
 
-        insecure: permit plain text beyond loopback where there is no ``security``.
-
         Raises:
             TransportError: the endpoint is not an address, or the name is not a legal identity.
             ConfigError: the Coordinator's key is not a public key.
         """
-        socket = make_socket(
-            context,
-            zmq.DEALER,
-            endpoint,
-            hwm=CONTROL_HWM,
-            max_bytes=MAX_CONTROL_BYTES,
-            linger_ms=CONTROL_LINGER_MS,
-            security=security,
-            insecure=insecure,
-        )
+        link = cls(context, endpoint, security, hwm=CONTROL_HWM, max_bytes=MAX_CONTROL_BYTES, insecure=insecure)
         # Messages wait until the peer has accepted us; libzmq drops its queue when it is refused.
-        socket.setsockopt(zmq.IMMEDIATE, 1)
+        link._socket.setsockopt(zmq.IMMEDIATE, 1)
         if security is not None:
             # The key authenticates us. Others cannot occupy a name before us that they cannot guess.
             identity = f"{identity}.{secrets.token_hex(8)}"
         try:
-            socket.setsockopt(zmq.ROUTING_ID, identity.encode())
+            link._socket.setsockopt(zmq.ROUTING_ID, identity.encode())
         except zmq.ZMQError:
-            socket.close(linger=0)
+            link._socket.close(linger=0)
             raise TransportError(f"node name {identity!r}: it must have 1 to 255 bytes") from None
-        link = cls(socket, endpoint)
-        await link._connect(security)
+        await link._connect()
         return link
 
     async def receive(self) -> bytes:
         """Wait for the next message of one part and return it."""
-        junk = JunkBudget()
-        while True:
-            parts = await self._reader.read()
-            if len(parts) == 1:
-                return bytes(parts[0])
-            self.num_dropped += 1
-            log.warning("control_message_dropped", error=f"{len(parts)} parts; a control message has 1")
-            await junk.spent(0.0)
+        return (await self._message(0))[0]
 
     async def send(self, data: bytes) -> None:
         """Send one message to the Coordinator; wait while very many are queued."""

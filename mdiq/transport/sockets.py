@@ -9,14 +9,14 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import ClassVar, NoReturn
 
 import zmq
 import zmq.asyncio
 
 from mdiq.core.frame import Buffer
 from mdiq.errors import TransportError
-from mdiq.transport.curve import ClientSecurity, Security, ServerSecurity, check_plain_text
+from mdiq.transport.curve import Security, ServerSecurity, check_plain_text
 from mdiq.transport.names import has_ipv6, name_in
 from mdiq.transport.watch import ClientWatch, ListenerWatch, ServerWatch
 
@@ -33,23 +33,68 @@ RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 MAX_READY = 16  # messages taken in a row before other tasks run
 
-S = TypeVar("S", bound="SocketEnd")
-
 
 class SocketEnd:
-    """Base of all links over a socket: owns and closes it. ``endpoint`` is the address, with the real port."""
+    """Base of all links over a socket: makes, owns and closes it. ``endpoint`` is the address, with the real port.
 
-    def __init__(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
-        self._socket = socket
+    hwm: messages that may wait. max_bytes: a peer that announces a longer part is disconnected.
+    insecure: permit plain text beyond loopback where there is no ``security``.
+
+    Raises:
+        TransportError: the link would leave this machine in plain text.
+        ConfigError: a key is not valid.
+    """
+
+    KIND: ClassVar[int]
+    LINGER_MS: ClassVar[int]
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        security: Security | None,
+        *,
+        hwm: int,
+        max_bytes: int,
+        insecure: bool,
+    ) -> None:
+        if security is None:
+            check_plain_text(endpoint, insecure=insecure)
         self.endpoint = endpoint
-        self._server_security: ServerSecurity | None = None
+        self._security = security
         self._watch: ListenerWatch | ClientWatch | None = None
+        self._max_bytes = max_bytes
+        self._socket = context.socket(self.KIND)
+        self._socket.set_hwm(hwm)
+        options = {
+            # libzmq closes the connection of a peer that announces more, before it allocates the memory.
+            zmq.MAXMSGSIZE: max_bytes,
+            zmq.LINGER: self.LINGER_MS,
+            zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
+            # The kernel detects dead peers. A heartbeat of libzmq 4.3.5 (HEARTBEAT_IVL) aborts the process when it is
+            # due on a connection that has ended before we had read all of it: stream_engine_base.cpp, out_event.
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_IDLE: DEAD_PEER_S // 3,
+            zmq.TCP_KEEPALIVE_INTVL: DEAD_PEER_S // 6,
+            zmq.TCP_KEEPALIVE_CNT: 4,
+            zmq.TCP_MAXRT: DEAD_PEER_S * 1_000,  # of unacknowledged data
+            zmq.RECONNECT_IVL: RECONNECT_MS,
+            zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
+            zmq.IPV6: int("[" in endpoint),
+        }
+        for option, value in options.items():
+            self._socket.setsockopt(option, value)
+        self._reader = PartReader(self._socket, security if isinstance(security, ServerSecurity) else None)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._socket.close, linger=0)
+            if security is not None:
+                security.apply(self._socket)
+            undo.pop_all()
 
     async def aclose(self) -> None:
         """Close the socket; queued messages are still sent for its linger time, within ``Context.term``."""
-        if self._server_security is not None:
-            self._server_security.gate.remove_renewal(self._server_security.domain, self.renew)
-            self._server_security = None
+        if isinstance(self._security, ServerSecurity):
+            self._security.gate.remove_renewal(self._security.domain, self.renew)
         if self._watch is not None:
             await self._watch.aclose()
         self._socket.close()
@@ -63,93 +108,47 @@ class SocketEnd:
         if isinstance(self._watch, ServerWatch):
             await self._watch.rebind(self.endpoint)
 
-    async def _bind(self, security: ServerSecurity | None) -> None:
+    async def _bind(self) -> None:
         """Listen on ``endpoint``; with security, its Gate authenticates peers.
 
         Raises:
-            TransportError: the address cannot be used.
+            TransportError: the address is in use, not of this machine, or not an address.
         """
+        security = self._security
         self._watch = watch = (
-            ListenerWatch(self._socket)
-            if security is None
-            else ServerWatch(self._socket, security.domain, security.gate.refusals)
+            ServerWatch(self._socket, security.domain, security.gate.refusals)
+            if isinstance(security, ServerSecurity)
+            else ListenerWatch(self._socket)
         )
         watch.start()
         try:
-            self.endpoint = bind_socket(self._socket, self.endpoint)
-        except TransportError:
-            await self.aclose()
-            raise
+            self._socket.bind(self.endpoint)
+        except zmq.ZMQError as error:
+            await self._give_up("listen", error)
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         watch.listening()
-        if security is not None:
-            self._server_security = security
+        if isinstance(security, ServerSecurity):
             security.gate.add_renewal(security.domain, self.renew)
 
-    async def _connect(self, security: ClientSecurity | None) -> None:
-        """Connect to ``endpoint``; a host name is looked up in the background.
+    async def _connect(self) -> None:
+        """Connect to ``endpoint``, which libzmq does in the background; so is a host name looked up.
 
         Raises:
-            TransportError: the endpoint is no address.
+            TransportError: the endpoint is not an address. A missing listener shows only later.
         """
-        if security is None and name_in(self.endpoint) is None:
-            connect_socket(self._socket, self.endpoint)
-            return
-        self._watch = watch = ClientWatch(self._socket, self.endpoint)
         try:
-            watch.start()
+            if self._security is None and name_in(self.endpoint) is None:
+                self._socket.connect(self.endpoint)
+            else:
+                self._watch = watch = ClientWatch(self._socket, self.endpoint)
+                watch.start()
         except zmq.ZMQError as error:
-            await self.aclose()
-            raise TransportError(f"{self.endpoint}: cannot connect there: {_advice(error)}") from None
+            await self._give_up("connect", error)
 
-
-def make_socket(
-    context: zmq.asyncio.Context,
-    kind: int,
-    endpoint: str,
-    *,
-    hwm: int,
-    max_bytes: int,
-    linger_ms: int,
-    security: Security | None = None,
-    insecure: bool = False,
-) -> zmq.asyncio.Socket:
-    """Return a socket with mdiq's common options; the caller binds or connects it.
-
-    insecure: permit plain text beyond loopback where there is no ``security``.
-
-    Raises:
-        TransportError: the link would leave this machine in plain text.
-        ConfigError: a key is not valid.
-    """
-    if security is None:
-        check_plain_text(endpoint, insecure=insecure)
-    socket = context.socket(kind)
-    socket.set_hwm(hwm)
-    options = {
-        # libzmq closes the connection of a peer that announces more, before it allocates the memory.
-        zmq.MAXMSGSIZE: max_bytes,
-        zmq.LINGER: linger_ms,
-        zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
-        # The kernel detects dead peers. A heartbeat of libzmq 4.3.5 (HEARTBEAT_IVL) aborts the process when it is due
-        # on a connection that has ended before we had read all of it: stream_engine_base.cpp, out_event.
-        zmq.TCP_KEEPALIVE: 1,
-        zmq.TCP_KEEPALIVE_IDLE: DEAD_PEER_S // 3,
-        zmq.TCP_KEEPALIVE_INTVL: DEAD_PEER_S // 6,
-        zmq.TCP_KEEPALIVE_CNT: 4,
-        zmq.TCP_MAXRT: DEAD_PEER_S * 1_000,  # of unacknowledged data
-        zmq.RECONNECT_IVL: RECONNECT_MS,
-        zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
-    }
-    if "[" in endpoint:
-        options[zmq.IPV6] = 1
-    for option, value in options.items():
-        socket.setsockopt(option, value)
-    with contextlib.ExitStack() as undo:
-        undo.callback(socket.close, linger=0)
-        if security is not None:
-            security.apply(socket)
-        undo.pop_all()
-    return socket
+    async def _give_up(self, verb: str, error: zmq.ZMQError) -> NoReturn:
+        self._socket.setsockopt(zmq.LINGER, 0)
+        await self.aclose()
+        raise TransportError(f"{self.endpoint}: cannot {verb} there: {_advice(error)}") from None
 
 
 def listen_endpoint(endpoint: str) -> str:
@@ -166,33 +165,6 @@ def listen_endpoint(endpoint: str) -> str:
     return f"tcp://[::]:{port}" if has_ipv6() else f"tcp://0.0.0.0:{port}"
 
 
-def bind_socket(socket: zmq.asyncio.Socket, endpoint: str) -> str:
-    """Bind the socket and return its endpoint with the real port; close it if that fails.
-
-    Raises:
-        TransportError: the address is in use, not of this machine, or not an address.
-    """
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(linger=0)
-        raise TransportError(f"{endpoint}: cannot listen there: {_advice(error)}") from None
-    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
-
-
-def connect_socket(socket: zmq.asyncio.Socket, endpoint: str) -> None:
-    """Connect the socket, which libzmq does in the background; close it if that fails.
-
-    Raises:
-        TransportError: the endpoint is not an address. A missing listener shows only later.
-    """
-    try:
-        socket.connect(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(linger=0)
-        raise TransportError(f"{endpoint}: cannot connect there: {_advice(error)}") from None
-
-
 class PartReader:
     """Reads whole messages from a socket; the peer chooses the sizes and the number of parts.
 
@@ -205,7 +177,6 @@ class PartReader:
         self._plain: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)  # the same socket without futures
         self._num_ready = 0
         self.bytes_in = 0
-        self.num_refused = 0
         self.sender: str | None = None
 
     async def read(self) -> list[Buffer]:
@@ -221,7 +192,6 @@ class PartReader:
             if self._security is None or (sender is not None and self._security.admits(sender)):
                 self.sender = sender
                 return parts
-            self.num_refused += 1
 
     async def _read(self) -> tuple[list[Buffer], str | None]:
         receiving = self._socket.recv(copy=False)

@@ -8,8 +8,8 @@ import yaml
 
 from mdiq.config.load import check_bytes
 from mdiq.config.messages import SECTIONS
-from mdiq.config.schema import SCHEMA_FILE, SCHEMA_LINE, key_tables, schema_text, topology_schema
-from tests.config.generated import CONFIGS, readme_with_tables
+from mdiq.config.schema import SCHEMA_FILE, SCHEMA_LINE, schema_text, topology_schema
+from tests.config.generated import CONFIGS, key_tables, readme_with_tables
 
 UPDATE = "run `python -m tests.config.generated` and commit what it writes"
 EXAMPLES = sorted(CONFIGS.glob("*.yaml"))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from mdiq.config import units
-from mdiq.config.addresses import check_address, is_loopback, is_wildcard, machine_of
+from mdiq.config.addresses import checked_address, is_loopback, is_wildcard, machine_of
 from mdiq.core.types import LayerRange
 
 
@@ -92,7 +92,7 @@ def test_a_message_repeats_nothing_long_and_nothing_that_a_terminal_obeys() -> N
     "text", ["192.168.1.10", "fd00::10", "::1", "pi1", "pi1.lan", "Desk-2.office.lan.", "my_host", "127.0.0.1"]
 )
 def test_an_address_or_a_name_is_let_through(text: str) -> None:
-    check_address(text)
+    assert checked_address(text, may_be_wildcard=False) == text
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_an_address_or_a_name_is_let_through(text: str) -> None:
 )
 def test_what_is_no_address_is_refused_with_what_to_write(text: str, advice: str) -> None:
     with pytest.raises(ValueError) as caught:
-        check_address(text)
+        checked_address(text, may_be_wildcard=False)
     assert advice in str(caught.value)
 
 
 def test_all_addresses_of_a_machine_are_an_address_to_listen_on() -> None:
-    check_address("0.0.0.0", may_be_wildcard=True)
+    assert checked_address("0.0.0.0", may_be_wildcard=True) == "0.0.0.0"
     assert is_wildcard("0.0.0.0") and is_wildcard("::")
     assert not is_wildcard("10.0.0.1") and not is_wildcard("pi1")
 

@@ -29,11 +29,11 @@ from mdiq.engine.runner import StageRunner
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError
 from mdiq.testbed.loopback import LoopbackRing, parse_links
-from mdiq.testbed.networks import why_no_namespaces
 from mdiq.transport.watch import UNKNOWN
 from tests.integration.conftest import finish
 from tests.integration.tiny_model import HIDDEN_SIZE, NUM_LAYERS, write_tiny_model
 from tests.streams import Way, read_streams
+from tests.testbed.namespaces import why_no_namespaces
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -20,8 +20,9 @@ from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
 from mdiq.testbed import loopback
 from mdiq.testbed.loopback import LoopbackRing, parse_links
-from mdiq.testbed.networks import Link, Namespaces, NoNamespacesError, why_no_namespaces
+from mdiq.testbed.networks import Link, Namespaces, NoNamespacesError
 from tests.streams import read_streams
+from tests.testbed.namespaces import why_no_namespaces
 
 WAIT_S = 20.0
 LISTEN = """
