@@ -2,22 +2,31 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from structlog.testing import capture_logs
 
 from mdiq import cache
+from mdiq.bench.shapes import shape_file
 from mdiq.cache import files
-from mdiq.control.weight_store import try_lock
+from mdiq.control.weight_store import StoredFile, try_lock
+from mdiq.core.weights import LayerFile
+from mdiq.engine.formats.quantize import written
 from mdiq.errors import CapacityError, ConfigError, ModelError
+from mdiq.service.public_keys import write_text
+from mdiq.transport.keys import make_keys
 
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP]
 
@@ -98,6 +107,79 @@ def test_a_machine_without_any_folder_that_can_be_written_is_told(
         cache.scratch_directory(tmp_path / "file" / "a")
 
 
+@dataclass
+class Disk:
+    """What was done to files, in order: by name, without what tempfile adds."""
+
+    done: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk, synced = Disk(), os.fsync
+
+    def fsync(handle: int) -> None:
+        disk.done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "bytes")
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("replace", "link"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda own, path, call=call, **kw: (call(own, path, **kw), disk.done.append("name"))[0]
+        )
+    return disk
+
+
+def _store(folder: Path) -> None:
+    stored = StoredFile(folder, LayerFile(1, 3, hashlib.sha256(b"abc").digest()))
+    stored.put(b"abc")
+    assert stored.finish()
+
+
+def _write_topology(folder: Path) -> None:
+    (folder / "ring.yaml").touch()
+    write_text(folder / "ring.yaml", "text")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: cache.write_whole(folder / "a", b"x"),
+        lambda folder: cache.keep_small(folder / "a", b"x"),
+        lambda folder: written(folder / "a", {"x": torch.zeros(1)}, folder, about="x"),
+        lambda folder: make_keys(folder, ["desk"]),
+        lambda folder: make_keys(folder, ["desk"], replace=True),
+        lambda _: shape_file("tiny"),
+        _store,
+        _write_topology,
+    ],
+)
+def test_what_has_its_name_is_on_the_disk(
+    write: Callable[[Path], object], disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, a name without its bytes would be a file of zeros."""
+    monkeypatch.setenv("MDIQ_CACHE", str(tmp_path / "cache"))
+    write(tmp_path)
+    assert disk.done == ["bytes", "name", "folder"]
+
+
+def test_a_file_that_may_not_be_replaced_is_not_and_leaves_nothing(tmp_path: Path) -> None:
+    cache.write_whole(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        cache.write_whole(tmp_path / "a", b"second", replaces=False)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+def test_of_small_files_those_that_were_used_last_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_SMALL_FILES", 3)
+    for i in range(5):
+        cache.keep_small(tmp_path / "code" / f"{i}.o", b"x")
+        os.utime(tmp_path / "code" / f"{i}.o", (9 if i == 1 else i, i))
+    cache.keep_small(tmp_path / "code" / "last.o", b"x")
+    assert sorted(path.name for path in (tmp_path / "code").iterdir()) == ["1.o", "4.o", "last.o"]
+
+
 MB = 10**6
 PACKED = "0123456789abcdef-18ec5e20f48adbba-int8-v5"
 
@@ -164,6 +246,17 @@ def test_what_a_killed_process_left_is_forgotten_first(root: Path, add: Callable
         cache.make_room(root, 2_900_000)
         assert {root / name for name in _names(root)} == {root / "packed" / PACKED, living}
     assert not living.exists()
+
+
+def test_what_an_earlier_layout_left_is_listed_and_forgotten_before_what_is_of_use(
+    root: Path, add: Callable[[str, int], Path]
+) -> None:
+    (root / "hashes").mkdir()
+    old = [add(f"weights/{64 * 'b'}", 8), add(f"hashes/{32 * 'c'}", 9)]
+    used = [add(f"packed/{PACKED}", 1), add(f"weights/{64 * 'a'}-int4", 2)]
+    assert [entry.path for entry in cache.entries(root)] == [*old, *used]
+    cache.make_room(root, 2_000_000)
+    assert [entry.path for entry in cache.entries(root)] == used
 
 
 def test_a_temporary_folder_takes_the_place_of_those_that_killed_processes_left(root: Path) -> None:

@@ -19,7 +19,7 @@ MAY_USE = {
     "config": {"config", "plan", "core", "errors"},
     "engine": {"engine", "plan", "core", "cache", "errors"},
     "telemetry": {"telemetry", "plan", "core", "errors"},
-    "transport": {"transport", "telemetry.trace", "plan", "core", "errors"},
+    "transport": {"transport", "telemetry.trace", "plan", "core", "cache", "errors"},
     "control": {"control", "transport", "telemetry.trace", "plan", "core", "cache", "errors"},
     "runtime": {"runtime", "control", "engine", "transport", "telemetry", "plan", "core", "cache", "errors"},
     "api": {"api", "runtime", "transport.room", "core", "errors"},

@@ -5,7 +5,6 @@ activations stay finite: each matrix keeps the size of what it multiplies. There
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mdiq.cache import NO_SPACE, cache_directory, keep, make_room, no_space, temporary
+from mdiq.cache import NO_SPACE, cache_directory, keep, make_room, no_space, put_whole, temporary
 from mdiq.errors import ConfigError
 
 FILE_VERSION = 1
@@ -84,7 +83,7 @@ def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambd
         with temporary(directory, "write-") as scratch:
             part = scratch / path.name
             _write(part, name, shape, kind)
-            os.replace(part, path)
+            put_whole(part, path)
     except OSError as error:
         if error.errno in NO_SPACE:
             raise no_space(directory, num_bytes) from None

@@ -2,9 +2,10 @@
 
 models/    model files that were fetched              packed/  weights in 8 and 4 bits, by model and format
 weights/   layers that a Node has from its Starter    shapes/  files of random weights
-profiles/, kernels.json, code/, costs/                what was measured or compiled once; small, stays
+hashes/    what an earlier layout left              kernels.json, profiles/, code/, costs/
+                                                    what was measured or compiled once; small, in bounds, no Entries
 
-An Entry is a file or folder directly in one of the first four. Its users hold a shared lock on it (``use``), so only
+An Entry is a file or folder directly in one of the first five. Its users hold a shared lock on it (``use``), so only
 what nobody uses is forgotten. It carries the time of its last use: a folder as its time of change, a file as its time
 of access, since what is packed from a model is named after the model's time of change.
 """
@@ -14,8 +15,10 @@ from mdiq.cache.files import (
     Use,
     cache_directory,
     keep,
+    keep_small,
     locked,
     no_space,
+    put_whole,
     says_no_space,
     scratch_directory,
     try_lock,
@@ -34,10 +37,12 @@ __all__ = [
     "entries",
     "forget",
     "keep",
+    "keep_small",
     "limit_bytes",
     "locked",
     "make_room",
     "no_space",
+    "put_whole",
     "says_no_space",
     "scratch_directory",
     "state_of",

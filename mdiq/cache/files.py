@@ -1,4 +1,4 @@
-"""Where the cache folder is, its file locks, who uses an Entry, and small files that are written whole."""
+"""Where the cache folder is, its file locks, who uses an Entry, and files that are written whole."""
 
 import contextlib
 import errno
@@ -20,6 +20,8 @@ log = structlog.get_logger()
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".lock"
+MAX_SMALL_FILES = 512
+"""In one folder of small files."""
 _warned: set[str] = set()
 
 
@@ -152,21 +154,74 @@ def scratch_directory(folder: Path) -> Path:
         ) from None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file, and its folder if need be, so that other processes see the whole of it or what was before.
+def put_whole(own: Path, path: Path, *, replaces: bool = True) -> None:
+    """Move a file from a name of its own to ``path`` on the same disk, when all of its bytes are on that disk.
+
+    Other processes, and whoever reads it after a power cut, find the whole of it or what was there before.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: it cannot be done. FileExistsError: without ``replaces``, there is a file already.
+    """
+    _sync(own)
+    if replaces:
+        os.replace(own, path)
+    else:
+        os.link(own, path)
+        os.unlink(own)
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; others do so by themselves
+        _sync(path.parent)
+
+
+def write_whole(path: Path, content: bytes, *, replaces: bool = True, like: os.stat_result | None = None) -> None:
+    """Write a small file, and its folder if need be, as ``put_whole`` does; its owner alone may read it.
+
+    like: whose mode and, where permitted, owner it gets instead.
+
+    Raises:
+        OSError: as ``put_whole``; nothing is left of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, own = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
+            if like is not None:
+                os.fchmod(handle, like.st_mode & 0o777)
+                with contextlib.suppress(PermissionError):
+                    os.fchown(handle, like.st_uid, like.st_gid)
             file.write(content)
-        os.replace(own, path)
-    except OSError:
-        os.unlink(own)
-        raise
+        put_whole(Path(name), path, replaces=replaces)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def keep_small(path: Path, content: bytes) -> None:
+    """Write a small file of the cache whole; of others in its folder, those that were used longest ago go.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_whole(path, content)
+    files = sorted(path.parent.iterdir(), key=_used_s, reverse=True)
+    for old in files[MAX_SMALL_FILES:]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+
+
+def _used_s(path: Path) -> float:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:  # another process removed it
+        return 0.0
+    return max(status.st_atime, status.st_mtime)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def no_space(folder: Path, num_bytes: int) -> CapacityError:

@@ -25,11 +25,13 @@ LIMIT = "MDIQ_CACHE_GB"
 _BLOCK_BYTES = 512  # what st_blocks counts, whatever the file system's own blocks
 _NAMES = {
     "models": re.compile(r".+\.joined(-\d+)?|fetch-\w+"),  # and a file that has a lock beside it
-    "packed": re.compile(r"[0-9a-f]{16}-[0-9a-f]+-(hot-v\d+\.safetensors|(int[48]|plain)-v\d+)|measure-\w+"),
+    "packed": re.compile(r"[0-9a-f]{16}-[0-9a-f]+-(hot-v\d+\.safetensors|(int[48]|plain)-v\d+)|(measure|write)-\w+"),
     "weights": re.compile(r"[0-9a-f]{64}(-[a-z0-9]{1,8})?"),
     "shapes": re.compile(r".+-q\d_\d-v\d+\.gguf|write-\w+"),
+    "hashes": re.compile(r"[0-9a-f]{32}"),
 }
 _TEMPORARY = re.compile(r"(fetch|measure|write)-\w+")
+_OLD = re.compile(r"hashes/.*|weights/[0-9a-f]{64}")  # of an earlier layout: nobody reads it any more
 
 
 class State(StrEnum):
@@ -242,8 +244,8 @@ def _num_blocks(folder: Path) -> int:
 
 
 def _order(entry: Entry) -> tuple[bool, float]:
-    # First what a killed process left: a living one holds the lock.
-    return not _TEMPORARY.fullmatch(entry.path.name), entry.used_s
+    # First what is of no use: what a killed process left (a living one holds the lock), or an earlier layout.
+    return not (_TEMPORARY.fullmatch(entry.path.name) or _OLD.fullmatch(entry.name)), entry.used_s
 
 
 def _held_bytes(found: Iterable[Entry]) -> int:

@@ -119,8 +119,7 @@ class StoredFile:
                 self._hash, self.num_bytes = hashlib.sha256(), 0
                 return False
             os.utime(self._handle, (self._time_s, self._time_s))
-            os.fsync(self._handle)
-            self._part.replace(self.path)
+            cache.put_whole(self._part, self.path)
             # What the Starter had for this Layer before is of no use any more. Who computes with it has it mapped.
             for old in self._folder.glob(f"layer-{self.file.layer:03}-*"):
                 if old != self.path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import mdiq
-from mdiq.cache import cache_directory, write_whole
+from mdiq.cache import cache_directory, keep_small
 from mdiq.engine.device import cpu_name
 from mdiq.engine.measure import ENOUGH_TOKENS, Progress, measure_cost
 from mdiq.engine.program import engine_digest
@@ -34,7 +34,7 @@ def kept_cost(runner: StageRunner, *, progress: Progress = lambda *_: None) -> S
     cost = measure_cost(runner, known=known, progress=progress)
     if cost is not known:
         with contextlib.suppress(OSError):
-            write_whole(path, json.dumps([cost.decode.points, cost.prompt.points]).encode())
+            keep_small(path, json.dumps([cost.decode.points, cost.prompt.points]).encode())
     return cost
 
 

@@ -251,7 +251,7 @@ class NodeProcess:
             num_bytes=fetched.num_bytes,
             layers_mended=fetched.num_mended,
         )
-        return LayerFiles(fetched.paths, fetched.in_use)
+        return await asyncio.to_thread(LayerFiles, fetched.paths, fetched.in_use)
 
     def _progress(self, what: str, done: int, total: int) -> None:
         share = f": {100 * done // total} %" if total else ""

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import structlog
 
-from mdiq.cache import cache_directory, write_whole
+from mdiq.cache import cache_directory, keep_small
 from mdiq.config.load import LoadedTopology
 from mdiq.config.topology import Topology
 from mdiq.errors import ConfigError
@@ -139,7 +139,7 @@ def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> Profiles | None
         return None
     path = profiles_path(loaded)
     try:
-        write_whole(path, to_json(profiles).encode())
+        keep_small(path, to_json(profiles).encode())
     except OSError as error:
         log.warning("measurements_not_kept", path=str(path.parent), error=error.strerror)
     return profiles

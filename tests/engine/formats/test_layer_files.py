@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mdiq.bench.shapes import shape_file
@@ -19,6 +24,7 @@ from mdiq.engine.formats.about import About
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.layer_files import LayerFiles
 from mdiq.engine.formats.quantize import PackedFile
+from mdiq.engine.model.layer_loading import plain_layer
 from mdiq.engine.model.layer_packing import LayerPacking
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import ModelError, RingError
@@ -172,10 +178,18 @@ def test_files_of_another_model_are_refused(packing: LayerPacking, tmp_path: Pat
     with pytest.raises(ModelError, match="it is not the starter's model"):
         _logits([files] * 3, "int4", "0" * 64)
     other = LayerPacking(_model("gguf", tmp_path), "int8", cache / "packed")
-    mixed = LayerFiles({1: packing.find(1), 2: other.find(2)}, use(cache))
+    mixed = {1: packing.find(1), 2: other.find(2)}
     other.close()
     with pytest.raises(ModelError, match="it is of another model than the files beside it"):
-        mixed.layer(2)
+        LayerFiles(mixed, use(cache))
+
+
+def test_a_layer_whose_file_is_removed_while_others_are_loaded_is_there(packing: LayerPacking, tmp_path: Path) -> None:
+    """As by another process, which fetches what another build has packed."""
+    files = _fetched(packing, LayerRange(1, 3), tmp_path / "node")
+    for path in (tmp_path / "node").iterdir():
+        path.unlink()
+    assert [len(files.layer(layer).names) > 5 for layer in (1, 2)] == [True, True]
 
 
 def _changed(path: Path, folder: Path, name: str, tensor: torch.Tensor | None) -> LayerFiles:
@@ -220,6 +234,81 @@ def test_columns_that_the_matrix_does_not_have_are_refused(tmp_path: Path, cache
             _changed(path, tmp_path / f"at{column}", name, other).layer(1)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_no_tensor_may_be_a_single_number_and_none_may_be_unheard_of(weights: str, tmp_path: Path, cache: Path) -> None:
+    """Of two packings of a matrix, another one than what was looked at might be computed with."""
+    packing = LayerPacking(_model("gguf/4" if weights == "int4" else "gguf", tmp_path), weights, cache / "packed")
+    path = packing.find(1)
+    packing.close()
+    numbers = {name: torch.zeros((), dtype=tensor.dtype) for name, tensor in load_file(path).items()}
+    others = {name: torch.zeros(4) for name in ("x\ny", "qkv.nibbles", "qkv.q", "qkv.0.q", "o.dmin", "rope_factors")}
+    for i, (name, tensor) in enumerate((*numbers.items(), *others.items())):
+        if name in numbers and name in others:
+            continue
+        with pytest.raises(ModelError, match=r"is not as its model calls for") as caught:
+            _changed(path, tmp_path / str(i), name, tensor).layer(1)
+        assert "\n" not in str(caught.value)
+
+
+_KINDS = [torch.int8, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.bool]
+
+
+@pytest.fixture(params=["int8", "int4", "plain", "plain/gguf"])
+def valid(request: pytest.FixtureRequest, tmp_path: Path, cache: Path) -> Path:
+    """Return the file of a Layer, as a Starter sends it."""
+    weights, _, kind = request.param.partition("/")
+    name = "qwen3" if weights == "plain" and not kind else "gguf/4" if weights == "int4" else "gguf"
+    packing = LayerPacking(_model(name, tmp_path / "whole"), weights, cache / "packed")
+    path = packing.find(1)
+    packing.close()
+    return path
+
+
+def _opens(path: Path, weights: str) -> bool:
+    """Return whether a file is a Layer that can be computed with; what is none is one ModelError."""
+    try:
+        files = LayerFiles({1: path}, use(path.parent))
+        if weights == "plain":
+            plain_layer(files.stored(1), 1, torch.float32, torch.device("cpu"))
+        else:
+            files.layer(1)
+    except ModelError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1_000
+        return False
+    return True
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_whatever_bytes_come_make_a_layer_or_one_line(valid: Path, tmp_path: Path, data: st.DataObject) -> None:
+    content, path = bytearray(valid.read_bytes()), tmp_path / "layer.safetensors"
+    head = 8 + int.from_bytes(content[:8], "little")
+    match data.draw(st.sampled_from(("bytes", "flips", "cut", "words", "tensors"))):
+        case "bytes":
+            content = bytearray(data.draw(st.binary(max_size=200)))
+        case "flips":
+            for at in data.draw(st.lists(st.integers(0, head + 64), min_size=1, max_size=4)):
+                content[at] = data.draw(st.integers(0, 255))
+        case "cut":
+            del content[data.draw(st.integers(0, len(content) - 1)) :]
+        case "words":  # of the header: kinds, shapes and what the file says of itself are still JSON
+            words = sorted({*re.findall(rb"[A-Za-z0-9_.]+", bytes(content[:head]))})
+            old, new = data.draw(st.sampled_from(words)), data.draw(st.sampled_from([*words, b"0", b"-1", b"null"]))
+            text = bytes(content[8:head]).replace(old, new, 1)
+            content[:head] = len(text).to_bytes(8, "little") + text
+        case "tensors":
+            tensors = load_file(valid)
+            for name in data.draw(st.lists(st.sampled_from([*tensors, "qkv.0.q", "x"]), min_size=1, max_size=3)):
+                shape, kind = data.draw(st.lists(st.integers(0, 3), max_size=3)), data.draw(st.sampled_from(_KINDS))
+                tensors[name] = torch.zeros(shape, dtype=kind)
+            save_file(tensors, path, metadata={"mdiq": PackedFile(valid).about})
+            content = bytearray(path.read_bytes())
+    path.write_bytes(content)
+    weights = "plain" if "plain" in valid.parent.name else "packed"
+    assert _opens(valid, weights)
+    _opens(path, weights)
+
+
 def test_a_file_that_cannot_be_read_is_one_line(packing: LayerPacking, tmp_path: Path) -> None:
     path = tmp_path / "layer-000.safetensors"
     for content in (b"", b"junk" * 100, packing.find(0).read_bytes()[:-1]):
@@ -227,6 +316,22 @@ def test_a_file_that_cannot_be_read_is_one_line(packing: LayerPacking, tmp_path:
         with pytest.raises(ModelError, match="cannot be read .*; delete it, it is fetched again") as caught:
             LayerFiles({0: path}, use(tmp_path))
         assert "\n" not in str(caught.value)
+
+
+def test_what_a_killed_packing_left_goes_with_the_next_one(packing: LayerPacking, cache: Path) -> None:
+    code = """
+import os, pathlib, sys
+from mdiq.engine.formats import quantize
+from mdiq.engine.model.layer_packing import LayerPacking
+quantize.save_file = lambda tensors, path, **_: (path.write_bytes(bytes(99)), os._exit(9))
+LayerPacking(pathlib.Path(sys.argv[1]), "int4", pathlib.Path(sys.argv[2])).find(1)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(shape_file("tiny", 4)), str(cache / "packed")], check=False)
+    before = {path.name for path in cache.rglob("*") if path.stat().st_size == 99}
+    assert done.returncode == 9 and before
+    path = packing.find(1)
+    assert {path.name for path in cache.rglob("*") if path.stat().st_size == 99} == set()
+    assert [*path.parent.iterdir()] == [path]
 
 
 def test_a_packing_that_is_closed_ends_at_its_next_step(packing: LayerPacking, monkeypatch: pytest.MonkeyPatch) -> None:
