@@ -1,348 +1,354 @@
-"""Loops over vectors in LLVM's own language, one instruction a call; what the loops compute is their caller's."""
+"""The words that compiled loops are written in: numbers and vectors with operators, addresses, loops and sums.
+
+They append instructions of LLVM to the function being built, one for each operator; optimizing is left to LLVM.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from llvmlite import ir
 
-Value = Any
-"""Of the function being built: llvmlite gives its classes no types."""
-PART_STEP = 256
-"""Columns: what multiply gives a tile begins at a multiple, and ends at one or at the last column."""
-
+Type = Any
+"""llvmlite gives its classes no types."""
 BYTE, SHORT, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-HALF, FLOAT = ir.HalfType(), ir.FloatType()
-POINTER = ir.PointerType()
-
-
-def vector(element: Value, count: int) -> Value:
-    """Return the type of a vector."""
-    return ir.VectorType(element, count)
-
-
-def splat(element: Value, count: int, value: float) -> Value:
-    """Return a vector of equal constants."""
-    return ir.Constant(vector(element, count), [value] * count)
-
-
+HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+POINTER, VOID = ir.PointerType(), ir.VoidType()
+_FLOATS = (HALF, FLOAT, DOUBLE)
 NEAREST, SECOND = 3, 2
 """Caches, as LLVM counts them."""
 _MIN_EXPONENT = -127.0  # below that of the smallest normal float: such a power of 2 is 0
 _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23
 _POWERS = 7  # of the series of 2^x: what is left out is below half a unit in the last place for |x| <= 1/2
-# Of activations that a tile takes at once: half of a nearest cache of 32 KiB, since weights pass there too.
-_NEAR_BYTES = 16_384
 _LINE_BYTES = 64  # of a cache
 
 
-class Function:
-    """A function without result, being built; ``b`` is llvmlite's builder at its end."""
+def vector(element: Type, count: int) -> Type:
+    """Return the type of a vector."""
+    return ir.VectorType(element, count)
 
-    def __init__(self, module: Value, name: str, arguments: Sequence[Value]) -> None:
-        self.module = module
-        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
-        self.arguments = self.function.args
-        self.b = ir.IRBuilder(self.function.append_basic_block())
 
-    def at(self, pointer: Value, offset: Value) -> Value:
-        """Return a pointer ``offset`` bytes on."""
-        return self.b.gep(pointer, [offset], source_etype=BYTE)
+def _operator(name: str) -> Callable[["Value", "Operand"], "Value"]:
+    return lambda one, other: one._apply(name, other)
 
-    def load(self, kind: Value, pointer: Value, offset: Value) -> Value:
-        """Return what lies ``offset`` bytes behind a pointer, on any byte."""
-        found = self.b.load(self.at(pointer, offset), typ=kind)
+
+def _relation(name: str) -> Callable[["Value", "Operand"], "Value"]:
+    return lambda one, other: one._compare(name, other)
+
+
+class Value:
+    """A number, a vector of numbers, or an address. A Python number beside one is a constant of its type, in all lanes.
+
+    Integers have a sign, except in ``unsigned`` and ``shifted_down``. Comparisons make lanes of one bit, for
+    ``select``. An address plus a number is so many bytes further on.
+    """
+
+    def __init__(self, b: ir.IRBuilder, value: Any) -> None:
+        self.b, self.ir = b, value
+
+    @property
+    def type(self) -> Type:
+        return self.ir.type
+
+    @property
+    def count(self) -> int:
+        """Lanes of a vector, 1 for a number."""
+        return getattr(self.type, "count", 1)
+
+    @property
+    def _element(self) -> Type:
+        return getattr(self.type, "element", self.type)
+
+    def constant(self, number: "Operand") -> "Value":
+        """Return a number in this value's type; another value as it is."""
+        return number if isinstance(number, Value) else constant(self.b, self.type, number)
+
+    def _apply(self, name: str, other: "Operand") -> "Value":
+        method = getattr(self.b, f"f{name}" if self._element in _FLOATS else name)
+        return Value(self.b, method(self.ir, self.constant(other).ir))
+
+    def _compare(self, relation: str, other: "Operand") -> "Value":
+        compare = self.b.fcmp_ordered if self._element in _FLOATS else self.b.icmp_signed
+        return Value(self.b, compare(relation, self.ir, self.constant(other).ir))
+
+    def __add__(self, other: "Operand") -> "Value":
+        if isinstance(self.type, ir.PointerType):
+            offset = other.ir if isinstance(other, Value) else LONG(other)
+            return Value(self.b, self.b.gep(self.ir, [offset], source_etype=BYTE))
+        return self._apply("add", other)
+
+    __sub__, __mul__ = _operator("sub"), _operator("mul")
+    __truediv__, __floordiv__ = _operator("div"), _operator("sdiv")
+    __and__, __or__ = _operator("and_"), _operator("or_")
+    __lshift__, __rshift__ = _operator("shl"), _operator("ashr")
+    __lt__, __le__, __gt__, __ge__ = _relation("<"), _relation("<="), _relation(">"), _relation(">=")
+    equals, differs_from = _relation("=="), _relation("!=")
+
+    def __rtruediv__(self, other: float) -> "Value":
+        return self.constant(other) / self
+
+    def __neg__(self) -> "Value":
+        return Value(self.b, self.b.fneg(self.ir))
+
+    def shifted_down(self, num_bits: int) -> "Value":
+        """Return numbers without a sign, shifted to the right."""
+        return self._apply("lshr", num_bits)
+
+    def select(self, one: "Operand", other: "Operand") -> "Value":
+        """Return ``one`` where this bit is set, ``other`` elsewhere; a Value is among the two."""
+        like = one if isinstance(one, Value) else other
+        assert isinstance(like, Value)
+        return Value(self.b, self.b.select(self.ir, like.constant(one).ir, like.constant(other).ir))
+
+    def to(self, element: Type) -> "Value":
+        """Return the numbers in another type; of floats the whole part, of integers the lower bits."""
+        is_float, was_float = element in _FLOATS, self._element in _FLOATS
+        if is_float != was_float:
+            convert = self.b.sitofp if is_float else self.b.fptosi
+        elif is_float:
+            convert = self.b.fpext
+        else:
+            convert = self.b.sext if element.width > self._element.width else self.b.trunc
+        return Value(self.b, convert(self.ir, self._with(element)))
+
+    def unsigned(self, element: Type) -> "Value":
+        """Return integers without a sign in a larger type."""
+        return Value(self.b, self.b.zext(self.ir, self._with(element)))
+
+    def as_type(self, kind: Type) -> "Value":
+        """Return the same bits as another type."""
+        return Value(self.b, self.b.bitcast(self.ir, kind))
+
+    def as_address(self) -> "Value":
+        """Return an integer of 64 bits as the address that it is."""
+        return Value(self.b, self.b.inttoptr(self.ir, POINTER))
+
+    def _with(self, element: Type) -> Type:
+        return vector(element, self.count) if isinstance(self.type, ir.VectorType) else element
+
+    def load(self, kind: Type, offset: "Operand" = 0) -> "Value":
+        """Return what lies ``offset`` bytes after an address, on any byte."""
+        found = self.b.load((self + offset).ir, typ=kind)
         found.align = 1
-        return found
+        return Value(self.b, found)
 
-    def store(self, value: Value, pointer: Value, offset: Value) -> None:
-        """Put a value ``offset`` bytes behind a pointer, on any byte."""
-        self.b.store(value, self.at(pointer, offset)).align = 1
+    def store(self, value: "Value", offset: "Operand" = 0) -> None:
+        """Put a value ``offset`` bytes after an address, on any byte."""
+        self.b.store(value.ir, (self + offset).ir).align = 1
+
+    def ask_for(self, cache: int) -> None:
+        """Have the line of memory at an address come into NEAREST or SECOND cache; the address may be anyone's."""
+        arguments = (constant(self.b, INT, number) for number in (0, cache, 1))
+        call(self.b, "llvm.prefetch.p0", VOID, self, *arguments)
+
+    def pick(self, places: Sequence[int], following: "Value | None" = None) -> "Value":
+        """Return a vector of some lanes; those of ``following`` have the numbers after this vector's."""
+        other = ir.Constant(self.type, ir.Undefined) if following is None else following.ir
+        chosen = ir.Constant(vector(INT, len(places)), list(places))
+        return Value(self.b, self.b.shuffle_vector(self.ir, other, chosen))
+
+    def lane(self, number: int) -> "Value":
+        return Value(self.b, self.b.extract_element(self.ir, INT(number)))
+
+    def spread(self, count: int) -> "Value":
+        """Return a vector with this number in every lane."""
+        none = ir.Constant(vector(self.type, 1), ir.Undefined)
+        return Value(self.b, self.b.insert_element(none, self.ir, INT(0))).pick([0] * count)
+
+    def total(self) -> "Value":
+        """Return the sum of all lanes, halves first."""
+        lanes, count = self, self.count
+        while count > 1:
+            count //= 2
+            lanes = lanes.pick(range(count)) + lanes.pick(range(count, 2 * count))
+        return lanes.lane(0)
+
+    def largest(self) -> "Value":
+        """Return the largest lane of a vector of floats; a lane that is not a number is passed over."""
+        return self._intrinsic("vector.reduce.fmax", result=self._element)
+
+    def integer_total(self) -> "Value":
+        """Return the sum of all lanes of integers."""
+        return self._intrinsic("vector.reduce.add", result=self._element)
+
+    def abs(self) -> "Value":
+        return self._intrinsic("fabs")
+
+    def rounded(self) -> "Value":
+        """Return whole floats; halves become even."""
+        return self._intrinsic("rint")
+
+    def sqrt(self) -> "Value":
+        return self._intrinsic("sqrt")
+
+    def or_larger(self, other: "Operand") -> "Value":
+        """Return the larger of two floats; of a number and one that is not a number, the number."""
+        return self._intrinsic("maxnum", other)
+
+    def or_smaller(self, other: "Operand") -> "Value":
+        """Return the smaller of two floats; see or_larger."""
+        return self._intrinsic("minnum", other)
+
+    def _intrinsic(self, name: str, *others: "Operand", result: Type = None) -> "Value":
+        lanes = f"v{self.count}" if isinstance(self.type, ir.VectorType) else ""
+        element = "i32" if self._element == INT else "f32"
+        operands = (self.constant(other) for other in others)
+        return call(self.b, f"llvm.{name}.{lanes}{element}", result or self.type, self, *operands)
+
+
+Operand = Value | float
+
+
+def constant(b: ir.IRBuilder, kind: Type, number: float) -> Value:
+    """Return a constant: in every lane, if ``kind`` is a vector."""
+    return Value(b, ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number))
+
+
+def call(b: ir.IRBuilder, name: str, result: Type, *arguments: Value) -> Value:
+    """Call a function of the module, or one that LLVM knows by name."""
+    values = [argument.ir for argument in arguments]
+    called = b.module.globals.get(name)
+    if called is None:
+        called = ir.Function(b.module, ir.FunctionType(result, [value.type for value in values]), name)
+    return Value(b, b.call(called, values))
+
+
+def fma(x: Value, y: Operand, total: Operand) -> Value:
+    """Return x * y + total, rounded once."""
+    return x._intrinsic("fma", y, total)
+
+
+def lesser(one: Value, other: Value) -> Value:
+    return (one < other).select(one, other)
+
+
+def greater(one: Value, other: Operand) -> Value:
+    return (one > other).select(one, other)
+
+
+def joined(vectors: Sequence[Value]) -> Value:
+    """Return one vector, or two as one."""
+    if len(vectors) == 1:
+        return vectors[0]
+    low, high = vectors
+    return low.pick(range(2 * low.count), high)
+
+
+def lane_totals(vectors: Sequence[Value]) -> list[Value]:
+    """Return the sum of the lanes of each vector, no more vectors than each has lanes; always added in one order."""
+    count, found = vectors[0].count, list(vectors)
+    for _ in range(count.bit_length() - 1):  # half as many lanes are left for each vector, one vector of two
+        pairs = zip(found[::2], found[1::2] + found[-1:] * (len(found) % 2), strict=True)
+        found = [low.pick(range(0, 2 * count, 2), high) + low.pick(range(1, 2 * count, 2), high) for low, high in pairs]
+    return [found[0].lane(i) for i in range(len(vectors))]
+
+
+def power_of_2(x: Value) -> Value:
+    """Return 2^x for a vector of floats, x at most 0: the exponent's bits for the whole part, a series for the rest."""
+    x = x.or_larger(_MIN_EXPONENT)
+    whole = x.rounded()
+    rest = x - whole
+    *terms, last = (math.log(2) ** n / math.factorial(n) for n in range(_POWERS))
+    series = x.constant(last)
+    for term in reversed(terms):
+        series = fma(series, rest, term)
+    exponent = whole.to(INT) + _EXPONENT_BIAS
+    return series * (exponent << _MANTISSA_BITS).as_type(x.type)
+
+
+class Function:
+    """A function without result, being built: its arguments are addresses, then integers of 64 bits."""
+
+    def __init__(self, module: ir.Module, name: str, num_addresses: int, num_integers: int) -> None:
+        kinds = [POINTER] * num_addresses + [LONG] * num_integers
+        self.function = ir.Function(module, ir.FunctionType(VOID, kinds), name)
+        self.b = ir.IRBuilder(self.function.append_basic_block())
+        self.arguments = [Value(self.b, argument) for argument in self.function.args]
+
+    def integer(self, number: Operand) -> Value:
+        """Return a number as an integer of 64 bits."""
+        return number if isinstance(number, Value) else constant(self.b, LONG, number)
+
+    def splat(self, element: Type, count: int, number: float) -> Value:
+        """Return a vector of equal constants."""
+        return constant(self.b, vector(element, count), number)
+
+    def lane_numbers(self, element: Type, count: int) -> Value:
+        """Return a vector of 0, 1, 2 and so on."""
+        return Value(self.b, ir.Constant(vector(element, count), list(range(count))))
 
     def scratch(self, count: int) -> Value:
         """Return a pointer to room for ``count`` floats, on the stack until the function returns; not in a loop."""
         room = self.b.alloca(FLOAT, count)
         room.align = _LINE_BYTES
         room.type = POINTER  # llvmlite still gives it an element
-        return room
+        return Value(self.b, room)
 
-    def ask_for(self, pointer: Value, cache: int) -> None:
-        """Have the line of memory at a pointer come into NEAREST or SECOND cache, whoever it belongs to."""
-        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, INT(0), INT(cache), INT(1))
+    def call(self, name: str, result: Type, *arguments: Operand) -> Value:
+        """Call a function of the module, or one that LLVM knows by name; Python's numbers are passed as LONG."""
+        return call(self.b, name, result, *map(self.integer, arguments))
 
-    def pick(self, lanes: Value, places: Sequence[int]) -> Value:
-        """Return a vector of some lanes of another."""
-        chosen = ir.Constant(vector(INT, len(places)), list(places))
-        return self.b.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), chosen)
+    def when(self, is_so: Value) -> AbstractContextManager[object]:
+        """Run the body of a ``with`` if a bit is set."""
+        found: AbstractContextManager[object] = self.b.if_then(is_so.ir)
+        return found
 
-    def joined(self, vectors: Sequence[Value]) -> Value:
-        """Return one vector, or two as one."""
-        if len(vectors) == 1:
-            return vectors[0]
-        places = list(range(2 * vectors[0].type.count))
-        return self.b.shuffle_vector(*vectors, ir.Constant(vector(INT, len(places)), places))
-
-    def pick_of_two(self, low: Value, high: Value, places: Sequence[int]) -> Value:
-        """Return a vector of some lanes of two others, those of ``high`` numbered behind those of ``low``."""
-        return self.b.shuffle_vector(low, high, ir.Constant(vector(INT, len(places)), list(places)))
-
-    def spread(self, value: Value, count: int) -> Value:
-        """Return a vector with a value in every lane."""
-        one = self.b.insert_element(ir.Constant(vector(value.type, 1), ir.Undefined), value, INT(0))
-        return self.pick(one, [0] * count)
-
-    def total(self, lanes: Value) -> Value:
-        """Return the sum of a vector's floats, halves first."""
-        count = lanes.type.count
-        while count > 1:
-            count //= 2
-            lanes = self.b.fadd(self.pick(lanes, range(count)), self.pick(lanes, range(count, 2 * count)))
-        return self.b.extract_element(lanes, INT(0))
-
-    def lane_totals(self, vectors: list[Value]) -> list[Value]:
-        """Return the sums of the lanes of vectors, no more vectors than each has lanes; floats always in one order."""
-        count = vectors[0].type.count
-        add = self.b.fadd if vectors[0].type.element == FLOAT else self.b.add
-        halves = [list(range(parity, 2 * count, 2)) for parity in range(2)]
-        found = vectors
-        for _ in range(count.bit_length() - 1):  # half as many lanes are left for each vector, one vector of two
-            pairs = zip(found[::2], found[1::2] + found[-1:] * (len(found) % 2), strict=True)
-            found = [
-                add(*(self.b.shuffle_vector(*pair, ir.Constant(vector(INT, count), half)) for half in halves))
-                for pair in pairs
-            ]
-        return [self.b.extract_element(found[0], INT(i)) for i in range(len(vectors))]
-
-    def call(self, name: str, result: Value, *arguments: Value) -> Value:
-        """Call a function of the module, or one that LLVM knows by name."""
-        called = self.module.globals.get(name)
-        if called is None:
-            called = ir.Function(self.module, ir.FunctionType(result, [value.type for value in arguments]), name)
-        return self.b.call(called, arguments)
+    @contextmanager
+    def each(self, start: Operand, stop: Operand, step: Operand = 1) -> Iterator[Value]:
+        """Run the body of a ``with`` for each number from ``start`` until ``stop``."""
+        loop = _Loop(self, start, stop, step, [])
+        yield loop.i
+        loop.end([])
 
     def loop(
         self,
-        start: Value,
-        stop: Value,
-        step: int | Value,
+        start: Operand,
+        stop: Operand,
+        step: Operand,
         carried: Sequence[Value],
         body: Callable[[Value, list[Value]], Sequence[Value]],
     ) -> list[Value]:
         """Run ``body(i, carried)`` for i from ``start`` until ``stop``; return the last values that it returned."""
-        b = self.b
-        before, head, behind = b.block, self.function.append_basic_block(), self.function.append_basic_block()
-        b.cbranch(b.icmp_signed("<", start, stop), head, behind)
-        b.position_at_end(head)
-        i = b.phi(LONG)
-        current = [b.phi(value.type) for value in carried]
-        following = body(i, current)
-        next_i = b.add(i, LONG(step) if isinstance(step, int) else step)
-        end = b.block
-        for phi, first, later in zip((i, *current), (start, *carried), (next_i, *following), strict=True):
-            phi.add_incoming(first, before)
-            phi.add_incoming(later, end)
-        b.cbranch(b.icmp_signed("<", next_i, stop), head, behind)
-        b.position_at_end(behind)
-        results: list[Value] = []
-        for first, later in zip(carried, following, strict=True):
-            result = b.phi(first.type)
-            result.add_incoming(first, before)
-            result.add_incoming(later, end)
-            results.append(result)
-        return results
+        loop = _Loop(self, start, stop, step, carried)
+        return loop.end(body(loop.i, loop.carried))
+
+    def fold(
+        self, start: Operand, stop: Operand, step: Operand, first: Value, body: Callable[[Value, Value], Value]
+    ) -> Value:
+        """Run a loop that carries one value."""
+        return self.loop(start, stop, step, [first], lambda i, carried: [body(i, carried[0])])[0]
 
     def finish(self) -> None:
         """End the function."""
         self.b.ret_void()
 
 
-def power_of_2(f: Function, x: Value) -> Value:
-    """Return 2^x for a vector of floats, x at most 0: the exponent's bits for the whole part, a series for the rest."""
-    b, kind, count = f.b, x.type, x.type.count
-    x = f.call(f"llvm.maxnum.v{count}f32", kind, x, splat(FLOAT, count, _MIN_EXPONENT))
-    whole = f.call(f"llvm.rint.v{count}f32", kind, x)
-    rest = b.fsub(x, whole)
-    terms = [math.log(2) ** n / math.factorial(n) for n in range(_POWERS)]
-    series = splat(FLOAT, count, terms[-1])
-    for term in reversed(terms[:-1]):
-        series = f.call(f"llvm.fma.v{count}f32", kind, series, rest, splat(FLOAT, count, term))
-    ints = vector(INT, count)
-    exponent = b.add(b.fptosi(whole, ints), splat(INT, count, _EXPONENT_BIAS))
-    return b.fmul(series, b.bitcast(b.shl(exponent, splat(INT, count, _MANTISSA_BITS)), kind))
+class _Loop:
+    """A loop of which the body is being built; i: its number. carried: what the body before has returned."""
 
+    def __init__(self, f: Function, start: Operand, stop: Operand, step: Operand, carried: Sequence[Value]) -> None:
+        self._b = b = f.b
+        start, self._stop, self._step = f.integer(start), f.integer(stop), step
+        self._before, self._head, self._after = b.block, *(f.function.append_basic_block() for _ in range(2))
+        b.cbranch((start < self._stop).ir, self._head, self._after)
+        b.position_at_end(self._head)
+        self._first = [start, *carried]
+        self.i, *self.carried = (Value(b, b.phi(value.type)) for value in self._first)
 
-def matrix_words(f: Function, matrix: Value, num_pointers: int, num_sizes: int) -> tuple[list[Value], list[Value]]:
-    """Return what describes a matrix, words of 64 bits one behind the other: addresses, then sizes."""
-    kinds = [POINTER] * num_pointers + [LONG] * num_sizes
-    words = [f.load(kind, matrix, LONG(8 * i)) for i, kind in enumerate(kinds)]
-    return words[:num_pointers], words[num_pointers:]
-
-
-def build_multiply(
-    module: Value,
-    *,
-    num_weights: int,
-    strides: Sequence[Callable[[Function, Sequence[Value]], Value]],
-    num_sizes: int,
-    max_rows: int,
-    outputs: int,
-    columns: int | None,
-    finishes: bool = False,
-) -> None:
-    """Build multiply(matrix, rounded, y, out, first, stop, num_rows): a matmul, tile by tile.
-
-    It fills columns ``first`` to ``stop - 1`` of y, f32 [num_rows, out]. Functions tile1, tile2.. of the module do it
-    for as many rows: tile(weights.., activations.., y, out, first, stop, begin, end, sizes..) takes the columns of the
-    matrix from ``begin`` to ``end - 1``. Weights come from memory once, whatever the number of rows.
-
-    matrix: its words, see matrix_words. rounded: where its prepare(x, matrix, rounded, num_rows, first, stop) has put
-    the activations of x: f32 [num_rows, in], called for all rows, in any parts. All that describes activations lies
-    there one behind the other; strides are what gives the bytes of one row of each, from the sizes.
-    max_rows: of the largest tile; tiles are about as large as each other.
-    outputs: rows of the matrix that all tiles go over before the next. columns: of the matrix, about as many at a time
-    where activations of a tile, a byte each, do not fit the nearest cache; None is always all.
-    finishes: behind the tiles of some rows comes a function finish(weights.., activations.., y, out, first, stop,
-    num_rows, sizes..) for these rows.
-    """
-    f = Function(module, "multiply", [POINTER] * 3 + [LONG] * 4)
-    b = f.b
-    matrix, rounded, y, num_out, first, stop, num_rows = f.arguments
-    weights, sizes = matrix_words(f, matrix, num_weights, num_sizes)
-    steps = [stride(f, sizes) for stride in strides]
-    pointers = [rounded]
-    for step in steps[:-1]:
-        pointers.append(f.at(pointers[-1], b.mul(num_rows, step)))
-    steps.append(b.mul(num_out, LONG(4)))
-    num_tiles = b.sdiv(b.add(num_rows, LONG(max_rows - 1)), LONG(max_rows))
-
-    def part(begin: Value, _: list[Value]) -> list[Value]:
-        end = b.add(begin, LONG(outputs))
-        end = b.select(b.icmp_signed("<", end, stop), end, stop)
-
-        def tile(i: Value, _: list[Value]) -> list[Value]:
-            row = b.sdiv(b.mul(num_rows, i), num_tiles)
-            count = b.sub(b.sdiv(b.mul(num_rows, b.add(i, LONG(1))), num_tiles), row)
-            rows = [f.at(start, b.mul(row, step)) for start, step in zip((*pointers, y), steps, strict=True)]
-            behind = f.function.append_basic_block()
-            choice = b.switch(count, behind)
-            for size in range(1, max_rows + 1):
-                case = f.function.append_basic_block()
-                choice.add_case(LONG(size), case)
-                b.position_at_end(case)
-                _call_tile(f, size, (*weights, *rows, num_out, begin, end), sizes, columns)
-                b.branch(behind)
-            b.position_at_end(behind)
-            if finishes:
-                f.call("finish", ir.VoidType(), *weights, *rows, num_out, begin, end, count, *sizes)
-            return []
-
-        f.loop(LONG(0), num_tiles, 1, [], tile)
-        return []
-
-    f.loop(first, stop, outputs, [], part)
-    f.finish()
-
-
-def build_finish(
-    module: Value,
-    *,
-    num_pointers: int,
-    num_sizes: int,
-    lanes: int,
-    result: Callable[[Function, Value, Value, Value, int], Value],
-) -> None:
-    """Build finish(weights.., activations.., y, out, first, stop, num_rows, sizes..): it makes results of sums in y.
-
-    num_pointers: arguments up to y. result: of (function, y's row, its number, bytes to a place in it, count) makes a
-    vector of ``count`` results in f32, for which ``count`` sums of 32 bits lie there; ``count`` is ``lanes`` or 1.
-    """
-    f = Function(module, "finish", [POINTER] * num_pointers + [LONG] * (4 + num_sizes))
-    b = f.b
-    y, num_out, first, stop, num_rows, *_ = f.arguments[num_pointers - 1 :]
-    whole = b.add(first, b.and_(b.sub(stop, first), LONG(-lanes)))  # lanes: a power of two
-
-    def row(i: Value, _: list[Value]) -> list[Value]:
-        y_row = f.at(y, b.mul(b.mul(i, num_out), LONG(4)))
-
-        def some(count: int) -> Callable[[Value, list[Value]], list[Value]]:
-            def at_place(place: Value, _: list[Value]) -> list[Value]:
-                at = b.mul(place, LONG(4))
-                f.store(result(f, y_row, i, at, count), y_row, at)
-                return []
-
-            return at_place
-
-        f.loop(first, whole, lanes, [], some(lanes))
-        f.loop(whole, stop, 1, [], some(1))
-        return []
-
-    f.loop(LONG(0), num_rows, 1, [], row)
-    f.finish()
-
-
-def _call_tile(
-    f: Function, num_rows: int, arguments: Sequence[Value], sizes: Sequence[Value], columns: int | None
-) -> None:
-    """Call a tile for all columns of the matrix, or for some of them at a time where its activations are many."""
-    b, num_in = f.b, sizes[0]
-    if columns is None:
-        f.call(f"tile{num_rows}", ir.VoidType(), *arguments, LONG(0), num_in, *sizes)
-        return
-    is_small = b.icmp_signed("<=", b.mul(num_in, LONG(num_rows)), LONG(_NEAR_BYTES))
-    width = b.select(is_small, num_in, part_width(f, num_in, columns))
-
-    def part(begin: Value, _: list[Value]) -> list[Value]:
-        end = b.add(begin, width)
-        end = b.select(b.icmp_signed("<", end, num_in), end, num_in)
-        f.call(f"tile{num_rows}", ir.VoidType(), *arguments, begin, end, *sizes)
-        return []
-
-    f.loop(LONG(0), num_in, width, [], part)
-
-
-def part_width(f: Function, num_in: Value, columns: int) -> Value:
-    """Return how many columns tiles take at a time: about ``columns``, in parts of one size, of which none is tiny."""
-    b = f.b
-    num_parts = b.sdiv(b.add(num_in, LONG(columns // 2)), LONG(columns))
-    num_parts = b.select(b.icmp_signed("<", num_parts, LONG(1)), LONG(1), num_parts)
-    return b.and_(b.add(b.sdiv(num_in, num_parts), LONG(PART_STEP - 1)), LONG(-PART_STEP))
-
-
-def with_dot_products(f: Function, total: Value, levels: Value, others: Value, features: frozenset[str]) -> Value:
-    """Return a vector of i32 to which each lane's four products of bytes are added.
-
-    levels, others: vectors as large as ``total``. ``others`` have a sign; of ``levels`` see zero_level. With AVX2 alone
-    a vector has 256 bits, and the sizes of two neighbours in ``others`` add to 128 at most. With less, it is slow.
-    """
-    b = f.b
-    kind = total.type
-    bytes_, wide = vector(BYTE, 4 * kind.count), vector(INT, 4 * kind.count)
-    if has_dot_products(features):
-        sides = (b.bitcast(side, kind) for side in (levels, others))
-        return f.call(f"llvm.x86.avx512.vpdpbusd.{kind.count * 32}", kind, total, *sides)
-    levels, others = b.bitcast(levels, bytes_), b.bitcast(others, bytes_)
-    if "dotprod" in features:
-        parts = []
-        for i in range(0, kind.count, 4):
-            sides = (f.pick(side, range(4 * i, 4 * i + 16)) for side in (levels, others))
-            part = f.pick(total, range(i, i + 4))
-            parts.append(f.call("llvm.aarch64.neon.sdot.v4i32.v16i8", part.type, part, *sides))
-        return f.joined(parts)
-    if "avx2" in features:
-        shorts = vector(SHORT, 2 * kind.count)
-        pairs = f.call("llvm.x86.avx2.pmadd.ub.sw", shorts, levels, others)  # 16 bits hold 255 * 128
-        return b.add(total, f.call("llvm.x86.avx2.pmadd.wd", kind, pairs, splat(SHORT, 2 * kind.count, 1)))
-    each = b.mul(b.zext(levels, wide), b.sext(others, wide))
-    for part in range(4):
-        total = b.add(total, f.pick(each, range(part, 4 * kind.count, 4)))
-    return total
-
-
-def has_dot_products(features: frozenset[str]) -> bool:
-    """Tell whether an x86 CPU with such features, as LLVM calls them, has instructions for dot products of bytes."""
-    return bool({"avx512vnni", "avxvnni"} & features)
-
-
-def zero_level(features: frozenset[str]) -> int:
-    """Return which level stands for 0 in dot products: ARM has them with a sign on both sides, x86 on one."""
-    return 0 if "dotprod" in features else 128
+    def end(self, following: Sequence[Value]) -> list[Value]:
+        """End the body, which returns ``following``; return what the last one returned."""
+        b, next_i = self._b, self.i + self._step
+        end = b.block
+        for phi, first, later in zip((self.i, *self.carried), self._first, (next_i, *following), strict=True):
+            phi.ir.add_incoming(first.ir, self._before)
+            phi.ir.add_incoming(later.ir, end)
+        b.cbranch((next_i < self._stop).ir, self._head, self._after)
+        b.position_at_end(self._after)
+        results = []
+        for first, later in zip(self._first[1:], following, strict=True):
+            result = b.phi(first.type)
+            result.add_incoming(first.ir, self._before)
+            result.add_incoming(later.ir, end)
+            results.append(Value(b, result))
+        return results
