@@ -108,6 +108,8 @@ async def compute_batch(
                 log.warning("sequences_refused", seq_ids=seq_ids, error=str(error))
                 report_failure(batch.epoch, seq_ids, error)
                 batch = stage.drop(batch, seq_ids)
+                if batch.epoch != stage.epoch:  # a new one has begun, and the engine is reset: nothing may come after
+                    return stage.fail(batch)[1]
     except MdiqError as error:
         log.error("forward_failed", segments=len(batch.segments), tokens=batch.num_tokens, error=str(error))
         seq_ids, frames = stage.fail(batch)
