@@ -58,6 +58,8 @@ class Agent:
         self._heartbeat = heartbeat
         self._spans = spans
         self._outgoing: asyncio.Queue[control.Message] = asyncio.Queue(maxsize=1_000)
+        # What was asked, with the answers that there are: the Starter asks again when one is lost on its way.
+        self._answers: dict[control.Message, control.Message | None] = {}
 
     async def run(self) -> None:
         """Join, obey, and return when drained.
@@ -139,7 +141,11 @@ class Agent:
                         return
                     case control.StandBy():
                         self._stand_by(message.reason)
+                    case control.Assign() | control.SendBurst() | control.Begin() if message in self._answers:
+                        if (answer := self._answers[message]) is not None:
+                            self._post(answer)
                     case control.Assign() | control.SendBurst() | control.Begin():
+                        self._answers[message] = None
                         if isinstance(message, control.Assign):
                             await _give_up(job)  # nobody waits for what was assigned before
                             job = None
@@ -157,7 +163,7 @@ class Agent:
         if before is not None:
             await before
         try:
-            answer = await self._do(message)
+            self._answers[message] = answer = await self._do(message)
         except MdiqError as error:
             await self._send(control.Failed(type(error).__name__, str(error)))
             raise

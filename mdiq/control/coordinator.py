@@ -20,6 +20,7 @@ log = structlog.get_logger()
 SILENT_S = 3.0  # three heartbeats
 WATCH_S = 1.0
 LATE_S = 0.5  # of the watcher; less than that hides no heartbeat
+REPEAT_S = 5.0  # a connection that breaks loses what is on its way: what is not answered is said again
 MAX_STRANGERS = 256
 
 A = TypeVar("A", control.Ready, control.Begun, control.BurstSent, control.BurstArrived)
@@ -59,7 +60,7 @@ class Coordinator:
         self._on_loading = on_loading
         self._on_lost = on_lost
         self._drains_strangers = drains_strangers
-        self._drained_strangers: set[bytes] = set()
+        self._drained_strangers: dict[bytes, float] = {}  # and when they were told
         self._standing_by = dict(standing_by or {})
         self._idle: dict[NodeId, bytes] = {}  # those that have come, by where they speak from
         self._is_draining = False
@@ -178,12 +179,13 @@ class Coordinator:
             self._handle(identity, self._server.sender, message)
 
     async def _drain_stranger(self, identity: bytes) -> None:
-        """Tell a Node of an earlier Ring once to end; what else it says meanwhile is of no use."""
-        if identity in self._drained_strangers:
+        """Tell a Node of an earlier Ring to end, again while it goes on; what else it says is of no use."""
+        now, told_s = self._clock(), self._drained_strangers.get(identity)
+        if told_s is not None and now - told_s < REPEAT_S:
             return
         if len(self._drained_strangers) >= MAX_STRANGERS:
             self._drained_strangers.clear()
-        self._drained_strangers.add(identity)
+        self._drained_strangers[identity] = now
         log.info("stranger_drained", peer=repr(identity))
         await self._send_to(identity, control.Drain())
 
@@ -279,14 +281,23 @@ class Coordinator:
     async def _call(
         self, requests: Mapping[NodeId, control.Message], answers: Mapping[NodeId, tuple[type[A], int]]
     ) -> dict[NodeId, A]:
-        """Send each Node its request; return the answer of each, of the kind and number that it has."""
+        """Send each Node its request, again while it does not answer; return each answer, by its kind and number."""
         futures = {node: self._await(node, kind, number) for node, (kind, number) in answers.items()}
         if not any(self._gone[node].done() for node in requests):
             for node, message in requests.items():
                 if isinstance(message, control.Assign):
                     self._members.assigned(node)
-                await self._send(node, message)
-        return await self._all_of(futures)
+        answered = asyncio.create_task(self._all_of(futures), name="answers")
+        try:
+            while not any(self._gone[node].done() for node in requests) and not answered.done():
+                for node, message in requests.items():
+                    if not futures[node].done():
+                        await self._send(node, message)
+                await asyncio.wait({answered}, timeout=REPEAT_S)
+            return await answered
+        finally:
+            answered.cancel()
+            await asyncio.gather(answered, return_exceptions=True)
 
     async def _all_of(self, futures: Mapping[NodeId, "asyncio.Future[T]"]) -> dict[NodeId, T]:
         """Return what every Node answers, or raise why the first of them is gone.

@@ -67,11 +67,11 @@ class InProcessWorkers(Workers):
 
     def gaps(self, epoch: Epoch, seq_ids: tuple[SeqId, ...]) -> None:
         """See StageReports."""
-        self._events.on_fault(control.Fault(epoch, seq_ids, "gap", ""))
+        self._events.on_fault(NodeId("ring"), control.Fault(epoch, seq_ids, "gap", ""))
 
     def failure(self, epoch: Epoch, seq_ids: tuple[SeqId, ...], error: MdiqError) -> None:
         """See StageReports."""
-        self._events.on_fault(control.Fault(epoch, seq_ids, type(error).__name__, str(error)))
+        self._events.on_fault(NodeId("ring"), control.Fault(epoch, seq_ids, type(error).__name__, str(error)))
 
     def burst_arrived(self, arrived: control.BurstArrived) -> None:
         """See StageReports; Hops inside a process are not measured."""

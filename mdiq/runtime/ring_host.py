@@ -256,14 +256,14 @@ class RingHost:
             plan_pace=epochs.plan_pace,
         )
 
-    def _on_fault(self, fault: control.Fault) -> None:
+    def _on_fault(self, node: NodeId, fault: control.Fault) -> None:
         if self._service is None:
             return
         epoch, seq_ids = Epoch(fault.epoch), tuple(SeqId(seq_id) for seq_id in fault.seq_ids)
         if fault.reason == "gap":
             self._service.report_gaps(epoch, seq_ids)
         else:
-            error = error_from(NodeId("ring"), control.Failed(fault.reason, fault.text))
+            error = error_from(node, control.Failed(fault.reason, fault.text))
             self._service.report_failure(epoch, seq_ids, error)
 
     def _on_lost(self, error: MdiqError) -> None:

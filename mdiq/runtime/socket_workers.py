@@ -144,7 +144,7 @@ class SocketWorkers(Workers):
             self._names,
             clock=time.monotonic,
             lease_s=LEASE_S,
-            on_fault=lambda _, fault: self._events.on_fault(fault),
+            on_fault=self._events.on_fault,
             on_loading=lambda node, loading: self._events.on_loading(node, loading.done, loading.total),
             on_lost=self._lost,
             drains_strangers=drains_strangers,

@@ -28,10 +28,11 @@ log = structlog.get_logger()
 class RingEvents:
     """Callbacks of a Ring's Workers.
 
-    on_fault: called with Faults; on_lost: called when a Node is gone; on_loading: called with (node, done, total).
+    on_fault: called with a Node and its Fault; on_lost: called when a Node is gone.
+    on_loading: called with (node, done, total).
     """
 
-    on_fault: Callable[[control.Fault], None] = lambda _: None
+    on_fault: Callable[[NodeId, control.Fault], None] = lambda *_: None
     on_lost: Callable[[MdiqError], None] = lambda _: None
     on_loading: Callable[[str, int, int], None] = lambda *_: None
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -10,9 +11,11 @@ import pytest
 import zmq.asyncio
 
 from mdiq.control import agent as agent_module
+from mdiq.control import coordinator as coordinator_module
 from mdiq.control.agent import SPANS_PER_CHUNK, Agent
-from mdiq.control.coordinator import Coordinator, error_from
+from mdiq.control.coordinator import REPEAT_S, Coordinator, error_from
 from mdiq.core import control
+from mdiq.core.frame import Buffer
 from mdiq.core.types import Epoch, NodeId, SeqId
 from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError, SequenceError
 from mdiq.telemetry.logging import MAX_LINES, configure
@@ -659,6 +662,69 @@ async def test_a_node_of_an_earlier_ring_is_told_once_to_end_and_can_join() -> N
             await link.receive()  # it was told once
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_node_of_an_earlier_ring_that_has_not_heard_that_it_is_to_end_is_told_again() -> None:
+    # A connection that broke has lost it: the Node would beat for an earlier Ring for ever.
+    times = [0.0]
+    server = MemoryControlServer()
+    coordinator = Coordinator(
+        server,
+        KEY,
+        VERSION,
+        [ONE],
+        clock=lambda: times[-1],
+        lease_s=60.0,
+        on_fault=lambda *_: None,
+        on_loading=lambda *_: None,
+        on_lost=lambda *_: None,
+        drains_strangers=True,
+    )
+    running = asyncio.create_task(coordinator.run())
+    link = server.connect(b"an earlier link")
+    for now in (0.0, REPEAT_S):
+        times.append(now)
+        await link.send(control.encode(heartbeat(), KEY))
+        assert isinstance(control.decode(await link.receive(), KEY), control.Drain)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize("lost", [control.Assign, control.Ready, control.Begin, control.Begun, control.SendBurst])
+async def test_a_request_or_an_answer_that_is_lost_is_sent_again_and_done_once(
+    lost: type[control.Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "REPEAT_S", 0.01)
+    num_lost, done = 0, []
+
+    def copies(parts: Sequence[Buffer]) -> int:
+        nonlocal num_lost
+        if num_lost == 2 or not isinstance(control.decode(bytes(parts[0]), KEY), lost):
+            return 1
+        num_lost += 1
+        return 0
+
+    async def load(assign: control.Assign) -> control.Ready:
+        done.append("load")
+        return ready()
+
+    async def begins(message: control.Begin) -> control.Begun:
+        done.append("begin")
+        return await begin(message)
+
+    plane = Plane(MemoryControlServer(copies=copies))
+    try:
+        plane.agent("node-1", load=load, begin=begins)
+        plane.agent("node-2")
+        await plane.coordinator.all_joined()
+        await plane.coordinator.assign({ONE: assignment()})
+        assert (await plane.coordinator.send_burst(ONE, control.SendBurst(1, 7, 1, 64))).sent_s == 7.5
+        await plane.coordinator.begin({ONE: control.Begin(2, "bf16")})
+        assert (num_lost, done) == (2, ["load", "begin"])
+    finally:
+        for task in (plane.coordinating, *plane.tasks):
+            task.cancel()
+        await asyncio.gather(plane.coordinating, *plane.tasks, return_exceptions=True)
 
 
 async def test_who_gives_up_waiting_learns_who_is_missing(plane: Plane) -> None:
