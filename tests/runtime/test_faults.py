@@ -1,0 +1,203 @@
+"""What befalls a whole service, one thing at a time, and when and in which words it is heard; all in virtual time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from mdiq.errors import CapacityError, EngineError, NodeDiedError
+from mdiq.runtime.ring_keeper import RETRY_S
+from mdiq.runtime.socket_workers import LEASE_S
+from tests.virtual.clock import VirtualTimeLoop, run_virtual
+from tests.virtual.house import House, no_memory
+from tests.virtual.network import Plane
+
+HEARD_S = LEASE_S + 2.0
+"""A Node that says nothing more is gone after its Lease and one look of the watcher."""
+FORMED_S = 12.0
+
+
+def live(act: Callable[[House], Awaitable[None]], *, num_nodes: int = 2, is_measured: bool = True) -> House:
+    """Have a service live through what ``act`` does; see what holds of every one."""
+
+    async def main(loop: VirtualTimeLoop) -> House:
+        house = House(loop, num_nodes, is_measured=is_measured)
+        with house.installed():
+            house.start()
+            await act(house)
+            await house.close()
+        house.check()
+        return house
+
+    return run_virtual(main)
+
+
+async def failed(house: House, within_s: float) -> float:
+    """Wait until the Ring does not serve; return how long that took."""
+    start_s = house.loop.time()
+    while house.is_serving:
+        assert house.loop.time() < start_s + within_s, f"not heard within {within_s:g} s"
+        await asyncio.sleep(0.25)
+    return house.loop.time() - start_s
+
+
+def test_a_ring_measures_itself_forms_serves_and_ends_without_a_warning() -> None:
+    async def act(house: House) -> None:
+        await house.serving(2 * FORMED_S)
+        for _ in range(5):
+            house.ask(max_tokens=20)
+        await house.answered(10.0)
+        assert all(answer.error is None for answer in house.answers)
+        assert house.keeper is not None
+        nodes = house.keeper.status()["nodes"]
+        assert {node["name"]: node["state"] for node in nodes} == dict.fromkeys(("desk", "pi1", "pi2"), "serves")
+        assert house.keeper.status()["requests"]["done"] == 5
+
+    house = live(act, is_measured=False)
+    assert [ring.is_survey for ring in house.rings] == [True, False]
+    assert not [line for line in house.log if line["log_level"] in ("warning", "error")]
+
+
+def test_a_silent_death_ends_requests_with_its_name_within_a_lease_and_the_ring_waits_for_it() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await house.kill("pi2")
+        answer = house.ask(max_tokens=20)
+        await house.answered(HEARD_S)
+        assert isinstance(answer.error, NodeDiedError) and "pi2: no heartbeat for 60 s" in str(answer.error)
+        await asyncio.sleep(RETRY_S + 5.0)
+        assert house.keeper is not None and "waiting for pi2" in house.keeper.describe()
+        requests = house.keeper.status()["requests"]
+        assert (requests["failed"], requests["running"]) == (1, 0)
+        house.start_node("pi2")
+        await house.serving(FORMED_S)
+
+    live(act)
+
+
+def test_a_node_that_dies_and_comes_back_at_once_is_heard_of_before_its_lease_ends() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await house.kill("pi1")
+        answer = house.ask(max_tokens=20)
+        await asyncio.sleep(4.0)
+        house.start_node("pi1")
+        await house.answered(1.0)
+        assert "pi1: it was started anew" in str(answer.error)
+        await failed(house, 1.0)
+        await house.serving(RETRY_S + FORMED_S)
+
+    live(act)
+
+
+@pytest.mark.parametrize("at_s", [0.5, 1.8, 3.5, 5.5], ids=["fetching", "loading", "surveyed", "formed"])
+@pytest.mark.parametrize("dying", [("pi1",), ("pi1", "pi2")], ids=["one", "both"])
+def test_deaths_on_the_way_into_the_ring_cost_a_lease_and_a_forming(at_s: float, dying: tuple[str, ...]) -> None:
+    async def act(house: House) -> None:
+        await asyncio.sleep(at_s)
+        for name in dying:
+            await house.kill(name)
+        await asyncio.sleep(1.0)
+        for name in dying:
+            house.start_node(name)
+        await house.serving(HEARD_S + RETRY_S + FORMED_S)
+
+    house = live(act)
+    assert len(house.rings) <= 3
+
+
+def test_a_node_that_cannot_load_is_named_at_once_and_the_next_ring_is_tried() -> None:
+    async def act(house: House) -> None:
+        house.cannot_load["pi2"] = no_memory("pi2")
+        await asyncio.sleep(3.0)
+        assert house.keeper is not None and "pi2" in str(house.keeper.last_error)
+        await house.serving(RETRY_S + FORMED_S)
+        assert house.keeper.last_error is None
+
+    house = live(act)
+    assert [line["error"] for line in house.log if line["event"] == "node_lost"] == [f"pi2: {no_memory('pi2')}"]
+    assert isinstance(no_memory("pi2"), CapacityError)
+
+
+def test_a_forward_that_fails_ends_its_request_with_the_nodes_name_and_the_ring_serves_on() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        house.breaks.add("pi1")
+        answer = house.ask()
+        await house.answered(5.0)
+        assert isinstance(answer.error, EngineError) and str(answer.error) == "pi1: a sum is not a number"
+        again = house.ask()
+        await house.answered(5.0)
+        assert again.error is None
+
+    assert len(live(act).rings) == 1
+
+
+def test_a_starter_that_dies_finds_its_nodes_again() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await house.kill_starter()
+        await asyncio.sleep(30.0)
+        house.start_starter()
+        await house.serving(2 * FORMED_S)
+
+    house = live(act)
+    assert sum(line["event"] == "stranger_drained" for line in house.log) == 2
+
+
+def test_a_pulled_cable_shorter_than_a_lease_loses_no_request() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answers = [house.ask(max_tokens=40) for _ in range(3)]
+        await asyncio.sleep(0.6)
+        house.network.cut("pi1")
+        await asyncio.sleep(6.0)
+        assert house.keeper is not None and "degraded: waits for pi1" in house.keeper.state.text
+        house.network.plug("pi1")
+        await house.answered(120.0)
+        assert all(answer.error is None for answer in answers)
+
+    assert len(live(act).rings) == 1
+
+
+def test_a_revoked_node_is_cut_off_at_once_and_comes_back_when_it_is_listed() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answer = house.ask(max_tokens=40)
+        await asyncio.sleep(0.5)
+        house.revoked.add("pi1")
+        house.reload()
+        await house.answered(3.0)
+        assert "formed anew" in str(answer.error)
+        await house.serving(2 * FORMED_S)
+        assert house.keeper is not None
+        assert [node["name"] for node in house.keeper.status()["nodes"]] == ["desk", "pi2"]
+        house.revoked.clear()
+        house.reload()
+        await failed(house, 5.0)
+        await house.serving(2 * FORMED_S)
+
+    live(act)
+
+
+def test_a_node_that_is_stopped_lets_running_requests_end_first() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answer = house.ask(max_tokens=40)
+        await asyncio.sleep(0.5)
+        await house.leave("pi1")
+        assert answer.error is None
+        house.start_node("pi1")
+        await house.serving(RETRY_S + FORMED_S)
+
+    live(act)
+
+
+def test_a_control_channel_that_loses_and_doubles_messages_still_forms_the_ring() -> None:
+    async def act(house: House) -> None:
+        house.network.planes["control"] = Plane(drop=0.03, double=0.1)
+        await house.serving(2 * HEARD_S)
+        house.ask()
+        await house.answered(10.0)
+
+    live(act, num_nodes=3)

@@ -1,0 +1,43 @@
+"""Fault schedules of a whole service in virtual time: keeper, Coordinator, Agents and Nodes as they are."""
+
+from collections import Counter
+
+import pytest
+
+from tests.virtual.schedule import KINDS, Schedule, run, smallest
+
+NUM_SEEDS = 150
+SEEDS_A_TEST = 50
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("is_lossy", [False, True], ids=["machines", "messages"])
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_A_TEST))
+def test_whatever_befalls_machines_and_messages_the_ring_serves_again_and_nobody_waits_for_ever(
+    first: int, is_lossy: bool
+) -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(first, first + SEEDS_A_TEST):
+        schedule = Schedule.drawn(seed, is_lossy=is_lossy)
+        try:
+            house = run(schedule)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}\nThe smallest that fails: {smallest(schedule)}") from error
+        happened.update(event.kind for event in schedule.events)
+        happened.update(
+            answered=sum(answer.error is None for answer in house.answers),
+            asked=len(house.answers),
+            lost=house.network.num_lost,
+            doubled=house.network.num_doubled,
+        )
+    # Most are answered: a service that only ever answers with errors would pass the checks of a schedule ...
+    assert happened["answered"] > 0.4 * happened["asked"], happened
+    # ... and so would one that never met a fault.
+    assert set(KINDS) <= happened.keys() and happened["lost"], happened
+    assert bool(happened["doubled"]) == is_lossy
+
+
+def test_the_same_schedule_takes_the_same_course() -> None:
+    first, second = (run(Schedule.drawn(3, is_lossy=True)) for _ in range(2))
+    assert first.events == second.events
+    assert [(one.tokens, one.ended_s) for one in first.answers] == [(one.tokens, one.ended_s) for one in second.answers]

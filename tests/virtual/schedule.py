@@ -1,0 +1,211 @@
+"""Fault schedules: what befalls a whole service, when, and what must hold of it whatever that was."""
+
+import asyncio
+import random
+from dataclasses import dataclass, replace
+from unittest import mock
+
+from mdiq.runtime import socket_workers
+from tests.virtual.clock import VirtualTimeLoop, run_virtual
+from tests.virtual.house import HOP, House, no_memory
+from tests.virtual.network import Plane
+
+LEASE_S = 10.0  # so that a silent death costs few seconds of a schedule; 60 s in the product
+LAP_S = 8.0  # until the first Lap is measured; 60 s in the product
+FAULTS_S = 25.0
+"""Faults begin within this time, and last at most MAX_FAULT_S."""
+MAX_FAULT_S = 20.0
+SERVES_S = 60.0
+"""When the last fault is over, the Ring serves within this time: a Lease, a forming that fails, and one more."""
+ANSWERS_S = 40.0
+"""... and whoever waits for an answer has one."""
+LINES_A_SECOND = 12.0
+"""Log lines of all machines together, in the long run."""
+
+KINDS = ("kill", "cut", "freeze", "no_load", "break", "revoke", "drain", "leave", "starter")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What befalls a Node, or the Starter, at a time; it is over after ``lasts_s``."""
+
+    at_s: float
+    kind: str
+    node: int
+    lasts_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One course of events. control, data: losses and doubles until the last event is over."""
+
+    num_nodes: int
+    seed: int
+    events: tuple[Event, ...]
+    control: Plane = Plane()
+    data: Plane = HOP
+    is_measured: bool = True
+    skews_s: tuple[float, ...] = ()
+    asks_every_s: float = 2.0
+
+    @classmethod
+    def drawn(cls, seed: int, *, is_lossy: bool) -> "Schedule":
+        """Draw a schedule of one to three Nodes; is_lossy: messages are lost, doubled and late, too."""
+        rng = random.Random(f"{seed} {is_lossy}")
+
+        def plane(usual: Plane) -> Plane:
+            if not is_lossy:
+                return usual
+            shares = (0.0, 0.02, 0.1)
+            return replace(usual, drop=rng.choice(shares), double=rng.choice(shares), jitter_s=rng.choice((0.0, 0.3)))
+
+        events = tuple(
+            Event(
+                rng.randrange(int(FAULTS_S * 10)) / 10,
+                rng.choice(KINDS),
+                rng.randrange(3),
+                rng.randrange(int(MAX_FAULT_S * 10)) / 10,
+            )
+            for _ in range(rng.choice((1, 2, 2, 3)))
+        )
+        return cls(
+            num_nodes=rng.choice((1, 2, 2, 3)),
+            seed=seed,
+            events=events,
+            control=plane(Plane()),
+            data=plane(HOP),
+            is_measured=rng.random() < 0.5,
+            skews_s=tuple(rng.choice((0.0, -3_600.0, 1e6)) for _ in range(3)),
+            asks_every_s=rng.choice((0.7, 3.0)),
+        )
+
+
+def smallest(schedule: Schedule) -> Schedule:
+    """Return what is left of a schedule that fails when every event without which it still does is taken away."""
+    for event in schedule.events:
+        less = replace(schedule, events=tuple(each for each in schedule.events if each is not event))
+        try:
+            run(less)
+        except AssertionError:
+            return smallest(less)
+    return schedule
+
+
+def run(schedule: Schedule) -> House:
+    """Run a schedule and check it; return what is left of it.
+
+    Raises:
+        AssertionError: something that must hold did not; the message has what happened.
+    """
+    house: House | None = None
+
+    async def main(loop: VirtualTimeLoop) -> None:
+        nonlocal house
+        house = House(
+            loop,
+            schedule.num_nodes,
+            seed=schedule.seed,
+            control_plane=schedule.control,
+            data_plane=schedule.data,
+            is_measured=schedule.is_measured,
+            skews_s=schedule.skews_s,
+            lap_s=LAP_S,
+        )
+        with house.installed(), mock.patch.object(socket_workers, "LEASE_S", LEASE_S):
+            try:
+                await _live(house, schedule)
+            finally:
+                await house.close()
+            house.check()
+
+    try:
+        run_virtual(main)
+    except Exception as error:
+        if house is None:
+            raise
+        told = "\n".join(f"{at_s:9.2f} {what}" for at_s, what in house.story())
+        raise AssertionError(f"{error}\n{schedule}\n{told}") from error
+    assert house is not None
+    return house
+
+
+async def _live(house: House, schedule: Schedule) -> None:
+    house.start()
+    asking = asyncio.create_task(_ask(house, schedule.asks_every_s), name="asking")
+    acts = [asyncio.create_task(_befall(house, event), name=event.kind) for event in schedule.events]
+    try:
+        await asyncio.gather(*acts)
+        house.network.planes = {"control": Plane(), "data": HOP}
+        house.breaks.clear()
+        house.cannot_load.clear()
+        house.note("the faults are over")
+        await _until_it_answers(house)
+    finally:
+        for task in (asking, *acts):
+            task.cancel()
+        await asyncio.gather(asking, *acts, return_exceptions=True)
+    await house.answered(ANSWERS_S)
+    num_lines = len(house.log) / max(house.loop.time(), 10.0)
+    assert num_lines < LINES_A_SECOND, f"{num_lines:.1f} log lines a second"
+
+
+async def _until_it_answers(house: House) -> None:
+    """Wait until the Ring serves, and answers: it may not know yet that a Node has died."""
+    until_s = house.loop.time() + SERVES_S
+    while True:
+        await house.serving(until_s - house.loop.time())
+        answers = [house.ask(), house.ask()]
+        await house.answered(ANSWERS_S)
+        if not any(answer.error for answer in answers):
+            return
+        assert house.loop.time() < until_s, f"a ring that serves answers: {answers[0].error!r}"
+
+
+async def _ask(house: House, every_s: float) -> None:
+    """Have callers come again and again; some leave early."""
+    while True:
+        await asyncio.sleep(every_s * (0.5 + house.rng.random()))
+        if house.is_serving or house.rng.random() < 0.1:
+            house.ask(max_tokens=house.rng.choice((1, 6, 40)), leaves_after=2 if house.rng.random() < 0.15 else None)
+
+
+async def _befall(house: House, event: Event) -> None:
+    await asyncio.sleep(event.at_s)
+    name = house.names[event.node % len(house.names)]
+    house.note(f"{event.kind} {name} for {event.lasts_s:g} s")
+    match event.kind:
+        case "kill" | "leave":
+            if not house.is_up(name):
+                return
+            await (house.kill(name) if event.kind == "kill" else house.leave(name))
+            await asyncio.sleep(event.lasts_s)
+            if not house.is_up(name):
+                house.start_node(name)
+        case "cut":
+            house.network.cut(name)
+            await asyncio.sleep(event.lasts_s)
+            house.network.plug(name)
+        case "freeze":
+            house.network.freeze(name, event.lasts_s)
+            await asyncio.sleep(event.lasts_s)
+        case "no_load":
+            house.cannot_load[name] = no_memory(name)
+        case "break":
+            house.breaks.add(name)
+        case "revoke":
+            house.revoked.add(name)
+            house.reload()
+            await asyncio.sleep(event.lasts_s)
+            house.revoked.discard(name)
+            house.reload()
+        case "drain":
+            house.drain(name)
+            await asyncio.sleep(event.lasts_s)
+            house.drain(name, undo=True)
+        case "starter":
+            if not house.is_starter_up:
+                return
+            await house.kill_starter()
+            await asyncio.sleep(event.lasts_s)
+            if not house.starter.is_alive:
+                house.start_starter()
