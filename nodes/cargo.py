@@ -32,7 +32,7 @@ def read_devices(path: Path) -> list[Device]:
     """Return the devices of a topology file: of it all only what provisioning needs.
 
     Raises:
-        ProvisionError: the file is missing or of no use; all of its mistakes are told.
+        ProvisionError: the file is missing or has errors; the message lists all of them.
     """
     try:
         loaded = load_topology(path)
@@ -47,7 +47,7 @@ def read_devices(path: Path) -> list[Device]:
 
 
 def check_keys(devices: Iterable[Device]) -> None:
-    """See that every device's private key is there and nobody else's to read.
+    """See that every device's private key is there and that only its owner can read it.
 
     Raises:
         ProvisionError: one is not.

@@ -277,7 +277,7 @@ async def provision(plan: Plan, devices: Sequence[Device], canary: str | None, *
     """Take all devices through all stages, the canary before the others.
 
     Raises:
-        ProvisionError: a stage failed; the ones behind it were not begun.
+        ProvisionError: a stage failed; the ones after it were not begun.
     """
     try:
         await _run_stages(plan, devices, canary, is_rollback=is_rollback)

@@ -162,13 +162,13 @@ def template_kwargs_of(body: Mapping[str, Any]) -> Mapping[str, str | int | floa
     for name, value in given.items():
         if name in _TEMPLATE_NAMES or not name.isidentifier() or not isinstance(value, str | int | float | bool):
             raise BadRequest(f"{where}: {name[:40]}: give it another name, or a text, number or boolean", where)
-    told: dict[str, str | int | float | bool] = {}
+    found: dict[str, str | int | float | bool] = {}
     if body.get("enable_thinking") is not None:  # some clients send it here
-        told["enable_thinking"] = _flag(body, "enable_thinking")
+        found["enable_thinking"] = _flag(body, "enable_thinking")
     effort = body.get("reasoning_effort")  # of OpenAI's API; templates of reasoning models know it
     if effort is not None:
-        told["reasoning_effort"] = text_of(effort, "reasoning_effort")
-    return {**told, **given}
+        found["reasoning_effort"] = text_of(effort, "reasoning_effort")
+    return {**found, **given}
 
 
 def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:

@@ -57,7 +57,7 @@ async def send_stream(
         is_whole = False
     except ConnectionError:  # the client's end of it
         raise
-    except Exception:  # of one stream; its client is told that it broke, and the others go on
+    except Exception:  # of one stream; its client gets an error, and the others go on
         if not response.prepared:
             raise
         # A second response inside this one would leave the client waiting for its end.

@@ -67,7 +67,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_memory() -> int:
-    """Return the most resident memory so far. getrusage would count the parent's, from before this program began."""
+    """Return the peak resident memory. getrusage would count the parent's, from before this program began."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 

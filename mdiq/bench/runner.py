@@ -111,7 +111,7 @@ class Bench:
     peer_cells: empty without a peer. apart_cells: empty where rings apart are not wanted.
     temperature: of the users' requests; 0 is greedy.
     rest_s: how long after a Load every Node has reported.
-    progress: told what runs now.
+    progress: called with what runs now.
     """
 
     cells: Sequence[Cell]

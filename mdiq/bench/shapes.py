@@ -57,7 +57,7 @@ SHAPES = {
 def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambda _: None) -> Path:
     """Return the file of a shape; it is written first if the cache does not hold it, and kept while this process runs.
 
-    bits: 8 (Q8_0) or 4 (Q4_0). progress: told before something that takes long.
+    bits: 8 (Q8_0) or 4 (Q4_0). progress: called with a text before something that takes long.
 
     Raises:
         ConfigError: there is no such shape or format, or the cache cannot be written.

@@ -55,7 +55,7 @@ def show(*, as_json: bool) -> int:
 
 
 def clear(names: Sequence[str], *, dry_run: bool) -> int:
-    """Remove what nobody uses, all of it or what is named; return the exit code: 1 if something named stays.
+    """Remove unused entries, all or the named ones; return the exit code: 1 if a named one stays.
 
     Raises:
         ConfigError: there is nothing of such a name.

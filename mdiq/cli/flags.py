@@ -34,7 +34,7 @@ def hand_split(layers: str | None, nodes: int | None) -> tuple[int, ...]:
     """Return the layers of each node as --layers gives them, or none if the split is automatic.
 
     Raises:
-        ConfigError: they are no numbers, or --nodes says something else.
+        ConfigError: they are not numbers, or --nodes disagrees.
     """
     if layers is None:
         return ()

@@ -95,7 +95,7 @@ def ask_nodes() -> tuple[NodeAnswer, ...]:
 
 
 def is_terminal() -> bool:
-    """Return whether somebody can be asked."""
+    """Return whether there is a user who can answer questions."""
     return sys.stdin.isatty()
 
 

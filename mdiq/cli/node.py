@@ -24,7 +24,7 @@ def serve_topology(file: Path, name: str, *, once: bool) -> NoReturn:
     notifier.starting(f"{READS} {file.name}")
     loaded = load_topology(file)
     _, threads = node_of(loaded, name)
-    peers_of(loaded, name)  # a key that is wrong is told before torch is loaded
+    peers_of(loaded, name)  # a wrong key is reported before torch is loaded
     set_threads(threads)
     notifier.starting(LOADS_PROGRAM)
     from mdiq.core.control import CHECKSUM_KEY
@@ -49,7 +49,7 @@ def serve_node(name: str, control: str, listen: str, threads: int, pin: int | No
     set_threads(threads)
     if pin is not None:
         bind_to_core(pin)
-    # Behind set_threads: torch reads the thread count when it is imported.
+    # After set_threads: torch reads the thread count when it is imported.
     from mdiq.runtime.node import NodeOptions, NodeProcess
 
     try:

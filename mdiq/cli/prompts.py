@@ -113,7 +113,7 @@ def _drop_cut_line(path: Path) -> None:
 
 
 class _Settings:
-    """What lines say beside their prompts: most say the same, which is checked once."""
+    """The other fields of a file's lines, checked once where several lines have the same."""
 
     def __init__(self, defaults: SamplingParams) -> None:
         self._defaults = defaults
@@ -122,7 +122,7 @@ class _Settings:
     def of(
         self, value: Mapping[str, Any], kind: str, where: str
     ) -> tuple[SamplingParams, Mapping[str, str | int | float | bool]]:
-        """Return the params and what the chat template is told; ``kind`` is the field that holds the prompt.
+        """Return the params and the chat template's variables; ``kind`` is the field that holds the prompt.
 
         Raises:
             ConfigError: a field is not served, or has a wrong value.

@@ -263,7 +263,7 @@ def _topology(options: RunOptions, file: Path) -> "LoadedTopology":
     if wrong := [flag for flag, value in given.items() if value]:
         raise ConfigError(f"{wrong[0]}: it is for rings on this machine; leave it out, or --topology")
     loaded = load_topology(file)
-    secret_of(loaded, loaded.topology.starter)  # a key that is wrong is told before torch is loaded
+    secret_of(loaded, loaded.topology.starter)  # a wrong key is reported before torch is loaded
     logging.configure(options.log_level, node=loaded.topology.starter.name)
     return loaded
 

@@ -16,7 +16,7 @@ def serve(file: Path, *, even_split: bool = False) -> NoReturn:
     notifier.starting(f"{READS} {file.name}")
     loaded = load_topology(file)
     starter = loaded.topology.starter
-    secret_of(loaded, starter)  # a key that is wrong is told before torch is loaded
+    secret_of(loaded, starter)  # a wrong key is reported before torch is loaded
     threads = threads_of(loaded.topology, starter)
     set_threads(threads)
     notifier.starting(LOADS_PROGRAM)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from mdiq.errors import first_of
 
 READS, LOADS_PROGRAM = "reads", "loads its program"
-"""How the status of a unit begins while nobody knows yet whether it comes up; nodes/provision.py waits for more."""
+"""First words of a unit's status before its program has loaded; nodes/provision.py waits until others stand there."""
 
 T = TypeVar("T")
 

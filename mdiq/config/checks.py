@@ -1,4 +1,4 @@
-"""What is wrong between the values of a Topology, and what will hurt though it is allowed. Pure; the place of each."""
+"""Errors and warnings about values of a Topology that do not fit together, each with its place. Pure."""
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches

@@ -48,7 +48,7 @@ class Document:
 
 
 def read_document(data: bytes) -> Document:
-    """Return what a YAML file holds. A file that is no YAML gives one finding and no data."""
+    """Return what a YAML file holds. A file that is not YAML gives one finding and no data."""
     document = Document()
     try:
         text = _decode(data)
@@ -230,7 +230,7 @@ class _Builder:
         return self._refuse(loc, f"YAML reads {shown(raw)} as {number}; write {number}, {quoted}")
 
     def _refuse(self, loc: Loc, message: str) -> object:
-        """Tell why a value is refused, and return what stands for it."""
+        """Add a finding of a refused value, and return what stands for the value."""
         self._document.refused.add(loc)
         self._find(self._document.line_of(loc), loc, message)
         return None

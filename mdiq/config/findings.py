@@ -6,7 +6,7 @@ Loc = tuple[str | int, ...]
 """A place among the values, as keys and list indices: ``("nodes", 1, "layers")``."""
 
 OTHER_PLACE = "{place}"
-"""Stands in a Problem's text where the reader is told which other line is meant."""
+"""In a Problem's text: replaced by the line of the other place that is meant."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""A topology file to a Topology. All that is wrong with it is told at once, each with its line; see check_file.
+"""A topology file to a Topology. All errors are reported at once, each with its line; see check_file.
 
 Three passes: the document (config/document.py), each value alone (pydantic), the values together (config/checks.py). A
-value that failed an earlier pass is replaced by a harmless one for the later passes, and nothing that depends on it is
-told: so one mistake is one message, and it hides no other.
+value that failed an earlier pass is replaced by a harmless one for the later passes, and problems that depend on it are
+left out: one mistake gives one message, and hides no other.
 """
 
 import os
@@ -51,10 +51,10 @@ class LoadedTopology:
 
 
 def load_topology(file: Path, *, without_keys: bool = False) -> LoadedTopology:
-    """Return the Topology of a file. without_keys: public keys that are missing are no error, for who makes them.
+    """Return the Topology of a file. without_keys: missing public keys are not an error; `mdiq keys` makes them.
 
     Raises:
-        TopologyError: something is wrong with it; all of it is told.
+        TopologyError: it has errors; the message lists all of them.
     """
     report = check_file(file, without_keys=without_keys)
     if report.topology is None:
@@ -106,7 +106,7 @@ class _Check:
             topology = Topology.model_validate(data)
         except ValidationError as error:
             self._values(error)
-        if self._bad:  # so that what is wrong between the others is told too
+        if self._bad:  # so that problems between the other values are found too
             topology = Topology.model_validate(_Repair(self._bad).section((), data))
         problems = find_problems(topology, without_keys=self._without_keys)
         self._errors += [self._finding(problem) for problem in problems if self._is_sound(problem)]
@@ -177,7 +177,7 @@ class _Repair:
         return self.section(loc, value)
 
     def _made_up(self, loc: Loc) -> object:
-        """Return a value that disturbs nothing; Problems that depend on it are not told."""
+        """Return a harmless value; Problems that depend on it are left out."""
         made: dict[str, object] = {
             "version": VERSION,
             "path": "model",

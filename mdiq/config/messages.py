@@ -1,4 +1,4 @@
-"""What an operator is told of one value: pydantic's errors, and keys that are unknown, in words with advice."""
+"""Messages about one value: pydantic's errors and unknown keys, in plain words with advice."""
 
 from difflib import get_close_matches
 from typing import Any

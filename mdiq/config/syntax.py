@@ -1,4 +1,4 @@
-"""What the YAML parser says of a file that is no YAML, in words for people who never read its specification."""
+"""The YAML parser's errors, in words for people who have not read its specification."""
 
 import re
 
@@ -10,7 +10,7 @@ _IN_QUOTES = "put the text in quotes"
 
 
 def syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, str]:
-    """Return line and message for what the parser says of a file that is no YAML."""
+    """Return the line and the message of one error."""
     problem, context = error.problem or "", error.context or ""
     here = error.problem_mark or error.context_mark
     before = error.context_mark or here

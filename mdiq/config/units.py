@@ -1,6 +1,6 @@
 """Texts with units to numbers: sizes, rates, times, and layers as operators count them.
 
-The functions raise ValueError ("what; what to do"): the place and the line are added by who reads the file.
+The functions raise ValueError ("what; what to do"): the reader of the file adds the place and the line.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What one key of a topology file may hold: the types of its values, with what is said of a wrong one."""
+"""Types of the values of a topology file, each with the message about a wrong one."""
 
 import re
 from collections.abc import Callable
@@ -60,13 +60,13 @@ def _rate(value: object) -> float | None:
     return None if value is None else units.parse_rate(value)
 
 
-def _time(least: str, most: str, example: str) -> BeforeValidator:
-    """Return the reader of a time from ``least`` to ``most``."""
+def _time(low: str, high: str, example: str) -> BeforeValidator:
+    """Return the reader of a time from ``low`` to ``high``."""
 
     def read(value: object) -> float:
         seconds = units.parse_time(value)
-        if not units.parse_time(least) <= seconds <= units.parse_time(most):
-            raise ValueError(f"{shown(value)} is out of range; write {least} to {most}, for example {example}")
+        if not units.parse_time(low) <= seconds <= units.parse_time(high):
+            raise ValueError(f"{shown(value)} is out of range; write {low} to {high}, for example {example}")
         return seconds
 
     return BeforeValidator(read)

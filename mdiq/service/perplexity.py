@@ -21,7 +21,7 @@ _ERRORS = 2  # standard ones: by so many a ratio must be above what it may be, o
 
 
 def max_ratio(weights: str, best: str) -> float | None:
-    """Return the most that perplexity may grow by, as a factor, or None where there is no bound.
+    """Return the maximum growth of perplexity that is allowed, as a factor, or None if there is no bound.
 
     best: the format that suits the file; see quantize.best_format.
     """

@@ -35,7 +35,7 @@ def read_entries(file: Path, text: str) -> tuple[Path, list[NodeEntry]]:
     """Return the folder of the private keys and the Nodes' entries, in the order of the file.
 
     Raises:
-        ConfigError: no YAML, no nodes, or a node whose name or key cannot be told.
+        ConfigError: not YAML, no nodes, or a node without a usable name or key.
     """
     top = _compose(file, text)
     if not isinstance(top, yaml.MappingNode):
@@ -86,7 +86,7 @@ def _entry(file: Path, text: str, i: int, node: yaml.Node) -> NodeEntry:
     name_key, name = _pair(node, "name")
     if name_key is None or not isinstance(name, yaml.ScalarNode):
         raise ConfigError(f"{where}: it has no name; add name: with a-z, 0-9 and -")
-    key_file(Path(), name.value)  # refuses what is no name
+    key_file(Path(), name.value)  # refuses what is not a name
     line = _line(name_key)
     key_key, key = _pair(node, "public_key")
     if key_key is not None and key is not None:

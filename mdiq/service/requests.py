@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class PromptLine:
     """One request: exactly one of ``text``, ``token_ids`` and ``messages`` is set. ``where`` names it in errors.
 
-    template_kwargs: what the chat template is told beside the messages. digest: of the line; a results file tells by it
-    which request it answered.
+    template_kwargs: variables of the chat template beside the messages. digest: of the line; it says in a results file
+    which request was answered.
     """
 
     index: int

@@ -77,7 +77,7 @@ class _Topologies:
             on_note=lambda note: log.info("ring_planned", note=note),
             before=self._rings,
         )
-        rings.options()  # what is wrong with it is told now
+        rings.options()  # errors in it are raised now
         self._rings = rings
         return rings.options
 
@@ -213,7 +213,7 @@ class TopologyService:
             self._notifier.status(state.text)
 
     async def _keep_telling(self) -> NoReturn:
-        # Waiting for nodes is no start that stands still: without this the manager would end it.
+        # A start that waits for nodes is not stuck: without this the service manager would end it.
         while True:
             if self._keeper.state.is_serving:
                 self._tell(self._keeper.state)  # a node that was silent speaks again

@@ -24,7 +24,7 @@ class Needs(StrEnum):
 
 
 def needs_of(old: Topology, new: Topology, name: str) -> Needs:
-    """Return what the service of a node needs when its topology file changes: of all that is in it, what it reads."""
+    """Return what the service of a node needs when its topology file changes in a value that it reads."""
     try:
         before, now = old.node(name), new.node(name)
     except KeyError:

@@ -64,7 +64,7 @@ class NodeService:
             error = first_of(group)
             if self._once or not process.is_assigned or not isinstance(error, MdiqError):
                 raise
-            # What went wrong was told to the Starter, whose next Ring may do better.
+            # The Starter knows what went wrong, and its next Ring may do better.
             log.error("ring_failed", error=str(error))
         else:
             log.info("ring_ended")

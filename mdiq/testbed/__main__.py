@@ -57,7 +57,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m mdiq.testbed",
         description=(__doc__ or "").partition("\n")[0],
-        epilog=f"The Starter's command stands behind --; {{topology}} in it is the file to use. Default: {STARTER}",
+        epilog=f"The Starter's command comes after --; {{topology}} in it is the file to use. Default: {STARTER}",
     )
     parser.add_argument("topology", type=Path, help="the topology's YAML")
     parser.add_argument("--folder", type=Path, help="keep copy, keys, logs and caches there (default: nothing is kept)")

@@ -4,7 +4,7 @@
 
 It runs in the namespace of a bridge (br0, if no name is given) and takes each packet once; with a network, 127.0.0.0/8,
 it takes the packets of those addresses on loopback. It says ``captures`` when it has begun, and ends by SIGTERM;
-packets that the kernel dropped meanwhile are told, since a capture with holes proves nothing.
+it reports packets that the kernel dropped meanwhile, since a capture with holes proves nothing.
 """
 
 import ipaddress

@@ -38,8 +38,8 @@ RELAY = (*PYTHON, "mdiq.testbed.relay")
 CAPTURE = (*PYTHON, "mdiq.testbed.capture")
 LINK = "FROM:TO,delay=20ms,bandwidth=10mbit,jitter=5ms"
 STOP_S = 20.0
-"""Within this a command that was told to end has ended; then it is killed."""
-# The kernel ends them should this process be killed; behind nsenter, which would lose it.
+"""A command that has not ended so long after SIGTERM is killed."""
+# The kernel ends them if this process is killed. It comes after nsenter, which would lose it.
 _DIES_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
 
 
@@ -144,12 +144,12 @@ class LoopbackRing:
                 f"--open-api: {host}:{port}: {os.strerror(error.errno or 0)}; write another api.port"
             ) from None
         with listener:
-            # A socket stays in the network in which it was made, whoever has it.
+            # A socket stays in the network in which it was made, whichever process has it.
             relay = [*self._network.inside(self.starter), *RELAY, "delay=0ms"]
             self._start_relay(relay, [[f"tcp://{host}:{port}", listener.fileno()]], pass_fds=[listener.fileno()])
 
     def ended(self) -> dict[str, int]:
-        """Return exit codes of Nodes that have ended; each is told once."""
+        """Return exit codes of Nodes that have ended; each once."""
         codes = {name: code for name, node in self._nodes.items() if (code := node.poll()) is not None}
         for name in codes:
             del self._nodes[name]

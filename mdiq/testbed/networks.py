@@ -77,7 +77,7 @@ class Namespaces:
         """Put a namespace in the place of a link; return the command of the relay that is to stand there, and targets.
 
         Connections from the sender to the receiver's ports lead into that namespace, where the relay listens at the
-        receiver's address. It goes on to the receiver from the bridge's namespace: so nobody has to know of it.
+        receiver's address. It goes on to the receiver from the bridge's namespace: so neither end has to know of it.
         """
         sender, receiver = self.addresses[link.sender], self.addresses[link.receiver]
         place = self._hold(*self._unshare())

@@ -61,7 +61,7 @@ class ControlLink(Protocol):
 
 
 class ControlServer(Protocol):
-    """The Coordinator's end of the control channel: a peer is whoever has sent something under an identity."""
+    """The Coordinator's end of the control channel: a peer is a sender of messages under an identity."""
 
     @property
     def sender(self) -> str | None:

@@ -48,8 +48,8 @@ class Room(Generic[T]):
     is_through: returns whether a connection's handshake is finished, which it then stays. end: closes a connection.
     """
 
-    def __init__(self, most: int, is_through: Callable[[T], bool], end: Callable[[T], None]) -> None:
-        self._most = most
+    def __init__(self, max_connections: int, is_through: Callable[[T], bool], end: Callable[[T], None]) -> None:
+        self._max = max_connections
         self._is_through = is_through
         self._end = end
         self._shaking: dict[T, None] = {}  # oldest first; a dict for its order
@@ -59,7 +59,7 @@ class Room(Generic[T]):
         """Add a connection. If there are too many, close the oldest with an unfinished handshake, or else this one."""
         self.ended(connection)
         self._shaking[connection] = None
-        if len(self._shaking) + len(self._through) > self._most:
+        if len(self._shaking) + len(self._through) > self._max:
             leaving = self._oldest_shaking(connection)
             self.ended(leaving)
             self._end(leaving)

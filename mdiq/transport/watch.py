@@ -96,8 +96,8 @@ class ListenerWatch(Watch):
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         super().__init__(socket)
         self._port = 0
-        self._most = connection_limit()
-        self._room = Room(self._most, lambda it: bytes_received(it) > self._HANDSHAKE_BYTES, self._end)
+        self._max = connection_limit()
+        self._room = Room(self._max, lambda it: bytes_received(it) > self._HANDSHAKE_BYTES, self._end)
 
     def listening(self) -> None:
         """To be called as soon as the socket is bound, before any peer connects."""
@@ -114,7 +114,7 @@ class ListenerWatch(Watch):
                 self._room.ended(value)
 
     def _end(self, connection: int) -> None:
-        log.warning("too_many_connections", port=self._port, most=self._most, ended=_address(connection))
+        log.warning("too_many_connections", port=self._port, most=self._max, ended=_address(connection))
         end_connection(connection, self._port)
 
 
