@@ -10,7 +10,7 @@ import pytest
 import mdiq
 
 HOUSE = Path(mdiq.__file__).parent
-ROOMS = ("api", "cli", "control", "core", "plan", "service", "telemetry", "transport")
+ROOMS = ("api", "bench", "cli", "config", "control", "core", "plan", "service", "telemetry", "testbed", "transport")
 NAMES = re.compile(r"_{0,2}(most|least)_", re.IGNORECASE)
 TEXTS = re.compile(r"\bbehind\b|\btold \(")
 KEPT = {"most_live", "most_nats"}  # a field of the status and one of a log line: programs read them

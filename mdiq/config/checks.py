@@ -149,7 +149,7 @@ def _layers(nodes: _Numbered) -> Iterator[Problem]:
             else:
                 gap = f"{stop}-{layers.start - 1}" if layers.start - 1 > stop else str(stop)
                 text = (
-                    f"{layers} leaves out {gap} behind {before} ({OTHER_PLACE}); write {stop}-{layers.stop - 1}, "
+                    f"{layers} leaves out {gap} after {before} ({OTHER_PLACE}); write {stop}-{layers.stop - 1}, "
                     f"or auto everywhere"
                 )
             yield Problem(_at(i, "layers"), text, (_at(last, "layers"), *everywhere))

@@ -131,7 +131,7 @@ def _no_section(loc: Loc, value: object) -> str:
     example = _example(loc)
     if isinstance(value, str) and ":" in value and " " not in value.partition(":")[2][:1]:
         key, _, rest = value.partition(":")
-        return f"the blank behind the colon is missing; write {shown(key)}: {shown(rest)}"
+        return f"the blank after the colon is missing; write {shown(key)}: {shown(rest)}"
     if loc and loc[0] == "nodes":
         return f"{noun_of(value)} stands where a node should; begin it with `- name: ...` and its other keys below that"
     return f"{noun_of(value)} stands where keys should; {example}"

@@ -33,7 +33,7 @@ def syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, s
             return line, "a second `: ` in the line; put the text with the colon in quotes"
         return line, "the line is indented deeper than the one above; begin it under the first letter of the key above"
     if "could not find expected ':'" in problem:
-        return first, "a line without `key: value`; is the colon missing, or the blank behind it?"
+        return first, "a line without `key: value`; is the colon missing, or the blank after it?"
     if "quoted scalar" in context:
         return first, "a quote opens here and never closes; close it"
     if "flow" in context:
