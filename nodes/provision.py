@@ -142,6 +142,11 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB"
 
 
+def _last_line(out: str) -> str:
+    """Return what install.sh has done: its last line."""
+    return out.strip().splitlines()[-1].removeprefix("install.sh: ")
+
+
 def _install(device: Device, *arguments: str) -> str:
     role = "starter" if device.role == "starter" else "node"
     options = ["--role", role, "--name", device.name, "--wheels", f"{PUSHED}/wheels", *arguments]
@@ -150,16 +155,12 @@ def _install(device: Device, *arguments: str) -> str:
 
 async def prepare(plan: Plan, device: Device) -> str:
     """Install the release beside the one that runs."""
-    if plan.is_dry:
-        return "would install the release beside the one that runs"
     out = await plan.ssh.run(device, _install(device, "--prepare"), timeout_s=plan.prepare_within_s)
-    return out.strip().splitlines()[-1].removeprefix("install.sh: ")
+    return _last_line(out)
 
 
 async def switch(plan: Plan, device: Device) -> str:
     """Make the release the one that runs, with topology and key, and restart the unit if anything changed."""
-    if plan.is_dry:
-        return "would install topology, key and units, and restart what changed"
     arguments = ["--topology", f"{PUSHED}/topology.yaml"]
     if device.key is None:
         send = None
@@ -167,7 +168,7 @@ async def switch(plan: Plan, device: Device) -> str:
         arguments += ["--key", "-"]
         send = _once(device.key.read_bytes())
     out = await plan.ssh.run(device, _install(device, *arguments), send=send, timeout_s=SHORT_STAGE_S)
-    return out.strip().splitlines()[-1].removeprefix("install.sh: ")
+    return _last_line(out)
 
 
 async def _once(content: bytes) -> AsyncIterator[bytes]:
@@ -176,8 +177,6 @@ async def _once(content: bytes) -> AsyncIterator[bytes]:
 
 async def check(plan: Plan, device: Device) -> str:
     """See that the unit comes up and stays: it serves, or waits for the rest of its ring, and is not restarted."""
-    if plan.is_dry:
-        return "would watch the unit"
     started_s, pid, status_since_s = time.monotonic(), "0", None
     while True:
         now = time.monotonic()
@@ -222,10 +221,8 @@ async def _journal(plan: Plan, device: Device) -> str:
 
 async def rollback(plan: Plan, device: Device) -> str:
     """Go back to the release before."""
-    if plan.is_dry:
-        return "would go back to the release before"
     out = await plan.ssh.run(device, "/opt/mdiq/current/nodes/install.sh --rollback", timeout_s=SHORT_STAGE_S)
-    return out.strip().splitlines()[-1].removeprefix("install.sh: ")
+    return _last_line(out)
 
 
 async def wait_until_ready(plan: Plan, device: Device) -> str:
@@ -250,6 +247,13 @@ async def wait_until_ready(plan: Plan, device: Device) -> str:
 
 
 Stage = Callable[[Plan, Device], Awaitable[str]]
+_INSTEAD = {
+    "prepare": "would install the release beside the one that runs",
+    "switch": "would install topology, key and units, and restart what changed",
+    "check": "would watch the unit",
+    "rollback": "would go back to the release before",
+}
+"""What --dry-run says of stages that change something. The others look at what is there."""
 
 
 async def run_stage(name: str, stage: Stage, plan: Plan, devices: Sequence[Device]) -> None:
@@ -261,7 +265,8 @@ async def run_stage(name: str, stage: Stage, plan: Plan, devices: Sequence[Devic
 
     async def on(device: Device) -> bool:
         try:
-            say(device.name, name, await stage(plan, device))
+            is_left_out = plan.is_dry and name in _INSTEAD
+            say(device.name, name, _INSTEAD[name] if is_left_out else await stage(plan, device))
         except ProvisionError as error:
             say(device.name, name, f"FAILED: {error}")
             return False
@@ -279,24 +284,19 @@ async def provision(plan: Plan, devices: Sequence[Device], canary: str | None, *
     Raises:
         ProvisionError: a stage failed; the ones after it were not begun.
     """
-    try:
-        await _run_stages(plan, devices, canary, is_rollback=is_rollback)
-    finally:
-        await asyncio.gather(*(plan.ssh.hang_up(device) for device in devices))
-
-
-async def _run_stages(plan: Plan, devices: Sequence[Device], canary: str | None, *, is_rollback: bool) -> None:
     first = [device for device in devices if device.name == canary]
     groups = [first, [device for device in devices if device.name != canary]] if first else [list(devices)]
     stages: dict[str, Stage] = {"reach": reach, "push": push, "prepare": prepare, "switch": switch, "check": check}
     if is_rollback:
         stages = {"rollback": rollback, "check": check}
-    for group in groups:
-        for name, stage in stages.items():
-            if group:
+    try:
+        for group in filter(None, groups):
+            for name, stage in stages.items():
                 await run_stage(name, stage, plan, group)
-    if plan.ready_within_s and not plan.is_dry:
-        await run_stage("ready", wait_until_ready, plan, devices)
+        if plan.ready_within_s and not plan.is_dry:
+            await run_stage("ready", wait_until_ready, plan, devices)
+    finally:
+        await asyncio.gather(*(plan.ssh.hang_up(device) for device in devices))
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ def _layers(nodes: _Numbered) -> Iterator[Problem]:
 
 def _hops(topology: Topology) -> Iterator[Problem]:
     numbers = {node.name: i for i, node in enumerate(topology.nodes)}
-    ring = [node.name for node in topology.ring_nodes]
-    next_of = dict(zip(ring, [*ring[1:], *ring[:1]], strict=True))
+    next_of = dict(topology.hops)
+    ring = [sender for sender, _ in topology.hops]
     first_of: dict[tuple[str, str], int] = {}
     for i, hop in enumerate(topology.links.hops):
         place: Loc = ("links", "hops", i)

@@ -43,7 +43,6 @@ class LoadedTopology:
 
     topology: Topology
     file: Path
-    warnings: tuple[str, ...]
 
     def path(self, text: str) -> Path:
         """Return a path that the file names; a relative one begins beside the file."""
@@ -59,7 +58,7 @@ def load_topology(file: Path, *, without_keys: bool = False) -> LoadedTopology:
     report = check_file(file, without_keys=without_keys)
     if report.topology is None:
         raise TopologyError(report.lines())
-    return LoadedTopology(report.topology, file, tuple(report.warning_lines()))
+    return LoadedTopology(report.topology, file)
 
 
 def check_file(file: Path, *, without_keys: bool = False) -> Report:

@@ -225,6 +225,12 @@ class Topology(_Section):
         return tuple(sorted((node for node in self.nodes if not node.spare), key=lambda node: not node.is_starter))
 
     @property
+    def hops(self) -> tuple[tuple[str, str], ...]:
+        """Sender and receiver of each hop, in ring order; one node alone sends to itself."""
+        names = [node.name for node in self.ring_nodes]
+        return tuple(zip(names, [*names[1:], *names[:1]], strict=True))
+
+    @property
     def spares(self) -> tuple[Node, ...]:
         return tuple(node for node in self.nodes if node.spare)
 

@@ -55,8 +55,7 @@ def weights_of(topology: Topology) -> WeightSettings:
 
 def wires_of(topology: Topology) -> tuple[str, ...]:
     """Return the wanted format of each Hop."""
-    nodes = topology.ring_nodes
-    return tuple(topology.wire_of(a.name, b.name) for a, b in zip(nodes, [*nodes[1:], nodes[0]], strict=True))
+    return tuple(topology.wire_of(*hop) for hop in topology.hops)
 
 
 def threads_of(topology: Topology, node: Node) -> int:

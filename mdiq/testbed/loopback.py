@@ -62,16 +62,15 @@ class LoopbackRing:
     ) -> None:
         self._loaded = load_topology(topology, without_keys=True)
         self._names = [node.name for node in self._loaded.topology.nodes]
-        self._ring = [node.name for node in self._loaded.topology.ring_nodes]
-        self._links, self._capture, self._without = _all_links(links, self._ring), capture, without
+        self._links, self._capture, self._without = _all_links(links, self._loaded.topology.hops), capture, without
         self._network: Namespaces | Plain = Plain(self._names)
         self._commands: list[subprocess.Popen[Any]] = []
         self._nodes: dict[str, subprocess.Popen[Any]] = {}
         self._relays: list[subprocess.Popen[Any]] = []
-        self._capturing: subprocess.Popen[Any] | None = None
+        self._captures: list[subprocess.Popen[Any]] = []
         self.folder = folder
         self.file = folder / "topology.yaml"
-        self.starter = self._ring[0]
+        self.starter = self._loaded.topology.starter.name
         self.why_plain = "it was asked for" if plain else ""
 
     @property
@@ -161,10 +160,9 @@ class LoopbackRing:
         try:
             _end(self._commands)
             _end(nodes)
-            if self._capturing is not None:
-                _end([self._capturing])
+            _end(self._captures)
         finally:
-            for process in (*self._commands, *nodes, *self._relays, *([self._capturing] if self._capturing else [])):
+            for process in (*self._commands, *nodes, *self._relays, *self._captures):
                 _kill(process)
             self._network.close()
 
@@ -229,9 +227,10 @@ class LoopbackRing:
     def _start_capture(self, file: Path) -> None:
         inside, arguments = self._network.capture()
         command = [*inside, *_DIES_WITH_US, *CAPTURE, str(file), *arguments]
-        self._capturing = process = subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
+        self._captures.append(process)
         assert process.stdout is not None  # PIPE was asked for
         if process.stdout.readline() != b"captures\n":
             _, errors = process.communicate()
@@ -285,13 +284,13 @@ def parse_links(texts: Sequence[str]) -> list[Link]:
     return links
 
 
-def _all_links(links: Sequence[Link], ring: Sequence[str]) -> list[Link]:
+def _all_links(links: Sequence[Link], ring: Sequence[tuple[str, str]]) -> list[Link]:
     """Return one Link a Hop; those with names go before those without.
 
     Raises:
         ConfigError: a Link is for no Hop of the ring.
     """
-    hops = list(zip(ring, [*ring[1:], *ring[:1]], strict=True)) if len(ring) > 1 else []
+    hops = ring if len(ring) > 1 else ()  # one node alone has none
     for link in links:
         if link.sender and (link.sender, link.receiver) not in hops:
             known = ", ".join(f"{a}:{b}" for a, b in hops)

@@ -60,6 +60,7 @@ def test_endpoints_are_those_of_the_receiver() -> None:
 
 def test_a_hop_has_its_own_format_or_that_of_all() -> None:
     value = topology(STARTER, WORKER, links={"wire": "bf16", "hops": ({"from": "pi1", "to": "desk", "wire": "i8"},)})
+    assert value.hops == (("desk", "pi1"), ("pi1", "desk"))
     assert value.wire_of("pi1", "desk") == "i8"
     assert value.wire_of("desk", "pi1") == "bf16"
 
