@@ -10,7 +10,7 @@ import pytest
 import mdiq
 
 HOUSE = Path(mdiq.__file__).parent
-ROOMS = ("api", "bench", "cli", "config", "control", "core", "plan", "service", "telemetry", "testbed", "transport")
+ROOMS = "api bench cli config control core engine plan service telemetry testbed transport".split()
 NAMES = re.compile(r"_{0,2}(most|least)_", re.IGNORECASE)
 TEXTS = re.compile(r"\bbehind\b|\btold \(")
 KEPT = {"most_live", "most_nats"}  # a field of the status and one of a log line: programs read them
@@ -54,3 +54,13 @@ def test_texts_do_without_words_that_were_given_up(room: str) -> None:
         if TEXTS.search(line)
     ]
     assert found == []
+
+
+def test_a_span_is_part_of_a_trace_and_nothing_else() -> None:
+    owners = {
+        str(file.relative_to(HOUSE))
+        for file in HOUSE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef) and "span" in node.name.lower()
+    }
+    assert owners == {"telemetry/trace.py"}

@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Return what Linux calls the abilities of this CPU: "avx2", "avx512_vnni".."""
+    """Return the feature flags of this CPU, by Linux's names: "avx2", "avx512_vnni".."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -44,18 +44,18 @@ def cpu_flags() -> frozenset[str]:
 
 @functools.cache
 def cpu_name() -> str:
-    """Return what this CPU is called, and which of its instructions torch uses."""
+    """Return the CPU's name and the instruction set that torch uses."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
             if name.strip() in ("model name", "Model", "CPU part"):
-                # Virtual machines hide parts of a CPU: what torch sees of it counts too.
+                # Virtual machines hide features of a CPU, so torch's view is part of the name.
                 return f"{value.strip()} {torch.backends.cpu.get_cpu_capability()}"
     return kind_of(torch.device("cpu"))
 
 
 def kind_of(device: torch.device) -> str:
-    """Return the kind of processor behind a device: "x86_64 AVX2"; equal kinds give equal bits in exact mode."""
+    """Return the kind of a device's processor: "x86_64 AVX2"; equal kinds give equal bits in exact mode."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -73,12 +73,12 @@ def choose_dtype(name: str) -> torch.dtype:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can be taken on the device: for the CPU, what the machine and the cgroup leave."""
+    """Return the free bytes of the device; for the CPU, within the limits of the machine and the cgroup."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return machine_free_bytes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether torch, or Python, could not allocate: on the CPU torch has no class for it."""
+    """Return whether torch, or Python, could not allocate: on the CPU torch has no class for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

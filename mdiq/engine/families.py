@@ -1,6 +1,6 @@
-"""Model families as data: what differs between them, and what their tensors are called. No code per family elsewhere.
+"""Model families as data: their differences and the names of their tensors. No code per family elsewhere.
 
-To add a family that is made of the parts that layers.py has, add a row here and a tiny model to the equality tests.
+To add a family made of the parts in layers.py, add a row here and a tiny model to the equality tests.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Activation(StrEnum):
 
 
 class Window(StrEnum):
-    """When a Hugging Face config's ``sliding_window`` counts."""
+    """When a Hugging Face config's ``sliding_window`` applies."""
 
     NONE = "none"
     IF_THERE = "if there"
@@ -73,7 +73,7 @@ GGUF_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row: how a family's layers are made.
+    """One row: the structure of a family's layers.
 
     has_rms_norm: RMSNorm without bias; otherwise LayerNorm with one.
     is_gated: the MLP is down(act(gate(x)) * up(x)); otherwise down(act(up(x))).
@@ -83,7 +83,7 @@ class Family:
     is_transposed_hf: Hugging Face stores the matrices as [in, out] (GPT-2's Conv1D).
     is_permuted_gguf: GGUF stores the rows of Q and K for interleaved rotary embedding (llama.cpp's conversion).
     has_gpt2_config: the Hugging Face config has GPT-2's keys; otherwise Llama's.
-    window: when its sliding window counts.
+    window: when its sliding window applies.
     biases: roles that have a bias in every model of the family; others have one where the checkpoint stores it.
     """
 
@@ -120,4 +120,4 @@ GPT2 = Family(
 )
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)}
-"""By ``model_type`` of a Hugging Face config. GGUF's ``general.architecture`` uses the same words."""
+"""By ``model_type`` of a Hugging Face config. GGUF's ``general.architecture`` has the same values."""

@@ -1,7 +1,7 @@
-"""What a Stage costs on this device, kept from one start to the next: measuring takes seconds, and tells the same.
+"""A Stage's cost on this device, cached between starts: measuring takes seconds and gives the same result.
 
-It is a function of the machine, of the program and of the Stage's shape, so those name the file. A machine that is busy
-when it measures is found out the next time: figures of which a forward of one token is not right are measured anew.
+The cost depends on the machine, the program and the Stage's shape, so these name the file. If a forward of one token
+does not take the cached time, for example because the machine was busy then, everything is measured again.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from mdiq.plan.pace import StageCost
 
 
 def kept_cost(runner: StageRunner, *, progress: Progress = lambda *_: None) -> StageCost:
-    """Return the Stage's cost, as it was measured before if that is still right; see measure_cost."""
+    """Return the Stage's cost, from the cache if that is still right; see measure_cost."""
     try:
         path = cache_directory() / "costs" / f"{hashlib.sha256(_key(runner).encode()).hexdigest()}.json"
     except ConfigError:  # a user without a home
@@ -60,7 +60,7 @@ def _read(path: Path) -> StageCost | None:
 
 
 def _points(value: list[tuple[int, float]]) -> Points:
-    """Return the points of a curve; ValueError or TypeError where they are none."""
+    """Return the points of a curve; ValueError or TypeError if they are not points."""
     points = tuple((int(size), float(time_s)) for size, time_s in value)
     if not all(0 < time_s < math.inf for _, time_s in points):
         raise ValueError("not times")

@@ -1,6 +1,6 @@
-"""What a Stage costs on this device: seconds of a forward, by Segments of one token and by tokens of a prompt.
+"""Measure a Stage's cost on this device: seconds of a forward, by Segments of one token and by tokens of a prompt.
 
-And what packing rows for a Hop costs.
+Also the cost of packing rows for a Hop.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 
 CONTEXT_TOKENS = 96
-"""Of a short question with its answer: attention over it is a seventh of a forward of SmolLM2 in 8 bits."""
+"""A short question with its answer: attention over it is a seventh of a forward of SmolLM2 in 8 bits."""
 ENOUGH_TOKENS = 2_048  # of KV cache: 16 Sequences with their context
 DECODE_SIZES = (1, 2, 4, 8, 16)
 PROMPT_SIZES = (16, 64, 192)
@@ -29,11 +29,11 @@ PACKING_SIZES = (1, 8, 64)
 Progress = Callable[[int, int], object]
 REPEATS = 3
 AGREES = 1.25  # times that differ less are the same: forwards of a quiet machine vary by a tenth
-ENOUGH_S = 1.0  # larger sizes are left out when a forward takes as long: the curve's last line goes on
+ENOUGH_S = 1.0  # larger sizes are not measured once a forward takes this long: the curve is extrapolated
 SUSTAINED_S = 0.3  # several periods of a control group's quota
 _DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(DECODE_SIZES))]
-"""As clients ask that leave the API's defaults as they are; greedy ones take a little less."""
-MAX_S = 0.25  # a size is not repeated when its forwards have taken as long: a long one varies little
+"""With the API's defaults; greedy sampling takes a little less."""
+MAX_S = 0.25  # a size is not repeated when its forwards have taken this long: a long one varies little
 
 
 def measure_cost(
@@ -45,11 +45,11 @@ def measure_cost(
 ) -> StageCost:
     """Return the Stage's cost, from medians; the runner's cache is empty afterwards.
 
-    progress: called after each forward with (how many were run, 0): nobody knows how many there will be.
-    known: what was measured before; it is returned if a forward of one token takes as long as it says.
-    min_s: measure each size for as long and take the mean: a device whose CPU time is rationed computes in bursts,
-    and a short measurement sees only those.
-    Decoding is measured behind CONTEXT_TOKENS of each Sequence, or as many as the cache holds.
+    progress: called after each forward with (forwards so far, 0): their total is unknown.
+    known: an earlier measurement; it is returned if its time for a forward of one token still holds.
+    min_s: measure each size for at least this long and take the mean: a device with a CPU quota computes in bursts,
+    and a short measurement sees only a burst.
+    Decoding is measured after CONTEXT_TOKENS of each Sequence, or as many as the cache holds.
     """
     most = max(runner.kv_capacity_tokens // BLOCK_TOKENS, 1)
     max_tokens = min(runner.kv_capacity_tokens, runner.config.context_tokens)
@@ -97,7 +97,7 @@ def measure_head(runner: StageRunner, *, min_s: float = 0.0, progress: Progress 
 
 
 def measure_packing(width: int) -> Curve:
-    """Return the seconds that rows of a Hop take more in i8 than in bf16, made at one end and read at the other."""
+    """Return the additional seconds of i8 over bf16 for rows of a Hop: packing at one end, unpacking at the other."""
     cpu = torch.device("cpu")
 
     def median_s(rows: torch.Tensor, wire: str) -> float:
@@ -119,7 +119,7 @@ def measure_packing(width: int) -> Curve:
 def _curve(
     runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], min_s: float, progress: Progress
 ) -> Curve:
-    """Measure the sizes in turns: what disturbs the device for a moment is not all one size's."""
+    """Measure the sizes in turns, so that a short disturbance does not hit one size alone."""
     _forward_s(runner, make_batch(sizes[0], 0))  # pays for pages that are not in memory yet
     num_run = 1
     progress(num_run, 0)
@@ -128,7 +128,7 @@ def _curve(
     left = sizes
     while left:
         for size in left:
-            # The first forward of a size warms up. It counts where that took so long that it will not be repeated.
+            # The first forward of a size warms up. It counts if it took so long that it will not be repeated.
             for i in range(2 if not times[size] else 1):
                 time_s = _forward_s(runner, make_batch(size, i))
                 num_run += 1
@@ -163,13 +163,13 @@ def _forward_s(runner: StageRunner, batch: Batch) -> float:
 
 
 def _draw(logits: torch.Tensor) -> None:
-    # What they are does not change the time, but a cache that holds anything may make them NaN.
+    # Their values do not change the time, but arbitrary bytes in the cache may make them NaN.
     sample(torch.zeros_like(logits), _DRAWS[: len(logits)])
 
 
 def _batch(runner: StageRunner, num_segments: int, length: int, start: int, *, seq_id: int = 0) -> Batch:
     segments = tuple(Segment(SeqId(seq_id + i), start, length, wants_logits=True) for i in range(num_segments))
-    # A prompt is measured several times over: each time the cache of the last one is free again.
+    # A prompt is measured several times; the cache of the previous one is freed each time.
     releases = (SeqId(seq_id - 1),) if seq_id else ()
     if runner.owns_embedding:
         return Batch(Epoch(1), segments, tuple(TokenIds((0,) * length) for _ in segments), releases)

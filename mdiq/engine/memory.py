@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def machine_free_bytes() -> int:
-    """Return the bytes that can be taken: what the machine and the cgroup leave."""
+    """Return the free bytes, within the limits of the machine and the cgroup."""
     return max(min(psutil.virtual_memory().available, _cgroup_free_bytes()), 0)
 
 
 def return_free_memory(*, collect: bool = False) -> None:
-    """Give memory that was freed back to the system; the C library keeps blocks below some size to itself.
+    """Return freed memory to the system; the C library keeps small blocks otherwise.
 
-    collect: first find what only circles of references keep alive: tasks and callbacks of a Ring that has ended.
+    collect: run the garbage collector first, for reference cycles such as tasks and callbacks of a Ring that has ended.
     """
     if collect:
         gc.collect()
@@ -32,7 +32,7 @@ def return_free_memory(*, collect: bool = False) -> None:
 
 
 def drop_pages(tensor: "torch.Tensor") -> None:
-    """Let the pages go that hold a tensor of a mapped file; who touches them again reads them from the file."""
+    """Drop the resident pages of a tensor in a mapped file; the next access reads them from the file again."""
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     count = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if count > 0:
@@ -40,7 +40,7 @@ def drop_pages(tensor: "torch.Tensor") -> None:
 
 
 def drop_library(name: str) -> None:
-    """Let the pages of a shared library go that were never written: it did its work, and is read again if need be."""
+    """Drop the unmodified pages of a shared library that is no longer used; an access reads them again."""
     with contextlib.suppress(OSError):
         found: tuple[int, int] | None = None
         for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
@@ -48,7 +48,7 @@ def drop_library(name: str) -> None:
                 start, stop, rights, path = mapping.groups()
                 is_its = Path(path).name.startswith(name) and "w" not in rights
                 found = (int(start, 16), int(stop, 16)) if is_its else None
-            # What the loader wrote and then locked lies in the file as it was before.
+            # Relocations, which the loader wrote and then made read-only, are not in the file.
             elif found is not None and re.fullmatch(r"Private_Dirty: +0 kB", line):
                 _drop(found[0], found[1] - found[0])
 
@@ -62,7 +62,7 @@ _last_rss_bytes = 0
 
 
 def rss_bytes() -> int:
-    """Return this process's resident memory; what it was last where it cannot be read: no descriptor may be left."""
+    """Return this process's resident memory, or the last known value if it cannot be read (out of descriptors)."""
     global _last_rss_bytes
     with contextlib.suppress(OSError):
         _last_rss_bytes = psutil.Process(os.getpid()).memory_info().rss
@@ -70,7 +70,7 @@ def rss_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Begin to count ``peak_bytes`` anew; return whether the kernel lets us."""
+    """Reset ``peak_bytes``; return whether the kernel permits that."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -79,7 +79,7 @@ def reset_peak() -> bool:
 
 
 def peak_bytes() -> int:
-    """Return the most resident memory that this process has had since ``reset_peak``."""
+    """Return this process's peak resident memory since ``reset_peak``."""
     with contextlib.suppress(OSError):
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return int(found[1]) * 1024
@@ -87,7 +87,7 @@ def peak_bytes() -> int:
 
 
 def _cgroup_free_bytes() -> int:
-    """Return what the memory limits of this process's cgroups leave; a very large number without a limit."""
+    """Return the bytes free within this process's cgroup limits; a very large number without a limit."""
     free = 1 << 62
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -102,7 +102,7 @@ def _cgroup_free_bytes() -> int:
         else:
             continue
         group = root / path.lstrip("/")
-        # A limit binds all groups below it.
+        # A limit applies to all groups below it.
         for folder in (group, *group.parents):
             if folder == root.parent:
                 break
@@ -116,7 +116,7 @@ def _cgroup_free_bytes() -> int:
 
 
 def _cache_bytes(folder: Path) -> int:
-    """Return the page cache of a cgroup: it counts as used, and the kernel gives it up when memory is wanted."""
+    """Return the page cache of a cgroup: it counts as used, but the kernel reclaims it when memory is needed."""
     try:
         fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):

@@ -33,7 +33,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What the engine must know of a model; counts unless named otherwise.
+    """The model's parameters that the engine needs; counts unless named otherwise.
 
     windowed_layers: layers that attend to the last ``sliding_window`` tokens only; empty without a window.
     """
@@ -55,14 +55,14 @@ class ModelConfig:
 
     @property
     def text(self) -> str:
-        """Everything that it says, in words that are the same in every process."""
-        # The family by its name: the order in which a frozenset prints differs from process to process.
+        """All its values, as text that is the same in every process."""
+        # The family by its name: the order in which a frozenset prints differs between processes.
         shape = replace(self, family=LLAMA, windowed_layers=frozenset())
         return f"{self.family.name} {sorted(self.windowed_layers)} {shape!r}"
 
     @property
     def head_layers(self) -> float:
-        """Return the head's weights as a multiple of a Layer's: what a decoded token costs there beside a Layer."""
+        """Return the head's weights as a multiple of a Layer's: the relative cost of a decoded token there."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         mlp = self.hidden_size * self.mlp_size * (3 if self.family.is_gated else 2)
         return self.vocab_size * self.hidden_size / (attention + mlp)
@@ -114,11 +114,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file.
 
     Raises:
-        ModelError: it is missing, too large, or no JSON object.
+        ModelError: it is missing, too large, or not a JSON object.
     """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelError(f"{path}: it is too large for what it should be; fetch it again")
+            raise ModelError(f"{path}: it is too large for a JSON file of a model; fetch it again")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}; give a model directory or a .gguf file") from None
@@ -215,9 +215,9 @@ _FACTORS = ("scale", "factor")
 
 
 def _check_gguf_keys(file: GgufFile, architecture: str, head_dim: int) -> None:
-    """Raise ModelError if a key of the architecture is not applied and says more than that something is off.
+    """Raise ModelError for a key of the architecture that mdiq does not apply, unless its value is neutral.
 
-    A number is neutral at 0, a factor also at 1, and these at what the families have anyway.
+    A number is neutral at 0, a factor also at 1, and those listed here at the families' own values.
     """
     neutral = {
         "attention.causal": True,
@@ -321,7 +321,7 @@ def _llama_from_hf(config: Mapping[str, object], family: Family, where: str) -> 
 def _windows(
     config: Mapping[str, object], family: Family, num_layers: int, context_tokens: int, where: str
 ) -> tuple[int, frozenset[int]]:
-    """Return the sliding window and the layers that have it; (0, none) where no sequence can outgrow it."""
+    """Return the sliding window and the layers that have it; (0, none) if no sequence can be longer than it."""
     window = _get(config, "sliding_window", int, where, 0)
     if family.window is Window.BY_KEYS and not _get(config, "use_sliding_window", bool, where, False):
         window = 0

@@ -1,4 +1,4 @@
-"""What this program is, for the names of files that keep what it found or made."""
+"""The identity of this program, for the names of cache files."""
 
 import hashlib
 from functools import cache

@@ -15,13 +15,13 @@ from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
 from mdiq.engine.formats.layer_files import LayerFiles
 from mdiq.engine.memory import drop_library, return_free_memory, rss_bytes
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS, KvCache
-from mdiq.engine.model.layers import Span
+from mdiq.engine.model.layers import PlacedSegment
 from mdiq.engine.model.stage_model import StageModel
 from mdiq.engine.model_config import ModelConfig
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError, SequenceError
 
-KV_MEMORY_SHARE = 0.5  # of what is free behind the weights: the rest is for activations and for others
+KV_MEMORY_SHARE = 0.5  # of the memory that is free after the weights: the rest is for activations and other programs
 MAX_SEQUENCES = 64
 
 
@@ -67,14 +67,14 @@ class StageRunner:
     ) -> "StageRunner":
         """Load Layers ``layers`` of a model and make room for their KV cache.
 
-        model: where it is; or as somebody has opened it, who closes it; or the files of these Layers.
+        model: its path; or an open one, which the caller closes; or the files of these Layers.
         kv_tokens: capacity in tokens, or None for what free memory allows. memory_share: the part of the machine's free
-        memory that this Stage may plan with. memory_bytes: most that this process may take, or None. wire: the format
-        of the Hop out of this Stage, or None where the rows stay here. digest: refuse a model with another fingerprint;
-        empty takes any.
+        memory that this Stage may use. memory_bytes: maximum memory of this process, or None. wire: the format
+        of the Hop out of this Stage, or None where the rows stay here. digest: refuse a model with another digest;
+        empty accepts any.
 
         Raises:
-            ModelError: the model is missing, malformed, unsupported, or another one than ``digest`` tells of.
+            ModelError: the model is missing, malformed, unsupported, or has another digest.
             CapacityError: weights or KV cache do not fit.
         """
         torch_device, torch_dtype = choose_device(weights.device), choose_dtype(weights.dtype)
@@ -83,7 +83,7 @@ class StageRunner:
             raise ConfigError(
                 f"--weights {weights.format}: packed weights run on the CPU only; use --dtype bf16 on {weights.device}"
             )
-        folder = cache_directory() if is_packed else Path()  # a user without a home needs none then
+        folder = cache_directory() if is_packed else Path()  # plain weights need no cache, nor a home directory
         with ExitStack() as opened, torch.inference_mode():
             if isinstance(model, Path):
                 model = opened.enter_context(open_checkpoint(model))
@@ -105,13 +105,13 @@ class StageRunner:
                 raise CapacityError(
                     f"{path}: no memory for layers {layers}; use more nodes or --weights int8"
                 ) from None
-            drop_library("libllvmlite")  # 50 MB, which nothing touches once the code is there
+            drop_library("libllvmlite")  # 50 MB, not needed once the code is compiled
             cache = _make_cache(stage.config, layers, torch_dtype, torch_device, kv_tokens, memory_share, memory_bytes)
         return cls(stage, cache, is_last=is_last, dtype=torch_dtype, device=torch_device, wire=wire)
 
     @property
     def shape(self) -> str:
-        """What the time of a forward follows from, beside the machine and the program: a text."""
+        """Text with all that the time of a forward depends on, without the machine and the program."""
         return (
             f"{len(self._cache.keys)} layers, {self.weight_bytes} bytes, first {self.owns_embedding}, "
             f"last {self._is_last}, {self._dtype}, {self._device}, {self._wire}, {self.config.text}"
@@ -152,7 +152,7 @@ class StageRunner:
         self._cache.reset()
 
     def occupy(self, seq_id: SeqId, num_tokens: int) -> None:
-        """Have a new Sequence hold so many tokens whose K and V are whatever lies there: for measurements only.
+        """Reserve tokens for a new Sequence with uninitialized K and V: for measurements only.
 
         Raises:
             CapacityError: the KV cache is full.
@@ -160,7 +160,7 @@ class StageRunner:
         self._cache.extend(seq_id, 0, num_tokens)
 
     def set_wire(self, wire: str) -> None:
-        """Give the rows of later Batches this format: another one for the Hop out of this Stage."""
+        """Set the format of the Hop out of this Stage for later Batches."""
         self._wire = wire
 
     def forward(self, batch: Batch) -> Payload:
@@ -168,7 +168,7 @@ class StageRunner:
 
         Raises:
             SequenceError: some have a token id without an embedding, a position out of order, or no room in the KV
-                cache; nothing but releases was done.
+                cache; only releases were carried out.
             EngineError: a payload does not fit, or torch failed.
         """
         for seq_id in batch.releases:
@@ -182,7 +182,7 @@ class StageRunner:
         try:
             with torch.inference_mode():
                 hidden = self._forward(batch)
-                # Here and not in the send loop: the event loop's thread stays free of maths.
+                # Here and not in the send loop, to keep computation out of the event loop's thread.
                 return TensorRows(hidden) if self._wire is None else to_wire(hidden, self._wire)
         except (RuntimeError, IndexError) as error:
             raise EngineError(f"the forward of {len(batch.segments)} segments failed: {str(error)[:200]}") from error
@@ -200,7 +200,8 @@ class StageRunner:
             raise EngineError(f"the head failed on {len(rows)} rows: {str(error)[:200]}") from error
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        spans: list[Span] = []
+        placed: list[PlacedSegment] = []
+        wanted: list[int] = []  # rows of logits
         first = 0
         for segment in batch.segments:
             # All forks come first: one may move its parent's last KvBlock.
@@ -208,17 +209,18 @@ class StageRunner:
                 self._cache.fork(segment.seq_id, segment.parent, segment.start)
         for segment in batch.segments:
             placement = self._cache.extend(segment.seq_id, segment.start, segment.length)
-            spans.append(Span(first, segment.length, segment.start, placement))
+            placed.append(PlacedSegment(first, segment.length, segment.start, placement))
             first += segment.length
+            if segment.wants_logits:
+                wanted.append(first - 1)
         positions = torch.tensor([p for s in batch.segments for p in range(s.start, s.stop)], device=self._device)
-        hidden = self._model.run(self._hidden(batch, positions), positions, self._cache, spans)
+        hidden = self._model.run(self._hidden(batch, positions), positions, self._cache, placed)
         if not self._is_last:
             return hidden
-        wanted = [span.first + span.length - 1 for span, s in zip(spans, batch.segments, strict=True) if s.wants_logits]
         return hidden if wanted == list(range(len(hidden))) else hidden[wanted]
 
     def _hidden(self, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-        """Return what enters the Layers: [T, hidden_size]."""
+        """Return the input of the Layers: [T, hidden_size]."""
         if all(isinstance(payload, TokenIds) for payload in batch.payloads):
             ids = [token for payload in batch.payloads if isinstance(payload, TokenIds) for token in payload.ids]
             return self._model.embed(torch.tensor(ids, device=self._device), positions)
@@ -253,18 +255,18 @@ def _make_cache(
 ) -> KvCache:
     token_bytes = config.kv_bytes_per_token(len(layers), dtype.itemsize)
     if memory_bytes is not None:
-        return_free_memory(collect=True)  # what loading took for a while is not what the process takes
+        return_free_memory(collect=True)  # so that temporary memory of loading does not count
     free, of_limit = free_bytes(device), ""
     share = int(free * memory_share)
     if memory_bytes is not None and memory_bytes - (taken := rss_bytes()) < free:
         free = max(memory_bytes - taken, 0)
-        share = min(share, free)  # a process has its limit for itself, whoever shares the machine
+        share = min(share, free)  # a process's own limit is not shared with others on the machine
         of_limit = f" (of its {memory_bytes >> 20} MiB the process takes {taken >> 20})"
     if kv_tokens is None:
         kv_tokens = min(int(share * KV_MEMORY_SHARE) // token_bytes, MAX_SEQUENCES * config.context_tokens)
         if kv_tokens < BLOCK_TOKENS:
             raise CapacityError(
-                f"KV cache: {share >> 20} MiB{of_limit} are free behind the weights of layers {layers}, too little for "
+                f"KV cache: {share >> 20} MiB{of_limit} are free after the weights of layers {layers}, too little for "
                 f"{BLOCK_TOKENS} tokens; use more nodes, free memory, or set a higher limit"
             )
     kv_tokens = -(-kv_tokens // BLOCK_TOKENS) * BLOCK_TOKENS

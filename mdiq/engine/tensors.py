@@ -1,4 +1,4 @@
-"""Payload bytes to torch tensors and back, without a copy where memory allows. The wire's dtype names end here."""
+"""Payload bytes to torch tensors and back, without a copy where possible; names of wire formats become dtypes here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class PackedRows:
 
     def tensor(self) -> torch.Tensor:
         """Return the activations: f32 [num_rows, width]."""
-        # A copy always: bytes of a row may lie where no float may begin.
+        # Always a copy: a row's scale may not be aligned as a float.
         scale = self.data[:, -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return self.data[:, :-_SCALE_BYTES].view(torch.int8).float() * scale
 
@@ -102,5 +102,5 @@ def to_tensor(payload: Payload, width: int, dtype: torch.dtype, device: torch.de
 
 
 def _writable_view(data: Buffer) -> Buffer:
-    """Return bytes that torch takes without a warning: a copy where they are read-only."""
+    """Return bytes that torch accepts without a warning: a copy if they are read-only."""
     return bytearray(data) if isinstance(data, bytes) or memoryview(data).readonly else data

@@ -1,4 +1,4 @@
-"""What a Hop's format costs in quality: the tokens to try it with, and how far two sets of logits are apart."""
+"""Measure the loss of quality from a Hop's format: tokens to try it with, and the divergence of two sets of logits."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mdiq.engine.text.sample_text import sample_text
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ModelError
 
-_TEXT = slice(1_000, 3_000)  # characters of the sample text, behind its first headings
+_TEXT = slice(1_000, 3_000)  # characters of the sample text, after its first headings
 _STRIDE = 7_919  # a prime: neighbours are far apart in any vocabulary
 
 
@@ -24,8 +24,7 @@ def check_tokens(model: Path, count: int, vocab_size: int) -> list[int]:
 def divergence_nats(reference: torch.Tensor, other: torch.Tensor) -> float:
     """Return the mean Kullback-Leibler divergence of ``other`` from ``reference``, both logits [n, vocab_size].
 
-    It is what the log loss per token grows by, on text that the model itself would write. What is not a number
-    diverges without bound.
+    It is the increase of the log loss per token on text that the model itself would write. NaN gives infinity.
     """
     expected, found = (logits.double().log_softmax(-1) for logits in (reference, other))
     nats = float((expected.exp() * (expected - found)).sum(-1).mean())

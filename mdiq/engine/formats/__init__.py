@@ -1,1 +1,1 @@
-"""Files of models: GGUF and safetensors, what they hold, and the packed form that a ring reads."""
+"""Model files: GGUF and safetensors, and the packed form that a ring reads."""

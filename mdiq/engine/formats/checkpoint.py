@@ -1,4 +1,4 @@
-"""Weights from disk, one layer at a time: safetensors directories and GGUF files behind one interface.
+"""Weights from disk, one layer at a time: safetensors directories and GGUF files with one interface.
 
 A Checkpoint reads only what it is asked for. Names, transpositions and permutations end here: what leaves has the roles
 of ``families.py`` and the shape [out, in].

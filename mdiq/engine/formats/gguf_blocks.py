@@ -11,11 +11,11 @@ BLOCK = 32
 GROUP = 256
 """Columns that share Q4_K's scale of scales."""
 FOUR_BITS = frozenset({"Q4_0", "Q4_1", "Q4_K"})
-"""Types that 4 bits hold with all of their values."""
+"""Types that the 4-bit format represents exactly."""
 KEPT = FOUR_BITS | {"Q6_K"}
-"""Types that a file of few bits keeps as they are."""
+"""Types that the "int4" format keeps unchanged."""
 FEW_BITS = FOUR_BITS | {"Q5_0", "Q5_1", "Q5_K"}
-"""Types that 4 bits hold, and those that 4 bits would spoil though 8 are more than they need."""
+"""Types of about 4 bits: those that 4 bits hold exactly, and those between 4 and 8 bits."""
 
 Blocks = dict[str, torch.Tensor]
 """A matrix [out, in] in 4 or 6 bits: nibbles, u8 [out, in / BLOCK, BLOCK / 2], the even column's in the low half, and
@@ -89,7 +89,7 @@ def _q6_k(rows: torch.Tensor) -> Blocks:
 
 
 def q6_values(blocks: Blocks) -> torch.Tensor:
-    """Return the matrix that blocks of Q6_K stand for: f32 [out, in]."""
+    """Return the matrix that Q6_K blocks represent: f32 [out, in]."""
     nibbles, high = blocks["nibbles"], blocks["high"]
     num_out, num_blocks, _ = nibbles.shape
     upper = high.view(num_out, num_blocks, 2, 1, 4)  # [out, blocks, 2, 1, 4]

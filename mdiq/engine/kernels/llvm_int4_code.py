@@ -4,9 +4,9 @@ A lane of a vector is one row of the matrix, so that no vector's lanes are ever 
 block of 32 columns first the nibbles, in words of four bytes, the first word of each row before the second of each;
 then the ROWS scales and the ROWS offsets of their blocks, in f16. A wide vector holds two times ROWS rows.
 
-Of matrices in groups, as Q4_K has them, the scales and mins of blocks are bytes, and behind the blocks of a GROUP come
+Of matrices in groups, as Q4_K has them, the scales and mins of blocks are bytes, and after the blocks of a GROUP come
 its ROWS scales of scales and its ROWS scales of mins, in f16. What a group adds up to are then integers but for these.
-In Q6_K's groups a block has behind its nibbles the upper two bits of all of them (see gguf_blocks.py), two words for
+In Q6_K's groups a block has after its nibbles the upper two bits of all of them (see gguf_blocks.py), two words for
 each row, then two scales for each row, a byte with a sign for half of the block; there are no mins.
 
 Activations lie in blocks, too: BLOCK levels of a byte, the even columns before the odd ones; their step, which is what

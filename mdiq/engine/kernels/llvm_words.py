@@ -7,7 +7,7 @@ LANES = 16
 
 
 class Word(IntEnum):
-    """Words of a Batch; those from HIDDEN on are addresses of rows, one behind the other."""
+    """Words of a Batch; those from HIDDEN on are addresses of rows, in this order."""
 
     NUM_ROWS = 0
     ARRIVALS = auto()  # address of how often threads came to wait, 0 before the first step

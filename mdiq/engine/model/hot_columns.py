@@ -24,7 +24,7 @@ from mdiq.engine.kernels.linear import Linear
 from mdiq.engine.memory import return_free_memory
 from mdiq.engine.model.kv_cache import KvCache
 from mdiq.engine.model.layer_loading import make_norm, plain_layer
-from mdiq.engine.model.layers import Rope, Span, activated, attention_over, layer_steps, run_layer
+from mdiq.engine.model.layers import PlacedSegment, Rope, activated, attention_over, layer_steps, run_layer
 from mdiq.engine.text.sample_text import sample_text
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import MdiqError
@@ -55,7 +55,7 @@ def hot_columns(
     found: dict[str, torch.Tensor] = {}
     for i in range(config.num_layers):
         cache = KvCache(1, _TOKENS, config.num_kv_heads, config.head_dim, torch.float32, device)
-        spans = [Span(0, num_tokens, 0, cache.extend(SeqId(1), 0, num_tokens))]
+        placed = [PlacedSegment(0, num_tokens, 0, cache.extend(SeqId(1), 0, num_tokens))]
         watched: dict[str, _Watched] = {}
 
         def watch(role: str, linear: Linear, watched: dict[str, _Watched] = watched) -> Linear:
@@ -63,7 +63,7 @@ def hot_columns(
             return watched[role]
 
         weights = plain_layer(checkpoint, i, torch.float32, device, watch)
-        attend = attention_over(spans, device)
+        attend = attention_over(placed, device)
         keys, values = cache.keys[0], cache.values[0]
         steps = layer_steps(weights, config, i)
         hidden = run_layer(hidden, steps, config, keys, values, attend, angles, partial(activated, config))
@@ -104,7 +104,7 @@ def _hottest(largest: torch.Tensor, role: str) -> torch.Tensor:
         copies.append((int(places[column]), column))
         places[column] += 1
         shares[column] = largest[column] / places[column]
-    # Second copies behind all first ones: two places of a large column side by side would cost the row bits.
+    # Second copies after all first ones: two places of a large column side by side would cost the row bits.
     return torch.tensor([column for _, column in sorted(copies)], dtype=torch.int64)
 
 

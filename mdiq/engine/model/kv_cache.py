@@ -154,7 +154,7 @@ class KvCache:
         self._tables[seq_id] = _Table(blocks, num_tokens, is_run)
 
     def _clear_the_way(self, parent: _Table, num_shared: int) -> None:
-        """Move the parent's last KvBlock if it alone lies behind the shared ones, so that the fork can grow as a run.
+        """Move the parent's last KvBlock if it alone lies after the shared ones, so that the fork can grow as a run.
 
         The usual parent is the last turn of a chat: it has ended, and nobody reads that block. Without the move every
         token of the fork gathers its keys: 36 ms instead of 24 in 30 layers of SmolLM2 at 1,000 tokens, f32, one core.
@@ -199,7 +199,7 @@ class KvCache:
             table.blocks.append(block)
 
     def _roomiest(self) -> int:
-        """Return a free KvBlock with much room behind it: the start of the pool, or the middle of the longest gap."""
+        """Return a free KvBlock with much room after it: the start of the pool, or the middle of the longest gap."""
         best, best_length, at = -1, 0, self._is_free.find(1)
         while at >= 0:
             stop = self._is_free.find(0, at)

@@ -82,7 +82,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Span:
+class PlacedSegment:
     """A Segment within a Batch: rows ``first`` to ``first + length - 1``; ``start`` is its first position."""
 
     first: int
@@ -104,13 +104,13 @@ Activate = Callable[[torch.Tensor], torch.Tensor]
 """What stands between the two matmuls of an MLP; see activated."""
 
 
-def attention_over(spans: Sequence[Span], device: torch.device) -> Attend:
+def attention_over(placed: Sequence[PlacedSegment], device: torch.device) -> Attend:
     """Return the attention of a Batch, by torch."""
-    return partial(_attend, spans, write_slots(spans, device))
+    return partial(_attend, placed, write_slots(placed, device))
 
 
 def _attend(
-    spans: Sequence[Span],
+    placed: Sequence[PlacedSegment],
     writes: Slots,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -121,16 +121,16 @@ def _attend(
 ) -> torch.Tensor:
     """Store and look back; see Attend."""
     store(writes, k, v, keys, values)
-    return look_back(spans, q, keys, values, window)
+    return look_back(placed, q, keys, values, window)
 
 
-def write_slots(spans: Sequence[Span], device: torch.device) -> Slots:
+def write_slots(placed: Sequence[PlacedSegment], device: torch.device) -> Slots:
     """Return where K and V of a Batch go, in the order of its rows: one write serves all Segments."""
-    if len(spans) == 1:
-        return spans[0].placement.write
+    if len(placed) == 1:
+        return placed[0].placement.write
     slots: list[int] = []
-    for span in spans:
-        write = span.placement.write
+    for segment in placed:
+        write = segment.placement.write
         slots += range(write.start, write.stop) if isinstance(write, slice) else write.tolist()
     return torch.tensor(slots, device=device)
 
@@ -145,7 +145,7 @@ def store(writes: Slots, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, v
 
 
 def look_back(
-    spans: Sequence[Span], q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int
+    placed: Sequence[PlacedSegment], q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int
 ) -> torch.Tensor:
     """Return what each token of some Segments finds, [their tokens, Hq * D]; q is the whole Batch's. See Attend.
 
@@ -158,22 +158,22 @@ def look_back(
     seen_keys, seen_values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # [1, Hkv, slots, D]
     rows = q.view(-1, 1, num_kv_heads, groups, head_dim).unbind()  # T times [1, Hkv, G, D]
     found: list[torch.Tensor] = []
-    for span in spans:
-        read = span.placement.read
-        if span.length == 1:
-            if window and span.start >= window:
+    for segment in placed:
+        read = segment.placement.read
+        if segment.length == 1:
+            if window and segment.start >= window:
                 read = slice(read.stop - window, read.stop) if isinstance(read, slice) else read[-window:]
             # The query heads of a group read the same keys: they pass as rows of one head, and need no mask.
             one = functional.scaled_dot_product_attention(
-                rows[span.first], _seen(seen_keys, read), _seen(seen_values, read)
+                rows[segment.first], _seen(seen_keys, read), _seen(seen_values, read)
             )
             found.append(one)
             continue
-        is_plain = span.start == 0 and not (window and span.length > window)
-        mask = None if is_plain else _mask(span.start, span.length, window, q.device)
+        is_plain = segment.start == 0 and not (window and segment.length > window)
+        mask = None if is_plain else _mask(segment.start, segment.length, window, q.device)
         many = functional.scaled_dot_product_attention(
-            q[span.first : span.first + span.length]
-            .view(span.length, num_kv_heads, groups, head_dim)
+            q[segment.first : segment.first + segment.length]
+            .view(segment.length, num_kv_heads, groups, head_dim)
             .permute(1, 2, 0, 3),  # [Hkv, G, L, D]
             _seen(seen_keys, read)[0, :, None].expand(-1, groups, -1, -1),  # [Hkv, G, n, D], no copy
             _seen(seen_values, read)[0, :, None].expand(-1, groups, -1, -1),

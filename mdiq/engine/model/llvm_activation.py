@@ -1,6 +1,6 @@
 """Activation functions of the MLP, compiled on the device: one pass over a row, the same bits in any company.
 
-torch takes another way for the elements behind its last whole vector, and which these are depends on the number of
+torch takes another way for the elements after its last whole vector, and which these are depends on the number of
 rows and threads.
 """
 

@@ -13,7 +13,7 @@ import torch
 
 from mdiq.engine.kernels.llvm_matmul import compiled, compiled_or_none, in_threads
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS, Slots
-from mdiq.engine.model.layers import Span, store, write_slots
+from mdiq.engine.model.layers import PlacedSegment, store, write_slots
 from mdiq.engine.model_config import ModelConfig
 
 _FEW_SLOTS = 128  # of a thread: with fewer, telling it costs as much as its work
@@ -48,12 +48,12 @@ class CompiledAttention:
         """Return it where it is faster than torch's, None elsewhere."""
         return compiled_or_none(lambda: cls(config), dtype, device)
 
-    def over(self, spans: Sequence[Span]) -> "CompiledBatch":
+    def over(self, placed: Sequence[PlacedSegment]) -> "CompiledBatch":
         """Return the attention of one Batch, for all Layers.
 
         A token gets the same bits in any company: alone, as a token of a prompt, and however that is cut in Segments.
         """
-        return CompiledBatch(self, spans, write_slots(spans, torch.device("cpu")))
+        return CompiledBatch(self, placed, write_slots(placed, torch.device("cpu")))
 
     def all_slots(self, count: int) -> torch.Tensor:
         """Return the numbers from 0 on, at least as many: any run of slots is a part of them."""
@@ -68,22 +68,22 @@ class CompiledBatch:
     reads, width, scores: as the compiled function wants them, see llvm_attention_code.py; scores are of each thread.
     """
 
-    def __init__(self, compiled: CompiledAttention, spans: Sequence[Span], writes: Slots) -> None:
+    def __init__(self, compiled: CompiledAttention, placed: Sequence[PlacedSegment], writes: Slots) -> None:
         self._compiled, self._writes = compiled, writes
-        reads = [span.placement.read for span in spans]
+        reads = [segment.placement.read for segment in placed]
         # What lies at addresses lives as long as this does.
         self._gathered = reads
         self._slots = compiled.all_slots(max(read.stop if isinstance(read, slice) else 0 for read in reads))
         first = self._slots.data_ptr()
-        self.width = compiled.row_floats(max(span.start + span.length for span in spans))
+        self.width = compiled.row_floats(max(segment.start + segment.length for segment in placed))
         self.slots = first + 8 * writes.start if isinstance(writes, slice) else writes.data_ptr()
         most = min(max(_MAX_SCORES // (compiled.groups * self.width), 1), _MAX_TOKENS)
         tiles: list[tuple[int, int, int, int]] = []
-        for span, read in zip(spans, reads, strict=True):
+        for segment, read in zip(placed, reads, strict=True):
             address = first + 8 * read.start if isinstance(read, slice) else read.data_ptr()
             tiles += [
-                (address, span.start + i + 1, span.first + i, min(most, span.length - i))
-                for i in range(0, span.length, most)
+                (address, segment.start + i + 1, segment.first + i, min(most, segment.length - i))
+                for i in range(0, segment.length, most)
             ]
         self.reads = torch.tensor(tiles)
         self._slots_until = list(accumulate((end * count for _, end, _, count in tiles), initial=0))

@@ -100,7 +100,7 @@ class CompiledLayers:
         angles: tuple[torch.Tensor, torch.Tensor] | None,
         cache: KvCache,
     ) -> torch.Tensor:
-        """Return hidden, f32 [T, hidden_size], behind these Layers; ``angles`` as Rope.tables has them."""
+        """Return hidden, f32 [T, hidden_size], after these Layers; ``angles`` as Rope.tables has them."""
         num_rows, num_threads = len(hidden), min(torch.get_num_threads(), _MAX_THREADS)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         rows = torch.empty(num_rows, self._row_floats)
@@ -135,7 +135,7 @@ class CompiledLayers:
             arrivals.fill_(1 << 62)
             raise
         finally:
-            wait(others)  # they write to what is freed behind this
+            wait(others)  # they write to what is freed after this
         return hidden
 
     @cached_property

@@ -6,7 +6,7 @@ import torch
 
 from mdiq.core.types import SeqId
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS, KvCache
-from mdiq.engine.model.layers import Span
+from mdiq.engine.model.layers import PlacedSegment
 from mdiq.engine.model.stage_model import StageModel
 
 
@@ -21,7 +21,7 @@ def losses(
 
     Perplexity is e to the power of their mean.
 
-    model: all Layers with embedding and head, on the CPU. What is left behind the last whole window is not used.
+    model: all Layers with embedding and head, on the CPU. The rest after the last whole window is not used.
     ``progress`` is called with (done, total) in windows.
     """
     config, dtype, device = model.config, torch.float32, torch.device("cpu")
@@ -42,8 +42,8 @@ def losses(
             progress(done, len(starts))
             ids = torch.tensor(token_ids[start : start + window])
             cache.reset()
-            spans = [Span(0, window, 0, cache.extend(SeqId(0), 0, window))]
-            hidden = model.run(model.embed(ids, positions), positions, cache, spans)
+            placed = [PlacedSegment(0, window, 0, cache.extend(SeqId(0), 0, window))]
+            hidden = model.run(model.embed(ids, positions), positions, cache, placed)
             logits = model.logits(hidden)[:-1]
             found.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").double())
     progress(len(starts), len(starts))

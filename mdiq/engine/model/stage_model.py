@@ -23,8 +23,8 @@ from mdiq.engine.model.layers import (
     Activate,
     LayerWeights,
     Norm,
+    PlacedSegment,
     Rope,
-    Span,
     Step,
     activated,
     attention_over,
@@ -126,10 +126,12 @@ class StageModel:
         hidden = self._embedding(token_ids)
         return hidden if self._positions is None else hidden + self._positions[positions]
 
-    def run(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KvCache, spans: Sequence[Span]) -> torch.Tensor:
-        """Return hidden: [T, hidden_size] behind this Stage's Layers."""
-        compiled = None if self._attention is None else self._attention.over(spans)
-        attend = attention_over(spans, self._device) if compiled is None else compiled
+    def run(
+        self, hidden: torch.Tensor, positions: torch.Tensor, cache: KvCache, placed: Sequence[PlacedSegment]
+    ) -> torch.Tensor:
+        """Return hidden: [T, hidden_size] after this Stage's Layers."""
+        compiled = None if self._attention is None else self._attention.over(placed)
+        attend = attention_over(placed, self._device) if compiled is None else compiled
         angles = None if self._rope is None else self._rope.tables(positions, hidden.dtype)
         for part in self._parts:
             if isinstance(part, CompiledLayers):

@@ -1,8 +1,8 @@
 """Chat templates: messages to the prompt text that a model was trained on.
 
 A template is a program in a model's file, which the operator has chosen; it is never taken from a request. It runs in
-jinja's immutable sandbox, which keeps it from Python's internals. The size of what it writes is bounded. Its time is
-not, since a long chat on a slow board may take long: so it runs in a thread wherever others must not wait.
+jinja's immutable sandbox, which keeps it from Python's internals. The size of its output is bounded. Its time is not,
+since a long chat on a slow board may take long: so it runs in a thread wherever others must not wait.
 """
 
 import json
@@ -21,8 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mdiq.errors import ConfigError, ModelError
 
 MAX_TEMPLATE_CHARS = 1 << 17  # the longest in use, those with tool calls, have about 20 000
-MAX_CHARS = 1 << 25  # that are written, or put together; a line of a prompts file has half of it at most
-MAX_ITEMS = 1 << 20  # of a list that is put together
+MAX_CHARS = 1 << 25  # of the output, or of a concatenation; a line of a prompts file has at most half of it
+MAX_ITEMS = 1 << 20  # of a concatenated list
 MAX_RESULT_BITS = 1 << 12  # of a power
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": True,
         }
-        # One at a time: its size is counted, and each further thread that computes would hold up the event loop's.
+        # One at a time: its size is counted, and each further computing thread would slow down the event loop.
         with self._lock:
             self._environment.num_written = 0
             return self._in_words("cannot be rendered", lambda: self._template.render(variables))
@@ -101,7 +101,7 @@ class _MessagesRefusedError(TemplateError):
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's text for training; what is in it is rendered as it stands."""
+    """`{% generation %}` marks the assistant's text for training; its content is rendered unchanged."""
 
     tags = {"generation"}
 
@@ -131,7 +131,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
 
     def concat(self, parts: Iterable[str]) -> str:  # jinja keeps "".join here
-        """Join what a template, a macro or a block writes, with its own text between the values."""
+        """Join the output of a template, a macro or a block: values and the text between them."""
         written: list[str] = []
         size = 0
         for part in parts:

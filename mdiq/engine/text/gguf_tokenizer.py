@@ -1,6 +1,6 @@
-"""The tokenizer that a GGUF file describes: vocabulary, merges and the name of a pre-tokenizer, to a `tokenizers` one.
+"""Build a `tokenizers` tokenizer from a GGUF file's vocabulary, merges and name of a pre-tokenizer.
 
-Owns the table of pre-tokenizers. Parsing the file is formats/gguf_file.py's, using the result tokenizer.py's.
+Owns the table of pre-tokenizers. formats/gguf_file.py parses the file, tokenizer.py uses the result.
 Keys and defaults: ggml's docs/gguf.md and llama.cpp's llama_vocab.
 """
 
@@ -17,12 +17,12 @@ from mdiq.errors import ModelError
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 _SPECIAL_NAMES = ("bos", "eos", "unknown", "padding", "eot", "eom")
-_MAX_MERGED_CHARS = 256  # of a token that merges are derived for; the longest in use has 31
+_MAX_MERGED_CHARS = 256  # of a token for which merges are derived; the longest in use has 31
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerParts:
-    """What engine/text/tokenizer.py needs of a model, whatever its format.
+    """The input of engine/text/tokenizer.py, independent of the model's format.
 
     prefix, suffix: ids that the model wants around every text (BOS, EOS).
     special_texts: by the names that chat templates know, such as bos_token.
@@ -41,9 +41,9 @@ class TokenizerParts:
 
 @dataclass(frozen=True, slots=True)
 class _PreTokenizer:
-    """How text is cut before byte-pair merges: each pattern cuts what the ones before it left.
+    """How text is split before byte-pair merges: each pattern splits the pieces of the one before it.
 
-    ignores_merges: a piece that is a token as it stands stays whole, even if no merges lead there.
+    ignores_merges: a piece that is itself a token stays whole, even if no merges produce it.
     """
 
     patterns: tuple[str, ...]
@@ -106,7 +106,7 @@ _GPT4O_ROW = _PreTokenizer((_GPT4O,))
 # llama.cpp's names. The patterns are those of the models' own tokenizer.json, as are nfc and ignores_merges;
 # adds_bos is llama.cpp's default where the file does not say.
 _PRE_TOKENIZERS: Mapping[str, _PreTokenizer] = {
-    # What llama.cpp does with a file that names none: close to several models, and exact for few.
+    # llama.cpp's default for a file that names none: close to several models, and exact for few.
     "default": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"), _GPT2_ROW),
     **dict.fromkeys(("gigachat", "a.x-4.0", "mellum"), _GPT2_ROW),
@@ -208,7 +208,7 @@ class _Vocabulary:
         return [i for i, kind in enumerate(self.types) if kind in types]
 
     def ids(self) -> dict[str, int]:
-        """Return the id of each text; of equal ones the last counts, as in llama.cpp."""
+        """Return the id of each text; for duplicates the last id, as in llama.cpp."""
         return {text: i for i, text in enumerate(self.tokens)}
 
     @staticmethod
@@ -274,7 +274,7 @@ def _byte_level(vocabulary: _Vocabulary, pre: _PreTokenizer) -> Tokenizer:
 def _sentencepiece(vocabulary: _Vocabulary, unknown: int | None, *, has_prefix_space: bool) -> Tokenizer:
     """SentencePiece's BPE: spaces are ▁, and characters without a token become their bytes.
 
-    As in llama.cpp and SentencePiece, the space before a text comes also where the text begins with spaces.
+    As in llama.cpp and SentencePiece, a space is also put before a text that begins with spaces.
     """
     merges = _merges_from_scores(vocabulary) if vocabulary.merges is None else map(_pair, vocabulary.merges)
     backend = Tokenizer(
@@ -297,7 +297,7 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> Iterable[tuple[str, str]]:
     """Return every way to make a token from two, best first: SentencePiece joins the pair whose token scores best."""
     scores = vocabulary.scores or [0.0] * len(vocabulary.tokens)
     types = vocabulary.types or [1] * len(vocabulary.tokens)
-    # Text that spells a control or a byte token is text; SentencePiece does not match those pieces.
+    # Text that looks like a control or a byte token stays text; SentencePiece does not match those pieces.
     mergeable = {
         text: i
         for i, text in enumerate(vocabulary.tokens)
@@ -308,7 +308,7 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> Iterable[tuple[str, str]]:
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
             if left in mergeable and right in mergeable:
-                # Of equal scores the earlier token, then the longer left part, as the usual conversions rank them.
+                # For equal scores the earlier token, then the longer left part, as the usual conversions rank them.
                 ranked.append((-scores[i], i, -cut, left, right))
     ranked.sort()
     return ((left, right) for *_, left, right in ranked)
@@ -317,7 +317,7 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> Iterable[tuple[str, str]]:
 def _add_special_tokens(
     backend: Tokenizer, vocabulary: _Vocabulary, ids: Mapping[str, int], *, is_sentencepiece: bool
 ) -> None:
-    """Let special tokens be found whole in a text. Those of the user, such as <think>, stay in decoded text."""
+    """Match special tokens as a whole in a text. User-defined ones, such as <think>, stay in decoded text."""
     tokens = vocabulary.tokens
     special = {*vocabulary.of_type(_CONTROL), *(ids[name] for name in ("bos", "eos", "eot", "eom") if name in ids)}
     if is_sentencepiece:

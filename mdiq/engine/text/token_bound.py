@@ -1,4 +1,4 @@
-"""How few tokens a text can have, without tokenizing it: what cannot fit a ring is refused for milliseconds.
+"""A lower bound of a text's tokens without tokenizing it: a text that cannot fit is refused within milliseconds.
 
 Theory: a token covers at most as many characters as its own text has. The longest texts are runs (of spaces, of
 dashes), so a run counts as one character, in the text as in the tokens: tokens cut runs, which only adds to the sum.
@@ -9,12 +9,12 @@ import re
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-# These cut a text and drop nothing of it. Behaviour "Removed" of the first three does.
+# These split a text and drop nothing of it. Behaviour "Removed" of the first three does.
 _KEEPING = frozenset({"Split", "Punctuation", "Digits", "ByteLevel", "Metaspace", "Sequence"})
 
 
 class TokenBound:
-    """The bound of one tokenizer; 0 for all texts where a token may cover any number of characters."""
+    """The bound of one tokenizer; 0 for every text if a token may cover any number of characters."""
 
     def __init__(self, backend: Backend) -> None:
         self._normalizer = backend.normalizer
@@ -26,7 +26,7 @@ class TokenBound:
             type(model).__name__ != "BPE"
             or not kinds <= _KEEPING
             or '"Removed"' in cuts
-            or (model.fuse_unk and not model.byte_fallback)  # one unknown token for all of a run
+            or (model.fuse_unk and not model.byte_fallback)  # one unknown token for a whole run
             or any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
         )
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
@@ -34,7 +34,7 @@ class TokenBound:
         self._longest = 0 if covers_anything else int(_without_runs([token for token in tokens if token]).max())
 
     def min_tokens(self, text: str) -> int:
-        """Return a number of tokens that the text has at least."""
+        """Return a lower bound of the text's tokens."""
         if not self._longest or not text:
             return 0
         if self._normalizer is not None:

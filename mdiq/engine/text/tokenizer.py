@@ -25,11 +25,11 @@ from mdiq.errors import ConfigError, ContextLengthError, ModelError
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_ID = (1 << 31) - 1
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-# GPT-2's characters for bytes: printable ones are themselves, the others follow from U+0100 on.
+# GPT-2's characters for bytes: printable bytes are themselves, the others start at U+0100.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = sorted({*range(256)} - {*_PRINTABLE})
 _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
-# Special tokens with these texts end an answer, whatever else a file names; llama.cpp has them so too.
+# Special tokens with these texts end an answer, beside those that a file names; the same as in llama.cpp.
 _END_TEXTS = frozenset(
     {
         "<|im_end|>",
@@ -50,7 +50,7 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 class Tokenizer:
     """A model's tokenizer; ``load`` makes one. Threads may share it.
 
-    vocab_size: how many token ids the model has; some may have no text.
+    vocab_size: number of token ids of the model; some may have no text.
     eos_token_ids: any of them ends an answer.
     """
 
@@ -61,7 +61,7 @@ class Tokenizer:
         self.has_chat_template = parts.chat_template is not None
         added = parts.backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
-        # A file may name one end and have two; a model's directory and its GGUF file must end alike.
+        # A file may name only one of two end tokens; a model's directory and its GGUF file must give the same set.
         known = {token for token in self._special_ids if added[token].content in _END_TEXTS}
         self.eos_token_ids = parts.eos_token_ids | known
 
@@ -77,7 +77,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return a text's ids, with the model's BOS or EOS where it adds one.
 
-        Special tokens that the text spells count as such.
+        Special tokens in the text are recognized.
 
         Raises:
             ConfigError: the text holds half a surrogate pair.
@@ -88,9 +88,9 @@ class Tokenizer:
         """Refuse a text that cannot leave room for an answer among ``room`` tokens. It is not tokenized.
 
         Raises:
-            ContextLengthError: it has too many tokens; a text that passes still may.
+            ContextLengthError: it certainly has too many tokens; a text that passes may still have too many.
         """
-        if len(text) <= room:  # nothing that could hold anybody up
+        if len(text) <= room:  # short enough to tokenize quickly
             return
         least = self._bound.min_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
         if least >= room:
@@ -99,7 +99,7 @@ class Tokenizer:
             )
 
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
-        """Return params whose stop texts that are special tokens end the answer as tokens: they have no text in it."""
+        """Return params with stop texts that are special tokens as stop tokens: they have no text in an answer."""
         ids = [self._backend.token_to_id(text) for text in params.stop]
         found = tuple(token for token in ids if token in self._special_ids)
         return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
@@ -113,7 +113,7 @@ class Tokenizer:
     ) -> list[int]:
         """Return the ids of a chat in the model's own format, up to where the assistant's answer begins.
 
-        The model's BOS stands at the start once, whether its template writes it or not. room: see check_fits.
+        The model's BOS is at the start once, whether its template writes it or not. room: see check_fits.
 
         Raises:
             ConfigError: the model has no chat template, or its template refuses the messages.
@@ -121,7 +121,7 @@ class Tokenizer:
             ModelError: the template is broken or hostile.
         """
         source = self._parts.chat_template or ""
-        if "developer" not in source:  # OpenAI's newer name of the system's part
+        if "developer" not in source:  # OpenAI's newer name of the system role
             messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
         text = self._template.render(messages, self._parts.special_texts, template_kwargs)
         if room is not None:
@@ -131,15 +131,15 @@ class Tokenizer:
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids without special tokens; ids that the tokenizer lacks have none.
+        """Return the text of ids without special tokens; unknown ids have no text.
 
-        Equals what ``stream`` gives for them. Bytes that are no UTF-8 become U+FFFD.
+        Equals the output of ``stream``. Bytes that are not UTF-8 become U+FFFD.
         """
         text = self._decode([token for token in ids if 0 <= token <= _MAX_ID])
         if _REPLACEMENT not in text:
             return text
-        # A run of byte tokens that is wrong somewhere is wrong as a whole for `tokenizers`. A stream has written the
-        # characters before the wrong byte by then, so that is what counts.
+        # `tokenizers` decodes a whole run of byte tokens as U+FFFD if one byte is invalid. A stream has already
+        # written the characters before that byte, so its output is the reference.
         stream = self.stream()
         return "".join([stream.push(token) for token in ids]) + stream.finish()
 
@@ -170,11 +170,11 @@ class Tokenizer:
 
 
 class TextStream:
-    """Tokens to text, as they come: whole characters only. What `push` and `finish` return makes the text.
+    """Decode tokens as they come, in whole characters. The text is the concatenation of `push` and `finish`.
 
     Theory: the text of ids is not the sum of the texts of each (a character may need three tokens, and the space
-    before a first word is dropped), so DecodeStream decodes the ids of the last piece together with those that wait,
-    and gives what is new once it does not end within a character.
+    before a first word is dropped), so DecodeStream decodes the ids of the last piece together with the waiting ones,
+    and returns the new text once that does not end within a character.
     """
 
     def __init__(self, backend: Backend, special_ids: frozenset[int]) -> None:
@@ -200,9 +200,9 @@ class TextStream:
         return text
 
     def finish(self, *, drops_half: bool = False) -> str:
-        """Return what waits for the rest of a character that does not come.
+        """Return the text of tokens that still wait for the rest of a character.
 
-        drops_half: without half a character at the end, which would be U+FFFD; one that the tokens spell stays.
+        drops_half: without half a character at the end, which would be U+FFFD; a U+FFFD of the tokens themselves stays.
         """
         num_lost = len(self._half()) if drops_half else 0
         is_byte_level = num_lost and self._is_byte_level()
@@ -232,11 +232,11 @@ class TextStream:
         return half
 
     def _is_byte_level(self) -> bool:
-        """Return whether each character of a token's text is a byte of what it decodes to."""
+        """Return whether each character of a token's text stands for one byte."""
         return self._backend.decoder is not None and b'"ByteLevel"' in self._backend.decoder.__getstate__()
 
     def _restart(self) -> str:
-        """Go on without the last piece: the bytes that came since change how it decodes, and it is written."""
+        """Continue without the last piece: later bytes change its decoding, but it has already been written."""
         self._stream = DecodeStream(skip_special_tokens=True)
         waiting, self._given, self._waiting = self._waiting, [], []
         return "".join([self.push(token) for token in waiting])

@@ -18,7 +18,7 @@ from mdiq.engine.kernels.llvm_attention_code import sums_in_registers
 from mdiq.engine.kernels.llvm_machine import Machine
 from mdiq.engine.model import llvm_attention
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS, KvCache, Placement
-from mdiq.engine.model.layers import Span, attention_over
+from mdiq.engine.model.layers import PlacedSegment, attention_over
 from mdiq.engine.model.llvm_attention import CompiledAttention
 from mdiq.engine.model_config import ModelConfig
 
@@ -76,11 +76,11 @@ class _Batch:
                 known, wanted = min(stop - step, size - length), min(stop, size - length)
                 if wanted > known:
                     cache.extend(SeqId(i), known, wanted - known)
-        self.spans: list[Span] = []
+        self.placed: list[PlacedSegment] = []
         first = 0
         for i, (size, length) in enumerate(zip(sizes, lengths, strict=True)):
             placement = cache.extend(SeqId(i), size - length, length)
-            self.spans.append(Span(first, length, size - length, placement))
+            self.placed.append(PlacedSegment(first, length, size - length, placement))
             first += length
         # As a Layer's matmul and rotation leave them: q and k side by side, v in rows of all three.
         qk = torch.randn(first, num_heads + num_kv_heads, head_dim, generator=random)
@@ -88,18 +88,18 @@ class _Batch:
         self.q, self.k, self.v = qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
 
     def by_torch(self, window: int = 0) -> torch.Tensor:
-        attend = attention_over(self.spans, CPU)
+        attend = attention_over(self.placed, CPU)
         return attend(self.q, self.k, self.v, self.keys.clone(), self.values.clone(), window)
 
     def by_hand(self, window: int = 0) -> torch.Tensor:
         """Return what the last token of each Segment finds, in f64, one number after the other."""
         keys, values = self.keys.double(), self.values.double()
         rows = []
-        for span in self.spans:
-            last = span.first + span.length - 1
-            slots = torch.arange(len(keys))[span.placement.read]
-            keys[slots[-span.length :]] = self.k[span.first : last + 1].double()
-            values[slots[-span.length :]] = self.v[span.first : last + 1].double()
+        for segment in self.placed:
+            last = segment.first + segment.length - 1
+            slots = torch.arange(len(keys))[segment.placement.read]
+            keys[slots[-segment.length :]] = self.k[segment.first : last + 1].double()
+            values[slots[-segment.length :]] = self.v[segment.first : last + 1].double()
             slots = slots[-window:] if window else slots
             groups = self.q.shape[1] // keys.shape[1]
             heads = [
@@ -112,7 +112,7 @@ class _Batch:
 
     def by(self, compiled: CompiledAttention, window: int = 0) -> torch.Tensor:
         self.found_keys, self.found_values = self.keys.clone(), self.values.clone()
-        attend = compiled.over(self.spans)
+        attend = compiled.over(self.placed)
         return attend(self.q, self.k, self.v, self.found_keys, self.found_values, window)
 
 
@@ -123,14 +123,14 @@ SHAPES = [(9, 3, 64), (32, 4, 64), (12, 12, 64), (32, 8, 128), (40, 8, 80), (8, 
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_it_is_what_the_formula_says(shape: tuple[int, int, int], in_pieces: bool) -> None:
     batch = _Batch([1, 2, 15, 16, 17, 33, 100, 250], *shape, in_pieces=in_pieces)
-    is_run = [isinstance(span.placement.read, slice) for span in batch.spans]
+    is_run = [isinstance(segment.placement.read, slice) for segment in batch.placed]
     assert all(is_run) or in_pieces and not all(is_run)
     found = batch.by(_compiled(*shape))
     assert torch.allclose(found.double(), batch.by_hand(), atol=TOLERANCE, rtol=0)
     assert torch.allclose(found, batch.by_torch(), atol=TOLERANCE, rtol=0)
-    for span in batch.spans:
-        assert torch.equal(batch.found_keys[span.placement.write][0], batch.k[span.first])
-        assert torch.equal(batch.found_values[span.placement.write][0], batch.v[span.first])
+    for segment in batch.placed:
+        assert torch.equal(batch.found_keys[segment.placement.write][0], batch.k[segment.first])
+        assert torch.equal(batch.found_values[segment.placement.write][0], batch.v[segment.first])
 
 
 @pytest.mark.parametrize("window", [1, 12, 33, 1000])
@@ -154,18 +154,18 @@ def test_a_row_has_the_same_bits_in_any_company_and_as_a_token_of_a_prompt(seed:
     compiled = _compiled(*shape)
     together = batch.by(compiled, window)
     assert torch.allclose(together, batch.by_torch(window), atol=TOLERANCE, rtol=0)
-    spans, rows = batch.spans, (batch.q, batch.k, batch.v)
+    placed, rows = batch.placed, (batch.q, batch.k, batch.v)
     batch.keys, batch.values = batch.found_keys, batch.found_values
-    for span in spans:
-        cuts = sorted({0, span.length, *rng.sample(range(span.length), min(span.length, 3))})
-        cuts = list(range(span.length + 1)) if rng.random() < 0.3 else cuts
+    for segment in placed:
+        cuts = sorted({0, segment.length, *rng.sample(range(segment.length), min(segment.length, 3))})
+        cuts = list(range(segment.length + 1)) if rng.random() < 0.3 else cuts
         for start, stop in pairwise(cuts):
-            some = slice(span.first + start, span.first + stop)
-            read, write = span.placement.read, span.placement.write
+            some = slice(segment.first + start, segment.first + stop)
+            read, write = segment.placement.read, segment.placement.write
             here = slice(write.start + start, write.start + stop) if isinstance(write, slice) else write[start:stop]
-            seen = span.start + stop
+            seen = segment.start + stop
             until = slice(read.start, read.start + seen) if isinstance(read, slice) else read[:seen]
-            batch.spans = [Span(0, stop - start, span.start + start, Placement(here, until))]
+            batch.placed = [PlacedSegment(0, stop - start, segment.start + start, Placement(here, until))]
             batch.q, batch.k, batch.v = (tensor[some] for tensor in rows)
             assert torch.equal(batch.by(compiled, window), together[some])
 
@@ -175,8 +175,8 @@ def test_what_lies_behind_a_sequence_in_its_last_block_is_never_read() -> None:
     batch = _Batch([40, 50], 4, 2, 32, lengths=[1, 7])
     expected = batch.by(_compiled(4, 2, 32))
     seen = torch.zeros(len(batch.keys), dtype=torch.bool)
-    for span in batch.spans:
-        seen[span.placement.read] = True
+    for segment in batch.placed:
+        seen[segment.placement.read] = True
     batch.keys[~seen] = batch.values[~seen] = math.nan
     assert torch.equal(batch.by(_compiled(4, 2, 32)), expected)
 
@@ -201,11 +201,11 @@ def test_a_prompt_of_a_real_models_heads_has_the_bits_of_its_tokens_alone() -> N
         batch = _Batch([75], *shape, lengths=[70])
         compiled = _compiled(*shape)
         together = batch.by(compiled)
-        span = batch.spans[0]
-        read, write = span.placement.read, span.placement.write
+        segment = batch.placed[0]
+        read, write = segment.placement.read, segment.placement.write
         assert isinstance(read, slice) and isinstance(write, slice)
-        batch.spans = [
-            Span(
+        batch.placed = [
+            PlacedSegment(
                 i,
                 1,
                 5 + i,
@@ -237,12 +237,14 @@ def test_two_tokens_of_one_sequence_see_each_other() -> None:
     """A prompt may end in several Segments of one token: the later sees the earlier."""
     batch = _Batch([41], 4, 2, 32, lengths=[2])
     expected = batch.by_torch()
-    span = batch.spans[0]
-    assert isinstance(span.placement.read, slice) and isinstance(span.placement.write, slice)
-    read, write = span.placement.read, span.placement.write
+    segment = batch.placed[0]
+    assert isinstance(segment.placement.read, slice) and isinstance(segment.placement.write, slice)
+    read, write = segment.placement.read, segment.placement.write
     ends = (read.stop - 1, read.stop)
-    batch.spans = [
-        Span(i, 1, 39 + i, type(span.placement)(slice(write.start + i, write.start + i + 1), slice(read.start, end)))
+    batch.placed = [
+        PlacedSegment(
+            i, 1, 39 + i, type(segment.placement)(slice(write.start + i, write.start + i + 1), slice(read.start, end))
+        )
         for i, end in enumerate(ends)
     ]
     assert torch.allclose(batch.by(_compiled(4, 2, 32)), expected, atol=TOLERANCE, rtol=0)
