@@ -16,12 +16,14 @@ from torch.nn import functional
 from mdiq.engine.formats.gguf_blocks import BLOCK, q6_values, scale_and_offset
 from mdiq.engine.formats.quantize import PackedFile, unpack_int4
 from mdiq.engine.kernels.hot_split import HotSplit
+from mdiq.engine.kernels.kernel import Kernel
 from mdiq.engine.kernels.llvm_int4 import LlvmInt4, LlvmInt4Wide, LlvmQ4K, LlvmQ4KWide, LlvmQ6K, LlvmQ6KWide
 from mdiq.engine.kernels.llvm_int8 import LlvmInt8
 from mdiq.engine.memory import drop_pages
 
 _LEVELS = 127  # of an activation rounded to 8 bits, above and below 0
 _ALIGNMENT = 64  # bytes: what the widest loads want
+_FEW_ROWS = 16  # the largest batch that the first kernel of TorchInt8 serves in fast mode
 
 
 class Linear(Protocol):
@@ -69,7 +71,7 @@ class StackedLinear:
         return torch.cat([part(x) for part in self.parts], dim=1)
 
 
-class FbgemmInt8:
+class FbgemmInt8(Kernel):
     """int8 weights in FBGEMM's packing, int8 activations with one scale per row. x86 only.
 
     Batch-invariant, and so the same in both modes: what is summed are integers. Its results have the bits of LlvmInt8,
@@ -81,9 +83,9 @@ class FbgemmInt8:
     rounding = name
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
-        self._bias = _bias(file, role)
+        super().__init__(file, role, exact=exact)
         q, scale = file.tensor(f"{role}.q"), file.tensor(f"{role}.scale")
-        self._num_bytes = q.nbytes + scale.nbytes
+        self.weight_bytes = q.nbytes + scale.nbytes
         self._packed = _fbgemm_packed(q, scale)
         self._split = HotSplit.find(file, role)
         drop_pages(q)
@@ -94,11 +96,7 @@ class FbgemmInt8:
             torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return self._num_bytes + (0 if self._bias is None else self._bias.nbytes)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
         if self._split is not None:
             wide = self._split(wide)
@@ -106,40 +104,34 @@ class FbgemmInt8:
         y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             wide / step, 1.0, _LEVELS + 1, self._packed
         )
-        y.mul_(step)
-        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+        return y.mul_(step)
 
 
-class TorchInt8:
+class TorchInt8(Kernel):
     """int8 weights as they lie in the file, two kernels of torch: bf16 activations, or for many rows int8 ones.
 
     Both are batch-invariant, yet they differ from each other: in exact mode the first serves all batches. Results
     are rounded to bf16.
-
-    max_rows: the largest batch that the first kernel serves in fast mode.
     """
 
     name = "torch-int8"
     formats = ("int8",)
     rounding = name
 
-    def __init__(self, file: PackedFile, role: str, *, exact: bool, max_rows: int = 16) -> None:
+    def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        super().__init__(file, role, exact=exact)
         self._q = _mapped(file.tensor(f"{role}.q"))
         self._scale = file.tensor(f"{role}.scale").clone()
         self._split = HotSplit.find(file, role)
-        self._bias = _bias(file, role)
+        self.weight_bytes = self._q.nbytes + self._scale.nbytes
         self._ones = torch.ones(self._q.shape[0], dtype=torch.bfloat16)
-        self._max_rows = 1 << 30 if exact else max_rows
+        self._max_rows = 1 << 30 if exact else _FEW_ROWS
 
     @staticmethod
     def is_available() -> bool:
         return hasattr(torch, "_weight_int8pack_mm")
 
-    @property
-    def num_bytes(self) -> int:
-        return self._q.nbytes + self._scale.nbytes + (0 if self._bias is None else self._bias.nbytes)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         split = x if self._split is None else self._split(x)
         if x.shape[0] <= self._max_rows:
             y = torch._weight_int8pack_mm(_aligned(split.to(torch.bfloat16)), self._q, self._ones).float()
@@ -147,11 +139,10 @@ class TorchInt8:
             wide = split.float()
             step = _step(wide)
             y = torch._int_mm((wide / step).round_().to(torch.int8), self._q.t()).float().mul_(step)
-        y.mul_(self._scale)
-        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+        return y.mul_(self._scale)
 
 
-class TorchInt4:
+class TorchInt4(Kernel):
     """4-bit weights in torch's own packing, bf16 activations."""
 
     name = "torch-int4"
@@ -159,31 +150,27 @@ class TorchInt4:
     rounding = name
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        super().__init__(file, role, exact=exact)
         names = ("nibbles", "scale", "offset", "scales", "mins", "d", "dmin")
         blocks = {name: tensor for name in names if (tensor := file.find(f"{role}.{name}")) is not None}
         self._packed = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(blocks["nibbles"]).int(), 1)
         drop_pages(blocks["nibbles"])
         numbers = [part.t().to(torch.bfloat16) for part in scale_and_offset(blocks)]
         self._scales_and_zeros = torch.stack(numbers, dim=-1).contiguous()  # [in / BLOCK, out, 2]
-        self._bias = _bias(file, role)
+        self.weight_bytes = self._packed.nbytes + self._scales_and_zeros.nbytes
 
     @staticmethod
     def is_available() -> bool:
         return hasattr(torch, "_weight_int4pack_mm_for_cpu")
 
-    @property
-    def num_bytes(self) -> int:
-        bias_bytes = 0 if self._bias is None else self._bias.nbytes
-        return self._packed.nbytes + self._scales_and_zeros.nbytes + bias_bytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         y = torch._weight_int4pack_mm_for_cpu(
             _aligned(x.to(torch.bfloat16)), self._packed, BLOCK, self._scales_and_zeros
         )
-        return (y if self._bias is None else y.float().add_(self._bias)).to(x.dtype)
+        return y.float()
 
 
-class TorchQ6K:
+class TorchQ6K(Kernel):
     """Weights of Q6_K in bf16, for devices where nothing can be compiled. A matmul for every row is batch-invariant."""
 
     name = "torch-q6k"
@@ -191,38 +178,21 @@ class TorchQ6K:
     rounding = name
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        super().__init__(file, role, exact=exact)
         blocks = {name: file.tensor(f"{role}.{name}") for name in ("nibbles", "high", "scales", "d")}
         self._weight = q6_values(blocks).to(torch.bfloat16)
-        self._bias = _bias(file, role)
+        self.weight_bytes = self._weight.nbytes
         drop_pages(blocks["nibbles"])
 
     @staticmethod
     def is_available() -> bool:
         return True
 
-    @property
-    def num_bytes(self) -> int:
-        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         rows = [functional.linear(row[None], self._weight) for row in x.to(torch.bfloat16)]
-        y = torch.cat(rows).float()
-        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+        return torch.cat(rows).float()
 
 
-Kernel = (
-    LlvmInt8
-    | FbgemmInt8
-    | TorchInt8
-    | LlvmInt4
-    | LlvmInt4Wide
-    | LlvmQ4K
-    | LlvmQ4KWide
-    | LlvmQ6K
-    | LlvmQ6KWide
-    | TorchInt4
-    | TorchQ6K
-)
 KERNELS: tuple[type[Kernel], ...] = (
     LlvmInt8,
     FbgemmInt8,
@@ -308,12 +278,6 @@ def _mapped(q: torch.Tensor) -> torch.Tensor:
     copy = q.clone()
     drop_pages(q)
     return copy
-
-
-def _bias(file: PackedFile, role: str) -> torch.Tensor | None:
-    """Return a copy of a bias, [out]: a view would keep the whole file mapped."""
-    bias = file.find(f"{role}.bias")
-    return None if bias is None else bias.clone()
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

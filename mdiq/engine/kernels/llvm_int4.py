@@ -5,6 +5,7 @@ With 11264 x 2048 weights and 1 / 4 / 8 / 16 rows one core of a Zen 4 took 0.7 /
 memory takes.
 """
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -12,13 +13,13 @@ import torch
 from torch.nn import functional
 
 from mdiq.engine.device import cpu_flags
-from mdiq.engine.formats.gguf_blocks import BLOCK, GROUP
+from mdiq.engine.formats.gguf_blocks import BLOCK
 from mdiq.engine.formats.quantize import PackedFile
 from mdiq.engine.kernels.llvm_matmul import CompiledMatmul, compiled
 from mdiq.engine.memory import drop_pages
 
 
-class LlvmInt4:
+class LlvmInt4(CompiledMatmul):
     """4-bit weights, int8 activations with one scale (``step``) for each block of a row.
 
     A block of weights is w = scale * (q - 8) + offset, q in 0..15, scale and offset kept as f16 in a unit for each row
@@ -32,19 +33,17 @@ class LlvmInt4:
     _build: ClassVar[dict[str, int]] = {}
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        super().__init__(file, role, exact=exact)
         machine = compiled("llvm_int4_code", **self._build)
         from mdiq.engine.kernels.llvm_int4_code import row_bytes
 
         num_out, num_blocks, _ = file.shape(f"{role}.nibbles")  # u8 [out, in / BLOCK, BLOCK / 2]
         num_in = num_blocks * BLOCK
         packed, unit = self._interleaved(file, role)
-        bias = file.find(f"{role}.bias")
-
-        self.matmul = CompiledMatmul(
+        self.set_up(
             machine,
             weights=(packed, unit),
             sizes=(num_in,),
-            bias=None if bias is None else bias.clone(),
             num_in=num_in,
             num_out=num_out,
             num_padded=len(unit),
@@ -78,13 +77,6 @@ class LlvmInt4:
             drop_pages(mapped)
         return packed, functional.pad(unit, (0, -len(unit) % ROWS))
 
-    @property
-    def num_bytes(self) -> int:
-        return self.matmul.num_bytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.matmul(x)
-
 
 class LlvmInt4Wide(LlvmInt4):
     """The same, to the last bit, with vectors of 512 bits."""
@@ -111,14 +103,7 @@ class LlvmQ4K(LlvmInt4):
 
     @staticmethod
     def _interleaved(file: PackedFile, role: str) -> tuple[torch.Tensor, torch.Tensor]:
-        nibbles, scales, mins, d, dmin = (
-            file.tensor(f"{role}.{name}") for name in ("nibbles", "scales", "mins", "d", "dmin")
-        )
-        blocks = [_in_lanes(tensor, size) for tensor, size in ((nibbles, 4), (scales, 1), (mins, 1))]
-        groups = torch.cat(blocks, dim=-1).view(-1, d.shape[1], GROUP // BLOCK * sum(part.shape[-1] for part in blocks))
-        packed = torch.cat((groups, _in_lanes(d, 2), _in_lanes(dmin, 2)), dim=-1)
-        drop_pages(nibbles)
-        return packed, torch.ones(packed.shape[0] * blocks[1].shape[-1])
+        return _in_groups(file, role, {"nibbles": 4, "scales": 1, "mins": 1}, ("d", "dmin"))
 
 
 class LlvmQ4KWide(LlvmQ4K):
@@ -141,14 +126,7 @@ class LlvmQ6K(LlvmInt4):
 
     @staticmethod
     def _interleaved(file: PackedFile, role: str) -> tuple[torch.Tensor, torch.Tensor]:
-        from mdiq.engine.kernels.llvm_int4_code import ROWS
-
-        nibbles, high, scales, d = (file.tensor(f"{role}.{name}") for name in ("nibbles", "high", "scales", "d"))
-        blocks = [_in_lanes(tensor, size) for tensor, size in ((nibbles, 4), (high, 4), (scales, 2))]
-        groups = torch.cat(blocks, dim=-1).view(-1, d.shape[1], GROUP // BLOCK * sum(part.shape[-1] for part in blocks))
-        packed = torch.cat((groups, _in_lanes(d, 2)), dim=-1)
-        drop_pages(nibbles)
-        return packed, torch.ones(packed.shape[0] * ROWS)
+        return _in_groups(file, role, {"nibbles": 4, "high": 4, "scales": 2}, ("d",))
 
 
 class LlvmQ6KWide(LlvmQ6K):
@@ -160,6 +138,25 @@ class LlvmQ6KWide(LlvmQ6K):
     @staticmethod
     def is_available() -> bool:
         return LlvmInt4Wide.is_available()
+
+
+def _in_groups(
+    file: PackedFile, role: str, of_blocks: Mapping[str, int], of_groups: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix in groups, see LlvmInt4._interleaved: the blocks of each group, then the group's own numbers.
+
+    of_blocks: the names of tensors with numbers of each block, and how many bytes of a row stay together.
+    of_groups: those with one f16 for each group.
+    """
+    from mdiq.engine.kernels.llvm_int4_code import ROWS
+
+    tensors = {name: file.tensor(f"{role}.{name}") for name in (*of_blocks, *of_groups)}
+    blocks = torch.cat([_in_lanes(tensors[name], size) for name, size in of_blocks.items()], dim=-1)
+    num_groups = tensors[of_groups[0]].shape[1]
+    groups = blocks.view(len(blocks), num_groups, -1)
+    packed = torch.cat((groups, *(_in_lanes(tensors[name], 2) for name in of_groups)), dim=-1)
+    drop_pages(tensors["nibbles"])
+    return packed, torch.ones(len(packed) * ROWS)
 
 
 def _in_lanes(part: torch.Tensor, size: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from mdiq.engine.kernels.hot_split import HotSplit
 from mdiq.engine.kernels.llvm_matmul import CompiledMatmul, compiled
 
 
-class LlvmInt8:
+class LlvmInt8(CompiledMatmul):
     """int8 weights as they lie in the file, int8 activations with one scale (``step``) per row.
 
     y = scale * step * sum(q * a), the sum in integers: batch-invariant, the same in both modes, and the same bits as
@@ -27,6 +27,7 @@ class LlvmInt8:
     rounding = "int8 rows"
 
     def __init__(self, file: PackedFile, role: str, *, exact: bool) -> None:
+        super().__init__(file, role, exact=exact)
         machine = compiled("llvm_int8_code")
         from mdiq.engine.kernels.llvm_int8_code import STEP, ZERO, row_bytes
 
@@ -37,14 +38,12 @@ class LlvmInt8:
         if num_in % STEP or num_copies % STEP:
             raise RuntimeError(f"{num_in} columns are no multiple of {STEP}")
         starts = q.sum(1, dtype=torch.int32).mul_(-ZERO)
-        bias = file.find(f"{role}.bias")
         spread = (torch.empty(0),) * 2 if split is None else (split.hot, split.share)
-        self.matmul = CompiledMatmul(
+        self.set_up(
             machine,
             weights=(q, file.tensor(f"{role}.scale").clone(), starts),
             sizes=(num_in, num_copies),
             more=spread,
-            bias=None if bias is None else bias.clone(),
             num_in=num_in - num_copies,
             num_out=num_out,
             row_bytes=row_bytes(num_in, num_copies),
@@ -53,10 +52,3 @@ class LlvmInt8:
     @staticmethod
     def is_available() -> bool:
         return bool({"avx2", "asimddp"} & cpu_flags()) and find_spec("llvmlite") is not None
-
-    @property
-    def num_bytes(self) -> int:
-        return self.matmul.num_bytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.matmul(x)

@@ -13,6 +13,7 @@ import torch
 
 from mdiq.cache import cache_directory
 from mdiq.engine.device import cpu_flags
+from mdiq.engine.kernels.kernel import Kernel
 from mdiq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,41 +26,36 @@ _OUTPUT_STEP = 16  # a thread's outputs begin at a multiple
 _LINE = 64  # bytes
 
 
-class CompiledMatmul:
-    """y = x W^T + bias by functions ``prepare`` and ``multiply`` of a machine; see llvm_code.build_multiply.
+class CompiledMatmul(Kernel):
+    """A matmul by functions ``prepare`` and ``multiply`` of a machine; see llvm_tiles_code.build_multiply.
 
     machine: whose functions they are. words: the matrix as they want it described. row_bytes: what a row of rounded
     activations takes, a multiple of 64. num_padded: columns of y that multiply fills, of which num_out are results.
     """
 
-    def __init__(
+    def set_up(
         self,
         machine: "Machine",
         *,
         weights: Sequence[torch.Tensor],
         sizes: Sequence[int],
         more: Sequence[torch.Tensor] = (),
-        bias: torch.Tensor | None,
         num_in: int,
         num_out: int,
         num_padded: int | None = None,
         row_bytes: int,
     ) -> None:
-        """Describe a matrix: by its weights, its sizes, and what else ``prepare`` reads. bias: f32 [out]."""
-        self._weights, self._more = weights, more  # what lies at addresses lives as long as this does
-        self.machine, self.bias = machine, bias
+        """Describe a matrix: by its weights, its sizes, and what else ``prepare`` reads."""
+        self._addressed = (*weights, *more)  # tensors at addresses live as long as this does
+        self.machine = machine
         self.words = torch.tensor([*(w.data_ptr() for w in weights), *sizes, *(other.data_ptr() for other in more)])
         self.num_in, self.num_out, self.num_padded = num_in, num_out, num_padded or num_out
         self.row_bytes = -(-row_bytes // _LINE) * _LINE
+        self.weight_bytes = sum(tensor.nbytes for tensor in weights)
         self._prepare = machine.function("prepare", 3, 3)
         self._multiply = machine.function("multiply", 3, 4)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._weights, self.bias) if tensor is not None)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [n, out], x's dtype, for x: [n, in]."""
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float().contiguous()
         num_rows, num_in = wide.shape
         if num_in != self.num_in:  # compiled code checks nothing
@@ -72,9 +68,7 @@ class CompiledMatmul:
         bounds.append(self.num_padded)
         given = (words, rounded, y.data_ptr(), self.num_padded)
         in_threads(self._multiply, [(*given, first, stop, num_rows) for first, stop in pairwise(bounds)])
-        if self.num_padded > self.num_out:
-            y = y[:, : self.num_out].contiguous()
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+        return y[:, : self.num_out].contiguous() if self.num_padded > self.num_out else y
 
 
 class _Rounded(threading.local):

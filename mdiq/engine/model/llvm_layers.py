@@ -204,6 +204,5 @@ class CompiledLayers:
 def _matmuls(linear: Linear) -> list[CompiledMatmul] | None:
     """Return the compiled matmuls that a matrix is made of, one above the other, or None where it has others."""
     parts = linear.parts if isinstance(linear, StackedLinear) else [linear]
-    matmuls = [getattr(part, "matmul", None) for part in parts]
-    found = [matmul for matmul in matmuls if isinstance(matmul, CompiledMatmul) and matmul.num_padded == matmul.num_out]
+    found = [part for part in parts if isinstance(part, CompiledMatmul) and part.num_padded == part.num_out]
     return found if len(found) == len(parts) else None
