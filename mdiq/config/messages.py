@@ -34,36 +34,26 @@ SECTIONS: dict[Loc, type[BaseModel]] = {
 
 _NOUNS: dict[Loc, str] = {(): "the file", ("nodes",): "a node", ("links", "hops"): "a hop"}
 _SECRETS = {
-    "private_key": "make a new key with `mdiq keys`",
-    "secret_key": "make a new key with `mdiq keys`",
-    "secret": "make a new key with `mdiq keys`",
-    "api_key": "write it into the file that api.keys_file names",
+    **dict.fromkeys(("private_key", "secret_key", "secret"), "make a new key with `mdiq keys`"),
+    **dict.fromkeys(("api_key", "token"), "write it into the file that api.keys_file names"),
     "api_keys": "write them into the file that api.keys_file names",
     "password": "see security in configs/README.md",
-    "token": "write it into the file that api.keys_file names",
 }
-_MEANT = {
-    "ip": "address",
-    "host": "address",
-    "hostname": "address",
-    "port": "data_port",
-    "mem": "memory",
-    "ram": "memory",
-    "memory_limit": "memory",
-    "gpu": "device",
-    "cores": "threads",
-    "cpus": "threads",
-    "starter": "role",
-    "type": "role",
-    "id": "name",
-    "key": "public_key",
-    "pubkey": "public_key",
-    "hosts": "nodes",
-    "devices": "nodes",
-    "bandwidth": "transfer_limit",
-    "quantization": "weights",
-    "file": "path",
+_WRITTEN = {
+    "address": "ip host hostname",
+    "data_port": "port",
+    "memory": "mem ram memory_limit",
+    "device": "gpu",
+    "threads": "cores cpus",
+    "role": "starter type",
+    "name": "id",
+    "public_key": "key pubkey",
+    "nodes": "hosts devices",
+    "transfer_limit": "bandwidth",
+    "weights": "quantization",
+    "path": "file",
 }
+_MEANT = {written: meant for meant, words in _WRITTEN.items() for written in words.split()}
 """What people write -> the key that they mean, where that is one of the section."""
 
 

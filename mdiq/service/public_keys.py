@@ -1,6 +1,6 @@
 """The public keys of a topology's nodes: where in its text they belong, and the text with new ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,12 +145,10 @@ def _compose(file: Path, text: str) -> yaml.Node | None:
         raise ConfigError(f"{file}: not YAML: {str(error).splitlines()[0]}") from None
 
 
-def _pairs(node: yaml.MappingNode, key: str) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    return ((k, v) for k, v in node.value if isinstance(k, yaml.ScalarNode) and k.value == key)
-
-
 def _pair(node: yaml.MappingNode, key: str) -> tuple[yaml.Node | None, yaml.Node | None]:
-    return next(_pairs(node, key), (None, None))
+    """Return the first key of that name and its value; None if there is none."""
+    found = ((k, v) for k, v in node.value if isinstance(k, yaml.ScalarNode) and k.value == key)
+    return next(found, (None, None))
 
 
 def _value(node: yaml.MappingNode, key: str) -> yaml.Node | None:
