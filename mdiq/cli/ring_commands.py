@@ -35,9 +35,10 @@ class RunOptions:
         float, typer.Option(min=1, help="Seconds to wait for the nodes of a topology to join, at most.")
     ] = 120.0
     even_split: EvenSplit = False
-    prompts: Annotated[Path | None, typer.Option(help="File of JSON lines, one request each, instead of a prompt.")] = (
-        None
-    )
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File of JSON lines, one request each, instead of a prompt."),
+    ] = None
     out: Annotated[Path | None, typer.Option(help="Write results to this file as JSON lines, as they finish.")] = None
     resume: Annotated[bool, typer.Option("--resume", help="Continue where --out stopped.")] = False
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")] = 256
@@ -48,9 +49,10 @@ class RunOptions:
     min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this times the most likely.")] = 0.0
     repetition_penalty: Annotated[float, typer.Option(help="Over 1 avoids tokens seen before.")] = 1.0
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None
-    stop_token_id: Annotated[list[int] | None, typer.Option(help="A token that ends the answer; may be repeated.")] = (
-        None
-    )
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(help="A token that ends the answer; may be repeated."),
+    ] = None
     seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0
     raw: Annotated[bool, typer.Option("--raw", help="Use prompts as they are, without the chat template.")] = False
     in_process: Annotated[
