@@ -30,7 +30,7 @@ from torch.nn import functional
 from mdiq.cache import Use, locked, make_room, no_space, put_whole, says_no_space, scratch_directory, temporary, use
 from mdiq.engine.formats.about import About
 from mdiq.engine.formats.checkpoint import Checkpoint
-from mdiq.engine.formats.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, Blocks
+from mdiq.engine.formats.gguf_blocks import BLOCK, FEW_BITS, FOUR_BITS, KEPT, Blocks
 from mdiq.errors import ModelError
 
 FORMATS = ("int8", "int4")
@@ -41,7 +41,7 @@ _HOT_SHARES = {"down": 0.08}  # its activations are products, and spread the mos
 _HOT_STEP = 32  # columns: what the kernels take
 _MAX_PAIR = 127.4  # steps: rounding may add 1, and 255 * 128 is the most that 16 bits hold
 _ROWS = 4_096  # of the vocabulary, packed at a time: a whole one in f32 may be larger than a layer
-_PACKING = threading.Lock()  # a Starter packs for itself and for others: one layer at a time
+_PACKING = threading.Lock()  # a Starter packs for itself and for others: one layer at a time is held in f32
 _PACKING_S = 1.0
 _ABOUT = "mdiq"  # the one key of a file's metadata: safetensors does not keep the order of several
 _SYMMETRIC_ERROR = 1e-3  # of a scale: below it a block came from a format without offsets
@@ -237,16 +237,28 @@ class PackedModel:
         """Return a file of this model, made now if there is none."""
         if (file := self._found(name)) is not None:
             return file
-        while not _PACKING.acquire(timeout=_PACKING_S):
-            self._on_step()
-        try:
+        # What keeps its bytes need not wait until a Starter has read its text for the hot columns of its head.
+        with contextlib.nullcontext() if self._keeps_bytes(name) else self._packing_alone():
             if (file := self._found(name)) is None:
                 self.has_packed = True
                 path = self._folder / f"{name}.safetensors"
                 file = written(path, make(), self._scratch, about=self._about(name))
+        return file
+
+    def _keeps_bytes(self, name: str) -> bool:
+        """Whether a file is made without any matrix in f32."""
+        if name == "ends":
+            return False
+        return self._is_plain or (self._keeps_blocks and self._checkpoint.layer_kinds() <= KEPT)
+
+    @contextlib.contextmanager
+    def _packing_alone(self) -> Iterator[None]:
+        while not _PACKING.acquire(timeout=_PACKING_S):
+            self._on_step()
+        try:
+            yield
         finally:
             _PACKING.release()
-        return file
 
     def _found(self, name: str) -> PackedFile | None:
         for folder in (self._kept, self._folder):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -316,6 +317,25 @@ def test_a_file_that_cannot_be_read_is_one_line(packing: LayerPacking, tmp_path:
         with pytest.raises(ModelError, match="cannot be read .*; delete it, it is fetched again") as caught:
             LayerFiles({0: path}, use(tmp_path))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "waits"), [("gguf/4", "int4", False), ("gguf", "plain", False), ("gguf", "int8", True)]
+)
+def test_a_layer_that_keeps_its_bytes_is_packed_while_a_starter_packs_its_own(
+    name: str, weights: str, waits: bool, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads a text in f32 first, for as long as a transfer takes; of other layers one is held in f32 at a time."""
+    monkeypatch.setattr(quantize, "_PACKING_S", 0.01)
+    packing = LayerPacking(_model(name, tmp_path), weights, cache / "packed")
+    with quantize._PACKING:
+        finding = threading.Thread(target=packing.find, args=[1])
+        finding.start()
+        finding.join(0.5 if waits else 30)
+        assert finding.is_alive() == waits
+    finding.join(30)
+    assert packing.find(1).exists()
+    packing.close()
 
 
 def test_what_a_killed_packing_left_goes_with_the_next_one(packing: LayerPacking, cache: Path) -> None:
