@@ -14,6 +14,7 @@ from mdiq.engine.formats.gguf_file import GgufFile
 from mdiq.errors import ModelError
 
 _MAX_JSON_BYTES = 64 << 20
+_COUNTS = "num_layers hidden_size num_heads num_kv_heads head_dim mlp_size vocab_size context_tokens".split()
 T = TypeVar("T")
 
 
@@ -73,18 +74,8 @@ class ModelConfig:
 
     def check(self, where: str) -> None:
         """Raise ModelError when the numbers cannot be those of a model."""
-        counts = {
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "mlp_size": self.mlp_size,
-            "vocab_size": self.vocab_size,
-            "context_tokens": self.context_tokens,
-        }
-        for name, count in counts.items():
-            if not 1 <= count < 2**31:
+        for name in _COUNTS:
+            if not 1 <= (count := getattr(self, name)) < 2**31:
                 raise ModelError(f"{where}: {name} is {count}; it must be from 1 to 2^31: fetch the model again")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{where}: {self.num_heads} heads do not share {self.num_kv_heads} KV heads evenly")
@@ -135,7 +126,7 @@ def config_from_hf(config: Mapping[str, object], where: str) -> ModelConfig:
     Raises:
         ModelError: the family or something it uses is not supported, or a field is missing or of the wrong type.
     """
-    family = _family(_get(config, "model_type", str, where, ""), where)
+    family = _family(_Fields(config, where).get("model_type", str, ""), where)
     parts = [("", config), *((f"{key}.", part) for key, part in config.items() if isinstance(part, Mapping))]
     for prefix, part in parts:
         for key in ("quantization_config", "compression_config"):
@@ -146,7 +137,7 @@ def config_from_hf(config: Mapping[str, object], where: str) -> ModelConfig:
                     "read; use the model's original directory (bf16, f16 or f32), or a .gguf file (Q4_K_M or Q8_0)"
                 )
     read = _gpt2_from_hf if family.has_gpt2_config else _llama_from_hf
-    result = read(config, family, where)
+    result = read(_Fields(config, where), family)
     result.check(where)
     return result
 
@@ -263,112 +254,123 @@ def _rope_from_gguf(file: GgufFile, architecture: str) -> RopeConfig:
     return RopeConfig(theta, factor if kind == "linear" and factor > 0 else 1.0)
 
 
-def _gpt2_from_hf(config: Mapping[str, object], family: Family, where: str) -> ModelConfig:
-    activation = _get(config, "activation_function", str, where, "gelu_new")
+def _gpt2_from_hf(config: "_Fields", family: Family) -> ModelConfig:
+    activation = config.get("activation_function", str, "gelu_new")
     if activation not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise ModelError(f"{where}: activation_function {activation!r} is not supported; only gelu_new is")
+        raise ModelError(f"{config.where}: activation_function {activation!r} is not supported; only gelu_new is")
     needed = {
         "scale_attn_by_inverse_layer_idx": False,
         "reorder_and_upcast_attn": False,
         "scale_attn_weights": True,
     }
     for name, wanted in needed.items():
-        if _get(config, name, bool, where, wanted) is not wanted:
-            raise ModelError(f"{where}: {name} is {not wanted}; only {wanted} is supported")
-    hidden_size, num_heads = _get(config, "n_embd", int, where), _get(config, "n_head", int, where)
+        if config.get(name, bool, wanted) is not wanted:
+            raise ModelError(f"{config.where}: {name} is {not wanted}; only {wanted} is supported")
+    hidden_size, num_heads = config.get("n_embd", int), config.get("n_head", int)
     return ModelConfig(
         family=family,
-        num_layers=_get(config, "n_layer", int, where),
+        num_layers=config.get("n_layer", int),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=hidden_size // max(num_heads, 1),
-        mlp_size=_get(config, "n_inner", int, where, 4 * hidden_size),
-        vocab_size=_get(config, "vocab_size", int, where),
-        context_tokens=_get(config, "n_positions", int, where, 1024),
-        norm_eps=_get(config, "layer_norm_epsilon", float, where, 1e-5),
-        is_tied=_get(config, "tie_word_embeddings", bool, where, True),
+        mlp_size=config.get("n_inner", int, 4 * hidden_size),
+        vocab_size=config.get("vocab_size", int),
+        context_tokens=config.get("n_positions", int, 1024),
+        norm_eps=config.get("layer_norm_epsilon", float, 1e-5),
+        is_tied=config.get("tie_word_embeddings", bool, True),
     )
 
 
-def _llama_from_hf(config: Mapping[str, object], family: Family, where: str) -> ModelConfig:
-    activation = _get(config, "hidden_act", str, where, "silu")
+def _llama_from_hf(config: "_Fields", family: Family) -> ModelConfig:
+    activation = config.get("hidden_act", str, "silu")
     if activation != "silu":
-        raise ModelError(f"{where}: hidden_act {activation!r} is not supported; only silu is")
-    num_layers = _get(config, "num_hidden_layers", int, where)
-    num_heads = _get(config, "num_attention_heads", int, where)
-    hidden_size = _get(config, "hidden_size", int, where)
-    context_tokens = _get(config, "max_position_embeddings", int, where, 2048)
-    window, windowed = _windows(config, family, num_layers, context_tokens, where)
+        raise ModelError(f"{config.where}: hidden_act {activation!r} is not supported; only silu is")
+    num_layers = config.get("num_hidden_layers", int)
+    num_heads = config.get("num_attention_heads", int)
+    hidden_size = config.get("hidden_size", int)
+    context_tokens = config.get("max_position_embeddings", int, 2048)
+    window, windowed = _windows(config, family, num_layers, context_tokens)
     return ModelConfig(
         family=family,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
-        num_kv_heads=_get(config, "num_key_value_heads", int, where, num_heads),
-        head_dim=_get(config, "head_dim", int, where, hidden_size // max(num_heads, 1)),
-        mlp_size=_get(config, "intermediate_size", int, where),
-        vocab_size=_get(config, "vocab_size", int, where),
+        num_kv_heads=config.get("num_key_value_heads", int, num_heads),
+        head_dim=config.get("head_dim", int, hidden_size // max(num_heads, 1)),
+        mlp_size=config.get("intermediate_size", int),
+        vocab_size=config.get("vocab_size", int),
         context_tokens=context_tokens,
-        norm_eps=_get(config, "rms_norm_eps", float, where, 1e-6),
-        rope=_rope_from_hf(config, where),
-        is_tied=_get(config, "tie_word_embeddings", bool, where, False),
+        norm_eps=config.get("rms_norm_eps", float, 1e-6),
+        rope=_rope_from_hf(config),
+        is_tied=config.get("tie_word_embeddings", bool, False),
         sliding_window=window,
         windowed_layers=windowed,
     )
 
 
-def _windows(
-    config: Mapping[str, object], family: Family, num_layers: int, context_tokens: int, where: str
-) -> tuple[int, frozenset[int]]:
+def _windows(config: "_Fields", family: Family, num_layers: int, context_tokens: int) -> tuple[int, frozenset[int]]:
     """Return the sliding window and the layers that have it; (0, none) if no sequence can be longer than it."""
-    window = _get(config, "sliding_window", int, where, 0)
-    if family.window is Window.BY_KEYS and not _get(config, "use_sliding_window", bool, where, False):
+    window = config.get("sliding_window", int, 0)
+    if family.window is Window.BY_KEYS and not config.get("use_sliding_window", bool, False):
         window = 0
     if family.window is Window.NONE or not 0 < window < context_tokens:
         return 0, frozenset()
-    kinds = config.get("layer_types")
+    kinds = config.values.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == num_layers:
         return window, frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    first = _get(config, "max_window_layers", int, where, 0) if family.window is Window.BY_KEYS else 0
+    first = config.get("max_window_layers", int, 0) if family.window is Window.BY_KEYS else 0
     return window, frozenset(range(first, num_layers))
 
 
-def _rope_from_hf(config: Mapping[str, object], where: str) -> RopeConfig:
+def _rope_from_hf(config: "_Fields") -> RopeConfig:
     # Transformers 5 writes rope_parameters; earlier ones rope_theta and rope_scaling.
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping):
-        raise ModelError(f"{where}: rope_scaling is not an object; fetch the model again")
-    theta = _get(parameters, "rope_theta", float, where, _get(config, "rope_theta", float, where, 10_000.0))
-    share = _get(
-        parameters, "partial_rotary_factor", float, where, _get(config, "partial_rotary_factor", float, where, 1.0)
-    )
+    scaling = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise ModelError(f"{config.where}: rope_scaling is not an object; fetch the model again")
+    parameters = _Fields(scaling, config.where)
+    theta = parameters.get("rope_theta", float, config.get("rope_theta", float, 10_000.0))
+    share = parameters.get("partial_rotary_factor", float, config.get("partial_rotary_factor", float, 1.0))
     if share != 1.0:
-        raise ModelError(f"{where}: partial_rotary_factor is {share}; only 1 is supported: use another model")
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        raise ModelError(f"{config.where}: partial_rotary_factor is {share}; only 1 is supported: use another model")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, _get(parameters, "factor", float, where))
+        return RopeConfig(theta, parameters.get("factor", float))
     if kind == "llama3":
         return RopeConfig(
             theta,
             llama3=(
-                _get(parameters, "factor", float, where),
-                _get(parameters, "low_freq_factor", float, where),
-                _get(parameters, "high_freq_factor", float, where),
-                _get(parameters, "original_max_position_embeddings", int, where),
+                parameters.get("factor", float),
+                parameters.get("low_freq_factor", float),
+                parameters.get("high_freq_factor", float),
+                parameters.get("original_max_position_embeddings", int),
             ),
         )
-    raise ModelError(f"{where}: rope scaling {kind!r} is not supported; use a model with default, linear or llama3")
+    raise ModelError(
+        f"{config.where}: rope scaling {kind!r} is not supported; use a model with default, linear or llama3"
+    )
 
 
-def _get(config: Mapping[str, object], key: str, kind: type[T], where: str, default: T | None = None) -> T:
-    value = config.get(key)
-    value = default if value is None else value
-    if kind is float and type(value) is int:
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        found = "is missing" if value is None else f"is {value!r}"
-        raise ModelError(f"{where}: {key} {found}; expected {kind.__name__}: fetch the model again")
-    return value
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """The fields of a JSON object. where: names its file in errors."""
+
+    values: Mapping[str, object]
+    where: str
+
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """Return a field of type ``kind``, or the default without one.
+
+        Raises:
+            ModelError: it is missing, or of another type.
+        """
+        value = self.values.get(key)
+        value = default if value is None else value
+        if kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            found = "is missing" if value is None else f"is {value!r}"
+            raise ModelError(f"{self.where}: {key} {found}; expected {kind.__name__}: fetch the model again")
+        return value
