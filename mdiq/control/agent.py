@@ -30,7 +30,7 @@ class Agent:
 
     load: does what an Assign says and returns what it gave; send_burst and begin, likewise. A newer Assign, or the end,
     cancels it.
-    stand_by: told why the Ring goes without this Node.
+    stand_by: called when the Ring goes without this Node.
     heartbeat: returns the figures of now.
     spans: returns the trace so far.
     """
@@ -44,7 +44,7 @@ class Agent:
         load: Callable[[control.Assign], Awaitable[control.Ready]],
         send_burst: Callable[[control.SendBurst], Awaitable[control.BurstSent]],
         begin: Callable[[control.Begin], Awaitable[control.Begun]],
-        stand_by: Callable[[str], None],
+        stand_by: Callable[[control.StandBy], None],
         heartbeat: Callable[[], control.Heartbeat],
         spans: Callable[[], Sequence[Span]],
     ) -> None:
@@ -140,7 +140,7 @@ class Agent:
                                 await self._say_goodbye()
                         return
                     case control.StandBy():
-                        self._stand_by(message.reason)
+                        self._stand_by(message)
                     case control.Assign() | control.SendBurst() | control.Begin() if message in self._answers:
                         if (answer := self._answers[message]) is not None:
                             self._post(answer)

@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar
 import structlog
 
 from mdiq import errors
+from mdiq.control.standby import Standby
 from mdiq.core import control
 from mdiq.core.membership import Membership, NodeState
 from mdiq.core.types import NodeId
@@ -33,7 +34,7 @@ class Coordinator:
     A call to Nodes ends when all have answered, or as soon as one of them is gone, which may have answered already.
     on_fault: called with Faults; on_loading: with a Node's progress; on_lost: with Nodes that are gone.
     drains_strangers: a Node that speaks and has not joined still serves an earlier Starter's Ring; tell it to end, so
-    that it joins this one. standing_by: Nodes that the Ring goes without, and why; they are told so when they come.
+    that it joins this one. standby: Nodes that the Ring goes without.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Coordinator:
         on_loading: Callable[[NodeId, control.Loading], None],
         on_lost: Callable[[NodeId, MdiqError], None],
         drains_strangers: bool = False,
-        standing_by: Mapping[NodeId, str] | None = None,
+        standby: Standby | None = None,
     ) -> None:
         self._server = server
         self._key = key
@@ -61,8 +62,7 @@ class Coordinator:
         self._on_lost = on_lost
         self._drains_strangers = drains_strangers
         self._drained_strangers: dict[bytes, float] = {}  # and when they were told
-        self._standing_by = dict(standing_by or {})
-        self._idle: dict[NodeId, bytes] = {}  # those that have come, by where they speak from
+        self._standby = standby or Standby()
         self._is_draining = False
         self._members = Membership(lease_s)
         self._identities: dict[NodeId, bytes] = {}
@@ -125,18 +125,13 @@ class Coordinator:
         """Return a future of what a Node sees of a burst that it receives; raises as ``begin`` does."""
         return self._await(node, control.BurstArrived, number)
 
-    def replace_standing_by(self, standing_by: Mapping[NodeId, str]) -> None:
-        """Have other Nodes stand by; those that do no more are strangers from now on."""
-        self._standing_by = dict(standing_by)
-        self._idle = {node: identity for node, identity in self._idle.items() if node in standing_by}
-
     async def drain(self, deadline_s: float) -> None:
         """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
         self._is_draining = True
         for node in self._identities:
             if not self._gone[node].done():
                 await self._send(node, control.Drain())
-        for identity in self._idle.values():  # the next Ring may have work for them
+        for identity in self._standby.identities:  # the next Ring may have work for them
             await self._send_to(identity, control.Drain())
         waiting = [self._gone[node] for node in self._identities]
         if waiting:
@@ -169,9 +164,9 @@ class Coordinator:
                 await junk.spent(self._clock() - start_s)
 
     async def _take_in(self, identity: bytes, message: control.Message) -> None:
-        if isinstance(message, control.Hello) and message.node in self._standing_by:
+        if isinstance(message, control.Hello) and message.node in self._standby:
             await self._have_stand_by(identity, self._server.sender, NodeId(message.node))
-        elif identity in self._idle.values():
+        elif identity in self._standby.identities:
             pass  # it says that it lives
         elif self._drains_strangers and identity not in self._nodes and not isinstance(message, control.Hello):
             await self._drain_stranger(identity)
@@ -196,8 +191,7 @@ class Coordinator:
             raise RemoteProtocolError(f"Hello for {node!r} from a peer that is {self._nodes[identity]!r}")
         if self._is_draining:
             return  # it is ready for the next Ring
-        self._idle[node] = identity
-        await self._send_to(identity, control.StandBy(self._standing_by[node]))
+        await self._send_to(identity, self._standby.join(node, identity))
 
     def _handle(self, identity: bytes, sender: str | None, message: control.Message) -> None:
         if isinstance(message, control.Hello):

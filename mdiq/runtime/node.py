@@ -271,9 +271,9 @@ class NodeProcess:
         self._notifier.ready(f"serves {self._layers}")
         return begun
 
-    def _stand_by(self, reason: str) -> None:
+    def _stand_by(self, message: control.StandBy) -> None:
         if self.is_assigned:
             return  # it is in the Ring
         self._waits_for = ""
-        self._notifier.ready(f"stands by: {reason}")
-        log.info("stands_by", reason=reason)
+        self._notifier.ready(f"stands by: {message.reason}")
+        log.info("stands_by", reason=message.reason)

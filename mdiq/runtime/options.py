@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from mdiq.control.standby import StandingBy
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.core.wire_formats import AUTO, USUAL, rounds
@@ -27,19 +28,6 @@ class RemoteNode:
     device: str = "cpu"
     memory_share: float = 1.0
     memory_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StandingBy:
-    """A Node that has no Layers now, and why: the topology, the plan or an operator wants it so.
-
-    is_left_out: it is the plan.
-    """
-
-    name: str
-    public_key: str | None
-    reason: str
-    is_left_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)

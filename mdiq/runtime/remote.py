@@ -14,13 +14,14 @@ import structlog
 
 from mdiq.cache import cache_directory
 from mdiq.control.coordinator import Coordinator
+from mdiq.control.standby import Standby, StandingBy
 from mdiq.control.weight_server import WEIGHTS_HWM, LayerSource, WeightServer
 from mdiq.core import control
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import LayerRange, NodeId
 from mdiq.core.weights import PIECE_BYTES
 from mdiq.errors import MdiqError, TransportError, first_of
-from mdiq.runtime.options import RemoteRing, StandingBy
+from mdiq.runtime.options import RemoteRing
 from mdiq.runtime.socket_workers import SocketWorkers
 from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
 from mdiq.transport.push_pull import PullSource, PushSink
@@ -39,6 +40,7 @@ class RemoteWorkers(SocketWorkers):
     """Every Stage but the Starter's, each a `mdiq node` that joins by itself."""
 
     _gate: Gate | None = None
+    _standby: Standby | None = None
     _weights: RouterServer | None = None
     _packing: "LayerPacking | None" = None
 
@@ -56,12 +58,8 @@ class RemoteWorkers(SocketWorkers):
         server = await RouterServer.bind(
             self._context, listen(ring.control_endpoint), security=self._server_security(CONTROL), insecure=insecure
         )
-        self._coordinate(
-            server,
-            control.CHECKSUM_KEY,
-            drains_strangers=True,
-            standing_by=_reasons(ring.standing_by),
-        )
+        self._standby = Standby(ring.standing_by)
+        self._coordinate(server, control.CHECKSUM_KEY, self._standby)
         if not self._names:
             return
         self.source = await PullSource.bind(
@@ -135,8 +133,8 @@ class RemoteWorkers(SocketWorkers):
 
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
         """Have these Nodes stand by, in place of those that did; the keys of others are cut off before this returns."""
-        if self._coordinator is not None:
-            self._coordinator.replace_standing_by(_reasons(nodes))
+        if self._standby is not None:
+            self._standby.replace(nodes)
         if self._gate is not None:
             await self._gate.replace(CONTROL, self._speakers(nodes))
 
@@ -198,10 +196,6 @@ class RemoteWorkers(SocketWorkers):
     def _client_security(self, public_key: str | None) -> ClientSecurity | None:
         secret = self._ring.secret
         return None if secret is None else ClientSecurity(secret, public_key or "")
-
-
-def _reasons(standing_by: Sequence[StandingBy]) -> dict[NodeId, str]:
-    return {NodeId(node.name): node.reason for node in standing_by}
 
 
 async def _tell(coordinator: Coordinator) -> NoReturn:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mdiq.control.coordinator import error_from
+from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import Sequence
@@ -27,7 +28,7 @@ from mdiq.plan.pace import StageCost
 from mdiq.runtime.epochs import Epochs, LoadedRing
 from mdiq.runtime.in_process import InProcessWorkers
 from mdiq.runtime.loops import EpochLinks, Supervisor, Worker, make_worker
-from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.processes import ProcessWorkers
 from mdiq.runtime.remote import RemoteWorkers
 from mdiq.runtime.starter_service import NoText, StarterService, StreamEvent, TextPipe

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import structlog
 
+from mdiq.control.standby import left_out_text
 from mdiq.core.sequence import Sequence
 from mdiq.errors import MdiqError, PlanError, RingError
 from mdiq.runtime.loops import Clock
@@ -328,13 +329,9 @@ def _names(options: RingOptions) -> str:
 
 
 def _serves(options: RingOptions) -> str:
-    """Return who serves, and whom the plan leaves out: the operator has brought them up, and may want them."""
-    left_out = [node for node in options.remote.standing_by if node.is_left_out] if options.remote else []
-    if not left_out:
-        return f"serves on {_names(options)}"
-    alone = " alone" if options.num_nodes == 1 else ""
-    idle = ", ".join(f"{node.name} ({node.reason.rpartition(': ')[2]})" for node in left_out)
-    return f"serves on {_names(options)}{alone}; stand by: {idle}; layers by hand or --even-split use all"
+    """Return which Nodes serve, and which the plan leaves out."""
+    left_out = left_out_text(options.remote.standing_by) if options.remote else ""
+    return f"serves on {_names(options)}{' alone' if left_out and options.num_nodes == 1 else ''}{left_out}"
 
 
 def _members(options: RingOptions) -> set[tuple[str, str | None]]:

@@ -8,10 +8,11 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mdiq.control.standby import StandingBy
 from mdiq.core.sequence import Sequence
 from mdiq.errors import CapacityError, ConfigError, MdiqError
 from mdiq.runtime.loops import Worker
-from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions, StandingBy
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService, StreamEvent
 
 SILENT_S = 5.0  # heartbeats of five seconds that a Node owes, and the Ring does not serve any more
@@ -139,7 +140,7 @@ class RingView:
                 node["state"] = "joined" if self.ring is not None else "unknown"
             nodes.append(node)
         standing_by = options.remote.standing_by if options.remote else ()
-        nodes += [{"name": node.name, "state": "stands by", "reason": node.reason} for node in standing_by]
+        nodes += [node.status for node in standing_by]
         return {"model": str(options.model), "nodes": nodes}
 
     def about_ring(self, now: float) -> dict[str, Any]:

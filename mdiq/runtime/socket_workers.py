@@ -12,6 +12,7 @@ import zmq.asyncio
 
 import mdiq
 from mdiq.control.coordinator import Coordinator
+from mdiq.control.standby import Standby
 from mdiq.core import control
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.types import Epoch, NodeId, WeightSettings
@@ -131,9 +132,7 @@ class SocketWorkers(Workers):
         self,
         server: RouterServer,
         control_key: bytes,
-        *,
-        drains_strangers: bool = False,
-        standing_by: Mapping[NodeId, str] | None = None,
+        standby: Standby | None = None,
     ) -> Coordinator:
         """Have a Coordinator for the Nodes; it watches them from ``start`` on: importing torch stops all loops here."""
         self._server = server
@@ -147,7 +146,7 @@ class SocketWorkers(Workers):
             on_fault=self._events.on_fault,
             on_loading=lambda node, loading: self._events.on_loading(node, loading.done, loading.total),
             on_lost=self._lost,
-            drains_strangers=drains_strangers,
-            standing_by=standing_by,
+            drains_strangers=standby is not None,
+            standby=standby,
         )
         return coordinator

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.types import Epoch, NodeId, WeightSettings
 from mdiq.core.wire import hop_key
 from mdiq.errors import MdiqError
 from mdiq.runtime.loops import Supervisor
-from mdiq.runtime.options import NodeFigures, RingOptions, StandingBy
+from mdiq.runtime.options import NodeFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService
 from mdiq.telemetry.trace import Span
 from mdiq.transport.base import FrameSink, FrameSource

@@ -8,6 +8,7 @@ import pytest
 
 from mdiq.control.agent import Agent
 from mdiq.control.coordinator import Coordinator
+from mdiq.control.standby import Standby, StandingBy
 from mdiq.core import control
 from mdiq.core.types import PLAIN_WEIGHTS, NodeId
 from mdiq.errors import MdiqError
@@ -96,7 +97,7 @@ class Plane:
     faults: list[tuple[NodeId, control.Fault]] = field(default_factory=list)
     progress: list[tuple[NodeId, control.Loading]] = field(default_factory=list)
     lost: "asyncio.Queue[tuple[NodeId, MdiqError]]" = field(default_factory=asyncio.Queue)
-    stand_by: list[str] = field(default_factory=list)  # why Agents were told to
+    stand_by: list[control.StandBy] = field(default_factory=list)  # why Agents were told to
     spans: list[Span] = field(default_factory=list)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
 
@@ -111,7 +112,7 @@ class Plane:
             on_fault=lambda node, fault: self.faults.append((node, fault)),
             on_loading=lambda node, loading: self.progress.append((node, loading)),
             on_lost=lambda node, error: self.lost.put_nowait((node, error)),
-            standing_by={NodeId("node-3"): "it is a spare"},
+            standby=Standby([StandingBy("node-3", None, "it is a spare")]),
         )
         self.heartbeats = self.coordinator.heartbeats = Heartbeats()
         self.coordinating = asyncio.create_task(self.coordinator.run(), name="coordinator")

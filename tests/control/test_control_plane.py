@@ -210,7 +210,7 @@ async def test_a_node_that_the_ring_goes_without_is_told_why_until_the_ring_ends
     assert set(await plane.coordinator.all_joined()) == {ONE, TWO}
     while len([node for node in (ONE, TWO) if node in plane.heartbeats]) < 2:
         await plane.heartbeats.heard.get()
-    assert plane.stand_by == ["it is a spare"]
+    assert plane.stand_by == [control.StandBy("it is a spare")]
     assert "node-3" not in plane.heartbeats and not idle.done()
     await plane.coordinator.drain(10.0)
     await idle  # the next ring may need it
@@ -218,7 +218,7 @@ async def test_a_node_that_the_ring_goes_without_is_told_why_until_the_ring_ends
     # What it says meanwhile is no business of a ring that ends.
     _, again = plane.agent("node-3", identity=b"node-3 again")
     await asyncio.sleep(0.05)
-    assert plane.stand_by == ["it is a spare"] and not again.done()
+    assert plane.stand_by == [control.StandBy("it is a spare")] and not again.done()
 
 
 async def test_a_second_process_of_a_name_does_not_take_the_place_of_the_first(plane: Plane) -> None:
@@ -565,7 +565,7 @@ async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pyte
         load=lambda _: asyncio.get_running_loop().create_future(),
         send_burst=send_burst,
         begin=begin,
-        stand_by=list[str]().append,
+        stand_by=list[control.StandBy]().append,
         heartbeat=breaks,
         spans=list,
     )
@@ -616,7 +616,7 @@ async def test_the_same_over_real_sockets() -> None:
             load=load,
             send_burst=send_burst,
             begin=begin,
-            stand_by=list[str]().append,
+            stand_by=list[control.StandBy]().append,
             heartbeat=heartbeat,
             spans=list,
         ).run()

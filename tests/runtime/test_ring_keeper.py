@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from mdiq.api.metrics import metrics_registry
+from mdiq.control.standby import StandingBy
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
 from mdiq.errors import CapacityError, ConfigError, MdiqError, NodeDiedError, PlanError, RingError
 from mdiq.runtime import ring_keeper
-from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RemoteNode, RemoteRing, RingOptions, StandingBy
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.ring_keeper import Form, OnLoading, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
 
