@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from mdiq.control.standby import StandingBy
+from mdiq.control.standby import StandingBy as StandingBy
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.core.wire_formats import AUTO, USUAL, rounds

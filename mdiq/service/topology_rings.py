@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdiq.control.standby import StandingBy
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange, NodeId
 from mdiq.errors import CapacityError, MdiqError, NodeDiedError, PlanError
@@ -14,7 +13,7 @@ from mdiq.plan.pace import PaceSettings
 from mdiq.plan.plan import Plan, plan_split
 from mdiq.plan.room import format_bytes
 from mdiq.plan.split import check_split, split_layers
-from mdiq.runtime.options import RingOptions
+from mdiq.runtime.options import RingOptions, StandingBy
 from mdiq.service.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
 from mdiq.service.topology_values import remote_ring, weights_of, wires_of
 
