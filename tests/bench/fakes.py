@@ -1,63 +1,10 @@
-"""A ring that answers from a script of times, and measurements made of such answers."""
-
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+"""Measurements that are made up."""
 
 from mdiq.bench.figures import LoadFigures
 from mdiq.bench.runner import CellRun, Measurements, NodeShare, PeerCell, PeerRun
 from mdiq.bench.workload import ApartCell, Cell
-from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
-from mdiq.core.types import LayerRange
-from mdiq.errors import MdiqError
-from mdiq.runtime.options import HopFigures, NodeFigures
+from mdiq.runtime.options import HopFigures
 from mdiq.testbed.link_shape import LinkShape
-
-
-@dataclass(frozen=True)
-class FakeEvent:
-    step: TokenEvent
-    at_s: float
-
-
-@dataclass
-class FakeRing:
-    """Answers every Sequence at once; each token costs its Nodes a second of work and 10 bytes."""
-
-    nodes: int
-    link: LinkShape | None = None
-    short_by: int = 0
-    error: MdiqError | None = None
-    asked: list[Sequence] = field(default_factory=list)
-    is_open: bool = False
-    num_tokens: int = 0
-
-    async def __aenter__(self) -> "FakeRing":
-        self.is_open = True
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.is_open = False
-
-    async def stream(self, sequence: Sequence) -> AsyncIterator[FakeEvent]:
-        assert self.is_open
-        self.asked.append(sequence)
-        if self.error is not None:
-            yield FakeEvent(TokenEvent(sequence.index, None, 0, FinishReason.ERROR, self.error), 0.0)
-            return
-        for i in range(sequence.params.max_tokens - self.short_by):
-            self.num_tokens += 1
-            yield FakeEvent(TokenEvent(sequence.index, i, i), 1e9 + i)
-
-    def figures(self) -> list[NodeFigures]:
-        return [
-            NodeFigures(
-                f"node-{i}", LayerRange(i, i + 1), 100, 50, float(self.num_tokens), 0.0, 0, 10 * self.num_tokens, {}
-            )
-            for i in range(self.nodes)
-        ]
-
-    def hops(self) -> list[HopFigures]:
-        return [HopFigures("bf16", 0.01, 1e6)] * self.nodes if self.nodes > 1 else []
 
 
 def make_measurements(links: tuple[LinkShape | None, ...] = (None,), nodes: tuple[int, ...] = (1, 2)) -> Measurements:

@@ -8,13 +8,13 @@ from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell, node_shares, run_
 from mdiq.bench.workload import ApartCell, Cell, Load
 from mdiq.errors import EngineError, RingError
 from mdiq.testbed.link_shape import LinkShape
-from tests.bench.fakes import FakeRing
+from tests.fake_ring import FakeRing, ring_options
 
 SLOW = LinkShape(0.02)
 
 
 async def test_every_user_asks_once_and_gets_all_tokens() -> None:
-    async with FakeRing(1) as ring:
+    async with FakeRing(ring_options(1)) as ring:
         users = await run_load(ring, Load(3, 5, 4), 100, first_index=7)
     assert [user.tokens_s for user in users] == [(1e9, 1e9 + 1, 1e9 + 2, 1e9 + 3)] * 3
     assert [sequence.index for sequence in ring.asked] == [7, 8, 9]
@@ -23,7 +23,7 @@ async def test_every_user_asks_once_and_gets_all_tokens() -> None:
 
 
 async def test_users_who_draw_have_a_seed_each() -> None:
-    async with FakeRing(1) as ring:
+    async with FakeRing(ring_options(1)) as ring:
         await run_load(ring, Load(3, 5, 4, seed=10, temperature=0.7), 100, first_index=0)
     assert [(sequence.params.temperature, sequence.params.seed) for sequence in ring.asked] == [
         (0.7, 10),
@@ -33,7 +33,7 @@ async def test_users_who_draw_have_a_seed_each() -> None:
 
 
 async def test_an_answer_that_is_too_short_is_an_error() -> None:
-    async with FakeRing(1, short_by=1) as ring:
+    async with FakeRing(ring_options(1), short_by=1) as ring:
         with pytest.raises(ExceptionGroup) as caught:
             await run_load(ring, Load(1, 5, 4), 100, 0)
     assert isinstance(caught.value.exceptions[0], RingError)
@@ -41,14 +41,14 @@ async def test_an_answer_that_is_too_short_is_an_error() -> None:
 
 
 async def test_a_user_who_gets_an_error_ends_the_measurement() -> None:
-    async with FakeRing(1, error=EngineError("node-1: not a number")) as ring:
+    async with FakeRing(ring_options(1), failure=EngineError("node-1: not a number")) as ring:
         with pytest.raises(ExceptionGroup) as caught:
             await run_load(ring, Load(2, 5, 4), 100, 0)
     assert str(caught.value.exceptions[0]) == "node-1: not a number"
 
 
-def test_nodes_are_charged_with_what_they_did_during_the_load() -> None:
-    ring = FakeRing(2)
+async def test_nodes_are_charged_with_what_they_did_during_the_load() -> None:
+    ring = FakeRing(ring_options(2))
     before = ring.figures()
     ring.num_tokens = 6
     users = [UserTimes(0.0, (1.0, 12.0))] * 2
@@ -66,7 +66,7 @@ async def test_rounds_go_over_all_rings_and_the_peer_in_turn() -> None:
     def open_ring(nodes: int, link: LinkShape | None) -> FakeRing:
         assert not any(ring.is_open for ring in rings_opened), "one ring is up at a time"
         order.append(f"{nodes} nodes, {link}")
-        rings_opened.append(FakeRing(nodes, link))
+        rings_opened.append(FakeRing(ring_options(nodes)))
         return rings_opened[-1]
 
     async def run_peer(threads: int, load: Load) -> tuple[Sequence[UserTimes], int]:

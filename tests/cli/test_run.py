@@ -1,7 +1,6 @@
 """A long file of prompts is fed to the ring as it answers, not all at once."""
 
 import io
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +11,11 @@ from rich.console import Console
 from mdiq.cli import run
 from mdiq.cli.output import AnswerPrinter, Result
 from mdiq.cli.prompts import results_file
-from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
-from mdiq.errors import CapacityError, ConfigError, ContextLengthError
+from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.errors import CapacityError, ConfigError, ContextLengthError, MdiqError
 from mdiq.plan.pace import PaceSettings
-from mdiq.runtime.starter_service import StreamEvent
 from mdiq.service.requests import PromptLine, Requests
+from tests.fake_ring import FakeRing, ring_options
 
 
 class FakeTokenizer:
@@ -39,25 +38,22 @@ class FakeTokenizer:
         return list(text.encode())
 
 
-class FakeRing:
-    """Answers each request with one token; a prompt of one byte does not fit."""
+TWO = SamplingParams(max_tokens=2)
 
-    context_tokens = 100
+
+class NotingRing(FakeRing):
+    """Refuses a prompt of one byte, and notes how many prompts were encoded when the first Sequence came."""
 
     def __init__(self, tokenizer: FakeTokenizer) -> None:
+        super().__init__(ring_options(1), context_tokens=100)
         self._tokenizer = tokenizer
-        self.num_open = self.peak_open = 0
         self.encoded_at_first: int | None = None
+        self.refuses = self._note
 
-    async def stream(self, sequence: Sequence) -> AsyncIterator[StreamEvent]:
-        self.num_open += 1
-        self.peak_open = max(self.peak_open, self.num_open)
+    def _note(self, sequence: Sequence) -> MdiqError | None:
         if self.encoded_at_first is None:
             self.encoded_at_first = self._tokenizer.num_encoded
-        self.num_open -= 1
-        if len(sequence.prompt) == 1:
-            raise CapacityError("too short for me")
-        yield StreamEvent(TokenEvent(sequence.index, 7, len(sequence.prompt), FinishReason.LENGTH), "x", 0.0)
+        return CapacityError("too short for me") if len(sequence.prompt) == 1 else None
 
 
 def _run(
@@ -72,12 +68,13 @@ def _run(
 
 async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "MAX_SUBMITTED", 8)
-    lines = [PromptLine(i, f"in.jsonl:{i}", SamplingParams(), text=f"number {i}", digest=f"{i}") for i in range(100)]
+    lines = [PromptLine(i, f"in.jsonl:{i}", TWO, text=f"number {i}", digest=f"{i}") for i in range(100)]
     lines[50] = PromptLine(50, "in.jsonl:50", SamplingParams(), text="!", digest="50")
     out, tokenizer = io.StringIO(), FakeTokenizer()
-    ring: Any = FakeRing(tokenizer)
-    await _run(lines, out, tokenizer).serve_all(ring)
-    assert ring.peak_open <= 8 and ring.encoded_at_first <= 8 and tokenizer.num_encoded == 100
+    async with NotingRing(tokenizer) as ring:
+        await _run(lines, out, tokenizer).serve_all(ring)
+    assert 1 < ring.peak_open <= 8 and ring.encoded_at_first is not None and ring.encoded_at_first <= 8
+    assert tokenizer.num_encoded == 100
     results = [line for line in out.getvalue().splitlines()]
     assert len(results) == 100 and sum('"finish_reason": "error"' in line for line in results) == 1
     assert "too short for me" in next(line for line in results if '"request": "50"' in line)
@@ -85,11 +82,11 @@ async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monk
 
 async def test_a_lone_prompt_is_checked_before_the_ring_loads_and_tokenized_once() -> None:
     tokenizer = FakeTokenizer()
-    ring: Any = FakeRing(tokenizer)
-    one = _run([PromptLine(0, "prompt", SamplingParams(), text="hello")], io.StringIO(), tokenizer, None)
+    one = _run([PromptLine(0, "prompt", SamplingParams(max_tokens=1), text="hello")], io.StringIO(), tokenizer, None)
     one._requests.check(one._lines, is_single=True)
     assert tokenizer.num_encoded == 1
-    await one.serve_all(ring)
+    async with NotingRing(tokenizer) as ring:
+        await one.serve_all(ring)
     assert tokenizer.num_encoded == 1 and one._results[0].text == "x"
     with pytest.raises(ContextLengthError):
         one._requests.check([PromptLine(0, "prompt", SamplingParams(), text="a" * 300)], is_single=True)
@@ -98,8 +95,8 @@ async def test_a_lone_prompt_is_checked_before_the_ring_loads_and_tokenized_once
 async def test_a_line_that_cannot_fit_the_ring_is_refused_before_it_is_tokenized() -> None:
     lines = [PromptLine(i, f"in.jsonl:{i}", SamplingParams(), text=text) for i, text in enumerate(["ab", "a" * 150])]
     out, tokenizer = io.StringIO(), FakeTokenizer()
-    ring: Any = FakeRing(tokenizer)
-    await _run(lines, out, tokenizer).serve_all(ring)
+    async with NotingRing(tokenizer) as ring:
+        await _run(lines, out, tokenizer).serve_all(ring)
     assert tokenizer.num_encoded == 1
     assert "too long for me" in next(line for line in out.getvalue().splitlines() if '"index": 1' in line)
 

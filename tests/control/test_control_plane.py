@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
@@ -321,16 +320,28 @@ async def test_a_lease_ends_when_no_heartbeat_renews_it(plane: Plane) -> None:
         await plane.coordinator.assign({TWO: assignment()})
 
 
-async def test_a_starter_that_was_stopped_itself_does_not_take_its_nodes_for_dead() -> None:
+async def test_a_starter_that_was_stopped_itself_does_not_take_its_nodes_for_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     server = MemoryControlServer()
     lost: list[NodeId] = []
+    loop, ahead_s = asyncio.get_running_loop(), 0.0
+    time_of = loop.time
+    monkeypatch.setattr(loop, "time", lambda: time_of() + ahead_s)
+
+    async def pass_s(seconds: float) -> None:
+        nonlocal ahead_s
+        ahead_s += seconds
+        for _ in range(5):
+            await asyncio.sleep(0)
+
     coordinator = Coordinator(
         server,
         KEY,
         VERSION,
         [ONE],
-        clock=time.monotonic,
-        lease_s=0.2,
+        clock=loop.time,
+        lease_s=60.0,
         on_fault=lambda *_: None,
         on_loading=lambda *_: None,
         on_lost=lambda node, _: lost.append(node),
@@ -338,12 +349,14 @@ async def test_a_starter_that_was_stopped_itself_does_not_take_its_nodes_for_dea
     running = asyncio.create_task(coordinator.run())
     await server.connect(b"node-1").send(control.encode(control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION), KEY))
     await coordinator.all_joined()
-    await asyncio.sleep(0.06)
-    time.sleep(0.8)  # noqa: ASYNC251 - the whole process stands still
-    await asyncio.sleep(0.06)
+    await pass_s(1.5)
+    await pass_s(600.0)  # the whole process stands still
     assert not lost
-    assert 0.0 < coordinator.silent(0.0)[ONE] < 0.2
-    await asyncio.sleep(0.3)  # and now it is the node that is silent
+    assert 0.0 < coordinator.silent(0.0)[ONE] < 30.0
+    for _ in range(200):  # and now it is the node that is silent
+        await pass_s(1.0)
+        if lost:
+            break
     assert lost == [ONE] and coordinator.silent(0.0) == {}
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)

@@ -1,105 +1,23 @@
 """A ring that is kept up, with rings that only pretend: lost ones, drained nodes, topologies that change."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mdiq.api.metrics import metrics_registry
 from mdiq.control.standby import StandingBy
-from mdiq.core.ring import RingProtocol
-from mdiq.core.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import LayerRange
 from mdiq.errors import CapacityError, ConfigError, MdiqError, NodeDiedError, PlanError, RingError
 from mdiq.runtime import ring_keeper
-from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RemoteNode, RemoteRing, RingOptions
-from mdiq.runtime.ring_keeper import Form, OnLoading, RingKeeper
+from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions
+from mdiq.runtime.ring_keeper import Form, KeeperState, OnLoading, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
+from tests.fake_ring import FakeRing
 
 NODES = {"desk": "k0", "pi1": "k1", "pi2": "k2"}
-
-
-class FakeService:
-    def __init__(self, ring: "FakeRing") -> None:
-        self._ring = ring
-        self.ring = RingProtocol()
-
-    def fail_all(self, error: MdiqError) -> None:
-        self._ring.failure = error
-        self._ring.steps.set()
-
-
-class FakeRing:
-    """A ring whose forming, loss and tokens the test decides."""
-
-    def __init__(self, options: RingOptions, on_loading: OnLoading) -> None:
-        self.options = options
-        self.on_loading = on_loading
-        self.joined = asyncio.Event()
-        self.refused: MdiqError | None = None
-        self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
-        self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.steps = asyncio.Event()
-        self.failure: MdiqError | None = None
-        self.is_closed = False
-        self.silence: dict[str, float] = {}
-        self.standing_by = options.remote.standing_by if options.remote else ()
-        self.service: Any = FakeService(self)
-        self.worker: Any = None
-
-    @property
-    def context_tokens(self) -> int:
-        return 2_000
-
-    @property
-    def missing(self) -> list[str]:
-        return [] if self.joined.is_set() else list(self.options.node_names[1:])
-
-    async def __aenter__(self) -> "FakeRing":
-        await self.joined.wait()
-        if self.refused is not None:
-            raise self.refused
-        return self
-
-    async def aclose(self) -> None:
-        self.is_closed = True
-
-    def silent(self, min_s: float) -> dict[str, float]:
-        return {name: silent_s for name, silent_s in self.silence.items() if silent_s >= min_s}
-
-    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
-        self.standing_by = nodes
-
-    async def until_lost(self) -> MdiqError:
-        return await asyncio.shield(self.loss)
-
-    async def until_leaving(self) -> str:
-        return await asyncio.shield(self.leaving)
-
-    def lose(self, error: MdiqError) -> None:
-        self.failure = error
-        self.steps.set()
-        self.loss.set_result(error)
-
-    async def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]:
-        yield StreamEvent(TokenEvent(sequence.index, 1, 1), "a", 0.0)
-        await self.steps.wait()
-        reason = FinishReason.LENGTH if self.failure is None else FinishReason.ERROR
-        yield StreamEvent(TokenEvent(sequence.index, None, 2, reason, self.failure), "", 0.0)
-
-    def figures(self) -> list[NodeFigures]:
-        names, layers = self.options.node_names, self.options.layers
-        return [NodeFigures(n, r, 10, 5, 1.0, 0.0, 1, 2, {}) for n, r in zip(names, layers, strict=True)]
-
-    def hops(self) -> list[HopFigures]:
-        assert not self.options.is_survey, "its hops have no formats yet"
-        return [HopFigures("bf16", 0.001, 1e6) for _ in self.options.layers]
-
-    def pace(self) -> PaceFigures:
-        assert not self.options.is_survey, "it is not paced"
-        return PaceFigures(1, 2, 4, 0.01, 9.0, 16, 0.0)
 
 
 class House:
@@ -118,10 +36,13 @@ class House:
         self.kept = asyncio.Event()  # what the newest ring has measured
         self.kept.set()
         self.failures: list[str] = []
+        self.changed = asyncio.Event()
+        self.on_serving: Callable[[], None] = lambda: None
         self.keeper = RingKeeper(
             self.read,
             self.open,
             clock=lambda: self.now,
+            on_state=self.note_state,
             on_formed=self.note_formed,
             on_not_formed=self.note_failure,
         )
@@ -158,9 +79,21 @@ class House:
         self.failures.append(str(error))
 
     def open(self, options: RingOptions, on_loading: OnLoading) -> FakeRing:
-        self.rings.append(FakeRing(options, on_loading))
+        self.rings.append(FakeRing(options, on_loading, is_held=True))
         self.opened.set()
         return self.rings[-1]
+
+    def note_state(self, state: KeeperState) -> None:
+        self.changed.set()
+        if state.is_serving:
+            self.on_serving()
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        """Wait until the keeper is in such a state."""
+        async with asyncio.timeout(20):
+            while not is_so():
+                self.changed.clear()
+                await self.changed.wait()
 
     async def close(self) -> None:
         self.running.cancel()
@@ -169,7 +102,7 @@ class House:
 
     async def ring(self, number: int) -> FakeRing:
         """Wait until the keeper has opened so many rings; return the last one."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while len(self.rings) < number:
                 self.opened.clear()
                 await self.opened.wait()
@@ -178,9 +111,7 @@ class House:
     async def serving_ring(self, number: int) -> FakeRing:
         ring = await self.ring(number)
         ring.joined.set()
-        async with asyncio.timeout(5):
-            while not self.keeper.state.is_serving:  # noqa: ASYNC110
-                await asyncio.sleep(0)
+        await self.until(lambda: self.keeper.state.is_serving)
         return ring
 
 
@@ -192,7 +123,7 @@ async def house() -> AsyncIterator[House]:
 
 
 def _sequence(index: int = 0) -> Sequence:
-    return Sequence(index, (1,), SamplingParams())
+    return Sequence(index, (1,), SamplingParams(max_tokens=2))
 
 
 async def _to_the_end(events: AsyncGenerator[StreamEvent, None]) -> StreamEvent:
@@ -216,8 +147,8 @@ async def test_nothing_is_taken_before_the_ring_is_formed_and_the_state_says_why
 
 async def test_a_ring_that_serves_shows_its_figures(house: House) -> None:
     ring = await house.serving_ring(1)
-    house.now = 4.0
-    ring.steps.set()
+    house.now = 8.0
+    ring.goes_on.set()
     assert (await _to_the_end(house.keeper.stream(_sequence()))).step.finish_reason is FinishReason.LENGTH
     status = house.keeper.status()
     assert status["is_serving"] and status["state"] == "serves on desk, pi1, pi2"
@@ -240,7 +171,7 @@ async def test_a_ring_with_a_node_that_is_silent_does_not_serve_until_it_speaks(
         await anext(house.keeper.stream(_sequence(1)))
     ring.silence = {}
     assert house.keeper.state.is_serving
-    ring.steps.set()
+    ring.goes_on.set()
     assert (await _to_the_end(events)).step.error is None  # what ran goes on
 
 
@@ -278,13 +209,13 @@ async def test_a_lost_node_ends_what_runs_and_the_ring_is_formed_again(
     events = house.keeper.stream(_sequence())
     await anext(events)
     first.lose(NodeDiedError("pi1: it was started anew"))
-    assert (await _to_the_end(events)).step.error is first.failure
+    assert (await _to_the_end(events)).step.error is first.loss.result()
     second = await house.ring(2)
     assert first.is_closed and not house.keeper.state.is_serving
     assert house.keeper.status()["last_error"] == "pi1: it was started anew"
     await house.serving_ring(2)
     assert house.keeper.status()["last_error"] is None
-    second.steps.set()
+    second.goes_on.set()
     await _to_the_end(house.keeper.stream(_sequence(1)))
     assert house.keeper.status()["requests"] == {"running": 0, "done": 1, "failed": 1, "refused": 0, "left": 0}
 
@@ -319,8 +250,8 @@ async def test_a_plan_that_failed_is_asked_for_again_and_not_tried_again_where_t
     house.fits = False
     second.refused = CapacityError("pi2: no memory")
     second.joined.set()
-    await asyncio.sleep(0.02)
-    assert len(house.rings) == 2 and house.keeper.last_error == "the model needs 4 GiB more"
+    await house.until(lambda: house.keeper.last_error == "the model needs 4 GiB more")
+    assert len(house.rings) == 2
     house.fits = True
     await house.serving_ring(3)
 
@@ -334,7 +265,7 @@ async def test_a_drained_node_leaves_when_nothing_runs_and_may_come_back(house: 
     assert not draining.done() and not first.is_closed
     with pytest.raises(RingError, match="drains pi1"):
         await anext(house.keeper.stream(_sequence(1)))
-    first.steps.set()
+    first.goes_on.set()
     assert (await _to_the_end(events)).step.error is None
     assert "formed with desk, pi2" in await draining
     second = await house.serving_ring(2)
@@ -354,7 +285,7 @@ async def test_what_runs_ends_before_a_node_that_is_stopped_leaves(house: House)
     assert not first.is_closed and not house.keeper.state.is_serving
     with pytest.raises(RingError, match="pi1 leaves when what runs is done"):
         await anext(house.keeper.stream(_sequence(1)))
-    first.steps.set()
+    first.goes_on.set()
     assert (await _to_the_end(events)).step.error is None
     await house.serving_ring(2)
     assert first.is_closed
@@ -392,7 +323,7 @@ async def test_a_new_node_is_taken_in_when_nothing_runs(house: House) -> None:
     reloading = asyncio.create_task(house.keeper.reload())
     await _settle()
     assert not first.is_closed
-    first.steps.set()
+    first.goes_on.set()
     await _to_the_end(events)
     await reloading
     assert (await house.serving_ring(2)).options.node_names[-1] == "pi3"
@@ -427,7 +358,7 @@ async def test_the_end_waits_for_what_runs_and_takes_nothing_new(house: House) -
     assert not finishing.done()
     with pytest.raises(RingError, match="ends"):
         await anext(house.keeper.stream(_sequence(1)))
-    ring.steps.set()
+    ring.goes_on.set()
     await _to_the_end(events)
     await finishing
 
@@ -501,7 +432,7 @@ async def test_requests_that_are_left_or_refused_have_not_failed(house: House) -
     await anext(left)
     await left.aclose()
     ring.failure = CapacityError("it can never fit")
-    ring.steps.set()
+    ring.goes_on.set()
     await _to_the_end(house.keeper.stream(_sequence(1)))
     requests = house.keeper.status()["requests"]
     assert requests == {"running": 0, "done": 0, "failed": 0, "refused": 1, "left": 1}
@@ -515,7 +446,7 @@ async def test_what_still_runs_when_the_service_ends_is_told_so(house: House) ->
     await _settle()
     assert not finishing.done()
     ring.failure = RingError("starter: its loops have ended: CancelledError()")
-    ring.steps.set()
+    ring.goes_on.set()
     with pytest.raises(RingError, match="the service ends; ask again"):
         await _to_the_end(events)
     await finishing
@@ -538,7 +469,7 @@ async def test_a_revoked_key_of_a_node_that_stands_by_is_cut_at_once_and_what_ru
     reloading = asyncio.create_task(house.keeper.reload())
     await _settle()
     assert ring.standing_by == () and not ring.is_closed
-    ring.steps.set()
+    ring.goes_on.set()
     assert (await _to_the_end(events)).step.error is None
     await reloading
 
@@ -563,7 +494,7 @@ async def test_a_node_that_becomes_a_spare_leaves_when_nothing_runs(house: House
     reloading = asyncio.create_task(house.keeper.reload())
     await _settle()
     assert not ring.is_closed
-    ring.steps.set()
+    ring.goes_on.set()
     await _to_the_end(events)
     await reloading
 
@@ -574,14 +505,21 @@ async def test_a_better_plan_is_taken_up_when_the_ring_is_idle_and_not_by_a_relo
     monkeypatch.setattr(ring_keeper, "IDLE_S", 0.02)
     first = await house.ring(1)
     house.has_better = True  # known when the ring has measured itself
+    events = house.keeper.stream(_sequence())
+    begun: list[asyncio.Future[StreamEvent]] = []
+
+    def ask_once() -> None:  # before the ring can have been idle
+        if not begun:
+            begun.append(asyncio.ensure_future(anext(events)))
+
+    house.on_serving = ask_once
     first.joined.set()
     await house.serving_ring(1)
-    events = house.keeper.stream(_sequence())
-    await anext(events)
+    await begun[0]
     assert "a better plan is taken up when nothing runs" in await house.keeper.reload()
     await asyncio.sleep(0.05)
     assert not first.is_closed
-    first.steps.set()
+    first.goes_on.set()
     await _to_the_end(events)
     second = await house.serving_ring(2)
     assert first.is_closed and len(second.options.layers[-1]) == 5

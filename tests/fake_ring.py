@@ -1,0 +1,170 @@
+"""A Ring without Nodes, a model or time, for tests of its callers: the keeper, `mdiq run`, the bench.
+
+tests/runtime/test_ring_contract.py asks of it what it asks of a real one.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+from mdiq.control.standby import StandingBy
+from mdiq.core.ring import RingProtocol
+from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
+from mdiq.core.types import LayerRange
+from mdiq.errors import CapacityError, MdiqError, RingError
+from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
+from mdiq.runtime.starter_service import StreamEvent
+
+FIRST_TOKEN_S = 1e9
+
+
+def ring_options(num_nodes: int, **changes: Any) -> RingOptions:
+    """Return a ring of so many nodes, of one layer each."""
+    return RingOptions(Path("model"), tuple(LayerRange(i, i + 1) for i in range(num_nodes)), **changes)
+
+
+class FakeService:
+    """The Starter of a FakeRing."""
+
+    def __init__(self) -> None:
+        self.ring = RingProtocol()
+        self.ended: MdiqError | None = None
+        self.is_over = asyncio.Event()
+
+    def fail_all(self, error: MdiqError) -> None:
+        if self.ended is None:
+            self.ended = error
+            self.is_over.set()
+
+
+class FakeRing:
+    """A ring whose forming, loss and tokens the test decides. Each token costs its nodes a second and 10 bytes.
+
+    joined: it can be entered; refused: why not even then. goes_on: streams give more than their first token. failure:
+    ends every stream after its first token. short_by: tokens that streams lack. refuses: returns why a Sequence cannot
+    run. silence: seconds, by node.
+    """
+
+    def __init__(
+        self,
+        options: RingOptions,
+        on_loading: Callable[[str, int, int], None] = lambda *_: None,
+        *,
+        is_held: bool = False,
+        failure: MdiqError | None = None,
+        short_by: int = 0,
+        context_tokens: int = 2_000,
+    ) -> None:
+        self.options = options
+        self.on_loading = on_loading
+        self.joined, self.goes_on = asyncio.Event(), asyncio.Event()
+        if not is_held:
+            self.joined.set()
+            self.goes_on.set()
+        self.failure = failure
+        self.short_by = short_by
+        self.refused: MdiqError | None = None
+        self.refuses: Callable[[Sequence], MdiqError | None] = lambda _: None
+        self.silence: dict[str, float] = {}
+        self.standing_by = options.remote.standing_by if options.remote else ()
+        self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
+        self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.is_open = self.is_closed = False
+        self.asked: list[Sequence] = []
+        self.num_tokens = self.num_open = self.peak_open = 0
+        self.service: Any = FakeService()
+        self.worker: Any = None
+        self._context_tokens = context_tokens
+
+    async def __aenter__(self) -> "FakeRing":
+        await self.joined.wait()
+        if self.refused is not None:
+            raise self.refused
+        self.is_open = True
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        self.is_open, self.is_closed = False, True
+        self.service.fail_all(RingError("starter: its loops have ended; see the log"))
+
+    @property
+    def context_tokens(self) -> int:
+        assert self.is_open, "it holds nothing yet"
+        return self._context_tokens
+
+    @property
+    def missing(self) -> list[str]:
+        return [] if self.joined.is_set() else list(self.options.node_names[1:])
+
+    def silent(self, min_s: float) -> dict[str, float]:
+        return {name: silent_s for name, silent_s in self.silence.items() if silent_s >= min_s}
+
+    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
+        self.standing_by = nodes
+
+    async def until_lost(self) -> MdiqError:
+        return await asyncio.shield(self.loss)
+
+    async def until_leaving(self) -> str:
+        return await asyncio.shield(self.leaving)
+
+    def lose(self, error: MdiqError) -> None:
+        self.service.fail_all(error)
+        self.loss.set_result(error)
+
+    async def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]:
+        if self.service.ended is not None:
+            raise RingError(f"the ring has ended: {self.service.ended}")
+        room = self._context_tokens - len(sequence.prompt)
+        if not sequence.prompt or room <= 0:
+            raise CapacityError(f"a prompt of {len(sequence.prompt)} tokens does not fit {self._context_tokens}")
+        if (refusal := self.refuses(sequence)) is not None:
+            raise refusal
+        assert self.is_open, "it is not entered"
+        self.asked.append(sequence)
+        self.num_open += 1
+        self.peak_open = max(self.peak_open, self.num_open)
+        num_tokens = min(sequence.params.max_tokens, room) - self.short_by
+        try:
+            for i in range(num_tokens):
+                position = len(sequence.prompt) + i
+                if i and (error := await self._may_go_on()) is not None:
+                    step = TokenEvent(sequence.index, None, position, FinishReason.ERROR, error)
+                    yield StreamEvent(step, "", FIRST_TOKEN_S + i)
+                    return
+                self.num_tokens += 1
+                reason = FinishReason.LENGTH if i == num_tokens - 1 else None
+                yield StreamEvent(TokenEvent(sequence.index, i, position, reason), "x", FIRST_TOKEN_S + i)
+        finally:
+            self.num_open -= 1
+
+    async def _may_go_on(self) -> MdiqError | None:
+        """Wait until a stream may go on; return what ends it instead."""
+        waiting = [asyncio.ensure_future(event.wait()) for event in (self.goes_on, self.service.is_over)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
+        ended: MdiqError | None = self.service.ended
+        return ended or self.failure
+
+    def figures(self) -> list[NodeFigures]:
+        busy_s, num_bytes = float(self.num_tokens), 10 * self.num_tokens
+        return [
+            NodeFigures(name, layers, 100, 50, busy_s, 0.0, num_bytes, num_bytes, {})
+            for name, layers in zip(self.options.node_names, self.options.layers, strict=True)
+        ]
+
+    def hops(self) -> list[HopFigures]:
+        assert not self.options.is_survey, "its hops have no formats yet"
+        num_nodes = self.options.num_nodes
+        return [HopFigures("bf16", 0.01, 1e6)] * num_nodes if num_nodes > 1 else []
+
+    def pace(self) -> PaceFigures:
+        assert not self.options.is_survey, "it is not paced"
+        return PaceFigures(1, 2, 4, 0.01, 9.0, 16, 0.0)
