@@ -5,7 +5,7 @@ T: tokens of the Batch, all Segments one after the other. Hq, Hkv: query and KV 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum, auto
 from functools import partial
 
@@ -25,6 +25,11 @@ class Norm:
     weight: torch.Tensor
     bias: torch.Tensor | None
     eps: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.bias is not None:
@@ -48,6 +53,12 @@ class LayerWeights:
     down: Linear
     q_norm: Norm | None
     k_norm: Norm | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return sum(part.num_bytes for part in parts if part is not None)
 
 
 class Rope:

@@ -18,10 +18,9 @@ from mdiq.engine.kernels.linear import Embedding, Linear, PackedEmbedding, Plain
 from mdiq.engine.memory import reset_peak, return_free_memory
 from mdiq.engine.model.hot_columns import hot_columns
 from mdiq.engine.model.kv_cache import KvCache
-from mdiq.engine.model.layer_loading import ROLES, make_norm, packed_layer, plain_layer
+from mdiq.engine.model.layer_loading import make_norm, packed_layer, plain_layer
 from mdiq.engine.model.layers import (
     Activate,
-    LayerWeights,
     Norm,
     PlacedSegment,
     Rope,
@@ -109,7 +108,7 @@ class StageModel:
                     stored = model.stored(layer) if isinstance(model, LayerFiles) else model
                     loaded = plain_layer(stored, layer, dtype, device)
                 self._steps.append(layer_steps(loaded, config, layer))
-                self.weight_bytes += _num_bytes(loaded)
+                self.weight_bytes += loaded.num_bytes
                 _settle(packed)
                 done += 1
                 step()
@@ -205,18 +204,8 @@ class StageModel:
 
     def _norm(self, tensors: Tensors) -> Norm:
         norm = make_norm(tensors, "final_norm", self.config.norm_eps, self._dtype, self._device)
-        self.weight_bytes += _norm_bytes(norm)
+        self.weight_bytes += norm.num_bytes
         return norm
-
-
-def _num_bytes(layer: LayerWeights) -> int:
-    norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
-    matrices = sum(getattr(layer, role).num_bytes for role in ROLES)
-    return int(matrices) + sum(_norm_bytes(norm) for norm in norms if norm is not None)
-
-
-def _norm_bytes(norm: Norm) -> int:
-    return norm.weight.nbytes + (0 if norm.bias is None else norm.bias.nbytes)
 
 
 def _settle(packed: PackedModel | LayerFiles | None) -> None:

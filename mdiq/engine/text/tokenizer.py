@@ -5,7 +5,6 @@ engine/text/chat_template.py.
 """
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
 from mdiq.core.sequence import SamplingParams
+from mdiq.engine.model_config import read_json
 from mdiq.engine.text.chat_template import ChatTemplate
 from mdiq.engine.text.gguf_tokenizer import TokenizerParts, in_words, load_gguf_tokenizer
 from mdiq.engine.text.token_bound import TokenBound
@@ -304,16 +304,8 @@ def _directory_template(directory: Path, config: Mapping[str, object]) -> tuple[
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    """Return a JSON object; an empty one where the file is not there."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: it cannot be read ({str(error)[:120]}); fetch the file again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object; fetch the file again")
-    return value
+    """Return a JSON object; an empty one if the file is missing."""
+    return read_json(path) if path.exists() else {}
 
 
 def _token_text(value: object) -> str | None:

@@ -571,6 +571,13 @@ class TestDirectories:
             Tokenizer.load(path)
         assert "\n" not in str(caught.value)
 
+    def test_a_file_far_too_large_is_not_read(self, directory):
+        path = directory()
+        with (path / "tokenizer_config.json").open("wb") as file:
+            file.truncate(1 << 40)  # sparse
+        with pytest.raises(ModelError, match=r"tokenizer_config.json: it is too large"):
+            Tokenizer.load(path)
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> bytes:
