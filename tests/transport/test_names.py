@@ -180,6 +180,24 @@ async def test_a_name_that_cannot_be_one_is_told(context: zmq.asyncio.Context) -
     await sink.aclose()
 
 
+async def test_a_look_up_that_breaks_is_an_error_and_does_not_hang(
+    answers: Callable[[Lookup], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda broken: noted.append(broken.exc_value))
+
+    def lookup(_: str) -> list[str]:
+        raise RuntimeError("a table is full")
+
+    answers(lookup)
+    async with asyncio.timeout(20):
+        with pytest.raises(OSError, match="the look-up broke"):
+            await look_up("pi1")
+        while not noted:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert "a table is full" in str(noted[0])
+
+
 async def test_an_answer_that_comes_too_late_is_nobodys(answers: Callable[[Lookup], None]) -> None:
     gate = threading.Event()
 
