@@ -12,6 +12,7 @@ Format: GGUF version 2 and 3, little endian (ggml's docs/gguf.md).
 import mmap
 import re
 import struct
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,13 +90,7 @@ class GgufFile:
         Raises:
             ModelError: it has another type, or is missing without a default.
         """
-        value = self.fields.get(key, default)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            found = "is missing" if value is None else f"is of type {type(value).__name__}"
-            raise ModelError(f"{self.path}: {key} {found}; expected {kind.__name__}: fetch or convert the file again")
-        return value
+        return _typed(self.fields, self.path, key, kind, default)
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return a tensor, or the rows ``start`` to ``stop - 1`` of a matrix, dequantized: f32, row-major.
@@ -297,9 +292,16 @@ class _Part:
 
 
 def _number(part: _Part, key: str, default: int = 0) -> int:
-    value = part.fields.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ModelError(f"{part.path}: {key} is of type {type(value).__name__}; fetch or convert the file again")
+    return _typed(part.fields, part.path, key, int, default)
+
+
+def _typed(fields: Mapping[str, object], path: Path, key: str, kind: type[T], default: T | None) -> T:
+    value = fields.get(key, default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        found = "is missing" if value is None else f"is of type {type(value).__name__}"
+        raise ModelError(f"{path}: {key} {found}; expected {kind.__name__}: fetch or convert the file again")
     return value
 
 
