@@ -48,10 +48,13 @@ def test_a_ring_measures_itself_forms_serves_and_ends_without_a_warning() -> Non
             house.ask(max_tokens=20)
         await house.answered(10.0)
         assert all(answer.error is None for answer in house.answers)
+        house.ask(max_tokens=20, leaves_after=2)
+        await house.answered(10.0)
+        house.check_counts()
         assert house.keeper is not None
         nodes = house.keeper.status()["nodes"]
         assert {node["name"]: node["state"] for node in nodes} == dict.fromkeys(("desk", "pi1", "pi2"), "serves")
-        assert house.keeper.status()["requests"]["done"] == 5
+        assert house.keeper.status()["requests"] == {"running": 0, "done": 5, "failed": 0, "refused": 0, "left": 1}
 
     house = live(act, is_measured=False)
     assert [ring.is_survey for ring in house.rings] == [True, False]
@@ -69,6 +72,7 @@ def test_a_silent_death_ends_requests_with_its_name_within_a_lease_and_the_ring_
         assert house.keeper is not None and "waiting for pi2" in house.keeper.describe()
         requests = house.keeper.status()["requests"]
         assert (requests["failed"], requests["running"]) == (1, 0)
+        house.check_counts()
         house.start_node("pi2")
         await house.serving(FORMED_S)
 

@@ -141,8 +141,10 @@ def _paced(spec: RingSpec, *_: Any) -> tuple[RingSpec, MicroBatches]:
 class Answer:
     """What came of one request."""
 
-    def __init__(self, number: int, sequence: Sequence) -> None:
+    def __init__(self, number: int, sequence: Sequence, starter: Process) -> None:
         self.number = number
+        self.starter = starter
+        self.has_left = False
         self.sequence = sequence
         self.tokens: list[int] = []
         self.reason: FinishReason | None = None
@@ -278,7 +280,7 @@ class House:
         """Have a caller ask the Ring; leaves_after: so many tokens."""
         number = len(self.answers)
         prompt = tuple((number * 7 + i * 3) % VOCAB for i in range(1 + number % 9))
-        answer = Answer(number, Sequence(number, prompt, SamplingParams(max_tokens=max_tokens)))
+        answer = Answer(number, Sequence(number, prompt, SamplingParams(max_tokens=max_tokens)), self.starter)
         self.answers.append(answer)
         task = self._spawn(self._call(answer, leaves_after), self.starter, f"caller {number}")
         self.callers[task] = self.starter
@@ -313,6 +315,14 @@ class House:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             assert task.cancelled() or task.exception() is None, f"{name}: {task.exception()!r}"
+
+    def check_counts(self) -> None:
+        """See that the Starter counts its requests as their callers saw them end; all have ended."""
+        assert self.keeper is not None
+        counts = self.keeper.status()["requests"]
+        seen = [answer for answer in self.answers if answer.starter is self.starter]
+        done, left = sum(answer.error is None for answer in seen), sum(answer.has_left for answer in seen)
+        assert (counts["running"], counts["done"], counts["left"]) == (0, done, left), counts
 
     def check(self) -> None:
         """See what holds of every schedule, however it went."""
@@ -407,7 +417,7 @@ class House:
                     answer.tokens.append(event.step.token)
                 answer.reason, answer.error = event.step.finish_reason, event.step.error
                 if leaves_after is not None and len(answer.tokens) >= leaves_after:
-                    answer.error = MdiqError("the caller left")
+                    answer.error, answer.has_left = MdiqError("the caller left"), True
                     break
         except MdiqError as error:
             answer.error = error

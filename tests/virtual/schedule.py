@@ -145,6 +145,7 @@ async def _live(house: House, schedule: Schedule) -> None:
             task.cancel()
         await asyncio.gather(asking, *acts, return_exceptions=True)
     await house.answered(ANSWERS_S)
+    house.check_counts()
     num_lines = len(house.log) / max(house.loop.time(), 10.0)
     assert num_lines < LINES_A_SECOND, f"{num_lines:.1f} log lines a second"
 
