@@ -23,7 +23,7 @@ from mdiq.bench.shapes import shape_file
 from mdiq.cache import files
 from mdiq.control.weight_store import StoredFile, try_lock
 from mdiq.core.weights import LayerFile
-from mdiq.engine.formats.quantize import written
+from mdiq.engine.formats.packed_file import written
 from mdiq.errors import CapacityError, ConfigError, ModelError
 from mdiq.service.public_keys import write_text
 from mdiq.transport.keys import make_keys

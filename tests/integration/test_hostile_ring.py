@@ -4,6 +4,7 @@ All of it happens once, in two rings (the second without keys, so that what is n
 tests look at what was recorded.
 """
 
+import itertools
 import json
 import os
 import secrets
@@ -42,6 +43,7 @@ DESK, LEFT, RIGHT, STRANGER = "starter-desk", "worker-left", "worker-right", "st
 WAIT_S = 40.0
 AGAIN_S = 0.3  # as hostile_peer.py has it
 HERE = Path(__file__).parent
+_STRANGERS = itertools.count(secrets.randbelow(62_500))  # their addresses: none twice
 
 # mdiq with a gate that hangs, or dies, at the next peer that comes once a file tells it to. Its argument: which file.
 GATE_THAT_BREAKS = """
@@ -362,7 +364,8 @@ def _try(ring: LoopbackRing, attempts: Sequence[Attempt], until: Callable[[], bo
     """Have a stranger try it all, from an address of its own for each, so that the logs tell them apart."""
     network = "127.66" if ring.is_plain else "10.66"
     for attempt in attempts:
-        attempt.source = f"{network}.{secrets.randbelow(250)}.{secrets.randbelow(250) + 1}"
+        third, fourth = divmod(next(_STRANGERS) % 62_500, 250)
+        attempt.source = f"{network}.{third}.{fourth + 1}"
         if not ring.is_plain:
             assert ring.start(STRANGER, ["ip", "addr", "add", f"{attempt.source}/32", "dev", "eth0"]).wait(10) == 0
     told = [

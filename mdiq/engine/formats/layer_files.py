@@ -1,4 +1,4 @@
-"""A Stage's Layers from files that were fetched, where nothing else of the model is; quantize.py writes such files.
+"""A Stage's Layers from files that were fetched, where nothing else of the model is; packed_model.py writes such files.
 
 They come from another machine: shapes and types are checked before any kernel reads there.
 """
@@ -15,7 +15,7 @@ from mdiq.engine.formats.about import About
 from mdiq.engine.formats.checkpoint import Checkpoint
 from mdiq.engine.formats.gguf_blocks import BLOCK, GROUP, Blocks
 from mdiq.engine.formats.gguf_file import dequantized
-from mdiq.engine.formats.quantize import PackedFile
+from mdiq.engine.formats.packed_file import PackedFile
 from mdiq.errors import ModelError
 
 _HALF = BLOCK // 2

@@ -17,7 +17,9 @@ import mdiq
 from mdiq.cache import scratch_directory, temporary, write_whole
 from mdiq.engine.device import cpu_name, is_out_of_memory
 from mdiq.engine.formats.gguf_blocks import BLOCK, GROUP
-from mdiq.engine.formats.quantize import VERSION, PackedFile, num_hot, write_tensors
+from mdiq.engine.formats.packed_file import PackedFile, write_tensors
+from mdiq.engine.formats.packed_model import VERSION
+from mdiq.engine.formats.quantize import num_hot
 from mdiq.engine.kernels.kernel import Kernel
 from mdiq.engine.kernels.linear import KERNELS, Linear, StackedLinear
 from mdiq.engine.program import engine_digest

@@ -2,7 +2,7 @@
 
 import torch
 
-from mdiq.engine.formats.quantize import PackedFile
+from mdiq.engine.formats.packed_file import PackedFile
 
 
 class HotSplit:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from mdiq.engine.formats.quantize import PackedFile
+from mdiq.engine.formats.packed_file import PackedFile
 
 
 class Kernel(ABC):

@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional
 
 from mdiq.engine.formats.gguf_blocks import BLOCK, q6_values, scale_and_offset
-from mdiq.engine.formats.quantize import PackedFile, unpack_int4
+from mdiq.engine.formats.packed_file import PackedFile
+from mdiq.engine.formats.quantize import unpack_int4
 from mdiq.engine.kernels.hot_split import HotSplit
 from mdiq.engine.kernels.kernel import Kernel
 from mdiq.engine.kernels.llvm_int4 import LlvmInt4, LlvmInt4Wide, LlvmQ4K, LlvmQ4KWide, LlvmQ6K, LlvmQ6KWide

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mdiq.engine.device import cpu_flags
 from mdiq.engine.formats.gguf_blocks import BLOCK
-from mdiq.engine.formats.quantize import PackedFile
+from mdiq.engine.formats.packed_file import PackedFile
 from mdiq.engine.kernels.llvm_matmul import CompiledMatmul, compiled
 from mdiq.engine.memory import drop_pages
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from mdiq.engine.device import cpu_flags
-from mdiq.engine.formats.quantize import PackedFile
+from mdiq.engine.formats.packed_file import PackedFile
 from mdiq.engine.kernels.hot_split import HotSplit
 from mdiq.engine.kernels.llvm_matmul import CompiledMatmul, compiled
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from mdiq.engine.formats.checkpoint import Checkpoint, Tensors
-from mdiq.engine.formats.quantize import PackedFile
+from mdiq.engine.formats.packed_file import PackedFile
 from mdiq.engine.kernels.choice import KernelChoice
 from mdiq.engine.kernels.linear import Linear, make_linear
 from mdiq.engine.model.layers import LayerWeights, Norm

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mdiq.engine.formats.checkpoint import open_checkpoint
-from mdiq.engine.formats.quantize import PackedModel
+from mdiq.engine.formats.packed_model import PackedModel
 from mdiq.engine.memory import reset_peak, return_free_memory
 from mdiq.engine.model.hot_columns import hot_columns
 from mdiq.errors import RingError

@@ -12,7 +12,8 @@ from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.engine.device import choose_device, choose_dtype
 from mdiq.engine.formats.checkpoint import Checkpoint, Tensors
 from mdiq.engine.formats.layer_files import LayerFiles
-from mdiq.engine.formats.quantize import FORMATS, PackedModel
+from mdiq.engine.formats.packed_model import PackedModel
+from mdiq.engine.formats.quantize import FORMATS
 from mdiq.engine.kernels.choice import KernelChoice
 from mdiq.engine.kernels.linear import Embedding, Linear, PackedEmbedding, PlainEmbedding, make_linear
 from mdiq.engine.memory import reset_peak, return_free_memory

@@ -20,11 +20,11 @@ from mdiq.bench.shapes import shape_file
 from mdiq.cache import use
 from mdiq.core.frame import Batch, Segment, TokenIds
 from mdiq.core.types import Epoch, LayerRange, SeqId, WeightFormat, WeightSettings
-from mdiq.engine.formats import quantize
+from mdiq.engine.formats import packed_model
 from mdiq.engine.formats.about import About
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.layer_files import LayerFiles
-from mdiq.engine.formats.quantize import PackedFile
+from mdiq.engine.formats.packed_file import PackedFile
 from mdiq.engine.model.layer_loading import plain_layer
 from mdiq.engine.model.layer_packing import LayerPacking
 from mdiq.engine.runner import StageRunner
@@ -326,9 +326,9 @@ def test_a_layer_that_keeps_its_bytes_is_packed_while_a_starter_packs_its_own(
     name: str, weights: str, waits: bool, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reads a text in f32 first, for as long as a transfer takes; of other layers one is held in f32 at a time."""
-    monkeypatch.setattr(quantize, "_PACKING_S", 0.01)
+    monkeypatch.setattr(packed_model, "_PACKING_S", 0.01)
     packing = LayerPacking(_model(name, tmp_path), weights, cache / "packed")
-    with quantize._PACKING:
+    with packed_model._PACKING:
         finding = threading.Thread(target=packing.find, args=[1])
         finding.start()
         finding.join(0.5 if waits else 30)
@@ -341,9 +341,9 @@ def test_a_layer_that_keeps_its_bytes_is_packed_while_a_starter_packs_its_own(
 def test_what_a_killed_packing_left_goes_with_the_next_one(packing: LayerPacking, cache: Path) -> None:
     code = """
 import os, pathlib, sys
-from mdiq.engine.formats import quantize
+from mdiq.engine.formats import packed_file
 from mdiq.engine.model.layer_packing import LayerPacking
-quantize.save_file = lambda tensors, path, **_: (path.write_bytes(bytes(99)), os._exit(9))
+packed_file.save_file = lambda tensors, path, **_: (path.write_bytes(bytes(99)), os._exit(9))
 LayerPacking(pathlib.Path(sys.argv[1]), "int4", pathlib.Path(sys.argv[2])).find(1)
 """
     done = subprocess.run([sys.executable, "-c", code, str(shape_file("tiny", 4)), str(cache / "packed")], check=False)
@@ -361,8 +361,8 @@ def test_a_packing_that_is_closed_ends_at_its_next_step(packing: LayerPacking, m
         packing.stop()  # as ``close`` does from another thread, which then waits
         steps.append("find")
 
-    monkeypatch.setattr(quantize.PackedModel, "_pack_layer", lambda self, i: (stepping(), self._on_step()))
+    monkeypatch.setattr(packed_model.PackedModel, "_pack_layer", lambda self, i: (stepping(), self._on_step()))
     with pytest.raises(RingError, match="its layers are packed no further"):
         packing.find(3)
     assert steps == ["find"]
-    assert not quantize._PACKING.locked()
+    assert not packed_model._PACKING.locked()

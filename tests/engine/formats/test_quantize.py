@@ -17,10 +17,10 @@ from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.checkpoint_files import GgufSource
 from mdiq.engine.formats.gguf_blocks import BLOCK
 from mdiq.engine.formats.gguf_file import GgufFile
+from mdiq.engine.formats.packed_file import PackedFile
+from mdiq.engine.formats.packed_model import PackedModel
 from mdiq.engine.formats.quantize import (
     FORMATS,
-    PackedFile,
-    PackedModel,
     best_format,
     chosen_format,
     num_hot,
@@ -144,7 +144,7 @@ def test_a_layer_is_packed_once_and_read_from_its_file_later(tmp_path: Path) -> 
 def test_the_vocabulary_is_packed_in_parts_with_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mdiq.engine.formats.quantize._ROWS", 10)
+    monkeypatch.setattr("mdiq.engine.formats.packed_model._ROWS", 10)
     make_model("llama-mha-untied").save_pretrained(tmp_path / "model")
     with open_checkpoint(tmp_path / "model") as checkpoint, PackedModel(checkpoint, "int4", tmp_path, dict) as packed:
         ends = packed.ends()
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_is_named(is_early: bool, tmp_path: Path, monkeypatc
     if is_early:
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000))
     else:
-        monkeypatch.setattr("mdiq.engine.formats.quantize.save_file", fill)
+        monkeypatch.setattr("mdiq.engine.formats.packed_file.save_file", fill)
     make_model("llama-gqa-tied").save_pretrained(tmp_path / "model")
     with open_checkpoint(tmp_path / "model") as checkpoint:
         with PackedModel(checkpoint, "int8", tmp_path / "packed", dict) as packed:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 import mdiq
 from mdiq.engine.formats.gguf_blocks import BLOCK, scale_and_offset, take_apart
-from mdiq.engine.formats.quantize import PackedFile, quantize_columns, quantize_int4, unpack_int4
+from mdiq.engine.formats.packed_file import PackedFile
+from mdiq.engine.formats.quantize import quantize_columns, quantize_int4, unpack_int4
 from mdiq.engine.kernels import llvm_int4, llvm_int4_code, llvm_int8, llvm_int8_code, llvm_layers_code
 from mdiq.engine.kernels.choice import BATCH_CLASSES, KernelChoice
 from mdiq.engine.kernels.linear import KERNELS, FbgemmInt8, PackedEmbedding, TorchInt8
