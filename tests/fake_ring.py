@@ -43,7 +43,7 @@ class FakeRing:
 
     joined: it can be entered; refused: why not even then. goes_on: streams give more than their first token. failure:
     ends every stream after its first token. short_by: tokens that streams lack. refuses: returns why a Sequence cannot
-    run. silence: seconds, by node.
+    run. silence: seconds, by node. closing: it is being closed; closes: that can end.
     """
 
     def __init__(
@@ -71,6 +71,8 @@ class FakeRing:
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.is_open = self.is_closed = False
+        self.closing, self.closes = asyncio.Event(), asyncio.Event()
+        self.closes.set()
         self.asked: list[Sequence] = []
         self.num_tokens = self.num_open = self.peak_open = 0
         self.service: Any = FakeService()
@@ -88,7 +90,10 @@ class FakeRing:
         await self.aclose()
 
     async def aclose(self) -> None:
-        self.is_open, self.is_closed = False, True
+        self.is_open = False
+        self.closing.set()
+        await self.closes.wait()
+        self.is_closed = True
         self.service.fail_all(RingError("starter: its loops have ended; see the log"))
 
     @property

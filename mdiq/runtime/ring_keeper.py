@@ -275,13 +275,21 @@ class RingKeeper:
             ring.service.fail_all(RingError("the ring is formed anew; ask again"))
         finally:
             tasks = [task for task in (renewing, entering, losing, ending, idling) if task is not None]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._now = RingView(now.options)
-            self._say("ends" if self._is_ending else "forms the ring anew")
-            await ring.aclose()
-            self._closed.set()
+            closing = asyncio.create_task(self._close(ring, tasks), name="close the ring")
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError:  # a service that is to stop while it closes a Ring stops after that
+                await asyncio.wait({closing})
+                raise
+
+    async def _close(self, ring: KeptRing, tasks: list[asyncio.Task[Any]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._now = RingView(self._now.options)
+        self._say("ends" if self._is_ending else "forms the ring anew")
+        await ring.aclose()
+        self._closed.set()
 
     async def _change(self, options: RingOptions, drained: frozenset[str], what: str, *, at_once: bool = False) -> None:
         """Form the Ring anew, when nothing runs any more or at once."""

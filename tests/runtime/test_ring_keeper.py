@@ -453,9 +453,10 @@ async def test_what_still_runs_when_the_service_ends_is_told_so(house: House) ->
 
 
 async def test_a_revoked_key_of_a_node_that_stands_by_is_cut_at_once_and_what_runs_goes_on(house: House) -> None:
+    await house.ring(1)
     house.spares = {"pi3": "k3", "pi4": "k4"}
     await house.keeper.reload()
-    ring = await house.serving_ring(len(house.rings))
+    ring = await house.serving_ring(2)
     events = house.keeper.stream(_sequence())
     await anext(events)
     del house.spares["pi3"]
@@ -478,8 +479,9 @@ async def test_a_ring_that_serves_says_whom_the_plan_leaves_out_and_how_to_use_t
     house.nodes = {"desk": "k0"}
     house.left_out = dict.fromkeys(("pi1", "pi2"), "3 % slower with it")
     house.spares = {"pi3": "k3"}
+    await house.ring(1)
     await house.keeper.reload()
-    await house.serving_ring(len(house.rings))
+    await house.serving_ring(2)
     assert house.keeper.state.text == (
         "serves on desk alone; stand by: pi1 (3 % slower with it), pi2 (3 % slower with it); "
         "layers by hand or --even-split use all"
@@ -526,3 +528,16 @@ async def test_a_better_plan_is_taken_up_when_the_ring_is_idle_and_not_by_a_relo
     assert "nothing" in await house.keeper.reload()
     await asyncio.sleep(0.05)
     assert not second.is_closed
+
+
+async def test_a_keeper_that_is_to_stop_while_it_closes_a_ring_closes_all_of_it(house: House) -> None:
+    ring = await house.serving_ring(1)
+    ring.closes.clear()
+    ring.lose(NodeDiedError("pi1: no heartbeat"))
+    await ring.closing.wait()
+    house.running.cancel()
+    await asyncio.sleep(0)
+    ring.closes.set()
+    with pytest.raises(asyncio.CancelledError):
+        await house.running
+    assert ring.is_closed and len(house.rings) == 1
