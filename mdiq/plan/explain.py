@@ -20,6 +20,21 @@ _HEADINGS = ("node", "layers", "at most", "share %", "stage ms", "busy %", "weig
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """A Stage in the table; share: of the model's Layers; max_layers: limit from its memory."""
+
+    node: NodeId
+    layers: str
+    max_layers: int
+    share: float
+    batch_s: float
+    busy: float
+    weight_bytes: int
+    kv_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class WhatIf:
     """Another Ring and its rate, by the goal's objective; None where it is impossible, for the reason ``why``."""
 
@@ -37,6 +52,7 @@ class Explanation:
     """
 
     plan: Plan
+    rows: tuple[Row, ...]
     num_needed: int
     held: tuple[tuple[NodeId, int], ...]
     splits: tuple[WhatIf, ...]
@@ -55,6 +71,7 @@ def explain(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal:
     held = held_layers(model, usable, goal.kv_tokens)
     return Explanation(
         plan=plan,
+        rows=tuple(_rows(plan)),
         num_needed=min_nodes(model, usable, goal.kv_tokens),
         held=tuple((node.name, layers) for node, layers in zip(usable, held, strict=True)),
         splits=tuple(_splits(model, usable, links, goal)),
@@ -65,6 +82,21 @@ def explain(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal:
             if plan.layers(node.name)
         ),
     )
+
+
+def _rows(plan: Plan) -> Iterator[Row]:
+    for stage in plan.stages:
+        yield Row(
+            node=stage.node,
+            layers=str(stage.layers),
+            max_layers=stage.max_layers,
+            share=len(stage.layers) / plan.model.num_layers,
+            batch_s=stage.batch_s,
+            busy=stage.busy,
+            weight_bytes=stage.weight_bytes,
+            kv_bytes=stage.kv_bytes,
+            free_bytes=stage.free_bytes,
+        )
 
 
 def _splits(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> Iterator[WhatIf]:
@@ -118,7 +150,7 @@ def render(explanation: Explanation, *, with_more: bool = True) -> str:
         + (f"{goal.objective}: one user's" if goal.objective is Objective.LATENCY else f"{goal.objective}: {users}'")
         + " tokens per second",
         "",
-        *_table(plan),
+        *_table(explanation.rows),
         "",
         f"predicted    {plan.rate:.1f} tokens/s for {users} in micro-batches of {plan.cap}; "
         f"{plan.rate_one:.1f} for one alone; long prompts at {plan.prompt_rate:.0f} tokens/s",
@@ -137,20 +169,20 @@ def render(explanation: Explanation, *, with_more: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(plan: Plan) -> Iterator[str]:
+def _table(rows: Sequence[Row]) -> Iterator[str]:
     cells = [
         (
-            stage.node,
-            str(stage.layers),
-            f"{stage.max_layers}",
-            f"{100 * len(stage.layers) / plan.model.num_layers:.0f}",
-            f"{1_000 * stage.batch_s:.1f}",
-            f"{100 * stage.busy:.0f}",
-            f"{stage.weight_bytes / _MIB:.0f}",
-            f"{stage.kv_bytes / _MIB:.0f}",
-            f"{stage.free_bytes / _MIB:.0f}",
+            row.node,
+            row.layers,
+            f"{row.max_layers}",
+            f"{100 * row.share:.0f}",
+            f"{1_000 * row.batch_s:.1f}",
+            f"{100 * row.busy:.0f}",
+            f"{row.weight_bytes / _MIB:.0f}",
+            f"{row.kv_bytes / _MIB:.0f}",
+            f"{row.free_bytes / _MIB:.0f}",
         )
-        for stage in plan.stages
+        for row in rows
     ]
     widths = [max(len(row[i]) for row in (_HEADINGS, *cells)) for i in range(len(_HEADINGS))]
     for name, *figures in (_HEADINGS, *cells):

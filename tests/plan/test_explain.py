@@ -1,6 +1,6 @@
 """The explanation of a Plan, as values and as a text (tests/golden/plan_*.txt)."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,17 @@ def test_the_table_has_the_plans_figures() -> None:
         assert int(share) == round(100 * len(stage.layers) / MODEL.num_layers) and int(busy) == round(100 * stage.busy)
         for mib, num_bytes in ((weights, stage.weight_bytes), (kv, stage.kv_bytes), (free, stage.free_bytes)):
             assert int(mib) == round(num_bytes / (1 << 20))
+
+
+def test_what_json_shows_has_the_keys_that_programs_read() -> None:
+    """`mdiq plan --explain --json` writes an Explanation as it is: a key that goes breaks somebody's program."""
+    explanation = explain(MODEL, *CASES["unlike"])
+    shown = asdict(explanation)
+    assert list(shown) == ["plan", "rows", "num_needed", "held", "splits", "one_more", "without"]
+    figures = ["max_layers", "share", "batch_s", "busy", "weight_bytes", "kv_bytes", "free_bytes"]
+    assert all(list(row) == ["node", "layers", *figures] for row in shown["rows"])
+    assert [row["free_bytes"] for row in shown["rows"]] == [stage.free_bytes for stage in explanation.plan.stages]
+    assert sum(row["share"] for row in shown["rows"]) == pytest.approx(1)
 
 
 def test_other_splits_are_predicted_as_the_plan_is() -> None:
