@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -646,20 +646,24 @@ async def test_the_same_over_real_sockets() -> None:
     context.term()
 
 
-async def test_a_node_of_an_earlier_ring_is_told_once_to_end_and_can_join() -> None:
-    server = MemoryControlServer()
-    coordinator = Coordinator(
+def _drains_strangers(server: MemoryControlServer, clock: Callable[[], float]) -> Coordinator:
+    return Coordinator(
         server,
         KEY,
         VERSION,
         [ONE],
-        clock=lambda: 0.0,
+        clock=clock,
         lease_s=60.0,
         on_fault=lambda *_: None,
         on_loading=lambda *_: None,
         on_lost=lambda *_: None,
         drains_strangers=True,
     )
+
+
+async def test_a_node_of_an_earlier_ring_is_told_once_to_end_and_can_join() -> None:
+    server = MemoryControlServer()
+    coordinator = _drains_strangers(server, lambda: 0.0)
     running = asyncio.create_task(coordinator.run())
     link = server.connect(b"an earlier link")
     for _ in range(3):
@@ -681,18 +685,7 @@ async def test_a_node_of_an_earlier_ring_that_has_not_heard_that_it_is_to_end_is
     # A connection that broke has lost it: the Node would beat for an earlier Ring for ever.
     times = [0.0]
     server = MemoryControlServer()
-    coordinator = Coordinator(
-        server,
-        KEY,
-        VERSION,
-        [ONE],
-        clock=lambda: times[-1],
-        lease_s=60.0,
-        on_fault=lambda *_: None,
-        on_loading=lambda *_: None,
-        on_lost=lambda *_: None,
-        drains_strangers=True,
-    )
+    coordinator = _drains_strangers(server, lambda: times[-1])
     running = asyncio.create_task(coordinator.run())
     link = server.connect(b"an earlier link")
     for now in (0.0, REPEAT_S):
