@@ -31,7 +31,7 @@ _NAMES = {
     "hashes": re.compile(r"[0-9a-f]{32}"),
 }
 _TEMPORARY = re.compile(r"(fetch|measure|write)-\w+")
-_OLD = re.compile(r"hashes/.*|weights/[0-9a-f]{64}")  # of an earlier layout: nobody reads it any more
+_OLD = re.compile(r"hashes/.*|weights/[0-9a-f]{64}")  # of an earlier layout: nothing reads it any more
 
 
 class State(StrEnum):

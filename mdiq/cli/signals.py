@@ -58,7 +58,7 @@ def run_service(main: Coroutine[Any, Any, None]) -> NoReturn:
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-    """Raise the first error of a TaskGroup's: users are told one."""
+    """Raise the first error of a TaskGroup's: users see one."""
     try:
         yield
     except ExceptionGroup as group:

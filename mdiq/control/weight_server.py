@@ -228,7 +228,7 @@ class WeightServer:
     def _on_found(self, layer: int, done: "asyncio.Future[tuple[messages.LayerFile, Path]]") -> None:
         del self._finding[layer]
         if not done.cancelled():
-            done.exception()  # those who wait raise it; perhaps nobody does any more
+            done.exception()  # those who wait raise it; perhaps none is left
 
     async def _answer_all(self, peer: _Peer, offering: "asyncio.Task[None]") -> None:
         while True:

@@ -62,7 +62,7 @@ async def look_up(name: str) -> list[str]:
             addresses, failed = addresses_of(name), None
         except (OSError, UnicodeError) as error:
             failed = error
-        finally:  # what nobody has foreseen is for the hook of all threads
+        finally:  # what was not foreseen is for the hook of all threads
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(tell, addresses, failed)
 

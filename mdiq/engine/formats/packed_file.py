@@ -70,7 +70,7 @@ def written(path: Path, tensors: dict[str, torch.Tensor], scratch: Path, *, abou
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a file that nobody else reads, and that need not outlive a power cut.
+    """Write a file that no other process reads, and that need not outlive a power cut.
 
     Raises:
         CapacityError, ModelError: as ``written``.

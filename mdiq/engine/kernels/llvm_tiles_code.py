@@ -103,7 +103,7 @@ def largest_size(f: Function, row: Value, first: Operand, stop: Operand, lanes: 
 
 def whole_levels(levels: Value, least: int, most: int) -> Value:
     """Return floats rounded to integers within these bounds."""
-    # Of an activation that is no number these make a level: LLVM's conversion to integers wants one.
+    # Of an activation that is not a number these make a level: LLVM's conversion to integers wants one.
     return levels.rounded().or_larger(least).or_smaller(most).to(INT)
 
 
