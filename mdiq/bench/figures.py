@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from mdiq.bench.workload import ApartCell, Cell
 
@@ -100,9 +100,9 @@ def scalings(
         if cell.nodes == least:
             continue
         link = cell.link if least > 1 else None
-        per_node = Cell(least, cell.users * least // cell.nodes, cell.prompt_tokens, link)
+        per_node = replace(cell, nodes=least, users=cell.users * least // cell.nodes, link=link)
         is_whole = cell.users * least % cell.nodes == 0
-        total = Cell(least, cell.users, cell.prompt_tokens, link)
+        total = replace(cell, nodes=least, link=link)
         apart = ApartCell.beside(cell) if least == 1 else None
         scaling = Scaling(
             cell,

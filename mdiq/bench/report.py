@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mdiq.bench.figures import LoadFigures, Scaling, median_figures, median_ratio, scalings
 from mdiq.bench.runner import CellRun, Measurements, NodeShare, PeerCell
@@ -65,6 +65,15 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """A cell with draws against the greedy one that is else the same: tokens/s over its tokens/s."""
+
+    cell: Cell
+    decode: float | None
+    total: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """All of it. ``machine`` and ``settings`` say under which circumstances."""
 
@@ -75,6 +84,7 @@ class Report:
     scaling: tuple[Scaling, ...]
     peer: tuple[PeerReport, ...]
     ratios: tuple[Ratio, ...]
+    drawn: tuple[Drawn, ...]
     version: int = VERSION
 
     def as_json(self) -> str:
@@ -115,7 +125,12 @@ def make_report(measured: Measurements, *, machine: Mapping[str, str | int], set
             )
             for cell in runs
             for peer_cell in peer_runs
-            if (cell.users, cell.prompt_tokens) == (peer_cell.users, peer_cell.prompt_tokens)
+            if (cell.users, cell.prompt_tokens, cell.temperature) == (peer_cell.users, peer_cell.prompt_tokens, 0)
+        ),
+        drawn=tuple(
+            Drawn(cell, median_ratio(runs[cell], greedy), median_ratio(runs[cell], greedy, "total_tokens_per_s"))
+            for cell in runs
+            if cell.temperature and (greedy := runs.get(replace(cell, temperature=0.0)))
         ),
     )
 

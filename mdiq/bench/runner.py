@@ -109,7 +109,6 @@ class Bench:
     """A whole measurement.
 
     peer_cells: empty without a peer. apart_cells: empty where rings apart are not wanted.
-    temperature: of the users' requests; 0 is greedy.
     rest_s: how long after a Load every Node has reported.
     progress: called with what runs now.
     """
@@ -125,7 +124,6 @@ class Bench:
     run_peer: RunPeer | None = None
     apart_cells: Sequence[ApartCell] = ()
     run_apart: RunApart | None = None
-    temperature: float = 0.0
     progress: Callable[[str], None] = lambda _: None
 
     async def run(self) -> Measurements:
@@ -146,14 +144,12 @@ class Bench:
             for apart_cell in self.apart_cells:
                 assert self.run_apart is not None  # apart_cells are empty without it
                 self.progress(f"{where}: {apart_cell.rings} rings apart, {apart_cell.users} users each")
-                users = await self.run_apart(apart_cell.rings, self._load(apart_cell.users, apart_cell.prompt_tokens))
+                users = await self.run_apart(apart_cell.rings, self._load(apart_cell))
                 result.apart.setdefault(apart_cell, []).append(load_figures(users))
             for peer_cell in self.peer_cells:
                 assert self.run_peer is not None  # peer_cells are empty without one
                 self.progress(f"{where}: peer with {peer_cell.threads} threads, {peer_cell.users} users")
-                users, rss = await self.run_peer(
-                    peer_cell.threads, self._load(peer_cell.users, peer_cell.prompt_tokens)
-                )
+                users, rss = await self.run_peer(peer_cell.threads, self._load(peer_cell))
                 result.peer.setdefault(peer_cell, []).append(PeerRun(load_figures(users), rss))
         return result
 
@@ -161,7 +157,7 @@ class Bench:
         index = 0
         # The largest Load once, shortly: memory that a first forward of that size takes is taken then.
         max_users, longest = max(c.users for c in cells), max(c.prompt_tokens for c in cells)
-        warm_up = Load(max_users, longest, WARM_UP_TOKENS, self.seed + 1, self.temperature)
+        warm_up = Load(max_users, longest, WARM_UP_TOKENS, self.seed + 1, max(c.temperature for c in cells))
         await run_load(ring, warm_up, self.vocab_size, index)
         index += warm_up.users
         # The Starter's own figures are never old.
@@ -169,7 +165,7 @@ class Bench:
         await asyncio.sleep(rest_s)
         for cell in cells:
             self.progress(f"{where}: {cell.nodes} nodes, {cell.users} users, {cell.prompt_tokens} prompt tokens")
-            load = self._load(cell.users, cell.prompt_tokens)
+            load = self._load(cell)
             before = ring.figures()
             users = await run_load(ring, load, self.vocab_size, index)
             index += load.users
@@ -178,8 +174,9 @@ class Bench:
             run = CellRun(load_figures(users), shares, tuple(ring.hops()))
             result.cells.setdefault(cell, []).append(run)
 
-    def _load(self, users: int, prompt_tokens: int) -> Load:
-        return Load(users, prompt_tokens, self.answer_tokens, self.seed, self.temperature)
+    def _load(self, cell: Cell | ApartCell | PeerCell) -> Load:
+        temperature = 0.0 if isinstance(cell, PeerCell) else cell.temperature
+        return Load(cell.users, cell.prompt_tokens, self.answer_tokens, self.seed, temperature)
 
 
 async def run_load(ring: LoadedRing, load: Load, vocab_size: int, first_index: int) -> list[UserTimes]:

@@ -38,12 +38,16 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One point of the grid: a Load on a ring of ``nodes`` Nodes, with every Hop slowed by ``link``."""
+    """One point of the grid: a Load on a ring of ``nodes`` Nodes, with every Hop slowed by ``link``.
+
+    temperature: of the users' requests; 0 is greedy.
+    """
 
     nodes: int
     users: int
     prompt_tokens: int
     link: LinkShape | None = None
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +57,14 @@ class ApartCell:
     rings: int
     users: int
     prompt_tokens: int
+    temperature: float = 0.0
 
     @classmethod
     def beside(cls, cell: Cell) -> "ApartCell | None":
         """Return as many rings as a cell has Nodes, with as many users in all; None for one Node and on slowed Hops."""
         if cell.nodes == 1 or cell.link is not None or cell.users % cell.nodes:
             return None
-        return cls(cell.nodes, cell.users // cell.nodes, cell.prompt_tokens)
+        return cls(cell.nodes, cell.users // cell.nodes, cell.prompt_tokens, cell.temperature)
 
 
 def grid(
@@ -68,6 +73,7 @@ def grid(
     users_per_node: Sequence[int],
     prompt_tokens: Sequence[int],
     links: Sequence[LinkShape | None] = (None,),
+    temperatures: Sequence[float] = (0.0,),
 ) -> tuple[Cell, ...]:
     """Return the cells to measure, in order and each once.
 
@@ -80,5 +86,6 @@ def grid(
             of_ring = {*users, *(each * size for each in users_per_node for size in (count, min(nodes)))}
             for user in sorted(of_ring):
                 for prompt in sorted(set(prompt_tokens)):
-                    cells[Cell(count, user, prompt, link if count > 1 else None)] = None
+                    for temperature in sorted(set(temperatures)):
+                        cells[Cell(count, user, prompt, link if count > 1 else None, temperature)] = None
     return tuple(cells)

@@ -15,7 +15,7 @@ from mdiq.bench.plots import check_plots, draw
 from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, Report, make_report
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
 from mdiq.bench.workload import ApartCell, Cell, grid
-from mdiq.cli.flags import parse_numbers, parse_wires
+from mdiq.cli.flags import parse_numbers, parse_temperatures, parse_wires
 from mdiq.cli.ring_commands import BenchOptions
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
@@ -35,6 +35,7 @@ MAX_NODES = 64
 MAX_USERS = 1024  # a Frame has no room for more Segments
 KV_STEP = 32  # tokens of a KvBlock
 PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
+_LOAD = ("nodes", "users", "prompt", "temperature")
 _FIGURES = ("tokens/s", "with prompts", "first token", "next token")
 REST_S = 1.5 * HEARTBEAT_S  # after a Load, every Node's heartbeat has come
 
@@ -60,7 +61,7 @@ def execute(options: BenchOptions) -> int:
     with console.status("starting") as status:
         bench = _bench(options, cells, model, config, threads, peer_threads, cores, status.update)
         measured = run_until_signal(bench.run())
-    kept = "weights exact wire dtype device pin answer_tokens repeats seed temperature peer".split()
+    kept = "weights exact wire dtype device pin answer_tokens repeats seed peer".split()
     settings: dict[str, object] = {"model": model.name, "threads_per_node": threads, "cpu_per_node": options.cpu}
     settings |= {name: getattr(options, name) for name in kept}
     report = make_report(measured, machine=_machine(), settings=settings)
@@ -121,7 +122,6 @@ def _bench(
         answer_tokens=options.answer_tokens,
         repeats=options.repeats,
         seed=options.seed,
-        temperature=options.temperature,
         vocab_size=config.vocab_size,
         rest_s=REST_S,
         open_ring=lambda nodes, link: RingHost(of_ring(nodes, link)),
@@ -148,13 +148,18 @@ def _cells(options: BenchOptions) -> tuple[Cell, ...]:
         () if per_node is None else parse_numbers("--users-per-node", per_node, MAX_USERS),
         parse_numbers("--prompt-tokens", options.prompt_tokens, 1 << 20),
         [None if text == NO_LINK else parse_link(text) for text in options.link or ()] or [None],
+        parse_temperatures(options.temperature),
     )
 
 
 def _apart_cells(cells: Sequence[Cell]) -> tuple[ApartCell, ...]:
     """Return what is measured apart: of each ring's cell that one Node has with as many users a Node."""
     beside = dict.fromkeys(ApartCell.beside(cell) for cell in cells)
-    return tuple(apart for apart in beside if apart and Cell(1, apart.users, apart.prompt_tokens) in cells)
+    return tuple(
+        apart
+        for apart in beside
+        if apart and Cell(1, apart.users, apart.prompt_tokens, temperature=apart.temperature) in cells
+    )
 
 
 def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
@@ -179,7 +184,7 @@ def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
         raise ConfigError(f"--json {options.json_file}: there is no such directory; make it first")
     if options.peer is not None and options.peer != "llama-cpp":
         raise ConfigError(f"--peer {options.peer}: no such peer; known is llama-cpp")
-    if options.peer is not None and options.temperature:
+    if options.peer is not None and any(cell.temperature for cell in cells):
         raise ConfigError("--temperature: the peer answers greedily only; leave --temperature or --peer out")
     if options.peer is None and (options.peer_python is not None or options.peer_threads is not None):
         raise ConfigError("mdiq bench: --peer-python and --peer-threads go with --peer llama-cpp; add it")
@@ -251,7 +256,7 @@ def _write(path: Path, report: Report) -> None:
 def print_report(console: Console, report: Report) -> None:
     """Print the tables: cells, how they scale, the peer and the ratios."""
     for link in dict.fromkeys(r.cell.link for r in report.cells):
-        columns = ["nodes", "users", "prompt", *_FIGURES, "busy", "work waited", "wire", "bytes/token"]
+        columns = [*_LOAD, *_FIGURES, "busy", "work waited", "wire", "bytes/token"]
         table = _table(f"mdiq, {report.settings['model']}" + (f", every hop {link}" if link else ""), columns)
         for r in report.cells:
             if r.cell.link == link:
@@ -268,16 +273,26 @@ def print_report(console: Console, report: Report) -> None:
                 )
         console.print(table)
     console.print("first and next token: ms, median and in brackets 95th percentile", style="dim", highlight=False)
+    _print_drawn(console, report)
     _print_scaling(console, report)
     if report.peer:
         _print_peer(console, report)
+
+
+def _print_drawn(console: Console, report: Report) -> None:
+    if not report.drawn:
+        return
+    table = _table("tokens/s against temperature 0", [*_LOAD, "link", "tokens/s", "with prompts"])
+    for each in report.drawn:
+        table.add_row(*_load(each.cell), str(each.cell.link or "-"), _ratio(each.decode), _ratio(each.total))
+    console.print(table)
 
 
 def _print_scaling(console: Console, report: Report) -> None:
     if not report.scaling:
         return
     least = min(r.cell.nodes for r in report.cells)
-    columns = ["nodes", "users", "prompt", "link", "same users per node", "rings apart", "same users in all"]
+    columns = [*_LOAD, "link", "same users per node", "rings apart", "same users in all"]
     table = _table(f"tokens/s against {least} node{'s' if least > 1 else ''}", columns)
     for scaling in report.scaling:
         ratios = (scaling.same_per_node, scaling.apart, scaling.fixed_total)
@@ -297,7 +312,7 @@ def _print_peer(console: Console, report: Report) -> None:
         load = (str(cell.threads), str(cell.users), str(cell.prompt_tokens))
         table.add_row(*load, *_figures(peer.figures), f"{peer.rss_bytes / 1e6:.0f} MB")
     console.print(table)
-    columns = ["nodes", "users", "prompt", "link", "llama.cpp's threads", "tokens/s", "with prompts"]
+    columns = [*_LOAD, "link", "llama.cpp's threads", "tokens/s", "with prompts"]
     table = _table("mdiq / llama.cpp", columns)
     for ratio in report.ratios:
         link, threads = str(ratio.cell.link or "-"), str(ratio.peer_threads)
@@ -312,8 +327,8 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _load(cell: Cell) -> tuple[str, str, str]:
-    return str(cell.nodes), str(cell.users), str(cell.prompt_tokens)
+def _load(cell: Cell) -> tuple[str, ...]:
+    return str(cell.nodes), str(cell.users), str(cell.prompt_tokens), f"{cell.temperature:g}"
 
 
 def _figures(figures: LoadFigures) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Values of flags that are texts with commas between."""
 
+import math
+
 from mdiq.core.wire_formats import AUTO, WIRE_FORMATS
 from mdiq.errors import ConfigError
 
@@ -28,6 +30,17 @@ def parse_numbers(flag: str, text: str, maximum: int) -> tuple[int, ...]:
     if not all(1 <= number <= maximum for number in numbers):
         raise ConfigError(f"{flag} {text}: each must be from 1 to {maximum}")
     return numbers
+
+
+def parse_temperatures(text: str) -> tuple[float, ...]:
+    """Return the temperatures of a list like 0,0.7."""
+    try:
+        temperatures = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--temperature {text}: not numbers with commas between; write for example 0,0.7") from None
+    if not all(0 <= temperature < math.inf for temperature in temperatures):
+        raise ConfigError(f"--temperature {text}: each must be 0 or more")
+    return temperatures
 
 
 def hand_split(layers: str | None, nodes: int | None) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 import json
 
-from mdiq.bench.report import Ratio, make_report
+from mdiq.bench.figures import LoadFigures
+from mdiq.bench.report import Drawn, Ratio, make_report
+from mdiq.bench.runner import CellRun
 from mdiq.bench.workload import ApartCell, Cell
 from mdiq.runtime.options import HopFigures
 from mdiq.testbed.link_shape import LinkShape
@@ -21,6 +23,19 @@ def test_a_report_has_medians_scaling_and_ratios() -> None:
     assert report.scaling[1].apart == 1.6
 
 
+def test_draws_are_compared_with_the_greedy_cell_of_the_same_load() -> None:
+    measured = make_measurements()
+    drawn = Cell(2, 2, 8, temperature=1.0)
+    slower = LoadFigures(12.0, 30.0, 0.5, 0.6, 0.1, 0.2)
+    measured.cells[drawn] = [CellRun(slower), CellRun(slower)]
+    measured.cells[Cell(2, 5, 8, temperature=1.0)] = [CellRun(slower)]  # nothing to compare it with
+    report = make_report(measured, machine={}, settings={})
+    assert report.drawn == (Drawn(drawn, 0.75, 0.75),)
+    # Nor with a peer or a ring of other draws.
+    assert all(ratio.cell.temperature == 0 for ratio in report.ratios)
+    assert all(scaling.cell.temperature == 0 for scaling in report.scaling)
+
+
 def test_a_report_is_json_with_every_repeat() -> None:
     links = (LinkShape(0.02, 0.001, 1e7),)
     value = json.loads(make_report(make_measurements(links), machine={}, settings={}).as_json())
@@ -28,6 +43,6 @@ def test_a_report_is_json_with_every_repeat() -> None:
     assert value["cells"][0]["cell"]["link"] is None
     assert value["cells"][3]["cell"]["link"] == {"delay_s": 0.02, "jitter_s": 0.001, "bandwidth_bit_per_s": 1e7}
     assert len(value["cells"][3]["repeats"]) == 2
-    assert value["apart"][0]["cell"] == {"rings": 2, "users": 1, "prompt_tokens": 8}
+    assert value["apart"][0]["cell"] == {"rings": 2, "users": 1, "prompt_tokens": 8, "temperature": 0.0}
     assert len(value["apart"][0]["repeats"]) == 2
     assert value["peer"][0]["cell"] == {"threads": 1, "users": 1, "prompt_tokens": 8}

@@ -81,7 +81,7 @@ async def test_rounds_go_over_all_rings_and_the_peer_in_turn() -> None:
 
     told: list[str] = []
     bench = Bench(
-        cells=(Cell(1, 2, 5), Cell(1, 3, 4), Cell(2, 2, 5), Cell(2, 2, 5, SLOW)),
+        cells=(Cell(1, 2, 5), Cell(1, 3, 4, temperature=0.5), Cell(2, 2, 5), Cell(2, 2, 5, SLOW)),
         answer_tokens=2,
         repeats=2,
         seed=0,
@@ -105,6 +105,8 @@ async def test_rounds_go_over_all_rings_and_the_peer_in_turn() -> None:
     asked = rings_opened[0].asked
     assert [(len(s.prompt), s.params.max_tokens) for s in asked[:3]] == [(5, WARM_UP_TOKENS)] * 3
     assert [sequence.index for sequence in asked] == list(range(8))
+    # The warm-up draws if any load does.
+    assert [sequence.params.temperature for sequence in asked] == [0.5] * 3 + [0.0] * 2 + [0.5] * 3
     assert measured.cells[Cell(2, 2, 5)][0].nodes[1].rss_bytes == 100
     assert [hop.wire for hop in measured.cells[Cell(2, 2, 5)][0].hops] == ["bf16", "bf16"]
     assert measured.cells[Cell(1, 2, 5)][0].hops == ()

@@ -46,5 +46,14 @@ def test_users_per_node_come_with_the_same_users_in_all() -> None:
     )
 
 
+def test_temperatures_stand_side_by_side() -> None:
+    assert grid([1], [2, 1], [], [8], temperatures=[1.0, 0.0]) == (
+        Cell(1, 1, 8),
+        Cell(1, 1, 8, temperature=1.0),
+        Cell(1, 2, 8),
+        Cell(1, 2, 8, temperature=1.0),
+    )
+
+
 def test_a_ring_of_one_node_has_no_link() -> None:
     assert grid([1, 2], [1], [], [8], [None, SLOW]) == (Cell(1, 1, 8), Cell(2, 1, 8), Cell(2, 1, 8, SLOW))

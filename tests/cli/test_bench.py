@@ -35,13 +35,19 @@ def bench(*arguments: str) -> str:
 def test_one_node_is_measured_in_this_process(tmp_path: Path) -> None:
     out = bench(
         *("--shape", "tiny", "--nodes", "1", "--users", "1,3", "--prompt-tokens", "4,40"),
-        *("--answer-tokens", "5", "--repeats", "2", "--threads", "1", "--json", str(tmp_path / "out.json")),
+        *("--answer-tokens", "5", "--repeats", "2", "--threads", "1", "--temperature", "1,0"),
+        *("--json", str(tmp_path / "out.json")),
     )
+    assert "tokens/s against temperature 0" in out
     assert "mdiq, tiny-q8_0-v1.gguf" in out
     value = json.loads((tmp_path / "out.json").read_text())
-    assert [
-        (cell["cell"]["nodes"], cell["cell"]["users"], cell["cell"]["prompt_tokens"]) for cell in value["cells"]
-    ] == [(1, 1, 4), (1, 1, 40), (1, 3, 4), (1, 3, 40)]
+    keys = ("nodes", "users", "prompt_tokens", "temperature")
+    loads = [(1, 1, 4), (1, 1, 40), (1, 3, 4), (1, 3, 40)]
+    assert [tuple(cell["cell"][key] for key in keys) for cell in value["cells"]] == [
+        (*load, temperature) for load in loads for temperature in (0, 1)
+    ]
+    assert [tuple(drawn["cell"][key] for key in keys) for drawn in value["drawn"]] == [(*load, 1) for load in loads]
+    assert all(drawn["decode"] > 0 for drawn in value["drawn"])
     for cell in value["cells"]:
         assert len(cell["repeats"]) == 2
         figures = cell["figures"]
@@ -77,6 +83,11 @@ def test_tables_show_cells_scaling_peer_and_ratios() -> None:
         (["--shape", "tiny", "--model", "x.gguf"], "--model or --shape, not both"),
         (["--shape", "tiny", "--nodes", "5"], "--nodes 5: the model has 4 layers"),
         (["--shape", "tiny", "--prompt-tokens", "500"], "the longest prompt and its answer have 564 tokens"),
+        (["--temperature", "0,warm"], "--temperature 0,warm: not numbers with commas between; write for example 0,0.7"),
+        (["--temperature", "0,-1"], "--temperature 0,-1: each must be 0 or more"),
+        (["--temperature", "inf"], "--temperature inf: each must be 0 or more"),
+        (["--temperature", "nan"], "--temperature nan: each must be 0 or more"),
+        (["--temperature", "0,1", "--peer", "llama-cpp"], "the peer answers greedily only"),
         (["--link", "slow"], "--link slow: 'slow' is not delay, bandwidth or jitter"),
         (["--nodes", "2", "--users", "4", "--apart"], "--apart: it goes with rings of one and of more nodes"),
         (["--cpu", "0.01"], "--cpu 0.01: give 0.05 to"),

@@ -40,6 +40,7 @@ RUN_ELSEWHERE = {
     "mdiq plan topology.yaml": PLAN,
     "mdiq plan topology.yaml --objective": GOAL,
     "mdiq plan topology.yaml --forget": "cli/test_plan.py::test_figures_are_forgotten_on_demand",
+    "mdiq bench --nodes 1 --users 8 --temperature 0,1": "cli/test_bench.py::test_one_node_is_measured_in_this_process",
     "mdiq bench --nodes 1,2 --users": LINKS,
     "mdiq bench --shape tinyllama-1.1b --nodes 2 --users 8 --link none": LINKS,
     "mdiq bench --shape tinyllama-1.1b --nodes 1,2,3 --users-per-node 4 --cpu 0.5": (

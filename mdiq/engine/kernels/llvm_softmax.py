@@ -3,13 +3,14 @@
 import threading
 from functools import cache
 
+import numpy as np
 import torch
 
 from mdiq.engine.kernels.llvm_matmul import compiled, compiled_or_none
 
 
 class CompiledSoftmax:
-    """e^((logit - largest) / temperature), sums of neighbours and of like weights; the same bits on every CPU."""
+    """e^((logit - largest) / temperature), and sums of neighbours; the same bits on every CPU."""
 
     def __init__(self) -> None:
         """Compile it, unless that was done before.
@@ -18,12 +19,11 @@ class CompiledSoftmax:
             RuntimeError: it cannot be compiled.
         """
         self._machine = compiled("llvm_softmax_code")  # its code lives as long as it does
-        from mdiq.engine.kernels.llvm_softmax_code import BLOCK, NUM_CLASSES, NUM_SPARE
+        from mdiq.engine.kernels.llvm_softmax_code import BLOCK
 
         self.block = BLOCK
-        self._num_classes, self._num_spare = NUM_CLASSES, NUM_SPARE
         self._soften = self._machine.function("soften", 4, 1)
-        self._add_classes = self._machine.function("add_classes", 3, 1)
+        self._add_up = self._machine.function("add_up", 3, 1)
         self._buffers = threading.local()  # memory that is new for each row costs as much as the maths
 
     @staticmethod
@@ -32,25 +32,23 @@ class CompiledSoftmax:
         """Return it where it can be had, None elsewhere."""
         return compiled_or_none(CompiledSoftmax, torch.float32, torch.device("cpu"))
 
-    def __call__(self, logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights, and the sums of each ``block`` of them, the rest's last: until the next call of this thread.
+    def sums(self, logits: np.ndarray, largest: float, temperature: float) -> np.ndarray:
+        """Return the sums of each ``block`` of weights, the rest's last, f32; the weights themselves are not kept.
 
-        logits: f32 [n], of which the largest is a number.
+        logits: f32 [n], contiguous. largest: of all logits of the row; finite.
         """
-        logits = logits.contiguous()
+        numbers = np.array([largest, 1 / temperature], np.float32)
+        sums = np.empty(-(-len(logits) // self.block), np.float32)
+        self._add_up(logits.ctypes.data, numbers.ctypes.data, sums.ctypes.data, len(logits))
+        return sums
+
+    def weights(self, logits: np.ndarray, largest: float, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weights, f32 [n], until the next call of this thread, and what ``sums`` returns."""
         count = len(logits)
-        weights: torch.Tensor = getattr(self._buffers, "weights", torch.empty(0))
+        numbers = np.array([largest, 1 / temperature], np.float32)
+        weights: np.ndarray = getattr(self._buffers, "weights", np.empty(0, np.float32))
         if len(weights) < count:
-            weights = self._buffers.weights = torch.empty(count)
-        sums, factor = torch.empty(-(-count // self.block)), torch.tensor([1 / temperature])
-        self._soften(*(tensor.data_ptr() for tensor in (logits, factor, weights, sums)), count)
+            weights = self._buffers.weights = np.empty(count, np.float32)
+        sums = np.empty(-(-count // self.block), np.float32)
+        self._soften(*(array.ctypes.data for array in (logits, numbers, weights, sums)), count)
         return weights[:count], sums
-
-    def class_sums(self, weights: torch.Tensor, least: float) -> torch.Tensor:
-        """Return the sums of weights of each class, the upper 16 bits of a weight: f64.
-
-        weights: f32 [n], none negative; those under ``least`` do not count.
-        """
-        sums, bound = torch.zeros(self._num_classes + self._num_spare, dtype=torch.float64), torch.tensor([least])
-        self._add_classes(*(tensor.data_ptr() for tensor in (weights, bound, sums)), len(weights))
-        return sums[: self._num_classes]

@@ -15,6 +15,7 @@ from mdiq.errors import EngineError
 MIN_TEMPERATURE = 1e-30
 MIN_PENALTY = 1e-30
 _BLOCK = 128  # weights that are summed together before one of them is looked for
+_MAX_FLOAT = np.finfo(np.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     Raises:
         EngineError: a row holds NaN, or no finite number at all.
     """
+    values = logits.contiguous().numpy()
     # numpy finds the largest of 150,000 logits in a twentieth of the time that torch takes; a NaN counts as largest.
-    tokens = [int(values.argmax()) for values in logits.numpy()]
-    if not bool(torch.isfinite(logits[range(len(rows)), tokens]).all()):
+    tokens = [int(row.argmax()) for row in values]
+    if not np.isfinite(values[range(len(rows)), tokens]).all():
         raise EngineError("the logits are not numbers; the weights are damaged, or bf16 overflowed: try --dtype f32")
     for i, row in enumerate(rows):
         if row.params.temperature > 0 or row.params.repetition_penalty != 1.0:
-            tokens[i] = _sample_row(logits[i], row)
+            tokens[i] = _sample_row(values[i], tokens[i], row)
     return tokens
 
 
@@ -52,109 +54,121 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) / 2**53
 
 
-def _sample_row(logits: torch.Tensor, row: SampleRow) -> int:
+def _sample_row(logits: np.ndarray, best: int, row: SampleRow) -> int:
+    """Return the token of one row; best: the id of its largest logit."""
     params = row.params
     if params.repetition_penalty != 1.0 and row.history:
         logits = _penalized(logits, row.history, params.repetition_penalty)
+        best = int(logits.argmax())
     if params.temperature == 0:
-        return int(logits.numpy().argmax())
+        return best
+    softmax = _Softmax(float(logits[best]), max(params.temperature, MIN_TEMPERATURE))
+    share = uniform(params.seed, row.position)
     ids: np.ndarray | None = None  # those of the tokens that are left, where they are not all
-    if 0 < params.top_k < logits.numel():
+    if 0 < params.top_k < logits.size:
         ids = _largest(logits, params.top_k)
         logits = logits[ids]
-    weights, sums = _softened(logits, max(params.temperature, MIN_TEMPERATURE))
-    if params.top_p < 1:
-        _keep_nucleus(weights, float(sums.sum(dtype=np.float64)), params.top_p)
-    if params.min_p > 0:  # of the largest, which is 1
-        weights = np.where(weights < np.float32(params.min_p), np.float32(0), weights)
-    if params.top_p < 1 or params.min_p > 0:
-        sums = _sums(weights)
-    chosen = _draw(weights, sums, uniform(params.seed, row.position))
+    if params.top_p == 1 and params.min_p == 0:
+        chosen = _draw(softmax, logits, share)
+    else:
+        weights, sums = softmax.weights(logits)
+        left = _kept(weights, float(sums.sum(dtype=np.float64)), params.top_p, params.min_p)
+        chosen = int(left[_first_over(weights[left].cumsum(dtype=np.float64), share)])
     return chosen if ids is None else int(ids[chosen])
 
 
-def _largest(logits: torch.Tensor, count: int) -> np.ndarray:
+def _largest(logits: np.ndarray, count: int) -> np.ndarray:
     """Return the ids of the ``count`` largest logits, the largest first; of equal ones the lower ids."""
-    # Each of the count blocks with the largest maxima holds one that is as large as the least of these maxima.
-    num_blocks = len(logits) // _BLOCK
-    candidates = np.arange(len(logits))
-    if count <= num_blocks:
-        maxima = logits[: num_blocks * _BLOCK].view(num_blocks, _BLOCK).amax(1).numpy()
-        candidates = np.flatnonzero(logits.numpy() >= np.partition(maxima, -count)[-count])
-    return candidates[np.argsort(-logits.numpy()[candidates], kind="stable")[:count]]
+    # Each of the count groups with the largest maxima holds one that is as large as the least of these maxima. Group i
+    # has every num_groups-th logit from i: numpy compares neighbours' groups at once.
+    num_groups = len(logits) // _BLOCK
+    if count <= num_groups:
+        maxima = logits[: num_groups * _BLOCK].reshape(_BLOCK, num_groups).max(0)
+        candidates = np.flatnonzero(logits >= np.partition(maxima, -count)[-count])
+    else:
+        candidates = np.arange(len(logits))
+    return candidates[np.argsort(-logits[candidates], kind="stable")[:count]]
 
 
-def _softened(logits: torch.Tensor, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return e^((logit - largest) / temperature), f32 [n], and the sums of their blocks; read them before the next."""
-    if (compiled := CompiledSoftmax.find()) is not None:
-        weights, sums = compiled(logits, temperature)
-        return weights.numpy(), sums.numpy()
-    # The largest is taken away first: it must stay finite.
-    found: np.ndarray = ((logits - logits.amax()) / temperature).exp_().numpy()
-    return found, _sums(found)
+class _Softmax:
+    """e^((logit - largest) / temperature), f32, and sums of blocks of them."""
+
+    def __init__(self, largest: float, temperature: float) -> None:
+        self._largest, self._temperature = largest, temperature
+        self._compiled = CompiledSoftmax.find()
+
+    def sums(self, logits: np.ndarray) -> np.ndarray:
+        """Return the sums of the weights of each _BLOCK, and of the rest if there is one."""
+        if self._compiled is not None:
+            return self._compiled.sums(logits, self._largest, self._temperature)
+        return self.weights(logits)[1]
+
+    def weights(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weights, and what ``sums`` returns; read the weights before the next call."""
+        if self._compiled is not None:
+            return self._compiled.weights(logits, self._largest, self._temperature)
+        # The largest is taken away first: it must stay finite.
+        weights: np.ndarray = ((torch.from_numpy(logits) - self._largest) / self._temperature).exp_().numpy()
+        whole = len(weights) // _BLOCK * _BLOCK
+        blocks = weights[:whole].reshape(-1, _BLOCK).sum(1)
+        return weights, np.append(blocks, weights[whole:].sum()) if whole < len(weights) else blocks
 
 
-def _sums(weights: np.ndarray) -> np.ndarray:
-    """Return the sums of each _BLOCK of weights, and of the rest if there is one."""
-    whole = len(weights) // _BLOCK * _BLOCK
-    blocks = torch.from_numpy(weights[:whole]).view(-1, _BLOCK).sum(1).numpy()  # numpy takes three times as long
-    return np.append(blocks, weights[whole:].sum()) if whole < len(weights) else blocks
+def _kept(weights: np.ndarray, total: float, top_p: float, min_p: float) -> np.ndarray:
+    """Return the indices that top_p and min_p leave, in their order: [n], int64.
 
-
-def _keep_nucleus(weights: np.ndarray, total: float, top_p: float) -> None:
-    """Set weights to 0 that are not needed to reach ``top_p`` of their total, largest first.
-
-    See Holtzman et al. 2020, 3.1. The token that reaches it stays.
+    top_p: the largest weights that are needed to reach this share of their total (Holtzman et al. 2020, 3.1), and the
+    one that reaches it. min_p: weights of at least this; the largest is 1.
     """
-    # All below any token of the nucleus, with it, weigh over 1 - top_p: so it has more than its share of that. Half of
+    if top_p == 1:
+        return np.flatnonzero(weights >= np.float32(min_p))
+    # All below any weight of the nucleus, with it, are over 1 - top_p: so it is more than its share of that. Half of
     # it, since the total is rounded.
-    least = np.float32(total * (1 - top_p) / len(weights) / 2)
+    least = np.float32(max(total * (1 - top_p) / len(weights) / 2, min_p))
+    candidates = np.flatnonzero(weights >= least)
+    within = weights[candidates]
     # No order of all is needed: positive floats lie in the order of their bits, and one of the classes that the upper
-    # bits make holds the token that reaches top_p. In it alone order counts.
-    lowest, num_classes = (int(number.view(np.int32)) >> 16 for number in (least, weights.max()))
-    sums = _class_sums(weights, least)[lowest : num_classes + 1]
+    # bits make holds the weight that reaches top_p. In it alone order counts.
+    classes = within.view(np.int32) >> 16
+    lowest = int(classes.min())
+    sums = np.bincount(classes - lowest, weights=within)
     reached = np.append(0.0, sums[::-1].cumsum())
     num_above = min(int(np.searchsorted(reached[1:], total * top_p)), len(sums) - 1)
-    edges = (np.array([0, 1], np.int32) + (lowest + len(sums) - 1 - num_above) << 16).view(np.float32)
-    ids = np.flatnonzero((weights >= max(edges[0], least)) & (weights < edges[1]))
-    within = weights[ids]
-    order = np.argsort(-within, kind="stable")
+    edge = lowest + len(sums) - 1 - num_above
+    at_edge = np.flatnonzero(classes == edge)
+    order = at_edge[np.argsort(-within[at_edge], kind="stable")]
     cumulative = reached[num_above] + within[order].cumsum(dtype=np.float64)
-    needed = order[: int(np.searchsorted(cumulative, total * top_p)) + 1]
-    np.multiply(weights, weights >= edges[1], out=weights)
-    weights[ids[needed]] = within[needed]
+    is_kept = classes > edge
+    is_kept[order[: int(np.searchsorted(cumulative, total * top_p)) + 1]] = True
+    return candidates[is_kept]
 
 
-def _class_sums(weights: np.ndarray, least: np.float32) -> np.ndarray:
-    """Return the sums of weights that have the same upper 16 bits, f64; those under ``least`` do not count."""
-    if (compiled := CompiledSoftmax.find()) is not None:
-        return compiled.class_sums(torch.from_numpy(weights), float(least)).numpy()
-    return np.bincount(weights.view(np.int32) >> 16, weights=np.where(weights < least, np.float32(0), weights))
-
-
-def _draw(weights: np.ndarray, sums: np.ndarray, share: float) -> int:
-    """Return the index at which the sum of ``weights`` exceeds ``share``, in [0, 1), of the sum of all.
-
-    sums: of their blocks.
-    """
-    before = np.append(0.0, sums.cumsum(dtype=np.float64))
+def _draw(softmax: _Softmax, logits: np.ndarray, share: float) -> int:
+    """Return the index at which the sum of the weights exceeds ``share``, in [0, 1), of the sum of all."""
+    before = np.append(0.0, softmax.sums(logits).cumsum(dtype=np.float64))
     target = share * before[-1]
-    block = _first_over(before[1:], target)
-    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-    return block * _BLOCK + _first_over(inside, target - before[block])
+    block = _index_over(before[1:], target)
+    inside = softmax.weights(logits[block * _BLOCK : (block + 1) * _BLOCK])[0].cumsum(dtype=np.float64)
+    return block * _BLOCK + _index_over(inside, target - before[block])
 
 
-def _first_over(cumulative: np.ndarray, target: float) -> int:
+def _first_over(cumulative: np.ndarray, share: float) -> int:
+    """Return the first index whose sum is over this share of all."""
+    return _index_over(cumulative, share * cumulative[-1])
+
+
+def _index_over(cumulative: np.ndarray, target: float) -> int:
     """Return the first index whose sum is over ``target``, or where rounding left none, the last that adds to it."""
     return int(min(np.searchsorted(cumulative, target, side="right"), np.searchsorted(cumulative, cumulative[-1])))
 
 
-def _penalized(logits: torch.Tensor, history: Sequence[int], penalty: float) -> torch.Tensor:
+def _penalized(logits: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
     """Return logits with seen tokens made less likely (Keskar et al. 2019, CTRL, 4.1), as transformers does it."""
-    seen = torch.tensor(sorted(set(history)))
+    seen = sorted(set(history))
     scores = logits[seen]
-    logits = logits.clone()
+    logits = logits.copy()
     penalty = min(max(penalty, MIN_PENALTY), 1 / MIN_PENALTY)
-    most = torch.finfo(scores.dtype).max
-    logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty).clamp(-most, most)
+    with np.errstate(over="ignore"):
+        scores = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
+    logits[seen] = np.clip(scores, -_MAX_FLOAT, _MAX_FLOAT)
     return logits

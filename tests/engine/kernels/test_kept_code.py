@@ -16,8 +16,9 @@ def _machine(kept: Path | None) -> Machine:
 
 
 def _weights(machine: Machine) -> list[float]:
-    logits, factor, weights, sums = torch.tensor([1.0, 3.0, 2.0]), torch.ones(1), torch.empty(3), torch.empty(1)
-    machine.function("soften", 4, 1)(*(tensor.data_ptr() for tensor in (logits, factor, weights, sums)), 3)
+    logits, numbers = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([3.0, 1.0])
+    weights, sums = torch.empty(3), torch.empty(1)
+    machine.function("soften", 4, 1)(*(tensor.data_ptr() for tensor in (logits, numbers, weights, sums)), 3)
     return weights.tolist()
 
 
