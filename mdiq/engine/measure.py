@@ -5,7 +5,7 @@ Also the cost of packing rows for a Hop.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], object]
 REPEATS = 3
 AGREES = 1.25  # times that differ less are the same: forwards of a quiet machine vary by a tenth
 ENOUGH_S = 1.0  # larger sizes are not measured once a forward takes this long: the curve is extrapolated
-SUSTAINED_S = 0.3  # several periods of a control group's quota
+SUSTAINED_S = 0.5  # five periods of a control group's quota: see test_measure.py for what fewer cost
 _DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(DECODE_SIZES))]
 """With the API's defaults; greedy sampling takes a little less."""
 MAX_S = 0.25  # a size is not repeated when its forwards have taken this long: a long one varies little
@@ -47,8 +47,8 @@ def measure_cost(
 
     progress: called after each forward with (forwards so far, 0): their total is unknown.
     known: an earlier measurement; it is returned if its time for a forward of one token still holds.
-    min_s: measure each size for at least this long and take the mean: a device with a CPU quota computes in bursts,
-    and a short measurement sees only a burst.
+    min_s: measure each size for at least this long without a pause and take the mean: a device with a CPU quota
+    computes in bursts, and a short measurement sees only a burst.
     Decoding is measured after CONTEXT_TOKENS of each Sequence, or as many as the cache holds.
     """
     most = max(runner.kv_capacity_tokens // BLOCK_TOKENS, 1)
@@ -119,34 +119,73 @@ def measure_packing(width: int) -> Curve:
 def _curve(
     runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], min_s: float, progress: Progress
 ) -> Curve:
-    """Measure the sizes in turns, so that a short disturbance does not hit one size alone."""
     _forward_s(runner, make_batch(sizes[0], 0))  # pays for pages that are not in memory yet
     num_run = 1
     progress(num_run, 0)
     runner.reset()
+
+    def forward_s(size: int, i: int) -> float:
+        nonlocal num_run
+        time_s = _forward_s(runner, make_batch(size, i))
+        num_run += 1
+        progress(num_run, 0)
+        return time_s
+
+    points = (
+        _one_after_another(sizes, forward_s, runner.reset, min_s)
+        if min_s
+        else _in_turns(sizes, forward_s, runner.reset)
+    )
+    return Curve(tuple(points))
+
+
+def _one_after_another(
+    sizes: list[int], forward_s: Callable[[int, int], float], reset: Callable[[], object], min_s: float
+) -> Iterator[tuple[int, float]]:
+    """Yield the sizes with their means, each of forwards without a pause.
+
+    In turns, the pauses of a CPU quota, each as long as tens of forwards, would hit some sizes and pass over others.
+    """
+    for size in sizes:
+        times: list[float] = []
+        num_run = 0
+        while sum(times) < min_s:
+            i = num_run % (REPEATS + 1)
+            num_run += 1
+            time_s = forward_s(size, i)
+            # The first one warms up. It counts if it took so long that it will not be repeated.
+            if num_run > 1 or time_s > MAX_S:
+                times.append(time_s)
+            if i == REPEATS:
+                reset()
+        reset()
+        yield size, statistics.fmean(times)
+        if times[-1] > ENOUGH_S:
+            break
+
+
+def _in_turns(
+    sizes: list[int], forward_s: Callable[[int, int], float], reset: Callable[[], object]
+) -> Iterator[tuple[int, float]]:
+    """Yield the sizes with their medians, measured in turns, so that a short disturbance does not hit one alone."""
     times: dict[int, list[float]] = {size: [] for size in sizes}
     left = sizes
     while left:
         for size in left:
             # The first forward of a size warms up. It counts if it took so long that it will not be repeated.
             for i in range(2 if not times[size] else 1):
-                time_s = _forward_s(runner, make_batch(size, i))
-                num_run += 1
-                progress(num_run, 0)
+                time_s = forward_s(size, i)
                 if i or times[size] or time_s > MAX_S:
                     times[size].append(time_s)
                 if time_s > MAX_S:
                     break
-            runner.reset()
+            reset()
             if times[size][-1] > ENOUGH_S:
                 larger = [other for other in sizes if other > size]
                 times = {other: taken for other, taken in times.items() if other not in larger}
                 break
-        left = [
-            size for size, taken in times.items() if sum(taken) < min_s or (len(taken) < REPEATS and sum(taken) < MAX_S)
-        ]
-    mean = statistics.fmean if min_s else statistics.median
-    return Curve(tuple((size, mean(taken)) for size, taken in times.items()))
+        left = [size for size, taken in times.items() if len(taken) < REPEATS and sum(taken) < MAX_S]
+    yield from ((size, statistics.median(taken)) for size, taken in times.items())
 
 
 def _forward_s(runner: StageRunner, batch: Batch) -> float:

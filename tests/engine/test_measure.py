@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
+from mdiq.core.frame import Batch
 from mdiq.core.types import LayerRange
 from mdiq.engine import measure
-from mdiq.engine.measure import DECODE_SIZES, PROMPT_SIZES, measure_cost, measure_head
+from mdiq.engine.measure import DECODE_SIZES, PROMPT_SIZES, SUSTAINED_S, measure_cost, measure_head
 from mdiq.engine.model.sampler import SampleRow
 from mdiq.engine.runner import StageRunner
 from tests.engine.tiny_models import make_model
+
+PERIOD_S = 0.1  # of a quota, as Linux has it
 
 
 @pytest.mark.parametrize("is_starter", [True, False])
@@ -61,3 +66,47 @@ def test_the_cost_of_the_head_counts_draws_at_the_temperature_that_clients_leave
     drawn.clear()
     measure_cost(runner)
     assert {size for size, _ in drawn} == {1, 2}
+
+
+class RationedDevice:
+    """A device that computes for a share of each period and then stands still; its runner's forwards take its CPU."""
+
+    owns_embedding = False
+    kv_capacity_tokens = 4_096
+    config = SimpleNamespace(context_tokens=2_048, hidden_size=1)
+
+    def __init__(self, quota: float, start_s: float, row_s: float) -> None:
+        self._share_s, self._row_s = quota * PERIOD_S, row_s
+        self.now_s, self._left_s = start_s, self._share_s
+
+    def cpu_s(self, num_rows: int) -> float:
+        return self._row_s * (10 + num_rows)
+
+    def forward(self, batch: Batch) -> "RationedDevice":
+        left_s = self.cpu_s(sum(segment.length for segment in batch.segments))
+        while left_s > 0:
+            period_end_s = (self.now_s // PERIOD_S + 1) * PERIOD_S
+            run_s = min(left_s, self._left_s, period_end_s - self.now_s)
+            left_s, self._left_s = left_s - run_s, self._left_s - run_s
+            self.now_s += run_s
+            if self._left_s <= 0 or self.now_s >= period_end_s:
+                self.now_s, self._left_s = period_end_s + 1e-9, self._share_s
+        return self
+
+    def parts(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def occupy(self, seq_id: object, num_tokens: int) -> None: ...
+
+
+@pytest.mark.parametrize("row_s", [2e-5, 2e-4, 2e-3], ids=["a PC", "a board", "a slow board"])
+@pytest.mark.parametrize("quota", [1.0, 0.5, 0.3])
+def test_a_quota_is_seen_at_every_size(quota: float, row_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for phase in range(20):
+        device = RationedDevice(quota, phase / 20 * PERIOD_S, row_s)
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda device=device: device.now_s))
+        cost = measure_cost(cast(StageRunner, device), min_s=SUSTAINED_S)
+        assert cost.decode.points[0][0] == 1 and len(cost.decode.points) > 1
+        for size, seconds in cost.decode.points + cost.prompt.points:
+            assert seconds * quota == pytest.approx(device.cpu_s(size), rel=0.25), (phase, size)
