@@ -22,7 +22,7 @@ BURST_TIMEOUT_S = 15.0
 
 
 class Nodes(Protocol):
-    """The Nodes behind the Starter, by their Stage; see Coordinator."""
+    """The Nodes after the Starter, by their Stage; see Coordinator."""
 
     async def send_burst(self, stage: int, burst: control.SendBurst) -> control.BurstSent:
         """Have a Node send a burst."""

@@ -34,7 +34,7 @@ IDLE_S = 60.0  # without a Sequence, before a better plan is taken up
 Form = Callable[[frozenset[str]], RingOptions]
 """What a topology says: returns the Ring without the Nodes that are drained.
 
-A survey where Nodes are to be measured first; it is asked again behind that. Raises ConfigError when there can be
+A survey where Nodes are to be measured first; it is asked again after that. Raises ConfigError when there can be
 none, and PlanError when the model does not fit.
 """
 OnLoading = Callable[[str, int, int], None]

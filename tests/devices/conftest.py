@@ -1,9 +1,10 @@
 """Booted test devices, reached as an operator reaches them: over ssh. MDIQ_DEVICES names the tool that boots them.
 
 What the tool must do: ``up NAME [--cpu X] [--memory Y]`` boots a device and prints its address, ``sh NAME COMMAND...``
-runs a command in it as root, ``off NAME`` pulls its power and keeps its disk, ``list`` tells what runs (NAME ADDRESS
-on), ``hub COMMAND...`` runs a command of this machine on the devices' network (a namespace in which they hang on the
-bridge BRIDGE, by interfaces v...), ``down`` removes all devices.
+runs a command in it as root, ``limit NAME --memory Y`` changes its memory while it runs, ``off NAME`` pulls its power
+and keeps its disk, ``list`` tells what runs (NAME ADDRESS on), ``hub COMMAND...`` runs a command of this machine on
+the devices' network (a namespace in which they hang on the bridge BRIDGE, by interfaces v...),
+``down`` removes all devices.
 """
 
 import os
@@ -80,6 +81,9 @@ class Shelf:
 
     def write(self, name: str, path: str, content: bytes) -> None:
         self.sh(name, f"mkdir -p $(dirname {path}) && cat >{path}", content)
+
+    def limit(self, name: str, memory: str) -> None:
+        must(run(self.tool, "limit", name, "--memory", memory))
 
     def off(self, name: str) -> None:
         self.sh(name, "sync")

@@ -22,7 +22,7 @@ from tests.devices.conftest import BRIDGE, ROOT, UP_S, Shelf, must, run
 from tests.devices.guide import Guide
 from tests.streams import read_streams
 
-DEVICES = {"desk": (1.0, "2G"), "pi1": (0.5, "1G"), "pi2": (0.3, "700M"), "pi3": (0.3, "700M")}
+DEVICES = {"desk": (1.0, "2G"), "pi1": (0.5, "1500M"), "pi2": (0.3, "1500M"), "pi3": (0.3, "1500M")}
 STARTER, *WORKERS, SPARE = DEVICES
 IN_README = {"desk": "192.168.1.10", "pi1": "192.168.1.11", "pi2": "192.168.1.12", SPARE: "192.168.1.13"}
 QUESTION = "Why is the sky blue?"
@@ -132,6 +132,19 @@ def _until_serves(shelf: Shelf, num_rings: int) -> dict[str, Any]:
     raise AssertionError(shelf.sh(STARTER, "journalctl --no-pager -o cat -u mdiq-starter | tail -50"))
 
 
+def _settled(shelf: Shelf) -> dict[str, Any]:
+    """Return the status of a ring that has the split of the last plan: its own figures may have led to a better one."""
+    for _ in range(4):
+        served = _status(shelf)
+        split = ", ".join(f"{node['name']} {node['layers'][1] - node['layers'][0]}" for node in _members(served))
+        journal = shelf.sh(STARTER, "journalctl --no-pager -o cat -u mdiq-starter")
+        if re.findall(r"layers as planned: ([^;]+);", journal)[-1] == split:
+            return served
+        shelf.sh(STARTER, "systemctl restart mdiq-starter", timeout=UP_S)
+        _until_serves(shelf, 1)
+    raise AssertionError(journal)
+
+
 def _answer(shelf: Shelf) -> str:
     """Ask the Starter's API."""
     body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 16})
@@ -210,8 +223,9 @@ def _capture(shelf: Shelf, file: Path) -> Iterator[None]:
 def test_init_keys_and_check_write_a_file_that_has_no_mistake(guide: Guide) -> None:
     assert "topology.yaml: written" in must(guide.type("mdiq init"))
     # For 8 users a small model is fastest on the fastest device alone. These have other things to do as well, and the
-    # users long questions: no two of them hold it.
-    _edit(guide, memory={STARTER: "640M", "pi1": "512M"}, kv_tokens=8_192)
+    # users long questions: no two of them hold it. Some 14 layers of 52 MiB, with KV cache, fit on each: what a process
+    # takes beside them differs by tens of MiB from kernel to kernel, which is about one layer.
+    _edit(guide, memory={STARTER: "1200M", "pi1": "1130M", "pi2": "1130M"}, kv_tokens=32_768)
     assert "run `mdiq keys`" in guide.run("mdiq check topology.yaml").stderr
     must(guide.type("mdiq keys"))
     checked = guide.type("mdiq check")
@@ -298,7 +312,7 @@ def test_the_status_and_the_journal_can_be_read(guide: Guide, shelf: Shelf) -> N
 
 
 def test_the_watchdog_restarts_a_node_that_stands_still_and_the_ring_is_formed_again(shelf: Shelf) -> None:
-    served, before = _status(shelf), _answer(shelf)
+    served, before = _settled(shelf), _answer(shelf)
     if "pi2" not in [node["name"] for node in _members(served)]:
         pytest.fail(f"the plan leaves pi2 out: {served}")
     (pid,) = shelf.unit("pi2", "MainPID")
@@ -351,7 +365,7 @@ def test_the_planned_ring_beside_the_equal_one(shelf: Shelf, record_property: Ca
 def test_a_model_too_large_for_a_device_runs_over_three(guide: Guide, shelf: Shelf) -> None:
     """In f32 the model alone takes 538 MB, and mdiq more than 160 MB beside it."""
     # Two alone may not hold it: the third one is necessary.
-    _edit(guide, memory={STARTER: "700M", "pi1": "560M"}, kv_tokens=2_048, weights="plain")
+    _edit(guide, memory={STARTER: "700M", "pi1": "560M", "pi2": "600M"}, kv_tokens=2_048, weights="plain")
     _provision_topology(guide)
     served = _until_serves(shelf, 1)
     assert [node["name"] for node in _members(served)] == [STARTER, *WORKERS]
@@ -362,10 +376,11 @@ def test_a_model_too_large_for_a_device_runs_over_three(guide: Guide, shelf: She
     assert "free MiB" in plan and "KV MiB" in plan, plan
     print(plan)  # noqa: T201
     # Alone: what has room on desk has none on pi2. It turns memory over and over there, if it is not killed.
-    alone = f"timeout 150 {MDIQ} run --in-process --model /root/model.gguf --max-tokens 4 '{QUESTION}'"
+    alone = f"timeout 150 {MDIQ} run --in-process --weights plain --model /root/model.gguf --max-tokens 4 '{QUESTION}'"
     shelf.sh(STARTER, "systemctl stop mdiq-starter", timeout=UP_S)
     for name in (STARTER, "pi2"):
         shelf.write(name, "/root/model.gguf", guide.model.read_bytes())
+    shelf.limit("pi2", "600M")
     done = {name: shelf.try_sh(name, alone) for name in (STARTER, "pi2")}
     assert done[STARTER].returncode == 0 and done[STARTER].stdout, done
     assert done["pi2"].returncode != 0 and done["pi2"].stdout == "", done

@@ -14,6 +14,8 @@ from mdiq.engine.formats.packed_file import PackedFile
 from mdiq.engine.kernels.hot_split import HotSplit
 from mdiq.engine.kernels.llvm_matmul import CompiledMatmul, compiled
 
+_ROWS_AT_ONCE = 1_024
+
 
 class LlvmInt8(CompiledMatmul):
     """int8 weights as they lie in the file, int8 activations with one scale (``step``) per row.
@@ -37,7 +39,11 @@ class LlvmInt8(CompiledMatmul):
         num_copies = 0 if split is None else len(split.hot)
         if num_in % STEP or num_copies % STEP:
             raise RuntimeError(f"{num_in} columns are no multiple of {STEP}")
-        starts = q.sum(1, dtype=torch.int32).mul_(-ZERO)
+        starts = torch.empty(num_out, dtype=torch.int32)
+        # torch widens all that it sums at once: of the head of a large vocabulary, a gigabyte.
+        for rows, sums in zip(q.split(_ROWS_AT_ONCE), starts.split(_ROWS_AT_ONCE), strict=True):
+            torch.sum(rows, 1, dtype=torch.int32, out=sums)
+        starts.mul_(-ZERO)
         spread = (torch.empty(0),) * 2 if split is None else (split.hot, split.share)
         self.set_up(
             machine,

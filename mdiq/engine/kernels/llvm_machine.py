@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 
 from mdiq.cache import keep_small
 from mdiq.engine.device import cpu_flags
-from mdiq.engine.memory import drop_library
+from mdiq.engine.memory import drop_library, reset_peak, return_free_memory
 from mdiq.engine.program import engine_digest
 
 _DIGEST_BYTES = 32  # of SHA-256, before compiled code that is kept
@@ -46,13 +46,11 @@ class Machine:
         path = None if kept is None else kept / f"{hashlib.sha256(follows.encode()).hexdigest()}.o"
         code = _read_code(path)
         if code is None:
-            parsed = llvm.parse_assembly(str(build()))
-            parsed.verify()
-            passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
-            passes.getModulePassManager().run(parsed, passes)
-            code = target.emit_object(parsed)
-            _write_code(path, code)
+            code = _compile(build, target)
             drop_library("libllvmlite")  # 70 MB, which only compiling touches
+            return_free_memory()
+            if _write_code(path, code):
+                reset_peak()  # no later load compiles it: a node is not to be planned by what that took
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
@@ -67,6 +65,14 @@ class Machine:
         return ctypes.CFUNCTYPE(None, *kinds)(self.address(name))
 
 
+def _compile(build: Callable[[], Any], target: Any) -> bytes:
+    parsed = llvm.parse_assembly(str(build()))
+    parsed.verify()
+    passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(parsed, passes)
+    return bytes(target.emit_object(parsed))
+
+
 def _read_code(path: Path | None) -> bytes | None:
     """Return the code that a file holds, or None where there is none, or not as it was written."""
     try:
@@ -77,8 +83,10 @@ def _read_code(path: Path | None) -> bytes | None:
     return code if code and hashlib.sha256(code).digest() == digest else None
 
 
-def _write_code(path: Path | None, code: bytes) -> None:
-    """Keep code for the next process; where that fails, it compiles too."""
+def _write_code(path: Path | None, code: bytes) -> bool:
+    """Keep code for the next process, and return whether that is done; where it is not, that one compiles too."""
     if path is not None:
         with contextlib.suppress(OSError):
             keep_small(path, hashlib.sha256(code).digest() + code)
+            return True
+    return False

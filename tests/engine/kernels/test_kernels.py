@@ -23,6 +23,7 @@ from mdiq.engine.kernels.llvm_int4 import LlvmInt4, LlvmQ4K, LlvmQ6K
 from mdiq.engine.kernels.llvm_int8 import LlvmInt8
 from mdiq.engine.kernels.llvm_machine import Machine, host_features
 from mdiq.engine.kernels.llvm_matmul import compiled
+from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.errors import EngineError
 from tests.engine.formats.test_gguf_blocks import random_rows, values
 
@@ -100,6 +101,23 @@ def test_a_kernel_is_close_to_the_exact_product(kernel: type, bias: bool, tmp_pa
         assert error.max() < TOLERANCE[kernel.name]
     assert linear(x.bfloat16()).dtype == torch.bfloat16
     assert linear.num_bytes > OUT * IN // 2
+
+
+def test_a_large_matrix_is_not_widened_as_a_whole(tmp_path: Path) -> None:
+    """The head of a large vocabulary is half of a small model; a Starter's peak was five times its bytes."""
+    num_bytes = 64 << 20
+    q = torch.ones(num_bytes // 4_096, 4_096, dtype=torch.int8)
+    save_file({"w.q": q, "w.scale": torch.ones(len(q))}, tmp_path / "w.safetensors")
+    del q
+    file = PackedFile(tmp_path / "w.safetensors")
+    file.tensor("w.q").sum(dtype=torch.int8)  # the file's pages are in memory
+    if not reset_peak():
+        pytest.skip("this kernel does not let us count a peak anew")
+    before = rss_bytes()
+    linear = LlvmInt8(file, "w", exact=True)
+    assert peak_bytes() - before < num_bytes // 2
+    x = torch.ones(1, 4_096)
+    assert torch.allclose(linear(x), torch.full((1, num_bytes // 4_096), 4_096.0))
 
 
 @pytest.mark.parametrize("kernel", TESTED, ids=lambda kernel: kernel.name)
