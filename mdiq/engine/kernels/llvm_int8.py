@@ -41,8 +41,9 @@ class LlvmInt8(CompiledMatmul):
             raise RuntimeError(f"{num_in} columns are no multiple of {STEP}")
         starts = torch.empty(num_out, dtype=torch.int32)
         # torch widens all that it sums at once: of the head of a large vocabulary, a gigabyte.
-        for rows, sums in zip(q.split(_ROWS_AT_ONCE), starts.split(_ROWS_AT_ONCE), strict=True):
-            torch.sum(rows, 1, dtype=torch.int32, out=sums)
+        for first in range(0, num_out, _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            torch.sum(q[rows], 1, dtype=torch.int32, out=starts[rows])
         starts.mul_(-ZERO)
         spread = (torch.empty(0),) * 2 if split is None else (split.hot, split.share)
         self.set_up(

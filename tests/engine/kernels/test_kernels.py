@@ -111,6 +111,7 @@ def test_a_large_matrix_is_not_widened_as_a_whole(tmp_path: Path) -> None:
     del q
     file = PackedFile(tmp_path / "w.safetensors")
     file.tensor("w.q").sum(dtype=torch.int8)  # the file's pages are in memory
+    compiled("llvm_int8_code")
     if not reset_peak():
         pytest.skip("this kernel does not let us count a peak anew")
     before = rss_bytes()
