@@ -14,7 +14,7 @@ from mdiq.engine.formats.packed_file import PackedFile
 from mdiq.engine.kernels.hot_split import HotSplit
 from mdiq.engine.kernels.llvm_matmul import CompiledMatmul, compiled
 
-_ROWS_AT_ONCE = 1_024
+_ROWS_AT_ONCE = 256
 
 
 class LlvmInt8(CompiledMatmul):

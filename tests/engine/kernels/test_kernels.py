@@ -116,7 +116,7 @@ def test_a_large_matrix_is_not_widened_as_a_whole(tmp_path: Path) -> None:
         pytest.skip("this kernel does not let us count a peak anew")
     before = rss_bytes()
     linear = LlvmInt8(file, "w", exact=True)
-    assert peak_bytes() - before < num_bytes // 2
+    assert peak_bytes() - before < 2 * num_bytes  # it was four times and more
     x = torch.ones(1, 4_096)
     assert torch.allclose(linear(x), torch.full((1, num_bytes // 4_096), 4_096.0))
 
