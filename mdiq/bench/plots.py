@@ -117,6 +117,7 @@ def _lines(report: Report, axis: str) -> Iterator[tuple[str, list[CellReport]]]:
         parts = [f"{cell.nodes} nodes"] if axis != "nodes" else []
         parts += [f"{cell.users} users"] if axis != "users" else []
         parts += [f"{cell.prompt_tokens} prompt tokens"] if axis != "prompt-tokens" else []
+        parts += [f"temperature {cell.temperature:g}"] if cell.temperature else []
         # A ring of one Node has no link: along the nodes it begins the line of every link.
         for link in links if axis == "nodes" and cell.nodes == 1 else [cell.link]:
             name = ", ".join([*parts, *_link_name(link, axis)])

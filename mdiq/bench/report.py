@@ -65,8 +65,8 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """A cell with draws against the greedy one that is else the same: tokens/s over its tokens/s."""
+class DrawCost:
+    """A cell with draws against the greedy cell of the same load: its tokens/s over those of the greedy one."""
 
     cell: Cell
     decode: float | None
@@ -84,7 +84,7 @@ class Report:
     scaling: tuple[Scaling, ...]
     peer: tuple[PeerReport, ...]
     ratios: tuple[Ratio, ...]
-    drawn: tuple[Drawn, ...]
+    draws: tuple[DrawCost, ...]
     version: int = VERSION
 
     def as_json(self) -> str:
@@ -125,10 +125,10 @@ def make_report(measured: Measurements, *, machine: Mapping[str, str | int], set
             )
             for cell in runs
             for peer_cell in peer_runs
-            if (cell.users, cell.prompt_tokens, cell.temperature) == (peer_cell.users, peer_cell.prompt_tokens, 0)
+            if (cell.users, cell.prompt_tokens) == (peer_cell.users, peer_cell.prompt_tokens)
         ),
-        drawn=tuple(
-            Drawn(cell, median_ratio(runs[cell], greedy), median_ratio(runs[cell], greedy, "total_tokens_per_s"))
+        draws=tuple(
+            DrawCost(cell, median_ratio(runs[cell], greedy), median_ratio(runs[cell], greedy, "total_tokens_per_s"))
             for cell in runs
             if cell.temperature and (greedy := runs.get(replace(cell, temperature=0.0)))
         ),

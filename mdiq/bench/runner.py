@@ -164,7 +164,8 @@ class Bench:
         rest_s = self.rest_s if cells[0].nodes > 1 else 0.0
         await asyncio.sleep(rest_s)
         for cell in cells:
-            self.progress(f"{where}: {cell.nodes} nodes, {cell.users} users, {cell.prompt_tokens} prompt tokens")
+            drawn = f", temperature {cell.temperature:g}" if cell.temperature else ""
+            self.progress(f"{where}: {cell.nodes} nodes, {cell.users} users, {cell.prompt_tokens} prompt tokens{drawn}")
             load = self._load(cell)
             before = ring.figures()
             users = await run_load(ring, load, self.vocab_size, index)

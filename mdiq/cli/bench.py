@@ -35,7 +35,8 @@ MAX_NODES = 64
 MAX_USERS = 1024  # a Frame has no room for more Segments
 KV_STEP = 32  # tokens of a KvBlock
 PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
-_LOAD = ("nodes", "users", "prompt", "temperature")
+_LOAD = ("nodes", "users", "prompt")
+_DRAWS = "temp."  # a column where a load draws
 _FIGURES = ("tokens/s", "with prompts", "first token", "next token")
 REST_S = 1.5 * HEARTBEAT_S  # after a Load, every Node's heartbeat has come
 
@@ -255,8 +256,9 @@ def _write(path: Path, report: Report) -> None:
 
 def print_report(console: Console, report: Report) -> None:
     """Print the tables: cells, how they scale, the peer and the ratios."""
+    draws = any(r.cell.temperature for r in report.cells)
     for link in dict.fromkeys(r.cell.link for r in report.cells):
-        columns = [*_LOAD, *_FIGURES, "busy", "work waited", "wire", "bytes/token"]
+        columns = [*_LOAD, *([_DRAWS] if draws else []), *_FIGURES, "busy", "work waited", "wire", "bytes/token"]
         table = _table(f"mdiq, {report.settings['model']}" + (f", every hop {link}" if link else ""), columns)
         for r in report.cells:
             if r.cell.link == link:
@@ -265,6 +267,7 @@ def print_report(console: Console, report: Report) -> None:
                 num_bytes = max((node.bytes_per_token for node in r.nodes), default=0.0)
                 table.add_row(
                     *_load(r.cell),
+                    *([_temperature(r.cell)] if draws else []),
                     *_figures(r.figures),
                     busy,
                     f"{waited:.1%}",
@@ -273,18 +276,19 @@ def print_report(console: Console, report: Report) -> None:
                 )
         console.print(table)
     console.print("first and next token: ms, median and in brackets 95th percentile", style="dim", highlight=False)
-    _print_drawn(console, report)
+    _print_draws(console, report)
     _print_scaling(console, report)
     if report.peer:
         _print_peer(console, report)
 
 
-def _print_drawn(console: Console, report: Report) -> None:
-    if not report.drawn:
+def _print_draws(console: Console, report: Report) -> None:
+    if not report.draws:
         return
-    table = _table("tokens/s against temperature 0", [*_LOAD, "link", "tokens/s", "with prompts"])
-    for each in report.drawn:
-        table.add_row(*_load(each.cell), str(each.cell.link or "-"), _ratio(each.decode), _ratio(each.total))
+    table = _table("tokens/s against temperature 0", [*_LOAD, _DRAWS, "link", "tokens/s", "with prompts"])
+    for cost in report.draws:
+        link = str(cost.cell.link or "-")
+        table.add_row(*_load(cost.cell), _temperature(cost.cell), link, _ratio(cost.decode), _ratio(cost.total))
     console.print(table)
 
 
@@ -292,11 +296,12 @@ def _print_scaling(console: Console, report: Report) -> None:
     if not report.scaling:
         return
     least = min(r.cell.nodes for r in report.cells)
-    columns = [*_LOAD, "link", "same users per node", "rings apart", "same users in all"]
+    columns = [*_LOAD, _DRAWS, "link", "same users per node", "rings apart", "same users in all"]
     table = _table(f"tokens/s against {least} node{'s' if least > 1 else ''}", columns)
     for scaling in report.scaling:
         ratios = (scaling.same_per_node, scaling.apart, scaling.fixed_total)
-        table.add_row(*_load(scaling.cell), str(scaling.cell.link or "-"), *map(_ratio, ratios))
+        link = str(scaling.cell.link or "-")
+        table.add_row(*_load(scaling.cell), _temperature(scaling.cell), link, *map(_ratio, ratios))
     console.print(table)
     if any(scaling.apart is not None for scaling in report.scaling):
         console.print(WHAT_APART_SHOWS, style="dim", highlight=False)
@@ -327,8 +332,12 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _load(cell: Cell) -> tuple[str, ...]:
-    return str(cell.nodes), str(cell.users), str(cell.prompt_tokens), f"{cell.temperature:g}"
+def _load(cell: Cell) -> tuple[str, str, str]:
+    return str(cell.nodes), str(cell.users), str(cell.prompt_tokens)
+
+
+def _temperature(cell: Cell) -> str:
+    return f"{cell.temperature:g}"
 
 
 def _figures(figures: LoadFigures) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def parse_temperatures(text: str) -> tuple[float, ...]:
     except ValueError:
         raise ConfigError(f"--temperature {text}: not numbers with commas between; write for example 0,0.7") from None
     if not all(0 <= temperature < math.inf for temperature in temperatures):
-        raise ConfigError(f"--temperature {text}: each must be 0 or more")
+        raise ConfigError(f"--temperature {text}: each must be a finite number, 0 or more")
     return temperatures
 
 

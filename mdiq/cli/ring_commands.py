@@ -207,7 +207,7 @@ class BenchOptions:
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the draws.")] = 0
     temperature: Annotated[
-        str, typer.Option(help="Temperatures of the draws, separated by commas; 0 is greedy; a peer has no other.")
+        str, typer.Option(help="Temperatures of the draws, separated by commas; 0 is greedy; not with a peer.")
     ] = "0"
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as JSON.")] = None
     plot: Annotated[Path | None, typer.Option(help="Write plots to this directory, as SVG and PNG.")] = None

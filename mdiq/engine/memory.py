@@ -69,12 +69,20 @@ def rss_bytes() -> int:
     return _last_rss_bytes
 
 
-def reset_peak() -> bool:
-    """Reset ``peak_bytes``; return whether the kernel permits that."""
+_earlier_peak_bytes = 0
+
+
+def reset_peak(earlier_bytes: int = 0) -> bool:
+    """Reset ``peak_bytes``; return whether the kernel permits that.
+
+    earlier_bytes: an earlier peak, which goes on to count.
+    """
+    global _earlier_peak_bytes
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
+    _earlier_peak_bytes = earlier_bytes
     return True
 
 
@@ -82,8 +90,8 @@ def peak_bytes() -> int:
     """Return this process's peak resident memory since ``reset_peak``."""
     with contextlib.suppress(OSError):
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
-            return int(found[1]) * 1024
-    return rss_bytes()
+            return max(int(found[1]) * 1024, _earlier_peak_bytes)
+    return max(rss_bytes(), _earlier_peak_bytes)
 
 
 def _cgroup_free_bytes() -> int:

@@ -1,10 +1,12 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mdiq.bench.plots import check_plots, draw, varied
+from mdiq.bench.plots import _lines, check_plots, draw, varied
 from mdiq.bench.report import Report, make_report
+from mdiq.bench.workload import Cell
 from mdiq.errors import ConfigError
 from mdiq.testbed.link_shape import LinkShape
 from tests.bench.fakes import make_measurements
@@ -24,6 +26,19 @@ def test_a_picture_is_made_for_what_was_varied() -> None:
 def test_a_ring_of_one_node_and_a_link_without_a_limit_have_no_place_on_the_axes_of_links() -> None:
     assert varied(report((None, LinkShape(0.02, 0.0, 1e7)))) == ["users", "nodes", "link-delay"]
     assert varied(report((LinkShape(0.02, 0.0, 1e7),))) == ["users", "nodes"]
+
+
+def test_cells_of_two_temperatures_are_lines_of_their_own() -> None:
+    measured = make_measurements(nodes=(1,))
+    measured.cells |= {replace(cell, temperature=0.7): runs for cell, runs in measured.cells.items()}
+    lines = dict(_lines(make_report(measured, machine={}, settings={}), "users"))
+    assert {name: [r.cell for r in reports] for name, reports in lines.items()} == {
+        "1 nodes, 8 prompt tokens": [Cell(1, 1, 8), Cell(1, 2, 8)],
+        "1 nodes, 8 prompt tokens, temperature 0.7": [
+            Cell(1, 1, 8, temperature=0.7),
+            Cell(1, 2, 8, temperature=0.7),
+        ],
+    }
 
 
 def test_pictures_come_as_svg_and_png(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import json
 
 from mdiq.bench.figures import LoadFigures
-from mdiq.bench.report import Drawn, Ratio, make_report
+from mdiq.bench.report import DrawCost, Ratio, make_report
 from mdiq.bench.runner import CellRun
 from mdiq.bench.workload import ApartCell, Cell
 from mdiq.runtime.options import HopFigures
@@ -30,9 +30,8 @@ def test_draws_are_compared_with_the_greedy_cell_of_the_same_load() -> None:
     measured.cells[drawn] = [CellRun(slower), CellRun(slower)]
     measured.cells[Cell(2, 5, 8, temperature=1.0)] = [CellRun(slower)]  # nothing to compare it with
     report = make_report(measured, machine={}, settings={})
-    assert report.drawn == (Drawn(drawn, 0.75, 0.75),)
-    # Nor with a peer or a ring of other draws.
-    assert all(ratio.cell.temperature == 0 for ratio in report.ratios)
+    assert report.draws == (DrawCost(drawn, 0.75, 0.75),)
+    # Nor with a ring of other draws.
     assert all(scaling.cell.temperature == 0 for scaling in report.scaling)
 
 

@@ -46,8 +46,8 @@ def test_one_node_is_measured_in_this_process(tmp_path: Path) -> None:
     assert [tuple(cell["cell"][key] for key in keys) for cell in value["cells"]] == [
         (*load, temperature) for load in loads for temperature in (0, 1)
     ]
-    assert [tuple(drawn["cell"][key] for key in keys) for drawn in value["drawn"]] == [(*load, 1) for load in loads]
-    assert all(drawn["decode"] > 0 for drawn in value["drawn"])
+    assert [tuple(drawn["cell"][key] for key in keys) for drawn in value["draws"]] == [(*load, 1) for load in loads]
+    assert all(drawn["decode"] > 0 for drawn in value["draws"])
     for cell in value["cells"]:
         assert len(cell["repeats"]) == 2
         figures = cell["figures"]
@@ -84,9 +84,9 @@ def test_tables_show_cells_scaling_peer_and_ratios() -> None:
         (["--shape", "tiny", "--nodes", "5"], "--nodes 5: the model has 4 layers"),
         (["--shape", "tiny", "--prompt-tokens", "500"], "the longest prompt and its answer have 564 tokens"),
         (["--temperature", "0,warm"], "--temperature 0,warm: not numbers with commas between; write for example 0,0.7"),
-        (["--temperature", "0,-1"], "--temperature 0,-1: each must be 0 or more"),
-        (["--temperature", "inf"], "--temperature inf: each must be 0 or more"),
-        (["--temperature", "nan"], "--temperature nan: each must be 0 or more"),
+        (["--temperature", "0,-1"], "--temperature 0,-1: each must be a finite number, 0 or more"),
+        (["--temperature", "inf"], "--temperature inf: each must be a finite number, 0 or more"),
+        (["--temperature", "nan"], "--temperature nan: each must be a finite number, 0 or more"),
         (["--temperature", "0,1", "--peer", "llama-cpp"], "the peer answers greedily only"),
         (["--link", "slow"], "--link slow: 'slow' is not delay, bandwidth or jitter"),
         (["--nodes", "2", "--users", "4", "--apart"], "--apart: it goes with rings of one and of more nodes"),

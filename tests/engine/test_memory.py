@@ -17,4 +17,7 @@ def test_the_peak_of_a_process_is_counted_anew_for_each_ring() -> None:
     large = bytearray(256 * MIB)
     large[::4096] = bytes(len(large[::4096]))
     del large
-    assert peak_bytes() > rss_bytes() + 192 * MIB
+    assert (peak := peak_bytes()) > rss_bytes() + 192 * MIB
+    # A peak that goes on to count, until the next reset.
+    assert reset_peak(peak) and peak_bytes() == peak
+    assert reset_peak() and peak_bytes() < peak

@@ -13,9 +13,9 @@ from llvmlite import ir
 Type = Any
 """llvmlite gives its classes no types."""
 BYTE, SHORT, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
-_FLOATS = (HALF, FLOAT, DOUBLE)
+_FLOATS = (HALF, FLOAT)
 NEAREST, SECOND = 3, 2
 """Caches, as LLVM counts them."""
 _MIN_EXPONENT = -127.0  # below that of the smallest normal float: such a power of 2 is 0
@@ -221,10 +221,6 @@ def fma(x: Value, y: Operand, total: Operand) -> Value:
 
 def lesser(one: Value, other: Value) -> Value:
     return (one < other).select(one, other)
-
-
-def greater(one: Value, other: Operand) -> Value:
-    return (one > other).select(one, other)
 
 
 def joined(vectors: Sequence[Value]) -> Value:

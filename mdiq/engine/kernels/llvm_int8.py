@@ -40,7 +40,7 @@ class LlvmInt8(CompiledMatmul):
         if num_in % STEP or num_copies % STEP:
             raise RuntimeError(f"{num_in} columns are no multiple of {STEP}")
         starts = torch.empty(num_out, dtype=torch.int32)
-        # torch widens all that it sums at once: of the head of a large vocabulary, a gigabyte.
+        # torch makes a copy in int32 of what it sums: a gigabyte for the head of a large vocabulary.
         for first in range(0, num_out, _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
             torch.sum(q[rows], 1, dtype=torch.int32, out=starts[rows])

@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 
 from mdiq.cache import keep_small
 from mdiq.engine.device import cpu_flags
-from mdiq.engine.memory import drop_library, reset_peak, return_free_memory
+from mdiq.engine.memory import drop_library, peak_bytes, reset_peak, return_free_memory
 from mdiq.engine.program import engine_digest
 
 _DIGEST_BYTES = 32  # of SHA-256, before compiled code that is kept
@@ -46,11 +46,13 @@ class Machine:
         path = None if kept is None else kept / f"{hashlib.sha256(follows.encode()).hexdigest()}.o"
         code = _read_code(path)
         if code is None:
+            before_bytes = peak_bytes()
             code = _compile(build, target)
             drop_library("libllvmlite")  # 70 MB, which only compiling touches
             return_free_memory()
             if _write_code(path, code):
-                reset_peak()  # no later load compiles it: a node is not to be planned by what that took
+                # No later load compiles this code, so no node is to be planned by the memory that compiling took.
+                reset_peak(before_bytes)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
@@ -84,7 +86,7 @@ def _read_code(path: Path | None) -> bytes | None:
 
 
 def _write_code(path: Path | None, code: bytes) -> bool:
-    """Keep code for the next process, and return whether that is done; where it is not, that one compiles too."""
+    """Keep code for the next process, and return whether it is kept; if it is not, the next process compiles too."""
     if path is not None:
         with contextlib.suppress(OSError):
             keep_small(path, hashlib.sha256(code).digest() + code)

@@ -37,18 +37,23 @@ class CompiledSoftmax:
 
         logits: f32 [n], contiguous. largest: of all logits of the row; finite.
         """
-        numbers = np.array([largest, 1 / temperature], np.float32)
+        numbers = _numbers(largest, temperature)
         sums = np.empty(-(-len(logits) // self.block), np.float32)
         self._add_up(logits.ctypes.data, numbers.ctypes.data, sums.ctypes.data, len(logits))
         return sums
 
     def weights(self, logits: np.ndarray, largest: float, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the weights, f32 [n], until the next call of this thread, and what ``sums`` returns."""
+        """Return the weights, f32 [n], until the next call of this thread, and their sums; see ``sums``."""
         count = len(logits)
-        numbers = np.array([largest, 1 / temperature], np.float32)
+        numbers = _numbers(largest, temperature)
         weights: np.ndarray = getattr(self._buffers, "weights", np.empty(0, np.float32))
         if len(weights) < count:
             weights = self._buffers.weights = np.empty(count, np.float32)
         sums = np.empty(-(-count // self.block), np.float32)
         self._soften(*(array.ctypes.data for array in (logits, numbers, weights, sums)), count)
         return weights[:count], sums
+
+
+def _numbers(largest: float, temperature: float) -> np.ndarray:
+    """Return the numbers of a row that compiled code reads: f32 [2]."""
+    return np.array([largest, 1 / temperature], np.float32)

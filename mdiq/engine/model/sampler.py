@@ -32,7 +32,7 @@ class SampleRow:
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Return one token id per row of logits: [n, vocab_size], f32.
+    """Return one token id per row of logits: [n, vocab_size], f32, on the CPU.
 
     Raises:
         EngineError: a row holds NaN, or no finite number at all.
@@ -96,6 +96,7 @@ class _Softmax:
     def __init__(self, largest: float, temperature: float) -> None:
         self._largest, self._temperature = largest, temperature
         self._compiled = CompiledSoftmax.find()
+        assert self._compiled is None or self._compiled.block == _BLOCK
 
     def sums(self, logits: np.ndarray) -> np.ndarray:
         """Return the sums of the weights of each _BLOCK, and of the rest if there is one."""
@@ -122,8 +123,8 @@ def _kept(weights: np.ndarray, total: float, top_p: float, min_p: float) -> np.n
     """
     if top_p == 1:
         return np.flatnonzero(weights >= np.float32(min_p))
-    # All below any weight of the nucleus, with it, are over 1 - top_p: so it is more than its share of that. Half of
-    # it, since the total is rounded.
+    # A weight of the nucleus and all smaller ones are over 1 - top_p of the total. It is the largest of these n or
+    # fewer, so it is over (1 - top_p) / n of the total; half of that here, since the total is rounded.
     least = np.float32(max(total * (1 - top_p) / len(weights) / 2, min_p))
     candidates = np.flatnonzero(weights >= least)
     within = weights[candidates]
