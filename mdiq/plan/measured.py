@@ -6,6 +6,7 @@ which the Starter measures separately, is first subtracted from its forward.
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from mdiq.plan.pace import StageCost
 from mdiq.plan.profile import HopProfile, Links, ModelShape, NodeProfile
 
 VERSION = 1
+CHANGED = 2.0  # costs that differ by more are those of a device that has changed
 _MIN_S = 1e-7  # of a Layer: noise may make the head longer than the forward that it is a part of
 
 
@@ -111,7 +113,8 @@ def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None
     )
     nodes = dict(before.nodes) if before else {}
     for stage in ring.stages:
-        nodes[stage.name] = _node(stage, ring.head if stage is starter else None)
+        node = _node(stage, ring.head if stage is starter else None)
+        nodes[stage.name] = _refined(node, nodes.get(stage.name))
     hops = dict(before.links.hops) if before else {}
     names = [NodeId(stage.name) for stage in ring.stages]
     for i, (wire, link) in enumerate(ring.hops):
@@ -144,6 +147,36 @@ def _node(stage: MeasuredStage, head: Curve | None) -> NodeProfile:
         # A process that exceeds its limit while it loads is killed, however little it takes later.
         process_bytes=max(max(stage.rss_bytes, stage.peak_bytes) - stage.weight_bytes, 0),
         cpu=stage.cpu,
+    )
+
+
+def _refined(now: NodeProfile, before: NodeProfile | None) -> NodeProfile:
+    """Return a Profile whose costs are halfway, as ratios, between the earlier ones and those of now.
+
+    One measurement of a device that does other things too may be off by a third, and a split that follows it by several
+    Layers. With halfway steps an error fades from Ring to Ring. Only the costs of now count where the device has
+    changed: where they differ by more than CHANGED, or another processor computes.
+    """
+    if before is None or before.cpu != now.cpu:
+        return now
+
+    def halfway(new: Curve, old: Curve) -> Curve:
+        if [size for size, _ in new.points] != [size for size, _ in old.points]:
+            return new
+        times = [
+            (max(new_s, _MIN_S), max(old_s, _MIN_S))
+            for (_, new_s), (_, old_s) in zip(new.points, old.points, strict=True)
+        ]
+        if not 1 / CHANGED <= statistics.median(new_s / old_s for new_s, old_s in times) <= CHANGED:
+            return new
+        means = (math.sqrt(new_s * old_s) for new_s, old_s in times)
+        return Curve(tuple((size, mean_s) for (size, _), mean_s in zip(new.points, means, strict=True)))
+
+    return replace(
+        now,
+        layer_decode=halfway(now.layer_decode, before.layer_decode),
+        layer_prompt=halfway(now.layer_prompt, before.layer_prompt),
+        head=halfway(now.head, before.head) if now.head is not None and before.head is not None else now.head,
     )
 
 

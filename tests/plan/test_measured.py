@@ -174,3 +174,38 @@ def test_a_process_takes_what_it_took_at_most_while_it_loaded() -> None:
     assert profiles is not None
     assert profiles.nodes["pi1"].process_bytes == (647 - 30) * MIB
     assert profiles.nodes["pi2"].process_bytes == (400 - 48) * MIB
+
+
+def _pi1_measured(*layer_s: float, cpu: str = "") -> float:
+    """Return the cost of pi1's Layer as the planner has it, after Rings in which it was measured with these."""
+    profiles = None
+    for i, time_s in enumerate(layer_s):
+        slow = StageCost.of(((1, 10 * time_s), (4, 20 * time_s)), ((64, 100 * time_s),))
+        pi1 = replace(_stage("pi1", 10), cost=slow, cpu=cpu if i else "")
+        profiles = profiles_of(replace(_ring(), stages=(_ring().stages[0], pi1, _ring().stages[2])), "int8", profiles)
+    assert profiles is not None
+    node = profiles.nodes["pi1"]
+    assert node.layer_prompt.seconds(64) == pytest.approx(10 * node.layer_decode.seconds(1))
+    return node.layer_decode.seconds(1)
+
+
+def test_costs_that_are_measured_again_go_halfway_unless_the_device_has_changed() -> None:
+    assert _pi1_measured(0.001, 0.001) == pytest.approx(0.001)
+    assert _pi1_measured(0.001, 0.0016) == pytest.approx(0.001 * 1.6**0.5)
+    # An error of once fades; a device that became slower is known as that before long.
+    assert _pi1_measured(0.0016, 0.001, 0.001, 0.001, 0.001) == pytest.approx(0.001, rel=0.03)
+    assert _pi1_measured(0.001, 0.0016, 0.0016, 0.0016, 0.0016) == pytest.approx(0.0016, rel=0.03)
+    # It has changed.
+    assert _pi1_measured(0.001, 0.0021) == pytest.approx(0.0021)
+    assert _pi1_measured(0.001, 0.0004) == pytest.approx(0.0004)
+    assert _pi1_measured(0.001, 0.0016, cpu="aarch64") == pytest.approx(0.0016)
+
+
+def test_the_head_goes_halfway_too_and_other_sizes_are_new() -> None:
+    before = profiles_of(_ring(), "int8")
+    slower = Curve(tuple((size, 1.44 * time_s) for size, time_s in HEAD.points))
+    profiles = profiles_of(replace(_ring(), head=slower), "int8", before)
+    assert profiles is not None and profiles.nodes["desk"].head is not None
+    assert profiles.nodes["desk"].head.seconds(1) == pytest.approx(1.2 * HEAD.seconds(1))
+    other = profiles_of(replace(_ring(), head=Curve(((2, 1.0),))), "int8", before)
+    assert other is not None and other.nodes["desk"].head == Curve(((2, 1.0),))

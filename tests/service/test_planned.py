@@ -217,7 +217,7 @@ def test_a_topology_that_is_read_again_gives_the_ring_that_serves(tmp_path: Path
     rings = _rings(topology(tmp_path), [])
     rings.keep(measured_ring(desk=0.002, pi1=0.002, pi2=0.004), is_survey=True)
     before = rings.options()
-    _serve(rings, desk=0.0022, pi1=0.002, pi2=0.004)
+    _serve(rings, desk=0.00242, pi1=0.002, pi2=0.004)
     assert rings.options() == before
     assert _rings(topology(tmp_path), [], before=rings).options() == before
     assert _rings(topology(tmp_path), []).options() != before  # a process that is started anew knows the newer figures
