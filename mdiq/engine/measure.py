@@ -30,7 +30,7 @@ Progress = Callable[[int, int], object]
 REPEATS = 3
 AGREES = 1.25  # times that differ less are the same: forwards of a quiet machine vary by a tenth
 ENOUGH_S = 1.0  # larger sizes are not measured once a forward takes this long: the curve is extrapolated
-SUSTAINED_S = 0.5  # five periods of a quota, up to 14 % off in a simulation; three periods are up to 22 % off
+SUSTAINED_S = 0.3  # three periods of a quota: up to 22 % off in a simulation, and five up to 14 %
 _DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(DECODE_SIZES))]
 """With the API's defaults; greedy sampling takes a little less."""
 MAX_S = 0.25  # a size is not repeated when its forwards have taken this long: a long one varies little

@@ -109,4 +109,4 @@ def test_a_quota_is_seen_at_every_size(quota: float, row_s: float, monkeypatch: 
         cost = measure_cost(cast(StageRunner, device), min_s=SUSTAINED_S)
         assert cost.decode.points[0][0] == 1 and len(cost.decode.points) > 1
         for size, seconds in cost.decode.points + cost.prompt.points:
-            assert seconds * quota == pytest.approx(device.cpu_s(size), rel=0.2), (phase, size)
+            assert seconds * quota == pytest.approx(device.cpu_s(size), rel=0.25), (phase, size)
