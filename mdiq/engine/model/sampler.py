@@ -125,8 +125,8 @@ def _kept(weights: np.ndarray, total: float, top_p: float, min_p: float) -> np.n
         return np.flatnonzero(weights >= np.float32(min_p))
     # A weight of the nucleus and all smaller ones are over 1 - top_p of the total. It is the largest of these n or
     # fewer, so it is over (1 - top_p) / n of the total; half of that here, since the total is rounded.
-    least = np.float32(max(total * (1 - top_p) / len(weights) / 2, min_p))
-    candidates = np.flatnonzero(weights >= least)
+    min_weight = np.float32(max(total * (1 - top_p) / len(weights) / 2, min_p))
+    candidates = np.flatnonzero(weights >= min_weight)
     within = weights[candidates]
     # No order of all is needed: positive floats lie in the order of their bits, and one of the classes that the upper
     # bits make holds the weight that reaches top_p. In it alone order counts.
