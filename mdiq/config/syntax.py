@@ -7,6 +7,7 @@ import yaml
 from mdiq.config.units import shown
 
 _IN_QUOTES = "put the text in quotes"
+_CLOSED = {"[": "]", "{": "}"}
 
 
 def syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, str]:
@@ -36,9 +37,12 @@ def syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, s
         return first, "a line without `key: value`; is the colon missing, or the blank after it?"
     if "quoted scalar" in context:
         return first, "a quote opens here and never closes; close it"
+    if "flow node" in context and "stream end" in problem:  # the parser names neither the bracket nor its line
+        first, opened = _open_bracket(source) or (first, "{")
+        return first, f"`{opened}` opens here and never closes; add {_CLOSED[opened]}"
     if "flow" in context:
         opened = "[" if "sequence" in context else "{"
-        closed = "]" if opened == "[" else "}"
+        closed = _CLOSED[opened]
         if "expected ','" in problem and "stream end" not in problem:
             return line, f"`{opened}` of line {first} is not closed, or a comma is missing; add {closed} or a comma"
         return first, f"`{opened}` opens here and never closes; add {closed}"
@@ -56,3 +60,15 @@ def syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, s
             "the indentation does not fit the lines above; the keys of one node or section begin in the same column",
         )
     return line, f"it is no YAML: {problem}; compare with the examples in configs/"
+
+
+def _open_bracket(source: list[str]) -> tuple[int, str] | None:
+    """Return the line and the sign of the last bracket that is not closed."""
+    found: list[tuple[int, str]] = []
+    for number, line in enumerate(source, 1):
+        for sign in re.findall(r"[\[\]{}]", line):
+            if sign in _CLOSED:
+                found.append((number, sign))
+            elif found:
+                found.pop()
+    return found[-1] if found else None
