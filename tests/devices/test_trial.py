@@ -50,8 +50,8 @@ NOT_TYPED = (
 def guide(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Guide:
     for name, (cpu, memory) in DEVICES.items():
         shelf.up(name, cpu, memory)
-    # A watchdog of a minute would be the longest test of all. Compiling a kernel takes pi2 some ten seconds.
-    shelf.write("pi2", "/etc/systemd/system/mdiq-node.service.d/50-test.conf", b"[Service]\nWatchdogSec=20\n")
+    # A watchdog of a minute would be the longest test of all.
+    shelf.write("pi2", "/etc/systemd/system/mdiq-node.service.d/50-test.conf", b"[Service]\nWatchdogSec=10\n")
     addresses = {IN_README[name]: shelf.addresses[name] for name in DEVICES}
     guide = Guide(shelf, tmp_path_factory.mktemp("checkout"), addresses, find_model(None))
     guide.welcome()

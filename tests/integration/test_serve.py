@@ -24,7 +24,6 @@ pytestmark = pytest.mark.timeout(400)  # a ring is formed several times
 
 API = "http://127.0.0.1:17480"
 PROMPT = {"prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
-NOT_LISTED = "its key is not listed for this plane"
 ALL = ["desk", "pi1", "pi2"]
 
 
@@ -138,8 +137,7 @@ def test_the_pages_requests_are_answered(served: Served) -> None:
         assert address.startswith("http://127.0.0.1:8080/") and flag == "-d"
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         request = urllib.request.Request(address.replace("8080", "17480"), body.encode(), headers)
-        # Drawn at temperature 1 and without max_tokens, an answer may fill the context.
-        with urllib.request.urlopen(request, timeout=300) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             assert json.load(response)["choices"][0]["message"]["content"]
 
 
@@ -193,12 +191,9 @@ def test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing(se
     code, text = served.mdiq("reload")
     assert code == 0, text
     served.until(lambda status: _states(status)["pi1"] == "joined" and _states(status)["pi2"] == "missing")
-    # It is missing as soon as its connections end, and refused when it tries again.
-    deadline = time.monotonic() + 30
-    while not (refused := [line for line in served.ring.log("desk").read_text().splitlines() if NOT_LISTED in line]):
-        assert time.monotonic() < deadline, served.ring.log("desk").read_text()[-2000:]
-        time.sleep(0.2)
-    assert all("192.168.1.12" in line for line in refused)
+    log = served.ring.log("desk").read_text()
+    refused = [line for line in log.splitlines() if "its key is not listed for this plane" in line]
+    assert refused and all("192.168.1.12" in line for line in refused)
     file.write_text(before)
     assert served.mdiq("reload")[0] == 0
     served.until_serves(*ALL)
