@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mdiq.core.known_models import QWEN_CODER_0_5B
 from mdiq.engine.formats.model_source import find_model
 from mdiq.runtime.placement import usable_cores
+from mdiq.testbed.loopback import LoopbackRing
 from tests.real_models import fetched
 
 NEAR_TIE = 1e-3
@@ -29,6 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.integration)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the nodes of a test's ring last said, if it failed: their logs go with its folder."""
+    report = yield
+    for value in item.funcargs.values() if report.failed else ():
+        ring = getattr(value, "ring", value)
+        if isinstance(ring, LoopbackRing):
+            logs = sorted(ring.folder.glob("*.log"))
+            report.sections += [(f"end of {log}", log.read_text(errors="replace")[-4_000:]) for log in logs]
+    return report
 
 
 @dataclass(frozen=True)

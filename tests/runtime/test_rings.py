@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence as AbstractSequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import pytest
@@ -14,10 +15,13 @@ from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason
 from mdiq.core.types import Epoch, LayerRange, RingSpec, SeqId
 from mdiq.errors import CapacityError, EngineError, RingError, RingStalledError, SequenceError
+from mdiq.runtime import loops
 from tests.fakes import ChainEngine, ChainRows
 from tests.runtime.conftest import OpenRing, make_sequence, right_answer
+from tests.virtual.clock import VirtualExecutor, VirtualTimeLoop, run_virtual
 
 RINGS = [(size, kind) for size in (1, 2, 3) for kind in ("memory", "sockets")]
+FORWARD_S = 0.01
 QUICK = RingSettings(chunk_tokens=4, prefill_tokens=16, lap_timeout_s=0.5, token_timeout_s=0.001, max_replays=60)
 
 
@@ -254,6 +258,33 @@ async def test_meters_count_compute_time_and_bytes(open_ring: OpenRing) -> None:
         assert all(worker.meter.busy_s > 0 for worker in ring.workers)
         for i in range(3):
             assert ring.sources[(i + 1) % 3].bytes_in == ring.sinks[i].bytes_out > 0
+
+
+def test_no_work_waits_while_its_stage_does_not_compute(open_ring: OpenRing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In virtual time, which passes only for what computes, and for whoever sleeps."""
+
+    async def main(loop: VirtualTimeLoop) -> None:
+        monkeypatch.setattr(loops, "ThreadPoolExecutor", lambda *_, **__: VirtualExecutor(loop, 0.0))
+        num_forwards = [0, 0, 0]
+
+        def clock(i: int) -> float:
+            return loop.time() + FORWARD_S * num_forwards[i]
+
+        def forward(i: int, engine: ChainEngine, batch: Batch) -> ChainRows:
+            num_forwards[i] += 1
+            return type(engine).forward(engine, batch)
+
+        async with open_ring(3) as ring:
+            for i, (worker, engine) in enumerate(zip(ring.workers, ring.engines, strict=True)):
+                worker.clock = partial(clock, i)
+                monkeypatch.setattr(engine, "forward", partial(forward, i, engine))
+            await ring.check(*(make_sequence(i) for i in range(6)))
+            await ring.check_quiet()
+            for worker, count in zip(ring.workers, num_forwards, strict=True):
+                assert worker.meter.busy_s == pytest.approx(FORWARD_S * count) and count >= 12
+                assert worker.meter.waiting_s == 0.0
+
+    run_virtual(main)
 
 
 @pytest.mark.parametrize("kind", ["memory", "sockets"])
