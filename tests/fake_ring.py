@@ -67,6 +67,7 @@ class FakeRing:
         self.refused: MdiqError | None = None
         self.refuses: Callable[[Sequence], MdiqError | None] = lambda _: None
         self.silence: dict[str, float] = {}
+        self.gone: list[str] = []
         self.standing_by = options.remote.standing_by if options.remote else ()
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -103,7 +104,11 @@ class FakeRing:
 
     @property
     def missing(self) -> list[str]:
-        return [] if self.joined.is_set() else list(self.options.node_names[1:])
+        return self.gone if self.joined.is_set() else list(self.options.node_names[1:])
+
+    @property
+    def is_paused(self) -> bool:
+        return bool(self.gone)
 
     def silent(self, min_s: float) -> dict[str, float]:
         return {name: silent_s for name, silent_s in self.silence.items() if silent_s >= min_s}

@@ -12,7 +12,6 @@ from mdiq.config.addresses import is_loopback
 from mdiq.config.units import AUTO
 from mdiq.config.values import (
     Address,
-    ClientTimeout,
     Count,
     DecodeWait,
     Device,
@@ -27,6 +26,7 @@ from mdiq.config.values import (
     PublicKey,
     Rate,
     Size,
+    Timeout,
     Wire,
 )
 from mdiq.core.known_models import DEFAULT_MODEL
@@ -160,7 +160,7 @@ class Api(_Section):
     cors_origins: tuple[Origin, ...] = _key(
         (), "Web pages of these origins may use the API from a browser, for example https://chat.example.org; '*': all."
     )
-    client_timeout_s: ClientTimeout = _key(
+    client_timeout_s: Timeout = _key(
         60.0,
         "Max wait for a request's head, and for its body; slower connections are closed.",
         alias="client_timeout",
@@ -185,6 +185,12 @@ class RingWishes(_Section):
         "Max wait between two tokens of an answer while prompts of other requests are computed.",
         alias="decode_wait",
         written="200ms",
+    )
+    outage_tolerance_s: Timeout = _key(
+        60.0,
+        "Max wait for a node that is gone: what runs pauses, and goes on when the node is back.",
+        alias="outage_tolerance",
+        written="60s",
     )
     max_live: Count = _key(None, "Requests in the ring at once; auto: what fills it.", written=AUTO)
     prefix_reuse: bool = _key(True, "Use the KV cache of an earlier request that began with the same tokens.")

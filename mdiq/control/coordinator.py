@@ -72,6 +72,7 @@ class Coordinator:
         self._joined: dict[NodeId, asyncio.Future[control.Hello]] = {name: loop.create_future() for name in names}
         self._gone: dict[NodeId, asyncio.Future[MdiqError]] = {name: loop.create_future() for name in names}
         self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
+        self._silent: dict[NodeId, control.Hello] = {}  # whose Lease has ended, and which may be heard again
         self.leaving: asyncio.Future[NodeId] = loop.create_future()  # the first Node that asks to be drained
         self.heartbeats: dict[NodeId, control.Heartbeat] = {}
         self.spans: dict[NodeId, list[Span]] = {name: [] for name in names}
@@ -92,8 +93,18 @@ class Coordinator:
 
     @property
     def missing(self) -> list[NodeId]:
-        """The expected Nodes that have not joined yet."""
+        """The expected Nodes that have not joined yet, or not again since they were lost."""
         return [node for node, future in self._joined.items() if not future.done()]
+
+    @property
+    def without_work(self) -> list[NodeId]:
+        """The Nodes that have joined and are not assigned anything; those that came back are among them."""
+        return [node for node in self._joined if self._members.state(node) is NodeState.JOINING]
+
+    async def all_back(self) -> None:
+        """Wait until every Node that was lost has joined again."""
+        while self.missing:
+            await asyncio.wait([self._joined[node] for node in self.missing])
 
     def silent(self, min_s: float) -> dict[NodeId, float]:
         """Return the Nodes that have not been heard for so long, and for how long; those that are gone are not here."""
@@ -107,7 +118,11 @@ class Coordinator:
         Raises:
             MdiqError: one of them failed or died; see ``fail``.
         """
-        return await self._call(assignments, {node: (control.Ready, each.epoch) for node, each in assignments.items()})
+        ready = await self._call(assignments, {node: (control.Ready, each.epoch) for node, each in assignments.items()})
+        for node, each in assignments.items():
+            if each.measures and not ready[node].decode_s:
+                raise EngineError(f"{node}: it does not say what a forward costs; this is a bug in mdiq")
+        return ready
 
     async def begin(self, begins: Mapping[NodeId, control.Begin]) -> None:
         """Tell the Nodes to begin an Epoch and wait until all have.
@@ -148,6 +163,13 @@ class Coordinator:
                 future.exception()  # it is also told to on_lost: not an error that nobody looked at
         if not self._gone[node].done():
             self._gone[node].set_result(error)
+
+    def lose(self, node: NodeId, error: NodeDiedError) -> None:
+        """Note that a Node is gone, which may join again."""
+        self._members.lost(node)
+        self.fail(node, error)
+        self._joined[node] = asyncio.get_running_loop().create_future()
+        self._on_lost(node, error)
 
     async def _listen(self) -> NoReturn:
         junk = JunkBudget()
@@ -203,6 +225,10 @@ class Coordinator:
         if sender not in (None, node):
             raise RemoteProtocolError(f"{type(message).__name__} for {node!r} came with the key of {sender!r}")
         self._members.heard(node, self._clock())
+        if node in self._silent and isinstance(message, control.Heartbeat):
+            log.info("node_heard_again", node=node)
+            self._members.joined(node, self._clock())
+            self._enter(node, self._silent[node])
         match message:
             case control.Loading():
                 self._on_loading(node, message)
@@ -241,8 +267,8 @@ class Coordinator:
             raise RemoteProtocolError(f"Hello for {hello.node!r} from a peer that is {self._nodes[identity]!r}")
         if self._is_draining:
             return  # it has ended with this Ring and is ready for the next one
-        if self._identities.get(node, identity) != identity and self._took_its_place(node):
-            return
+        if self._identities.get(node, identity) != identity:
+            self._note_new_process(node)
         self._members.joined(node, self._clock())
         self._nodes.pop(self._identities.get(node, identity), None)  # where it spoke from before a restart
         self._identities[node] = identity
@@ -253,24 +279,30 @@ class Coordinator:
             )
             self.fail(node, mismatch)
             self._on_lost(node, mismatch)
-        elif not self._joined[node].done():
+        else:
+            self._enter(node, hello)
+
+    def _enter(self, node: NodeId, hello: control.Hello) -> None:
+        """Note that a Node is there, for the first time or again."""
+        self._silent.pop(node, None)
+        if self._gone[node].done():
+            self._gone[node] = asyncio.get_running_loop().create_future()
+        if not self._joined[node].done():
             self._joined[node].set_result(hello)
 
-    def _took_its_place(self, node: NodeId) -> bool:
-        """Note that a new process says Hello in place of one that has fallen silent; return whether that ends the Ring.
+    def _note_new_process(self, node: NodeId) -> None:
+        """Note that a new process says Hello in place of one that is gone, or has fallen silent.
 
         A second process beside one that lives is refused: see Membership.
         """
-        if self._members.silent_s(node, self._clock()) < SILENT_S:
-            return False
-        had_work = self._members.state(node) in (NodeState.LOADING, NodeState.READY)
-        self._members.lost(node)
-        if had_work:
+        is_gone = self._gone[node].done()
+        if not is_gone and self._members.silent_s(node, self._clock()) < SILENT_S:
+            return
+        if not is_gone and self._members.state(node) in (NodeState.LOADING, NodeState.READY):
             # What it had loaded is gone. No need to wait for the end of its Lease.
-            error = NodeDiedError(f"{node}: it was started anew")
-            self.fail(node, error)
-            self._on_lost(node, error)
-        return had_work
+            self.lose(node, NodeDiedError(f"{node}: it was started anew"))
+        else:
+            self._members.lost(node)
 
     async def _call(
         self, requests: Mapping[NodeId, control.Message], answers: Mapping[NodeId, tuple[type[A], int]]
@@ -335,8 +367,8 @@ class Coordinator:
             for node in self._members.expire(self._clock()):
                 if not self._gone[node].done():
                     error = NodeDiedError(f"{node}: no heartbeat for {self._lease_s:g} s; it hangs or its link is down")
-                    self.fail(node, error)
-                    self._on_lost(node, error)
+                    self._silent[node] = self._joined[node].result()
+                    self.lose(node, error)
 
     async def _send(self, node: NodeId, message: control.Message) -> None:
         try:

@@ -40,6 +40,7 @@ class Assign:
     receive_key, send_key: tag the Frames of the Hops into this Stage and out of it; see wire.hop_key.
     trace: collect Spans.
     previous: the Node before this one, whose key alone may send Frames; empty where nodes have no keys.
+    measures: measure what a forward costs. Not on the way of a recovery, which other Nodes wait for.
     """
 
     epoch: int
@@ -57,6 +58,7 @@ class Assign:
     send_key: bytes
     trace: bool
     previous: str = ""
+    measures: bool = True
 
     def __post_init__(self) -> None:
         key_bytes = min(len(self.receive_key), len(self.send_key))
@@ -76,7 +78,8 @@ class Loading:
 class Ready:
     """A Node has loaded its layers.
 
-    decode_s, prompt_s: measured (size, seconds) of a forward, by Segments of one token and by tokens of a prompt.
+    decode_s, prompt_s: measured (size, seconds) of a forward, by Segments of one token and by tokens of a prompt; empty
+    if it was not to measure.
     free_bytes: memory of its device that is still free; 0 if unknown. peak_bytes: its peak resident memory while it
     loaded and measured; 0 if unknown. cpu: the kind of processor that computes its layers; sums may differ in the
     last bit between kinds.
@@ -94,7 +97,7 @@ class Ready:
     cpu: str = ""
 
     def __post_init__(self) -> None:
-        for points in (self.decode_s, self.prompt_s):
+        for points in (self.decode_s, self.prompt_s) if self.decode_s or self.prompt_s else ():
             sizes = [size for size, _ in points]
             if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)):
                 raise ValueError("its costs need sizes that grow from at least 1")

@@ -21,6 +21,9 @@ lost one is sent again. Who gets KV cache, and who gives it up, is in books.py.
     first Segment in       its parent leaves the Ring by one  waiting, RELEASE of the old id goes round
       flight or unsent       of the two lines above
     any but ended          new Epoch                          waiting
+
+While the Ring is *paused*, because a Node of it is lost, nothing enters it and nothing is overdue; Sequences are taken,
+cancelled and end at their deadlines, and rows that still come back count. The next Epoch ends the pause.
 """
 
 from collections import Counter
@@ -86,6 +89,7 @@ class RingProtocol:
         self._timer = self._new_timer()
         self._actions: list[Action] = []
         self.epoch = NO_EPOCH
+        self.is_paused = False
         self.decode_gap_s = 0.0
         self.peak_live = 0
         self._prompt_at = float("-inf")  # when a prompt was last known to be in the Ring
@@ -134,6 +138,10 @@ class RingProtocol:
         if entry := self._books.unfinished.get(index):
             self._end(entry, FinishReason.CANCELLED)
 
+    def pause(self) -> None:
+        """Put nothing into the Ring until the next Epoch begins."""
+        self.is_paused = True
+
     def begin_epoch(self, epoch: Epoch, spec: RingSpec) -> None:
         """Start over in a new Ring: every unfinished Sequence is replayed there, in its old order.
 
@@ -143,6 +151,7 @@ class RingProtocol:
         if epoch <= self.epoch:
             raise LocalProtocolError(f"begin_epoch: epoch {epoch} does not grow (now {self.epoch})")
         self.epoch = epoch
+        self.is_paused = False
         self._spec = self._scheduler.spec = spec
         self._books.begin_epoch(spec, self._settings.prefix_tokens)
         self._overdue.clear()
@@ -226,8 +235,11 @@ class RingProtocol:
         return TokenEvent(sequence.index, token, position, reason)
 
     def fault(self, seq_ids: Iterable[SeqId]) -> None:
-        """Replay Sequences of which a Stage reports a gap; ids that are not live are ignored."""
-        for seq_id in seq_ids:
+        """Replay Sequences of which a Stage reports a gap; ids that are not live are ignored.
+
+        In a pause all are: the next Epoch replays every Sequence.
+        """
+        for seq_id in () if self.is_paused else seq_ids:
             if entry := self._scheduler.live.get(seq_id):
                 parent = entry.parent
                 self._replay(entry)
@@ -253,6 +265,7 @@ class RingProtocol:
         """Return what is to be done now. Call it after every other call, and when ``next_deadline`` has come."""
         if self._spec is not None:
             self._check_deadlines(now)
+        if self._spec is not None and not self.is_paused:
             self._books.admit()
             self._inject_releases(now)
             self.peak_live = max(self.peak_live, self.num_live)
@@ -264,11 +277,12 @@ class RingProtocol:
 
     def next_deadline(self) -> float | None:
         """Return the time of the next ``poll`` that is needed if nothing else happens, or None."""
-        dues = [entry.in_flight[0].due for entry in self._scheduler.live.values() if entry.in_flight]
-        if self._scheduler.look_again_at is not None:
-            dues.append(self._scheduler.look_again_at)
-        dues += [flight.due for flight in self._books.releasing.values() if flight is not None]
-        dues += [e.sequence.deadline for e in self._books.unfinished.values() if e.sequence.deadline is not None]
+        dues = [e.sequence.deadline for e in self._books.unfinished.values() if e.sequence.deadline is not None]
+        if not self.is_paused:
+            dues += [entry.in_flight[0].due for entry in self._scheduler.live.values() if entry.in_flight]
+            if self._scheduler.look_again_at is not None:
+                dues.append(self._scheduler.look_again_at)
+            dues += [flight.due for flight in self._books.releasing.values() if flight is not None]
         return min(dues, default=None)
 
     def _new_timer(self) -> LapTimer:
@@ -310,7 +324,7 @@ class RingProtocol:
             deadline = entry.sequence.deadline
             if deadline is not None and deadline <= now:
                 self._end(entry, FinishReason.DEADLINE)
-            elif entry.in_flight and self._timer.is_overdue(entry.in_flight[0], now):
+            elif entry.in_flight and not self.is_paused and self._timer.is_overdue(entry.in_flight[0], now):
                 assert entry.seq_id is not None  # it is in the Ring
                 self.counts["overdue"] += 1
                 is_overdue = True

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,21 @@ class Epochs:
         delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
         await self.plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * self._options.num_nodes)
         await self._begin(service, await self._choose_wires(service))
+
+    def next_epoch(self) -> Epoch:
+        """Return an Epoch in which nobody has served yet: Nodes that came back load in it."""
+        self._epoch = Epoch(self._epoch + 1)
+        return self._epoch
+
+    async def begin_again(self, service: StarterService, others: Sequence[control.Ready]) -> None:
+        """Go on with these Nodes, which have what they had before; every Sequence is replayed.
+
+        Raises:
+            MdiqError: a Node is gone.
+        """
+        self._ring = replace(self._ring, others=others)
+        self.spec = replace(self.spec, kv_tokens=self._ring.stage.spec(others).kv_tokens)
+        await self._begin(service, self._wires)
 
     async def plan_pace(self, hops_s: float) -> RingSpec:
         """Plan the pace anew, for Hops that take so long together; return what the ring protocol is to know of it."""
@@ -144,15 +159,17 @@ class Epochs:
     async def _begin(self, service: StarterService, wires: tuple[str, ...]) -> None:
         """Have every Stage serve in a new Epoch with these formats; figures count from here on."""
         options, workers = self._options, self._workers
-        self._epoch = Epoch(self._epoch + 1)
+        self.next_epoch()
         self._wires = wires
         if options.weights.exact and options.rounds(wires):
             log.warning("wire_is_not_exact", wires=wires, text="hops round activations: other tokens than on one node")
         await workers.begin(self._epoch, wires)
         if wires:
             self._ring.stage.runner.set_wire(wires[0])
+        is_rehearsed = not service.ring.is_paused
         await service.begin_epoch(self._epoch, self.spec)
-        service.ring.reset_counts()
+        if is_rehearsed:
+            service.ring.reset_counts()
         self._worker.reset_meter()
         self._worker.tracer.clear()
         if workers.source is not None and workers.sink is not None:

@@ -38,6 +38,7 @@ class RemoteRing:
     secret: the Starter's private key; None: plain text, beyond loopback only where ``insecure`` permits it.
     join_wait_s: how long to wait for the Nodes. transfer_bytes_per_s: of weights, all together; None: no limit.
     standing_by: Nodes of the topology that this Ring goes without.
+    outage_tolerance_s: how long what runs waits for a Node that is gone.
     """
 
     nodes: tuple[RemoteNode, ...]
@@ -48,6 +49,7 @@ class RemoteRing:
     join_wait_s: float = 120.0
     transfer_bytes_per_s: float | None = None
     standing_by: tuple[StandingBy, ...] = ()
+    outage_tolerance_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

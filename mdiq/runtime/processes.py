@@ -25,13 +25,16 @@ OWN_ERROR = "mdiq: "  # how the command line begins the one line that says why i
 
 
 class ProcessWorkers(SocketWorkers):
-    """Every Stage but the Starter's, each in a process of its own on this machine."""
+    """Every Stage but the Starter's, each in a process of its own on this machine; one that dies is started again."""
+
+    outage_tolerance_s = 60.0
 
     def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
         super().__init__(options, ring_key, events)
         self._control_key = secrets.token_bytes(32)
         self._children: dict[NodeId, asyncio.subprocess.Process] = {}
-        self._own_endpoint = ""
+        self._own_endpoint = self._control_endpoint = ""
+        self._listen_at: dict[NodeId, str] = {}
 
     async def open(self) -> None:
         """Start the processes, which import what they need and join.
@@ -44,10 +47,10 @@ class ProcessWorkers(SocketWorkers):
         self._own_endpoint = source.endpoint
         server = await RouterServer.bind(self._context, "tcp://127.0.0.1:0")
         self._coordinate(server, self._control_key)
+        self._control_endpoint = server.endpoint
         for i, node in enumerate(self._names, 1):
-            child = await self._spawn(node, i, server.endpoint)
-            self._children[node] = child
-            self._loops.run(self._watch(node, child), f"watch-{node}")
+            self._children[node] = child = await self._spawn(node, i)
+            self._loops.run(self._watch(node, i, child), f"watch-{node}")
 
     async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:
         coordinator = self._coordinator
@@ -58,8 +61,11 @@ class ProcessWorkers(SocketWorkers):
             endpoints = await self._options.slowdown.slow_hops(endpoints)
         self._endpoints = endpoints
         self.sink = await PushSink.connect(self._context, endpoints[0])
-        assignments = {node: self._assignment(i, endpoints[i]) for i, node in enumerate(self._names, 1)}
-        return await coordinator.assign(assignments)
+        self._listen_at = {node: hellos[node].data_endpoint for node in self._names}
+        return await coordinator.assign({node: self._assignment_of(i) for i, node in enumerate(self._names, 1)})
+
+    def _assignment_of(self, i: int) -> control.Assign:
+        return self._assignment(i, self._endpoints[i])
 
     async def aclose(self) -> None:
         """End every process and close every socket; what does not end by itself is killed."""
@@ -76,10 +82,11 @@ class ProcessWorkers(SocketWorkers):
         await asyncio.gather(*waits)
         await super().aclose()
 
-    async def _spawn(self, node: NodeId, i: int, control_endpoint: str) -> asyncio.subprocess.Process:
+    async def _spawn(self, node: NodeId, i: int) -> asyncio.subprocess.Process:
         options = self._options
-        command = [sys.executable, "-P", "-m", "mdiq", "node", "--name", node, "--control", control_endpoint]
-        command += ["--listen", _listen(options, i), "--threads", str(options.threads), "--stdin-key"]
+        listen = self._listen_at.get(node) or _listen(options, i)  # again where the Node before it sends to
+        command = [sys.executable, "-P", "-m", "mdiq", "node", "--name", node, "--control", self._control_endpoint]
+        command += ["--listen", listen, "--threads", str(options.threads), "--stdin-key"]
         command += ["--log-level", options.log_level]
         if options.pin:
             command += ["--pin", str(core_of(i))]
@@ -97,14 +104,20 @@ class ProcessWorkers(SocketWorkers):
         child.stdin.write(self._control_key.hex().encode() + b"\n")
         return child
 
-    async def _watch(self, node: NodeId, child: asyncio.subprocess.Process) -> NoReturn:
-        """Wait for the end of a child, which is a failure."""
-        last_words = await _forward_errors(child)
-        code = await child.wait()
-        error = NodeDiedError(f"{node}: {last_words or f'its process ended with {_exit_text(code)}'}")
-        assert self._coordinator is not None  # open has run
-        self._coordinator.fail(node, error)  # which names the Node in the error
-        raise error
+    async def _watch(self, node: NodeId, i: int, child: asyncio.subprocess.Process) -> NoReturn:
+        """Wait for the end of a child, which is a failure: of the Ring while it forms, else another one takes over."""
+        while True:
+            last_words = await _forward_errors(child)
+            code = await child.wait()
+            error = NodeDiedError(f"{node}: {last_words or f'its process ended with {_exit_text(code)}'}")
+            assert self._coordinator is not None  # open has run
+            if self._is_closing or not self._ready:
+                self._coordinator.fail(node, error)  # which names the Node in the error
+                raise error
+            self._coordinator.lose(node, error)
+            self._children[node] = child = await self._spawn(node, i)
+            if self._is_closing:  # whoever closes has killed those that there were
+                child.kill()
 
 
 async def _forward_errors(child: asyncio.subprocess.Process) -> str:

@@ -94,8 +94,12 @@ class RemoteWorkers(SocketWorkers):
             security=self._client_security(following.public_key),
             insecure=ring.insecure,
         )
-        assignments = {node: self._remote_assignment(i) for i, node in enumerate(self._names, 1)}
-        return await coordinator.assign(assignments)
+        return await coordinator.assign({node: self._assignment_of(i) for i, node in enumerate(self._names, 1)})
+
+    @property
+    def outage_tolerance_s(self) -> float:  # type: ignore[override]
+        """How long the Ring waits for a Node that is gone."""
+        return self._ring.outage_tolerance_s
 
     async def aclose(self) -> None:
         """Send the Nodes back to waiting for a Starter, and close every socket."""
@@ -178,7 +182,7 @@ class RemoteWorkers(SocketWorkers):
             telling.cancel()
             await asyncio.gather(telling, return_exceptions=True)
 
-    def _remote_assignment(self, i: int) -> control.Assign:
+    def _assignment_of(self, i: int) -> control.Assign:
         ring = self._ring
         node, following = ring.nodes[i], ring.nodes[(i + 1) % len(ring.nodes)]
         return replace(

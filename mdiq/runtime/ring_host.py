@@ -30,6 +30,7 @@ from mdiq.runtime.in_process import InProcessWorkers
 from mdiq.runtime.loops import EpochLinks, Supervisor, Worker, make_worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.processes import ProcessWorkers
+from mdiq.runtime.recovery import Recovery
 from mdiq.runtime.remote import RemoteWorkers
 from mdiq.runtime.starter_service import NoText, StarterService, StreamEvent, TextPipe
 from mdiq.runtime.workers import RingEvents, Workers
@@ -66,6 +67,7 @@ class RingHost:
         self._ring: LoadedRing | None = None
         self._epochs: Epochs | None = None
         self._service: StarterService | None = None
+        self._recovery: Recovery | None = None  # once the Ring is formed
         self._loss: MdiqError | None = None
         self._is_lost = asyncio.Event()
 
@@ -116,8 +118,13 @@ class RingHost:
 
     @property
     def missing(self) -> list[str]:
-        """The Nodes that the Ring waits for, while it starts."""
+        """The Nodes that the Ring waits for, while it starts or pauses."""
         return self._workers.missing
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the Ring waits for a Node that is gone; what runs goes on when it is back."""
+        return self._recovery is not None and self._recovery.is_running
 
     def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""
@@ -176,13 +183,15 @@ class RingHost:
 
     async def aclose(self) -> None:
         """End the loops and the processes, and free what they held."""
+        if self._recovery is not None:
+            await self._recovery.aclose()
         await self._loops.aclose()
         await self._workers.aclose()
         await self._worker.aclose()
         if self._options.slowdown is not None:
             await self._options.slowdown.aclose()
         # The next Ring's Layers may need the room.
-        self._ring = self._epochs = self._service = None
+        self._ring = self._epochs = self._service = self._recovery = None
         await asyncio.to_thread(return_free_memory, collect=True)
 
     @property
@@ -210,6 +219,8 @@ class RingHost:
         self._service = self._make_service(self._ring, self._epochs)
         self._loops.run(self._service.run(), "starter")
         await self._epochs.form(self._service)
+        if not self._options.is_survey:
+            self._recovery = Recovery(self._workers, self._epochs, self._service, self._give_up)
 
     async def _open(self) -> "StarterStage":
         """Have the Nodes start, and open the model."""
@@ -268,6 +279,11 @@ class RingHost:
             self._service.report_failure(epoch, seq_ids, error)
 
     def _on_lost(self, error: MdiqError) -> None:
+        if self._loss is None and self._recovery is not None and self._recovery.takes_on(error):
+            return
+        self._give_up(error)
+
+    def _give_up(self, error: MdiqError) -> None:
         if self._loss is None:
             self._loss = error
             self._is_lost.set()

@@ -92,7 +92,9 @@ class RingKeeper:
 
     @property
     def state(self) -> KeeperState:
-        """Whether the Ring serves now; not while a Node of it is silent, though its Lease lasts longer."""
+        """Whether the Ring serves now: not while a Node of it is gone, or silent, though its Lease lasts longer."""
+        if self._state.is_serving and (paused := self._now.paused()):
+            return KeeperState(False, paused)
         if self._state.is_serving and (silent := self._now.silent()):
             names = ", ".join(f"{name} (silent for {silent_s:.0f} s)" for name, silent_s in silent.items())
             return KeeperState(False, f"degraded: waits for {names}")

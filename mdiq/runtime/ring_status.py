@@ -24,6 +24,8 @@ class KeptRing(Protocol):
     @property
     def missing(self) -> list[str]: ...
     @property
+    def is_paused(self) -> bool: ...
+    @property
     def worker(self) -> Worker: ...
     @property
     def service(self) -> StarterService: ...
@@ -109,6 +111,12 @@ class RingView:
         """Return the Nodes that should have been heard, and for how long they were not."""
         return {} if self.ring is None else self.ring.silent(SILENT_S)
 
+    def paused(self) -> str:
+        """Return in words what a Ring that is paused waits for; empty if none is."""
+        if self.ring is None or not self.ring.is_paused:
+            return ""
+        return f"paused: {f'waits for {names}' if (names := ', '.join(self.ring.missing)) else 'what was lost loads'}"
+
     def starting(self) -> str:
         """Return in words what a Ring that starts waits for; empty if none starts."""
         if self.ring is None or self.is_formed:
@@ -125,14 +133,14 @@ class RingView:
         options = self.options
         figures = {} if self.formed is None else {node.name: node for node in self.formed.figures()}
         silent = set() if self.formed is None else set(self.silent())
-        missing = set() if self.ring is None or self.is_formed else set(self.ring.missing)
+        missing = set() if self.ring is None else set(self.ring.missing)
         nodes: list[dict[str, Any]] = []
         for name, layers in zip(options.node_names, options.layers, strict=True):
             node: dict[str, Any] = {"name": name, "layers": [layers.start, layers.stop]}
-            if (found := figures.get(name)) is not None:
-                node |= {"state": "silent" if name in silent else "serves", **_shown(found, now - self.serving_since_s)}
-            elif name in missing:
+            if name in missing:
                 node["state"] = "missing"
+            elif (found := figures.get(name)) is not None:
+                node |= {"state": "silent" if name in silent else "serves", **_shown(found, now - self.serving_since_s)}
             elif name in self.loading:
                 done, total = self.loading[name]
                 node |= {"state": "loads", "loaded": done, "to_load": total}

@@ -6,7 +6,9 @@ How the Nodes come to be, and how they are reached, is for those who build on it
 import asyncio
 import contextlib
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import zmq.asyncio
 
@@ -65,6 +67,27 @@ class SocketWorkers(Workers):
         assert self._coordinator is not None  # open has run
         self._loops.run(self._coordinator.run(), "coordinator")
         return await super().start(model_digest, weights)
+
+    async def all_back(self) -> None:
+        """Wait until no Node is gone; see Workers."""
+        assert self._coordinator is not None  # start has run
+        await self._coordinator.all_back()
+
+    async def load_again(self, epoch: Epoch) -> Sequence[control.Ready]:
+        """Have the Nodes that came back load what they had; see Workers."""
+        coordinator = self._coordinator
+        assert coordinator is not None  # start has run
+        assignments = {
+            node: replace(self._assignment_of(i), epoch=epoch, measures=False)
+            for i, node in enumerate(self._names, 1)
+            if node in coordinator.without_work
+        }
+        self._ready.update(await coordinator.assign(assignments))
+        return await super().load_again(epoch)
+
+    @abstractmethod
+    def _assignment_of(self, i: int) -> control.Assign:
+        """Return what Stage ``i`` is to do."""
 
     async def survey(self, starter: StarterService, epoch: Epoch) -> tuple[HopLink | None, ...]:
         """Measure every Hop; see Workers."""

@@ -19,6 +19,7 @@ from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import LocalProtocolError
+from mdiq.plan.pace import StageCost
 from mdiq.runtime.loops import EpochLinks, Progress, Worker
 from mdiq.runtime.stage_service import StageReports, StageService
 from mdiq.transport.base import FrameSink, FrameSource
@@ -74,9 +75,11 @@ class StageHost:
         )
         runner = await self._worker.run_long(lambda progress: load(progress=progress), on_loading)
         measure = partial(measure_cost, min_s=SUSTAINED_S) if self._is_rationed else kept_cost
-        cost = await self._worker.run_long(
-            lambda progress: measure(runner, progress=progress), lambda *_: on_measuring()
-        )
+        cost: StageCost | None = None
+        if assign.measures:
+            cost = await self._worker.run_long(
+                lambda progress: measure(runner, progress=progress), lambda *_: on_measuring()
+            )
         self._runner = runner
         self._is_last = assign.is_last
         self._worker.reset_meter()
@@ -88,8 +91,8 @@ class StageHost:
             weight_bytes=runner.weight_bytes,
             kv_bytes_per_token=runner.kv_bytes_per_token,
             rss_bytes=rss_bytes(),
-            decode_s=cost.decode.points,
-            prompt_s=cost.prompt.points,
+            decode_s=cost.decode.points if cost else (),
+            prompt_s=cost.prompt.points if cost else (),
             free_bytes=free_bytes(device) if self._owns_process else 0,
             peak_bytes=peak_bytes() if can_peak else 0,
             cpu=kind_of(device),

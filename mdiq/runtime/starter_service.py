@@ -140,6 +140,11 @@ class StarterService:
         finally:
             self.fail_all(RingError("starter: its loops have ended; see the log"))
 
+    def pause(self) -> None:
+        """Put nothing into the Ring until the next Epoch; streams stay open."""
+        self._ring.pause()
+        self._poll()
+
     async def begin_epoch(self, epoch: Epoch, spec: RingSpec) -> None:
         """Serve on a new Ring from now on; unfinished Sequences are replayed there."""
         # The Stage first: no Batch of the old Epoch is taken and put into the cache after the engine has emptied it.

@@ -42,7 +42,10 @@ class Workers(ABC):
     """Every Node of a Ring but the Starter: ``open``, ``start``, ``begin`` for every Epoch, ``drain``, ``aclose``.
 
     source: what the last Stage sends; sink: the next Stage. Both are there from ``start`` on, unless there is no Hop.
+    outage_tolerance_s: how long the Ring waits for a Node that is gone; 0 where none ever comes back.
     """
+
+    outage_tolerance_s = 0.0
 
     def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
         self._options = options
@@ -90,6 +93,17 @@ class Workers(ABC):
         self._model_digest = model_digest
         self._options = replace(self._options, weights=weights)
         self._ready = dict(await self._join_and_load())
+        return [self._ready[node] for node in self._names]
+
+    async def all_back(self) -> None:  # noqa: B027  only some can be gone
+        """Wait until no Node is gone."""
+
+    async def load_again(self, epoch: Epoch) -> Sequence[control.Ready]:
+        """Have the Nodes that came back load what they had, and return what each Node has, in ring order.
+
+        Raises:
+            MdiqError: a Node is gone, or cannot load.
+        """
         return [self._ready[node] for node in self._names]
 
     @abstractmethod

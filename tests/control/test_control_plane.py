@@ -781,6 +781,50 @@ async def test_a_process_in_place_of_a_silent_one_ends_the_ring_at_once(
     assert node == ONE and "started anew" in str(error)
     with pytest.raises(NodeDiedError, match="started anew"):
         await assigning
+    # It is there again, without work; the Ring decides whether that is of use.
+    assert plane.coordinator.missing == [] and plane.coordinator.without_work == [ONE]
+    plane.agent("node-1", identity=b"node-1.c")
+    await plane.coordinator.all_back()
+
+
+async def test_a_node_that_is_heard_again_after_its_lease_is_back_and_without_work(plane: Plane) -> None:
+    nodes = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    plane.now = LEASE_S * 2.0
+    assert {(await plane.lost.get())[0] for _ in nodes} == {ONE, TWO}
+    assert plane.coordinator.missing == [ONE, TWO]
+    waiting = asyncio.create_task(plane.coordinator.all_back())
+    await _says(plane, nodes[0], control.Begun(1))  # of the Ring as it was
+    assert plane.coordinator.missing == [TWO] and not waiting.done()
+    await nodes[1].send(control.encode(heartbeat(), KEY))
+    await waiting
+    assert plane.coordinator.without_work == [ONE, TWO]
+
+    async def answer(node: MemoryControlLink) -> None:
+        assign = control.decode(await node.receive(), KEY)
+        assert isinstance(assign, control.Assign)
+        await node.send(control.encode(replace(ready(), epoch=assign.epoch), KEY))
+
+    answers = [asyncio.create_task(answer(node)) for node in nodes]
+    assert set(await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})) == {ONE, TWO}
+    await asyncio.gather(*answers)
+    assert plane.coordinator.without_work == [] and plane.lost.empty()
+
+
+async def test_a_node_that_was_to_measure_and_has_no_costs_is_refused(plane: Plane) -> None:
+    node = await _by_hand(plane, "node-1")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    for measures in (False, True):
+        assign = replace(assignment(), epoch=2 + measures, measures=measures)
+        assigning = asyncio.create_task(plane.coordinator.assign({ONE: assign}))
+        assert control.decode(await node.receive(), KEY) == assign
+        await node.send(control.encode(replace(ready(), epoch=assign.epoch, decode_s=(), prompt_s=()), KEY))
+        if measures:
+            with pytest.raises(EngineError, match="node-1: it does not say what a forward costs"):
+                await assigning
+        else:
+            assert (await assigning)[ONE].decode_s == ()
 
 
 async def test_before_the_ring_is_formed_a_process_takes_the_place_of_a_silent_one(

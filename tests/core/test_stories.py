@@ -184,6 +184,10 @@ class Story:
     def fail_all(self) -> None:
         self.ring.fail_all(MdiqError("out of memory"))
 
+    def pause(self) -> None:
+        """Put nothing into the Ring until the next Epoch."""
+        self.ring.pause()
+
     def cancel(self, index: str) -> None:
         self.ring.cancel(int(index))
 

@@ -127,16 +127,33 @@ def test_a_signal_ends_every_process_and_leaves_none_behind(number: signal.Signa
     assert not alive
 
 
-def test_a_node_that_dies_ends_the_run_with_its_name() -> None:
-    command = mdiq_command("run", "Tell me a long story.", "--nodes", "3", "--max-tokens", "4000", "--ignore-eos")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None and process.stdout.read(20)
-        victim = max(psutil.Process(process.pid).children(), key=lambda child: child.pid)
-        victim.kill()
-        errors = process.stderr.read()
-        process.wait(20)
-    assert process.returncode == 1
-    assert errors.startswith("mdiq: ") and "its process ended with signal 9" in errors
+def test_nodes_that_die_one_after_the_other_cost_time_and_not_a_token(tmp_path: Path) -> None:
+    """Greedy and drawn; the first answer that ends says when the others are under way."""
+    requests: list[dict[str, object]] = [{"prompt": "Once", "max_tokens": 20}]
+    for i in range(4):
+        draws: dict[str, object] = {"temperature": 0.9, "seed": i} if i % 2 else {}
+        requests.append({"prompt": f"Tell me a long story. ({i})", "max_tokens": 250, **draws})
+    prompts = write_prompts(tmp_path / "in.jsonl", requests)
+    arguments = ("run", "--prompts", prompts, "--nodes", "3", "--threads", "1", "--ignore-eos", "--json")
+    calm = run_mdiq(*arguments)
+    with subprocess.Popen(mdiq_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        first = process.stdout.readline()
+        pauses = []
+        for name in ("node-1", "node-2"):
+            (victim,) = [child for child in psutil.Process(process.pid).children() if name in child.cmdline()]
+            victim.kill()
+            pauses.append(process.stderr.readline().decode())
+            while "ring_goes_on" not in (line := process.stderr.readline().decode()):
+                assert line, "it has ended"
+        out = first + process.stdout.read()
+        process.wait(60)
+    assert process.returncode == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    answers = {line["index"]: line["token_ids"] for line in lines if "index" in line}
+    assert answers == {index: result["token_ids"] for index, result in calm.results.items()} and len(answers) == 5
+    for name, pause in zip(("node-1", "node-2"), pauses, strict=True):
+        assert f"{name}: its process ended with signal 9" in pause, pause
 
 
 def test_twenty_thousand_hostile_frames_are_counted_drops(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.timeout(400)  # a ring is formed several times
 API = "http://127.0.0.1:17480"
 PROMPT = {"prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
 ALL = ["desk", "pi1", "pi2"]
+ALONE = ("--threads", "1", "--raw", "--json", "--in-process", "--nodes", "1")
 
 
 class Served:
@@ -124,8 +125,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> Iterat
 @pytest.fixture(scope="module")
 def expected() -> str:
     """What one process answers."""
-    arguments = ("--threads", "1", "--raw", "--max-tokens", "12", "--json", "--in-process")
-    done = run_mdiq("run", str(PROMPT["prompt"]), "--nodes", "1", *arguments)
+    done = run_mdiq("run", str(PROMPT["prompt"]), *ALONE, "--max-tokens", "12")
     return str(done.results[0]["text"])
 
 
@@ -171,25 +171,34 @@ def test_a_drained_node_leaves_the_others_its_layers_and_comes_back(served: Serv
     served.until_serves(*ALL)
 
 
-def test_a_node_that_dies_ends_what_runs_and_the_ring_is_formed_with_its_next_process(
-    served: Served, expected: str
-) -> None:
+@pytest.mark.parametrize("name", ["pi1", "pi2"])
+def test_a_node_that_dies_and_is_started_again_costs_a_pause_and_not_a_token(served: Served, name: str) -> None:
     rings = served.status()["rings_formed"]
+    num_tokens = 300
+    whole = run_mdiq("run", str(PROMPT["prompt"]), *ALONE, "--max-tokens", str(num_tokens), "--ignore-eos")
 
-    async def ask_and_kill() -> str:
-        body = {**PROMPT, "max_tokens": 4000, "ignore_eos": True, "stream": True}
-        async with aiohttp.ClientSession() as session, session.post(f"{API}/v1/completions", json=body) as response:
-            await response.content.readline()
-            first = served.ring._nodes["pi1"]
-            first.kill()
-            first.wait()
-            served.ring.start_node("pi1")
-            return await response.text()
+    async def ask(session: aiohttp.ClientSession, died: asyncio.Event) -> str:
+        body = {**PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+        texts: list[str] = []
+        async with session.post(f"{API}/v1/completions", json=body) as response:
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    texts.append(json.loads(line[6:])["choices"][0]["text"])
+                    if not died.is_set() and len(texts) == 20:
+                        first = served.ring._nodes[name]
+                        first.kill()
+                        first.wait()
+                        served.ring.start_node(name)
+                        died.set()
+        return "".join(texts)
 
-    events = asyncio.run(ask_and_kill())
-    assert "pi1: it was started anew" in events and "[DONE]" not in events
-    served.until_serves(*ALL, rings=rings + 1)
-    assert served.ask(PROMPT) == [expected]
+    async def ask_three() -> list[str]:
+        died = asyncio.Event()
+        async with aiohttp.ClientSession() as session:
+            return await asyncio.gather(*(ask(session, died) for _ in range(3)))
+
+    assert asyncio.run(ask_three()) == [whole.results[0]["text"]] * 3
+    assert served.until_serves(*ALL)["rings_formed"] == rings, "it was formed anew"
 
 
 def test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing(served: Served, expected: str) -> None:

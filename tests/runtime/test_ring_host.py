@@ -180,7 +180,7 @@ async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
         assert watching()
         return {NodeId("node-1"): control.Ready(1, 64, 1, 1, 1, ((1, 0.1),), ((1, 0.1),))}
 
-    async def spawn(stages: ProcessWorkers, node: NodeId, i: int, endpoint: str) -> asyncio.subprocess.Process:
+    async def spawn(stages: ProcessWorkers, node: NodeId, i: int) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             "cat", stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
@@ -201,7 +201,7 @@ async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
 async def test_a_child_that_ends_is_the_loss_of_its_node(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost: asyncio.Queue[MdiqError] = asyncio.Queue()
 
-    async def spawn(stages: ProcessWorkers, node: NodeId, i: int, endpoint: str) -> asyncio.subprocess.Process:
+    async def spawn(stages: ProcessWorkers, node: NodeId, i: int) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             *("sh", "-c", "read line; echo 'mdiq: no room for the model' >&2; exit 1"),
             stdin=asyncio.subprocess.PIPE,

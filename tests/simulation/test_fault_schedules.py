@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from tests.virtual.schedule import KINDS, Schedule, run, smallest
+from tests.virtual.house import Answer
+from tests.virtual.schedule import KINDS, MAX_FAULT_S, OUTAGES, Schedule, run, smallest
 
 NUM_SEEDS = 150
 SEEDS_A_TEST = 50
@@ -35,6 +36,26 @@ def test_whatever_befalls_machines_and_messages_the_ring_serves_again_and_nobody
     # ... and so would one that never met a fault.
     assert set(KINDS) <= happened.keys() and happened["lost"], happened
     assert bool(happened["doubled"]) == is_lossy
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_A_TEST))
+def test_outages_that_end_in_time_cost_a_pause_and_no_answer(first: int) -> None:
+    """Nodes die, freeze and lose their links, several at once, in every state of a recovery."""
+    num_resumed = 0
+    for seed in range(first, first + SEEDS_A_TEST):
+        schedule = Schedule.drawn(seed, is_lossy=False, kinds=OUTAGES, tolerance_s=4 * MAX_FAULT_S)
+        house = run(schedule)
+        lost = [
+            each for each in house.answers if each.error is not None and not each.has_left and not _is_refused(each)
+        ]
+        assert not lost, f"seed {seed}: {lost[0].number}: {lost[0].error}\n{schedule}"
+        num_resumed += sum(line["sequences"] for line in house.log if line["event"] == "ring_goes_on")
+    assert num_resumed > SEEDS_A_TEST / 2, "hardly any answer met an outage"
+
+
+def _is_refused(answer: Answer) -> bool:
+    return not answer.tokens and "the ring does not serve" in str(answer.error)
 
 
 def test_the_same_schedule_takes_the_same_course() -> None:

@@ -178,6 +178,7 @@ class House:
         is_measured: bool = True,
         skews_s: tuple[float, ...] = (),
         lap_s: float = 60.0,
+        outage_tolerance_s: float = 60.0,
     ) -> None:
         self.loop = loop
         self.rng = random.Random(seed)
@@ -185,6 +186,7 @@ class House:
         self.names = [f"pi{i}" for i in range(1, num_nodes + 1)]
         self.skews_s = dict(zip(self.names, skews_s, strict=False))
         self._lap_s = lap_s
+        self._outage_tolerance_s = outage_tolerance_s
         self.is_measured = is_measured
         self.revoked: set[str] = set()
         self.cannot_load: dict[str, MdiqError] = {}  # the next time
@@ -359,6 +361,7 @@ class House:
                 secret=_secret(STARTER),
                 join_wait_s=JOIN_WAIT_S,
                 standing_by=idle,
+                outage_tolerance_s=self._outage_tolerance_s,
             )
             return RingOptions(
                 Path("model.gguf"),

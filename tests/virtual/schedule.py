@@ -11,6 +11,7 @@ from tests.virtual.house import HOP, House, no_memory
 from tests.virtual.network import Plane
 
 LEASE_S = 10.0  # so that a silent death costs few seconds of a schedule; 60 s in the product
+TOLERANCE_S = 15.0  # 60 s in the product
 LAP_S = 8.0  # until the first Lap is measured; 60 s in the product
 FAULTS_S = 25.0
 """Faults begin within this time, and last at most MAX_FAULT_S."""
@@ -23,6 +24,8 @@ LINES_A_SECOND = 12.0
 """Log lines of all machines together, in the long run."""
 
 KINDS = ("kill", "cut", "freeze", "no_load", "break", "revoke", "drain", "leave", "starter")
+OUTAGES = KINDS[:3]
+"""After which a Node comes back with all that it needs: they may cost time and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,12 @@ class Schedule:
     is_measured: bool = True
     skews_s: tuple[float, ...] = ()
     asks_every_s: float = 2.0
+    tolerance_s: float = TOLERANCE_S
 
     @classmethod
-    def drawn(cls, seed: int, *, is_lossy: bool) -> "Schedule":
+    def drawn(
+        cls, seed: int, *, is_lossy: bool, kinds: tuple[str, ...] = KINDS, tolerance_s: float = TOLERANCE_S
+    ) -> "Schedule":
         """Draw a schedule of one to three Nodes; is_lossy: messages are lost, doubled and late, too."""
         rng = random.Random(f"{seed} {is_lossy}")
 
@@ -62,7 +68,7 @@ class Schedule:
         events = tuple(
             Event(
                 rng.randrange(int(FAULTS_S * 10)) / 10,
-                rng.choice(KINDS),
+                rng.choice(kinds),
                 rng.randrange(3),
                 rng.randrange(int(MAX_FAULT_S * 10)) / 10,
             )
@@ -77,6 +83,7 @@ class Schedule:
             is_measured=rng.random() < 0.5,
             skews_s=tuple(rng.choice((0.0, -3_600.0, 1e6)) for _ in range(3)),
             asks_every_s=rng.choice((0.7, 3.0)),
+            tolerance_s=tolerance_s,
         )
 
 
@@ -110,6 +117,7 @@ def run(schedule: Schedule) -> House:
             is_measured=schedule.is_measured,
             skews_s=schedule.skews_s,
             lap_s=LAP_S,
+            outage_tolerance_s=schedule.tolerance_s,
         )
         with house.installed(), mock.patch.object(socket_workers, "LEASE_S", LEASE_S):
             try:
