@@ -163,6 +163,28 @@ def _answer(shelf: Shelf) -> str:
     return shelf.sh(STARTER, "python3 /root/ask.py").strip()
 
 
+@contextmanager
+def _client_reads_on(shelf: Shelf) -> Iterator[None]:
+    """Have a client read a long answer, and see that what happens meanwhile costs it time and not a token."""
+    body = {"prompt": QUESTION, "temperature": 0, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    script = (
+        "import json, urllib.request as r\n"
+        f"for line in r.urlopen('http://127.0.0.1:8080/v1/completions', {json.dumps(body).encode()!r}):\n"
+        "    if line.startswith(b'data: {'):\n"
+        "        print(json.dumps(json.loads(line[6:])['choices'][0]['text']), flush=True)\n"
+    )
+    shelf.write(STARTER, "/root/stream.py", script.encode())
+    command = [shelf.tool, "sh", STARTER, "python3", "/root/stream.py"]
+    whole = must(run(*command, timeout=UP_S))
+    assert len(whole.splitlines()) >= 300
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        begun = "".join(client.stdout.readline() for _ in range(20))
+        yield
+        rest, errors = client.communicate(timeout=UP_S)
+    assert begun + rest == whole and client.returncode == 0, errors
+
+
 def _local(layers: list[int], wires: list[str], weights: str) -> dict[str, Any]:
     """Return the result of a ring on this machine with these numbers of layers, and these formats."""
     options = ["--layers", ",".join(map(str, layers)), "--wire", ",".join(wires), "--weights", weights]
@@ -317,14 +339,16 @@ def test_the_status_and_the_journal_can_be_read(guide: Guide, shelf: Shelf) -> N
     assert "Traceback" not in journal and QUESTION not in journal and "layers as planned" in journal
 
 
-def test_the_watchdog_restarts_a_node_that_stands_still_and_the_ring_is_formed_again(shelf: Shelf) -> None:
+def test_the_watchdog_restarts_a_node_that_stands_still_and_answers_go_on(shelf: Shelf) -> None:
     served, before = _settled(shelf), _answer(shelf)
     if "pi2" not in [node["name"] for node in _members(served)]:
         pytest.fail(f"the plan leaves pi2 out: {served}")
     (pid,) = shelf.unit("pi2", "MainPID")
-    shelf.sh("pi2", f"kill -STOP {pid}")
-    shelf.wait("pi2", f"! test -e /proc/{pid}")
-    again = _until_serves(shelf, served["rings_formed"] + 1)
+    with _client_reads_on(shelf):
+        shelf.sh("pi2", f"kill -STOP {pid}")
+        shelf.wait("pi2", f"! test -e /proc/{pid}")
+    again = _until_serves(shelf, served["rings_formed"])
+    assert again["rings_formed"] == served["rings_formed"]
     assert "Watchdog timeout" in shelf.journal("pi2")
     assert [node["layers"] for node in _members(again)] == [node["layers"] for node in _members(served)]
     assert _answer(shelf) == before
@@ -332,11 +356,12 @@ def test_the_watchdog_restarts_a_node_that_stands_still_and_the_ring_is_formed_a
     assert _events(shelf, "pi2", "weights_here")[-1]["layers_fetched"] == 0
 
 
-def test_a_device_that_lost_its_power_comes_back_into_service_by_itself(shelf: Shelf) -> None:
+def test_a_device_that_lost_its_power_comes_back_by_itself_and_answers_go_on(shelf: Shelf) -> None:
     served, before = _status(shelf), _answer(shelf)
-    shelf.off("pi1")
-    shelf.up("pi1", *DEVICES["pi1"])
-    _until_serves(shelf, served["rings_formed"] + 1)
+    with _client_reads_on(shelf):
+        shelf.off("pi1")
+        shelf.up("pi1", *DEVICES["pi1"])
+    assert _until_serves(shelf, served["rings_formed"])["rings_formed"] == served["rings_formed"]
     assert _answer(shelf) == before
     assert shelf.sh("pi1", "systemctl is-system-running").strip() == "running"
     assert _events(shelf, "pi1", "weights_here")[-1]["layers_fetched"] == 0
