@@ -25,6 +25,7 @@ from mdiq.config.values import (
     Port,
     PublicKey,
     Rate,
+    Silence,
     Size,
     Timeout,
     Wire,
@@ -185,6 +186,12 @@ class RingWishes(_Section):
         "Max wait between two tokens of an answer while prompts of other requests are computed.",
         alias="decode_wait",
         written="200ms",
+    )
+    silence_s: Silence = _key(
+        5.0,
+        "A node of a ring that serves is gone when nothing is heard of it for so long.",
+        alias="silence",
+        written="5s",
     )
     outage_tolerance_s: Timeout = _key(
         60.0,

@@ -172,4 +172,5 @@ Count = Annotated[
 DecodeWait = Annotated[
     float, _time("1ms", "60s", "200ms"), text_schema(units.TIME_PATTERN, "a time: `200ms`, `5s`; 1ms to 60s")
 ]
+Silence = Annotated[float, _time("2s", "60s", "5s"), text_schema(units.TIME_PATTERN, "a time: `5s`; 2s to 60s")]
 Timeout = Annotated[float, _time("1s", "3600s", "60s"), text_schema(units.TIME_PATTERN, "a time: `60s`; 1s to 3600s")]

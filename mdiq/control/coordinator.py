@@ -32,6 +32,7 @@ class Coordinator:
     """Talks to the Agents of the Nodes named ``expected``. On a secured link each speaks for itself alone.
 
     A call to Nodes ends when all have answered, or as soon as one of them is gone, which may have answered already.
+    lease_s: how long a Node may say nothing while it starts; silence_s: while it serves.
     on_fault: called with Faults; on_loading: with a Node's progress; on_lost: with Nodes that are gone.
     drains_strangers: a Node that speaks and has not joined still serves an earlier Starter's Ring; tell it to end, so
     that it joins this one. standby: Nodes that the Ring goes without.
@@ -46,6 +47,7 @@ class Coordinator:
         *,
         clock: Callable[[], float],
         lease_s: float,
+        silence_s: float,
         on_fault: Callable[[NodeId, control.Fault], None],
         on_loading: Callable[[NodeId, control.Loading], None],
         on_lost: Callable[[NodeId, MdiqError], None],
@@ -56,7 +58,6 @@ class Coordinator:
         self._key = key
         self._version = version
         self._clock = clock
-        self._lease_s = lease_s
         self._on_fault = on_fault
         self._on_loading = on_loading
         self._on_lost = on_lost
@@ -64,7 +65,8 @@ class Coordinator:
         self._drained_strangers: dict[bytes, float] = {}  # and when they were told
         self._standby = standby or Standby()
         self._is_draining = False
-        self._members = Membership(lease_s)
+        self._members = Membership(lease_s, silence_s)
+        self._watch_s = min(lease_s / 4, silence_s / 4, WATCH_S)
         self._identities: dict[NodeId, bytes] = {}
         self._nodes: dict[bytes, NodeId] = {}
         loop = asyncio.get_running_loop()
@@ -238,6 +240,7 @@ class Coordinator:
             case control.BurstSent() | control.BurstArrived():
                 self._answered((node, type(message), message.number), message)
             case control.Begun():
+                self._members.begun(node)
                 self._answered((node, control.Begun, message.epoch), message)
             case control.Heartbeat():
                 self.heartbeats[node] = message
@@ -298,7 +301,7 @@ class Coordinator:
         is_gone = self._gone[node].done()
         if not is_gone and self._members.silent_s(node, self._clock()) < SILENT_S:
             return
-        if not is_gone and self._members.state(node) in (NodeState.LOADING, NodeState.READY):
+        if not is_gone and self._members.state(node) is not NodeState.JOINING:
             # What it had loaded is gone. No need to wait for the end of its Lease.
             self.lose(node, NodeDiedError(f"{node}: it was started anew"))
         else:
@@ -356,7 +359,7 @@ class Coordinator:
             future.set_result(answer)
 
     async def _watch_leases(self) -> NoReturn:
-        time_of, pause_s = asyncio.get_running_loop().time, min(self._lease_s / 4, WATCH_S)
+        time_of, pause_s = asyncio.get_running_loop().time, self._watch_s
         while True:
             due_s = time_of() + pause_s
             await asyncio.sleep(pause_s)
@@ -364,9 +367,11 @@ class Coordinator:
             if (late_s := time_of() - due_s) > LATE_S:
                 log.warning("watcher_late", late_s=round(late_s, 1))
                 self._members.stretch(late_s)
+            leases_s = {node: self._members.lease_s(node) for node in self._identities}
             for node in self._members.expire(self._clock()):
                 if not self._gone[node].done():
-                    error = NodeDiedError(f"{node}: no heartbeat for {self._lease_s:g} s; it hangs or its link is down")
+                    lease_s = leases_s[node]
+                    error = NodeDiedError(f"{node}: no heartbeat for {lease_s:g} s; it hangs or its link is down")
                     self._silent[node] = self._joined[node].result()
                     self.lose(node, error)
 

@@ -3,6 +3,7 @@
 state      event      next
 JOINING    assigned   LOADING
 LOADING    ready      READY
+READY      begun      SERVING    (and again in each later Epoch)
 READY      assigned   LOADING
 any        lost       LOST       (its Lease ended, or its process did)
 LOST       joined     JOINING    (the same name, a new process)
@@ -21,6 +22,7 @@ class NodeState(StrEnum):
     JOINING = "joining"
     LOADING = "loading"
     READY = "ready"
+    SERVING = "serving"
     LOST = "lost"
 
 
@@ -29,23 +31,29 @@ _NEXT = {
     ("assigned", NodeState.JOINING): NodeState.LOADING,
     ("assigned", NodeState.READY): NodeState.LOADING,
     ("ready", NodeState.LOADING): NodeState.READY,
+    ("begun", NodeState.READY): NodeState.SERVING,
+    ("begun", NodeState.SERVING): NodeState.SERVING,
 }
 
 
 @dataclass(slots=True)
 class Member:
-    """One Node as the Starter knows it. ``lease_until`` is a time on the caller's clock."""
+    """One Node as the Starter knows it. ``heard_at`` is a time on the caller's clock."""
 
     node: NodeId
     state: NodeState
-    lease_until: float
+    heard_at: float
 
 
 class Membership:
-    """The table of Nodes; a heartbeat renews a Lease by ``lease_s`` seconds."""
+    """The table of Nodes. A heartbeat renews a Lease by ``lease_s`` seconds, or ``silence_s`` for a Node that serves.
 
-    def __init__(self, lease_s: float) -> None:
+    Importing torch, loading and compiling starve the heartbeats of a small device; serving does not.
+    """
+
+    def __init__(self, lease_s: float, silence_s: float) -> None:
         self._lease_s = lease_s
+        self._silence_s = silence_s
         self._members: dict[NodeId, Member] = {}
 
     def joined(self, node: NodeId, now: float) -> None:
@@ -56,7 +64,7 @@ class Membership:
         """
         if node in self._members:
             self._step(node, "joined")
-        self._members[node] = Member(node, NodeState.JOINING, now + self._lease_s)
+        self._members[node] = Member(node, NodeState.JOINING, now)
 
     def assigned(self, node: NodeId) -> None:
         """Note that the Node was assigned layers."""
@@ -70,11 +78,23 @@ class Membership:
         """
         self._step(node, "ready")
 
+    def begun(self, node: NodeId) -> None:
+        """Note that the Node serves.
+
+        Raises:
+            RemoteProtocolError: it has not loaded.
+        """
+        self._step(node, "begun")
+
+    def lease_s(self, node: NodeId) -> float:
+        """Return how long a Node may say nothing."""
+        return self._silence_s if self.state(node) is NodeState.SERVING else self._lease_s
+
     def heard(self, node: NodeId, now: float) -> None:
         """Renew a Lease; an expired one stays expired until the Node joins again."""
         member = self._members.get(node)
         if member is not None and member.state is not NodeState.LOST:
-            member.lease_until = now + self._lease_s
+            member.heard_at = now
 
     def lost(self, node: NodeId) -> None:
         """Note that the Node's process has ended."""
@@ -82,7 +102,11 @@ class Membership:
 
     def expire(self, now: float) -> list[NodeId]:
         """Return the Nodes whose Lease has just ended; from now on they are lost."""
-        ended = [m.node for m in self._members.values() if m.state is not NodeState.LOST and m.lease_until <= now]
+        ended = [
+            m.node
+            for m in self._members.values()
+            if m.state is not NodeState.LOST and m.heard_at + self.lease_s(m.node) <= now
+        ]
         for node in ended:
             self._members[node].state = NodeState.LOST
         return ended
@@ -90,12 +114,12 @@ class Membership:
     def stretch(self, late_s: float) -> None:
         """Make all Leases longer by the time for which the watcher itself was stopped and heard no Node."""
         for member in self._members.values():
-            member.lease_until += late_s
+            member.heard_at += late_s
 
     def silent_s(self, node: NodeId, now: float) -> float:
         """Return the seconds since a Node was last heard; 0 for one that never joined."""
         member = self._members.get(node)
-        return 0.0 if member is None else now - (member.lease_until - self._lease_s)
+        return 0.0 if member is None else now - member.heard_at
 
     def state(self, node: NodeId) -> NodeState | None:
         """Return the state of a Node, or None when it never joined."""

@@ -38,7 +38,6 @@ class RemoteRing:
     secret: the Starter's private key; None: plain text, beyond loopback only where ``insecure`` permits it.
     join_wait_s: how long to wait for the Nodes. transfer_bytes_per_s: of weights, all together; None: no limit.
     standing_by: Nodes of the topology that this Ring goes without.
-    outage_tolerance_s: how long what runs waits for a Node that is gone.
     """
 
     nodes: tuple[RemoteNode, ...]
@@ -49,7 +48,17 @@ class RemoteRing:
     join_wait_s: float = 120.0
     transfer_bytes_per_s: float | None = None
     standing_by: tuple[StandingBy, ...] = ()
-    outage_tolerance_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outages:
+    """When a Node is gone, and what becomes of what runs.
+
+    silence_s: a Node that serves and says nothing for so long is gone. tolerance_s: what runs waits so long for it.
+    """
+
+    silence_s: float = 5.0
+    tolerance_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,7 @@ class RingOptions:
     slowdown: what makes this one ring slower than its machine, for measurements.
     pace: what the operator wishes of caps and chunks.
     remote: the Nodes of other machines; None: all are processes of this one, or Stages in this process.
+    outages: of Nodes that are processes of their own.
     is_survey: the Layers are some of the model's, to be measured; the Ring does not serve.
     """
 
@@ -141,6 +151,7 @@ class RingOptions:
     ring: RingSettings = field(default_factory=RingSettings)
     pace: PaceSettings = field(default_factory=PaceSettings)
     remote: RemoteRing | None = None
+    outages: Outages = Outages()
     is_survey: bool = False
 
     @property

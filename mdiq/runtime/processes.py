@@ -27,8 +27,6 @@ OWN_ERROR = "mdiq: "  # how the command line begins the one line that says why i
 class ProcessWorkers(SocketWorkers):
     """Every Stage but the Starter's, each in a process of its own on this machine; one that dies is started again."""
 
-    outage_tolerance_s = 60.0
-
     def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
         super().__init__(options, ring_key, events)
         self._control_key = secrets.token_bytes(32)

@@ -3,7 +3,7 @@
 serving ──a Node is gone──▶ paused ──all are back──▶ loading ──all have loaded──▶ beginning ──all have begun──▶ serving
                               ▲                         │                            │
                               ├──────a Node is gone─────┴────────────────────────────┘
-                              └──not back within outage_tolerance_s, or gone too often──▶ given up
+                              └──not back within Outages.tolerance_s, or gone too often──▶ given up
 
 Each attempt has Epochs of its own: what is still under way from the one before is stale wherever it arrives. Streams
 stay open all the while, and each Sequence goes on after the tokens that its caller has.
@@ -28,15 +28,22 @@ MAX_LOSSES = 5
 class Recovery:
     """Brings one Ring back, as often as it is needed.
 
-    give_up: called with the reason when it cannot.
+    tolerance_s: how long it waits for the Nodes that are gone. give_up: called with the reason when it cannot.
     """
 
     def __init__(
-        self, workers: Workers, epochs: Epochs, service: StarterService, give_up: Callable[[MdiqError], None]
+        self,
+        workers: Workers,
+        epochs: Epochs,
+        service: StarterService,
+        *,
+        tolerance_s: float,
+        give_up: Callable[[MdiqError], None],
     ) -> None:
         self._workers = workers
         self._epochs = epochs
         self._service = service
+        self._tolerance_s = tolerance_s
         self._give_up = give_up
         self._losses: list[MdiqError] = []  # of the recovery that runs
         self._running: asyncio.Task[None] | None = None
@@ -48,7 +55,7 @@ class Recovery:
 
     def takes_on(self, error: MdiqError) -> bool:
         """Recover from the loss of a Node, if it may come back; return whether that is so."""
-        if not isinstance(error, NodeDiedError) or not self._workers.outage_tolerance_s:
+        if not isinstance(error, NodeDiedError) or not self._workers.can_come_back:
             return False
         self._losses.append(error)
         self._service.pause()
@@ -63,9 +70,9 @@ class Recovery:
             await asyncio.gather(self._running, return_exceptions=True)
 
     async def _run(self) -> None:
-        tolerance_s, clock = self._workers.outage_tolerance_s, asyncio.get_running_loop().time
+        clock = asyncio.get_running_loop().time
         lost_s = clock()
-        log.warning("ring_paused", error=str(self._losses[0]), waits_s=tolerance_s)
+        log.warning("ring_paused", error=str(self._losses[0]), waits_s=self._tolerance_s)
         try:
             times_s: tuple[float, float] | None = None
             num_losses = 0
@@ -73,7 +80,7 @@ class Recovery:
                 num_losses = len(self._losses)
                 if num_losses > MAX_LOSSES:
                     raise NodeDiedError(f"{self._losses[-1]}; it is loss number {num_losses} in one recovery")
-                times_s = await self._attempt(clock, tolerance_s)
+                times_s = await self._attempt(clock)
             back_s, loaded_s = times_s
             log.warning(  # whoever was told that it waits is told that it does not any more
                 "ring_goes_on",
@@ -87,20 +94,20 @@ class Recovery:
         finally:
             self._losses.clear()
 
-    async def _attempt(self, clock: Callable[[], float], tolerance_s: float) -> tuple[float, float] | None:
+    async def _attempt(self, clock: Callable[[], float]) -> tuple[float, float] | None:
         """Wait until all Nodes are back, and begin an Epoch with them; return when they were back, and had loaded.
 
         None when a Node was lost meanwhile.
         """
         try:
-            async with asyncio.timeout(tolerance_s):
+            async with asyncio.timeout(self._tolerance_s):
                 await self._workers.all_back()
             back_s = clock()
             others = await self._workers.load_again(self._epochs.next_epoch())
             loaded_s = clock()
             await self._epochs.begin_again(self._service, others)
         except TimeoutError:
-            raise NodeDiedError(f"{self._losses[-1]}; it is not back after {tolerance_s:g} s") from None
+            raise NodeDiedError(f"{self._losses[-1]}; it is not back after {self._tolerance_s:g} s") from None
         except NodeDiedError as error:
             if error not in self._losses:
                 self._losses.append(error)

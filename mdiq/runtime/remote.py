@@ -96,11 +96,6 @@ class RemoteWorkers(SocketWorkers):
         )
         return await coordinator.assign({node: self._assignment_of(i) for i, node in enumerate(self._names, 1)})
 
-    @property
-    def outage_tolerance_s(self) -> float:  # type: ignore[override]
-        """How long the Ring waits for a Node that is gone."""
-        return self._ring.outage_tolerance_s
-
     async def aclose(self) -> None:
         """Send the Nodes back to waiting for a Starter, and close every socket."""
         await self.drain()

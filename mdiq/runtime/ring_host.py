@@ -220,7 +220,10 @@ class RingHost:
         self._loops.run(self._service.run(), "starter")
         await self._epochs.form(self._service)
         if not self._options.is_survey:
-            self._recovery = Recovery(self._workers, self._epochs, self._service, self._give_up)
+            tolerance_s = self._options.outages.tolerance_s
+            self._recovery = Recovery(
+                self._workers, self._epochs, self._service, tolerance_s=tolerance_s, give_up=self._give_up
+            )
 
     async def _open(self) -> "StarterStage":
         """Have the Nodes start, and open the model."""

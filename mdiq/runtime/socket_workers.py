@@ -25,13 +25,14 @@ from mdiq.runtime.workers import RingEvents, Workers
 from mdiq.telemetry.trace import Span
 from mdiq.transport.router_dealer import RouterServer
 
-LEASE_S = 60.0  # importing torch and loading may starve a child's loop for long on a slow card
+LEASE_S = 60.0  # while a Node starts: importing torch and loading may starve its loop for long on a slow card
 DRAIN_S = 1.0
 
 
 class SocketWorkers(Workers):
     """Every Stage but the Starter's, over sockets."""
 
+    can_come_back = True
     _context: zmq.asyncio.Context  # from ``open`` on
 
     def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
@@ -166,6 +167,7 @@ class SocketWorkers(Workers):
             self._names,
             clock=time.monotonic,
             lease_s=LEASE_S,
+            silence_s=self._options.outages.silence_s,
             on_fault=self._events.on_fault,
             on_loading=lambda node, loading: self._events.on_loading(node, loading.done, loading.total),
             on_lost=self._lost,

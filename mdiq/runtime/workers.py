@@ -42,10 +42,10 @@ class Workers(ABC):
     """Every Node of a Ring but the Starter: ``open``, ``start``, ``begin`` for every Epoch, ``drain``, ``aclose``.
 
     source: what the last Stage sends; sink: the next Stage. Both are there from ``start`` on, unless there is no Hop.
-    outage_tolerance_s: how long the Ring waits for a Node that is gone; 0 where none ever comes back.
+    can_come_back: a Node that is gone may join again.
     """
 
-    outage_tolerance_s = 0.0
+    can_come_back = False
 
     def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
         self._options = options

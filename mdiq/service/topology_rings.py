@@ -13,7 +13,7 @@ from mdiq.plan.pace import PaceSettings
 from mdiq.plan.plan import Plan, plan_split
 from mdiq.plan.room import format_bytes
 from mdiq.plan.split import check_split, split_layers
-from mdiq.runtime.options import RingOptions, StandingBy
+from mdiq.runtime.options import Outages, RingOptions, StandingBy
 from mdiq.service.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
 from mdiq.service.topology_values import remote_ring, weights_of, wires_of
 
@@ -192,6 +192,7 @@ class TopologyRings:
             pace=PaceSettings(decode_wait_s=topology.ring.decode_wait_s, max_live=topology.ring.max_live),
             ring=RingSettings(prefix_tokens=None if topology.ring.prefix_reuse else 0),
             remote=remote,
+            outages=Outages(topology.ring.silence_s, topology.ring.outage_tolerance_s),
             is_survey=is_survey,
         )
 

@@ -100,7 +100,6 @@ def remote_ring(loaded: LoadedTopology, join_wait_s: float) -> RemoteRing:
         insecure=topology.security.insecure,
         join_wait_s=join_wait_s,
         transfer_bytes_per_s=None if limit is None else limit / 8,
-        outage_tolerance_s=topology.ring.outage_tolerance_s,
     )
 
 

@@ -26,12 +26,13 @@ def test_values_come_in_units_that_their_names_say() -> None:
         STARTER,
         WORKER,
         links={"transfer_limit": "20mbit"},
-        ring={"decode_wait": "1.5s", "outage_tolerance": "5s", "max_live": 8},
+        ring={"decode_wait": "1.5s", "silence": "2s", "outage_tolerance": "5s", "max_live": 8},
     )
     node = value.node("pi1")
     assert (node.memory_bytes, node.threads, node.layers) == (700 << 20, 2, None)
     assert value.links.transfer_limit_bit_per_s == 2e7
-    assert (value.ring.decode_wait_s, value.ring.outage_tolerance_s, value.ring.max_live) == (1.5, 5.0, 8)
+    ring = value.ring
+    assert (ring.decode_wait_s, ring.silence_s, ring.outage_tolerance_s, ring.max_live) == (1.5, 2.0, 5.0, 8)
 
 
 def test_what_the_file_leaves_out_has_its_default() -> None:
@@ -43,7 +44,7 @@ def test_what_the_file_leaves_out_has_its_default() -> None:
     assert (value.links.wire, value.links.hops, value.links.transfer_limit_bit_per_s) == ("auto", (), None)
     assert (value.security.keys, value.security.insecure) == ("keys", False)
     assert (value.api.host, value.api.port, value.api.keys_file) == ("127.0.0.1", 8080, None)
-    assert (value.ring.decode_wait_s, value.ring.outage_tolerance_s) == (0.2, 60.0)
+    assert (value.ring.decode_wait_s, value.ring.silence_s, value.ring.outage_tolerance_s) == (0.2, 5.0, 60.0)
     assert (value.ring.max_live, value.ring.prefix_reuse) == (None, True)
     assert value.journal is None
 

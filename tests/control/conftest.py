@@ -109,6 +109,7 @@ class Plane:
             [NodeId("node-1"), NodeId("node-2")],
             clock=lambda: self.now,
             lease_s=LEASE_S,
+            silence_s=LEASE_S,
             on_fault=lambda node, fault: self.faults.append((node, fault)),
             on_loading=lambda node, loading: self.progress.append((node, loading)),
             on_lost=lambda node, error: self.lost.put_nowait((node, error)),

@@ -10,7 +10,7 @@ NODE = NodeId("node-1")
 
 
 def test_a_node_joins_loads_serves_and_loads_again() -> None:
-    members = Membership(lease_s=10)
+    members = Membership(lease_s=10, silence_s=4)
     members.joined(NODE, now=0.0)
     members.assigned(NODE)
     members.ready(NODE)
@@ -19,8 +19,23 @@ def test_a_node_joins_loads_serves_and_loads_again() -> None:
     assert members.state(NODE) is NodeState.LOADING
 
 
+def test_a_node_that_serves_may_be_silent_for_less_long_than_one_that_starts() -> None:
+    members = Membership(lease_s=10, silence_s=4)
+    members.joined(NODE, now=0.0)
+    with pytest.raises(RemoteProtocolError, match="'begun' while joining"):
+        members.begun(NODE)
+    members.assigned(NODE)
+    members.ready(NODE)
+    assert members.lease_s(NODE) == 10 and members.expire(now=9.0) == []
+    members.heard(NODE, now=9.0)
+    members.begun(NODE)
+    members.begun(NODE)  # the next Epoch
+    assert members.state(NODE) is NodeState.SERVING and members.lease_s(NODE) == 4
+    assert members.expire(now=12.9) == [] and members.expire(now=13.0) == [NODE]
+
+
 def test_a_heartbeat_renews_a_lease_and_silence_ends_it_once() -> None:
-    members = Membership(lease_s=10)
+    members = Membership(lease_s=10, silence_s=4)
     members.joined(NODE, now=0.0)
     members.heard(NODE, now=5.0)
     assert members.expire(now=14.9) == []
@@ -31,7 +46,7 @@ def test_a_heartbeat_renews_a_lease_and_silence_ends_it_once() -> None:
 
 
 def test_the_watchers_own_lateness_is_no_silence_of_the_nodes() -> None:
-    members = Membership(lease_s=10)
+    members = Membership(lease_s=10, silence_s=4)
     members.joined(NODE, now=0.0)
     members.stretch(70.0)
     assert members.silent_s(NODE, now=75.0) == 5.0
@@ -39,7 +54,7 @@ def test_the_watchers_own_lateness_is_no_silence_of_the_nodes() -> None:
 
 
 def test_a_lost_node_may_join_again_and_a_live_one_may_not() -> None:
-    members = Membership(lease_s=10)
+    members = Membership(lease_s=10, silence_s=4)
     members.joined(NODE, now=0.0)
     with pytest.raises(RemoteProtocolError, match="out of order"):
         members.joined(NODE, now=1.0)
@@ -49,7 +64,7 @@ def test_a_lost_node_may_join_again_and_a_live_one_may_not() -> None:
 
 
 def test_what_comes_out_of_order_or_from_a_stranger_is_refused() -> None:
-    members = Membership(lease_s=10)
+    members = Membership(lease_s=10, silence_s=4)
     members.heard(NODE, now=0.0)
     assert members.state(NODE) is None
     with pytest.raises(RemoteProtocolError, match="unknown"):
@@ -60,7 +75,7 @@ def test_what_comes_out_of_order_or_from_a_stranger_is_refused() -> None:
 
 
 def test_silence_counts_from_the_last_heartbeat() -> None:
-    members = Membership(lease_s=10)
+    members = Membership(lease_s=10, silence_s=4)
     assert members.silent_s(NODE, now=5.0) == 0.0
     members.joined(NODE, now=0.0)
     members.heard(NODE, now=5.0)

@@ -31,7 +31,7 @@ from mdiq.plan.pace import StageCost
 from mdiq.runtime import epochs, loops, node, remote, ring_host, stage_host
 from mdiq.runtime.loops import Progress, Worker
 from mdiq.runtime.node import NodeOptions
-from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions, RingPeers, StandingBy
+from mdiq.runtime.options import Outages, RemoteNode, RemoteRing, RingOptions, RingPeers, StandingBy
 from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import Form, KeeperState, OnLoading, RingKeeper
 from mdiq.service import worker
@@ -178,7 +178,7 @@ class House:
         is_measured: bool = True,
         skews_s: tuple[float, ...] = (),
         lap_s: float = 60.0,
-        outage_tolerance_s: float = 60.0,
+        outages: Outages | None = None,
     ) -> None:
         self.loop = loop
         self.rng = random.Random(seed)
@@ -186,7 +186,7 @@ class House:
         self.names = [f"pi{i}" for i in range(1, num_nodes + 1)]
         self.skews_s = dict(zip(self.names, skews_s, strict=False))
         self._lap_s = lap_s
-        self._outage_tolerance_s = outage_tolerance_s
+        self._outages = outages or Outages()
         self.is_measured = is_measured
         self.revoked: set[str] = set()
         self.cannot_load: dict[str, MdiqError] = {}  # the next time
@@ -361,7 +361,6 @@ class House:
                 secret=_secret(STARTER),
                 join_wait_s=JOIN_WAIT_S,
                 standing_by=idle,
-                outage_tolerance_s=self._outage_tolerance_s,
             )
             return RingOptions(
                 Path("model.gguf"),
@@ -369,6 +368,7 @@ class House:
                 PLAIN_WEIGHTS,
                 ("f32",),
                 remote=ring,
+                outages=self._outages,
                 is_survey=not self.is_measured,
                 ring=RingSettings(lap_timeout_s=self._lap_s),
             )

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 from mdiq.runtime import socket_workers
+from mdiq.runtime.options import Outages
 from tests.virtual.clock import VirtualTimeLoop, run_virtual
 from tests.virtual.house import HOP, House, no_memory
 from tests.virtual.network import Plane
 
-LEASE_S = 10.0  # so that a silent death costs few seconds of a schedule; 60 s in the product
+LEASE_S = 10.0  # so that a silent death on the way into a Ring costs few seconds; 60 s in the product
 TOLERANCE_S = 15.0  # 60 s in the product
 LAP_S = 8.0  # until the first Lap is measured; 60 s in the product
 FAULTS_S = 25.0
@@ -117,7 +118,7 @@ def run(schedule: Schedule) -> House:
             is_measured=schedule.is_measured,
             skews_s=schedule.skews_s,
             lap_s=LAP_S,
-            outage_tolerance_s=schedule.tolerance_s,
+            outages=Outages(tolerance_s=schedule.tolerance_s),
         )
         with house.installed(), mock.patch.object(socket_workers, "LEASE_S", LEASE_S):
             try:
