@@ -141,6 +141,8 @@ class Agent:
                         return
                     case control.StandBy():
                         self._stand_by(message)
+                    case control.Ping():
+                        pass
                     case control.Assign() | control.SendBurst() | control.Begin() if message in self._answers:
                         if (answer := self._answers[message]) is not None:
                             self._post(answer)

@@ -19,7 +19,8 @@ from mdiq.transport.junk import JunkBudget
 log = structlog.get_logger()
 
 SILENT_S = 3.0  # three heartbeats
-WATCH_S = 1.0
+WATCH_S = 0.4
+UNREACHED_S = 0.3  # a connection that is made anew, because another's key was revoked, is back by then
 LATE_S = 0.5  # of the watcher; less than that hides no heartbeat
 REPEAT_S = 5.0  # a connection that breaks loses what is on its way: what is not answered is said again
 MAX_STRANGERS = 256
@@ -67,6 +68,8 @@ class Coordinator:
         self._is_draining = False
         self._members = Membership(lease_s, silence_s)
         self._watch_s = min(lease_s / 4, silence_s / 4, WATCH_S)
+        self._ping = control.encode(control.Ping(), key)
+        self._unreached: dict[NodeId, float] = {}  # Nodes without a connection, and since when
         self._identities: dict[NodeId, bytes] = {}
         self._nodes: dict[bytes, NodeId] = {}
         loop = asyncio.get_running_loop()
@@ -367,13 +370,32 @@ class Coordinator:
             if (late_s := time_of() - due_s) > LATE_S:
                 log.warning("watcher_late", late_s=round(late_s, 1))
                 self._members.stretch(late_s)
+            await self._ping_all()
             leases_s = {node: self._members.lease_s(node) for node in self._identities}
             for node in self._members.expire(self._clock()):
                 if not self._gone[node].done():
                     lease_s = leases_s[node]
-                    error = NodeDiedError(f"{node}: no heartbeat for {lease_s:g} s; it hangs or its link is down")
-                    self._silent[node] = self._joined[node].result()
-                    self.lose(node, error)
+                    self._lose_sight(node, f"no heartbeat for {lease_s:g} s; it hangs or its link is down")
+
+    async def _ping_all(self) -> None:
+        """See which Nodes still have a connection: it ends with a process at once, and not with a device's power."""
+        for node, identity in list(self._identities.items()):
+            if self._gone[node].done():
+                continue
+            try:
+                await self._server.send(identity, self._ping)
+                self._unreached.pop(node, None)
+            except errors.TransportError:
+                since_s = self._unreached.setdefault(node, self._clock())
+                patience_s = UNREACHED_S if self._members.state(node) is NodeState.SERVING else SILENT_S
+                if self._clock() - since_s >= patience_s:
+                    del self._unreached[node]
+                    self._lose_sight(node, "its connection has ended, most likely with its process; see its log")
+
+    def _lose_sight(self, node: NodeId, why: str) -> None:
+        """Note that a Node is gone as far as can be seen from here; it may be heard again."""
+        self._silent[node] = self._joined[node].result()
+        self.lose(node, NodeDiedError(f"{node}: {why}"))
 
     async def _send(self, node: NodeId, message: control.Message) -> None:
         try:

@@ -227,6 +227,11 @@ class Leaving:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """The Starter sees whether it can be sent; there is no answer, and nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Finish, report and stop."""
 
@@ -258,6 +263,7 @@ Message = (
     | Failed
     | StandBy
     | Leaving
+    | Ping
     | Drain
     | Goodbye
     | TraceChunk

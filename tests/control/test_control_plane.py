@@ -242,6 +242,7 @@ async def test_a_hop_is_measured_and_an_epoch_begun_over_the_control_channel(pla
     plane.agent("node-1", begin=begin_on_one)
     two, _ = plane.agent("node-2")
     await plane.coordinator.all_joined()
+    await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})
     arriving = plane.coordinator.burst_arrived(TWO, 4)
     sent = await plane.coordinator.send_burst(ONE, control.SendBurst(1, 4, 16, 128))
     assert sent == control.BurstSent(1, 4, 7.5)
@@ -385,6 +386,12 @@ async def _by_hand(plane: Plane, name: str) -> MemoryControlLink:
     link = plane.server.connect(name.encode())
     await link.send(control.encode(control.Hello(name, f"tcp://127.0.0.1:600{name[-1]}", 1, VERSION), KEY))
     return link
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110  (nobody tells)
+            await asyncio.sleep(0.001)
 
 
 async def _says(plane: Plane, link: MemoryControlLink, message: control.Message) -> None:
@@ -804,14 +811,54 @@ async def test_a_node_that_is_heard_again_after_its_lease_is_back_and_without_wo
     assert plane.coordinator.without_work == [ONE, TWO]
 
     async def answer(node: MemoryControlLink) -> None:
-        assign = control.decode(await node.receive(), KEY)
-        assert isinstance(assign, control.Assign)
+        while not isinstance(assign := control.decode(await node.receive(), KEY), control.Assign):
+            assert assign == control.Ping()
         await node.send(control.encode(replace(ready(), epoch=assign.epoch), KEY))
 
     answers = [asyncio.create_task(answer(node)) for node in nodes]
     assert set(await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})) == {ONE, TWO}
     await asyncio.gather(*answers)
     assert plane.coordinator.without_work == [] and plane.lost.empty()
+
+
+async def test_a_node_that_serves_and_has_no_connection_is_gone_at_once_and_one_that_starts_a_little_later(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "UNREACHED_S", LEASE_S * 0.3)
+    monkeypatch.setattr(coordinator_module, "SILENT_S", LEASE_S * 0.6)
+    links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    assigning = asyncio.create_task(plane.coordinator.assign({ONE: assignment(), TWO: assignment()}))
+    for link in links:
+        while not isinstance(message := control.decode(await link.receive(), KEY), control.Assign):
+            assert message == control.Ping()
+        await link.send(control.encode(ready(), KEY))
+    await assigning
+    await _says(plane, links[0], control.Begun(1))  # node-1 serves
+    for link in links:
+        await link.aclose()
+    await _until(lambda: plane.coordinator._unreached.keys() == {ONE, TWO})
+    plane.now = LEASE_S * 0.3
+    node, error = await plane.lost.get()
+    assert node == ONE and str(error).startswith("node-1: its connection has ended")
+    assert plane.coordinator.missing == [ONE] and plane.lost.empty()
+    plane.now = LEASE_S * 0.6
+    assert (await plane.lost.get())[0] == TWO
+    await _by_hand(plane, "node-1")  # its next process
+    await _until(lambda: plane.coordinator.missing == [TWO])
+
+
+async def test_a_connection_that_is_made_anew_is_no_loss(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_module, "SILENT_S", LEASE_S * 0.6)
+    links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    await links[0].aclose()
+    await _until(lambda: bool(plane.coordinator._unreached))
+    again = plane.server.connect(b"node-1")
+    await _until(lambda: not plane.coordinator._unreached)
+    plane.now = LEASE_S * 0.9
+    await _says(plane, again, heartbeat())
+    assert plane.lost.empty() and plane.coordinator.missing == []
 
 
 async def test_a_node_that_was_to_measure_and_has_no_costs_is_refused(plane: Plane) -> None:
@@ -821,7 +868,8 @@ async def test_a_node_that_was_to_measure_and_has_no_costs_is_refused(plane: Pla
     for measures in (False, True):
         assign = replace(assignment(), epoch=2 + measures, measures=measures)
         assigning = asyncio.create_task(plane.coordinator.assign({ONE: assign}))
-        assert control.decode(await node.receive(), KEY) == assign
+        while (message := control.decode(await node.receive(), KEY)) != assign:
+            assert message == control.Ping()
         await node.send(control.encode(replace(ready(), epoch=assign.epoch, decode_s=(), prompt_s=()), KEY))
         if measures:
             with pytest.raises(EngineError, match="node-1: it does not say what a forward costs"):

@@ -98,6 +98,25 @@ def test_a_node_that_dies_and_comes_back_costs_a_pause_and_no_token(name: str, a
     assert line["sequences"] == 3 and 0 <= line["back_s"] <= line["loaded_s"] <= line["after_s"]
 
 
+def test_a_process_that_crashes_is_noticed_within_a_second() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answers = [house.ask(max_tokens=60) for _ in range(3)]
+        await asyncio.sleep(1.0)
+        await house.crash("pi1")
+        await asyncio.sleep(1.0)
+        assert house.keeper is not None and house.keeper.describe() == "paused: waits for pi1"
+        house.start_node("pi1")
+        await house.answered(10.0)
+        assert [answer.error for answer in answers] == [None] * 3
+
+    house = live(act)
+    (line,) = [line for line in house.log if line["event"] == "ring_paused"]
+    assert line["error"] == "pi1: its connection has ended, most likely with its process; see its log"
+    (line,) = [line for line in house.log if line["event"] == "ring_goes_on"]
+    assert line["back_s"] < 1.0
+
+
 def test_a_node_whose_link_was_down_goes_on_with_what_it_has() -> None:
     async def act(house: House) -> None:
         await house.serving(FORMED_S)

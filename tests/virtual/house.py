@@ -239,6 +239,12 @@ class House:
     async def kill(self, name: str) -> None:
         """End a Node's process as a power cut does: it says nothing more."""
         self.note(f"{name} is killed")
+        self._processes[name].is_silent = True
+        await self._kill(name, self._processes[name])
+
+    async def crash(self, name: str) -> None:
+        """End a Node's process alone: its machine closes its connections."""
+        self.note(f"{name} crashes")
         await self._kill(name, self._processes[name])
 
     async def leave(self, name: str) -> None:

@@ -24,11 +24,15 @@ RECONNECT_S = 0.1
 
 @dataclass(eq=False)
 class Process:
-    """A process of a machine of this name; what it sends after its death goes nowhere. skew_s: of its clock."""
+    """A process of a machine of this name; what it sends after its death goes nowhere. skew_s: of its clock.
+
+    is_silent: its machine died with it, so that nobody told the others that its connections have ended.
+    """
 
     machine: str
     skew_s: float = 0.0
     is_alive: bool = True
+    is_silent: bool = False
 
 
 PROCESS: ContextVar[Process] = ContextVar("process")
@@ -277,6 +281,9 @@ class Router(_Listener):
 
     async def send(self, identity: bytes, data: bytes) -> None:
         dealer = self._dealers.get(identity)
+        if dealer is not None and dealer.reached() is not self and dealer.seems_connected and self.admits(dealer):
+            self.network.num_lost += 1
+            return
         if dealer is None or dealer.reached() is not self:
             raise TransportError(f"control peer {identity!r}: not connected; check that its process runs")
         if dealer.queue.qsize() + dealer.back.num_coming >= CONTROL_HWM:
@@ -291,6 +298,11 @@ class Dealer(_Client):
         super().__init__(network, endpoint, security)
         self.identity = identity.encode()
         self.queue: asyncio.Queue[bytes] = asyncio.Queue()
+
+    @property
+    def seems_connected(self) -> bool:
+        """Whether its connection has not ended as far as the other end can know."""
+        return self.process.is_silent or (self.process.is_alive and not self.is_closed)
 
     async def receive(self) -> bytes:
         return await self.queue.get()

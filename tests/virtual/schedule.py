@@ -24,8 +24,8 @@ ANSWERS_S = 40.0
 LINES_A_SECOND = 12.0
 """Log lines of all machines together, in the long run."""
 
-KINDS = ("kill", "cut", "freeze", "no_load", "break", "revoke", "drain", "leave", "starter")
-OUTAGES = KINDS[:3]
+KINDS = ("kill", "crash", "cut", "freeze", "no_load", "break", "revoke", "drain", "leave", "starter")
+OUTAGES = KINDS[:4]
 """After which a Node comes back with all that it needs: they may cost time and nothing else."""
 
 
@@ -184,10 +184,11 @@ async def _befall(house: House, event: Event) -> None:
     name = house.names[event.node % len(house.names)]
     house.note(f"{event.kind} {name} for {event.lasts_s:g} s")
     match event.kind:
-        case "kill" | "leave":
+        case "kill" | "crash" | "leave":
             if not house.is_up(name):
                 return
-            await (house.kill(name) if event.kind == "kill" else house.leave(name))
+            end = {"kill": house.kill, "crash": house.crash, "leave": house.leave}[event.kind]
+            await end(name)
             await asyncio.sleep(event.lasts_s)
             if not house.is_up(name):
                 house.start_node(name)
