@@ -23,6 +23,12 @@ _NODE = (
 )
 
 
+_COUNTS = {
+    "preemptions": "Requests put back to make room for older ones.",
+    "recoveries": "How often the ring has paused for a node that was gone, and gone on.",
+}
+
+
 class RingCollector(Collector):
     """Reads the figures from the status at each scrape."""
 
@@ -36,8 +42,8 @@ class RingCollector(Collector):
         for kind, name, key, text in _REQUESTS:
             yield kind(name, text, status["requests"][key])
         if "counts" in status:
-            text = "Requests put back to make room for older ones."
-            yield CounterMetricFamily("mdiq_preemptions_total", text, status["counts"].get("preemptions", 0))
+            for key, text in _COUNTS.items():
+                yield CounterMetricFamily(f"mdiq_{key}_total", text, status["counts"].get(key, 0))
         for kind, name, key, text in _NODE:
             family = kind(name, text, labels=["node"])
             for node in status["nodes"]:

@@ -68,7 +68,7 @@ class RingProtocol:
     """Owns every Sequence from submission to end.
 
     counts: what was ignored or mended, for the metrics: stale, unknown, duplicates, replays, overdue, restarts,
-    preemptions.
+    preemptions, recoveries (pauses that have ended).
     prefill: what became of prompts, Replays included: prefill_tokens were computed, prefix_tokens found in the cache,
     by prefix_hits Sequences.
     decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
@@ -151,7 +151,9 @@ class RingProtocol:
         if epoch <= self.epoch:
             raise LocalProtocolError(f"begin_epoch: epoch {epoch} does not grow (now {self.epoch})")
         self.epoch = epoch
-        self.is_paused = False
+        if self.is_paused:
+            self.is_paused = False
+            self.counts["recoveries"] += 1
         self._spec = self._scheduler.spec = spec
         self._books.begin_epoch(spec, self._settings.prefix_tokens)
         self._overdue.clear()

@@ -12,7 +12,7 @@ STATUS = {
     "is_serving": True,
     "rings_formed": 4,
     "requests": {"running": 1, "done": 2, "failed": 3, "refused": 6, "left": 7},
-    "counts": {"preemptions": 5},
+    "counts": {"preemptions": 5, "recoveries": 8},
     "nodes": [{"name": "desk", **DESK}, {"name": "pi-1", "state": "drained"}],
 }
 EXPECTED = """\
@@ -40,6 +40,9 @@ mdiq_requests_left_total 7
 # HELP mdiq_preemptions_total Requests put back to make room for older ones.
 # TYPE mdiq_preemptions_total counter
 mdiq_preemptions_total 5
+# HELP mdiq_recoveries_total How often the ring has paused for a node that was gone, and gone on.
+# TYPE mdiq_recoveries_total counter
+mdiq_recoveries_total 8
 # HELP mdiq_stage_busy_ratio Share of the time in which a node computes.
 # TYPE mdiq_stage_busy_ratio gauge
 mdiq_stage_busy_ratio{node="desk"} 0.25
@@ -71,6 +74,7 @@ def test_figures_that_nobody_knows_yet_are_left_out() -> None:
     left_out = {family.name for family in families(EXPECTED)} - {family.name for family in families(text_of(status))}
     assert left_out == {
         "mdiq_preemptions",
+        "mdiq_recoveries",
         "mdiq_stage_busy_ratio",
         "mdiq_stage_resident_bytes",
         "mdiq_stage_weight_bytes",
