@@ -21,7 +21,7 @@ from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
 from mdiq.core.ring import RingSettings
 from mdiq.errors import ConfigError
-from mdiq.runtime.options import RingOptions
+from mdiq.runtime.options import Outages, RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
 from mdiq.telemetry import logging
 from mdiq.testbed.cpu_quota import MIN_CPU, check_quota
@@ -106,6 +106,7 @@ def _bench(
             slowdown=SlowRing(link, options.cpu),
             # Every round asks the same prompts: each is to be computed each time.
             ring=RingSettings(prefix_tokens=0),
+            outages=Outages(tolerance_s=0.0),  # what is measured while a node starts again says nothing
         )
 
     peer = Peer(

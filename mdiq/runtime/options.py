@@ -54,7 +54,8 @@ class RemoteRing:
 class Outages:
     """When a Node is gone, and what becomes of what runs.
 
-    silence_s: a Node that serves and says nothing for so long is gone. tolerance_s: what runs waits so long for it.
+    silence_s: a Node that serves and says nothing for so long is gone. tolerance_s: what runs waits so long for it; 0:
+    it ends at once.
     """
 
     silence_s: float = 5.0

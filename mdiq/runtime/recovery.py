@@ -55,7 +55,7 @@ class Recovery:
 
     def takes_on(self, error: MdiqError) -> bool:
         """Recover from the loss of a Node, if it may come back; return whether that is so."""
-        if not isinstance(error, NodeDiedError) or not self._workers.can_come_back:
+        if not (isinstance(error, NodeDiedError) and self._workers.can_come_back and self._tolerance_s):
             return False
         self._losses.append(error)
         self._service.pause()

@@ -171,6 +171,20 @@ def test_a_node_that_stays_away_ends_requests_with_its_name_and_the_ring_waits_f
     live(act)
 
 
+def test_a_ring_that_is_not_to_wait_ends_what_runs_at_once() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answer = house.ask(max_tokens=60)
+        await asyncio.sleep(1.0)
+        await house.crash("pi1")
+        await house.answered(1.0)
+        assert "pi1: its connection has ended" in str(answer.error)
+        house.start_node("pi1")
+        await house.serving(RETRY_S + FORMED_S)
+
+    live(act, outages=Outages(tolerance_s=0.0))
+
+
 def test_a_node_that_dies_each_time_that_it_loads_does_not_hold_up_requests_for_ever() -> None:
     async def act(house: House) -> None:
         await house.serving(FORMED_S)
