@@ -258,8 +258,11 @@ class Coordinator:
                 self.fail(node, NodeDiedError(f"{node}: it is gone; see the log"))
             case control.Failed():
                 error = error_from(node, message)
-                self.fail(node, error)
-                self._on_lost(node, error)
+                if isinstance(error, NodeDiedError):
+                    self.lose(node, error)
+                else:
+                    self.fail(node, error)
+                    self._on_lost(node, error)
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__}: an agent may not send this")
 

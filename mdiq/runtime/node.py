@@ -24,7 +24,7 @@ from mdiq.core import control
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import folder_name
 from mdiq.engine.formats.layer_files import LayerFiles
-from mdiq.errors import LocalProtocolError, MdiqError, RingError
+from mdiq.errors import LocalProtocolError, MdiqError, NodeDiedError
 from mdiq.runtime.lifecycle import Notifier
 from mdiq.runtime.loops import Supervisor, make_worker
 from mdiq.runtime.options import RingPeers
@@ -127,7 +127,7 @@ class NodeProcess:
     async def leave(self) -> None:
         """Tell the Starter, if this Node is in its Ring, that it ends at once because it was told to here."""
         if self._agent is not None and self.is_assigned:
-            await self._agent.leave(RingError("it was stopped on its device"))
+            await self._agent.leave(NodeDiedError("it was stopped on its device"))
 
     async def renew(self, options: NodeOptions) -> None:
         """Take over, in the midst of a Ring, who may send to this Node: whose key is revoked loses its connection."""

@@ -128,19 +128,23 @@ def test_nodes_of_a_starter_that_was_killed_join_the_next_one(ring: LoopbackRing
         assert _run(ring)[1] == ["desk", "pi1", "pi2"]
 
 
-def test_a_node_that_is_stopped_ends_the_run_with_its_name(ring: LoopbackRing) -> None:
+def test_a_run_waits_for_a_node_that_is_stopped_and_goes_on_when_it_is_started_again(ring: LoopbackRing) -> None:
+    story = ("a long story", "--max-tokens", "300", "--ignore-eos")
     with _node(ring, "pi1"), _node(ring, "pi2") as two:
-        endless = ("a long story", "--max-tokens", "4000", "--ignore-eos")
-        starter = _starter(ring, *endless)
-        assert starter.stdout.read(20)  # type: ignore[union-attr]
+        calm = _starter(ring, *story).communicate(timeout=120)[0]
+        starter = _starter(ring, *story)
+        text = starter.stdout.read(20)  # type: ignore[union-attr]
         two.terminate()
         with pytest.raises(subprocess.TimeoutExpired):
             two.wait(1)  # what is in the ring ends first
         two.terminate()  # at once
         assert two.wait(20) == 0
-        errors = starter.communicate(timeout=20)[1].decode()
-        assert starter.returncode == 1
-        assert errors.splitlines()[-1] == "mdiq: pi2: it was stopped on its device"
+        line = starter.stderr.readline()  # type: ignore[union-attr]
+        assert b"ring_paused" in line and b"pi2: it was stopped on its device" in line
+        with _node(ring, "pi2"):
+            rest, errors = starter.communicate(timeout=60)
+    assert starter.returncode == 0 and b"ring_goes_on" in errors
+    assert text + rest == calm and len(calm) > 300
 
 
 def test_a_node_with_another_key_is_refused_and_named_at_the_deadline(ring: LoopbackRing) -> None:

@@ -354,6 +354,23 @@ def test_a_node_that_is_stopped_lets_running_requests_end_first() -> None:
     live(act)
 
 
+def test_a_node_that_is_stopped_at_once_and_started_again_costs_a_pause() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answer = house.ask(max_tokens=60)
+        await asyncio.sleep(0.5)
+        await house.stop("pi1")
+        await asyncio.sleep(0.5)
+        assert house.keeper is not None and house.keeper.describe() == "paused: waits for pi1"
+        house.start_node("pi1")
+        await house.answered(10.0)
+        assert answer.error is None and len(answer.tokens) == 60
+
+    house = live(act)
+    (line,) = [line for line in house.log if line["event"] == "ring_paused"]
+    assert line["error"] == "pi1: it was stopped on its device"
+
+
 def test_a_control_channel_that_loses_and_doubles_messages_still_forms_the_ring() -> None:
     async def act(house: House) -> None:
         house.network.planes["control"] = Plane(drop=0.03, double=0.1)

@@ -242,6 +242,14 @@ class House:
         self._processes[name].is_silent = True
         await self._kill(name, self._processes[name])
 
+    async def stop(self, name: str) -> None:
+        """Have a Node's service end at once, as a second signal does."""
+        self.note(f"{name} is stopped")
+        node = self._services[name]._process
+        if node is not None:
+            await self._spawn(node.leave(), self._processes[name], f"{name} stops")
+        await self._kill(name, self._processes[name])
+
     async def crash(self, name: str) -> None:
         """End a Node's process alone: its machine closes its connections."""
         self.note(f"{name} crashes")
