@@ -71,6 +71,7 @@ class FakeRing:
         self.standing_by = options.remote.standing_by if options.remote else ()
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.stays = asyncio.Event()
         self.is_open = self.is_closed = False
         self.closing, self.closes = asyncio.Event(), asyncio.Event()
         self.closes.set()
@@ -121,6 +122,11 @@ class FakeRing:
 
     async def until_leaving(self) -> str:
         return await asyncio.shield(self.leaving)
+
+    async def until_staying(self) -> None:
+        await self.stays.wait()
+        self.stays.clear()
+        self.leaving = asyncio.get_running_loop().create_future()
 
     def lose(self, error: MdiqError) -> None:
         self.service.fail_all(error)

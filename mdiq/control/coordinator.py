@@ -78,6 +78,8 @@ class Coordinator:
         self._gone: dict[NodeId, asyncio.Future[MdiqError]] = {name: loop.create_future() for name in names}
         self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
         self._silent: dict[NodeId, control.Hello] = {}  # whose Lease has ended, and which may be heard again
+        self.ready: dict[NodeId, control.Ready] = {}  # what each Node has
+        self._stays = asyncio.Event()
         self.leaving: asyncio.Future[NodeId] = loop.create_future()  # the first Node that asks to be drained
         self.heartbeats: dict[NodeId, control.Heartbeat] = {}
         self.spans: dict[NodeId, list[Span]] = {name: [] for name in names}
@@ -103,8 +105,8 @@ class Coordinator:
 
     @property
     def without_work(self) -> list[NodeId]:
-        """The Nodes that have joined and are not assigned anything; those that came back are among them."""
-        return [node for node in self._joined if self._members.state(node) is NodeState.JOINING]
+        """The Nodes that have joined and have not loaded; those that came back are among them."""
+        return [node for node in self._joined if self._members.state(node) in (NodeState.JOINING, NodeState.LOADING)]
 
     async def all_back(self) -> None:
         """Wait until every Node that was lost has joined again."""
@@ -144,6 +146,11 @@ class Coordinator:
     def burst_arrived(self, node: NodeId, number: int) -> "asyncio.Future[control.BurstArrived]":
         """Return a future of what a Node sees of a burst that it receives; raises as ``begin`` does."""
         return self._await(node, control.BurstArrived, number)
+
+    async def until_staying(self) -> None:
+        """Wait until the Node that asked to be drained has been started again and joined anew."""
+        self._stays.clear()
+        await self._stays.wait()
 
     async def drain(self, deadline_s: float) -> None:
         """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
@@ -238,13 +245,14 @@ class Coordinator:
             case control.Loading():
                 self._on_loading(node, message)
             case control.Ready():
-                self._members.ready(node)
-                self._answered((node, control.Ready, message.epoch), message)
+                if self._answered((node, control.Ready, message.epoch), message):
+                    self._members.ready(node)
+                    self.ready[node] = message
             case control.BurstSent() | control.BurstArrived():
                 self._answered((node, type(message), message.number), message)
             case control.Begun():
-                self._members.begun(node)
-                self._answered((node, control.Begun, message.epoch), message)
+                if self._answered((node, control.Begun, message.epoch), message):
+                    self._members.begun(node)
             case control.Heartbeat():
                 self.heartbeats[node] = message
             case control.Fault():
@@ -254,6 +262,8 @@ class Coordinator:
             case control.Leaving():
                 if not self.leaving.done():
                     self.leaving.set_result(node)
+            case control.Goodbye() if not self._is_draining:
+                self.lose(node, NodeDiedError(f"{node}: it has left; see its log"))
             case control.Goodbye():
                 self.fail(node, NodeDiedError(f"{node}: it is gone; see the log"))
             case control.Failed():
@@ -294,6 +304,9 @@ class Coordinator:
     def _enter(self, node: NodeId, hello: control.Hello) -> None:
         """Note that a Node is there, for the first time or again."""
         self._silent.pop(node, None)
+        if self.leaving.done() and self.leaving.result() == node:
+            self.leaving = asyncio.get_running_loop().create_future()
+            self._stays.set()
         if self._gone[node].done():
             self._gone[node] = asyncio.get_running_loop().create_future()
         if not self._joined[node].done():
@@ -331,6 +344,8 @@ class Coordinator:
                 await asyncio.wait({answered}, timeout=REPEAT_S)
             return await answered
         finally:
+            for future in futures.values():
+                future.cancel()  # what comes later is not waited for
             answered.cancel()
             await asyncio.gather(answered, return_exceptions=True)
 
@@ -359,10 +374,13 @@ class Coordinator:
             future.exception()  # its caller may wait for another one first
         return future
 
-    def _answered(self, key: tuple[NodeId, type[control.Message], int], answer: control.Message) -> None:
+    def _answered(self, key: tuple[NodeId, type[control.Message], int], answer: control.Message) -> bool:
+        """Hand an answer to whoever waits for it; return whether anybody did."""
         future = self._awaited.get(key)
-        if future is not None and not future.done():
-            future.set_result(answer)
+        if future is None or future.done():
+            return False
+        future.set_result(answer)
+        return True
 
     async def _watch_leases(self) -> NoReturn:
         time_of, pause_s = asyncio.get_running_loop().time, self._watch_s
@@ -383,7 +401,8 @@ class Coordinator:
     async def _ping_all(self) -> None:
         """See which Nodes still have a connection: it ends with a process at once, and not with a device's power."""
         for node, identity in list(self._identities.items()):
-            if self._gone[node].done():
+            # One that has joined and has no work yet may be started anew, and nobody loses anything.
+            if self._gone[node].done() or self._members.state(node) is NodeState.JOINING:
                 continue
             try:
                 await self._server.send(identity, self._ping)

@@ -4,6 +4,7 @@ state      event      next
 JOINING    assigned   LOADING
 LOADING    ready      READY
 READY      begun      SERVING    (and again in each later Epoch)
+LOADING    assigned   LOADING    (anew, in a later Epoch)
 READY      assigned   LOADING
 any        lost       LOST       (its Lease ended, or its process did)
 LOST       joined     JOINING    (the same name, a new process)
@@ -29,6 +30,7 @@ class NodeState(StrEnum):
 _NEXT = {
     ("joined", NodeState.LOST): NodeState.JOINING,
     ("assigned", NodeState.JOINING): NodeState.LOADING,
+    ("assigned", NodeState.LOADING): NodeState.LOADING,
     ("assigned", NodeState.READY): NodeState.LOADING,
     ("ready", NodeState.LOADING): NodeState.READY,
     ("begun", NodeState.READY): NodeState.SERVING,

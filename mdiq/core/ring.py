@@ -150,10 +150,12 @@ class RingProtocol:
         """
         if epoch <= self.epoch:
             raise LocalProtocolError(f"begin_epoch: epoch {epoch} does not grow (now {self.epoch})")
-        self.epoch = epoch
         if self.is_paused:
             self.is_paused = False
             self.counts["recoveries"] += 1
+            for entry in list(self._scheduler.live.values()):
+                self._may_replay(entry)  # else a prompt that kills a Node would do so for ever
+        self.epoch = epoch
         self._spec = self._scheduler.spec = spec
         self._books.begin_epoch(spec, self._settings.prefix_tokens)
         self._overdue.clear()
@@ -377,6 +379,11 @@ class RingProtocol:
                 self.prefill.update(prefix_hits=1, prefix_tokens=entry.num_shared)
 
     def _replay(self, entry: Entry) -> None:
+        if self._may_replay(entry):
+            self._books.begin_again(entry)
+
+    def _may_replay(self, entry: Entry) -> bool:
+        """Count a Replay of a Sequence; end it if there were too many without a new token."""
         self.counts["replays"] += 1
         entry.num_replays += 1
         if entry.num_replays > self._settings.max_replays:
@@ -385,8 +392,8 @@ class RingProtocol:
                 "look at the nodes' logs for the one that is slow or dead"
             )
             self._end(entry, FinishReason.ERROR, stalled)
-            return
-        self._books.begin_again(entry)
+            return False
+        return True
 
     def _end(self, entry: Entry, reason: FinishReason, error: Exception | None = None) -> None:
         """End a Sequence without a token, and have its caller told."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -78,14 +78,12 @@ class Epochs:
         self._epoch = Epoch(self._epoch + 1)
         return self._epoch
 
-    async def begin_again(self, service: StarterService, others: Sequence[control.Ready]) -> None:
-        """Go on with these Nodes, which have what they had before; every Sequence is replayed.
+    async def begin_again(self, service: StarterService) -> None:
+        """Go on with the same Nodes, which have what they had before; every Sequence is replayed.
 
         Raises:
             MdiqError: a Node is gone.
         """
-        self._ring = replace(self._ring, others=others)
-        self.spec = replace(self.spec, kv_tokens=self._ring.stage.spec(others).kv_tokens)
         await self._begin(service, self._wires)
 
     async def plan_pace(self, hops_s: float) -> RingSpec:

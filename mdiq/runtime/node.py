@@ -207,7 +207,8 @@ class NodeProcess:
         agent, source = self._agent, self._source
         if self._loaded is not None:
             before, ready = self._loaded
-            if replace(assign, epoch=before.epoch, measures=before.measures) == before:
+            like_it = replace(assign, epoch=before.epoch, kv_tokens=before.kv_tokens, measures=before.measures)
+            if like_it == before and assign.kv_tokens <= ready.kv_tokens:
                 return replace(ready, epoch=assign.epoch)  # the link was down, and all is still there
         if self._sink is not None or agent is None or source is None:
             raise LocalProtocolError("assign: this version loads once; restart the node")

@@ -16,6 +16,7 @@ import structlog
 
 from mdiq.errors import MdiqError, NodeDiedError
 from mdiq.runtime.epochs import Epochs
+from mdiq.runtime.loops import loop_failed
 from mdiq.runtime.starter_service import StarterService
 from mdiq.runtime.workers import Workers
 
@@ -23,6 +24,8 @@ log = structlog.get_logger()
 
 MAX_LOSSES = 5
 """In one recovery. A Node that dies each time that it loads would otherwise hold up what runs for ever."""
+LOAD_S = 600.0
+"""For loading and beginning: a Node that lives and does not answer is no use."""
 
 
 class Recovery:
@@ -47,6 +50,7 @@ class Recovery:
         self._give_up = give_up
         self._losses: list[MdiqError] = []  # of the recovery that runs
         self._running: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     @property
     def is_running(self) -> bool:
@@ -55,61 +59,77 @@ class Recovery:
 
     def takes_on(self, error: MdiqError) -> bool:
         """Recover from the loss of a Node, if it may come back; return whether that is so."""
-        if not (isinstance(error, NodeDiedError) and self._workers.can_come_back and self._tolerance_s):
+        is_recoverable = isinstance(error, NodeDiedError) and self._workers.can_come_back and self._tolerance_s
+        if self._is_closed or not is_recoverable:
             return False
         self._losses.append(error)
         self._service.pause()
-        if not self.is_running:
+        if len(self._losses) > MAX_LOSSES:
+            self._give_up(NodeDiedError(f"{error}; it is loss number {len(self._losses)} in one recovery"))
+        elif not self.is_running:
             self._running = asyncio.create_task(self._run(), name="recovery")
+            self._running.add_done_callback(self._ended)
         return True
 
     async def aclose(self) -> None:
-        """End a recovery that runs."""
+        """End a recovery that runs; there is no other one."""
+        self._is_closed = True
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
 
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._losses.clear()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._give_up(loop_failed("recovery", error))
+
     async def _run(self) -> None:
+        """Bring the Ring back.
+
+        Raises:
+            MdiqError: it does not come back.
+        """
         clock = asyncio.get_running_loop().time
         lost_s = clock()
         log.warning("ring_paused", error=str(self._losses[0]), waits_s=self._tolerance_s)
-        try:
-            times_s: tuple[float, float] | None = None
-            num_losses = 0
-            while times_s is None or num_losses < len(self._losses):
-                num_losses = len(self._losses)
-                if num_losses > MAX_LOSSES:
-                    raise NodeDiedError(f"{self._losses[-1]}; it is loss number {num_losses} in one recovery")
-                times_s = await self._attempt(clock)
-            back_s, loaded_s = times_s
-            log.warning(  # whoever was told that it waits is told that it does not any more
-                "ring_goes_on",
-                after_s=round(clock() - lost_s, 3),
-                back_s=round(back_s - lost_s, 3),
-                loaded_s=round(loaded_s - lost_s, 3),
-                sequences=self._service.ring.num_unfinished,
-            )
-        except MdiqError as error:
-            self._give_up(error)
-        finally:
-            self._losses.clear()
+        while (times_s := await self._attempt(clock)) is None:
+            pass
+        back_s, loaded_s = times_s
+        log.warning(  # whoever was told that it waits is told that it does not any more
+            "ring_goes_on",
+            after_s=round(clock() - lost_s, 3),
+            back_s=round(back_s - lost_s, 3),
+            loaded_s=round(loaded_s - lost_s, 3),
+            sequences=self._service.ring.num_unfinished,
+        )
 
     async def _attempt(self, clock: Callable[[], float]) -> tuple[float, float] | None:
         """Wait until all Nodes are back, and begin an Epoch with them; return when they were back, and had loaded.
 
-        None when a Node was lost meanwhile.
+        None when a Node was lost meanwhile, which may be back already, without its Layers.
         """
+        self._service.pause()  # the attempt before may have begun its Epoch
         try:
             async with asyncio.timeout(self._tolerance_s):
                 await self._workers.all_back()
-            back_s = clock()
-            others = await self._workers.load_again(self._epochs.next_epoch())
-            loaded_s = clock()
-            await self._epochs.begin_again(self._service, others)
         except TimeoutError:
-            raise NodeDiedError(f"{self._losses[-1]}; it is not back after {self._tolerance_s:g} s") from None
+            raise self._not_back() from None
+        num_losses, back_s = len(self._losses), clock()
+        try:
+            async with asyncio.timeout(LOAD_S):
+                await self._workers.load_again(self._epochs.next_epoch(), self._epochs.spec.kv_tokens)
+                loaded_s = clock()
+                if len(self._losses) == num_losses:
+                    await self._epochs.begin_again(self._service)
+        except TimeoutError:
+            raise NodeDiedError(f"{self._losses[-1]}; it is back and has not loaded after {LOAD_S:g} s") from None
         except NodeDiedError as error:
-            if error not in self._losses:
-                self._losses.append(error)
-            return None
-        return back_s, loaded_s
+            if len(self._losses) == num_losses:  # nobody has told of it
+                self.takes_on(error)
+        return (back_s, loaded_s) if len(self._losses) == num_losses else None
+
+    def _not_back(self) -> NodeDiedError:
+        """Return why what runs has to end: the loss of a Node that is still missing."""
+        missing = self._workers.missing
+        loss = next((error for error in reversed(self._losses) if error.node in missing), self._losses[-1])
+        return NodeDiedError(f"{loss}; it is not back after {self._tolerance_s:g} s")

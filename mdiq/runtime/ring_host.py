@@ -134,6 +134,10 @@ class RingHost:
         """Wait until a Node asks to be drained; return its name."""
         return await self._workers.until_leaving()
 
+    async def until_staying(self) -> None:
+        """Wait until the Node that asked to be drained has been started again: it is in the Ring again."""
+        await self._workers.until_staying()
+
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
         """Have these Nodes stand by, in place of those that did; others lose their connections."""
         await self._workers.replace_standing_by(nodes)

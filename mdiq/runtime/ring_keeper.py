@@ -93,7 +93,7 @@ class RingKeeper:
     @property
     def state(self) -> KeeperState:
         """Whether the Ring serves now: not while a Node of it is gone, or silent, though its Lease lasts longer."""
-        if self._state.is_serving and (paused := self._now.paused()):
+        if paused := self._now.paused():
             return KeeperState(False, paused)
         if self._state.is_serving and (silent := self._now.silent()):
             names = ", ".join(f"{name} (silent for {silent_s:.0f} s)" for name, silent_s in silent.items())
@@ -310,12 +310,26 @@ class RingKeeper:
         await self._closed.wait()
 
     async def _until_left(self, ring: KeptRing) -> None:
-        """Wait until a Node asks to be drained and nothing runs any more; it ends with the Ring then."""
-        name = await ring.until_leaving()
-        log.info("node_leaves", node=name, running=self._requests.num_running)
-        if not self._is_ending:
-            self._say(f"{name} leaves when what runs is done")
-        await self._requests.quiet.wait()
+        """Wait until a Node asks to be drained and nothing runs any more; it ends with the Ring then.
+
+        Unless it is started again before that, and goes on with what it had.
+        """
+        while True:
+            name = await ring.until_leaving()
+            log.info("node_leaves", node=name, running=self._requests.num_running)
+            if not self._is_ending:
+                self._say(f"{name} leaves when what runs is done")
+            waits = [asyncio.create_task(each) for each in (self._requests.quiet.wait(), ring.until_staying())]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in waits:
+                    task.cancel()
+                await asyncio.gather(*waits, return_exceptions=True)
+            if waits[0].done() and not waits[0].cancelled():
+                return
+            if not self._is_ending and not self._holds_back:
+                self._say(_serves(self._now.options), is_serving=True)
 
     async def _pause(self, pause_s: float) -> None:
         try:

@@ -37,6 +37,7 @@ class KeptRing(Protocol):
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None: ...
     async def until_lost(self) -> MdiqError: ...
     async def until_leaving(self) -> str: ...
+    async def until_staying(self) -> None: ...
     def stream(self, sequence: Sequence) -> AsyncGenerator[StreamEvent, None]: ...
     def figures(self) -> list[NodeFigures]: ...
     def hops(self) -> list[HopFigures]: ...
@@ -137,12 +138,14 @@ class RingView:
         nodes: list[dict[str, Any]] = []
         for name, layers in zip(options.node_names, options.layers, strict=True):
             node: dict[str, Any] = {"name": name, "layers": [layers.start, layers.stop]}
+            done, total = self.loading.get(name, (0, 0))
             if name in missing:
                 node["state"] = "missing"
+            elif self.paused() and done < total:
+                node |= {"state": "loads", "loaded": done, "to_load": total}
             elif (found := figures.get(name)) is not None:
                 node |= {"state": "silent" if name in silent else "serves", **_shown(found, now - self.serving_since_s)}
             elif name in self.loading:
-                done, total = self.loading[name]
                 node |= {"state": "loads", "loaded": done, "to_load": total}
             else:
                 node["state"] = "joined" if self.ring is not None else "unknown"

@@ -58,6 +58,11 @@ class SocketWorkers(Workers):
         assert self._coordinator is not None  # start has run
         return await asyncio.shield(self._coordinator.leaving)
 
+    async def until_staying(self) -> None:
+        """Wait until the Node that asked to be drained has been started again."""
+        assert self._coordinator is not None  # start has run
+        await self._coordinator.until_staying()
+
     async def open(self) -> None:
         """Make the context of all sockets; see Workers."""
         self._context = zmq.asyncio.Context()
@@ -74,17 +79,17 @@ class SocketWorkers(Workers):
         assert self._coordinator is not None  # start has run
         await self._coordinator.all_back()
 
-    async def load_again(self, epoch: Epoch) -> Sequence[control.Ready]:
+    async def load_again(self, epoch: Epoch, kv_tokens: int) -> None:
         """Have the Nodes that came back load what they had; see Workers."""
         coordinator = self._coordinator
         assert coordinator is not None  # start has run
         assignments = {
-            node: replace(self._assignment_of(i), epoch=epoch, measures=False)
+            node: replace(self._assignment_of(i), epoch=epoch, kv_tokens=kv_tokens, measures=False)
             for i, node in enumerate(self._names, 1)
             if node in coordinator.without_work
         }
-        self._ready.update(await coordinator.assign(assignments))
-        return await super().load_again(epoch)
+        await coordinator.assign(assignments)
+        self._ready.update(coordinator.ready)  # also of one that loaded in an attempt that failed for another's sake
 
     @abstractmethod
     def _assignment_of(self, i: int) -> control.Assign:

@@ -73,6 +73,10 @@ class Workers(ABC):
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await never
 
+    async def until_staying(self) -> None:
+        """Wait until the Node that asked to be drained has been started again."""
+        await asyncio.get_running_loop().create_future()
+
     async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:  # noqa: B027  only some can
         """Have these Nodes stand by, in place of those that did; the keys of others are cut off before this returns."""
 
@@ -98,13 +102,12 @@ class Workers(ABC):
     async def all_back(self) -> None:  # noqa: B027  only some can be gone
         """Wait until no Node is gone."""
 
-    async def load_again(self, epoch: Epoch) -> Sequence[control.Ready]:
-        """Have the Nodes that came back load what they had, and return what each Node has, in ring order.
+    async def load_again(self, epoch: Epoch, kv_tokens: int) -> None:  # noqa: B027  only some can be gone
+        """Have the Nodes that came back load what they had. kv_tokens: KV cache that the Ring counts on.
 
         Raises:
             MdiqError: a Node is gone, or cannot load.
         """
-        return [self._ready[node] for node in self._names]
 
     @abstractmethod
     async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:

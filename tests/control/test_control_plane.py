@@ -797,6 +797,31 @@ async def test_a_process_in_place_of_a_silent_one_ends_the_ring_at_once(
     await plane.coordinator.all_back()
 
 
+async def _asked(link: MemoryControlLink) -> control.Message:
+    """Return what a Node is asked to do next."""
+    async with asyncio.timeout(20):
+        while (message := control.decode(await link.receive(), KEY)) == control.Ping():
+            pass
+    return message
+
+
+async def _loads(plane: Plane, *links: MemoryControlLink, epoch: int = 1) -> None:
+    """Have Nodes, the first of which is node-1, load in an Epoch."""
+    assignments = {node: assignment(epoch=epoch) for node, _ in zip((ONE, TWO), links, strict=False)}
+    assigning = asyncio.create_task(plane.coordinator.assign(assignments))
+    for link in links:
+        assert await _asked(link) == assignment(epoch=epoch)
+        await link.send(control.encode(replace(ready(), epoch=epoch), KEY))
+    await assigning
+
+
+async def _begins(plane: Plane, node: NodeId, link: MemoryControlLink, epoch: int) -> None:
+    beginning = asyncio.create_task(plane.coordinator.begin({node: control.Begin(epoch, "f32")}))
+    assert await _asked(link) == control.Begin(epoch, "f32")
+    await link.send(control.encode(control.Begun(epoch), KEY))
+    await beginning
+
+
 async def test_a_node_that_is_heard_again_after_its_lease_is_back_and_without_work(plane: Plane) -> None:
     nodes = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
     await plane.coordinator.all_joined()
@@ -809,32 +834,19 @@ async def test_a_node_that_is_heard_again_after_its_lease_is_back_and_without_wo
     await nodes[1].send(control.encode(heartbeat(), KEY))
     await waiting
     assert plane.coordinator.without_work == [ONE, TWO]
-
-    async def answer(node: MemoryControlLink) -> None:
-        while not isinstance(assign := control.decode(await node.receive(), KEY), control.Assign):
-            assert assign == control.Ping()
-        await node.send(control.encode(replace(ready(), epoch=assign.epoch), KEY))
-
-    answers = [asyncio.create_task(answer(node)) for node in nodes]
-    assert set(await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})) == {ONE, TWO}
-    await asyncio.gather(*answers)
+    await _loads(plane, *nodes)
     assert plane.coordinator.without_work == [] and plane.lost.empty()
 
 
-async def test_a_node_that_serves_and_has_no_connection_is_gone_at_once_and_one_that_starts_a_little_later(
+async def test_a_node_that_serves_and_has_no_connection_is_gone_at_once_and_one_that_loads_a_little_later(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinator_module, "UNREACHED_S", LEASE_S * 0.3)
     monkeypatch.setattr(coordinator_module, "SILENT_S", LEASE_S * 0.6)
     links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
     await plane.coordinator.all_joined()
-    assigning = asyncio.create_task(plane.coordinator.assign({ONE: assignment(), TWO: assignment()}))
-    for link in links:
-        while not isinstance(message := control.decode(await link.receive(), KEY), control.Assign):
-            assert message == control.Ping()
-        await link.send(control.encode(ready(), KEY))
-    await assigning
-    await _says(plane, links[0], control.Begun(1))  # node-1 serves
+    await _loads(plane, *links)
+    await _begins(plane, ONE, links[0], 2)
     for link in links:
         await link.aclose()
     await _until(lambda: plane.coordinator._unreached.keys() == {ONE, TWO})
@@ -852,6 +864,7 @@ async def test_a_connection_that_is_made_anew_is_no_loss(plane: Plane, monkeypat
     monkeypatch.setattr(coordinator_module, "SILENT_S", LEASE_S * 0.6)
     links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
     await plane.coordinator.all_joined()
+    await _loads(plane, *links)
     await links[0].aclose()
     await _until(lambda: bool(plane.coordinator._unreached))
     again = plane.server.connect(b"node-1")
@@ -861,21 +874,80 @@ async def test_a_connection_that_is_made_anew_is_no_loss(plane: Plane, monkeypat
     assert plane.lost.empty() and plane.coordinator.missing == []
 
 
+async def test_a_node_without_work_may_be_started_again_while_others_are_waited_for(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "SILENT_S", LEASE_S * 0.3)
+    await (await _by_hand(plane, "node-1")).aclose()
+    await asyncio.sleep(LEASE_S)  # several looks
+    plane.now = LEASE_S * 0.6
+    await asyncio.sleep(LEASE_S)
+    assert plane.lost.empty()
+    plane.agent("node-1", identity=b"node-1.b")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+
+
+async def test_an_answer_of_an_attempt_that_was_given_up_is_not_taken_for_the_next_ones(plane: Plane) -> None:
+    """node-2 was lost while node-1 loaded; what node-1 says of that comes when it is asked again."""
+    links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    given_up = asyncio.create_task(plane.coordinator.assign({ONE: assignment(epoch=3)}))
+    assert await _asked(links[0]) == assignment(epoch=3)
+    given_up.cancel()
+    await asyncio.gather(given_up, return_exceptions=True)
+    assert plane.coordinator.without_work == [ONE, TWO]
+    assigning = asyncio.create_task(plane.coordinator.assign({ONE: assignment(epoch=5)}))
+    assert await _asked(links[0]) == assignment(epoch=5)
+    await _says(plane, links[0], replace(ready(), epoch=3))
+    assert plane.coordinator.without_work == [ONE, TWO] and not assigning.done()
+    await _says(plane, links[0], replace(ready(), epoch=5))
+    assert (await assigning)[ONE].epoch == 5 and plane.coordinator.ready[ONE].epoch == 5
+    await _says(plane, links[0], control.Begun(4))
+    await _begins(plane, ONE, links[0], 6)
+
+
+async def test_a_node_that_says_goodbye_unasked_is_lost(plane: Plane) -> None:
+    links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    await links[0].send(control.encode(control.Goodbye(), KEY))
+    node, error = await plane.lost.get()
+    assert (node, str(error)) == (ONE, "node-1: it has left; see its log")
+    assert plane.coordinator.missing == [ONE]
+
+
 async def test_a_node_that_was_to_measure_and_has_no_costs_is_refused(plane: Plane) -> None:
     node = await _by_hand(plane, "node-1")
     plane.agent("node-2")
     await plane.coordinator.all_joined()
     for measures in (False, True):
-        assign = replace(assignment(), epoch=2 + measures, measures=measures)
+        assign = assignment(epoch=2 + measures, measures=measures)
         assigning = asyncio.create_task(plane.coordinator.assign({ONE: assign}))
-        while (message := control.decode(await node.receive(), KEY)) != assign:
-            assert message == control.Ping()
+        assert await _asked(node) == assign
         await node.send(control.encode(replace(ready(), epoch=assign.epoch, decode_s=(), prompt_s=()), KEY))
         if measures:
             with pytest.raises(EngineError, match="node-1: it does not say what a forward costs"):
                 await assigning
         else:
             assert (await assigning)[ONE].decode_s == ()
+
+
+async def test_a_node_that_asked_to_leave_and_is_started_again_stays(plane: Plane) -> None:
+    first = await _by_hand(plane, "node-1")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    await _loads(plane, first)
+    await _says(plane, first, control.Leaving())
+    assert await plane.coordinator.leaving == ONE
+    staying = asyncio.create_task(plane.coordinator.until_staying())
+    failed = control.Failed("NodeDiedError", "it was stopped on its device")
+    await first.send(control.encode(failed, KEY))
+    assert (await plane.lost.get())[0] == ONE
+    await first.aclose()
+    plane.agent("node-1", identity=b"node-1.b")
+    async with asyncio.timeout(20):
+        await staying
+    assert not plane.coordinator.leaving.done()
 
 
 async def test_before_the_ring_is_formed_a_process_takes_the_place_of_a_silent_one(

@@ -5,11 +5,13 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from mdiq.errors import CapacityError, EngineError, NodeDiedError
+from mdiq.errors import CapacityError, EngineError, NodeDiedError, RingStalledError
+from mdiq.runtime.epochs import Epochs
 from mdiq.runtime.options import Outages
 from mdiq.runtime.recovery import MAX_LOSSES
 from mdiq.runtime.ring_keeper import RETRY_S
 from mdiq.runtime.socket_workers import LEASE_S
+from mdiq.service import worker as service_worker
 from tests.virtual.clock import VirtualTimeLoop, run_virtual
 from tests.virtual.house import House, no_memory
 from tests.virtual.network import Plane
@@ -150,6 +152,94 @@ def test_a_second_death_in_the_midst_of_a_recovery_is_one_more_pause() -> None:
         assert [answer.error for answer in answers] == [None] * 3
 
     assert len(live(act).rings) == 1
+
+
+@pytest.mark.parametrize("second", ["cut", "crash"])
+def test_a_node_that_is_lost_and_back_while_another_one_loads_loads_as_well(second: str) -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answers = [house.ask(max_tokens=60) for _ in range(3)]
+        await asyncio.sleep(1.0)
+        await house.crash("pi1")
+        house.fetch_s = 30.0  # pi1's card is slow
+        await asyncio.sleep(2.0)
+        house.start_node("pi1")
+        await asyncio.sleep(2.0)
+        if second == "cut":
+            house.network.cut("pi2")
+            await asyncio.sleep(8.0)
+            house.network.plug("pi2")
+        else:
+            await house.crash("pi2")
+            await asyncio.sleep(2.0)
+            house.fetch_s = 1.0
+            house.start_node("pi2")
+        await house.answered(60.0)
+        assert [answer.error for answer in answers] == [None] * 3
+
+    assert len(live(act).rings) == 1
+
+
+def test_a_request_that_kills_a_node_each_time_ends_and_the_ring_goes_on() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        house.kills.add("pi1")  # whenever it computes
+        answer = house.ask(max_tokens=60)
+        for _ in range(20):
+            if not house.is_up("pi1"):
+                await asyncio.sleep(1.5)
+                house.start_node("pi1")
+            await asyncio.sleep(2.0)
+        await house.answered(1.0)
+        assert isinstance(answer.error, RingStalledError)
+        house.kills.clear()
+        await house.serving(10.0)
+        again = house.ask()
+        await house.answered(10.0)
+        assert again.error is None
+
+    assert len(live(act).rings) == 1
+
+
+def test_a_node_that_is_restarted_while_a_long_answer_runs_stays_in_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for what runs until it has no patience left."""
+    monkeypatch.setattr(service_worker, "LEAVE_S", 1.0)
+
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answer = house.ask(max_tokens=200)
+        await asyncio.sleep(0.5)
+        await house.leave("pi1")
+        assert answer.error is None and answer.reason is None, "it has ended before"
+        await asyncio.sleep(1.0)
+        house.start_node("pi1")
+        await asyncio.sleep(5.0)
+        assert house.is_serving and answer.error is None
+        other = house.ask()
+        await house.answered(60.0)
+        assert answer.error is None and other.error is None
+
+    assert len(live(act).rings) == 1
+
+
+def test_a_bug_in_a_recovery_ends_what_runs_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def breaks(*_: object) -> None:
+        raise ValueError("a mistake of ours")
+
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        answer = house.ask(max_tokens=60)
+        await asyncio.sleep(1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Epochs, "begin_again", breaks)
+            await house.crash("pi1")
+            await asyncio.sleep(2.0)
+            house.start_node("pi1")
+            await house.answered(5.0)
+        assert "recovery: ValueError('a mistake of ours')" in str(answer.error)
+        await house.serving(RETRY_S + FORMED_S)
+
+    live(act)
 
 
 def test_a_node_that_stays_away_ends_requests_with_its_name_and_the_ring_waits_for_it() -> None:

@@ -82,6 +82,8 @@ class _ChainRunner:
         if self._machine in self._house.breaks:
             self._house.breaks.discard(self._machine)
             raise EngineError("a sum is not a number")
+        if self._machine in self._house.kills:
+            self._house.loop.call_soon(self._house.dies, self._machine)
         return self._engine.forward(batch)
 
     def reset(self) -> None:
@@ -191,6 +193,8 @@ class House:
         self.revoked: set[str] = set()
         self.cannot_load: dict[str, MdiqError] = {}  # the next time
         self.breaks: set[str] = set()  # whose next forward fails
+        self.kills: set[str] = set()  # who dies whenever it computes
+        self.fetch_s = 1.0
         self.events: list[tuple[float, str]] = []
         self.answers: list[Answer] = []
         self.callers: dict[asyncio.Task[None], Process] = {}
@@ -241,6 +245,11 @@ class House:
         self.note(f"{name} is killed")
         self._processes[name].is_silent = True
         await self._kill(name, self._processes[name])
+
+    def dies(self, name: str) -> None:
+        """Have a Node's process crash by itself."""
+        if self.is_up(name):
+            self._beside.add(self._spawn(self.crash(name), self.starter, f"{name} dies"))
 
     async def stop(self, name: str) -> None:
         """Have a Node's service end at once, as a second signal does."""
@@ -481,7 +490,7 @@ class House:
 
     async def _fetch(self, *_: Any, progress: Progress, **__: Any) -> Any:
         for done in range(1, 3):
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(self.fetch_s / 2)
             progress(done, 2)
         if (error := self.cannot_load.pop(PROCESS.get().machine, None)) is not None:
             self.note(f"{PROCESS.get().machine} cannot load")
