@@ -52,6 +52,7 @@ class Schedule:
     skews_s: tuple[float, ...] = ()
     asks_every_s: float = 2.0
     tolerance_s: float = TOLERANCE_S
+    fetch_s: float = 1.0
 
     @classmethod
     def drawn(
@@ -85,6 +86,7 @@ class Schedule:
             skews_s=tuple(rng.choice((0.0, -3_600.0, 1e6)) for _ in range(3)),
             asks_every_s=rng.choice((0.7, 3.0)),
             tolerance_s=tolerance_s,
+            fetch_s=rng.choice((0.5, 1.0, 6.0)),
         )
 
 
@@ -120,6 +122,7 @@ def run(schedule: Schedule) -> House:
             lap_s=LAP_S,
             outages=Outages(tolerance_s=schedule.tolerance_s),
         )
+        house.fetch_s = schedule.fetch_s
         with house.installed(), mock.patch.object(socket_workers, "LEASE_S", LEASE_S):
             try:
                 await _live(house, schedule)
