@@ -7,6 +7,8 @@ from typing import Any, NoReturn, TypeVar
 import structlog
 
 from mdiq import errors
+from mdiq.control.answers import A, Answers, fail
+from mdiq.control.node_watch import SILENT_S, NodeWatch
 from mdiq.control.standby import Standby
 from mdiq.core import control
 from mdiq.core.membership import Membership, NodeState
@@ -18,14 +20,9 @@ from mdiq.transport.junk import JunkBudget
 
 log = structlog.get_logger()
 
-SILENT_S = 3.0  # three heartbeats
-WATCH_S = 0.4
-UNREACHED_S = 0.3  # a connection that is made anew, because another's key was revoked, is back by then
-LATE_S = 0.5  # of the watcher; less than that hides no heartbeat
 REPEAT_S = 5.0  # a connection that breaks loses what is on its way: what is not answered is said again
 MAX_STRANGERS = 256
 
-A = TypeVar("A", control.Ready, control.Begun, control.BurstSent, control.BurstArrived)
 T = TypeVar("T")
 
 
@@ -67,16 +64,15 @@ class Coordinator:
         self._standby = standby or Standby()
         self._is_draining = False
         self._members = Membership(lease_s, silence_s)
-        self._watch_s = min(lease_s / 4, silence_s / 4, WATCH_S)
         self._ping = control.encode(control.Ping(), key)
-        self._unreached: dict[NodeId, float] = {}  # Nodes without a connection, and since when
+        self._watch = NodeWatch(self._members, clock=clock, ping=self._is_reached, on_gone=self._lose_sight)
         self._identities: dict[NodeId, bytes] = {}
         self._nodes: dict[bytes, NodeId] = {}
         loop = asyncio.get_running_loop()
         names = list(expected)
         self._joined: dict[NodeId, asyncio.Future[control.Hello]] = {name: loop.create_future() for name in names}
         self._gone: dict[NodeId, asyncio.Future[MdiqError]] = {name: loop.create_future() for name in names}
-        self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
+        self._answers = Answers()
         self._silent: dict[NodeId, control.Hello] = {}  # whose Lease has ended, and which may be heard again
         self.ready: dict[NodeId, control.Ready] = {}  # what each Node has
         self._stays = asyncio.Event()
@@ -88,7 +84,7 @@ class Coordinator:
         """Listen to the Agents and watch their Leases until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen(), name="control")
-            tasks.create_task(self._watch_leases(), name="leases")
+            tasks.create_task(self._watch.run(), name="leases")
 
     async def all_joined(self) -> Mapping[NodeId, control.Hello]:
         """Wait until every expected Node has joined.
@@ -167,12 +163,8 @@ class Coordinator:
     def fail(self, node: NodeId, error: MdiqError) -> None:
         """Note that a Node is gone or cannot do its part: whoever waits for it gets the error."""
         error.node = node
-        futures: list[asyncio.Future[Any]] = [self._joined[node]]
-        futures += [future for (whom, _, _), future in self._awaited.items() if whom == node]
-        for future in futures:
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # it is also told to on_lost: not an error that nobody looked at
+        fail(self._joined[node], error)
+        self._answers.fail(node, error)
         if not self._gone[node].done():
             self._gone[node].set_result(error)
 
@@ -245,13 +237,13 @@ class Coordinator:
             case control.Loading():
                 self._on_loading(node, message)
             case control.Ready():
-                if self._answered((node, control.Ready, message.epoch), message):
+                if self._answers.came(node, message.epoch, message):
                     self._members.ready(node)
                     self.ready[node] = message
             case control.BurstSent() | control.BurstArrived():
-                self._answered((node, type(message), message.number), message)
+                self._answers.came(node, message.number, message)
             case control.Begun():
-                if self._answered((node, control.Begun, message.epoch), message):
+                if self._answers.came(node, message.epoch, message):
                     self._members.begun(node)
             case control.Heartbeat():
                 self.heartbeats[node] = message
@@ -267,7 +259,7 @@ class Coordinator:
             case control.Goodbye():
                 self.fail(node, NodeDiedError(f"{node}: it is gone; see the log"))
             case control.Failed():
-                error = error_from(node, message)
+                error = message.as_error(node)
                 if isinstance(error, NodeDiedError):
                     self.lose(node, error)
                 else:
@@ -365,57 +357,25 @@ class Coordinator:
 
     def _await(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
         """Return a future of the answer of this kind and number; what nobody waits for is ignored."""
-        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        key = (node, kind, number)
-        self._awaited[key] = future
-        future.add_done_callback(lambda done: self._awaited.pop(key, None))
+        future = self._answers.await_(node, kind, number)
         if self._gone[node].done():
-            future.set_exception(self._gone[node].result())
-            future.exception()  # its caller may wait for another one first
+            fail(future, self._gone[node].result())
         return future
 
-    def _answered(self, key: tuple[NodeId, type[control.Message], int], answer: control.Message) -> bool:
-        """Hand an answer to whoever waits for it; return whether anybody did."""
-        future = self._awaited.get(key)
-        if future is None or future.done():
+    async def _is_reached(self, node: NodeId) -> bool:
+        """Return whether a Node has a connection; one that has failed anyhow is not asked."""
+        if self._gone[node].done():
+            return True
+        try:
+            await self._server.send(self._identities[node], self._ping)
+        except errors.TransportError:
             return False
-        future.set_result(answer)
         return True
-
-    async def _watch_leases(self) -> NoReturn:
-        time_of, pause_s = asyncio.get_running_loop().time, self._watch_s
-        while True:
-            due_s = time_of() + pause_s
-            await asyncio.sleep(pause_s)
-            # This process may have been stopped, with its machine or alone: silence of that time is its own.
-            if (late_s := time_of() - due_s) > LATE_S:
-                log.warning("watcher_late", late_s=round(late_s, 1))
-                self._members.stretch(late_s)
-            await self._ping_all()
-            leases_s = {node: self._members.lease_s(node) for node in self._identities}
-            for node in self._members.expire(self._clock()):
-                if not self._gone[node].done():
-                    lease_s = leases_s[node]
-                    self._lose_sight(node, f"no heartbeat for {lease_s:g} s; it hangs or its link is down")
-
-    async def _ping_all(self) -> None:
-        """See which Nodes still have a connection: it ends with a process at once, and not with a device's power."""
-        for node, identity in list(self._identities.items()):
-            # One that has joined and has no work yet may be started anew, and nobody loses anything.
-            if self._gone[node].done() or self._members.state(node) is NodeState.JOINING:
-                continue
-            try:
-                await self._server.send(identity, self._ping)
-                self._unreached.pop(node, None)
-            except errors.TransportError:
-                since_s = self._unreached.setdefault(node, self._clock())
-                patience_s = UNREACHED_S if self._members.state(node) is NodeState.SERVING else SILENT_S
-                if self._clock() - since_s >= patience_s:
-                    del self._unreached[node]
-                    self._lose_sight(node, "its connection has ended, most likely with its process; see its log")
 
     def _lose_sight(self, node: NodeId, why: str) -> None:
         """Note that a Node is gone as far as can be seen from here; it may be heard again."""
+        if self._gone[node].done():
+            return
         self._silent[node] = self._joined[node].result()
         self.lose(node, NodeDiedError(f"{node}: {why}"))
 
@@ -431,11 +391,3 @@ class Coordinator:
             await self._server.send(identity, control.encode(message, self._key))
         except errors.TransportError as error:
             log.info("control_message_not_sent", peer=repr(identity), error=str(error))
-
-
-def error_from(node: NodeId, failed: control.Failed) -> MdiqError:
-    """Return the error that a Node reported, as the class that it names if that is one of ours."""
-    kind = getattr(errors, failed.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, MdiqError)):
-        kind = EngineError
-    return kind(f"{node}: {failed.text}")

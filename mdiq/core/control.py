@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
+from mdiq import errors
 from mdiq.core.codec import MAX_ITEMS as MAX_ITEMS
 from mdiq.core.codec import MAX_TEXT, Codec
 from mdiq.core.types import WeightSettings
@@ -209,6 +210,13 @@ class Failed:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", _clipped(self.text))
+
+    def as_error(self, node: str) -> errors.MdiqError:
+        """Return the error of a Node, as the class that it names if that is one of ours."""
+        kind = getattr(errors, self.kind, None)
+        if not (isinstance(kind, type) and issubclass(kind, errors.MdiqError)):
+            kind = errors.EngineError
+        return kind(f"{node}: {self.text}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,11 @@ class Membership:
         """
         self._step(node, "begun")
 
+    @property
+    def min_lease_s(self) -> float:
+        """How long the shortest Lease is."""
+        return min(self._lease_s, self._silence_s)
+
     def lease_s(self, node: NodeId) -> float:
         """Return how long a Node may say nothing."""
         return self._silence_s if self.state(node) is NodeState.SERVING else self._lease_s
@@ -102,14 +107,15 @@ class Membership:
         """Note that the Node's process has ended."""
         self._members[node].state = NodeState.LOST
 
-    def expire(self, now: float) -> list[NodeId]:
-        """Return the Nodes whose Lease has just ended; from now on they are lost."""
-        ended = [
-            m.node
-            for m in self._members.values()
-            if m.state is not NodeState.LOST and m.heard_at + self.lease_s(m.node) <= now
-        ]
-        for node in ended:
+    def present(self) -> list[NodeId]:
+        """Return the Nodes that are not lost."""
+        return [node for node, member in self._members.items() if member.state is not NodeState.LOST]
+
+    def expire(self, now: float) -> list[tuple[NodeId, float]]:
+        """Return the Nodes whose Lease has just ended, and how long it was; from now on they are lost."""
+        leases_s = [(node, self.lease_s(node)) for node in self.present()]
+        ended = [(node, lease_s) for node, lease_s in leases_s if self._members[node].heard_at + lease_s <= now]
+        for node, _ in ended:
             self._members[node].state = NodeState.LOST
         return ended
 

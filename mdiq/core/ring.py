@@ -2,11 +2,11 @@
 
 Theory. Inputs are calls with the time as an argument; outputs are the Actions of ``poll``. ZeroMQ may lose, and a cut
 link may repeat or delay, so delivery is never assumed: every Segment in flight has a deadline, which follows the Laps
-that were measured (lap_timer.py). What is overdue, or
-reported as a gap, is *replayed*: the Sequence gets a new wire id and its known tokens enter as a prompt again. Emitted
-tokens are history and never sampled twice, and draws depend on (seed, position) alone, so a Replay continues the same
-text. RELEASE travels after the last Segment of a Sequence, and its KV reservation returns when it has made its Lap; a
-lost one is sent again. Who gets KV cache, and who gives it up, is in books.py.
+that were measured (lap_timer.py). What is overdue, or reported as a gap, is *replayed*: the Sequence gets a new wire id
+and its known tokens enter as a prompt again. Emitted tokens are history, never sampled twice, and draws depend on
+(seed, position) alone, so a Replay continues the same text. RELEASE travels after the last Segment
+of a Sequence, and its KV reservation returns when it has made its Lap; a lost one is sent again. Who gets KV cache, and
+who gives it up, is in books.py.
 
     state of a Sequence    event                              next
     waiting                room in ledger and Ring            in flight (prompt chunks)
@@ -239,10 +239,7 @@ class RingProtocol:
         return TokenEvent(sequence.index, token, position, reason)
 
     def fault(self, seq_ids: Iterable[SeqId]) -> None:
-        """Replay Sequences of which a Stage reports a gap; ids that are not live are ignored.
-
-        In a pause all are: the next Epoch replays every Sequence.
-        """
+        """Replay Sequences of which a Stage reports a gap; others, and all in a pause, are ignored."""
         for seq_id in () if self.is_paused else seq_ids:
             if entry := self._scheduler.live.get(seq_id):
                 parent = entry.parent

@@ -13,7 +13,6 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mdiq.control.coordinator import error_from
 from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.ring import RingProtocol
@@ -282,7 +281,7 @@ class RingHost:
         if fault.reason == "gap":
             self._service.report_gaps(epoch, seq_ids)
         else:
-            error = error_from(node, control.Failed(fault.reason, fault.text))
+            error = control.Failed(fault.reason, fault.text).as_error(node)
             self._service.report_failure(epoch, seq_ids, error)
 
     def _on_lost(self, error: MdiqError) -> None:

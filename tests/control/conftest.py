@@ -151,7 +151,7 @@ class Plane:
 
 @pytest.fixture
 async def plane(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Plane]:
-    monkeypatch.setattr("mdiq.control.coordinator.LATE_S", 1e9)  # its clock is the test's, however late the loop is
+    monkeypatch.setattr("mdiq.control.node_watch.LATE_S", 1e9)  # its clock is the test's, however late the loop is
     plane = Plane(MemoryControlServer())
     yield plane
     assert not plane.coordinating.done(), "the coordinator must survive whatever comes"

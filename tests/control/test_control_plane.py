@@ -11,8 +11,9 @@ import zmq.asyncio
 
 from mdiq.control import agent as agent_module
 from mdiq.control import coordinator as coordinator_module
+from mdiq.control import node_watch
 from mdiq.control.agent import SPANS_PER_CHUNK, Agent
-from mdiq.control.coordinator import REPEAT_S, Coordinator, error_from
+from mdiq.control.coordinator import REPEAT_S, Coordinator
 from mdiq.core import control
 from mdiq.core.frame import Buffer
 from mdiq.core.types import Epoch, NodeId, SeqId
@@ -602,7 +603,7 @@ def test_a_reported_error_has_the_class_that_it_names_if_it_is_one_of_ours() -> 
         ("SystemExit", EngineError),
         ("Counter", EngineError),
     ]:
-        error = error_from(ONE, control.Failed(kind, "text"))
+        error = control.Failed(kind, "text").as_error(ONE)
         assert type(error) is expected
         assert str(error) == "node-1: text"
 
@@ -841,15 +842,15 @@ async def test_a_node_that_is_heard_again_after_its_lease_is_back_and_without_wo
 async def test_a_node_that_serves_and_has_no_connection_is_gone_at_once_and_one_that_loads_a_little_later(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator_module, "UNREACHED_S", LEASE_S * 0.3)
-    monkeypatch.setattr(coordinator_module, "SILENT_S", LEASE_S * 0.6)
+    monkeypatch.setattr(node_watch, "UNREACHED_S", LEASE_S * 0.3)
+    monkeypatch.setattr(node_watch, "SILENT_S", LEASE_S * 0.6)
     links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
     await plane.coordinator.all_joined()
     await _loads(plane, *links)
     await _begins(plane, ONE, links[0], 2)
     for link in links:
         await link.aclose()
-    await _until(lambda: plane.coordinator._unreached.keys() == {ONE, TWO})
+    await _until(lambda: plane.coordinator._watch._unreached.keys() == {ONE, TWO})
     plane.now = LEASE_S * 0.3
     node, error = await plane.lost.get()
     assert node == ONE and str(error).startswith("node-1: its connection has ended")
@@ -861,14 +862,14 @@ async def test_a_node_that_serves_and_has_no_connection_is_gone_at_once_and_one_
 
 
 async def test_a_connection_that_is_made_anew_is_no_loss(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator_module, "SILENT_S", LEASE_S * 0.6)
+    monkeypatch.setattr(node_watch, "SILENT_S", LEASE_S * 0.6)
     links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
     await plane.coordinator.all_joined()
     await _loads(plane, *links)
     await links[0].aclose()
-    await _until(lambda: bool(plane.coordinator._unreached))
+    await _until(lambda: bool(plane.coordinator._watch._unreached))
     again = plane.server.connect(b"node-1")
-    await _until(lambda: not plane.coordinator._unreached)
+    await _until(lambda: not plane.coordinator._watch._unreached)
     plane.now = LEASE_S * 0.9
     await _says(plane, again, heartbeat())
     assert plane.lost.empty() and plane.coordinator.missing == []
@@ -877,7 +878,7 @@ async def test_a_connection_that_is_made_anew_is_no_loss(plane: Plane, monkeypat
 async def test_a_node_without_work_may_be_started_again_while_others_are_waited_for(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator_module, "SILENT_S", LEASE_S * 0.3)
+    monkeypatch.setattr(node_watch, "SILENT_S", LEASE_S * 0.3)
     await (await _by_hand(plane, "node-1")).aclose()
     await asyncio.sleep(LEASE_S)  # several looks
     plane.now = LEASE_S * 0.6

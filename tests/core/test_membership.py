@@ -31,7 +31,7 @@ def test_a_node_that_serves_may_be_silent_for_less_long_than_one_that_starts() -
     members.begun(NODE)
     members.begun(NODE)  # the next Epoch
     assert members.state(NODE) is NodeState.SERVING and members.lease_s(NODE) == 4
-    assert members.expire(now=12.9) == [] and members.expire(now=13.0) == [NODE]
+    assert members.expire(now=12.9) == [] and members.expire(now=13.0) == [(NODE, 4)]
 
 
 def test_a_heartbeat_renews_a_lease_and_silence_ends_it_once() -> None:
@@ -39,7 +39,7 @@ def test_a_heartbeat_renews_a_lease_and_silence_ends_it_once() -> None:
     members.joined(NODE, now=0.0)
     members.heard(NODE, now=5.0)
     assert members.expire(now=14.9) == []
-    assert members.expire(now=15.0) == [NODE]
+    assert members.expire(now=15.0) == [(NODE, 10)]
     assert members.expire(now=16.0) == []
     members.heard(NODE, now=17.0)
     assert members.state(NODE) is NodeState.LOST
@@ -50,7 +50,7 @@ def test_the_watchers_own_lateness_is_no_silence_of_the_nodes() -> None:
     members.joined(NODE, now=0.0)
     members.stretch(70.0)
     assert members.silent_s(NODE, now=75.0) == 5.0
-    assert members.expire(now=79.0) == [] and members.expire(now=80.0) == [NODE]
+    assert members.expire(now=79.0) == [] and members.expire(now=80.0) == [(NODE, 10)]
 
 
 def test_a_lost_node_may_join_again_and_a_live_one_may_not() -> None:

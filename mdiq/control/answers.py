@@ -1,0 +1,46 @@
+"""What Nodes were asked and have not answered yet, by Node, kind of answer and number."""
+
+import asyncio
+from typing import Any, TypeVar
+
+from mdiq.core import control
+from mdiq.core.types import NodeId
+from mdiq.errors import MdiqError
+
+A = TypeVar("A", control.Ready, control.Begun, control.BurstSent, control.BurstArrived)
+
+
+class Answers:
+    """A future for each answer; a future that its caller cancels is forgotten, and what comes for it is ignored."""
+
+    def __init__(self) -> None:
+        self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
+
+    def await_(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
+        """Return a future of the answer of this kind and number."""
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        key = (node, kind, number)
+        self._awaited[key] = future
+        future.add_done_callback(lambda _: self._awaited.pop(key, None))
+        return future
+
+    def came(self, node: NodeId, number: int, answer: control.Message) -> bool:
+        """Hand an answer to whoever waits for it; return whether anybody does."""
+        future = self._awaited.get((node, type(answer), number))
+        if future is None or future.done():
+            return False
+        future.set_result(answer)
+        return True
+
+    def fail(self, node: NodeId, error: MdiqError) -> None:
+        """End every wait for a Node with an error."""
+        for (whom, _, _), future in list(self._awaited.items()):
+            if whom == node:
+                fail(future, error)
+
+
+def fail(future: "asyncio.Future[Any]", error: MdiqError) -> None:
+    """End a future with an error that is also told elsewhere: nobody has to look at it."""
+    if not future.done():
+        future.set_exception(error)
+        future.exception()
