@@ -16,7 +16,7 @@ class Answers:
     def __init__(self) -> None:
         self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
 
-    def await_(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
+    def expect(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
         """Return a future of the answer of this kind and number."""
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         key = (node, kind, number)

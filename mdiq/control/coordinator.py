@@ -357,7 +357,7 @@ class Coordinator:
 
     def _await(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
         """Return a future of the answer of this kind and number; what nobody waits for is ignored."""
-        future = self._answers.await_(node, kind, number)
+        future = self._answers.expect(node, kind, number)
         if self._gone[node].done():
             fail(future, self._gone[node].result())
         return future

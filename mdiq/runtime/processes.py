@@ -51,8 +51,7 @@ class ProcessWorkers(SocketWorkers):
             self._loops.run(self._watch(node, i, child), f"watch-{node}")
 
     async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:
-        coordinator = self._coordinator
-        assert coordinator is not None  # open has run
+        coordinator = self._opened_coordinator
         hellos = await coordinator.all_joined()
         endpoints = [hellos[node].data_endpoint for node in self._names] + [self._own_endpoint]
         if self._options.slowdown is not None:
@@ -108,11 +107,10 @@ class ProcessWorkers(SocketWorkers):
             last_words = await _forward_errors(child)
             code = await child.wait()
             error = NodeDiedError(f"{node}: {last_words or f'its process ended with {_exit_text(code)}'}")
-            assert self._coordinator is not None  # open has run
             if self._is_closing or not self._ready:
-                self._coordinator.fail(node, error)  # which names the Node in the error
+                self._opened_coordinator.fail(node, error)  # which names the Node in the error
                 raise error
-            self._coordinator.lose(node, error)
+            self._opened_coordinator.lose(node, error)
             self._children[node] = child = await self._spawn(node, i)
             if self._is_closing:  # whoever closes has killed those that there were
                 child.kill()

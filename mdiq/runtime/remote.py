@@ -75,8 +75,7 @@ class RemoteWorkers(SocketWorkers):
 
     async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:
         """Wait for the Nodes, have them fetch and load their Layers."""
-        ring, coordinator = self._ring, self._coordinator
-        assert coordinator is not None  # open has run
+        ring, coordinator = self._ring, self._opened_coordinator
         if self._weights is None:
             return {}
         try:

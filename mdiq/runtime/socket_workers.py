@@ -53,15 +53,18 @@ class SocketWorkers(Workers):
         """Return the Nodes that have not been heard for so long, and for how long."""
         return dict[str, float](self._coordinator.silent(min_s).items()) if self._coordinator else {}
 
+    @property
+    def _opened_coordinator(self) -> Coordinator:
+        assert self._coordinator is not None  # open has run
+        return self._coordinator
+
     async def until_leaving(self) -> str:
         """Wait until a Node asks to be drained; return its name."""
-        assert self._coordinator is not None  # start has run
-        return await asyncio.shield(self._coordinator.leaving)
+        return await asyncio.shield(self._opened_coordinator.leaving)
 
     async def until_staying(self) -> None:
         """Wait until the Node that asked to be drained has been started again."""
-        assert self._coordinator is not None  # start has run
-        await self._coordinator.until_staying()
+        await self._opened_coordinator.until_staying()
 
     async def open(self) -> None:
         """Make the context of all sockets; see Workers."""
@@ -70,19 +73,16 @@ class SocketWorkers(Workers):
 
     async def start(self, model_digest: str, weights: WeightSettings) -> Sequence[control.Ready]:
         """Watch the Nodes, and have them join and load; see Workers."""
-        assert self._coordinator is not None  # open has run
-        self._loops.run(self._coordinator.run(), "coordinator")
+        self._loops.run(self._opened_coordinator.run(), "coordinator")
         return await super().start(model_digest, weights)
 
     async def all_back(self) -> None:
         """Wait until no Node is gone; see Workers."""
-        assert self._coordinator is not None  # start has run
-        await self._coordinator.all_back()
+        await self._opened_coordinator.all_back()
 
     async def load_again(self, epoch: Epoch, kv_tokens: int) -> None:
         """Have the Nodes that came back load what they had; see Workers."""
-        coordinator = self._coordinator
-        assert coordinator is not None  # start has run
+        coordinator = self._opened_coordinator
         assignments = {
             node: replace(self._assignment_of(i), epoch=epoch, kv_tokens=kv_tokens, measures=False)
             for i, node in enumerate(self._names, 1)
@@ -104,20 +104,17 @@ class SocketWorkers(Workers):
 
     async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
         """Have every Stage serve in a new Epoch; see Workers."""
-        assert self._coordinator is not None  # start has run
-        await self._coordinator.begin(
+        await self._opened_coordinator.begin(
             {node: control.Begin(epoch, wire) for node, wire in zip(self._names, wires[1:], strict=True)}
         )
 
     async def send_burst(self, stage: int, burst: control.SendBurst) -> control.BurstSent:
         """Have a Node measure its Hop; see Coordinator."""
-        assert self._coordinator is not None  # start has run
-        return await self._coordinator.send_burst(self._names[stage - 1], burst)
+        return await self._opened_coordinator.send_burst(self._names[stage - 1], burst)
 
     def burst_arrived(self, stage: int, number: int) -> "asyncio.Future[control.BurstArrived]":
         """Return a future of what a Node sees of a burst; see Coordinator."""
-        assert self._coordinator is not None  # start has run
-        return self._coordinator.burst_arrived(self._names[stage - 1], number)
+        return self._opened_coordinator.burst_arrived(self._names[stage - 1], number)
 
     def unreached(self, hop: int) -> str:
         """Return what is wrong when nothing arrives over a Hop, and what to do."""
