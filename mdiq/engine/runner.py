@@ -1,7 +1,7 @@
 """Runs Batches on a Stage's part of the model: payloads in, rows out. No sockets; one thread calls it."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -85,12 +85,8 @@ class StageRunner:
             )
         folder = cache_directory() if is_packed else Path()  # plain weights need no cache, nor a home directory
         with ExitStack() as opened, torch.inference_mode():
-            if isinstance(model, Path):
-                model = opened.enter_context(open_checkpoint(model))
-            path = model.path
-            if digest and model.digest != digest:
-                raise ModelError(f"{path}: it is not the starter's model (their digests differ); copy it here again")
-            try:
+            model = _opened(model, digest, opened)
+            with _memory_for(layers, model.path):
                 stage = StageModel(
                     model,
                     layers,
@@ -99,15 +95,45 @@ class StageRunner:
                     folder=folder,
                     progress=progress,
                 )
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise CapacityError(
-                    f"{path}: no memory for layers {layers}; use more nodes or --weights int8"
-                ) from None
             drop_library("libllvmlite")  # 50 MB, not needed once the code is compiled
             cache = _make_cache(stage.config, layers, torch_dtype, torch_device, kv_tokens, memory_share, memory_bytes)
         return cls(stage, cache, is_last=is_last, dtype=torch_dtype, device=torch_device, wire=wire)
+
+    def reshape(
+        self,
+        model: Path | Checkpoint | LayerFiles | None,
+        layers: LayerRange,
+        *,
+        is_last: bool,
+        kv_tokens: int | None,
+        memory_share: float = 1.0,
+        memory_bytes: int | None = None,
+        digest: str = "",
+        progress: Callable[[int, int], object] = lambda *_: None,
+    ) -> None:
+        """Hold other Layers of the same model, and forget every Sequence; Layers that are here are not read again.
+
+        model: as for ``load``; None where nothing is lacking. The other arguments: see ``load``. The room of the KV
+        cache is given back first, so that this takes no more memory than a Stage that is loaded anew. After an error
+        this runner is of no use.
+
+        Raises:
+            ModelError, CapacityError: see ``load``.
+        """
+        self._is_last = is_last
+        self._cache = KvCache(0, 0, self.config.num_kv_heads, self.config.head_dim, self._dtype, self._device)
+        with ExitStack() as opened, torch.inference_mode():
+            opened_model = _opened(model, digest, opened) if model is not None and self.lacks(layers) else None
+            with _memory_for(layers, opened_model.path if opened_model else Path()):
+                self._model.reshape(opened_model, layers, progress)
+            drop_library("libllvmlite")
+            self._cache = _make_cache(
+                self.config, layers, self._dtype, self._device, kv_tokens, memory_share, memory_bytes
+            )
+
+    def lacks(self, layers: LayerRange) -> list[int]:
+        """Return which of these Layers are not here."""
+        return self._model.lacks(layers)
 
     @property
     def shape(self) -> str:
@@ -159,8 +185,8 @@ class StageRunner:
         """
         self._cache.extend(seq_id, 0, num_tokens)
 
-    def set_wire(self, wire: str) -> None:
-        """Set the format of the Hop out of this Stage for later Batches."""
+    def set_wire(self, wire: str | None) -> None:
+        """Set the format of the Hop out of this Stage for later Batches; None: see ``load``."""
         self._wire = wire
 
     def forward(self, batch: Batch) -> Payload:
@@ -242,6 +268,26 @@ class StageRunner:
 
     def _rows(self, payload: Payload) -> torch.Tensor:
         return to_tensor(payload, self.config.hidden_size, self._dtype, self._device)
+
+
+def _opened(model: Path | Checkpoint | LayerFiles, digest: str, stack: ExitStack) -> Checkpoint | LayerFiles:
+    """Return a model that is open, and is the one that is wanted."""
+    if isinstance(model, Path):
+        model = stack.enter_context(open_checkpoint(model))
+    if digest and model.digest != digest:
+        raise ModelError(f"{model.path}: it is not the starter's model (their digests differ); copy it here again")
+    return model
+
+
+@contextmanager
+def _memory_for(layers: LayerRange, path: Path) -> Iterator[None]:
+    """Say what to do when weights do not fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CapacityError(f"{path}: no memory for layers {layers}; use more nodes or --weights int8") from None
 
 
 def _make_cache(

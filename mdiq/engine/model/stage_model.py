@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
+from mdiq.cache import Use
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.engine.device import choose_device, choose_dtype
 from mdiq.engine.formats.checkpoint import Checkpoint, Tensors
@@ -36,11 +38,16 @@ from mdiq.engine.model.llvm_attention import CompiledAttention
 from mdiq.engine.model.llvm_layers import CompiledLayers
 
 
-class StageModel:
-    """Weights of a LayerRange on ``device``, and how to run them.
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A Layer that is here: how it is computed, and what its weights take."""
 
-    weight_bytes: what they take; a tied head is counted once unless its packing is a second copy.
-    """
+    steps: tuple[Step, ...]
+    num_bytes: int
+
+
+class StageModel:
+    """Weights of a LayerRange on ``device``, and how to run them."""
 
     def __init__(
         self,
@@ -62,26 +69,65 @@ class StageModel:
             EngineError: this device has no kernel for the weights' format.
         """
         self.config = config = model.config
+        self._weights = weights
+        self._folder = folder
         self._dtype = dtype = choose_dtype(weights.dtype)
         self._device = device = choose_device(weights.device)
-        total = len(layers) + owns_embedding_and_head
-        done = 0
-
-        def step() -> None:
-            progress(done, total)
-
-        step()
         self._embedding: Embedding | None = None
         self._positions: torch.Tensor | None = None
         self._final_norm: Norm | None = None
         self._head: Linear | None = None
-        self.weight_bytes = 0
-        self._steps: list[tuple[Step, ...]] = []
+        self._ends_bytes = 0
+        self._loaded: dict[int, _Loaded] = {}
+        self._in_use: list[Use] = []
         self._rope: Rope | None = None
         if config.family.has_rotary:
             self._rope = Rope(config.rope, config.head_dim, device, model.rope_factors())
         self._attention = CompiledAttention.find(config, dtype, device)
         self._activate: Activate = CompiledActivation.find(config, dtype, device) or partial(activated, config)
+        self._load(model, layers, progress, with_ends=owns_embedding_and_head)
+        self._steps = [self._loaded[layer].steps for layer in layers]
+        self._parts = self._in_parts()
+
+    def reshape(
+        self, model: Checkpoint | LayerFiles | None, layers: LayerRange, progress: Callable[[int, int], object]
+    ) -> None:
+        """Have other Layers of the same model: those that are here stay, others go first, then the rest is read.
+
+        model, progress: see above; None where nothing is lacking. After an error this StageModel is of no use.
+
+        Raises:
+            ModelError, EngineError: see above.
+        """
+        self._steps, self._parts = [], []
+        self._loaded = {layer: self._loaded[layer] for layer in layers if layer in self._loaded}
+        return_free_memory(collect=True)
+        if model is not None:
+            self._load(model, layers, progress)
+        self._steps = [self._loaded[layer].steps for layer in layers]
+        self._parts = self._in_parts()
+
+    def lacks(self, layers: LayerRange) -> list[int]:
+        """Return which of these Layers are not here."""
+        return [layer for layer in layers if layer not in self._loaded]
+
+    def _load(
+        self,
+        model: Checkpoint | LayerFiles,
+        layers: LayerRange,
+        progress: Callable[[int, int], object],
+        *,
+        with_ends: bool = False,
+    ) -> None:
+        """Read what is not here yet, one Layer at a time."""
+        missing, done = self.lacks(layers), 0
+        total = len(missing) + with_ends
+
+        def step() -> None:
+            progress(done, total)
+
+        step()
+        config, dtype, device, folder, weights = self.config, self._dtype, self._device, self._folder, self._weights
         choice = KernelChoice(exact=weights.exact, folder=folder)
         with ExitStack() as stack:
             packed: PackedModel | LayerFiles | None = None
@@ -93,7 +139,7 @@ class StageModel:
                 made = PackedModel(model, weights.format, folder / "packed", find_hot, step)
                 packed = stack.enter_context(made)
                 self._in_use = packed.in_use
-            if owns_embedding_and_head:
+            if with_ends:
                 assert isinstance(model, Checkpoint)  # files of Layers are for the other Nodes
                 if isinstance(packed, PackedModel):
                     self._load_packed_ends(packed, choice)
@@ -102,18 +148,21 @@ class StageModel:
                 done = 1
                 _settle(packed)
                 step()
-            for layer in layers:
+            for layer in missing:
                 if packed is not None:
                     loaded = packed_layer(config, packed.layer(layer), choice, dtype, device)
                 else:
                     stored = model.stored(layer) if isinstance(model, LayerFiles) else model
                     loaded = plain_layer(stored, layer, dtype, device)
-                self._steps.append(layer_steps(loaded, config, layer))
-                self.weight_bytes += loaded.num_bytes
+                self._loaded[layer] = _Loaded(layer_steps(loaded, config, layer), loaded.num_bytes)
                 _settle(packed)
                 done += 1
                 step()
-        self._parts = self._in_parts()
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights take; a tied head is counted once unless its packing is a second copy."""
+        return self._ends_bytes + sum(loaded.num_bytes for loaded in self._loaded.values())
 
     @property
     def owns_embedding(self) -> bool:
@@ -179,14 +228,14 @@ class StageModel:
     def _load_ends(self, checkpoint: Checkpoint) -> None:
         matrix = checkpoint.embedding().to(device=self._device, dtype=self._dtype)
         self._embedding = PlainEmbedding(matrix)
-        self.weight_bytes += self._embedding.num_bytes
+        self._ends_bytes += self._embedding.num_bytes
         self._set_positions(checkpoint.positions())
         self._final_norm = self._norm(checkpoint.final_norm())
         if (head := checkpoint.head()) is None:
             self._head = make_linear(matrix, None, self._dtype, self._device)
         else:
             self._head = make_linear(head, None, self._dtype, self._device)
-            self.weight_bytes += self._head.num_bytes
+            self._ends_bytes += self._head.num_bytes
 
     def _load_packed_ends(self, packed: PackedModel, choice: KernelChoice) -> None:
         file = packed.ends()
@@ -196,16 +245,16 @@ class StageModel:
         self._head = choice.load(file, "embedding" if self.config.is_tied else "head")
         # Another mapping: the pages that packing the head has read go with the first one.
         self._embedding = PackedEmbedding(packed.ends(), self._dtype)
-        self.weight_bytes += self._head.num_bytes + self._embedding.num_bytes
+        self._ends_bytes += self._head.num_bytes + self._embedding.num_bytes
 
     def _set_positions(self, positions: torch.Tensor | None) -> None:
         if positions is not None:
             self._positions = positions.to(device=self._device, dtype=self._dtype, copy=True)
-            self.weight_bytes += self._positions.nbytes
+            self._ends_bytes += self._positions.nbytes
 
     def _norm(self, tensors: Tensors) -> Norm:
         norm = make_norm(tensors, "final_norm", self.config.norm_eps, self._dtype, self._device)
-        self.weight_bytes += norm.num_bytes
+        self._ends_bytes += norm.num_bytes
         return norm
 
 
