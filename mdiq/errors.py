@@ -107,7 +107,14 @@ class RingStalledError(RingError):
 
 
 class NodeDiedError(RingError):
-    """A process of the ring ended while it was needed."""
+    """A process of the ring ended while it was needed.
+
+    is_silent: it says nothing any more, and may live: its link may be down.
+    """
+
+    def __init__(self, *args: object, is_silent: bool = False) -> None:
+        super().__init__(*args)
+        self.is_silent = is_silent
 
 
 def first_of(error: BaseException) -> BaseException:

@@ -22,14 +22,15 @@ log = structlog.get_logger()
 HEARTBEAT_S = 1.0
 GOODBYE_S = 2.0
 MAX_WAITING = 8
+MAX_ANSWERS = 64
 SPANS_PER_CHUNK = 2_000
 
 
 class Agent:
     """Serves one Node until the Starter drains it.
 
-    load: does what an Assign says and returns what it gave; send_burst and begin, likewise. A newer Assign, or the end,
-    cancels it.
+    load: does what an Assign says and returns what it gave; send_burst and begin, likewise. A newer Assign, a StandBy,
+    or the end cancels it.
     stand_by: called when the Ring goes without this Node.
     heartbeat: returns the figures of now.
     spans: returns the trace so far.
@@ -44,7 +45,7 @@ class Agent:
         load: Callable[[control.Assign], Awaitable[control.Ready]],
         send_burst: Callable[[control.SendBurst], Awaitable[control.BurstSent]],
         begin: Callable[[control.Begin], Awaitable[control.Begun]],
-        stand_by: Callable[[control.StandBy], None],
+        stand_by: Callable[[control.StandBy], Awaitable[None]],
         heartbeat: Callable[[], control.Heartbeat],
         spans: Callable[[], Sequence[Span]],
     ) -> None:
@@ -140,7 +141,10 @@ class Agent:
                                 await self._say_goodbye()
                         return
                     case control.StandBy():
-                        self._stand_by(message)
+                        await _give_up(job)
+                        job = None
+                        self._answers.clear()  # an assignment like the one before is carried out anew
+                        await self._stand_by(message)
                     case control.Ping():
                         pass
                     case control.Assign() | control.SendBurst() | control.Begin() if message in self._answers:
@@ -148,6 +152,8 @@ class Agent:
                             self._post(answer)
                     case control.Assign() | control.SendBurst() | control.Begin():
                         self._answers[message] = None
+                        while len(self._answers) > MAX_ANSWERS:
+                            del self._answers[next(iter(self._answers))]
                         if isinstance(message, control.Assign):
                             await _give_up(job)  # nobody waits for what was assigned before
                             job = None

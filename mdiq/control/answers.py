@@ -1,12 +1,14 @@
 """What Nodes were asked and have not answered yet, by Node, kind of answer and number."""
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from mdiq.core import control
 from mdiq.core.types import NodeId
 from mdiq.errors import MdiqError
 
+T = TypeVar("T")
 A = TypeVar("A", control.Ready, control.Begun, control.BurstSent, control.BurstArrived)
 
 
@@ -37,6 +39,22 @@ class Answers:
         for (whom, _, _), future in list(self._awaited.items()):
             if whom == node:
                 fail(future, error)
+
+
+async def all_of(
+    futures: Mapping[NodeId, "asyncio.Future[T]"], gone: Sequence["asyncio.Future[MdiqError]"]
+) -> dict[NodeId, T]:
+    """Return what every Node answers, or raise why the first of them is gone.
+
+    A caller that gives up does not end the futures: they tell who is missing.
+    """
+    while not any(each.done() for each in gone) and not all(future.done() for future in futures.values()):
+        waiting: list[asyncio.Future[Any]] = [future for future in futures.values() if not future.done()]
+        await asyncio.wait([*waiting, *gone], return_when=asyncio.FIRST_COMPLETED)
+    for each in gone:
+        if each.done():
+            raise each.result()
+    return {node: future.result() for node, future in futures.items()}
 
 
 def fail(future: "asyncio.Future[Any]", error: MdiqError) -> None:

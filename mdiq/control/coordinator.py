@@ -2,14 +2,15 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import structlog
 
 from mdiq import errors
-from mdiq.control.answers import A, Answers, fail
+from mdiq.control.answers import A, Answers, all_of, fail
 from mdiq.control.node_watch import SILENT_S, NodeWatch
-from mdiq.control.standby import Standby
+from mdiq.control.standby import StandingBy
+from mdiq.control.strangers import Strangers
 from mdiq.core import control
 from mdiq.core.membership import Membership, NodeState
 from mdiq.core.types import NodeId
@@ -21,19 +22,21 @@ from mdiq.transport.junk import JunkBudget
 log = structlog.get_logger()
 
 REPEAT_S = 5.0  # a connection that breaks loses what is on its way: what is not answered is said again
-MAX_STRANGERS = 256
 
 T = TypeVar("T")
 
+_WITHOUT_WORK = (NodeState.JOINING, NodeState.LOADING, NodeState.STANDING_BY)
+
 
 class Coordinator:
-    """Talks to the Agents of the Nodes named ``expected``. On a secured link each speaks for itself alone.
+    """Talks to the Agents of the Nodes of a Ring, and of those that stand by. On a secured link each speaks for itself.
 
     A call to Nodes ends when all have answered, or as soon as one of them is gone, which may have answered already.
-    lease_s: how long a Node may say nothing while it starts; silence_s: while it serves.
-    on_fault: called with Faults; on_loading: with a Node's progress; on_lost: with Nodes that are gone.
+    expected: the Ring's Nodes; standing_by: others; see ``reform``. lease_s: how long a Node may say nothing while it
+    starts; silence_s: while it serves or stands by.
+    on_fault: called with Faults; on_loading: with a Node's progress; on_lost: with Nodes of the Ring that are gone.
     drains_strangers: a Node that speaks and has not joined still serves an earlier Starter's Ring; tell it to end, so
-    that it joins this one. standby: Nodes that the Ring goes without.
+    that it joins this one.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Coordinator:
         on_loading: Callable[[NodeId, control.Loading], None],
         on_lost: Callable[[NodeId, MdiqError], None],
         drains_strangers: bool = False,
-        standby: Standby | None = None,
+        standing_by: Iterable[StandingBy] = (),
     ) -> None:
         self._server = server
         self._key = key
@@ -59,26 +62,27 @@ class Coordinator:
         self._on_fault = on_fault
         self._on_loading = on_loading
         self._on_lost = on_lost
-        self._drains_strangers = drains_strangers
-        self._drained_strangers: dict[bytes, float] = {}  # and when they were told
-        self._standby = standby or Standby()
+        self._strangers = Strangers(clock) if drains_strangers else None
         self._is_draining = False
         self._members = Membership(lease_s, silence_s)
         self._ping = control.encode(control.Ping(), key)
         self._watch = NodeWatch(self._members, clock=clock, ping=self._is_reached, on_gone=self._lose_sight)
         self._identities: dict[NodeId, bytes] = {}
         self._nodes: dict[bytes, NodeId] = {}
-        loop = asyncio.get_running_loop()
-        names = list(expected)
-        self._joined: dict[NodeId, asyncio.Future[control.Hello]] = {name: loop.create_future() for name in names}
-        self._gone: dict[NodeId, asyncio.Future[MdiqError]] = {name: loop.create_future() for name in names}
+        self._ring: tuple[NodeId, ...] = tuple(expected)
+        self._standby = {NodeId(node.name): node for node in standing_by}
+        self._joined: dict[NodeId, asyncio.Future[control.Hello]] = {}
+        self._gone: dict[NodeId, asyncio.Future[MdiqError]] = {}
         self._answers = Answers()
         self._silent: dict[NodeId, control.Hello] = {}  # whose Lease has ended, and which may be heard again
         self.ready: dict[NodeId, control.Ready] = {}  # what each Node has
         self._stays = asyncio.Event()
-        self.leaving: asyncio.Future[NodeId] = loop.create_future()  # the first Node that asks to be drained
+        self._news = asyncio.Event()  # somebody has joined
+        # The first Node that asks to be drained.
+        self.leaving: asyncio.Future[NodeId] = asyncio.get_running_loop().create_future()
         self.heartbeats: dict[NodeId, control.Heartbeat] = {}
-        self.spans: dict[NodeId, list[Span]] = {name: [] for name in names}
+        self.spans: dict[NodeId, list[Span]] = {}
+        self._know((*self._ring, *self._standby))
 
     async def run(self) -> None:
         """Listen to the Agents and watch their Leases until cancelled."""
@@ -87,32 +91,53 @@ class Coordinator:
             tasks.create_task(self._watch.run(), name="leases")
 
     async def all_joined(self) -> Mapping[NodeId, control.Hello]:
-        """Wait until every expected Node has joined.
+        """Wait until every expected Node has joined; raises as ``assign`` does."""
+        return await self._unless_gone({node: self._joined[node] for node in self._ring})
 
-        Raises:
-            MdiqError: one of them failed or died; see ``fail``.
+    def reform(self, ring: Iterable[NodeId], standing_by: Iterable[StandingBy]) -> None:
+        """Expect other Nodes from now on, and have others stand by; the rest are strangers. See ``tell_idle``.
+
+        What the Ring's Nodes are to do is for ``assign``.
         """
-        return await self._all_of(self._joined)
+        self._ring, self._standby = tuple(ring), {NodeId(node.name): node for node in standing_by}
+        self._know((*self._ring, *self._standby))
+        for node in [node for node in self._joined if node not in self._ring and node not in self._standby]:
+            self._forget(node)
+
+    async def tell_idle(self) -> None:
+        """Tell those that stand by, and are here, that they do; one that asked to leave, to end."""
+        leaves = self.leaving.result() if self.leaving.done() else None
+        for node in self.standing_by:
+            self._members.set_aside(node)
+            await self._send(node, control.Drain() if node == leaves else self._standby[node].message)
+        if leaves is not None and leaves not in self._ring:
+            self.leaving = asyncio.get_running_loop().create_future()
+            self._stays.set()
 
     @property
     def missing(self) -> list[NodeId]:
-        """The expected Nodes that have not joined yet, or not again since they were lost."""
-        return [node for node, future in self._joined.items() if not future.done()]
+        """The Ring's Nodes that have not joined yet, or not again since they were lost."""
+        return [node for node in self._ring if not self._joined[node].done()]
+
+    @property
+    def standing_by(self) -> list[NodeId]:
+        """The Nodes that stand by, and are here."""
+        return [node for node in self._standby if self._joined[node].done() and not self._gone[node].done()]
 
     @property
     def without_work(self) -> list[NodeId]:
-        """The Nodes that have joined and have not loaded; those that came back are among them."""
-        return [node for node in self._joined if self._members.state(node) in (NodeState.JOINING, NodeState.LOADING)]
+        """The Ring's Nodes that are here and have not loaded since they joined."""
+        return [node for node in self._ring if self._members.state(node) in _WITHOUT_WORK]
 
-    async def all_back(self) -> None:
-        """Wait until every Node that was lost has joined again."""
-        while self.missing:
-            await asyncio.wait([self._joined[node] for node in self.missing])
+    async def until_joined(self) -> None:
+        """Wait until a Node joins, for the first time or again, of the Ring or not."""
+        self._news.clear()
+        await self._news.wait()
 
     def silent(self, min_s: float) -> dict[NodeId, float]:
         """Return the Nodes that have not been heard for so long, and for how long; those that are gone are not here."""
         now = self._clock()
-        silent = {node: self._members.silent_s(node, now) for node, gone in self._gone.items() if not gone.done()}
+        silent = {node: self._members.silent_s(node, now) for node in self._ring if not self._gone[node].done()}
         return {node: silent_s for node, silent_s in silent.items() if silent_s >= min_s}
 
     async def assign(self, assignments: Mapping[NodeId, control.Assign]) -> Mapping[NodeId, control.Ready]:
@@ -128,36 +153,30 @@ class Coordinator:
         return ready
 
     async def begin(self, begins: Mapping[NodeId, control.Begin]) -> None:
-        """Tell the Nodes to begin an Epoch and wait until all have.
-
-        Raises:
-            MdiqError: one of them failed or died; see ``fail``.
-        """
+        """Tell the Nodes to begin an Epoch and wait until all have; raises as ``assign`` does."""
         await self._call(begins, {node: (control.Begun, begin.epoch) for node, begin in begins.items()})
 
     async def send_burst(self, node: NodeId, burst: control.SendBurst) -> control.BurstSent:
-        """Have a Node send a burst and return when it did; raises as ``begin`` does."""
+        """Have a Node send a burst and return when it did; raises as ``assign`` does."""
         return (await self._call({node: burst}, {node: (control.BurstSent, burst.number)}))[node]
 
     def burst_arrived(self, node: NodeId, number: int) -> "asyncio.Future[control.BurstArrived]":
-        """Return a future of what a Node sees of a burst that it receives; raises as ``begin`` does."""
+        """Return a future of what a Node sees of a burst that it receives; raises as ``assign`` does."""
         return self._await(node, control.BurstArrived, number)
 
     async def until_staying(self) -> None:
         """Wait until the Node that asked to be drained has been started again and joined anew."""
-        self._stays.clear()
-        await self._stays.wait()
+        if self.leaving.done():
+            self._stays.clear()
+            await self._stays.wait()
 
     async def drain(self, deadline_s: float) -> None:
         """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
         self._is_draining = True
-        for node in self._identities:
+        for node in self._identities:  # also those that stand by: the next Ring may have work for them
             if not self._gone[node].done():
                 await self._send(node, control.Drain())
-        for identity in self._standby.identities:  # the next Ring may have work for them
-            await self._send_to(identity, control.Drain())
-        waiting = [self._gone[node] for node in self._identities]
-        if waiting:
+        if waiting := [self._gone[node] for node in self._identities if node in self._ring]:
             await asyncio.wait(waiting, timeout=deadline_s)
 
     def fail(self, node: NodeId, error: MdiqError) -> None:
@@ -168,12 +187,15 @@ class Coordinator:
         if not self._gone[node].done():
             self._gone[node].set_result(error)
 
-    def lose(self, node: NodeId, error: NodeDiedError) -> None:
+    def lose(self, node: NodeId, error: MdiqError) -> None:
         """Note that a Node is gone, which may join again."""
         self._members.lost(node)
         self.fail(node, error)
         self._joined[node] = asyncio.get_running_loop().create_future()
-        self._on_lost(node, error)
+        if node in self._ring:
+            self._on_lost(node, error)
+        else:
+            log.info("standing_by_lost", node=node, error=str(error))
 
     async def _listen(self) -> NoReturn:
         junk = JunkBudget()
@@ -190,34 +212,15 @@ class Coordinator:
                 await junk.spent(self._clock() - start_s)
 
     async def _take_in(self, identity: bytes, message: control.Message) -> None:
-        if isinstance(message, control.Hello) and message.node in self._standby:
-            await self._have_stand_by(identity, self._server.sender, NodeId(message.node))
-        elif identity in self._standby.identities:
-            pass  # it says that it lives
-        elif self._drains_strangers and identity not in self._nodes and not isinstance(message, control.Hello):
-            await self._drain_stranger(identity)
-        else:
-            self._handle(identity, self._server.sender, message)
-
-    async def _drain_stranger(self, identity: bytes) -> None:
-        """Tell a Node of an earlier Ring to end, again while it goes on; what else it says is of no use."""
-        now, told_s = self._clock(), self._drained_strangers.get(identity)
-        if told_s is not None and now - told_s < REPEAT_S:
+        sender, is_hello, before = self._server.sender, isinstance(message, control.Hello), self.standing_by
+        if self._strangers is not None and identity not in self._nodes and not is_hello:
+            if self._strangers.is_to_be_drained(identity):
+                await self._send_to(identity, control.Drain())
             return
-        if len(self._drained_strangers) >= MAX_STRANGERS:
-            self._drained_strangers.clear()
-        self._drained_strangers[identity] = now
-        log.info("stranger_drained", peer=repr(identity))
-        await self._send_to(identity, control.Drain())
-
-    async def _have_stand_by(self, identity: bytes, sender: str | None, node: NodeId) -> None:
-        if sender not in (None, node):
-            raise RemoteProtocolError(f"Hello for {node!r} came with the key of {sender!r}")
-        if identity in self._nodes:
-            raise RemoteProtocolError(f"Hello for {node!r} from a peer that is {self._nodes[identity]!r}")
-        if self._is_draining:
-            return  # it is ready for the next Ring
-        await self._send_to(identity, self._standby.join(node, identity))
+        self._handle(identity, sender, message)
+        for node in self.standing_by:
+            if is_hello and self._nodes.get(identity) == node or node not in before:
+                await self._send(node, self._standby[node].message)
 
     def _handle(self, identity: bytes, sender: str | None, message: control.Message) -> None:
         if isinstance(message, control.Hello):
@@ -248,23 +251,19 @@ class Coordinator:
             case control.Heartbeat():
                 self.heartbeats[node] = message
             case control.Fault():
-                self._on_fault(node, message)
+                if node in self._ring:
+                    self._on_fault(node, message)
             case control.TraceChunk():
                 self.spans[node] += [Span(*span) for span in message.spans]
             case control.Leaving():
-                if not self.leaving.done():
+                if node in self._ring and not self.leaving.done():
                     self.leaving.set_result(node)
             case control.Goodbye() if not self._is_draining:
                 self.lose(node, NodeDiedError(f"{node}: it has left; see its log"))
             case control.Goodbye():
                 self.fail(node, NodeDiedError(f"{node}: it is gone; see the log"))
             case control.Failed():
-                error = message.as_error(node)
-                if isinstance(error, NodeDiedError):
-                    self.lose(node, error)
-                else:
-                    self.fail(node, error)
-                    self._on_lost(node, error)
+                self.lose(node, message.as_error(node))
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__}: an agent may not send this")
 
@@ -289,7 +288,8 @@ class Coordinator:
                 f"{node}: it runs mdiq {hello.mdiq_version} and the starter {self._version}; install the same version"
             )
             self.fail(node, mismatch)
-            self._on_lost(node, mismatch)
+            if node in self._ring:
+                self._on_lost(node, mismatch)
         else:
             self._enter(node, hello)
 
@@ -299,10 +299,16 @@ class Coordinator:
         if self.leaving.done() and self.leaving.result() == node:
             self.leaving = asyncio.get_running_loop().create_future()
             self._stays.set()
+        loop, joined = asyncio.get_running_loop(), self._joined[node]
         if self._gone[node].done():
-            self._gone[node] = asyncio.get_running_loop().create_future()
+            self._gone[node] = loop.create_future()
+        if joined.done() and joined.exception() is not None:  # another version of mdiq, then
+            self._joined[node] = loop.create_future()
         if not self._joined[node].done():
             self._joined[node].set_result(hello)
+        if node in self._standby:
+            self._members.set_aside(node)
+        self._news.set()
 
     def _note_new_process(self, node: NodeId) -> None:
         """Note that a new process says Hello in place of one that is gone, or has fallen silent.
@@ -327,7 +333,7 @@ class Coordinator:
             for node, message in requests.items():
                 if isinstance(message, control.Assign):
                     self._members.assigned(node)
-        answered = asyncio.create_task(self._all_of(futures), name="answers")
+        answered = asyncio.create_task(self._unless_gone(futures), name="answers")
         try:
             while not any(self._gone[node].done() for node in requests) and not answered.done():
                 for node, message in requests.items():
@@ -341,19 +347,8 @@ class Coordinator:
             answered.cancel()
             await asyncio.gather(answered, return_exceptions=True)
 
-    async def _all_of(self, futures: Mapping[NodeId, "asyncio.Future[T]"]) -> dict[NodeId, T]:
-        """Return what every Node answers, or raise why the first of them is gone.
-
-        A caller that gives up does not end the futures: they tell who is missing.
-        """
-        gone = [self._gone[node] for node in futures]
-        while not any(each.done() for each in gone) and not all(future.done() for future in futures.values()):
-            waiting: list[asyncio.Future[Any]] = [future for future in futures.values() if not future.done()]
-            await asyncio.wait([*waiting, *gone], return_when=asyncio.FIRST_COMPLETED)
-        for each in gone:
-            if each.done():
-                raise each.result()
-        return {node: future.result() for node, future in futures.items()}
+    async def _unless_gone(self, futures: Mapping[NodeId, "asyncio.Future[T]"]) -> dict[NodeId, T]:
+        return await all_of(futures, [self._gone[node] for node in futures])
 
     def _await(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
         """Return a future of the answer of this kind and number; what nobody waits for is ignored."""
@@ -372,21 +367,32 @@ class Coordinator:
             return False
         return True
 
-    def _lose_sight(self, node: NodeId, why: str) -> None:
+    def _lose_sight(self, node: NodeId, why: str, is_silent: bool) -> None:
         """Note that a Node is gone as far as can be seen from here; it may be heard again."""
         if self._gone[node].done():
             return
         self._silent[node] = self._joined[node].result()
-        self.lose(node, NodeDiedError(f"{node}: {why}"))
+        self.lose(node, NodeDiedError(f"{node}: {why}", is_silent=is_silent))
+
+    def _know(self, nodes: Iterable[NodeId]) -> None:
+        """Let these Nodes join from now on."""
+        loop = asyncio.get_running_loop()
+        for node in nodes:
+            if node not in self._joined:
+                self._joined[node], self._gone[node] = loop.create_future(), loop.create_future()
+                self.spans[node] = []
+
+    def _forget(self, node: NodeId) -> None:
+        """Take a Node for a stranger from now on."""
+        self._members.forget(node)
+        self._nodes.pop(self._identities.pop(node, b""), None)
+        for table in (self._joined, self._gone, self._silent, self.spans, self.heartbeats, self.ready):
+            table.pop(node, None)
 
     async def _send(self, node: NodeId, message: control.Message) -> None:
-        try:
-            await self._server.send(self._identities[node], control.encode(message, self._key))
-        except errors.TransportError as error:
-            log.warning("control_message_not_sent", node=node, error=str(error))
+        await self._send_to(self._identities[node], message)
 
     async def _send_to(self, identity: bytes, message: control.Message) -> None:
-        """Tell a peer that is not of this Ring; it may be gone."""
         try:
             await self._server.send(identity, control.encode(message, self._key))
         except errors.TransportError as error:

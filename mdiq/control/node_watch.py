@@ -21,7 +21,8 @@ class NodeWatch:
     """Watches the Nodes of a table of Leases.
 
     ping: sends a Node something; returns whether it has a connection. It ends with a process at once, and not with the
-    power of a device. on_gone: called with a Node and why it is taken for gone; it may be heard again.
+    power of a device. on_gone: called with a Node, why it is taken for gone, and whether it is only silent; it may be
+    heard again.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class NodeWatch:
         *,
         clock: Callable[[], float],
         ping: Callable[[NodeId], Awaitable[bool]],
-        on_gone: Callable[[NodeId, str], None],
+        on_gone: Callable[[NodeId, str, bool], None],
     ) -> None:
         self._members = members
         self._clock = clock
@@ -52,9 +53,9 @@ class NodeWatch:
             for node in members.present():
                 # One that has joined and has no work yet may be started anew, and nobody loses anything.
                 if members.state(node) is not NodeState.JOINING and await self._has_no_connection(node):
-                    self._on_gone(node, "its connection has ended, most likely with its process; see its log")
+                    self._on_gone(node, "its connection has ended, most likely with its process; see its log", False)
             for node, lease_s in members.expire(self._clock()):
-                self._on_gone(node, f"no heartbeat for {lease_s:g} s; it hangs or its link is down")
+                self._on_gone(node, f"no heartbeat for {lease_s:g} s; it hangs or its link is down", True)
 
     async def _has_no_connection(self, node: NodeId) -> bool:
         if await self._ping(node):

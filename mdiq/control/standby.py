@@ -1,14 +1,14 @@
 """Nodes that a Ring goes without, at the Starter: spares, drained ones, those that the plan leaves out.
 
-They join and are told why they have no Layers; when the Ring ends they are drained, since the next one may have work
-for them. Which Nodes these are is for service/topology_rings.py, what they do meanwhile for runtime/node.py.
+They join and are told why they have no Layers. Some may take over from a Node that is lost; when the Ring ends they are
+drained, since the next one may have work for them. Which Nodes these are is for service/topology_rings.py, what they do
+meanwhile for runtime/node.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mdiq.core import control
-from mdiq.core.types import NodeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,40 +25,13 @@ class StandingBy:
 
     @property
     def message(self) -> control.StandBy:
-        """What it is told when it joins."""
+        """What it is told when it joins, or is set aside."""
         return control.StandBy(self.reason)
 
     @property
     def status(self) -> dict[str, object]:
         """What `mdiq status` shows of it."""
         return {"name": self.name, "state": "stands by", "reason": self.reason}
-
-
-class Standby:
-    """The Nodes that stand by, and where those that have joined speak from."""
-
-    def __init__(self, nodes: Iterable[StandingBy] = ()) -> None:
-        self._nodes: dict[str, StandingBy] = {}
-        self._joined: dict[str, bytes] = {}
-        self.replace(nodes)
-
-    def __contains__(self, node: str) -> bool:
-        return node in self._nodes
-
-    @property
-    def identities(self) -> list[bytes]:
-        """Where those that have joined speak from."""
-        return list(self._joined.values())
-
-    def replace(self, nodes: Iterable[StandingBy]) -> None:
-        """Have other Nodes stand by; those that do no more are strangers from now on."""
-        self._nodes = {node.name: node for node in nodes}
-        self._joined = {name: identity for name, identity in self._joined.items() if name in self._nodes}
-
-    def join(self, node: NodeId, identity: bytes) -> control.StandBy:
-        """Note that one of them has joined; return what it is to be told."""
-        self._joined[node] = identity
-        return self._nodes[node].message
 
 
 def left_out_text(nodes: Sequence[StandingBy]) -> str:

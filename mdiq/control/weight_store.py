@@ -66,6 +66,12 @@ def path_of(folder: Path, file: LayerFile) -> Path:
     return folder / f"layer-{file.layer:03}-{file.sha256.hex()}.safetensors"
 
 
+def stored_layers(folder: Path) -> tuple[int, ...]:
+    """Return the Layers of which whole files are there, as far as their names tell."""
+    names = [path.name.split("-")[1] for path in folder.glob("layer-*.safetensors")]
+    return tuple(sorted({int(name) for name in names if name.isdecimal()}))
+
+
 class StoredFile:
     """The file of a Layer in ``folder``: whole, or as much of it as has come. The caller holds the folder's lock.
 

@@ -83,7 +83,7 @@ class Ready:
     if it was not to measure.
     free_bytes: memory of its device that is still free; 0 if unknown. peak_bytes: its peak resident memory while it
     loaded and measured; 0 if unknown. cpu: the kind of processor that computes its layers; sums may differ in the
-    last bit between kinds.
+    last bit between kinds. on_disk: Layers whose files it has.
     """
 
     epoch: int
@@ -96,6 +96,7 @@ class Ready:
     free_bytes: int = 0
     peak_bytes: int = 0
     cpu: str = ""
+    on_disk: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for points in (self.decode_s, self.prompt_s) if self.decode_s or self.prompt_s else ():

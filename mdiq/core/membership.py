@@ -6,6 +6,9 @@ LOADING    ready      READY
 READY      begun      SERVING    (and again in each later Epoch)
 LOADING    assigned   LOADING    (anew, in a later Epoch)
 READY      assigned   LOADING
+SERVING    assigned   LOADING    (other layers, or other neighbours)
+any        set aside  STANDING_BY
+STANDING_BY assigned  LOADING
 any        lost       LOST       (its Lease ended, or its process did)
 LOST       joined     JOINING    (the same name, a new process)
 """
@@ -24,6 +27,7 @@ class NodeState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     SERVING = "serving"
+    STANDING_BY = "standing by"
     LOST = "lost"
 
 
@@ -32,6 +36,8 @@ _NEXT = {
     ("assigned", NodeState.JOINING): NodeState.LOADING,
     ("assigned", NodeState.LOADING): NodeState.LOADING,
     ("assigned", NodeState.READY): NodeState.LOADING,
+    ("assigned", NodeState.SERVING): NodeState.LOADING,
+    ("assigned", NodeState.STANDING_BY): NodeState.LOADING,
     ("ready", NodeState.LOADING): NodeState.READY,
     ("begun", NodeState.READY): NodeState.SERVING,
     ("begun", NodeState.SERVING): NodeState.SERVING,
@@ -48,7 +54,8 @@ class Member:
 
 
 class Membership:
-    """The table of Nodes. A heartbeat renews a Lease by ``lease_s`` seconds, or ``silence_s`` for a Node that serves.
+    """The table of Nodes. A heartbeat renews a Lease by ``lease_s`` seconds, or by ``silence_s`` for a Node that serves
+    or stands by.
 
     Importing torch, loading and compiling starve the heartbeats of a small device; serving does not.
     """
@@ -71,6 +78,10 @@ class Membership:
     def assigned(self, node: NodeId) -> None:
         """Note that the Node was assigned layers."""
         self._step(node, "assigned")
+
+    def set_aside(self, node: NodeId) -> None:
+        """Note that a Node that is here has no work: the Ring goes without it."""
+        self._members[node].state = NodeState.STANDING_BY
 
     def ready(self, node: NodeId) -> None:
         """Note that the Node has loaded.
@@ -95,7 +106,8 @@ class Membership:
 
     def lease_s(self, node: NodeId) -> float:
         """Return how long a Node may say nothing."""
-        return self._silence_s if self.state(node) is NodeState.SERVING else self._lease_s
+        is_idle = self.state(node) in (NodeState.SERVING, NodeState.STANDING_BY)
+        return self._silence_s if is_idle else self._lease_s
 
     def heard(self, node: NodeId, now: float) -> None:
         """Renew a Lease; an expired one stays expired until the Node joins again."""
@@ -106,6 +118,10 @@ class Membership:
     def lost(self, node: NodeId) -> None:
         """Note that the Node's process has ended."""
         self._members[node].state = NodeState.LOST
+
+    def forget(self, node: NodeId) -> None:
+        """Take a Node out of the table."""
+        self._members.pop(node, None)
 
     def present(self) -> list[NodeId]:
         """Return the Nodes that are not lost."""

@@ -115,9 +115,9 @@ class RingProtocol:
         return self._books.reserved_tokens
 
     @property
-    def num_retained(self) -> int:
-        """Ended Sequences whose cache is kept for others."""
-        return len(self._books.retained)
+    def needed_tokens(self) -> int:
+        """KV cache that the longest unfinished Sequence may need."""
+        return max((entry.max_tokens for entry in self._books.unfinished.values()), default=0)
 
     def submit(self, sequence: Sequence, now: float) -> None:
         """Take a Sequence in; it enters the Ring at a later ``poll``.

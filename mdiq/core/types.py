@@ -11,6 +11,8 @@ SeqId = NewType("SeqId", int)
 """The id of a Sequence on the wire. It only grows and is never used again: a replayed Sequence gets a new one."""
 
 Epoch = NewType("Epoch", int)
+FIRST_EPOCH = Epoch(1)
+"""In which Nodes load and Hops are measured."""
 """The integer version of the Ring. It is on every Frame and only grows."""
 
 

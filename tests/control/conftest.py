@@ -8,7 +8,7 @@ import pytest
 
 from mdiq.control.agent import Agent
 from mdiq.control.coordinator import Coordinator
-from mdiq.control.standby import Standby, StandingBy
+from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.types import PLAIN_WEIGHTS, NodeId
 from mdiq.errors import MdiqError
@@ -76,6 +76,10 @@ async def begin(message: control.Begin) -> control.Begun:
     return control.Begun(message.epoch)
 
 
+async def stand_by(_: control.StandBy) -> None:
+    """Have no layers, which there were none of."""
+
+
 class Heartbeats(dict[NodeId, control.Heartbeat]):
     """The Coordinator's table, which also tells whose heartbeat came."""
 
@@ -113,7 +117,7 @@ class Plane:
             on_fault=lambda node, fault: self.faults.append((node, fault)),
             on_loading=lambda node, loading: self.progress.append((node, loading)),
             on_lost=lambda node, error: self.lost.put_nowait((node, error)),
-            standby=Standby([StandingBy("node-3", None, "it is a spare")]),
+            standing_by=[StandingBy("node-3", None, "it is a spare")],
         )
         self.heartbeats = self.coordinator.heartbeats = Heartbeats()
         self.coordinating = asyncio.create_task(self.coordinator.run(), name="coordinator")
@@ -140,13 +144,16 @@ class Plane:
             load=load or loads,
             send_burst=send_burst,
             begin=begin,
-            stand_by=self.stand_by.append,
+            stand_by=self._stands_by,
             heartbeat=heartbeat,
             spans=lambda: self.spans,
         )
         task = asyncio.create_task(agent.run(), name=name)
         self.tasks.append(task)
         return agent, task
+
+    async def _stands_by(self, message: control.StandBy) -> None:
+        self.stand_by.append(message)
 
 
 @pytest.fixture

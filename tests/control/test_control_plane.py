@@ -32,6 +32,7 @@ from tests.control.conftest import (
     heartbeat,
     ready,
     send_burst,
+    stand_by,
 )
 
 ONE, TWO = NodeId("node-1"), NodeId("node-2")
@@ -161,7 +162,7 @@ async def test_a_newer_assignment_takes_the_place_of_one_that_loads() -> None:
         load=load,
         send_burst=send_burst,
         begin=begin,
-        stand_by=lambda _: None,
+        stand_by=stand_by,
         heartbeat=heartbeat,
         spans=list,
     )
@@ -211,7 +212,7 @@ async def test_a_node_that_the_ring_goes_without_is_told_why_until_the_ring_ends
     while len([node for node in (ONE, TWO) if node in plane.heartbeats]) < 2:
         await plane.heartbeats.heard.get()
     assert plane.stand_by == [control.StandBy("it is a spare")]
-    assert "node-3" not in plane.heartbeats and not idle.done()
+    assert plane.coordinator.standing_by == ["node-3"] and not idle.done()
     await plane.coordinator.drain(10.0)
     await idle  # the next ring may need it
     assert plane.lost.empty()
@@ -290,7 +291,7 @@ async def test_a_trace_comes_in_chunks_and_is_whole(plane: Plane) -> None:
     _, other = plane.agent("node-2")
     await plane.coordinator.all_joined()
     await plane.coordinator.drain(10.0)
-    assert plane.coordinator.spans == {ONE: plane.spans, TWO: plane.spans}
+    assert {node: plane.coordinator.spans[node] for node in (ONE, TWO)} == dict.fromkeys((ONE, TWO), plane.spans)
 
 
 async def test_heartbeats_carry_the_newest_figures(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,7 +588,7 @@ async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pyte
         load=lambda _: asyncio.get_running_loop().create_future(),
         send_burst=send_burst,
         begin=begin,
-        stand_by=list[control.StandBy]().append,
+        stand_by=stand_by,
         heartbeat=breaks,
         spans=list,
     )
@@ -639,7 +640,7 @@ async def test_the_same_over_real_sockets() -> None:
             load=load,
             send_burst=send_burst,
             begin=begin,
-            stand_by=list[control.StandBy]().append,
+            stand_by=stand_by,
             heartbeat=heartbeat,
             spans=list,
         ).run()
@@ -795,7 +796,7 @@ async def test_a_process_in_place_of_a_silent_one_ends_the_ring_at_once(
     # It is there again, without work; the Ring decides whether that is of use.
     assert plane.coordinator.missing == [] and plane.coordinator.without_work == [ONE]
     plane.agent("node-1", identity=b"node-1.c")
-    await plane.coordinator.all_back()
+    await _until(lambda: plane.coordinator.missing == [])
 
 
 async def _asked(link: MemoryControlLink) -> control.Message:
@@ -829,11 +830,12 @@ async def test_a_node_that_is_heard_again_after_its_lease_is_back_and_without_wo
     plane.now = LEASE_S * 2.0
     assert {(await plane.lost.get())[0] for _ in nodes} == {ONE, TWO}
     assert plane.coordinator.missing == [ONE, TWO]
-    waiting = asyncio.create_task(plane.coordinator.all_back())
     await _says(plane, nodes[0], control.Begun(1))  # of the Ring as it was
-    assert plane.coordinator.missing == [TWO] and not waiting.done()
+    assert plane.coordinator.missing == [TWO]
+    waiting = asyncio.create_task(plane.coordinator.until_joined())
     await nodes[1].send(control.encode(heartbeat(), KEY))
     await waiting
+    assert plane.coordinator.missing == []
     assert plane.coordinator.without_work == [ONE, TWO]
     await _loads(plane, *nodes)
     assert plane.coordinator.without_work == [] and plane.lost.empty()

@@ -101,7 +101,7 @@ class Story:
         self._show("counts", {**ring.counts}, {})
         self._show("prefill", {**ring.prefill} if "prefix_hits" in ring.prefill else {}, {})
         state = f"live {ring.num_live} of {ring.num_unfinished}, kv {ring.kv_reserved_tokens}"
-        self._show("", state + (f" ({ring.num_retained} retained)" if ring.num_retained else ""), None)
+        self._show("", state + (f" ({len(ring._books.retained)} retained)" if ring._books.retained else ""), None)
         self._show("due", "never" if due is None else round(due, 3), None)
         return self.log
 
