@@ -5,6 +5,7 @@ tests/runtime/test_ring_contract.py asks of it what it asks of a real one.
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mdiq.core.types import LayerRange
 from mdiq.errors import CapacityError, MdiqError, RingError
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.starter_service import StreamEvent
+from mdiq.runtime.takeover import with_idle_of
 
 FIRST_TOKEN_S = 1e9
 
@@ -43,7 +45,8 @@ class FakeRing:
 
     joined: it can be entered; refused: why not even then. goes_on: streams give more than their first token. failure:
     ends every stream after its first token. short_by: tokens that streams lack. refuses: returns why a Sequence cannot
-    run. silence: seconds, by node. closing: it is being closed; closes: that can end.
+    run. can_change: it can serve as another Ring. silence: seconds, by node. closing: it is being closed; closes: that
+    can end.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class FakeRing:
         self.refuses: Callable[[Sequence], MdiqError | None] = lambda _: None
         self.silence: dict[str, float] = {}
         self.gone: list[str] = []
-        self.standing_by = options.remote.standing_by if options.remote else ()
+        self.can_change = False  # it has to be formed anew for that
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.stays = asyncio.Event()
@@ -114,8 +117,32 @@ class FakeRing:
     def silent(self, min_s: float) -> dict[str, float]:
         return {name: silent_s for name, silent_s in self.silence.items() if silent_s >= min_s}
 
-    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
-        self.standing_by = nodes
+    @property
+    def standing_by(self) -> tuple[StandingBy, ...]:
+        return self.options.remote.standing_by if self.options.remote else ()
+
+    @property
+    def idle_here(self) -> list[str]:
+        return [node.name for node in self.standing_by]
+
+    def can_change_to(self, options: RingOptions) -> bool:
+        return self.can_change
+
+    async def change(self, options: RingOptions) -> None:
+        assert self.is_open, "it does not serve"
+        self.options = options
+
+    async def replace_idle(self, like: RingOptions) -> None:
+        self.options = with_idle_of(self.options, like)
+
+    async def go_without(self, name: str) -> bool:
+        if self.can_change:
+            keep = [i for i, each in enumerate(self.options.node_names) if each != name]
+            assert self.options.remote is not None  # Nodes of this machine do not leave
+            remote = replace(self.options.remote, nodes=tuple(self.options.remote.nodes[i] for i in keep))
+            self.options = replace(self.options, layers=tuple(self.options.layers[i] for i in keep), remote=remote)
+            self.leaving = asyncio.get_running_loop().create_future()
+        return self.can_change
 
     async def until_lost(self) -> MdiqError:
         return await asyncio.shield(self.loss)

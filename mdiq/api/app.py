@@ -156,7 +156,7 @@ class Api:
         backend = self._backend
         if asked.model is not None:
             self._check_model(asked.model)
-        if not backend.is_serving:
+        if not backend.takes_requests:
             raise ApiError(503, backend.state)
         # Requests that are still being tokenized are not running yet, and count too.
         num_asked = max(len(asked.prompts), 1)

@@ -21,6 +21,11 @@ class Backend(Protocol):
     def context_tokens(self) -> int: ...
 
     @property
+    def takes_requests(self) -> bool:
+        """Whether requests are taken: also in a pause, after which they are answered."""
+        ...
+
+    @property
     def is_serving(self) -> bool:
         """Whether requests are accepted."""
         ...

@@ -150,12 +150,16 @@ class _Run:
 
     async def main(self) -> int:
         from mdiq.runtime.ring_host import RingHost
+        from mdiq.service.forming import formed
 
         self._requests.check(self._lines, is_single=self._is_single)
         if self._ring_options.is_survey and self._rings is not None:
             with _loading_bars(self._console) as on_loading:
-                async with RingHost(self._ring_options, on_loading=on_loading) as ring:
-                    self._rings.keep(await ring.measured(), is_survey=True)
+                survey = await formed(lambda: RingHost(self._ring_options, on_loading=on_loading))
+                try:
+                    self._rings.keep(await survey.measured(), is_survey=True)
+                finally:
+                    await survey.aclose()
             self._ring_options = self._rings.options()
         if self._rings is not None:
             self._ring_options = replace(
@@ -165,8 +169,8 @@ class _Run:
                 log_level=self._options.log_level,
             )
         with _loading_bars(self._console) as on_loading:
-            ring = RingHost(self._ring_options, make_pipe=self._requests.pipe, on_loading=on_loading)
-            await ring.__aenter__()
+            pipe = self._requests.pipe
+            ring = await formed(lambda: RingHost(self._ring_options, make_pipe=pipe, on_loading=on_loading))
         try:
             self._start_s = time.monotonic()
             await self.serve_all(ring)
@@ -219,7 +223,7 @@ class _Run:
 
     async def _finish(self, ring: "RingHost") -> None:
         wall_s = max((result.finished_s for result in self._results), default=0.0)
-        if self._rings is not None:
+        if self._rings is not None and ring.options == self._ring_options:  # else some have never been measured
             self._rings.keep(await ring.measured())
         await ring.drain()
         overlap: Mapping[str, float] | None = None

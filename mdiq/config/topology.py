@@ -98,7 +98,7 @@ class Node(_Section):
     layers: Layers = _key(
         None, "Layers by hand, for all nodes or for none; auto: planned from measurements.", written=AUTO
     )
-    spare: bool = _key(False, "Stands by for a node that fails. It does not step in by itself yet.")
+    spare: bool = _key(False, "Stands by for a node that fails, and takes its layers then.")
     public_key: PublicKey = _key(
         None, "Public key of the node, from `mdiq keys`; not a secret. Needed beyond loopback."
     )

@@ -36,6 +36,12 @@ class StageCost:
         """Return the cost that measured points (size, seconds) give."""
         return cls(Curve(decode_s), Curve(prompt_s))
 
+    def scaled(self, factor: float) -> "StageCost":
+        """Return the cost of so many times the Layers; the Starter's head counts as some."""
+        return StageCost.of(
+            *(tuple((size, factor * time_s) for size, time_s in curve.points) for curve in (self.decode, self.prompt))
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class PaceSettings:

@@ -1,53 +1,38 @@
 """The Epochs of one Ring: what its Hops are like, its pace, their formats, and the beginning of each."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import structlog
 
-from mdiq.core import control
 from mdiq.core.hop_survey import HopLink
-from mdiq.core.types import Epoch, RingSpec
+from mdiq.core.types import FIRST_EPOCH, Epoch, RingSpec
 from mdiq.core.wire_formats import AUTO, USUAL
 from mdiq.plan.measured import MeasuredRing
 from mdiq.plan.micro_batches import MicroBatches
-from mdiq.plan.pace import StageCost, paced
+from mdiq.plan.pace import paced
 from mdiq.plan.wire_choice import WireCosts, choose_wires
+from mdiq.runtime.loaded_ring import LoadedRing
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, PaceFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService
 from mdiq.runtime.workers import Workers
 
-if TYPE_CHECKING:
-    from mdiq.runtime.starter_stage import StarterStage
-
 log = structlog.get_logger()
 
-FIRST_EPOCH = Epoch(1)  # in which Nodes load and Hops are measured
 LOOPBACK_HOP_S = 2e-4  # until the first probe is back: a frame over loopback, both event loops included
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedRing:
-    """What lives as long as the weights: the Starter's Stage, what the other Nodes have, and what forwards cost."""
-
-    stage: "StarterStage"
-    others: Sequence[control.Ready]
-    costs: Sequence[StageCost]
 
 
 class Epochs:
     """Forms a Ring that is loaded: measures its Hops, plans its pace, chooses formats, and begins its Epochs.
 
+    options: the Ring of the newest of them.
     wire_check_nats: what i8 would cost on the Hops that it was chosen for; None where it was not in question.
     bytes_before: in and out, when this Epoch began.
     """
 
     def __init__(self, options: RingOptions, ring: LoadedRing, workers: Workers, worker: Worker) -> None:
-        self._options = options
+        self.options = options
         self._ring = ring
         self._workers = workers
         self._worker = worker
@@ -66,11 +51,10 @@ class Epochs:
             MdiqError: a Node is gone, or nothing arrives over a Hop.
         """
         self._links = await self._workers.survey(service, self._epoch)
-        if self._options.is_survey:
+        if self.options.is_survey:
             self._wires = self._first_wires
             return
-        delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
-        await self.plan_pace(sum(delays_s) if delays_s else LOOPBACK_HOP_S * self._options.num_nodes)
+        await self.plan_pace(self._hops_s)
         await self._begin(service, await self._choose_wires(service))
 
     def next_epoch(self) -> Epoch:
@@ -78,8 +62,18 @@ class Epochs:
         self._epoch = Epoch(self._epoch + 1)
         return self._epoch
 
+    async def reshape(self, options: RingOptions, ring: LoadedRing) -> None:
+        """Go on with another Ring from the next Epoch on; what is known of Hops that it has too is kept."""
+        hops = _hops_of(self.options)
+        wires, links = dict(zip(hops, self._wires, strict=False)), dict(zip(hops, self._links, strict=False))
+        self.options, self._ring, self.spec = options, ring, ring.stage.spec(ring.others)
+        first = dict(zip(_hops_of(options), self._first_wires, strict=False))
+        self._wires = tuple(wires.get(hop, wire) for hop, wire in first.items())
+        self._links = tuple(links.get(hop) for hop in first)
+        await self.plan_pace(self._hops_s)
+
     async def begin_again(self, service: StarterService) -> None:
-        """Go on with the same Nodes, which have what they had before; every Sequence is replayed.
+        """Begin the next Epoch, with the Nodes that have loaded for it; every Sequence is replayed.
 
         Raises:
             MdiqError: a Node is gone.
@@ -89,14 +83,16 @@ class Epochs:
     async def plan_pace(self, hops_s: float) -> RingSpec:
         """Plan the pace anew, for Hops that take so long together; return what the ring protocol is to know of it."""
         # In a thread: 30 to 120 ms on a desktop machine.
-        planned = await asyncio.to_thread(paced, self.spec, self._ring.costs, hops_s, self._options.pace)
-        self.spec, self._micro_batches = planned
+        ring = self._ring
+        planned = await asyncio.to_thread(paced, self.spec, ring.costs, hops_s, self.options.pace)
+        if ring is self._ring:  # else it is another Ring by now
+            self.spec, self._micro_batches = planned
         return self.spec
 
     def pace(self, service: StarterService) -> PaceFigures:
         """Return the pace of the most Sequences that were in the Ring at once, as it is planned now."""
         assert self._micro_batches is not None  # it is formed
-        num_live = max(service.ring.peak_live, 1)
+        num_live = min(max(service.ring.peak_live, 1), self.spec.max_live)  # an earlier Ring may have had room for more
         return PaceFigures(
             num_live=service.ring.peak_live,
             in_flight=self._micro_batches.in_flight[num_live - 1],
@@ -122,9 +118,15 @@ class Epochs:
         return ring.stage.measured(ring.costs, ring.others, head, tuple(zip(self._wires, self._links, strict=False)))
 
     @property
+    def _hops_s(self) -> float:
+        """How long all Hops take, as they were measured when the Ring was formed."""
+        delays_s = [LOOPBACK_HOP_S if link is None else max(link.delay_s, LOOPBACK_HOP_S) for link in self._links]
+        return sum(delays_s) if delays_s else LOOPBACK_HOP_S * self.options.num_nodes
+
+    @property
     def _first_wires(self) -> tuple[str, ...]:
         """The formats that the Hops begin with."""
-        options = self._options
+        options = self.options
         return tuple(options.wire(i) or USUAL for i in range(options.num_nodes)) if options.num_nodes > 1 else ()
 
     async def _choose_wires(self, service: StarterService) -> tuple[str, ...]:
@@ -133,7 +135,7 @@ class Epochs:
         from mdiq.engine.wire_check import check_tokens, divergence_nats
         from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
 
-        options, stage, first = self._options, self._ring.stage, self._first_wires
+        options, stage, first = self.options, self._ring.stage, self._first_wires
         if not self._links or AUTO not in options.wanted_wires:
             return first
         config = stage.runner.config
@@ -156,14 +158,17 @@ class Epochs:
 
     async def _begin(self, service: StarterService, wires: tuple[str, ...]) -> None:
         """Have every Stage serve in a new Epoch with these formats; figures count from here on."""
-        options, workers = self._options, self._workers
+        options, workers = self.options, self._workers
         self.next_epoch()
         self._wires = wires
         if options.weights.exact and options.rounds(wires):
             log.warning("wire_is_not_exact", wires=wires, text="hops round activations: other tokens than on one node")
+        await workers.connect()
+        runner = self._ring.stage.runner
+        if (links := workers.links(runner.wire_limits)) != service.links:
+            await service.relink(links)
         await workers.begin(self._epoch, wires)
-        if wires:
-            self._ring.stage.runner.set_wire(wires[0])
+        runner.set_wire(wires[0] if wires else None)
         is_rehearsed = not service.ring.is_paused
         await service.begin_epoch(self._epoch, self.spec)
         if is_rehearsed:
@@ -173,3 +178,9 @@ class Epochs:
         if workers.source is not None and workers.sink is not None:
             self.bytes_before = workers.source.bytes_in, workers.sink.bytes_out
         log.info("epoch_began", epoch=self._epoch, wires=wires)
+
+
+def _hops_of(options: RingOptions) -> list[tuple[str, str]]:
+    """Return who sends to whom, the Starter first."""
+    names = options.node_names
+    return list(zip(names, (*names[1:], names[0]), strict=True)) if len(names) > 1 else []

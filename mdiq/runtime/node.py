@@ -20,11 +20,12 @@ import mdiq
 from mdiq.cache import cache_directory
 from mdiq.control.agent import Agent
 from mdiq.control.weight_client import fetch_weights
+from mdiq.control.weight_store import stored_layers
 from mdiq.core import control
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import folder_name
 from mdiq.engine.formats.layer_files import LayerFiles
-from mdiq.errors import LocalProtocolError, MdiqError, NodeDiedError
+from mdiq.errors import MdiqError, NodeDiedError
 from mdiq.runtime.lifecycle import Notifier
 from mdiq.runtime.loops import Supervisor, make_worker
 from mdiq.runtime.options import RingPeers
@@ -75,6 +76,8 @@ class NodeProcess:
         self._waits_for = "the starter"  # or for nothing
         self._gate: Gate | None = None
         self._loops = Supervisor(self._on_failed)
+        self._hops = Supervisor(self._on_failed)  # of the assignment that counts now
+        self._is_serving = False
         self._failed: asyncio.Future[MdiqError] | None = None
         self._previous = ""  # the Node before this one; unknown before the assignment
         self._layers = ""
@@ -113,6 +116,7 @@ class NodeProcess:
             await self._until_drained(self._agent, failed)
         finally:
             await self._loops.aclose()
+            await self._hops.aclose()
             for part in (self._sink, self._source, link, self._gate):
                 if part is not None:
                     await part.aclose()
@@ -210,8 +214,8 @@ class NodeProcess:
             like_it = replace(assign, epoch=before.epoch, kv_tokens=before.kv_tokens, measures=before.measures)
             if like_it == before and assign.kv_tokens <= ready.kv_tokens:
                 return replace(ready, epoch=assign.epoch)  # the link was down, and all is still there
-        if self._sink is not None or agent is None or source is None:
-            raise LocalProtocolError("assign: this version loads once; restart the node")
+        assert agent is not None and source is not None  # an Agent calls this
+        await self._stop_serving()
         layers = LayerRange(assign.layer_start, assign.layer_stop)
         self._layers = f"layers {layers.start}-{layers.stop - 1}"
         self.is_assigned, self._waits_for = True, ""
@@ -220,7 +224,9 @@ class NodeProcess:
         self._previous = assign.previous
         await self._admit()
         self._tracer.is_on = assign.trace
-        model = await self._fetch(self._peers, layers, assign) if self._peers else Path(assign.model)
+        model: LayerFiles | Path | None = Path(assign.model)
+        if self._peers is not None:
+            model = await self._fetch(self._peers, layers, assign) if self._stage.lacks(assign) else None
         ready = await self._stage.load(
             assign,
             model,
@@ -228,12 +234,31 @@ class NodeProcess:
             on_loading=partial(self._progress, "loading"),
             on_measuring=lambda: self._notifier.starting(f"measures {self._layers}"),
         )
-        self._sink = await self._connect_hop(assign.next_endpoint)
-        self._loops.run(self._stage.serve(assign, source, self._sink, agent), "stage")
+        if self._peers is not None:
+            ready = replace(ready, on_disk=await asyncio.to_thread(stored_layers, _folder(assign)))
         self._waits_for = "the others of the ring"
         self._loaded = assign, ready
+        if assign.measures:  # the Hops too, before the first Epoch; else the next Node may not let this one in yet
+            await self._serve()
         log.info("stage_ready", epoch=assign.epoch, layers=str(layers), kv_tokens=ready.kv_tokens)
         return ready
+
+    async def _serve(self) -> None:
+        """Serve as the newest assignment says."""
+        assert self._loaded is not None and self._agent is not None and self._source is not None  # it was loaded
+        assign, _ = self._loaded
+        self._sink = await self._connect_hop(assign.next_endpoint)
+        self._hops = Supervisor(self._on_failed)
+        self._hops.run(self._stage.serve(assign, self._source, self._sink, self._agent), "stage")
+        self._is_serving = True
+
+    async def _stop_serving(self) -> None:
+        """End what served an earlier assignment; Frames that still come are of an Epoch that is over."""
+        self._is_serving, self._loaded = False, None
+        await self._hops.aclose()
+        if self._sink is not None:
+            await self._sink.aclose()
+            self._sink = None
 
     def _memory_bytes(self) -> int | None:
         """Return the most that this process may take, by the topology."""
@@ -246,7 +271,7 @@ class NodeProcess:
         self._progress("fetching", 0, 0)
         fetched = await fetch_weights(
             lambda: self._connect_to_starter(peers, peers.weights_endpoint),
-            cache_directory() / "weights" / folder_name(assign.model_digest, assign.weights.format),
+            _folder(assign),
             assign.model_digest,
             layers,
             clock=self._clock,
@@ -273,14 +298,24 @@ class NodeProcess:
         return await PushSink.connect(self._context, endpoint, security=security, insecure=self._peers.insecure)
 
     async def _begin(self, begin: control.Begin) -> control.Begun:
+        if self._loaded is not None and not self._is_serving:
+            await self._serve()
         begun = await self._stage.begin(begin)
         self._waits_for, self.has_served = "", True
         self._notifier.ready(f"serves {self._layers}")
         return begun
 
-    def _stand_by(self, message: control.StandBy) -> None:
-        if self.is_assigned:
-            return  # it is in the Ring
-        self._waits_for = ""
+    async def _stand_by(self, message: control.StandBy) -> None:
+        """Have no Layers any more, if there were some: the Ring goes without this Node."""
+        self.is_assigned = self.has_served = False
+        self._waits_for = self._previous = ""
+        await self._stop_serving()
+        await self.worker.run_uncounted(self._stage.free)  # in its turn: a Batch may still run
+        await self._admit()
         self._notifier.ready(f"stands by: {message.reason}")
         log.info("stands_by", reason=message.reason)
+
+
+def _folder(assign: control.Assign) -> Path:
+    """Return where this device keeps the files of an assignment's Layers."""
+    return cache_directory() / "weights" / folder_name(assign.model_digest, assign.weights.format)

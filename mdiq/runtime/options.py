@@ -37,7 +37,8 @@ class RemoteRing:
     nodes: in ring order, the Starter first. control_endpoint, weights_endpoint: of the Starter.
     secret: the Starter's private key; None: plain text, beyond loopback only where ``insecure`` permits it.
     join_wait_s: how long to wait for the Nodes. transfer_bytes_per_s: of weights, all together; None: no limit.
-    standing_by: Nodes of the topology that this Ring goes without.
+    standing_by: Nodes of the topology that this Ring goes without. spares: those of them that may have the Layers of a
+    Node that is lost.
     """
 
     nodes: tuple[RemoteNode, ...]
@@ -48,6 +49,7 @@ class RemoteRing:
     join_wait_s: float = 120.0
     transfer_bytes_per_s: float | None = None
     standing_by: tuple[StandingBy, ...] = ()
+    spares: tuple[RemoteNode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ class Outages:
 class RingPeers:
     """The others of a Ring over several machines, at a worker.
 
-    nodes: in ring order, the Starter first. weights_endpoint: of the Starter. secret: this Node's private key; None:
-    plain text, beyond loopback only where ``insecure`` permits it.
+    nodes: all of the topology, the Starter first. weights_endpoint: of the Starter. secret: this Node's private key;
+    None: plain text, beyond loopback only where ``insecure`` permits it.
     """
 
     nodes: tuple[RemoteNode, ...]

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from mdiq.core import control
 from mdiq.core.types import NodeId
-from mdiq.errors import NodeDiedError
+from mdiq.errors import NodeDiedError, RingError
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import core_of
 from mdiq.runtime.socket_workers import SocketWorkers
@@ -59,7 +59,7 @@ class ProcessWorkers(SocketWorkers):
         self._endpoints = endpoints
         self.sink = await PushSink.connect(self._context, endpoints[0])
         self._listen_at = {node: hellos[node].data_endpoint for node in self._names}
-        return await coordinator.assign({node: self._assignment_of(i) for i, node in enumerate(self._names, 1)})
+        return await self._assign()
 
     def _assignment_of(self, i: int) -> control.Assign:
         return self._assignment(i, self._endpoints[i])
@@ -106,8 +106,10 @@ class ProcessWorkers(SocketWorkers):
         while True:
             last_words = await _forward_errors(child)
             code = await child.wait()
-            error = NodeDiedError(f"{node}: {last_words or f'its process ended with {_exit_text(code)}'}")
+            error: RingError = NodeDiedError(f"{node}: {last_words or f'its process ended with {_exit_text(code)}'}")
             if self._is_closing or not self._ready:
+                if last_words:  # it says why, and would say so again
+                    error = RingError(*error.args)
                 self._opened_coordinator.fail(node, error)  # which names the Node in the error
                 raise error
             self._opened_coordinator.lose(node, error)

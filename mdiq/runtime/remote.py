@@ -14,15 +14,15 @@ import structlog
 
 from mdiq.cache import cache_directory
 from mdiq.control.coordinator import Coordinator
-from mdiq.control.standby import Standby, StandingBy
 from mdiq.control.weight_server import WEIGHTS_HWM, LayerSource, WeightServer
 from mdiq.core import control
 from mdiq.core.token_bucket import TokenBucket
-from mdiq.core.types import LayerRange, NodeId
+from mdiq.core.types import Epoch, LayerRange, NodeId
 from mdiq.core.weights import PIECE_BYTES
 from mdiq.errors import MdiqError, TransportError, first_of
-from mdiq.runtime.options import RemoteRing
+from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.socket_workers import SocketWorkers
+from mdiq.transport.base import FrameSink
 from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
 from mdiq.transport.push_pull import PullSource, PushSink
 from mdiq.transport.router_dealer import RouterServer
@@ -39,13 +39,15 @@ TELL_S = 5.0
 class RemoteWorkers(SocketWorkers):
     """Every Stage but the Starter's, each a `mdiq node` that joins by itself."""
 
+    can_change = True
     _gate: Gate | None = None
-    _standby: Standby | None = None
+    _sink_to: RemoteNode | None = None
+    _old_sink: FrameSink | None = None
     _weights: RouterServer | None = None
     _packing: "LayerPacking | None" = None
 
     async def open(self) -> None:
-        """Listen to the Nodes; without any, the Starter only tells those that stand by that they do.
+        """Listen to the Nodes, also where there are only some that stand by: they may come in later.
 
         Raises:
             MdiqError: a port cannot be used.
@@ -58,10 +60,7 @@ class RemoteWorkers(SocketWorkers):
         server = await RouterServer.bind(
             self._context, listen(ring.control_endpoint), security=self._server_security(CONTROL), insecure=insecure
         )
-        self._standby = Standby(ring.standing_by)
-        self._coordinate(server, control.CHECKSUM_KEY, self._standby)
-        if not self._names:
-            return
+        self._coordinate(server, control.CHECKSUM_KEY, ring.standing_by)
         self.source = await PullSource.bind(
             self._context, listen(ring.nodes[0].data_endpoint), security=self._server_security(DATA), insecure=insecure
         )
@@ -75,9 +74,8 @@ class RemoteWorkers(SocketWorkers):
 
     async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:
         """Wait for the Nodes, have them fetch and load their Layers."""
-        ring, coordinator = self._ring, self._opened_coordinator
-        if self._weights is None:
-            return {}
+        coordinator = self._opened_coordinator
+        assert self._weights is not None  # open has run
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._serve_weights(self._weights), name="serve-weights")
@@ -85,15 +83,41 @@ class RemoteWorkers(SocketWorkers):
         except* MdiqError as group:
             raise first_of(group) from None
         self._listening = {node: hello.data_endpoint for node, hello in joining.result().items()}
+        await self.connect()
+        return await self._assign()
+
+    async def reform(self, options: RingOptions) -> None:
+        """Have another Ring from now on; see Workers."""
+        await super().reform(options)
+        coordinator = self._opened_coordinator
+        coordinator.reform(self._names, self._ring.standing_by)
+        if self._gate is not None:  # before anybody is told anything: a list that lacks a Node cuts all connections
+            for domain, listed in self._lists().items():
+                await self._gate.replace(domain, listed)
+        await coordinator.tell_idle()
+
+    async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
+        """Have every Stage serve in a new Epoch; see Workers."""
+        if self._old_sink is not None:
+            await self._old_sink.aclose()
+            self._old_sink = None
+        await super().begin(epoch, wires)
+
+    async def connect(self) -> None:
+        """Connect to the Node after the Starter, if it is another one now; see Workers."""
+        ring = self._ring
         self._endpoints = [node.data_endpoint for node in (*ring.nodes[1:], ring.nodes[0])]
-        following = ring.nodes[1]
-        self.sink = await PushSink.connect(
-            self._context,
-            following.data_endpoint,
-            security=self._client_security(following.public_key),
-            insecure=ring.insecure,
-        )
-        return await coordinator.assign({node: self._assignment_of(i) for i, node in enumerate(self._names, 1)})
+        following = ring.nodes[1] if self._names else None
+        if following == self._sink_to:
+            return
+        self._old_sink, self.sink, self._sink_to = self.sink, None, following
+        if following is not None:
+            self.sink = await PushSink.connect(
+                self._context,
+                following.data_endpoint,
+                security=self._client_security(following.public_key),
+                insecure=ring.insecure,
+            )
 
     async def aclose(self) -> None:
         """Send the Nodes back to waiting for a Starter, and close every socket."""
@@ -107,6 +131,8 @@ class RemoteWorkers(SocketWorkers):
             await self._weights.aclose()
         if self._gate is not None:
             await self._gate.aclose()
+        if self._old_sink is not None:
+            await self._old_sink.aclose()
         await super().aclose()
 
     @property
@@ -117,24 +143,18 @@ class RemoteWorkers(SocketWorkers):
     async def _open_gate(self, ring: RemoteRing) -> Gate:
         gate = Gate(self._context)
         gate.start()
-        workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
-        last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
-        for domain, listed in ((DATA, last), (CONTROL, self._speakers(ring.standing_by)), (WEIGHTS, workers)):
+        for domain, listed in self._lists().items():
             await gate.replace(domain, listed)
         self._loops.run(gate.run(), "gate")
         return gate
 
-    def _speakers(self, standing_by: Sequence[StandingBy]) -> dict[str, str]:
-        """Return who may speak on the control plane, by key."""
-        workers = {node.public_key or "": node.name for node in self._ring.nodes[1:]}
-        return workers | {node.public_key or "": node.name for node in standing_by}
-
-    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
-        """Have these Nodes stand by, in place of those that did; the keys of others are cut off before this returns."""
-        if self._standby is not None:
-            self._standby.replace(nodes)
-        if self._gate is not None:
-            await self._gate.replace(CONTROL, self._speakers(nodes))
+    def _lists(self) -> dict[str, dict[str, str]]:
+        """Return who may send on which plane, by key."""
+        ring = self._ring
+        workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
+        idle = {node.public_key or "": node.name for node in ring.standing_by}
+        last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
+        return {DATA: last, CONTROL: workers | idle, WEIGHTS: workers}
 
     async def _serve_weights(self, server: RouterServer) -> None:
         """Begin to serve weights."""

@@ -8,30 +8,31 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
+from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, SeqId
-from mdiq.core.wire import hop_key
 from mdiq.engine.memory import return_free_memory, rss_bytes
 from mdiq.errors import MdiqError, first_of
 from mdiq.plan.measured import MeasuredRing
 from mdiq.plan.pace import StageCost
-from mdiq.runtime.epochs import Epochs, LoadedRing
-from mdiq.runtime.in_process import InProcessWorkers
-from mdiq.runtime.loops import EpochLinks, Supervisor, Worker, make_worker
+from mdiq.runtime.epochs import Epochs
+from mdiq.runtime.kind_of_workers import kind_of_workers
+from mdiq.runtime.loaded_ring import USUAL_BYTES_PER_S, LoadedRing
+from mdiq.runtime.loops import Supervisor, Worker, make_worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
-from mdiq.runtime.processes import ProcessWorkers
 from mdiq.runtime.recovery import Recovery
-from mdiq.runtime.remote import RemoteWorkers
-from mdiq.runtime.starter_service import NoText, StarterService, StreamEvent, TextPipe
+from mdiq.runtime.starter_service import StarterService, StreamEvent
+from mdiq.runtime.takeover import is_like, is_same_but_idle, members_of, with_spares
+from mdiq.runtime.text_pipe import NoText, TextPipe
 from mdiq.runtime.workers import RingEvents, Workers
 from mdiq.telemetry.trace import Span, Tracer
 
@@ -61,7 +62,7 @@ class RingHost:
         self._worker = make_worker(time.monotonic, self._tracer, options.threads)
         self._ring_key = secrets.token_bytes(32)
         events = RingEvents(self._on_fault, self._on_lost, on_loading)
-        self._workers: Workers = _kind_of_workers(options)(options, self._ring_key, events)
+        self._workers: Workers = kind_of_workers(options)(options, self._ring_key, events)
         self._loops = Supervisor(self._on_lost)
         self._ring: LoadedRing | None = None
         self._epochs: Epochs | None = None
@@ -121,9 +122,108 @@ class RingHost:
         return self._workers.missing
 
     @property
+    def options(self) -> RingOptions:
+        """What the Ring is now."""
+        return self._options
+
+    @property
+    def idle_here(self) -> list[str]:
+        """The Nodes that stand by, and are here."""
+        return self._workers.standing_by
+
+    @property
     def is_paused(self) -> bool:
-        """Whether the Ring waits for a Node that is gone; what runs goes on when it is back."""
+        """Whether nothing enters the Ring, because of a Node that is gone, or of a change; what runs goes on later."""
         return self._recovery is not None and self._recovery.is_running
+
+    def taken_over(
+        self, lost: Collection[str], *, unfit: Collection[str] = (), max_fetch_s: float | None = inf
+    ) -> RingOptions | None:
+        """Return the Ring without these Nodes, or None; see recovery.ChangingRing."""
+        if not self._workers.can_change:
+            return None
+        spares = [name for name in self._workers.standing_by if name not in unfit]
+        options = with_spares(self._options, lost, spares)
+        still = [name for name in lost if name in options.node_names]
+        if not still:
+            return options
+        if max_fetch_s is None or not {*unfit}.isdisjoint({*options.node_names} - {*still}):
+            return None
+        if self.rounds and max_fetch_s < inf:  # a node that is back goes on with the same tokens
+            return None
+        rates = [hop.bytes_per_s for hop in self.hops() if hop.bytes_per_s is not None]
+        return self._loaded.survived(self._options, options, still, max_fetch_s, min(rates, default=USUAL_BYTES_PER_S))
+
+    async def change(self, options: RingOptions) -> None:
+        """Serve with other Nodes or Layers from now on; what runs goes on there. See ``can_change_to``.
+
+        Raises: see Recovery.change.
+        """
+        assert self._recovery is not None  # it serves
+        await self._recovery.change(options)
+
+    async def go_without(self, name: str) -> bool:
+        """Have others take over from a Node that asks to leave; return whether they have. It may come back."""
+        assert self._recovery is not None  # it serves
+        return await self._recovery.go_without(name)
+
+    async def replace_idle(self, like: RingOptions) -> None:
+        """Have the Nodes stand by that do so in another Ring; the keys of others are cut off before this returns."""
+        assert self._recovery is not None  # it serves
+        await self._recovery.replace_idle(like)
+
+    def can_change_to(self, options: RingOptions) -> bool:
+        """Tell whether ``change`` is for another Ring: it differs in Layers and Nodes alone.
+
+        Nodes that are not here are waited for while this one serves, unless one that serves is to be cut off.
+        """
+        if self._recovery is None or not self._workers.can_change or not is_like(self._options, options):
+            return False
+        if self.rounds and not is_same_but_idle(self._options, options):
+            return False
+        cut_off = members_of(self._options) - members_of(options)
+        is_any_in_ring = any(name in self._options.node_names for name, _ in cut_off)
+        return not is_any_in_ring or not (self.is_paused or self.absent(options))
+
+    def absent(self, options: RingOptions) -> set[str]:
+        """Return the Nodes of a Ring that are not here."""
+        return {*options.node_names} - ({*self._options.node_names, *self._workers.standing_by} - {*self.missing})
+
+    async def reform(self, options: RingOptions) -> None:
+        """Be another Ring from now on; nobody loads yet."""
+        self._options = options
+        await self._workers.reform(options)
+
+    async def reload(self) -> None:
+        """Have all Nodes hold what they are to hold; raise an MdiqError when one is gone, or cannot."""
+        options, ring, epochs = self._options, self._loaded, self._formed
+        # A Ring that goes on as it was counts on the KV cache that it had.
+        is_same = is_same_but_idle(options, epochs.options)
+        kv_tokens = epochs.spec.kv_tokens if is_same else options.kv_tokens
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reshape = partial(ring.stage.reshape, replace(options, kv_tokens=kv_tokens))
+                tasks.create_task(self._worker.run_long(reshape, partial(self._on_loading, self._name)), name="load")
+                loading = tasks.create_task(self._workers.reload(epochs.next_epoch(), kv_tokens), name="workers")
+        except* MdiqError as group:
+            raise first_of(group) from None
+        if not is_same:
+            self._ring = ring = ring.as_reshaped(options, loading.result())
+            await epochs.reshape(options, ring)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether Hops round activations: another cut between the Layers gives other tokens."""
+        return self._options.rounds([hop.wire for hop in self.hops()]) or not self._options.weights.exact
+
+    @property
+    def holds_what_runs(self) -> bool:
+        """Whether the KV cache, as it is loaded, is large enough for each request that runs."""
+        return self._formed.spec.max_tokens >= self.service.ring.needed_tokens
+
+    async def begin_again(self) -> None:
+        """Begin the next Epoch, and replay."""
+        await self._formed.begin_again(self.service)
 
     def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""
@@ -136,10 +236,6 @@ class RingHost:
     async def until_staying(self) -> None:
         """Wait until the Node that asked to be drained has been started again: it is in the Ring again."""
         await self._workers.until_staying()
-
-    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:
-        """Have these Nodes stand by, in place of those that did; others lose their connections."""
-        await self._workers.replace_standing_by(nodes)
 
     async def until_lost(self) -> MdiqError:
         """Wait until the Ring cannot serve any more; return why."""
@@ -198,6 +294,11 @@ class RingHost:
         await asyncio.to_thread(return_free_memory, collect=True)
 
     @property
+    def _loaded(self) -> LoadedRing:
+        assert self._ring is not None  # __aenter__ has run
+        return self._ring
+
+    @property
     def _formed(self) -> Epochs:
         assert self._epochs is not None  # __aenter__ has run
         return self._epochs
@@ -225,7 +326,7 @@ class RingHost:
         if not self._options.is_survey:
             tolerance_s = self._options.outages.tolerance_s
             self._recovery = Recovery(
-                self._workers, self._epochs, self._service, tolerance_s=tolerance_s, give_up=self._give_up
+                self, self._workers, self._service, tolerance_s=tolerance_s, give_up=self._give_up
             )
 
     async def _open(self) -> "StarterStage":
@@ -256,19 +357,14 @@ class RingHost:
             options.slowdown.slow_node(self._name, os.getpid())
         own_cost = await self._worker.run_long(stage.measure)
         costs = [own_cost, *(StageCost.of(ready.decode_s, ready.prompt_s) for ready in others)]
-        return LoadedRing(stage, others, costs)
+        return LoadedRing(options, stage, others, costs)
 
     def _make_service(self, ring: LoadedRing, epochs: Epochs) -> StarterService:
-        source, sink, names = self._workers.source, self._workers.sink, self._options.node_names
-        links = None
-        if source is not None and sink is not None:
-            receive_key, send_key = hop_key(self._ring_key, names[0]), hop_key(self._ring_key, names[1])
-            links = EpochLinks(source, sink, receive_key, send_key, ring.stage.runner.wire_limits)
         return StarterService(
             RingProtocol(self._options.ring),
             StageProtocol(),
             ring.stage.engine,
-            links,
+            self._workers.links(ring.stage.runner.wire_limits),
             self._worker,
             make_pipe=self._make_pipe,
             plan_pace=epochs.plan_pace,
@@ -301,9 +397,3 @@ def _open_model(options: RingOptions) -> "StarterStage":
     from mdiq.runtime.starter_stage import StarterStage
 
     return StarterStage(options)
-
-
-def _kind_of_workers(options: RingOptions) -> type[RemoteWorkers] | type[InProcessWorkers] | type[ProcessWorkers]:
-    if options.remote is not None and (options.num_nodes > 1 or options.remote.standing_by):
-        return RemoteWorkers
-    return InProcessWorkers if options.in_process or options.num_nodes == 1 else ProcessWorkers

@@ -9,6 +9,7 @@ forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ fo
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -16,13 +17,13 @@ from typing import Any, NoReturn
 
 import structlog
 
-from mdiq.control.standby import left_out_text
 from mdiq.core.sequence import Sequence
-from mdiq.errors import MdiqError, PlanError, RingError
+from mdiq.errors import ConfigError, MdiqError, PlanError, RingError
 from mdiq.runtime.loops import Clock
 from mdiq.runtime.options import RingOptions
-from mdiq.runtime.ring_status import KeptRing, Requests, RingView
+from mdiq.runtime.ring_status import KeptRing, Requests, RingView, names_of, serves_text
 from mdiq.runtime.starter_service import StreamEvent
+from mdiq.runtime.takeover import is_same_but_idle, members_of
 
 log = structlog.get_logger()
 
@@ -98,7 +99,14 @@ class RingKeeper:
         if self._state.is_serving and (silent := self._now.silent()):
             names = ", ".join(f"{name} (silent for {silent_s:.0f} s)" for name, silent_s in silent.items())
             return KeeperState(False, f"degraded: waits for {names}")
+        if self._state.is_serving:  # by now other Nodes may have taken over
+            return KeeperState(True, serves_text(self._now.options))
         return self._state
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether ``stream`` takes a Sequence. In a pause it waits for the Ring to go on, as those that run do."""
+        return self._state.is_serving
 
     @property
     def num_running(self) -> int:
@@ -126,7 +134,7 @@ class RingKeeper:
             RingError: there is no Ring that takes it.
         """
         ring = self._now.ring
-        if ring is None or not self.state.is_serving:
+        if ring is None or not self.takes_requests:
             raise RingError(f"the ring does not serve: {self.state.text}; ask again in a while")
         self._requests.begun()
         is_done = False
@@ -147,7 +155,7 @@ class RingKeeper:
             self._requests.ended(error, is_done=is_done)
 
     async def drain_node(self, name: str, *, undo: bool = False) -> str:
-        """Take a Node out of the Ring when nothing runs on it any more, or let it in again; return what was done.
+        """Take a Node out of the Ring, or let it in again; return what was done. What runs goes on without it.
 
         Raises:
             ConfigError: there can be no Ring without it.
@@ -158,7 +166,7 @@ class RingKeeper:
                 return f"{name}: it {'is not' if undo else 'is already'} drained"
             options = self._form(drained)
             await self._change(options, drained, f"{'lets in' if undo else 'drains'} {name}")
-            return f"{name}: {'back in the ring' if undo else 'drained'}; the ring is formed with {_names(options)}"
+            return f"{name}: {'back in the ring' if undo else 'drained'}; the ring is formed with {names_of(options)}"
 
     async def reload(self) -> str:
         """Read the topology again; return what was done. A Node that is not in it any more is cut off at once.
@@ -174,19 +182,20 @@ class RingKeeper:
                 waits = "" if self._wanted == self._now.options else "; a better plan is taken up when nothing runs"
                 return f"nothing that the ring depends on has changed{waits}"
             now = self._now.options
-            revoked = _members(now) - _members(options)
-            ring, old, new = self._now.formed, now.remote, options.remote
-            if ring is not None and old is not None and new is not None:
-                if _without_idle(options) == _without_idle(now):
-                    await ring.replace_standing_by(new.standing_by)
-                    self._now.options = self._wanted = options
+            revoked = members_of(now) - members_of(options)
+            ring, old = self._now.formed, now.remote
+            if ring is not None and old is not None:
+                if is_same_but_idle(options, now):
+                    await ring.change(options)
+                    self._wanted = options
                     return "the ring goes on; nodes that stand by are as the topology says now"
                 stay = tuple(node for node in old.standing_by if (node.name, node.public_key) not in revoked)
                 if len(stay) < len(old.standing_by):
-                    await ring.replace_standing_by(stay)
+                    spares = tuple(node for node in old.spares if (node.name, node.public_key) not in revoked)
+                    await ring.replace_idle(replace(now, remote=replace(old, standing_by=stay, spares=spares)))
             is_cut = bool(revoked & _in_ring(now))
             await self._change(options, self._drained, "reloads", at_once=is_cut)
-            return f"the ring is formed with {_names(options)}"
+            return f"the ring is formed with {names_of(options)}"
 
     async def finish(self) -> None:
         """Take no more Sequences, and wait until those that run are done."""
@@ -263,13 +272,12 @@ class RingKeeper:
             now.serving_since_s = self._clock()
             self.last_error = None
             losing = asyncio.create_task(ring.until_lost(), name="lost")
-            log.info("ring_formed", nodes=_names(now.options))
-            if not self._is_ending and not self._holds_back:
-                self._say(_serves(now.options), is_serving=True)
+            log.info("ring_formed", nodes=names_of(now.options))
+            self._say_that_it_serves()
             ending = asyncio.create_task(self._until_left(ring), name="leaving")
             waited_for: set[asyncio.Task[Any]] = {losing, renewing, ending}
             if self._wanted != now.options:
-                idling = asyncio.create_task(self._requests.until_idle(IDLE_S), name="idle")
+                idling = asyncio.create_task(self._until_better_plan(ring), name="idle")
                 waited_for.add(idling)
             await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
             if losing.done():
@@ -294,7 +302,22 @@ class RingKeeper:
         self._closed.set()
 
     async def _change(self, options: RingOptions, drained: frozenset[str], what: str, *, at_once: bool = False) -> None:
-        """Form the Ring anew, when nothing runs any more or at once."""
+        """Have the Ring serve as another one, without a break if it can be; else form it anew when nothing runs.
+
+        at_once: do not wait for that.
+        """
+        ring = self._now.formed
+        if ring is not None and ring.can_change_to(options):
+            log.info("ring_changes", what=what)
+            before = self._wanted, self._drained, self._has_plan
+            self._wanted, self._drained, self._has_plan = options, drained, True  # also if the Ring is lost by this
+            try:
+                await ring.change(options)
+            except ConfigError:
+                self._wanted, self._drained, self._has_plan = before
+                raise
+            self._say_that_it_serves()
+            return
         self._holds_back = True
         self._say(what)
         try:
@@ -310,12 +333,15 @@ class RingKeeper:
         await self._closed.wait()
 
     async def _until_left(self, ring: KeptRing) -> None:
-        """Wait until a Node asks to be drained and nothing runs any more; it ends with the Ring then.
+        """Wait until a Node asks to be drained that the Ring cannot go on without, and nothing runs any more.
 
-        Unless it is started again before that, and goes on with what it had.
+        It ends with the Ring then, unless it is started again before that, and goes on with what it had.
         """
         while True:
             name = await ring.until_leaving()
+            if await ring.go_without(name):
+                self._say_that_it_serves()
+                continue
             log.info("node_leaves", node=name, running=self._requests.num_running)
             if not self._is_ending:
                 self._say(f"{name} leaves when what runs is done")
@@ -328,8 +354,18 @@ class RingKeeper:
                 await asyncio.gather(*waits, return_exceptions=True)
             if waits[0].done() and not waits[0].cancelled():
                 return
-            if not self._is_ending and not self._holds_back:
-                self._say(_serves(self._now.options), is_serving=True)
+            self._say_that_it_serves()
+
+    async def _until_better_plan(self, ring: KeptRing) -> None:
+        """Take up a better plan when nothing runs; return if the Ring has to be formed anew for it."""
+        await self._requests.until_idle(IDLE_S)
+        if self._wanted != ring.options:  # it may have changed meanwhile
+            if not ring.can_change_to(self._wanted):
+                return
+            with contextlib.suppress(MdiqError):  # the Ring has logged it, and goes on
+                await ring.change(self._wanted)
+            self._say_that_it_serves()
+        await asyncio.get_running_loop().create_future()
 
     async def _pause(self, pause_s: float) -> None:
         try:
@@ -343,33 +379,15 @@ class RingKeeper:
         if not self._now.is_formed:
             self._say(self.describe())
 
+    def _say_that_it_serves(self) -> None:
+        if not self._is_ending and not self._holds_back:
+            self._say(serves_text(self._now.options), is_serving=True)
+
     def _say(self, text: str, *, is_serving: bool = False) -> None:
         self._state = KeeperState(is_serving, text)
         self._on_state(self._state)
 
 
-def _names(options: RingOptions) -> str:
-    return ", ".join(options.node_names)
-
-
-def _serves(options: RingOptions) -> str:
-    """Return which Nodes serve, and which the plan leaves out."""
-    left_out = left_out_text(options.remote.standing_by) if options.remote else ""
-    return f"serves on {_names(options)}{' alone' if left_out and options.num_nodes == 1 else ''}{left_out}"
-
-
-def _members(options: RingOptions) -> set[tuple[str, str | None]]:
-    """Return all Nodes that may connect, those that stand by too, with their keys."""
-    idle = options.remote.standing_by if options.remote else ()
-    return _in_ring(options) | {(node.name, node.public_key) for node in idle}
-
-
 def _in_ring(options: RingOptions) -> set[tuple[str, str | None]]:
     """Return the Ring's Nodes with their keys."""
     return {(node.name, node.public_key) for node in options.remote.nodes} if options.remote else set()
-
-
-def _without_idle(options: RingOptions) -> RingOptions:
-    """Return the options without the Nodes that stand by."""
-    assert options.remote is not None  # it is a Ring over several machines
-    return replace(options, remote=replace(options.remote, standing_by=()))

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mdiq.control.standby import StandingBy
+from mdiq.control.standby import left_out_text
 from mdiq.core.sequence import Sequence
 from mdiq.errors import CapacityError, ConfigError, MdiqError
 from mdiq.runtime.loops import Worker
@@ -22,7 +22,11 @@ class KeptRing(Protocol):
     """What is asked of a Ring; RingHost is one."""
 
     @property
+    def options(self) -> RingOptions: ...
+    @property
     def missing(self) -> list[str]: ...
+    @property
+    def idle_here(self) -> list[str]: ...
     @property
     def is_paused(self) -> bool: ...
     @property
@@ -34,7 +38,10 @@ class KeptRing(Protocol):
     async def __aenter__(self) -> Any: ...
     async def aclose(self) -> None: ...
     def silent(self, min_s: float) -> Mapping[str, float]: ...
-    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None: ...
+    def can_change_to(self, options: RingOptions) -> bool: ...
+    async def change(self, options: RingOptions) -> None: ...
+    async def replace_idle(self, like: RingOptions) -> None: ...
+    async def go_without(self, name: str) -> bool: ...
     async def until_lost(self) -> MdiqError: ...
     async def until_leaving(self) -> str: ...
     async def until_staying(self) -> None: ...
@@ -93,15 +100,22 @@ class Requests:
 class RingView:
     """A Ring from its opening to its end. ring: None before and after, when only the plan is known.
 
+    planned: what it was to be when it was opened.
+
     loading: how much of its Layers each Node has, (done, total). is_formed: it can serve; a survey never does, since
     it has no pace and no Hops to show, and its KV cache is not the Ring's.
     """
 
-    options: RingOptions
+    planned: RingOptions
     ring: KeptRing | None = None
     loading: dict[str, tuple[int, int]] = field(default_factory=dict)
     is_formed: bool = False
     serving_since_s: float = 0.0
+
+    @property
+    def options(self) -> RingOptions:
+        """What the Ring is now: other Nodes may have taken over."""
+        return self.planned if self.ring is None else self.ring.options
 
     @property
     def formed(self) -> KeptRing | None:
@@ -116,7 +130,7 @@ class RingView:
         """Return in words what a Ring that is paused waits for; empty if none is."""
         if self.ring is None or not self.ring.is_paused:
             return ""
-        return f"paused: {f'waits for {names}' if (names := ', '.join(self.ring.missing)) else 'what was lost loads'}"
+        return f"paused: {f'waits for {names}' if (names := ', '.join(self.ring.missing)) else 'nodes load'}"
 
     def starting(self) -> str:
         """Return in words what a Ring that starts waits for; empty if none starts."""
@@ -151,7 +165,8 @@ class RingView:
                 node["state"] = "joined" if self.ring is not None else "unknown"
             nodes.append(node)
         standing_by = options.remote.standing_by if options.remote else ()
-        nodes += [node.status for node in standing_by]
+        here = {node.name for node in standing_by} if self.formed is None else set(self.formed.idle_here)
+        nodes += [node.status | ({} if node.name in here else {"state": "missing"}) for node in standing_by]
         return {"model": str(options.model), "nodes": nodes}
 
     def about_ring(self, now: float) -> dict[str, Any]:
@@ -177,3 +192,14 @@ def _shown(figures: NodeFigures, since_s: float) -> dict[str, Any]:
         "bytes_out": figures.bytes_out,
         "frames_dropped": figures.dropped,
     }
+
+
+def names_of(options: RingOptions) -> str:
+    """Return the names of a Ring's Nodes, for a line of text."""
+    return ", ".join(options.node_names)
+
+
+def serves_text(options: RingOptions) -> str:
+    """Return which Nodes serve, and which the plan leaves out."""
+    left_out = left_out_text(options.remote.standing_by) if options.remote else ""
+    return f"serves on {names_of(options)}{' alone' if left_out and options.num_nodes == 1 else ''}{left_out}"

@@ -9,12 +9,13 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import zmq.asyncio
 
 import mdiq
 from mdiq.control.coordinator import Coordinator
-from mdiq.control.standby import Standby
+from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.types import Epoch, NodeId, WeightSettings
@@ -42,6 +43,7 @@ class SocketWorkers(Workers):
         self._server: RouterServer | None = None
         self._endpoints: list[str] = []  # that each Hop leads to, the one out of the Starter first
         self._listening: dict[str, str] = {}  # where Nodes say that they listen
+        self._held: dict[NodeId, control.Assign] = {}  # as in the first Epoch: a later one asks for no less
         self._is_drained = False
 
     @property
@@ -76,20 +78,36 @@ class SocketWorkers(Workers):
         self._loops.run(self._opened_coordinator.run(), "coordinator")
         return await super().start(model_digest, weights)
 
-    async def all_back(self) -> None:
-        """Wait until no Node is gone; see Workers."""
-        await self._opened_coordinator.all_back()
+    @property
+    def standing_by(self) -> list[str]:
+        """The Nodes that stand by, and are here."""
+        return [*self._coordinator.standing_by] if self._coordinator else []
 
-    async def load_again(self, epoch: Epoch, kv_tokens: int) -> None:
-        """Have the Nodes that came back load what they had; see Workers."""
+    async def until_joined(self) -> None:
+        """Wait until a Node joins; see Workers."""
+        await self._opened_coordinator.until_joined()
+
+    async def reload(self, epoch: Epoch, kv_tokens: int | None) -> Sequence[control.Ready]:
+        """Have the Nodes hold what they are to hold; see Workers."""
+        ready = await self._assign(epoch=epoch, kv_tokens=kv_tokens or 0, measures=False)
+        self._ready = {node: ready[node] for node in self._names}
+        return [self._ready[node] for node in self._names]
+
+    async def _assign(self, **changes: Any) -> Mapping[NodeId, control.Ready]:
+        """Assign all Nodes what they do not hold yet, with these changes; return what each has.
+
+        Raises:
+            MdiqError: a Node is gone, or cannot load.
+        """
         coordinator = self._opened_coordinator
-        assignments = {
-            node: replace(self._assignment_of(i), epoch=epoch, kv_tokens=kv_tokens, measures=False)
-            for i, node in enumerate(self._names, 1)
-            if node in coordinator.without_work
-        }
-        await coordinator.assign(assignments)
-        self._ready.update(coordinator.ready)  # also of one that loaded in an attempt that failed for another's sake
+        wanted = {node: self._assignment_of(i) for i, node in enumerate(self._names, 1)}
+        idle = coordinator.without_work
+        lacking = {node: each for node, each in wanted.items() if node in idle or self._held.get(node) != each}
+        for node in lacking:
+            self._held.pop(node, None)  # until it says so
+        await coordinator.assign({node: replace(each, **changes) for node, each in lacking.items()})
+        self._held.update(wanted)
+        return coordinator.ready
 
     @abstractmethod
     def _assignment_of(self, i: int) -> control.Assign:
@@ -158,7 +176,7 @@ class SocketWorkers(Workers):
         self,
         server: RouterServer,
         control_key: bytes,
-        standby: Standby | None = None,
+        standing_by: Sequence[StandingBy] | None = None,
     ) -> Coordinator:
         """Have a Coordinator for the Nodes; it watches them from ``start`` on: importing torch stops all loops here."""
         self._server = server
@@ -173,7 +191,7 @@ class SocketWorkers(Workers):
             on_fault=self._events.on_fault,
             on_loading=lambda node, loading: self._events.on_loading(node, loading.done, loading.total),
             on_lost=self._lost,
-            drains_strangers=standby is not None,
-            standby=standby,
+            drains_strangers=standing_by is not None,
+            standing_by=standing_by or (),
         )
         return coordinator

@@ -3,9 +3,10 @@
 How its Node joins and what its Hops lead to is for its callers: node.py and in_process.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -16,7 +17,7 @@ from mdiq.engine.device import choose_device, free_bytes, kind_of
 from mdiq.engine.formats.layer_files import LayerFiles
 from mdiq.engine.kept_cost import kept_cost
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
-from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
+from mdiq.engine.memory import peak_bytes, reset_peak, return_free_memory, rss_bytes
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import LocalProtocolError
 from mdiq.plan.pace import StageCost
@@ -30,6 +31,8 @@ log = structlog.get_logger()
 class StageHost:
     """The parts of a Stage in the order in which they come: ``load``, ``serve``, then ``begin`` for every Epoch.
 
+    It may be loaded again, for other Layers or a Ring of another order, when nobody serves it any more.
+
     owns_process: nothing else of the Ring is in this process, so that its memory is the Stage's.
     is_rationed: the device may have its CPU time rationed, so that its costs are measured anew and for longer.
     """
@@ -42,38 +45,44 @@ class StageHost:
         self._runner: StageRunner | None = None
         self._links: EpochLinks | None = None
         self._service: StageService | None = None
+        self._loaded_for: control.Assign | None = None
         self._is_last = False
         self._bytes_before = (0, 0)  # in and out, when this Epoch began
 
     async def load(
         self,
         assign: control.Assign,
-        model: Path | LayerFiles,
+        model: Path | LayerFiles | None,
         *,
         memory_bytes: int | None = None,
         on_loading: Progress = lambda *_: None,
         on_measuring: Callable[[], None] = lambda: None,
     ) -> control.Ready:
-        """Load the Layers and measure what they cost; return what there is then.
+        """Load the Layers that are not here yet, and measure what they cost if wanted; return what there is then.
+
+        model: None where no Layer is lacking; see ``lacks``.
 
         Raises:
-            MdiqError: see StageRunner.load.
+            MdiqError: see StageRunner.load. There is no Stage any more.
         """
         can_peak = self._owns_process and reset_peak()
-        load = partial(
-            StageRunner.load,
+        before, self._runner = self._runner if self._is_of(assign) else None, None
+        # A Batch of the old one may have been cut off: it counts as running for ever.
+        self._stage, self._service, self._links = StageProtocol(), None, None
+        shape = partial(
+            before.reshape if before is not None else self._first_load(assign),
             model,
             LayerRange(assign.layer_start, assign.layer_stop),
             is_last=assign.is_last,
-            owns_embedding_and_head=False,
             kv_tokens=assign.kv_tokens or None,
-            weights=assign.weights,
-            wire=assign.wire or None,
             memory_share=assign.memory_share,
             memory_bytes=memory_bytes,
             digest=assign.model_digest,
         )
-        runner = await self._worker.run_long(lambda progress: load(progress=progress), on_loading)
+        loaded = await self._worker.run_long(lambda progress: shape(progress=progress), on_loading)
+        runner = before or loaded
+        assert runner is not None  # a first load returns one
+        self._loaded_for = assign
         measure = partial(measure_cost, min_s=SUSTAINED_S) if self._is_rationed else kept_cost
         cost: StageCost | None = None
         if assign.measures:
@@ -98,13 +107,31 @@ class StageHost:
             cpu=kind_of(device),
         )
 
-    async def serve(self, assign: control.Assign, source: FrameSource, sink: FrameSink, reports: StageReports) -> None:
-        """Serve over these Hops until cancelled."""
+    def lacks(self, assign: control.Assign) -> bool:
+        """Tell whether a Layer of an assignment is not here."""
+        layers = LayerRange(assign.layer_start, assign.layer_stop)
+        return not self._is_of(assign) or self._runner is None or bool(self._runner.lacks(layers))
+
+    @staticmethod
+    def _first_load(assign: control.Assign) -> Callable[..., StageRunner]:
+        return partial(
+            StageRunner.load, owns_embedding_and_head=False, weights=assign.weights, wire=assign.wire or None
+        )
+
+    def _is_of(self, assign: control.Assign) -> bool:
+        """Whether what is loaded is of an assignment's model, held as it says."""
+        before = self._loaded_for
+        return before is not None and (before.model_digest, before.weights) == (assign.model_digest, assign.weights)
+
+    def serve(
+        self, assign: control.Assign, source: FrameSource, sink: FrameSink, reports: StageReports
+    ) -> Coroutine[Any, Any, None]:
+        """Have these Hops from now on; return what serves over them until it is cancelled."""
         assert self._runner is not None  # it is loaded
         limits = self._runner.wire_limits
         self._links = EpochLinks(source, sink, assign.receive_key, assign.send_key, limits)
         self._service = StageService(self._stage, self._runner, self._links, self._worker, reports)
-        await self._service.run()
+        return self._service.run()
 
     async def send_burst(self, burst: control.SendBurst) -> control.BurstSent:
         """Send a burst over the Hop out of this Stage."""
@@ -128,7 +155,8 @@ class StageHost:
 
     def free(self) -> None:
         """Let go of the weights."""
-        self._runner = self._service = self._links = None
+        self._runner = self._service = self._links = self._loaded_for = None
+        return_free_memory(collect=True)
 
     def heartbeat(self) -> control.Heartbeat:
         """Return the figures of now."""

@@ -18,9 +18,10 @@ from mdiq.core.ring_actions import Ended, HeadRow, Inject, Suspect
 from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, RingSpec, SeqId
-from mdiq.errors import EngineError, MdiqError, RingError
+from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError
 from mdiq.runtime.loops import EpochLinks, Worker, queue_burst, receive_frames, send_frames
 from mdiq.runtime.stage_service import compute_batch
+from mdiq.runtime.text_pipe import NoText, TextPipe
 
 log = structlog.get_logger()
 
@@ -38,35 +39,6 @@ class StarterEngine(Engine, Protocol):
             EngineError: a row is not a number.
         """
         ...
-
-
-class TextPipe(Protocol):
-    """Turns the tokens of one Sequence into text that can be shown."""
-
-    @property
-    def stop_matched(self) -> bool:
-        """Whether a stop text has appeared."""
-        ...
-
-    def push(self, token: int) -> str:
-        """Return the text that the token completes."""
-        ...
-
-    def finish(self) -> str:
-        """Return what was held back."""
-        ...
-
-
-class NoText:
-    """The pipe of callers that want token ids only."""
-
-    stop_matched = False
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +91,7 @@ class StarterService:
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
         self._wake = asyncio.Event()
         self._rearm = asyncio.Event()
+        self._relinked, self._is_linked = asyncio.Event(), asyncio.Event()
         self._armed_for: float | None = None
         self._streams: dict[int, _Stream] = {}
         self._bursts = BurstMeter()
@@ -131,12 +104,7 @@ class StarterService:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._compute(), name="compute")
                 tasks.create_task(self._watch_deadlines(), name="deadlines")
-                if self._links is not None:
-                    tasks.create_task(receive_frames(self._links, self._accept, self._worker), name="receive")
-                    tasks.create_task(send_frames(self._outgoing, self._links, self._worker), name="send")
-                    if self._plan_pace is not None:
-                        tasks.create_task(self._probe_hops(), name="probe")
-                        tasks.create_task(self._renew_pace(self._plan_pace), name="pace")
+                tasks.create_task(self._serve_hops(), name="hops")
         finally:
             self.fail_all(RingError("starter: its loops have ended; see the log"))
 
@@ -144,6 +112,23 @@ class StarterService:
         """Put nothing into the Ring until the next Epoch; streams stay open."""
         self._ring.pause()
         self._poll()
+
+    @property
+    def links(self) -> EpochLinks | None:
+        """The Hops of this Epoch."""
+        return self._links
+
+    async def relink(self, links: EpochLinks | None) -> None:
+        """Go on over these Hops, for the next Epoch; None: this Stage is the only one. Nothing uses others after this.
+
+        What waits to leave is of an Epoch that is over.
+        """
+        while not self._outgoing.empty():
+            self._outgoing.get_nowait()
+        self._links, self._hops = links, HopMeter()
+        self._is_linked.clear()
+        self._relinked.set()
+        await self._is_linked.wait()
 
     async def begin_epoch(self, epoch: Epoch, spec: RingSpec) -> None:
         """Serve on a new Ring from now on; unfinished Sequences are replayed there."""
@@ -226,6 +211,33 @@ class StarterService:
         """Seconds of all Hops together, as measured; None when they were not."""
         return self._hops.hops_s
 
+    async def _serve_hops(self) -> NoReturn:
+        """Run the loops of the Hops, and those of other Hops after ``relink``."""
+        while True:
+            self._relinked.clear()
+            self._is_linked.set()
+            serving = asyncio.create_task(self._hop_loops(self._links), name="hop loops")
+            relinked = asyncio.create_task(self._relinked.wait(), name="relinked")
+            try:
+                await asyncio.wait({serving, relinked}, return_when=asyncio.FIRST_COMPLETED)
+                if serving.done():
+                    serving.result()
+            finally:
+                for task in (serving, relinked):
+                    task.cancel()
+                await asyncio.gather(serving, relinked, return_exceptions=True)
+
+    async def _hop_loops(self, links: EpochLinks | None) -> NoReturn:
+        async with asyncio.TaskGroup() as tasks:
+            if links is not None:
+                tasks.create_task(receive_frames(links, self._accept, self._worker), name="receive")
+                tasks.create_task(send_frames(self._outgoing, links, self._worker), name="send")
+                if self._plan_pace is not None:
+                    tasks.create_task(self._probe_hops(), name="probe")
+                    tasks.create_task(self._renew_pace(self._plan_pace), name="pace")
+            await asyncio.get_running_loop().create_future()
+        raise AssertionError("these loops do not end by themselves")
+
     async def _probe_hops(self) -> NoReturn:
         """Send a PROBE round again and again; those that do not return are not waited for."""
         num_sent = 0
@@ -285,11 +297,15 @@ class StarterService:
                 await self._wake.wait()
 
     async def _run_batch(self) -> bool:
+        if self._ring.is_paused:  # what waits is of an Epoch that is over, and the Layers may be others by now
+            return False
         frames = await compute_batch(self._stage, self._engine, self._worker, self.report_failure)
         if frames is None:
             return False
         for frame in frames:
             if self._links is None:
+                if frame.kind is FrameKind.HIDDEN:
+                    raise LocalProtocolError(f"{frame}: no stage comes after the starter's, and it lacks layers")
                 self._returned.append(frame)
             else:
                 await self._outgoing.put(frame)

@@ -15,7 +15,7 @@ from mdiq.core.control import Ready
 from mdiq.core.frame import Batch, Payload
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.sequence import Sequence
-from mdiq.core.types import RingSpec
+from mdiq.core.types import LayerRange, RingSpec
 from mdiq.engine.device import choose_device, free_bytes, kind_of
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.quantize import chosen_format
@@ -51,6 +51,7 @@ class StarterStage:
             ModelError: it is missing, malformed or unsupported.
         """
         self._options = options
+        self._held: tuple[LayerRange, bool] | None = None  # its Layers, and whether it is the last Stage
         self._can_peak = False  # the process's peak is this Ring's
         with ExitStack() as opened:
             self._checkpoint = checkpoint = opened.enter_context(open_checkpoint(options.model))
@@ -84,6 +85,34 @@ class StarterStage:
                 progress=progress,
             )
         self.engine = TorchStarter(self.runner)
+        self._held = options.layers[0], options.num_nodes == 1
+
+    def reshape(self, options: RingOptions, progress: Progress) -> None:
+        """Have the Layers that other options say, of the same model; every Sequence is forgotten.
+
+        Raises:
+            MdiqError: see StageRunner.reshape.
+        """
+        self._options, wanted = options, (options.layers[0], options.num_nodes == 1)
+        if wanted == self._held:
+            return
+        assert options.remote is not None  # only such a Ring changes
+        self._held = None  # until all of it is there: this may be given up
+        self.runner.reshape(
+            options.model,
+            options.layers[0],
+            is_last=wanted[1],
+            kv_tokens=options.kv_tokens,
+            memory_share=options.remote.nodes[0].memory_share,
+            memory_bytes=options.remote.nodes[0].memory_bytes,
+            digest=self.digest,
+            progress=progress,
+        )
+        self._held = wanted
+
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes that are free on the device, and those that this process takes."""
+        return free_bytes(self._device), rss_bytes()
 
     def close(self) -> None:
         """Close the model, if no load has begun."""

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.types import Epoch, NodeId, WeightSettings
-from mdiq.core.wire import hop_key
+from mdiq.core.wire import WireLimits, hop_key
 from mdiq.errors import MdiqError
-from mdiq.runtime.loops import Supervisor
+from mdiq.runtime.loops import EpochLinks, Supervisor
 from mdiq.runtime.options import NodeFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService
 from mdiq.telemetry.trace import Span
@@ -41,11 +40,13 @@ class RingEvents:
 class Workers(ABC):
     """Every Node of a Ring but the Starter: ``open``, ``start``, ``begin`` for every Epoch, ``drain``, ``aclose``.
 
+    Between two Epochs ``reload`` has Nodes hold what they are to hold in the next one.
+
     source: what the last Stage sends; sink: the next Stage. Both are there from ``start`` on, unless there is no Hop.
-    can_come_back: a Node that is gone may join again.
+    can_come_back: a Node that is gone may join again. can_change: other Nodes may have its Layers.
     """
 
-    can_come_back = False
+    can_come_back = can_change = False
 
     def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
         self._options = options
@@ -77,9 +78,6 @@ class Workers(ABC):
         """Wait until the Node that asked to be drained has been started again."""
         await asyncio.get_running_loop().create_future()
 
-    async def replace_standing_by(self, nodes: tuple[StandingBy, ...]) -> None:  # noqa: B027  only some can
-        """Have these Nodes stand by, in place of those that did; the keys of others are cut off before this returns."""
-
     @abstractmethod
     async def open(self) -> None:
         """Have the Nodes start, and listen to them.
@@ -99,15 +97,40 @@ class Workers(ABC):
         self._ready = dict(await self._join_and_load())
         return [self._ready[node] for node in self._names]
 
-    async def all_back(self) -> None:  # noqa: B027  only some can be gone
-        """Wait until no Node is gone."""
+    @property
+    def standing_by(self) -> list[str]:
+        """The Nodes that stand by, and are here."""
+        return []
 
-    async def load_again(self, epoch: Epoch, kv_tokens: int) -> None:  # noqa: B027  only some can be gone
-        """Have the Nodes that came back load what they had. kv_tokens: KV cache that the Ring counts on.
+    async def until_joined(self) -> None:
+        """Wait until a Node joins, for the first time or again, of the Ring or not."""
+        await asyncio.get_running_loop().create_future()
+
+    async def reform(self, options: RingOptions) -> None:
+        """Have another Ring from now on: of other Nodes, or of other Layers. ``reload`` has its Nodes load."""
+        self._options = replace(options, weights=self._options.weights)
+        self._names = [NodeId(name) for name in options.node_names[1:]]
+
+    async def connect(self) -> None:  # noqa: B027  only some change
+        """Connect to the Node after the Starter, if that is another one now; ``begin`` ends what was before."""
+
+    def links(self, limits: WireLimits) -> EpochLinks | None:
+        """Return the Starter's two Hops; None where it is alone."""
+        if self._options.num_nodes == 1:
+            return None
+        assert self.source is not None and self.sink is not None  # it is connected
+        names, key = self._options.node_names, self._ring_key
+        return EpochLinks(self.source, self.sink, hop_key(key, names[0]), hop_key(key, names[1]), limits)
+
+    async def reload(self, epoch: Epoch, kv_tokens: int | None) -> Sequence[control.Ready]:
+        """Have the Nodes hold what they are to hold, and return it as ``start`` does; who holds it already, keeps it.
+
+        kv_tokens: KV cache that the Ring counts on; None: each chooses.
 
         Raises:
             MdiqError: a Node is gone, or cannot load.
         """
+        return [self._ready[node] for node in self._names]
 
     @abstractmethod
     async def _join_and_load(self) -> Mapping[NodeId, control.Ready]:

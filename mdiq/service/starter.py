@@ -109,6 +109,10 @@ class _RingBackend:
         return self._keeper.context_tokens or self._model_tokens
 
     @property
+    def takes_requests(self) -> bool:
+        return self._keeper.takes_requests
+
+    @property
     def is_serving(self) -> bool:
         return self._keeper.state.is_serving
 

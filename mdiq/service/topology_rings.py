@@ -15,7 +15,7 @@ from mdiq.plan.room import format_bytes
 from mdiq.plan.split import check_split, split_layers
 from mdiq.runtime.options import Outages, RingOptions, StandingBy
 from mdiq.service.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
-from mdiq.service.topology_values import remote_ring, weights_of, wires_of
+from mdiq.service.topology_values import remote_nodes, remote_ring, weights_of, wires_of
 
 if TYPE_CHECKING:  # torch is imported after set_threads
     from mdiq.config.load import LoadedTopology
@@ -177,6 +177,14 @@ class TopologyRings:
             standing_by=tuple(
                 StandingBy(name, self._loaded.topology.node(name).public_key, reason, name in left_out)
                 for name, reason in idle.items()
+            ),
+            spares=remote_nodes(
+                self._loaded.topology,
+                [
+                    node
+                    for node in self._loaded.topology.nodes
+                    if node.name in left_out or (node.spare and node.name not in self._unfit)
+                ],
             ),
         )
         layers = self._layers(planned, topology)

@@ -1,7 +1,7 @@
 """What a topology file means to the runtime, which reads no files: model, threads, Nodes, endpoints and keys."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def needs_of(old: Topology, new: Topology, name: str) -> Needs:
         if fixed[0] != fixed[1]:
             return Needs.RESTART
         return Needs.NOTHING if old == new else Needs.RELOAD
-    read = [(_remote_nodes(t), t.node(name), t.starter, t.security) for t in (old, new)]
+    read = [(_all_nodes(t), t.node(name), t.starter, t.security) for t in (old, new)]
     return Needs.NOTHING if read[0] == read[1] else Needs.RELOAD
 
 
@@ -55,7 +55,8 @@ def weights_of(topology: Topology) -> WeightSettings:
 
 def wires_of(topology: Topology) -> tuple[str, ...]:
     """Return the wanted format of each Hop."""
-    return tuple(topology.wire_of(*hop) for hop in topology.hops)
+    wires = tuple(topology.wire_of(*hop) for hop in topology.hops)
+    return wires[:1] if len(set(wires)) == 1 else wires
 
 
 def threads_of(topology: Topology, node: Node) -> int:
@@ -93,7 +94,7 @@ def remote_ring(loaded: LoadedTopology, join_wait_s: float) -> RemoteRing:
     starter = topology.starter
     limit = topology.links.transfer_limit_bit_per_s
     return RemoteRing(
-        nodes=_remote_nodes(topology),
+        nodes=remote_nodes(topology, topology.ring_nodes),
         control_endpoint=starter.control_endpoint,
         weights_endpoint=starter.weights_endpoint,
         secret=secret_of(loaded, starter),
@@ -129,14 +130,15 @@ def peers_of(loaded: LoadedTopology, name: str) -> RingPeers:
     """
     topology = loaded.topology
     return RingPeers(
-        nodes=_remote_nodes(topology),
+        nodes=_all_nodes(topology),
         weights_endpoint=topology.starter.weights_endpoint,
         secret=secret_of(loaded, topology.node(name)),
         insecure=topology.security.insecure,
     )
 
 
-def _remote_nodes(topology: Topology) -> tuple[RemoteNode, ...]:
+def remote_nodes(topology: Topology, nodes: Iterable[Node]) -> tuple[RemoteNode, ...]:
+    """Return nodes of a topology as the others of its Ring know them."""
     shares = _nodes_by_machine(topology)
     return tuple(
         RemoteNode(
@@ -147,8 +149,12 @@ def _remote_nodes(topology: Topology) -> tuple[RemoteNode, ...]:
             memory_share=1 / shares[machine_of(node.address)],
             memory_bytes=node.memory_bytes,
         )
-        for node in topology.ring_nodes
+        for node in nodes
     )
+
+
+def _all_nodes(topology: Topology) -> tuple[RemoteNode, ...]:
+    return remote_nodes(topology, (*topology.ring_nodes, *topology.spares))
 
 
 def _nodes_by_machine(topology: Topology) -> Mapping[str, int]:

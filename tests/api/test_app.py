@@ -40,6 +40,10 @@ class FakeRing:
     told: list[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def takes_requests(self) -> bool:
+        return self.is_serving
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
             if len(text) > 1_000:

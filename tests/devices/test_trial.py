@@ -137,6 +137,19 @@ def _until_serves(shelf: Shelf, num_rings: int) -> dict[str, Any]:
     raise AssertionError(shelf.sh(STARTER, "journalctl --no-pager -o cat -u mdiq-starter | tail -50"))
 
 
+def _until_it_is_as_before(shelf: Shelf, served: dict[str, Any]) -> None:
+    """Wait until the ring, the same one, has the nodes and layers again that it had."""
+    for _ in range(120):
+        found = _until_serves(shelf, served["rings_formed"])
+        assert found["rings_formed"] == served["rings_formed"], "it was formed anew"
+        if [(node["name"], node["layers"]) for node in _members(found)] == [
+            (node["name"], node["layers"]) for node in _members(served)
+        ]:
+            return
+        time.sleep(2)
+    raise AssertionError(shelf.sh(STARTER, "journalctl --no-pager -o cat -u mdiq-starter | tail -50"))
+
+
 def _settled(shelf: Shelf) -> dict[str, Any]:
     """Return the status of a ring that has the split of the last plan: its own figures may have led to a better one."""
     for _ in range(4):
@@ -347,10 +360,9 @@ def test_the_watchdog_restarts_a_node_that_stands_still_and_answers_go_on(shelf:
     with _client_reads_on(shelf):
         shelf.sh("pi2", f"kill -STOP {pid}")
         shelf.wait("pi2", f"! test -e /proc/{pid}")
-    again = _until_serves(shelf, served["rings_formed"])
-    assert again["rings_formed"] == served["rings_formed"]
+    _until_it_is_as_before(shelf, served)
     assert "Watchdog timeout" in shelf.journal("pi2")
-    assert [node["layers"] for node in _members(again)] == [node["layers"] for node in _members(served)]
+    assert _events(shelf, SPARE, "epoch_began"), "it has taken over"
     assert _answer(shelf) == before
     # What it had is still there.
     assert _events(shelf, "pi2", "weights_here")[-1]["layers_fetched"] == 0
@@ -361,7 +373,7 @@ def test_a_device_that_lost_its_power_comes_back_by_itself_and_answers_go_on(she
     with _client_reads_on(shelf):
         shelf.off("pi1")
         shelf.up("pi1", *DEVICES["pi1"])
-    assert _until_serves(shelf, served["rings_formed"])["rings_formed"] == served["rings_formed"]
+    _until_it_is_as_before(shelf, served)
     assert _answer(shelf) == before
     assert shelf.sh("pi1", "systemctl is-system-running").strip() == "running"
     assert _events(shelf, "pi1", "weights_here")[-1]["layers_fetched"] == 0

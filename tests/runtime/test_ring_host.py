@@ -136,7 +136,7 @@ class LosingWorkers:
 async def test_a_node_that_is_lost_ends_the_start_whatever_is_waited_for(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring_host, "_kind_of_workers", lambda _: LosingWorkers)
+    monkeypatch.setattr(ring_host, "kind_of_workers", lambda _: LosingWorkers)
     options = RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), kv_tokens=128)
     async with asyncio.timeout(30):
         with pytest.raises(NodeDiedError, match="node-2: no heartbeat"):
@@ -162,7 +162,7 @@ async def test_nodes_of_this_machine_start_before_torch_and_the_model_are_loaded
         if not is_remote:
             raise ModelError("none of ours")
 
-    monkeypatch.setattr(ring_host, "_kind_of_workers", lambda _: StartingWorkers)
+    monkeypatch.setattr(ring_host, "kind_of_workers", lambda _: StartingWorkers)
     monkeypatch.setattr(ring_host, "_open_model", open_model)
     with pytest.raises(ModelError, match="none of ours"):
         await RingHost(RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4)), remote=remote)).__aenter__()

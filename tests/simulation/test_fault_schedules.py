@@ -7,7 +7,7 @@ import pytest
 from tests.virtual.house import Answer
 from tests.virtual.schedule import KINDS, MAX_FAULT_S, OUTAGES, Schedule, run, smallest
 
-NUM_SEEDS = 150
+NUM_SEEDS = 100
 SEEDS_A_TEST = 50
 
 

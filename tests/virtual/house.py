@@ -69,7 +69,8 @@ class _ChainRunner:
 
     wire_limits = LIMITS
     kv_capacity_tokens = 4_096
-    weight_bytes = kv_bytes_per_token = 1
+    weight_bytes = 4_000_000  # minutes over these hops
+    kv_bytes_per_token = 1
     kv_tokens_in_use = 0
     config = SimpleNamespace(context_tokens=256, hidden_size=4, num_layers=NUM_LAYERS, vocab_size=VOCAB)
 
@@ -89,8 +90,17 @@ class _ChainRunner:
     def reset(self) -> None:
         self._engine.reset()
 
-    def set_wire(self, _: str) -> None:
+    def set_wire(self, _: str | None) -> None:
         """Chain rows are f32."""
+
+    def lacks(self, layers: LayerRange) -> list[int]:
+        return [layer for layer in layers if layer not in self._engine._layers]
+
+    def reshape(self, _: Any, layers: LayerRange, *, is_last: bool, progress: Progress, **__: Any) -> None:
+        progress(1, 1)
+        if (error := self._house.has_no_room.pop(self._machine, None)) is not None:
+            raise error
+        self._engine = type(self._engine)(layers, is_last=is_last)
 
 
 class _ChainStarterRunner(_ChainRunner):
@@ -108,12 +118,20 @@ class _ChainStage:
     cpu = "a cpu"
 
     def __init__(self, house: "House", options: RingOptions) -> None:
+        self._house = house
         self._options = options
         engine = ChainStarter(options.layers[0], is_last=options.num_nodes == 1)
         self.runner = self.engine = _ChainStarterRunner(house, engine)
 
     def load(self, progress: Progress) -> None:
         progress(1, 1)
+
+    def reshape(self, options: RingOptions, progress: Progress) -> None:
+        self._options = options
+        self.runner.reshape(None, options.layers[0], is_last=options.num_nodes == 1, progress=progress)
+
+    def memory(self) -> tuple[int, int]:
+        return self._house.free_bytes, 1
 
     def close(self) -> None:
         """Nothing is open."""
@@ -181,17 +199,22 @@ class House:
         skews_s: tuple[float, ...] = (),
         lap_s: float = 60.0,
         outages: Outages | None = None,
+        num_spares: int = 0,
     ) -> None:
         self.loop = loop
         self.rng = random.Random(seed)
         self.network = Network(loop, self.rng, control_plane, data_plane)
-        self.names = [f"pi{i}" for i in range(1, num_nodes + 1)]
+        self.spares = [f"spare{i}" for i in range(1, num_spares + 1)]
+        self.names = [f"pi{i}" for i in range(1, num_nodes + 1)] + self.spares
         self.skews_s = dict(zip(self.names, skews_s, strict=False))
         self._lap_s = lap_s
         self._outages = outages or Outages()
         self.is_measured = is_measured
         self.revoked: set[str] = set()
         self.cannot_load: dict[str, MdiqError] = {}  # the next time
+        self.has_no_room: dict[str, MdiqError] = {}  # for other Layers, the next time
+        self.free_bytes = 1 << 30  # on every machine; 0: nobody can take over
+        self.is_cold = True  # Nodes have only those Layers on disk that they were to hold
         self.breaks: set[str] = set()  # whose next forward fails
         self.kills: set[str] = set()  # who dies whenever it computes
         self.fetch_s = 1.0
@@ -373,10 +396,15 @@ class House:
         def form(drained: frozenset[str]) -> RingOptions:
             if STARTER in drained:
                 raise ConfigError(f"{STARTER}: it is the Starter")
-            nodes = [self._remote_node(name) for name in (STARTER, *names) if name not in drained]
+            spares = [name for name in self.spares if name in names and name not in drained]
+            nodes = [self._remote_node(name) for name in (STARTER, *names) if name not in {*drained, *spares}]
             cuts = [NUM_LAYERS * i // len(nodes) for i in range(len(nodes) + 1)]
             layers = tuple(LayerRange(*cut) for cut in zip(cuts, cuts[1:], strict=False))
-            idle = tuple(StandingBy(name, _public(name), "it is drained") for name in names if name in drained)
+            idle = tuple(
+                StandingBy(name, _public(name), "it is drained" if name in drained else "it is a spare")
+                for name in names
+                if name in {*drained, *spares}
+            )
             ring = RemoteRing(
                 tuple(nodes),
                 "tcp://127.0.0.1:7000",
@@ -384,6 +412,7 @@ class House:
                 secret=_secret(STARTER),
                 join_wait_s=JOIN_WAIT_S,
                 standing_by=idle,
+                spares=tuple(map(self._remote_node, spares)),
             )
             return RingOptions(
                 Path("model.gguf"),
@@ -457,7 +486,7 @@ class House:
     async def _answered(self, work: Awaitable[Any]) -> None:
         try:
             self.note(f"{await work}")
-        except ConfigError as error:
+        except MdiqError as error:
             self.note(f"refused: {error}")
 
     async def _kill(self, name: str, process: Process) -> None:
@@ -526,7 +555,7 @@ class House:
             put(ring_host, "rss_bytes", lambda: 1)
             put(stage_host, "rss_bytes", lambda: 1)
             put(stage_host, "choose_device", lambda _: None)
-            put(stage_host, "free_bytes", lambda _: 1)
+            put(stage_host, "free_bytes", lambda _: self.free_bytes)
             put(stage_host, "kind_of", lambda _: "a cpu")
             put(stage_host, "reset_peak", lambda: False)
             put(stage_host, "StageRunner", SimpleNamespace(load=self._load))
@@ -534,6 +563,8 @@ class House:
             put(epochs, "paced", _paced)
             put(node, "fetch_weights", self._fetch)
             put(node, "LayerFiles", lambda *_: Path("layers"))
+            put(node, "stored_layers", lambda _: () if self.is_cold else tuple(range(NUM_LAYERS)))
+            put(stage_host, "return_free_memory", lambda **_: None)
             put(remote.RemoteWorkers, "_serve_weights", _serve_no_weights)
             with structlog.testing.capture_logs(processors=[self._stamp]) as self.log:
                 yield

@@ -53,6 +53,8 @@ class Schedule:
     asks_every_s: float = 2.0
     tolerance_s: float = TOLERANCE_S
     fetch_s: float = 1.0
+    num_spares: int = 0
+    is_cold: bool = True  # survivors have to fetch what they take over
 
     @classmethod
     def drawn(
@@ -87,6 +89,8 @@ class Schedule:
             asks_every_s=rng.choice((0.7, 3.0)),
             tolerance_s=tolerance_s,
             fetch_s=rng.choice((0.5, 1.0, 6.0)),
+            num_spares=rng.choice((0, 0, 1, 2)),
+            is_cold=rng.random() < 0.5,
         )
 
 
@@ -121,8 +125,9 @@ def run(schedule: Schedule) -> House:
             skews_s=schedule.skews_s,
             lap_s=LAP_S,
             outages=Outages(tolerance_s=schedule.tolerance_s),
+            num_spares=schedule.num_spares,
         )
-        house.fetch_s = schedule.fetch_s
+        house.fetch_s, house.is_cold = schedule.fetch_s, schedule.is_cold
         with house.installed(), mock.patch.object(socket_workers, "LEASE_S", LEASE_S):
             try:
                 await _live(house, schedule)

@@ -1,0 +1,169 @@
+"""Which Ring goes on when Nodes of it are lost: spares have their Layers, or the Nodes before and after do.
+
+Values in, values out. Who is left keeps what he has, so that only the Layers of the lost have to be loaded.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mdiq.core.types import LayerRange
+from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions, StandingBy
+
+
+@dataclass(frozen=True, slots=True)
+class Able:
+    """What a Node can do. layer_s: what a forward of a Layer costs, in any unit; max_layers: that its memory holds."""
+
+    layer_s: float
+    max_layers: int
+
+
+def with_spares(options: RingOptions, missing: Collection[str], spares: Sequence[str]) -> RingOptions:
+    """Return the Ring in which spares have the places of as many missing Nodes as there are spares."""
+    remote = _remote(options)
+    known = {node.name: node for node in remote.spares}
+    free = [known[name] for name in spares if name in known]
+    for name in missing:
+        if free:
+            options = _replaced(options, name, free.pop(0))
+    return options
+
+
+def with_survivors(options: RingOptions, missing: Collection[str], able: Mapping[str, Able]) -> RingOptions | None:
+    """Return the Ring without the missing Nodes: the Nodes before and after take their Layers, so that the slower of
+    them is as fast as can be. None where their memory does not hold them.
+
+    able: at least of the Nodes that are left.
+    """
+    remote = _remote(options)
+    ranges = {node.name: layers for node, layers in zip(remote.nodes, options.layers, strict=True)}
+    names = [node.name for node in remote.nodes if node.name not in missing]
+    wires = {node.name: options.wires[i % len(options.wires)] for i, node in enumerate(remote.nodes)}
+    for left, right in zip(names, [*names[1:], None], strict=True):
+        start, stop = ranges[left].stop, ranges[right].start if right else options.layers[-1].stop
+        if start == stop:
+            continue
+        cut = _cut(ranges[left], able[left], ranges[right] if right else None, able[right] if right else None, stop)
+        if cut is None:
+            return None
+        ranges[left] = LayerRange(ranges[left].start, cut)
+        if right is not None:
+            ranges[right] = LayerRange(cut, ranges[right].stop)
+    lost = [node for node in remote.nodes if node.name in missing]
+    return replace(
+        options,
+        layers=tuple(ranges[name] for name in names),
+        wires=tuple(wires[name] for name in names) if len(options.wires) > 1 else options.wires,
+        remote=replace(
+            remote,
+            nodes=tuple(node for node in remote.nodes if node.name in ranges and node.name not in missing),
+            standing_by=(*remote.standing_by, *(_set_aside(node, "the nodes beside it") for node in lost)),
+            spares=(*remote.spares, *lost),
+        ),
+    )
+
+
+def with_newcomers(options: RingOptions, planned: RingOptions) -> RingOptions:
+    """Return the Ring as it is, with those of a planned one standing by that it lacks: they may join."""
+    remote, wanted = _remote(options), _remote(planned)
+    new = [node for node in wanted.nodes if node.name not in options.node_names]
+    return replace(
+        options,
+        remote=replace(
+            remote,
+            standing_by=(
+                *wanted.standing_by,
+                *(StandingBy(node.name, node.public_key, "the ring takes it in when all are here") for node in new),
+            ),
+            spares=(*wanted.spares, *new),
+        ),
+    )
+
+
+def with_idle_of(options: RingOptions, other: RingOptions) -> RingOptions:
+    """Return a Ring with those standing by that do so in another one, as far as they are not in it."""
+    if options.remote is None or other.remote is None:
+        return options
+    names = options.node_names
+    return replace(
+        options,
+        remote=replace(
+            options.remote,
+            standing_by=tuple(node for node in other.remote.standing_by if node.name not in names),
+            spares=tuple(node for node in other.remote.spares if node.name not in names),
+        ),
+    )
+
+
+def is_same_but_idle(one: RingOptions, other: RingOptions) -> bool:
+    """Tell whether two Rings differ in nothing but the Nodes that they go without."""
+    return _without_idle(one) == _without_idle(other)
+
+
+def members_of(options: RingOptions) -> set[tuple[str, str | None]]:
+    """Return all Nodes that may connect, those that stand by too, with their keys."""
+    if options.remote is None:
+        return set()
+    idle = {(node.name, node.public_key) for node in options.remote.standing_by}
+    return idle | {(node.name, node.public_key) for node in options.remote.nodes}
+
+
+def is_like(one: RingOptions, other: RingOptions) -> bool:
+    """Tell whether two Rings differ in Layers and Nodes alone, and mean the same by each Node's name."""
+    old, new = one.remote, other.remote
+    if old is None or new is None:
+        return False
+    known = {node.name: node for node in (*old.nodes, *old.spares)}
+    keys = {node.name: node.public_key for node in old.standing_by}
+    is_same_node = all(
+        known.get(node.name, node) == node and keys.get(node.name, node.public_key) == node.public_key
+        for node in new.nodes
+    )
+    remote = replace(new, nodes=old.nodes, standing_by=old.standing_by, spares=old.spares)
+    return is_same_node and replace(other, layers=one.layers, wires=one.wires, remote=remote) == one
+
+
+def _cut(left: LayerRange, left_able: Able, right: LayerRange | None, right_able: Able | None, stop: int) -> int | None:
+    """Return where the Layers from ``left.stop`` to ``stop`` are cut between two Nodes; None if they do not fit."""
+    if right is None or right_able is None:
+        return stop if stop - left.start <= left_able.max_layers else None
+    cuts = [
+        cut
+        for cut in range(left.stop, stop + 1)
+        if cut - left.start <= left_able.max_layers and right.stop - cut <= right_able.max_layers
+    ]
+    slowest = {
+        cut: max((cut - left.start) * left_able.layer_s, (right.stop - cut) * right_able.layer_s) for cut in cuts
+    }
+    return min(cuts, key=slowest.__getitem__, default=None)
+
+
+def _replaced(options: RingOptions, name: str, spare: RemoteNode) -> RingOptions:
+    remote = _remote(options)
+    lost = next(node for node in remote.nodes if node.name == name)
+    return replace(
+        options,
+        remote=replace(
+            remote,
+            nodes=tuple(spare if node is lost else node for node in remote.nodes),
+            standing_by=(
+                *(node for node in remote.standing_by if node.name != spare.name),
+                _set_aside(lost, spare.name),
+            ),
+            spares=(*(node for node in remote.spares if node is not spare), lost),
+        ),
+    )
+
+
+def _without_idle(options: RingOptions) -> RingOptions:
+    remote = None if options.remote is None else replace(options.remote, standing_by=(), spares=())
+    return replace(options, remote=remote)
+
+
+def _set_aside(node: RemoteNode, by: str) -> StandingBy:
+    return StandingBy(node.name, node.public_key, f"it was lost, and {by} took over")
+
+
+def _remote(options: RingOptions) -> RemoteRing:
+    assert options.remote is not None  # only such a Ring has Nodes that others can stand in for
+    return options.remote

@@ -1,0 +1,32 @@
+"""What turns tokens into text, as a Ring knows it: service/text_pipe.py has one that does."""
+
+from typing import Protocol
+
+
+class TextPipe(Protocol):
+    """Turns the tokens of one Sequence into text that can be shown."""
+
+    @property
+    def stop_matched(self) -> bool:
+        """Whether a stop text has appeared."""
+        ...
+
+    def push(self, token: int) -> str:
+        """Return the text that the token completes."""
+        ...
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        ...
+
+
+class NoText:
+    """The pipe of callers that want token ids only."""
+
+    stop_matched = False
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""

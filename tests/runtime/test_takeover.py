@@ -1,0 +1,129 @@
+"""Which Ring goes on without some of its Nodes: values in, values out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdiq.core.types import LayerRange
+from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions, StandingBy
+from mdiq.runtime.takeover import Able, is_like, with_newcomers, with_spares, with_survivors
+
+ANY = Able(1.0, 1_000)
+
+
+def node(name: str, key: str = "") -> RemoteNode:
+    return RemoteNode(name, f"tcp://{name}:7002", key or f"key of {name}")
+
+
+def ring(sizes: dict[str, int], spares: tuple[str, ...] = ()) -> RingOptions:
+    """Return a Ring of Nodes with so many Layers each."""
+    stops = [sum(list(sizes.values())[: i + 1]) for i in range(len(sizes))]
+    return RingOptions(
+        Path("model"),
+        tuple(LayerRange(stop - size, stop) for stop, size in zip(stops, sizes.values(), strict=True)),
+        remote=RemoteRing(
+            tuple(map(node, sizes)),
+            "tcp://c",
+            "tcp://w",
+            standing_by=tuple(StandingBy(name, node(name).public_key, "it is a spare") for name in spares),
+            spares=tuple(map(node, spares)),
+        ),
+    )
+
+
+def sizes(options: RingOptions) -> dict[str, int]:
+    return dict(zip(options.node_names, map(len, options.layers), strict=True))
+
+
+def idle(options: RingOptions) -> dict[str, str]:
+    assert options.remote is not None
+    assert {each.name for each in options.remote.spares} <= {each.name for each in options.remote.standing_by}
+    return {each.name: each.reason for each in options.remote.standing_by}
+
+
+RING = ring({"desk": 6, "pi1": 4, "pi2": 2}, ("pi3", "pi4"))
+
+
+def test_a_spare_has_the_place_and_the_layers_of_the_node_that_is_lost_and_may_be_replaced_by_it() -> None:
+    taken = with_spares(RING, ["pi1"], ["pi3"])
+    assert sizes(taken) == {"desk": 6, "pi3": 4, "pi2": 2} and taken.layers == RING.layers
+    assert idle(taken) == {"pi4": "it is a spare", "pi1": "it was lost, and pi3 took over"}
+    back = with_spares(taken, ["pi3"], ["pi1"])
+    assert sizes(back) == sizes(RING) and set(idle(back)) == {"pi3", "pi4"}
+
+
+def test_as_many_are_replaced_as_there_are_spares_and_strangers_are_none() -> None:
+    assert sizes(with_spares(RING, ["pi1", "pi2"], ["pi4"])) == {"desk": 6, "pi4": 4, "pi2": 2}
+    assert sizes(with_spares(RING, ["pi1", "pi2"], ["pi4", "pi3"])) == {"desk": 6, "pi4": 4, "pi3": 2}
+    assert with_spares(RING, ["pi1"], ["unknown"]) == RING
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"desk": ANY, "pi2": ANY}, {"desk": 6, "pi2": 6}),
+        ({"desk": Able(1.0, 99), "pi2": Able(9.0, 99)}, {"desk": 10, "pi2": 2}),
+        ({"desk": Able(1.0, 8), "pi2": Able(9.0, 99)}, {"desk": 8, "pi2": 4}),
+        ({"desk": Able(1.0, 7), "pi2": Able(9.0, 4)}, None),
+    ],
+    ids=["even", "the faster one", "as its memory holds", "no room"],
+)
+def test_the_nodes_beside_it_share_its_layers(able: dict[str, Able], expected: dict[str, int] | None) -> None:
+    survived = with_survivors(RING, ["pi1"], able)
+    assert (None if survived is None else sizes(survived)) == expected
+    if survived is not None:
+        assert idle(survived)["pi1"] == "it was lost, and the nodes beside it took over"
+
+
+def test_the_last_nodes_layers_go_to_the_one_before_it_and_all_to_the_starter_at_last() -> None:
+    able = dict.fromkeys(("desk", "pi1", "pi2"), ANY)
+    survived = with_survivors(RING, ["pi2"], able)
+    assert survived is not None and sizes(survived) == {"desk": 6, "pi1": 6}
+    alone = with_survivors(RING, ["pi1", "pi2"], able)
+    assert alone is not None and sizes(alone) == {"desk": 12} and alone.num_nodes == 1
+    assert with_survivors(RING, ["pi1", "pi2"], {"desk": Able(1.0, 11)}) is None
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    st.data(),
+)
+def test_who_is_left_keeps_what_he_has_and_all_layers_are_held_once(held: list[int], data: st.DataObject) -> None:
+    names = [f"n{i}" for i in range(len(held))]
+    options = ring(dict(zip(names, held, strict=True)))
+    lost = data.draw(st.sets(st.sampled_from(names[1:])))
+    able = {name: Able(data.draw(st.sampled_from((0.5, 1.0, 4.0))), data.draw(st.integers(1, 60))) for name in names}
+    survived = with_survivors(options, lost, able)
+    if survived is None:
+        return
+    before = dict(zip(options.node_names, options.layers, strict=True))
+    assert [layer for layers in survived.layers for layer in layers] == list(range(sum(held)))
+    for name, layers in zip(survived.node_names, survived.layers, strict=True):
+        assert {*before[name]} <= {*layers}
+        assert layers == before[name] or len(layers) <= able[name].max_layers
+    assert {*idle(survived)} == lost
+
+
+def test_newcomers_stand_by_and_those_that_the_topology_names_no_more_are_gone() -> None:
+    assert RING.remote is not None
+    planned = ring({"desk": 4, "pi1": 4, "pi2": 2, "new": 2}, ("pi4",))
+    waits = with_newcomers(RING, planned)
+    assert sizes(waits) == sizes(RING)
+    assert idle(waits) == {"pi4": "it is a spare", "new": "the ring takes it in when all are here"}
+
+
+def test_a_ring_is_like_another_that_differs_in_nodes_and_layers_alone() -> None:
+    assert is_like(RING, ring({"desk": 4, "pi3": 8}))
+    assert is_like(RING, ring({"desk": 4, "a new one": 8}))
+    assert not is_like(RING, replace(RING, threads=4))
+    assert not is_like(RING, replace(RING, is_survey=True))
+    other = ring({"desk": 6, "pi1": 4, "pi2": 2})
+    assert other.remote is not None
+    for name in ("pi2", "pi3"):  # of the Ring, and one that stands by
+        keys = tuple(node(each.name, "another key" if each.name == name else "") for each in other.remote.nodes)
+        nodes = (*keys, *([node(name, "another key")] if name == "pi3" else []))
+        layers = (*other.layers, *([LayerRange(12, 13)] if name == "pi3" else []))
+        assert not is_like(RING, replace(other, layers=layers, remote=replace(other.remote, nodes=nodes)))
