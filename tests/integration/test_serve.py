@@ -223,8 +223,9 @@ def test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing(se
     assert served.ask(PROMPT) == [expected]
 
 
-def test_a_node_that_is_stopped_lets_what_runs_end_first(served: Served) -> None:
-    """The last one: the ring waits for pi1 from here on."""
+def test_others_take_over_from_a_node_that_is_stopped_and_what_runs_goes_on(served: Served) -> None:
+    """The last one: pi1 is missing from here on."""
+    rings = served.status()["rings_formed"]
 
     async def ask_and_stop() -> str:
         body = {**PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": True}
@@ -239,6 +240,7 @@ def test_a_node_that_is_stopped_lets_what_runs_end_first(served: Served) -> None
     log = served.ring.log("pi1").read_text()
     assert "drain_ended" in log and "Traceback" not in log
     served.until(lambda status: _states(status)["pi1"] == "missing")
+    assert served.until_serves("desk", "pi2")["rings_formed"] == rings, "it was formed anew"
 
 
 def _with(body: str, **fields: Any) -> str:
