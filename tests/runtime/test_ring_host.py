@@ -223,7 +223,7 @@ async def test_a_child_that_ends_is_the_loss_of_its_node(tiny: Path, monkeypatch
             child.stdin.write(b"go\n")
         async with asyncio.timeout(20):
             error = await lost.get()
-            with pytest.raises(NodeDiedError, match="^node-1: no room for the model$"):
+            with pytest.raises(RingError, match="^node-1: no room for the model$"):
                 await starting
     assert str(error) == "node-1: no room for the model"
     assert [line["node"] for line in logs if line["event"] == "node_lost"] == ["node-1"]
