@@ -115,7 +115,7 @@ class StageRunner:
 
         model: as for ``load``; None where nothing is lacking. The other arguments: see ``load``. The room of the KV
         cache is given back first, so that this takes no more memory than a Stage that is loaded anew. After an error
-        this runner is of no use.
+        this runner computes nothing until it is reshaped again.
 
         Raises:
             ModelError, CapacityError: see ``load``.

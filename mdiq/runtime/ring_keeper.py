@@ -23,7 +23,7 @@ from mdiq.runtime.loops import Clock
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_status import KeptRing, Requests, RingView, names_of, serves_text
 from mdiq.runtime.starter_service import StreamEvent
-from mdiq.runtime.takeover import is_same_but_idle, members_of
+from mdiq.runtime.takeover import is_same_but_idle, members_of, nodes_of
 
 log = structlog.get_logger()
 
@@ -193,7 +193,7 @@ class RingKeeper:
                 if len(stay) < len(old.standing_by):
                     spares = tuple(node for node in old.spares if (node.name, node.public_key) not in revoked)
                     await ring.replace_idle(replace(now, remote=replace(old, standing_by=stay, spares=spares)))
-            is_cut = bool(revoked & _in_ring(now))
+            is_cut = bool(revoked & nodes_of(now))
             await self._change(options, self._drained, "reloads", at_once=is_cut)
             return f"the ring is formed with {names_of(options)}"
 
@@ -386,8 +386,3 @@ class RingKeeper:
     def _say(self, text: str, *, is_serving: bool = False) -> None:
         self._state = KeeperState(is_serving, text)
         self._on_state(self._state)
-
-
-def _in_ring(options: RingOptions) -> set[tuple[str, str | None]]:
-    """Return the Ring's Nodes with their keys."""
-    return {(node.name, node.public_key) for node in options.remote.nodes} if options.remote else set()

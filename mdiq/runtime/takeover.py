@@ -102,10 +102,13 @@ def is_same_but_idle(one: RingOptions, other: RingOptions) -> bool:
 
 def members_of(options: RingOptions) -> set[tuple[str, str | None]]:
     """Return all Nodes that may connect, those that stand by too, with their keys."""
-    if options.remote is None:
-        return set()
-    idle = {(node.name, node.public_key) for node in options.remote.standing_by}
-    return idle | {(node.name, node.public_key) for node in options.remote.nodes}
+    idle = options.remote.standing_by if options.remote else ()
+    return nodes_of(options) | {(node.name, node.public_key) for node in idle}
+
+
+def nodes_of(options: RingOptions) -> set[tuple[str, str | None]]:
+    """Return the Ring's Nodes with their keys."""
+    return {(node.name, node.public_key) for node in options.remote.nodes} if options.remote else set()
 
 
 def is_like(one: RingOptions, other: RingOptions) -> bool:

@@ -94,7 +94,8 @@ class StageModel:
     ) -> None:
         """Have other Layers of the same model: those that are here stay, others go first, then the rest is read.
 
-        model, progress: see above; None where nothing is lacking. After an error this StageModel is of no use.
+        model, progress: see above; None where nothing is lacking. After an error it computes nothing until it is
+        reshaped again.
 
         Raises:
             ModelError, EngineError: see above.
