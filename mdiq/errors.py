@@ -109,12 +109,14 @@ class RingStalledError(RingError):
 class NodeDiedError(RingError):
     """A process of the ring ended while it was needed.
 
-    is_silent: it says nothing any more, and may live: its link may be down.
+    is_silent: it says nothing any more, and may live: its link may be down. unheard_s: how long it had said nothing
+    when that was noticed, if that is known.
     """
 
-    def __init__(self, *args: object, is_silent: bool = False) -> None:
+    def __init__(self, *args: object, is_silent: bool = False, unheard_s: float | None = None) -> None:
         super().__init__(*args)
         self.is_silent = is_silent
+        self.unheard_s = unheard_s
 
 
 def first_of(error: BaseException) -> BaseException:

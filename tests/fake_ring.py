@@ -4,7 +4,7 @@ tests/runtime/test_ring_contract.py asks of it what it asks of a real one.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
 from mdiq.errors import CapacityError, MdiqError, RingError
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
+from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.starter_service import StreamEvent
 from mdiq.runtime.takeover import with_idle_of
 
@@ -45,7 +46,8 @@ class FakeRing:
 
     joined: it can be entered; refused: why not even then. goes_on: streams give more than their first token. failure:
     ends every stream after its first token. short_by: tokens that streams lack. refuses: returns why a Sequence cannot
-    run. can_change: it can serve as another Ring. silence: seconds, by node. closing: it is being closed; closes: that
+    run. can_change: it can serve as another Ring. silence: seconds, by node. disks, times: see RingHost.
+    closing: it is being closed; closes: that
     can end.
     """
 
@@ -71,6 +73,8 @@ class FakeRing:
         self.refuses: Callable[[Sequence], MdiqError | None] = lambda _: None
         self.silence: dict[str, float] = {}
         self.gone: list[str] = []
+        self.disks: dict[str, frozenset[int]] = {}
+        self.times: list[RecoveryTimes] = []
         self.can_change = False  # it has to be formed anew for that
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -109,6 +113,14 @@ class FakeRing:
     @property
     def missing(self) -> list[str]:
         return self.gone if self.joined.is_set() else list(self.options.node_names[1:])
+
+    @property
+    def at_hand(self) -> Mapping[str, frozenset[int]]:
+        return self.disks
+
+    @property
+    def pauses(self) -> Collection[RecoveryTimes]:
+        return self.times
 
     @property
     def is_paused(self) -> bool:

@@ -7,6 +7,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from mdiq.runtime.recovery_times import STEPS
+
 _REQUESTS = (
     (GaugeMetricFamily, "mdiq_requests_running", "running", "Requests that are not finished."),
     (CounterMetricFamily, "mdiq_requests_done_total", "done", "Requests that were answered."),
@@ -44,6 +46,13 @@ class RingCollector(Collector):
         if "counts" in status:
             for key, text in _COUNTS.items():
                 yield CounterMetricFamily(f"mdiq_{key}_total", text, status["counts"].get(key, 0))
+        for pause in status.get("pauses", [])[-1:]:
+            text = "Seconds of the newest pause, by step, after a loss was noticed; unheard: before that."
+            steps = GaugeMetricFamily("mdiq_last_pause_seconds", text, labels=["step"])
+            for step in STEPS:
+                if step in pause:
+                    steps.add_metric([step.removesuffix("_s")], pause[step])
+            yield steps
         for kind, name, key, text in _NODE:
             family = kind(name, text, labels=["node"])
             for node in status["nodes"]:

@@ -1,7 +1,7 @@
 """`mdiq status`, `mdiq drain`, `mdiq reload`: an operator talks to the `mdiq serve` of a topology on this machine."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdiq.runtime.admin import ask
+from mdiq.runtime.recovery_times import STEPS
 
 
 def status(topology: Path, *, as_json: bool) -> int:
@@ -46,6 +47,11 @@ def _print(found: Mapping[str, Any]) -> None:
     )
     if found["last_error"]:
         console.print(f"last error: {found['last_error']}", highlight=False, markup=False)
+    for pause in found.get("pauses", [])[-1:]:
+        steps = ", ".join(f"{text} {pause[name]:g} s" for name, text in STEPS.items() if name in pause)
+        console.print(
+            f"last pause, {pause['ago_s']:.0f} s ago: {pause['reason']}; {steps}", highlight=False, markup=False
+        )
     table = Table("node", "state", "layers", "memory", "weights", "busy", "hop out of it")
     hops = found.get("hops", [])
     for i, node in enumerate(found["nodes"]):
@@ -66,8 +72,16 @@ def _state(node: Mapping[str, Any]) -> str:
     if node["state"] == "loads":
         return f"loads, {node['loaded']} of {node['to_load']}"
     if "reason" in node:
-        return f"{node['state']}: {node['reason']}"
+        ready = f"; on its disk: layers {_spans(node['on_disk'])}" if "on_disk" in node else ""
+        return f"{node['state']}: {node['reason']}{ready}"
     return str(node["state"])
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """Return layers in words: 0-3, 7-11."""
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    return ", ".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def _megabytes(count: int | None) -> str:

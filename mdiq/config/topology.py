@@ -99,6 +99,11 @@ class Node(_Section):
         None, "Layers by hand, for all nodes or for none; auto: planned from measurements.", written=AUTO
     )
     spare: bool = _key(False, "Stands by for a node that fails, and takes its layers then.")
+    standby_layers: Literal["auto", "none"] = _key(
+        "auto",
+        "Layers of other nodes that this one keeps on its disk, so that it takes over at once: those of all workers if "
+        "it is spare, else those of its neighbours; or none.",
+    )
     public_key: PublicKey = _key(
         None, "Public key of the node, from `mdiq keys`; not a secret. Needed beyond loopback."
     )

@@ -25,12 +25,14 @@ MAX_WAITING = 8
 MAX_ANSWERS = 64
 SPANS_PER_CHUNK = 2_000
 
+_Request = control.Assign | control.SendBurst | control.Begin | control.Fetch
+
 
 class Agent:
     """Serves one Node until the Starter drains it.
 
     load: does what an Assign says and returns what it gave; send_burst and begin, likewise. A newer Assign, a StandBy,
-    or the end cancels it.
+    or the end cancels it. fetch: likewise, beside the others; an Assign cancels it too, and what it has fetched stays.
     stand_by: called when the Ring goes without this Node.
     heartbeat: returns the figures of now.
     spans: returns the trace so far.
@@ -45,6 +47,7 @@ class Agent:
         load: Callable[[control.Assign], Awaitable[control.Ready]],
         send_burst: Callable[[control.SendBurst], Awaitable[control.BurstSent]],
         begin: Callable[[control.Begin], Awaitable[control.Begun]],
+        fetch: Callable[[control.Fetch], Awaitable[control.Fetched]],
         stand_by: Callable[[control.StandBy], Awaitable[None]],
         heartbeat: Callable[[], control.Heartbeat],
         spans: Callable[[], Sequence[Span]],
@@ -55,6 +58,7 @@ class Agent:
         self._load = load
         self._send_burst = send_burst
         self._begin = begin
+        self._fetch = fetch
         self._stand_by = stand_by
         self._heartbeat = heartbeat
         self._spans = spans
@@ -117,13 +121,18 @@ class Agent:
         """Do what the Starter says until it drains this Node. What comes while something is done may end it."""
         reading = asyncio.create_task(self._link.receive(), name="control-receive")
         job: asyncio.Task[None] | None = None
+        fetching: asyncio.Task[None] | None = None
         junk, time_of = JunkBudget(), asyncio.get_running_loop().time
         try:
             while True:
-                await asyncio.wait({reading} if job is None else {reading, job}, return_when=asyncio.FIRST_COMPLETED)
+                waited_for = {reading, *(task for task in (job, fetching) if task is not None)}
+                await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
                 if job is not None and job.done():
                     job.result()
                     job = None
+                if fetching is not None and fetching.done():
+                    fetching.result()
+                    fetching = None
                 if not reading.done():
                     continue
                 start_s, data = time_of(), reading.result()
@@ -147,26 +156,42 @@ class Agent:
                         await self._stand_by(message)
                     case control.Ping():
                         pass
-                    case control.Assign() | control.SendBurst() | control.Begin() if message in self._answers:
+                    case control.Assign() | control.SendBurst() | control.Begin() | control.Fetch() if (
+                        message in self._answers
+                    ):
                         if (answer := self._answers[message]) is not None:
                             self._post(answer)
+                    case control.Fetch():
+                        await self._stop_fetching(fetching)
+                        self._note_asked(message)
+                        fetching = asyncio.create_task(self._answer(message, None), name="Fetch")
                     case control.Assign() | control.SendBurst() | control.Begin():
-                        self._answers[message] = None
-                        while len(self._answers) > MAX_ANSWERS:
-                            del self._answers[next(iter(self._answers))]
+                        self._note_asked(message)
                         if isinstance(message, control.Assign):
                             await _give_up(job)  # nobody waits for what was assigned before
                             job = None
+                            await self._stop_fetching(fetching)  # it would keep the folder, and the link
+                            fetching = None
                         job = asyncio.create_task(self._answer(message, job), name=type(message).__name__)
                     case _:
                         log.warning("control_message_dropped", error=f"{type(message).__name__}: not for an agent")
         finally:
             await _give_up(reading)
             await _give_up(job)
+            await _give_up(fetching)
 
-    async def _answer(
-        self, message: control.Assign | control.SendBurst | control.Begin, before: "asyncio.Task[None] | None"
-    ) -> None:
+    def _note_asked(self, message: control.Message) -> None:
+        self._answers[message] = None
+        while len(self._answers) > MAX_ANSWERS:
+            del self._answers[next(iter(self._answers))]
+
+    async def _stop_fetching(self, fetching: "asyncio.Task[None] | None") -> None:
+        """Give up what is fetched; it goes on from there when the Starter asks for it again."""
+        await _give_up(fetching)
+        for message in [each for each in self._answers if isinstance(each, control.Fetch)]:
+            del self._answers[message]
+
+    async def _answer(self, message: _Request, before: "asyncio.Task[None] | None") -> None:
         """Do what a message says, after what is done already, and answer it."""
         if before is not None:
             await before
@@ -177,8 +202,10 @@ class Agent:
             raise
         await self._send(answer)
 
-    async def _do(self, message: control.Assign | control.SendBurst | control.Begin) -> control.Message:
+    async def _do(self, message: _Request) -> control.Message:
         match message:
+            case control.Fetch():
+                return await self._fetch(message)
             case control.Assign():
                 return await self._load(message)
             case control.SendBurst():

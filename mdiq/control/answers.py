@@ -9,7 +9,7 @@ from mdiq.core.types import NodeId
 from mdiq.errors import MdiqError
 
 T = TypeVar("T")
-A = TypeVar("A", control.Ready, control.Begun, control.BurstSent, control.BurstArrived)
+A = TypeVar("A", control.Ready, control.Begun, control.Fetched, control.BurstSent, control.BurstArrived)
 
 
 class Answers:

@@ -76,10 +76,9 @@ class Coordinator:
         self._answers = Answers()
         self._silent: dict[NodeId, control.Hello] = {}  # whose Lease has ended, and which may be heard again
         self.ready: dict[NodeId, control.Ready] = {}  # what each Node has
-        self._stays = asyncio.Event()
-        self._news = asyncio.Event()  # somebody has joined
-        # The first Node that asks to be drained.
-        self.leaving: asyncio.Future[NodeId] = asyncio.get_running_loop().create_future()
+        self.on_disk: dict[NodeId, frozenset[int]] = {}  # Layers, as far as its process has said
+        self._stays, self._news = asyncio.Event(), asyncio.Event()
+        self.leaving: asyncio.Future[NodeId] = asyncio.get_running_loop().create_future()  # of one that asks for it
         self.heartbeats: dict[NodeId, control.Heartbeat] = {}
         self.spans: dict[NodeId, list[Span]] = {}
         self._know((*self._ring, *self._standby))
@@ -136,9 +135,8 @@ class Coordinator:
 
     def silent(self, min_s: float) -> dict[NodeId, float]:
         """Return the Nodes that have not been heard for so long, and for how long; those that are gone are not here."""
-        now = self._clock()
-        silent = {node: self._members.silent_s(node, now) for node in self._ring if not self._gone[node].done()}
-        return {node: silent_s for node, silent_s in silent.items() if silent_s >= min_s}
+        now, here = self._clock(), [node for node in self._ring if not self._gone[node].done()]
+        return {node: silent_s for node in here if (silent_s := self._members.silent_s(node, now)) >= min_s}
 
     async def assign(self, assignments: Mapping[NodeId, control.Assign]) -> Mapping[NodeId, control.Ready]:
         """Tell the Nodes what to load and wait until all have.
@@ -156,9 +154,9 @@ class Coordinator:
         """Tell the Nodes to begin an Epoch and wait until all have; raises as ``assign`` does."""
         await self._call(begins, {node: (control.Begun, begin.epoch) for node, begin in begins.items()})
 
-    async def send_burst(self, node: NodeId, burst: control.SendBurst) -> control.BurstSent:
-        """Have a Node send a burst and return when it did; raises as ``assign`` does."""
-        return (await self._call({node: burst}, {node: (control.BurstSent, burst.number)}))[node]
+    async def ask(self, node: NodeId, request: control.SendBurst | control.Fetch, kind: type[A]) -> A:
+        """Have one Node do something and return its answer of this kind; raises as ``assign`` does."""
+        return (await self._call({node: request}, {node: (kind, request.number)}))[node]
 
     def burst_arrived(self, node: NodeId, number: int) -> "asyncio.Future[control.BurstArrived]":
         """Return a future of what a Node sees of a burst that it receives; raises as ``assign`` does."""
@@ -243,6 +241,10 @@ class Coordinator:
                 if self._answers.came(node, message.epoch, message):
                     self._members.ready(node)
                     self.ready[node] = message
+                    self.on_disk[node] = frozenset(message.on_disk)
+            case control.Fetched():
+                if self._answers.came(node, message.number, message):
+                    self.on_disk[node] = frozenset(message.on_disk)
             case control.BurstSent() | control.BurstArrived():
                 self._answers.came(node, message.number, message)
             case control.Begun():
@@ -258,10 +260,10 @@ class Coordinator:
             case control.Leaving():
                 if node in self._ring and not self.leaving.done():
                     self.leaving.set_result(node)
-            case control.Goodbye() if not self._is_draining:
-                self.lose(node, NodeDiedError(f"{node}: it has left; see its log"))
             case control.Goodbye():
-                self.fail(node, NodeDiedError(f"{node}: it is gone; see the log"))
+                (self.fail if self._is_draining else self.lose)(
+                    node, NodeDiedError(f"{node}: it has left; see its log")
+                )
             case control.Failed():
                 self.lose(node, message.as_error(node))
             case _:
@@ -281,13 +283,12 @@ class Coordinator:
             self._note_new_process(node)
         self._members.joined(node, self._clock())
         self._nodes.pop(self._identities.get(node, identity), None)  # where it spoke from before a restart
+        self.on_disk.pop(node, None)
         self._identities[node] = identity
         self._nodes[identity] = node
-        if hello.mdiq_version != self._version:
-            mismatch = EngineError(
-                f"{node}: it runs mdiq {hello.mdiq_version} and the starter {self._version}; install the same version"
-            )
-            self.fail(node, mismatch)
+        if (theirs := hello.mdiq_version) != self._version:
+            text = f"{node}: it runs mdiq {theirs} and the starter {self._version}; install the same version"
+            self.fail(node, mismatch := EngineError(text))
             if node in self._ring:
                 self._on_lost(node, mismatch)
         else:
@@ -372,21 +373,21 @@ class Coordinator:
         if self._gone[node].done():
             return
         self._silent[node] = self._joined[node].result()
-        self.lose(node, NodeDiedError(f"{node}: {why}", is_silent=is_silent))
+        unheard_s = self._members.silent_s(node, self._clock())
+        self.lose(node, NodeDiedError(f"{node}: {why}", is_silent=is_silent, unheard_s=unheard_s))
 
     def _know(self, nodes: Iterable[NodeId]) -> None:
         """Let these Nodes join from now on."""
         loop = asyncio.get_running_loop()
-        for node in nodes:
-            if node not in self._joined:
-                self._joined[node], self._gone[node] = loop.create_future(), loop.create_future()
-                self.spans[node] = []
+        for node in [each for each in nodes if each not in self._joined]:
+            self._joined[node], self._gone[node] = loop.create_future(), loop.create_future()
+            self.spans[node] = []
 
     def _forget(self, node: NodeId) -> None:
         """Take a Node for a stranger from now on."""
         self._members.forget(node)
         self._nodes.pop(self._identities.pop(node, b""), None)
-        for table in (self._joined, self._gone, self._silent, self.spans, self.heartbeats, self.ready):
+        for table in (self._joined, self._gone, self._silent, self.spans, self.heartbeats, self.ready, self.on_disk):
             table.pop(node, None)
 
     async def _send(self, node: NodeId, message: control.Message) -> None:

@@ -75,7 +75,8 @@ class _Peer:
 class WeightServer:
     """Serves the Layers of ``source`` to whoever reaches ``server``.
 
-    limit: bytes a second of all transfers together. may_fetch: whether a Node may have some Layers, by its name.
+    limit: bytes a second of all transfers together; it may be changed; None: as fast as they can. may_fetch: whether a
+    Node may have some Layers, by its name.
     outstanding_bytes: of parts that were asked for and not yet taken in; peak_outstanding_bytes: its peak.
     """
 
@@ -91,7 +92,7 @@ class WeightServer:
         self._server = server
         self._source = source
         self._clock = clock
-        self._limit = limit
+        self.limit = limit
         self._may_fetch = may_fetch
         self._peers: dict[bytes, tuple[_Peer, asyncio.Task[None]]] = {}
         # A thread of their own: whoever else needs a thread does not wait for packing.
@@ -257,10 +258,10 @@ class WeightServer:
 
     async def _keep_pace(self, peer: _Peer, num_bytes: int) -> None:
         """Wait until so many bytes may go out; the Node hears now and then that it is not forgotten."""
-        if self._limit is None:
+        if self.limit is None:
             return
         now = self._clock()
-        due_s = now + self._limit.take(num_bytes, now)
+        due_s = now + self.limit.take(num_bytes, now)
         while (wait_s := due_s - self._clock()) > 0:
             await asyncio.sleep(min(wait_s, WAITING_S))
             if wait_s > WAITING_S:

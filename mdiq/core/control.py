@@ -106,6 +106,33 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bring the files of these Layers to this Node's disk, beside what it does; the newest of these counts."""
+
+    number: int
+    layer_start: int
+    layer_stop: int
+    model_digest: str
+    weight_format: str
+
+    def __post_init__(self) -> None:
+        if not self.layer_start < self.layer_stop:
+            raise ValueError("it needs a layer")
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A fetch has ended. on_disk: Layers whose files the Node has now. error: why some are not there, or empty."""
+
+    number: int
+    on_disk: tuple[int, ...]
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "error", _clipped(self.error))
+
+
+@dataclass(frozen=True, slots=True)
 class SendBurst:
     """Measure the Hop out of this Stage: send ``num_frames`` BURST Frames of about ``frame_bytes`` each."""
 
@@ -262,6 +289,8 @@ Message = (
     | Assign
     | Loading
     | Ready
+    | Fetch
+    | Fetched
     | SendBurst
     | BurstSent
     | BurstArrived

@@ -72,7 +72,8 @@ class RingProtocol:
     prefill: what became of prompts, Replays included: prefill_tokens were computed, prefix_tokens found in the cache,
     by prefix_hits Sequences.
     decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
-    peak_live: the largest number of Sequences that were in the Ring at once.
+    peak_live: the largest number of Sequences that were in the Ring at once. resumed: those that were in it when the
+    newest pause ended, by index.
     """
 
     def __init__(self, settings: RingSettings | None = None) -> None:
@@ -90,6 +91,7 @@ class RingProtocol:
         self._actions: list[Action] = []
         self.epoch = NO_EPOCH
         self.is_paused = False
+        self.resumed: list[int] = []
         self.decode_gap_s = 0.0
         self.peak_live = 0
         self._prompt_at = float("-inf")  # when a prompt was last known to be in the Ring
@@ -153,6 +155,7 @@ class RingProtocol:
         if self.is_paused:
             self.is_paused = False
             self.counts["recoveries"] += 1
+            self.resumed = [entry.sequence.index for entry in self._scheduler.live.values()]
             for entry in list(self._scheduler.live.values()):
                 self._may_replay(entry)  # else a prompt that kills a Node would do so for ever
         self.epoch = epoch
@@ -287,12 +290,9 @@ class RingProtocol:
         return min(dues, default=None)
 
     def _new_timer(self) -> LapTimer:
-        settings = self._settings
+        it = self._settings
         return LapTimer(
-            min_s=settings.min_timeout_s,
-            limit_s=settings.lap_timeout_s,
-            token_s=settings.token_timeout_s,
-            silence_s=settings.silence_s,
+            min_s=it.min_timeout_s, limit_s=it.lap_timeout_s, token_s=it.token_timeout_s, silence_s=it.silence_s
         )
 
     def _accept(self, segment: Segment, now: float | None) -> bool:

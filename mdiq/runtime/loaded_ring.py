@@ -1,6 +1,6 @@
 """What lives as long as the weights of a Ring: its Stages as they are loaded, their costs, and what they could hold."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,11 @@ class LoadedRing:
         more = int(max(room, 0) / self._layer_bytes) if self._layer_bytes else len(self._all_layers)
         return Able(self._layer_s[i], num_layers + more)
 
+    def num_more(self, name: str, options: RingOptions) -> int:
+        """Return how many Layers a Node's memory holds beside its own, as far as is known."""
+        held = dict(zip(self.options.node_names, self.options.layers, strict=True)).get(name, ())
+        return max(self._able(name, options).max_layers - len(held), 0)
+
     def survived(
         self,
         now: RingOptions,
@@ -67,10 +72,12 @@ class LoadedRing:
         lost: Collection[str],
         max_fetch_s: float,
         bytes_per_s: float,
+        at_hand: Mapping[str, frozenset[int]],
     ) -> RingOptions | None:
         """Return a Ring without its lost Nodes; None if the others cannot hold or fetch their Layers in that time.
 
         now: what the Ring is; options: the same with spares in some places. bytes_per_s: of the slowest link.
+        at_hand: Layers on Nodes' disks.
         """
         able = {name: self._able(name, options) for name in options.node_names if name not in lost}
         survived = with_survivors(options, lost, able)
@@ -80,13 +87,10 @@ class LoadedRing:
         rate = min(bytes_per_s, limit or bytes_per_s)
         held = dict(zip(now.node_names, now.layers, strict=True))
         others = zip(survived.node_names[1:], survived.layers[1:], strict=True)
-        num_fetched = sum(len({*layers} - self._at_hand(name) - {*held.get(name, ())}) for name, layers in others)
+        num_fetched = sum(
+            len({*layers} - at_hand.get(name, frozenset()) - {*held.get(name, ())}) for name, layers in others
+        )
         return survived if num_fetched * self._layer_bytes / rate <= max_fetch_s else None
-
-    def _at_hand(self, name: str) -> set[int]:
-        """Return the Layers that a Node has on its disk, as far as is known."""
-        names = self.options.node_names
-        return {*self.others[names.index(name) - 1].on_disk} if name in names else set()
 
     @property
     def _layer_bytes(self) -> float:

@@ -19,15 +19,15 @@ import zmq.asyncio
 import mdiq
 from mdiq.cache import cache_directory
 from mdiq.control.agent import Agent
-from mdiq.control.weight_client import fetch_weights
+from mdiq.control.weight_client import Fetched, fetch_weights
 from mdiq.control.weight_store import stored_layers
 from mdiq.core import control
 from mdiq.core.types import LayerRange
 from mdiq.core.weights import folder_name
 from mdiq.engine.formats.layer_files import LayerFiles
-from mdiq.errors import MdiqError, NodeDiedError
+from mdiq.errors import ConfigError, MdiqError, NodeDiedError
 from mdiq.runtime.lifecycle import Notifier
-from mdiq.runtime.loops import Supervisor, make_worker
+from mdiq.runtime.loops import Progress, Supervisor, make_worker
 from mdiq.runtime.options import RingPeers
 from mdiq.runtime.stage_host import StageHost
 from mdiq.telemetry.trace import Tracer
@@ -109,6 +109,7 @@ class NodeProcess:
                 load=self._load,
                 send_burst=self._stage.send_burst,
                 begin=self._begin,
+                fetch=self._fetch_ahead,
                 stand_by=self._stand_by,
                 heartbeat=self._stage.heartbeat,
                 spans=lambda: self._tracer.spans,
@@ -235,7 +236,10 @@ class NodeProcess:
             on_measuring=lambda: self._notifier.starting(f"measures {self._layers}"),
         )
         if self._peers is not None:
-            ready = replace(ready, on_disk=await asyncio.to_thread(stored_layers, _folder(assign)))
+            ready = replace(
+                ready,
+                on_disk=await asyncio.to_thread(stored_layers, _folder(assign.model_digest, assign.weights.format)),
+            )
         self._waits_for = "the others of the ring"
         self._loaded = assign, ready
         if assign.measures:  # the Hops too, before the first Epoch; else the next Node may not let this one in yet
@@ -269,21 +273,44 @@ class NodeProcess:
     async def _fetch(self, peers: RingPeers, layers: LayerRange, assign: control.Assign) -> LayerFiles:
         """Return this machine's files of the Layers, fetched now where it lacks some."""
         self._progress("fetching", 0, 0)
+        fetched = await self._fetched(
+            peers, assign.model_digest, assign.weights.format, layers, partial(self._progress, "fetching")
+        )
+        return await asyncio.to_thread(LayerFiles, fetched.paths, fetched.in_use)
+
+    async def _fetch_ahead(self, fetch: control.Fetch) -> control.Fetched:
+        """Bring Layers to this machine that it may have to load later; what it does meanwhile goes on."""
+        layers = LayerRange(fetch.layer_start, fetch.layer_stop)
+        error = ""
+        try:
+            if self._peers is None:
+                raise ConfigError("this node has the model beside it")
+            await self._fetched(self._peers, fetch.model_digest, fetch.weight_format, layers, lambda *_: None)
+        except MdiqError as raised:
+            error = str(raised)
+            log.warning("layers_not_fetched", layers=str(layers), error=error)
+        on_disk = await asyncio.to_thread(stored_layers, _folder(fetch.model_digest, fetch.weight_format))
+        return control.Fetched(fetch.number, on_disk, error)
+
+    async def _fetched(
+        self, peers: RingPeers, digest: str, weight_format: str, layers: LayerRange, progress: Progress
+    ) -> Fetched:
         fetched = await fetch_weights(
             lambda: self._connect_to_starter(peers, peers.weights_endpoint),
-            _folder(assign),
-            assign.model_digest,
+            _folder(digest, weight_format),
+            digest,
             layers,
             clock=self._clock,
-            progress=partial(self._progress, "fetching"),
+            progress=progress,
         )
         log.info(
             "weights_here",
+            layers=str(layers),
             layers_fetched=fetched.num_fetched,
             num_bytes=fetched.num_bytes,
             layers_mended=fetched.num_mended,
         )
-        return await asyncio.to_thread(LayerFiles, fetched.paths, fetched.in_use)
+        return fetched
 
     def _progress(self, what: str, done: int, total: int) -> None:
         share = f": {100 * done // total} %" if total else ""
@@ -316,6 +343,6 @@ class NodeProcess:
         log.info("stands_by", reason=message.reason)
 
 
-def _folder(assign: control.Assign) -> Path:
-    """Return where this device keeps the files of an assignment's Layers."""
-    return cache_directory() / "weights" / folder_name(assign.model_digest, assign.weights.format)
+def _folder(digest: str, weight_format: str) -> Path:
+    """Return where this device keeps the files of a model's Layers."""
+    return cache_directory() / "weights" / folder_name(digest, weight_format)

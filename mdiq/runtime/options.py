@@ -20,6 +20,7 @@ class RemoteNode:
 
     data_endpoint: where it takes Frames. public_key: of CURVE, in Z85; None in plain text.
     memory_share: the part of its machine's free memory that it may plan with. memory_bytes: most that it may take.
+    keeps_standby_layers: it has Layers of others on its disk, to take over at once.
     """
 
     name: str
@@ -28,6 +29,7 @@ class RemoteNode:
     device: str = "cpu"
     memory_share: float = 1.0
     memory_bytes: int | None = None
+    keeps_standby_layers: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ A Ring that has gone on without a Node takes it in again when it has been back f
 """
 
 import asyncio
+import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from math import inf
@@ -28,16 +30,17 @@ from typing import Protocol
 import structlog
 
 from mdiq.errors import CapacityError, ConfigError, MdiqError, NodeDiedError, RingError
+from mdiq.runtime.fetch_ahead import FetchAhead
 from mdiq.runtime.loops import loop_failed
+from mdiq.runtime.losses import Losses
 from mdiq.runtime.options import RingOptions
+from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.starter_service import StarterService
 from mdiq.runtime.takeover import is_same_but_idle, members_of, with_idle_of, with_newcomers
 from mdiq.runtime.workers import Workers
 
 log = structlog.get_logger()
 
-MAX_LOSSES = 5
-"""In one recovery. A Node that dies each time that it loads would otherwise hold up what runs for ever."""
 LOAD_S = 600.0
 """For loading and beginning: a Node that lives and does not answer is no use."""
 QUICK_FETCH_S = 5.0
@@ -45,10 +48,11 @@ QUICK_FETCH_S = 5.0
 RETURN_S = 5.0
 """How long a Node has been back before the Ring takes it in again; twice as long after each time that it did."""
 MAX_RETURN_S = 600.0
+MAX_TIMES = 20
 
 
 class ChangingRing(Protocol):
-    """A Ring that can become another one; RingHost is one.
+    """A Ring that can become another one; ServingRing is one.
 
     options: what it is now.
     """
@@ -95,6 +99,7 @@ class Recovery:
     """Brings one Ring back, as often as it is needed.
 
     tolerance_s: how long it waits for the Nodes that are gone. give_up: called with the reason when it cannot.
+    times: of the newest pauses.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Recovery:
         ring: ChangingRing,
         workers: Workers,
         service: StarterService,
+        ahead: FetchAhead,
         *,
         tolerance_s: float,
         give_up: Callable[[MdiqError], None],
@@ -109,14 +115,14 @@ class Recovery:
         self._ring = ring
         self._workers = workers
         self._service = service
+        self._ahead = ahead
         self._tolerance_s = tolerance_s
         self._give_up = give_up
         self._planned = self._served = ring.options  # to which it returns; which served last
         self._barred: set[tuple[str, str | None]] = set()  # Nodes and keys that may not be in the Ring again
         self._return_s = RETURN_S
-        self._losses: list[MdiqError] = []  # of what is done now
-        self._unfit: set[str] = set()  # Nodes that could not do what another Ring wanted of them
-        self._has_waited = False  # long enough: a smaller Ring is better than none
+        self._losses = Losses()
+        self.times: deque[RecoveryTimes] = deque(maxlen=MAX_TIMES)
         self._turn = asyncio.Lock()  # one change at a time
         self._is_working = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,11 +144,11 @@ class Recovery:
         if self._is_closed or not is_loss or not self._workers.can_come_back or not self._tolerance_s:
             return False
         if is_unfit:
-            self._unfit.add(error.node or self._ring.options.node_names[0])
-        self._losses.append(error)
+            self._losses.unfit.add(error.node or self._ring.options.node_names[0])
+        too_many = self._losses.add(error)
         self._service.pause()
-        if len(self._losses) > MAX_LOSSES:
-            self._give_up(NodeDiedError(f"{error}; it is loss number {len(self._losses)} in one recovery"))
+        if too_many is not None:
+            self._give_up(too_many)
         elif not self._is_working and len(self._losses) == 1:
             self._start(self._nothing_else)
         return True
@@ -159,6 +165,12 @@ class Recovery:
         if is_same_but_idle(options, self._ring.options):
             await self.replace_idle(options)
             return
+        try:
+            if not members_of(self._ring.options) - members_of(options):  # else one is to be cut off at once
+                await self._ahead.get_ready(options)
+        except MdiqError as error:
+            self._planned = self._ring.options
+            raise ConfigError(f"the ring goes on with {_split_text(self._ring.options)}; {error}") from None
         await _until_done(self._start(partial(self._change_to, lambda: options)))
         if self._planned != options:
             raise ConfigError(f"the ring goes on with {_split_text(self._ring.options)}; see the log for what it lacks")
@@ -174,6 +186,9 @@ class Recovery:
             options = ring.taken_over([name]) if name in ring.options.node_names else None
             return None if options is not None and self._is_other_text(options) else options
 
+        if (options := without()) is not None:
+            with contextlib.suppress(MdiqError):  # then it is fetched in the pause, or fails there
+                await self._ahead.get_ready(options)
         await _until_done(self._start(partial(self._change_to, without)))
         return name not in self._ring.options.node_names
 
@@ -206,20 +221,15 @@ class Recovery:
                 await self._recover_if_lost()  # of Nodes that were lost while it found that there is nothing to do
             finally:
                 self._is_working = False
-                self._forget_losses()
+                self._losses.forget()
 
     async def _recover_if_lost(self) -> None:
         if self._losses:
             await self._recover()
-            self._forget_losses()
+            self._losses.forget()
 
     async def _nothing_else(self) -> None:
         """A recovery is what comes before any work."""
-
-    def _forget_losses(self) -> None:
-        self._losses.clear()
-        self._unfit.clear()
-        self._has_waited = False
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -232,77 +242,76 @@ class Recovery:
         Raises:
             MdiqError: it does not come back.
         """
-        clock, before = asyncio.get_running_loop().time, self._served
-        lost_s = clock()
-        log.warning("ring_paused", error=str(self._losses[0]), waits_s=self._tolerance_s)
-        while (times_s := await self._attempt(clock)) is None:
+        clock, before, first = asyncio.get_running_loop().time, self._served, self._losses.first
+        unheard_s = first.unheard_s if isinstance(first, NodeDiedError) else None
+        times = RecoveryTimes(str(first), clock(), unheard_s)
+        self.times.append(times)
+        log.warning("ring_paused", error=str(first), waits_s=self._tolerance_s)
+        while not await self._attempt(times):
             pass
-        back_s, loaded_s = times_s
-        log.warning(  # whoever was told that it waits is told that it does not any more
-            "ring_goes_on",
-            after_s=round(clock() - lost_s, 3),
-            back_s=round(back_s - lost_s, 3),
-            loaded_s=round(loaded_s - lost_s, 3),
-            sequences=self._service.ring.num_unfinished,
-            **({} if self._ring.options == before else {"layers": _split_text(self._ring.options)}),
-        )
+        if self._ring.options != before:
+            times.layers = _split_text(self._ring.options)
+        # Whoever was told that it waits is told that it does not any more.
+        log.warning("ring_goes_on", **times.shown())
         self._note_served()
 
-    async def _attempt(self, clock: Callable[[], float]) -> tuple[float, float] | None:
-        """Wait for a Ring that can serve, and begin an Epoch with it; return when there was one, and had loaded.
+    async def _attempt(self, times: RecoveryTimes) -> bool:
+        """Wait for a Ring that can serve, and begin an Epoch with it; note when there was one, and had loaded.
 
-        None when a Node was lost meanwhile, which may be back already, without its Layers.
+        False when a Node was lost meanwhile, which may be back already, without its Layers.
         """
         self._service.pause()  # the attempt before may have begun its Epoch
-        if self._unfit and self._ring.options != self._served:
+        if self._losses.unfit and self._ring.options != self._served:
             if not self._barred.isdisjoint(members_of(self._served)):
-                raise self._losses[-1]  # a Node that was cut off is not let in again for that
+                raise self._losses.last  # a Node that was cut off is not let in again for that
             await self._ring.reform(self._served)  # it held what runs
-        options, back_s = await self._ring_that_can(), clock()
-        loaded_s = await self._go_on_as(options)
-        return None if loaded_s is None else (back_s, loaded_s)
+        options = await self._ring_that_can()
+        times.back_s = asyncio.get_running_loop().time()
+        return await self._go_on_as(options, times)
 
-    async def _go_on_as(self, options: RingOptions) -> float | None:
-        """Load, and begin an Epoch; return when all had loaded, or None when a Node was lost, or could not."""
-        ring, num_losses, loaded_s = self._ring, len(self._losses), 0.0
+    async def _go_on_as(self, options: RingOptions, times: RecoveryTimes) -> bool:
+        """Load, and begin an Epoch; return whether that went well: no Node was lost, and all could."""
+        ring, num_losses, clock = self._ring, len(self._losses), asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(LOAD_S):
                 if options != ring.options:
                     await ring.reform(options)
                 await ring.reload()
-                loaded_s = asyncio.get_running_loop().time()
-                if ring.options != self._served and not self._has_waited and not ring.holds_what_runs:
+                times.loaded_s = clock()
+                if ring.options != self._served and not self._losses.has_waited and not ring.holds_what_runs:
                     raise CapacityError(f"{_split_text(options)}: too little KV cache for what runs")
                 if len(self._losses) == num_losses:
                     await ring.begin_again()
+                    self._service.note_begun(times)
         except TimeoutError:
             raise NodeDiedError(f"what was to go on has not loaded after {LOAD_S:g} s") from None
         except MdiqError as error:
             if len(self._losses) == num_losses and not self.takes_on(error):  # nobody has told of it
                 raise
-        return loaded_s if len(self._losses) == num_losses else None
+        return len(self._losses) == num_losses
 
     async def _change_to(self, wanted: Callable[[], RingOptions | None]) -> None:
         """Go on as another Ring. wanted: returns it, when it is its turn."""
-        ring, clock = self._ring, asyncio.get_running_loop().time
-        options = wanted()
+        ring, options = self._ring, wanted()
         if options is None or options == ring.options:
             return
         if ring.absent(options):
             await self.replace_idle(with_newcomers(ring.options, options))
             self._note_served()
             return
-        start_s = clock()
+        now = asyncio.get_running_loop().time()
+        times = RecoveryTimes("a change", now, back_s=now, layers=_split_text(options))
         self._service.pause()
-        if await self._go_on_as(options) is not None:
-            log.info("ring_changed", paused_s=round(clock() - start_s, 3), layers=_split_text(options))
+        if await self._go_on_as(options, times):
+            self.times.append(times)
+            log.info("ring_changed", **times.shown())
         else:
-            reason = str(self._losses[-1])
+            reason = str(self._losses.last)
             await self._recover()
-            if self._unfit:  # it is not tried again
+            if self._losses.unfit:  # it is not tried again
                 log.error("ring_not_changed", wanted=_split_text(options), error=reason)
                 self._planned = self._ring.options
-            self._forget_losses()
+            self._losses.forget()
         self._note_served()
 
     def _note_served(self) -> None:
@@ -332,6 +341,11 @@ class Recovery:
             if self._is_other_text(self._planned) and self._service.ring.num_unfinished:
                 continue
             self._return_s = min(2 * self._return_s, MAX_RETURN_S)
+            try:
+                await self._ahead.get_ready(self._planned)
+            except MdiqError as error:
+                log.error("ring_not_changed", wanted=_split_text(self._planned), error=str(error))
+                continue
             await _until_done(self._start(partial(self._change_to, lambda: self._planned)))
 
     async def _ring_that_can(self) -> RingOptions:
@@ -344,30 +358,19 @@ class Recovery:
         try:
             async with asyncio.timeout(self._tolerance_s):
                 while missing := self._workers.missing:
-                    is_any_silent = any(self._is_silent(name) for name in missing)
+                    is_any_silent = any(self._losses.is_silent(name) for name in missing)
                     max_fetch_s = None if is_any_silent else QUICK_FETCH_S
-                    options = ring.taken_over(missing, unfit=self._unfit, max_fetch_s=max_fetch_s)
+                    options = ring.taken_over(missing, unfit=self._losses.unfit, max_fetch_s=max_fetch_s)
                     if options is not None:
                         return options
                     await self._workers.until_joined()
             return ring.options
         except TimeoutError:
-            self._has_waited = True
-            options = ring.taken_over(self._workers.missing, unfit=self._unfit)
+            self._losses.has_waited = True
+            options = ring.taken_over(self._workers.missing, unfit=self._losses.unfit)
             if options is None:
-                raise self._not_back() from None
+                raise self._losses.not_back(self._workers.missing, self._tolerance_s) from None
             return options
-
-    def _is_silent(self, name: str) -> bool:
-        """Whether a Node that is missing may live, as far as is known."""
-        loss = next((error for error in reversed(self._losses) if error.node == name), None)
-        return isinstance(loss, NodeDiedError) and loss.is_silent
-
-    def _not_back(self) -> NodeDiedError:
-        """Return why what runs has to end: the loss of a Node that is still missing."""
-        missing = self._workers.missing
-        loss = next((error for error in reversed(self._losses) if error.node in missing), self._losses[-1])
-        return NodeDiedError(f"{loss}; it is not back after {self._tolerance_s:g} s")
 
 
 async def _until_done(task: "asyncio.Task[None]") -> None:

@@ -19,9 +19,10 @@ from mdiq.core import control
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import Epoch, LayerRange, NodeId
 from mdiq.core.weights import PIECE_BYTES
-from mdiq.errors import MdiqError, TransportError, first_of
+from mdiq.errors import CapacityError, MdiqError, TransportError, first_of
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.socket_workers import SocketWorkers
+from mdiq.runtime.workers import RingEvents
 from mdiq.transport.base import FrameSink
 from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
 from mdiq.transport.push_pull import PullSource, PushSink
@@ -45,6 +46,12 @@ class RemoteWorkers(SocketWorkers):
     _old_sink: FrameSink | None = None
     _weights: RouterServer | None = None
     _packing: "LayerPacking | None" = None
+    _weight_server: WeightServer | None = None
+    _num_fetches = 0
+
+    def __init__(self, options: RingOptions, ring_key: bytes, events: RingEvents) -> None:
+        super().__init__(options, ring_key, events)
+        self._fetches: dict[str, LayerRange] = {}  # what Nodes fetch beside what they serve
 
     async def open(self) -> None:
         """Listen to the Nodes, also where there are only some that stand by: they may come in later.
@@ -85,6 +92,37 @@ class RemoteWorkers(SocketWorkers):
         self._listening = {node: hello.data_endpoint for node, hello in joining.result().items()}
         await self.connect()
         return await self._assign()
+
+    @property
+    def at_hand(self) -> Mapping[str, frozenset[int]]:
+        """The Layers that Nodes have on their disks; see Workers."""
+        return dict[str, frozenset[int]](self._coordinator.on_disk.items()) if self._coordinator else {}
+
+    async def fetch(self, name: str, layers: LayerRange, bytes_per_s: float | None) -> None:
+        """Have a Node bring Layers to its disk; see Workers."""
+        self._limit_transfers(bytes_per_s)
+        self._fetches[name] = layers
+        self._num_fetches += 1
+        fetch = control.Fetch(
+            self._num_fetches, layers.start, layers.stop, self._model_digest, self._options.weights.format
+        )
+        try:
+            fetched = await self._opened_coordinator.ask(NodeId(name), fetch, control.Fetched)
+        finally:
+            self._fetches.pop(name, None)
+        if fetched.error:
+            raise CapacityError(f"{name}: {fetched.error}")
+
+    async def reload(self, epoch: Epoch, kv_tokens: int | None) -> Sequence[control.Ready]:
+        """Have the Nodes hold what they are to hold; see Workers."""
+        self._limit_transfers(None)  # others wait for it
+        return await super().reload(epoch, kv_tokens)
+
+    def _limit_transfers(self, bytes_per_s: float | None) -> None:
+        """Limit the rate of weights by this, and by what the operator says."""
+        limits = [limit for limit in (bytes_per_s, self._ring.transfer_bytes_per_s) if limit is not None]
+        if self._weight_server is not None:
+            self._weight_server.limit = TokenBucket(min(limits), PIECE_BYTES) if limits else None
 
     async def reform(self, options: RingOptions) -> None:
         """Have another Ring from now on; see Workers."""
@@ -154,28 +192,30 @@ class RemoteWorkers(SocketWorkers):
         workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
         idle = {node.public_key or "": node.name for node in ring.standing_by}
         last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
-        return {DATA: last, CONTROL: workers | idle, WEIGHTS: workers}
+        spares = {node.public_key or "": node.name for node in ring.spares}
+        return {DATA: last, CONTROL: workers | idle, WEIGHTS: workers | spares}
 
     async def _serve_weights(self, server: RouterServer) -> None:
         """Begin to serve weights."""
         from mdiq.engine.model.layer_packing import LayerPacking
 
-        options, rate = self._options, self._ring.transfer_bytes_per_s
+        options = self._options
         self._packing = packing = await asyncio.to_thread(
             LayerPacking, options.model, options.weights.format, cache_directory() / "packed"
         )
-        weight_server = WeightServer(
+        self._weight_server = WeightServer(
             server,
             LayerSource(packing.digest, packing.num_layers, packing.find),
             clock=time.monotonic,
-            limit=None if rate is None else TokenBucket(rate, PIECE_BYTES),
             may_fetch=self._may_fetch,
         )
-        self._loops.run(weight_server.run(), "weights")
+        self._limit_transfers(None)
+        self._loops.run(self._weight_server.run(), "weights")
 
     def _may_fetch(self, node: str, layers: LayerRange) -> bool:
-        """Tell whether Layers are those of the Node that asks."""
-        return dict(zip(self._options.node_names[1:], self._options.layers[1:], strict=True)).get(node) == layers
+        """Tell whether Layers are those of the Node that asks, or that it was asked to fetch."""
+        own = dict(zip(self._options.node_names[1:], self._options.layers[1:], strict=True))
+        return layers in (own.get(node), self._fetches.get(node))
 
     async def _all_joined(self, coordinator: Coordinator) -> Mapping[NodeId, control.Hello]:
         ring = self._ring

@@ -9,9 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
-from dataclasses import replace
 from functools import partial
-from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -25,13 +23,16 @@ from mdiq.errors import MdiqError, first_of
 from mdiq.plan.measured import MeasuredRing
 from mdiq.plan.pace import StageCost
 from mdiq.runtime.epochs import Epochs
+from mdiq.runtime.fetch_ahead import FetchAhead
 from mdiq.runtime.kind_of_workers import kind_of_workers
-from mdiq.runtime.loaded_ring import USUAL_BYTES_PER_S, LoadedRing
+from mdiq.runtime.loaded_ring import LoadedRing
 from mdiq.runtime.loops import Supervisor, Worker, make_worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.recovery import Recovery
+from mdiq.runtime.recovery_times import RecoveryTimes
+from mdiq.runtime.serving_ring import ServingRing
 from mdiq.runtime.starter_service import StarterService, StreamEvent
-from mdiq.runtime.takeover import is_like, is_same_but_idle, members_of, with_spares
+from mdiq.runtime.takeover import is_like, is_same_but_idle, members_of
 from mdiq.runtime.text_pipe import NoText, TextPipe
 from mdiq.runtime.workers import RingEvents, Workers
 from mdiq.telemetry.trace import Span, Tracer
@@ -64,8 +65,7 @@ class RingHost:
         events = RingEvents(self._on_fault, self._on_lost, on_loading)
         self._workers: Workers = kind_of_workers(options)(options, self._ring_key, events)
         self._loops = Supervisor(self._on_lost)
-        self._ring: LoadedRing | None = None
-        self._epochs: Epochs | None = None
+        self._ring: ServingRing | None = None  # once its Layers are loaded
         self._service: StarterService | None = None
         self._recovery: Recovery | None = None  # once the Ring is formed
         self._loss: MdiqError | None = None
@@ -99,12 +99,12 @@ class RingHost:
     @property
     def context_tokens(self) -> int:
         """Max tokens of one Sequence that context and KV cache hold."""
-        return self._formed.spec.max_tokens
+        return self._loaded.context_tokens
 
     @property
     def wire_check_nats(self) -> float | None:
         """What i8 would cost on the Hops that it was chosen for; None where it was not in question."""
-        return self._formed.wire_check_nats
+        return self._loaded.epochs.wire_check_nats
 
     @property
     def is_survey(self) -> bool:
@@ -124,7 +124,7 @@ class RingHost:
     @property
     def options(self) -> RingOptions:
         """What the Ring is now."""
-        return self._options
+        return self._options if self._ring is None else self._ring.options
 
     @property
     def idle_here(self) -> list[str]:
@@ -132,27 +132,19 @@ class RingHost:
         return self._workers.standing_by
 
     @property
+    def at_hand(self) -> Mapping[str, frozenset[int]]:
+        """The Layers that Nodes have on their disks, as far as is known."""
+        return self._workers.at_hand
+
+    @property
+    def pauses(self) -> Collection[RecoveryTimes]:
+        """The newest pauses."""
+        return () if self._recovery is None else self._recovery.times
+
+    @property
     def is_paused(self) -> bool:
         """Whether nothing enters the Ring, because of a Node that is gone, or of a change; what runs goes on later."""
         return self._recovery is not None and self._recovery.is_running
-
-    def taken_over(
-        self, lost: Collection[str], *, unfit: Collection[str] = (), max_fetch_s: float | None = inf
-    ) -> RingOptions | None:
-        """Return the Ring without these Nodes, or None; see recovery.ChangingRing."""
-        if not self._workers.can_change:
-            return None
-        spares = [name for name in self._workers.standing_by if name not in unfit]
-        options = with_spares(self._options, lost, spares)
-        still = [name for name in lost if name in options.node_names]
-        if not still:
-            return options
-        if max_fetch_s is None or not {*unfit}.isdisjoint({*options.node_names} - {*still}):
-            return None
-        if self.rounds and max_fetch_s < inf:  # a node that is back goes on with the same tokens
-            return None
-        rates = [hop.bytes_per_s for hop in self.hops() if hop.bytes_per_s is not None]
-        return self._loaded.survived(self._options, options, still, max_fetch_s, min(rates, default=USUAL_BYTES_PER_S))
 
     async def change(self, options: RingOptions) -> None:
         """Serve with other Nodes or Layers from now on; what runs goes on there. See ``can_change_to``.
@@ -177,53 +169,14 @@ class RingHost:
 
         Nodes that are not here are waited for while this one serves, unless one that serves is to be cut off.
         """
-        if self._recovery is None or not self._workers.can_change or not is_like(self._options, options):
+        now = self.options
+        if self._recovery is None or not self._workers.can_change or not is_like(now, options):
             return False
-        if self.rounds and not is_same_but_idle(self._options, options):
+        if self._loaded.rounds and not is_same_but_idle(now, options):
             return False
-        cut_off = members_of(self._options) - members_of(options)
-        is_any_in_ring = any(name in self._options.node_names for name, _ in cut_off)
-        return not is_any_in_ring or not (self.is_paused or self.absent(options))
-
-    def absent(self, options: RingOptions) -> set[str]:
-        """Return the Nodes of a Ring that are not here."""
-        return {*options.node_names} - ({*self._options.node_names, *self._workers.standing_by} - {*self.missing})
-
-    async def reform(self, options: RingOptions) -> None:
-        """Be another Ring from now on; nobody loads yet."""
-        self._options = options
-        await self._workers.reform(options)
-
-    async def reload(self) -> None:
-        """Have all Nodes hold what they are to hold; raise an MdiqError when one is gone, or cannot."""
-        options, ring, epochs = self._options, self._loaded, self._formed
-        # A Ring that goes on as it was counts on the KV cache that it had.
-        is_same = is_same_but_idle(options, epochs.options)
-        kv_tokens = epochs.spec.kv_tokens if is_same else options.kv_tokens
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                reshape = partial(ring.stage.reshape, replace(options, kv_tokens=kv_tokens))
-                tasks.create_task(self._worker.run_long(reshape, partial(self._on_loading, self._name)), name="load")
-                loading = tasks.create_task(self._workers.reload(epochs.next_epoch(), kv_tokens), name="workers")
-        except* MdiqError as group:
-            raise first_of(group) from None
-        if not is_same:
-            self._ring = ring = ring.as_reshaped(options, loading.result())
-            await epochs.reshape(options, ring)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether Hops round activations: another cut between the Layers gives other tokens."""
-        return self._options.rounds([hop.wire for hop in self.hops()]) or not self._options.weights.exact
-
-    @property
-    def holds_what_runs(self) -> bool:
-        """Whether the KV cache, as it is loaded, is large enough for each request that runs."""
-        return self._formed.spec.max_tokens >= self.service.ring.needed_tokens
-
-    async def begin_again(self) -> None:
-        """Begin the next Epoch, and replay."""
-        await self._formed.begin_again(self.service)
+        cut_off = members_of(now) - members_of(options)
+        is_any_in_ring = any(name in now.node_names for name, _ in cut_off)
+        return not is_any_in_ring or not (self.is_paused or self._loaded.absent(options))
 
     def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""
@@ -250,12 +203,12 @@ class RingHost:
     def figures(self) -> list[NodeFigures]:
         """Return what every Node did, in ring order, the Starter first."""
         workers, meter = self._workers, self._worker.meter
-        bytes_in, bytes_out = self._epochs.bytes_before if self._epochs else (0, 0)
+        bytes_in, bytes_out = self._ring.epochs.bytes_before if self._ring else (0, 0)
         own = NodeFigures(
             name=self._name,
-            layers=self._options.layers[0],
+            layers=self.options.layers[0],
             rss_bytes=rss_bytes(),
-            weight_bytes=self._ring.stage.runner.weight_bytes if self._ring else 0,
+            weight_bytes=self._ring.loaded.stage.runner.weight_bytes if self._ring else 0,
             busy_s=meter.busy_s,
             waiting_s=meter.waiting_s,
             bytes_in=workers.source.bytes_in - bytes_in if workers.source else 0,
@@ -266,15 +219,15 @@ class RingHost:
 
     def pace(self) -> PaceFigures:
         """Return the pace of the most Sequences that were in the Ring at once, as it is planned now."""
-        return self._formed.pace(self.service)
+        return self._loaded.pace()
 
     def hops(self) -> list[HopFigures]:
         """Return what every Hop is like, the one out of the Starter first; none in a Ring of one Node."""
-        return self._formed.hops()
+        return self._loaded.hops()
 
     async def measured(self) -> MeasuredRing:
         """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
-        return await self._formed.measured()
+        return await self._loaded.measured()
 
     def spans(self) -> Mapping[str, list[Span]]:
         """Return every Node's Spans, in ring order."""
@@ -290,18 +243,14 @@ class RingHost:
         if self._options.slowdown is not None:
             await self._options.slowdown.aclose()
         # The next Ring's Layers may need the room.
-        self._ring = self._epochs = self._service = self._recovery = None
+        self._options = self.options
+        self._ring = self._service = self._recovery = None
         await asyncio.to_thread(return_free_memory, collect=True)
 
     @property
-    def _loaded(self) -> LoadedRing:
+    def _loaded(self) -> ServingRing:
         assert self._ring is not None  # __aenter__ has run
         return self._ring
-
-    @property
-    def _formed(self) -> Epochs:
-        assert self._epochs is not None  # __aenter__ has run
-        return self._epochs
 
     async def _start_unless_lost(self) -> None:
         """Start; a Node that is lost meanwhile, or a loop that fails, ends that at once, whatever is waited for."""
@@ -318,15 +267,19 @@ class RingHost:
         starting.result()
 
     async def _start(self) -> None:
-        self._ring = await self._load(await self._open())
-        self._epochs = Epochs(self._options, self._ring, self._workers, self._worker)
-        self._service = self._make_service(self._ring, self._epochs)
-        self._loops.run(self._service.run(), "starter")
-        await self._epochs.form(self._service)
+        loaded = await self._load(await self._open())
+        epochs = Epochs(self._options, loaded, self._workers, self._worker)
+        self._service = service = self._make_service(loaded, epochs)
+        on_loading = partial(self._on_loading, self._name)
+        self._ring = ring = ServingRing(loaded, epochs, service, self._workers, self._worker, on_loading)
+        self._loops.run(service.run(), "starter")
+        await epochs.form(service)
         if not self._options.is_survey:
             tolerance_s = self._options.outages.tolerance_s
+            ahead = FetchAhead(ring, self._workers)
+            self._loops.run(ahead.run(), "fetch ahead")
             self._recovery = Recovery(
-                self, self._workers, self._service, tolerance_s=tolerance_s, give_up=self._give_up
+                ring, self._workers, service, ahead, tolerance_s=tolerance_s, give_up=self._give_up
             )
 
     async def _open(self) -> "StarterStage":

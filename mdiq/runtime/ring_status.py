@@ -4,7 +4,7 @@ Forming the Ring, and forming it again, is for ring_keeper.py.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from mdiq.core.sequence import Sequence
 from mdiq.errors import CapacityError, ConfigError, MdiqError
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
+from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.starter_service import StarterService, StreamEvent
 
 SILENT_S = 5.0  # heartbeats of five seconds that a Node owes, and the Ring does not serve any more
@@ -29,6 +30,10 @@ class KeptRing(Protocol):
     def idle_here(self) -> list[str]: ...
     @property
     def is_paused(self) -> bool: ...
+    @property
+    def at_hand(self) -> Mapping[str, frozenset[int]]: ...
+    @property
+    def pauses(self) -> Collection[RecoveryTimes]: ...
     @property
     def worker(self) -> Worker: ...
     @property
@@ -167,6 +172,9 @@ class RingView:
         standing_by = options.remote.standing_by if options.remote else ()
         here = {node.name for node in standing_by} if self.formed is None else set(self.formed.idle_here)
         nodes += [node.status | ({} if node.name in here else {"state": "missing"}) for node in standing_by]
+        for node in nodes:
+            if self.ring is not None and (on_disk := self.ring.at_hand.get(node["name"])):
+                node["on_disk"] = sorted(on_disk)
         return {"model": str(options.model), "nodes": nodes}
 
     def about_ring(self, now: float) -> dict[str, Any]:
@@ -178,6 +186,10 @@ class RingView:
             "serving_s": round(now - self.serving_since_s, 1),
             "hops": [{"wire": hop.wire, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s} for hop in hops],
             "counts": dict(self.formed.service.ring.counts),
+            "pauses": [
+                {"ago_s": round(now - times.lost_s, 1), "reason": times.reason, **times.shown()}
+                for times in self.formed.pauses
+            ],
             "pace": {"most_live": pace.num_live, "in_flight": pace.in_flight, "cap": pace.cap},
         }
 

@@ -128,7 +128,7 @@ class SocketWorkers(Workers):
 
     async def send_burst(self, stage: int, burst: control.SendBurst) -> control.BurstSent:
         """Have a Node measure its Hop; see Coordinator."""
-        return await self._opened_coordinator.send_burst(self._names[stage - 1], burst)
+        return await self._opened_coordinator.ask(self._names[stage - 1], burst, control.BurstSent)
 
     def burst_arrived(self, stage: int, number: int) -> "asyncio.Future[control.BurstArrived]":
         """Return a future of what a Node sees of a burst; see Coordinator."""

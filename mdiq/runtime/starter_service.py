@@ -20,6 +20,7 @@ from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, RingSpec, SeqId
 from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError
 from mdiq.runtime.loops import EpochLinks, Worker, queue_burst, receive_frames, send_frames
+from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.stage_service import compute_batch
 from mdiq.runtime.text_pipe import NoText, TextPipe
 
@@ -84,19 +85,17 @@ class StarterService:
         self._clock = worker.clock
         self._make_pipe = make_pipe
         self._plan_pace = plan_pace
-        self._hops = HopMeter()
-        self._new_hops_s = 0.0
-        self._is_pace_old = asyncio.Event()
+        self._hops, self._new_hops_s = HopMeter(), 0.0
         self._returned: deque[Frame] = deque()
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
-        self._wake = asyncio.Event()
-        self._rearm = asyncio.Event()
+        self._wake, self._rearm, self._is_pace_old = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._relinked, self._is_linked = asyncio.Event(), asyncio.Event()
         self._armed_for: float | None = None
         self._streams: dict[int, _Stream] = {}
         self._bursts = BurstMeter()
         self._awaited_bursts: dict[int, asyncio.Future[control.BurstArrived]] = {}
         self._ended: BaseException | None = None
+        self._pause: RecoveryTimes | None = None  # of the newest pause
 
     async def run(self) -> None:
         """Receive, compute and send until cancelled, or until a loop fails; every stream ends with an error then."""
@@ -112,6 +111,15 @@ class StarterService:
         """Put nothing into the Ring until the next Epoch; streams stay open."""
         self._ring.pause()
         self._poll()
+
+    def note_begun(self, times: RecoveryTimes) -> None:
+        """Note in ``times`` that the Ring goes on after a pause, and from now on when what ran does."""
+        times.begun(self._ring.resumed, self._clock())
+        self._pause = times
+
+    def _went_on(self, step: TokenEvent) -> None:
+        if (times := self._pause) and times.went_on(step.index, self._clock(), has_token=step.token is not None):
+            log.info("ring_has_replayed", **times.shown())
 
     @property
     def links(self) -> EpochLinks | None:
@@ -350,7 +358,10 @@ class StarterService:
         text = "" if stream is None or is_end_token else stream.pipe.push(token)
         stop_matched = stream is not None and stream.pipe.stop_matched
         step = self._ring.sampled(row.seq_id, token, stop_matched=stop_matched, now=self._clock())
-        if step is not None and stream is not None:
+        if step is None:
+            return
+        self._went_on(step)
+        if stream is not None:
             if step.finish_reason is not None:
                 text += stream.pipe.finish()
             stream.events.put_nowait(StreamEvent(step, text, self._clock()))
@@ -362,6 +373,7 @@ class StarterService:
                 case Inject(frame):
                     gaps += self._stage.receive(frame).gaps
                 case Ended(step):
+                    self._went_on(step)
                     if stream := self._streams.get(step.index):
                         stream.events.put_nowait(StreamEvent(step, stream.pipe.finish(), self._clock()))
                 case Suspect(epoch):

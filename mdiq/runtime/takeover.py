@@ -3,7 +3,7 @@
 Values in, values out. Who is left keeps what he has, so that only the Layers of the lost have to be loaded.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mdiq.core.types import LayerRange
@@ -63,6 +63,25 @@ def with_survivors(options: RingOptions, missing: Collection[str], able: Mapping
     )
 
 
+def standby_layers(options: RingOptions, num_more: Callable[[str], int]) -> dict[str, LayerRange]:
+    """Return the Layers that Nodes are to have on their disks, so that they can take over at once.
+
+    num_more: how many Layers a Node of the Ring could hold beside its own.
+    """
+    remote, layers = options.remote, options.layers
+    if remote is None or len(layers) == 1:
+        return {}
+    wanted = {}
+    for i, node in enumerate(remote.nodes[1:], 1):
+        more = num_more(node.name) if node.keeps_standby_layers else 0
+        start = max(layers[max(i - 1, 1)].start, layers[i].start - more)
+        stop = min(layers[min(i + 1, len(layers) - 1)].stop, layers[i].stop + more)
+        if more:
+            wanted[node.name] = LayerRange(start, stop)
+    every = LayerRange(layers[1].start, layers[-1].stop)
+    return {**{node.name: every for node in remote.spares if node.keeps_standby_layers}, **wanted}
+
+
 def with_newcomers(options: RingOptions, planned: RingOptions) -> RingOptions:
     """Return the Ring as it is, with those of a planned one standing by that it lacks: they may join."""
     remote, wanted = _remote(options), _remote(planned)
@@ -116,14 +135,20 @@ def is_like(one: RingOptions, other: RingOptions) -> bool:
     old, new = one.remote, other.remote
     if old is None or new is None:
         return False
-    known = {node.name: node for node in (*old.nodes, *old.spares)}
+    known = {node.name: _as_reached(node) for node in (*old.nodes, *old.spares)}
     keys = {node.name: node.public_key for node in old.standing_by}
     is_same_node = all(
-        known.get(node.name, node) == node and keys.get(node.name, node.public_key) == node.public_key
+        known.get(node.name, _as_reached(node)) == _as_reached(node)
+        and keys.get(node.name, node.public_key) == node.public_key
         for node in new.nodes
     )
     remote = replace(new, nodes=old.nodes, standing_by=old.standing_by, spares=old.spares)
     return is_same_node and replace(other, layers=one.layers, wires=one.wires, remote=remote) == one
+
+
+def _as_reached(node: RemoteNode) -> RemoteNode:
+    """Return a Node without what it may have of its machine."""
+    return replace(node, memory_share=1.0, memory_bytes=None, keeps_standby_layers=True)
 
 
 def _cut(left: LayerRange, left_able: Able, right: LayerRange | None, right_able: Able | None, stop: int) -> int | None:

@@ -12,7 +12,7 @@ import structlog
 
 from mdiq.core import control
 from mdiq.core.hop_survey import HopLink
-from mdiq.core.types import Epoch, NodeId, WeightSettings
+from mdiq.core.types import Epoch, LayerRange, NodeId, WeightSettings
 from mdiq.core.wire import WireLimits, hop_key
 from mdiq.errors import MdiqError
 from mdiq.runtime.loops import EpochLinks, Supervisor
@@ -101,6 +101,20 @@ class Workers(ABC):
     def standing_by(self) -> list[str]:
         """The Nodes that stand by, and are here."""
         return []
+
+    @property
+    def at_hand(self) -> Mapping[str, frozenset[int]]:
+        """The Layers that Nodes have on their disks, as far as is known."""
+        return {}
+
+    async def fetch(self, name: str, layers: LayerRange, bytes_per_s: float | None) -> None:  # noqa: B027  only some do
+        """Have a Node bring Layers to its disk, while the Ring serves; it may be one that stands by.
+
+        bytes_per_s: of all such transfers together; None: as fast as they can.
+
+        Raises:
+            MdiqError: it is gone, or cannot.
+        """
 
     async def until_joined(self) -> None:
         """Wait until a Node joins, for the first time or again, of the Ring or not."""

@@ -148,6 +148,7 @@ def remote_nodes(topology: Topology, nodes: Iterable[Node]) -> tuple[RemoteNode,
             device=node.device,
             memory_share=1 / shares[machine_of(node.address)],
             memory_bytes=node.memory_bytes,
+            keeps_standby_layers=node.standby_layers == "auto",
         )
         for node in nodes
     )

@@ -13,6 +13,7 @@ STATUS = {
     "rings_formed": 4,
     "requests": {"running": 1, "done": 2, "failed": 3, "refused": 6, "left": 7},
     "counts": {"preemptions": 5, "recoveries": 8},
+    "pauses": [{"after_s": 9.0}, {"unheard_s": 0.5, "back_s": 0.0, "loaded_s": 1.25, "after_s": 1.5, "sequences": 2}],
     "nodes": [{"name": "desk", **DESK}, {"name": "pi-1", "state": "drained"}],
 }
 EXPECTED = """\
@@ -43,6 +44,12 @@ mdiq_preemptions_total 5
 # HELP mdiq_recoveries_total How often the ring has paused for a node that was gone, and gone on.
 # TYPE mdiq_recoveries_total counter
 mdiq_recoveries_total 8
+# HELP mdiq_last_pause_seconds Seconds of the newest pause, by step, after a loss was noticed; unheard: before that.
+# TYPE mdiq_last_pause_seconds gauge
+mdiq_last_pause_seconds{step="unheard"} 0.5
+mdiq_last_pause_seconds{step="back"} 0.0
+mdiq_last_pause_seconds{step="loaded"} 1.25
+mdiq_last_pause_seconds{step="after"} 1.5
 # HELP mdiq_stage_busy_ratio Share of the time in which a node computes.
 # TYPE mdiq_stage_busy_ratio gauge
 mdiq_stage_busy_ratio{node="desk"} 0.25
@@ -70,11 +77,14 @@ def test_names_types_labels_and_values_are_those_that_dashboards_know() -> None:
 
 
 def test_figures_that_nobody_knows_yet_are_left_out() -> None:
-    status = {key: value for key, value in STATUS.items() if key != "counts"} | {"nodes": [{"name": "pi-1"}]}
+    status = {key: value for key, value in STATUS.items() if key not in ("counts", "pauses")} | {
+        "nodes": [{"name": "pi-1"}]
+    }
     left_out = {family.name for family in families(EXPECTED)} - {family.name for family in families(text_of(status))}
     assert left_out == {
         "mdiq_preemptions",
         "mdiq_recoveries",
+        "mdiq_last_pause_seconds",
         "mdiq_stage_busy_ratio",
         "mdiq_stage_resident_bytes",
         "mdiq_stage_weight_bytes",

@@ -68,6 +68,10 @@ def heartbeat(busy_s: float = 0.0) -> control.Heartbeat:
     )
 
 
+async def fetch(message: control.Fetch) -> control.Fetched:
+    return control.Fetched(message.number, tuple(range(message.layer_start, message.layer_stop)))
+
+
 async def send_burst(burst: control.SendBurst) -> control.BurstSent:
     return control.BurstSent(burst.epoch, burst.number, 7.5)
 
@@ -128,6 +132,7 @@ class Plane:
         *,
         load: Load | None = None,
         begin: Callable[[control.Begin], Awaitable[control.Begun]] = begin,
+        fetch: Callable[[control.Fetch], Awaitable[control.Fetched]] = fetch,
         key: bytes = KEY,
         version: str = VERSION,
         identity: bytes | None = None,
@@ -144,6 +149,7 @@ class Plane:
             load=load or loads,
             send_burst=send_burst,
             begin=begin,
+            fetch=fetch,
             stand_by=self._stands_by,
             heartbeat=heartbeat,
             spans=lambda: self.spans,

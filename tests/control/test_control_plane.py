@@ -29,6 +29,7 @@ from tests.control.conftest import (
     Plane,
     assignment,
     begin,
+    fetch,
     heartbeat,
     ready,
     send_burst,
@@ -162,6 +163,7 @@ async def test_a_newer_assignment_takes_the_place_of_one_that_loads() -> None:
         load=load,
         send_burst=send_burst,
         begin=begin,
+        fetch=fetch,
         stand_by=stand_by,
         heartbeat=heartbeat,
         spans=list,
@@ -246,7 +248,7 @@ async def test_a_hop_is_measured_and_an_epoch_begun_over_the_control_channel(pla
     await plane.coordinator.all_joined()
     await plane.coordinator.assign({ONE: assignment(), TWO: assignment()})
     arriving = plane.coordinator.burst_arrived(TWO, 4)
-    sent = await plane.coordinator.send_burst(ONE, control.SendBurst(1, 4, 16, 128))
+    sent = await plane.coordinator.ask(ONE, control.SendBurst(1, 4, 16, 128), control.BurstSent)
     assert sent == control.BurstSent(1, 4, 7.5)
     two.burst_arrived(control.BurstArrived(1, 3, 0.0, 1.0, 9))  # of a burst that nobody waits for
     two.burst_arrived(control.BurstArrived(1, 4, 1.0, 2.0, 99))
@@ -268,7 +270,7 @@ async def test_whoever_waits_for_a_node_that_is_lost_gets_the_error(plane: Plane
     with pytest.raises(EngineError, match="node-1: no such epoch"):
         await waiting
     with pytest.raises(EngineError, match="node-1: no such epoch"):
-        await plane.coordinator.send_burst(ONE, control.SendBurst(1, 4, 16, 128))
+        await plane.coordinator.ask(ONE, control.SendBurst(1, 4, 16, 128), control.BurstSent)
 
 
 async def test_faults_and_failures_reach_the_starter_as_they_were(plane: Plane) -> None:
@@ -507,7 +509,8 @@ async def test_a_flood_of_junk_costs_few_log_lines_and_nodes_join_beside_it(
     async with asyncio.timeout(30):
         assert set(await plane.coordinator.all_joined()) == {ONE, TWO}
         await flooding
-    lines = capsys.readouterr().err.splitlines()
+    # A busy machine is slow to call back, of which asyncio's debug mode tells.
+    lines = [line for line in capsys.readouterr().err.splitlines() if "[asyncio]" not in line]
     assert 1 <= len(lines) <= 2 * MAX_LINES
     assert "control_message_dropped" in lines[0]
 
@@ -588,6 +591,7 @@ async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pyte
         load=lambda _: asyncio.get_running_loop().create_future(),
         send_burst=send_burst,
         begin=begin,
+        fetch=fetch,
         stand_by=stand_by,
         heartbeat=breaks,
         spans=list,
@@ -640,6 +644,7 @@ async def test_the_same_over_real_sockets() -> None:
             load=load,
             send_burst=send_burst,
             begin=begin,
+            fetch=fetch,
             stand_by=stand_by,
             heartbeat=heartbeat,
             spans=list,
@@ -736,7 +741,7 @@ async def test_a_request_or_an_answer_that_is_lost_is_sent_again_and_done_once(
         plane.agent("node-2")
         await plane.coordinator.all_joined()
         await plane.coordinator.assign({ONE: assignment()})
-        assert (await plane.coordinator.send_burst(ONE, control.SendBurst(1, 7, 1, 64))).sent_s == 7.5
+        assert (await plane.coordinator.ask(ONE, control.SendBurst(1, 7, 1, 64), control.BurstSent)).sent_s == 7.5
         await plane.coordinator.begin({ONE: control.Begin(2, "bf16")})
         assert (num_lost, done) == (2, ["load", "begin"])
     finally:

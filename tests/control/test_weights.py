@@ -238,7 +238,7 @@ async def test_a_node_that_is_killed_in_the_middle_goes_on_with_what_it_has(star
         done = int(await child.stdout.readline())
     child.kill()
     await child.wait()
-    plane.server._limit = None
+    plane.server.limit = None
     again = await plane.fetch()
     plane.check(again)
     assert again.num_mended == 0 and 0 < again.num_bytes <= TOTAL - done
@@ -255,7 +255,7 @@ async def test_a_node_that_is_told_to_stop_leaves_its_folder_to_others(start: St
     lock = try_lock(tmp_path / "weights" / "node-1")
     assert lock is not None, "the lock is still held"
     os.close(lock)
-    plane.server._limit = None
+    plane.server.limit = None
     assert (await plane.fetch()).num_bytes <= TOTAL - done[-1]
 
 

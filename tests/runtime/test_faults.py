@@ -8,8 +8,8 @@ import pytest
 
 from mdiq.errors import CapacityError, EngineError, NodeDiedError, RingStalledError
 from mdiq.runtime.epochs import Epochs
+from mdiq.runtime.losses import MAX_LOSSES
 from mdiq.runtime.options import Outages
-from mdiq.runtime.recovery import MAX_LOSSES
 from mdiq.runtime.ring_keeper import RETRY_S
 from mdiq.runtime.socket_workers import LEASE_S
 from mdiq.service import worker as service_worker
@@ -163,7 +163,8 @@ def test_a_node_that_is_lost_and_back_while_another_one_loads_loads_as_well(seco
         answers = [house.ask(max_tokens=60) for _ in range(3)]
         await asyncio.sleep(1.0)
         await house.crash("pi1")
-        house.fetch_s = 30.0  # pi1's card is slow
+        house.disks["pi1"].clear()  # it has another card, and a slow one
+        house.fetch_s = 30.0
         await asyncio.sleep(2.0)
         house.start_node("pi1")
         await asyncio.sleep(2.0)

@@ -93,7 +93,7 @@ def test_a_spare_takes_over_at_once(name: str, is_power: bool) -> None:
 @pytest.mark.parametrize("name", ["pi1", "pi2"])
 def test_survivors_that_have_the_layers_take_over_when_a_process_has_died(name: str) -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         await asked(house)
         await house.crash(name)
@@ -120,7 +120,7 @@ def test_survivors_without_the_layers_wait_for_the_node_first() -> None:
 
 def test_a_node_that_is_only_silent_is_waited_for_though_survivors_could() -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         await asked(house)
         house.network.cut("pi1")
@@ -135,7 +135,7 @@ def test_a_node_that_is_only_silent_is_waited_for_though_survivors_could() -> No
 
 def test_the_starter_goes_on_alone_and_takes_both_in_again() -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         await asked(house)
         await house.crash("pi2")
@@ -155,7 +155,7 @@ def test_the_starter_goes_on_alone_and_takes_both_in_again() -> None:
 
 def test_a_node_that_comes_back_and_goes_again_is_taken_in_more_slowly_each_time() -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         waits = []
         for _ in range(3):
@@ -189,7 +189,7 @@ def test_a_spare_without_room_is_passed_over() -> None:
 
 def test_a_survivor_without_room_is_passed_over_too() -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         await asked(house)
         house.has_no_room["pi2"] = no_memory("pi2")
@@ -428,7 +428,7 @@ def test_a_node_that_asks_to_leave_in_a_pause_does_not_stop_requests_for_long() 
 
 def test_what_runs_needs_its_kv_cache_in_the_ring_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         await asked(house, max_tokens=200)
         monkeypatch.setattr(_ChainStage, "spec", _small)
@@ -467,7 +467,7 @@ def test_a_loss_while_there_is_nothing_to_change_is_not_forgotten() -> None:
 
 def test_the_status_of_a_ring_that_has_become_smaller_can_be_read() -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         await asked(house, 8, max_tokens=40)
         await house.crash("pi1")

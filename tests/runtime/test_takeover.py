@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mdiq.core.types import LayerRange
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions, StandingBy
-from mdiq.runtime.takeover import Able, is_like, with_newcomers, with_spares, with_survivors
+from mdiq.runtime.takeover import Able, is_like, standby_layers, with_newcomers, with_spares, with_survivors
 
 ANY = Able(1.0, 1_000)
 
@@ -127,3 +127,34 @@ def test_a_ring_is_like_another_that_differs_in_nodes_and_layers_alone() -> None
         nodes = (*keys, *([node(name, "another key")] if name == "pi3" else []))
         layers = (*other.layers, *([LayerRange(12, 13)] if name == "pi3" else []))
         assert not is_like(RING, replace(other, layers=layers, remote=replace(other.remote, nodes=nodes)))
+
+
+def at_hand(options: RingOptions, num_more: int = 100) -> dict[str, str]:
+    return {name: str(layers) for name, layers in standby_layers(options, lambda _: num_more).items()}
+
+
+def test_spares_keep_the_layers_of_all_workers_and_others_those_of_their_neighbours() -> None:
+    wide = ring({"desk": 6, "pi1": 4, "pi2": 2, "pi3": 5}, ("pi4",))
+    assert at_hand(wide) == {"pi4": "6-16", "pi1": "6-11", "pi2": "6-16", "pi3": "10-16"}
+    assert at_hand(RING) == {"pi3": "6-11", "pi4": "6-11", "pi1": "6-11", "pi2": "6-11"}
+
+
+def test_a_node_keeps_no_more_than_it_could_hold_and_none_if_it_is_not_to() -> None:
+    wide = ring({"desk": 6, "pi1": 4, "pi2": 2, "pi3": 5})
+    assert at_hand(wide, 1) == {"pi1": "6-10", "pi2": "9-12", "pi3": "11-16"}
+    assert at_hand(wide, 0) == {}
+    assert wide.remote is not None
+    none = replace(wide.remote, nodes=tuple(replace(each, keeps_standby_layers=False) for each in wide.remote.nodes))
+    assert at_hand(replace(wide, remote=none)) == {}
+
+
+def test_a_starter_alone_and_a_ring_on_one_machine_keep_none() -> None:
+    assert at_hand(ring({"desk": 6}, ("pi1",))) == {}
+    assert at_hand(replace(RING, remote=None)) == {}
+
+
+def test_a_node_may_have_more_or_less_memory_without_a_ring_formed_anew() -> None:
+    assert RING.remote is not None
+    nodes = tuple(replace(each, memory_bytes=1 << 30, memory_share=0.5) for each in RING.remote.nodes)
+    other = replace(ring({"desk": 6, "pi1": 3, "pi2": 3}, ("pi3", "pi4")), remote=replace(RING.remote, nodes=nodes))
+    assert is_like(RING, other)

@@ -214,7 +214,9 @@ class House:
         self.cannot_load: dict[str, MdiqError] = {}  # the next time
         self.has_no_room: dict[str, MdiqError] = {}  # for other Layers, the next time
         self.free_bytes = 1 << 30  # on every machine; 0: nobody can take over
-        self.is_cold = True  # Nodes have only those Layers on disk that they were to hold
+        self.disks: dict[str, set[int]] = {name: set() for name in self.names}  # Layers that Nodes have on theirs
+        self.keeps_standby_layers = False
+        self.full_disks: set[str] = set()
         self.breaks: set[str] = set()  # whose next forward fails
         self.kills: set[str] = set()  # who dies whenever it computes
         self.fetch_s = 1.0
@@ -239,6 +241,11 @@ class House:
         for name in self.names:
             self.start_node(name)
         self.start_starter()
+
+    def fill_disks(self) -> None:
+        """Have every Node have all Layers on its disk."""
+        for disk in self.disks.values():
+            disk.update(range(NUM_LAYERS))
 
     def note(self, what: str) -> None:
         self.events.append((round(self.loop.time(), 3), what))
@@ -459,7 +466,8 @@ class House:
 
     def _remote_node(self, name: str) -> RemoteNode:
         port = 7002 + (STARTER, *self.names).index(name)
-        return RemoteNode(name, f"tcp://127.0.0.1:{port}", _public(name))
+        endpoint = f"tcp://127.0.0.1:{port}"
+        return RemoteNode(name, endpoint, _public(name), keeps_standby_layers=self.keeps_standby_layers)
 
     async def _call(self, answer: Answer, leaves_after: int | None) -> None:
         answer.asked_s = self.loop.time()
@@ -517,10 +525,14 @@ class House:
 
     # What is stood in for.
 
-    async def _fetch(self, *_: Any, progress: Progress, **__: Any) -> Any:
-        for done in range(1, 3):
-            await asyncio.sleep(self.fetch_s / 2)
-            progress(done, 2)
+    async def _fetch(self, *where: Any, progress: Progress, **__: Any) -> Any:
+        machine, layers = PROCESS.get().machine, where[-1]
+        for layer in sorted({*layers} - self.disks[machine]):
+            await asyncio.sleep(self.fetch_s / len(layers))
+            if machine in self.full_disks:
+                raise CapacityError("no space left for weights")
+            self.disks[machine].add(layer)
+            progress(layer, layers.stop)
         if (error := self.cannot_load.pop(PROCESS.get().machine, None)) is not None:
             self.note(f"{PROCESS.get().machine} cannot load")
             raise error
@@ -563,7 +575,7 @@ class House:
             put(epochs, "paced", _paced)
             put(node, "fetch_weights", self._fetch)
             put(node, "LayerFiles", lambda *_: Path("layers"))
-            put(node, "stored_layers", lambda _: () if self.is_cold else tuple(range(NUM_LAYERS)))
+            put(node, "stored_layers", lambda _: tuple(sorted(self.disks[PROCESS.get().machine])))
             put(stage_host, "return_free_memory", lambda **_: None)
             put(remote.RemoteWorkers, "_serve_weights", _serve_no_weights)
             with structlog.testing.capture_logs(processors=[self._stamp]) as self.log:

@@ -54,7 +54,7 @@ class Schedule:
     tolerance_s: float = TOLERANCE_S
     fetch_s: float = 1.0
     num_spares: int = 0
-    is_cold: bool = True  # survivors have to fetch what they take over
+    keeps_standby_layers: bool = False  # else survivors and spares have to fetch what they take over
 
     @classmethod
     def drawn(
@@ -90,7 +90,7 @@ class Schedule:
             tolerance_s=tolerance_s,
             fetch_s=rng.choice((0.5, 1.0, 6.0)),
             num_spares=rng.choice((0, 0, 1, 2)),
-            is_cold=rng.random() < 0.5,
+            keeps_standby_layers=rng.random() < 0.5,
         )
 
 
@@ -127,7 +127,7 @@ def run(schedule: Schedule) -> House:
             outages=Outages(tolerance_s=schedule.tolerance_s),
             num_spares=schedule.num_spares,
         )
-        house.fetch_s, house.is_cold = schedule.fetch_s, schedule.is_cold
+        house.fetch_s, house.keeps_standby_layers = schedule.fetch_s, schedule.keeps_standby_layers
         with house.installed(), mock.patch.object(socket_workers, "LEASE_S", LEASE_S):
             try:
                 await _live(house, schedule)
