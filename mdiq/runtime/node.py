@@ -273,8 +273,13 @@ class NodeProcess:
     async def _fetch(self, peers: RingPeers, layers: LayerRange, assign: control.Assign) -> LayerFiles:
         """Return this machine's files of the Layers, fetched now where it lacks some."""
         self._progress("fetching", 0, 0)
-        fetched = await self._fetched(
-            peers, assign.model_digest, assign.weights.format, layers, partial(self._progress, "fetching")
+        progress = partial(self._progress, "fetching")
+        fetched = await self._fetched(peers, assign.model_digest, assign.weights.format, layers, progress)
+        log.info(
+            "weights_here",
+            layers_fetched=fetched.num_fetched,
+            num_bytes=fetched.num_bytes,
+            layers_mended=fetched.num_mended,
         )
         return await asyncio.to_thread(LayerFiles, fetched.paths, fetched.in_use)
 
@@ -285,7 +290,8 @@ class NodeProcess:
         try:
             if self._peers is None:
                 raise ConfigError("this node has the model beside it")
-            await self._fetched(self._peers, fetch.model_digest, fetch.weight_format, layers, lambda *_: None)
+            fetched = await self._fetched(self._peers, fetch.model_digest, fetch.weight_format, layers, lambda *_: None)
+            log.info("standby_layers_here", layers=str(layers), num_bytes=fetched.num_bytes)
         except MdiqError as raised:
             error = str(raised)
             log.warning("layers_not_fetched", layers=str(layers), error=error)
@@ -295,7 +301,7 @@ class NodeProcess:
     async def _fetched(
         self, peers: RingPeers, digest: str, weight_format: str, layers: LayerRange, progress: Progress
     ) -> Fetched:
-        fetched = await fetch_weights(
+        return await fetch_weights(
             lambda: self._connect_to_starter(peers, peers.weights_endpoint),
             _folder(digest, weight_format),
             digest,
@@ -303,14 +309,6 @@ class NodeProcess:
             clock=self._clock,
             progress=progress,
         )
-        log.info(
-            "weights_here",
-            layers=str(layers),
-            layers_fetched=fetched.num_fetched,
-            num_bytes=fetched.num_bytes,
-            layers_mended=fetched.num_mended,
-        )
-        return fetched
 
     def _progress(self, what: str, done: int, total: int) -> None:
         share = f": {100 * done // total} %" if total else ""

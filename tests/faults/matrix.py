@@ -12,7 +12,7 @@ import psutil
 from tests.faults.answers import Answer, Asked, compare
 from tests.faults.lab import STARTER, Lab, serving_of
 from tests.faults.points import ARRANGEMENTS, LONG_PROMPT, RESTART, SAMPLES, SPARE, STEPS, Point, Second, points_of
-from tests.faults.receipts import commit, noticed, pauses, spread, write_receipt
+from tests.faults.receipts import PAUSE_STEPS, commit, noticed, pauses, spread, write_receipt
 
 ANSWERS_S = 120.0  # an answer that is not there after it hangs
 CALM_S = 240.0
@@ -228,10 +228,7 @@ class Matrix:
             "asked_again_after_503": sum(played.num_refused for played in self.played),
             "rings_formed_anew_by_the_lab": sum(played.is_formed_anew for played in self.played),
             "tracebacks": self.lab.tracebacks(),
-            "pauses_s": {
-                name: spread([each[name] for each in lengths if name in each])
-                for name in ("after_s", "back_s", "loaded_s")
-            },
+            "pauses_s": {name: spread([each[name] for each in lengths if name in each]) for name in PAUSE_STEPS},
             "noticed_s": spread([noticed_s for played in self.played for noticed_s in played.noticed_s]),
             "longest_gap_of_a_stream_s": spread([played.longest_gap_s for played in done]),
         }

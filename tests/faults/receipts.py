@@ -61,12 +61,19 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
     return statistics.linear_regression([x for x, _ in points], [y for _, y in points]).slope
 
 
+PAUSE_STEPS = ("after_s", "back_s", "loaded_s", "first_token_s", "replayed_s")
+
+
 def pauses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Return the lengths of all pauses that a Starter's log lines tell of, as ring_goes_on does."""
-    names = ("after_s", "back_s", "loaded_s")
-    return [
-        {name: float(line[name]) for name in names if name in line} for line in lines if line["event"] == "ring_goes_on"
-    ]
+    """Return the steps of all pauses that a Starter's log lines tell of, as ring_goes_on and ring_has_replayed do."""
+    found: list[dict[str, float]] = []
+    for line in lines:
+        steps = {name: float(line[name]) for name in PAUSE_STEPS if name in line}
+        if line["event"] == "ring_goes_on":
+            found.append(steps)
+        elif line["event"] == "ring_has_replayed" and found:
+            found[-1] |= steps
+    return found
 
 
 def noticed(killed: Sequence[tuple[str, float]], lines: Sequence[Mapping[str, Any]]) -> list[float]:

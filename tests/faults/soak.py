@@ -14,7 +14,7 @@ import psutil
 from tests.faults.answers import Answer, Asked, compare
 from tests.faults.lab import STARTER, Lab
 from tests.faults.points import SAMPLES
-from tests.faults.receipts import pauses, slope, spread
+from tests.faults.receipts import PAUSE_STEPS, pauses, slope, spread
 
 ANSWERS_S = 180.0
 NUM_CLIENTS = 3
@@ -93,10 +93,7 @@ class Soak:
             **{kind: self.told.verdicts[kind] for kind in ("same", "differs", "error", "hangs")},
             "asked_again_after_503": self.told.num_refused,
             "faults": dict(Counter(what for _, what in self.told.faults)),
-            "pauses_s": {
-                name: spread([each[name] for each in lengths if name in each])
-                for name in ("after_s", "back_s", "loaded_s")
-            },
+            "pauses_s": {name: spread([each[name] for each in lengths if name in each]) for name in PAUSE_STEPS},
             "rings_formed": sum(line["event"] == "ring_formed" for line in lines),
             "rings_failed": sum(line["event"] == "ring_failed" for line in lines),
             "longest_gap_of_a_stream_s": spread(self.told.gaps_s),

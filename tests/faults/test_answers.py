@@ -81,8 +81,9 @@ def test_figures_of_a_receipt() -> None:
     lines: list[dict[str, object]] = [
         {"event": "ring_paused"},
         {"event": "ring_goes_on", "after_s": 1.5, "back_s": 1.2, "sequences": 3},
+        {"event": "ring_has_replayed", "after_s": 1.5, "back_s": 1.2, "replayed_s": 2.5, "sequences": 3},
     ]
-    assert pauses(lines) == [{"after_s": 1.5, "back_s": 1.2}]
+    assert pauses(lines) == [{"after_s": 1.5, "back_s": 1.2, "replayed_s": 2.5}]
     assert spread([3.0, 1.0, 8.0]) == {"count": 3, "median": 3.0, "max": 8.0}
     assert spread([]) == {"count": 0}
     assert slope([(0.0, 5.0), (1.0, 7.0), (2.0, 9.0)]) == pytest.approx(2.0)
