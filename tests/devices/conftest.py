@@ -95,6 +95,13 @@ class Shelf:
             time.sleep(0.1)
         raise AssertionError(f"{name}: it is not off")
 
+    def cut(self, name: str) -> None:
+        """Pull its network cable."""
+        must(run(self.tool, "cut", name))
+
+    def mend(self, name: str) -> None:
+        must(run(self.tool, "mend", name))
+
     def unit(self, name: str, *properties: str, unit: str = "mdiq-node") -> list[str]:
         """Return properties of a device's unit."""
         out = self.sh(name, f"systemctl show --property={','.join(properties)} {unit}")

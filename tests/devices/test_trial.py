@@ -30,6 +30,8 @@ DATA_PORT = 7400
 RUN_BYTES = 16
 RUN = (QUESTION, "--max-tokens", "16", "--json")
 USERS = 8
+CABLE_S = 20.0
+NOTICED_S = 6.0  # by then a silent device is taken for gone, and others load its layers
 MDIQ = "/opt/mdiq/current/bin/mdiq"
 TOPOLOGY = "/etc/mdiq/topology.yaml"
 # Root's own cache: the service could not write in folders of root's.
@@ -377,6 +379,28 @@ def test_a_device_that_lost_its_power_comes_back_by_itself_and_answers_go_on(she
     assert _answer(shelf) == before
     assert shelf.sh("pi1", "systemctl is-system-running").strip() == "running"
     assert _events(shelf, "pi1", "weights_here")[-1]["layers_fetched"] == 0
+
+
+def test_a_cable_that_is_out_for_a_while_costs_a_pause_and_not_a_token(shelf: Shelf) -> None:
+    served = _status(shelf)
+    with _client_reads_on(shelf):
+        shelf.cut("pi1")
+        time.sleep(CABLE_S)
+        shelf.mend("pi1")
+    _until_it_is_as_before(shelf, served)
+
+
+def test_a_unit_that_is_restarted_and_a_second_failure_meanwhile_cost_not_a_token(shelf: Shelf) -> None:
+    served = _status(shelf)
+    with _client_reads_on(shelf):
+        shelf.sh("pi1", "systemctl restart mdiq-node", timeout=UP_S)
+    _until_it_is_as_before(shelf, served)
+    with _client_reads_on(shelf):
+        shelf.off("pi1")
+        time.sleep(NOTICED_S)
+        shelf.sh("pi2", "systemctl kill -s KILL mdiq-node")
+        shelf.up("pi1", *DEVICES["pi1"])
+    _until_it_is_as_before(shelf, served)
 
 
 def test_the_planned_ring_beside_the_equal_one(shelf: Shelf, record_property: Callable[[str, object], None]) -> None:
