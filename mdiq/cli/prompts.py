@@ -47,14 +47,14 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
 
 
 def read_finished(path: Path, requests: Sequence[PromptLine]) -> set[int]:
-    """Return the indices that a results file holds; a last line that was cut off by a crash counts as not there.
+    """Return the indices that a results file holds; a last line without its end was cut off, and counts as not there.
 
     Raises:
-        ConfigError: a line other than the last is not a result, or it is one of another request.
+        ConfigError: a whole line is not a result, or it is one of another request.
     """
     digests = {request.index: request.digest for request in requests}
     try:
-        lines = path.read_bytes().split(b"\n")
+        *lines, _ = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     finished: set[int] = set()
@@ -65,11 +65,9 @@ def read_finished(path: Path, requests: Sequence[PromptLine]) -> set[int]:
                 continue
             index, digest = int(value["index"]), value.get("request")
         except (ValueError, TypeError):
-            if number < len(lines):
-                raise ConfigError(
-                    f"{path}:{number}: not a line that mdiq run wrote; move the file away to start afresh"
-                ) from None
-            continue
+            raise ConfigError(
+                f"{path}:{number}: not a line that mdiq run wrote; move the file away to start afresh"
+            ) from None
         if index not in digests or (digest is not None and digest != digests[index]):
             raise ConfigError(
                 f"{path}:{number}: it answers another request {index} than the prompts file has now; "
