@@ -291,7 +291,7 @@ class _Run:
             print_table(self._console, summary)
 
     def _say(self, text: str) -> None:
-        self._console.print(f"mdiq: {text}", markup=False, highlight=False)
+        self._console.print(f"mdiq: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _now(self) -> float:
         return time.monotonic() - self._start_s
@@ -356,6 +356,7 @@ def _todo(batch: Batch, lines: list[PromptLine], console: Console) -> list[Promp
             f"{out}: {len(finished)} of {len(lines)} requests are done; {len(begun)} go on after {num_tokens} tokens",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
     return todo
 

@@ -187,13 +187,15 @@ class Journal:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         self._link.execute("BEGIN IMMEDIATE")
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self._roll_back)
             yield
             self._link.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):  # sqlite has done so itself, after some errors
-                self._link.execute("ROLLBACK")
-            raise
+            undone.pop_all()
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # sqlite has done so itself, after some errors
+            self._link.execute("ROLLBACK")
 
 
 @contextlib.contextmanager

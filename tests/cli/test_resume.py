@@ -95,7 +95,7 @@ async def _serve(rings: Rings, lines: list[PromptLine], out: Path, *, resume: bo
     with Batch(out, resume=resume, is_journalled=True) as batch:
         todo = run._todo(batch, lines, Console(file=io.StringIO()))
         its = run._Run(options, ring, requests, todo, Console(file=io.StringIO()), batch, None)
-        its._recorder = Recorder(batch.results, batch.journal, interval_s=0.02)
+        its._recorder = Recorder(batch.results, batch.journal, interval_s=0.1)
         await its.serve_all(rings.ring)
         batch.end()
     return todo
@@ -163,7 +163,6 @@ async def test_a_run_that_is_killed_between_any_two_steps_is_finished_with_each_
         num_resumed += sum(json.loads(line).get("resumed_tokens", 0) for line in out.read_text().splitlines())
         assert [file.name for file in out.parent.iterdir()] == ["out.jsonl"]
     assert len(deaths.left) > 10 and num_resumed > 0, "too little was killed to say anything"
-    print(len(deaths.left), num_resumed)
 
 
 async def test_an_answer_whose_tokens_were_all_there_is_not_computed_again(
