@@ -27,7 +27,8 @@ POLL_S = 0.1
 class Death:
     """A Starter that was killed: when, what was on the disk then, and what outlived it.
 
-    kept_tokens: of answers in the journal. orphans: node processes that did not end by themselves.
+    kept_tokens: of answers in the journal. unwritten_s: time since anything was written, from which tokens are lost.
+    orphans: node processes that did not end by themselves.
     """
 
     after_s: float
@@ -36,6 +37,7 @@ class Death:
     num_results: int
     num_begun: int
     kept_tokens: int
+    unwritten_s: float
     orphans: list[int] = field(default_factory=list)
 
 
@@ -80,7 +82,9 @@ class KilledBatch:
         for pid in (process.pid, *(() if is_alone else [node.pid for node in nodes])):
             os.kill(pid, signal.SIGKILL)
         process.wait()
-        self.deaths.append(Death(round(time.monotonic() - start_s, 2), is_alone, len(nodes), *self._on_disk()))
+        lived_s, unwritten_s = time.monotonic() - start_s, time.time() - self._written_at()
+        state = self._on_disk()
+        self.deaths.append(Death(round(lived_s, 2), is_alone, len(nodes), *state, round(unwritten_s, 2)))
         _, alive = psutil.wait_procs(nodes, timeout=ORPHANS_S)
         self.deaths[-1].orphans += [node.pid for node in alive]
         return True
@@ -99,6 +103,9 @@ class KilledBatch:
     def _ended(self, process: "subprocess.Popen[bytes]") -> None:
         self.said = (self._folder / "log").read_text(errors="replace")
         assert process.returncode == 0, self.said[-4_000:]
+
+    def _written_at(self) -> float:
+        return max((file.stat().st_mtime for file in self._folder.glob("out.jsonl*")), default=time.time())
 
     def _on_disk(self) -> tuple[int, int, int]:
         """Return how many results and answers that have begun the disk has, and the tokens of these."""

@@ -21,7 +21,8 @@ from tests.killed_batch import KilledBatch, answer_of, results_of
 KILLS = int(os.environ.get("MDIQ_KILLS", "10"))
 LINES = int(os.environ.get("MDIQ_KILLS_LINES", "200"))
 SEED = int(os.environ.get("MDIQ_KILLS_SEED", "1"))
-MAX_S = 30.0  # a Starter lives no longer, its loading included
+SERVES = 0.7  # so many are killed while they answer, the others soon after their start, while they load
+MAX_SERVING_S, MAX_LOADING_S = 4.0, 10.0
 ALONE = 3  # each third one is killed without its nodes
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3_600)]
@@ -41,11 +42,10 @@ def test_every_line_is_answered_once_though_its_starter_is_killed_at_random(tmp_
     command = mdiq_command("run", "--model", model, "--nodes", "2", "--threads", "1", "--kv-tokens", "16384")
     batch = KilledBatch(command, prompts, tmp_path)
     calm = batch.run_calmly(tmp_path / "calm.jsonl")
-    runs = 0
-    while len(batch.deaths) < KILLS and runs < 4 * KILLS:
-        runs += 1
-        after_s = rng.uniform(0.0, MAX_S)
-        if not batch.run_and_kill(after_s, is_alone=runs % ALONE == 0, once_it_serves=False):
+    for number in range(1, KILLS + 1):
+        serves = rng.random() < SERVES
+        after_s = rng.uniform(0.0, MAX_SERVING_S if serves else MAX_LOADING_S)
+        if not batch.run_and_kill(after_s, is_alone=number % ALONE == 0, once_it_serves=serves):
             break
     batch.finish()
     results = results_of(batch.out)
@@ -72,4 +72,4 @@ def test_every_line_is_answered_once_though_its_starter_is_killed_at_random(tmp_
 
 def _request(i: int, rng: random.Random) -> dict[str, object]:
     draws: dict[str, object] = {"temperature": 0.8, "seed": i} if i % 2 else {}
-    return {"prompt": f"Tell me a story about number {i}.", "max_tokens": rng.randrange(20, 100), **draws}
+    return {"prompt": f"Tell me a story about number {i}.", "max_tokens": rng.randrange(10, 60), **draws}

@@ -1,6 +1,5 @@
 """A file of prompts whose Starter is killed: real processes, and a model that loads at once."""
 
-import json
 import random
 import subprocess
 from pathlib import Path
@@ -30,20 +29,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def test_a_starter_that_is_killed_again_and_again_answers_each_request_once(model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def calm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[object, ...]]:
+    """The answers of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("calm")
+    prompts = write_prompts(folder / "in.jsonl", REQUESTS)
+    run = ("run", "--model", model, "--raw", "--in-process", "--kv-tokens", "8192", "--prompts", prompts)
+    done = run_mdiq(*run, "--out", folder / "out.jsonl")
+    assert done.code == 0, done.errors
+    return _answers(folder / "out.jsonl")
+
+
+def _answers(out: Path) -> dict[int, tuple[object, ...]]:
+    return {index: answer_of(result) for index, result in results_of(out).items()}
+
+
+def test_a_starter_that_is_killed_again_and_again_answers_each_request_once(
+    model: Path, calm: dict[int, tuple[object, ...]], tmp_path: Path
+) -> None:
     """With its nodes, while it answers and while it loads; and without them; always on the same ports."""
     rng = random.Random(SEED)
     prompts = write_prompts(tmp_path / "in.jsonl", REQUESTS)
     ring = ("--nodes", "2", "--raw", "--threads", "1", "--kv-tokens", "8192", "--base-port", f"{_free_ports(2)}")
     batch = KilledBatch(mdiq_command("run", "--model", model, *ring), prompts, tmp_path)
-    calm = batch.run_calmly(tmp_path / "calm.jsonl")
     batch.run_and_kill(rng.uniform(0.0, 1.0), is_alone=False, once_it_serves=True)
     batch.run_and_kill(rng.uniform(0.5, 3.0), is_alone=False, once_it_serves=False)
     batch.run_and_kill(rng.uniform(0.0, 1.0), is_alone=True, once_it_serves=True)
     batch.finish()
-    assert {index: answer_of(result) for index, result in results_of(batch.out).items()} == {
-        index: answer_of(result) for index, result in calm.items()
-    }
+    assert _answers(batch.out) == calm
     assert [death.orphans for death in batch.deaths] == [[]] * len(batch.deaths)
     assert len(batch.deaths) == 3 and max(death.kept_tokens for death in batch.deaths) > 0, batch.deaths
     assert any(result.get("resumed_tokens") for result in results_of(batch.out).values())
@@ -51,7 +64,9 @@ def test_a_starter_that_is_killed_again_and_again_answers_each_request_once(mode
     assert sorted(file.name for file in tmp_path.glob("out.jsonl*")) == ["out.jsonl"], "the journal is removed"
 
 
-def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(model: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(
+    model: Path, calm: dict[int, tuple[object, ...]], tmp_path: Path
+) -> None:
     prompts = write_prompts(tmp_path / "in.jsonl", REQUESTS)
     out = tmp_path / "out.jsonl"
     run = ("run", "--model", model, "--raw", "--in-process", "--kv-tokens", "4096", "--prompts", prompts, "--out", out)
@@ -65,10 +80,4 @@ def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(model: Path, t
     assert 0 < len(results_of(out)) < len(REQUESTS) and out.read_bytes().endswith(b"\n")
     done_now = run_mdiq(*run, "--resume")
     assert done_now.code == 0, done_now.errors
-    calm = run_mdiq(*run[:-1], tmp_path / "calm.jsonl")
-    assert calm.code == 0, calm.errors
-    answers = [
-        {line["index"]: answer_of(line) for line in map(json.loads, path.read_text().splitlines())}
-        for path in (out, tmp_path / "calm.jsonl")
-    ]
-    assert answers[0] == answers[1] and len(answers[0]) == len(REQUESTS)
+    assert _answers(out) == calm
