@@ -22,7 +22,10 @@ KILLS = int(os.environ.get("MDIQ_KILLS", "10"))
 LINES = int(os.environ.get("MDIQ_KILLS_LINES", "200"))
 SEED = int(os.environ.get("MDIQ_KILLS_SEED", "1"))
 SERVES = 0.7  # so many are killed while they answer, the others soon after their start, while they load
-MAX_SERVING_S, MAX_LOADING_S = 4.0, 10.0
+SHARE = (
+    1.2 / KILLS
+)  # of the calm run's time: a Starter that answers lives no longer, so the kills spread over the lines
+MAX_LOADING_S = 10.0
 ALONE = 3  # each third one is killed without its nodes
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3_600)]
@@ -42,9 +45,10 @@ def test_every_line_is_answered_once_though_its_starter_is_killed_at_random(tmp_
     command = mdiq_command("run", "--model", model, "--nodes", "2", "--threads", "1", "--kv-tokens", "16384")
     batch = KilledBatch(command, prompts, tmp_path)
     calm = batch.run_calmly(tmp_path / "calm.jsonl")
+    calm_s = max(result["timings"]["submitted_s"] + result["timings"]["total_s"] for result in calm.values())
     for number in range(1, KILLS + 1):
         serves = rng.random() < SERVES
-        after_s = rng.uniform(0.0, MAX_SERVING_S if serves else MAX_LOADING_S)
+        after_s = rng.uniform(0.0, SHARE * calm_s if serves else MAX_LOADING_S)
         if not batch.run_and_kill(after_s, is_alone=number % ALONE == 0, once_it_serves=serves):
             break
     batch.finish()
@@ -55,6 +59,7 @@ def test_every_line_is_answered_once_though_its_starter_is_killed_at_random(tmp_
         "model": model.name,
         "seed": SEED,
         "lines": LINES,
+        "calm_s": round(calm_s, 1),
         "kills": len(batch.deaths),
         "journal_interval_s": INTERVAL_S,
         "tokens_of_all_answers": sum(len(result["token_ids"]) for result in calm.values()),
