@@ -185,13 +185,17 @@ class FakeRing:
         self.peak_open = max(self.peak_open, self.num_open)
         num_tokens = min(sequence.params.max_tokens, room) - self.short_by
         try:
-            for i in range(num_tokens):
-                position = len(sequence.prompt) + i
+            if len(sequence.generated) >= num_tokens:
+                step = TokenEvent(sequence.index, None, sequence.num_tokens, FinishReason.LENGTH)
+                yield StreamEvent(step, "", FIRST_TOKEN_S)
+            for i in range(len(sequence.generated), num_tokens):
+                position = sequence.num_tokens
                 if i and (error := await self._may_go_on()) is not None:
                     step = TokenEvent(sequence.index, None, position, FinishReason.ERROR, error)
                     yield StreamEvent(step, "", FIRST_TOKEN_S + i)
                     return
                 self.num_tokens += 1
+                sequence.append(i)
                 reason = FinishReason.LENGTH if i == num_tokens - 1 else None
                 yield StreamEvent(TokenEvent(sequence.index, i, position, reason), "x", FIRST_TOKEN_S + i)
         finally:

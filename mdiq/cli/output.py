@@ -18,6 +18,7 @@ class Result:
     """One Sequence as it came out. Times are seconds since the run began to serve.
 
     request: digest of the line that asked for it; empty for a lone prompt.
+    num_resumed: tokens that are of an earlier run.
     """
 
     index: int
@@ -31,6 +32,12 @@ class Result:
     finished_s: float = 0.0
     cached_prompt_tokens: int = 0
     request: str = ""
+    num_resumed: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that this run has generated."""
+        return len(self.token_ids) - self.num_resumed
 
     def as_json(self) -> str:
         """Return the line of `--json` and of a results file."""
@@ -43,6 +50,8 @@ class Result:
             "cached_prompt_tokens": self.cached_prompt_tokens,
             "timings": self._timings(),
         }
+        if self.num_resumed:
+            value["resumed_tokens"] = self.num_resumed
         if self.request:
             value["request"] = self.request
         if self.error is not None:
@@ -56,7 +65,7 @@ class Result:
             "submitted_s": round(self.submitted_s, 6),
             "ttft_s": _rounded(ttft_s, 6),
             "total_s": round(self.finished_s - self.submitted_s, 6),
-            "decode_tokens_per_s": round((len(self.token_ids) - 1) / decode_s, 3) if decode_s else None,
+            "decode_tokens_per_s": round((self.num_generated - 1) / decode_s, 3) if decode_s else None,
         }
 
 
@@ -84,7 +93,8 @@ class Summary:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(result.token_ids) for result in self.results)
+        """Tokens that this run has generated."""
+        return sum(result.num_generated for result in self.results)
 
     @property
     def tokens_per_s(self) -> float:
@@ -100,7 +110,7 @@ class Summary:
     @property
     def decode_tokens_per_s(self) -> float | None:
         """Tokens per second of all Sequences while all of them decoded; None where that was never so."""
-        found = [(r.first_token_s, r.finished_s, len(r.token_ids)) for r in self.results if r.first_token_s is not None]
+        found = [(r.first_token_s, r.finished_s, r.num_generated) for r in self.results if r.first_token_s is not None]
         if len(found) < len(self.results) or not found:
             return None
         if max(first for first, _, _ in found) >= min(last for _, last, _ in found):
@@ -235,37 +245,28 @@ class AnswerPrinter:
     """Writes answers to stdout in the form that was asked for.
 
     One Sequence in plain form streams; several come whole, each under a line that names it, as they finish.
+    has_file: results go to a file; in plain form they are not shown then.
     """
 
-    def __init__(self, out: TextIO, *, as_json: bool, is_single: bool, results_file: TextIO | None) -> None:
+    def __init__(self, out: TextIO, *, as_json: bool, is_single: bool, has_file: bool) -> None:
         self._out = out
         self._as_json = as_json
         self._is_single = is_single
-        self._results_file = results_file
+        self._has_file = has_file
 
     def text(self, piece: str) -> None:
         """Show text of a lone Sequence as it comes."""
-        if piece and self._is_single and not self._as_json and self._results_file is None:
+        if piece and self._is_single and not self._as_json and not self._has_file:
             self._out.write(piece)
             self._out.flush()
 
     def finished(self, result: Result) -> None:
-        """Show or store a finished Sequence.
-
-        Raises:
-            OSError: it cannot be stored; the error names the file.
-        """
-        if self._results_file is not None:
-            try:
-                self._results_file.write(result.as_json() + "\n")
-                self._results_file.flush()
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self._results_file.name) from None
+        """Show a finished Sequence."""
         if self._as_json:
             self._out.write(result.as_json() + "\n")
-        elif self._results_file is None and self._is_single:
+        elif not self._has_file and self._is_single:
             self._out.write("\n")
-        elif self._results_file is None:
+        elif not self._has_file:
             self._out.write(f"--- {result.index} ({result.finish_reason})\n{result.text}\n")
         self._out.flush()
 

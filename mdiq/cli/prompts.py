@@ -1,11 +1,10 @@
-"""Prompts files: JSON lines to requests, with every error located. Results files: which lines are done; opening."""
+"""Prompts files: JSON lines to requests, with every error located. Results files: which lines are done."""
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mdiq.api.fields import check_served, sampling_values
 from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of, text_of, token_ids_of
@@ -48,14 +47,14 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
 
 
 def read_finished(path: Path, requests: Sequence[PromptLine]) -> set[int]:
-    """Return the indices that a results file holds; a last line that was cut off by a crash counts as not there.
+    """Return the indices that a results file holds; a last line without its end was cut off, and counts as not there.
 
     Raises:
-        ConfigError: a line other than the last is not a result, or it is one of another request.
+        ConfigError: a whole line is not a result, or it is one of another request.
     """
     digests = {request.index: request.digest for request in requests}
     try:
-        lines = path.read_bytes().split(b"\n")
+        *lines, _ = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     finished: set[int] = set()
@@ -66,11 +65,9 @@ def read_finished(path: Path, requests: Sequence[PromptLine]) -> set[int]:
                 continue
             index, digest = int(value["index"]), value.get("request")
         except (ValueError, TypeError):
-            if number < len(lines):
-                raise ConfigError(
-                    f"{path}:{number}: not a line that mdiq run wrote; move the file away to start afresh"
-                ) from None
-            continue
+            raise ConfigError(
+                f"{path}:{number}: not a line that mdiq run wrote; move the file away to start afresh"
+            ) from None
         if index not in digests or (digest is not None and digest != digests[index]):
             raise ConfigError(
                 f"{path}:{number}: it answers another request {index} than the prompts file has now; "
@@ -78,38 +75,6 @@ def read_finished(path: Path, requests: Sequence[PromptLine]) -> set[int]:
             )
         finished.add(index)
     return finished
-
-
-@contextlib.contextmanager
-def results_file(path: Path | None) -> Iterator[TextIO | None]:
-    """Open a results file to go on after its last whole line; None if there is no file.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if path is None:
-        yield None
-        return
-    try:
-        if path.is_file():
-            _drop_cut_line(path)
-        file = path.open("a", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; --out must be a file that can be written") from None
-    try:
-        yield file
-    finally:
-        # Each result was brought to the file, or its error is on its way.
-        with contextlib.suppress(OSError):
-            file.close()
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Remove a last line without its end: a crash cut it off, and its request runs again."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
 
 
 class _Settings:

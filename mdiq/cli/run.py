@@ -4,18 +4,18 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mdiq.cli.flags import hand_split, parse_wires
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
-from mdiq.cli.prompts import read_finished, read_prompts, results_file
+from mdiq.cli.prompts import read_finished, read_prompts
 from mdiq.cli.ring_commands import RunOptions
 from mdiq.cli.signals import run_until_signal
 from mdiq.core.ring import RingSettings
@@ -24,6 +24,8 @@ from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.micro_batches import MAX_LIVE
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads
+from mdiq.service.batch import Batch, about
+from mdiq.service.recorder import Recorder
 from mdiq.service.requests import PromptLine, Requests
 from mdiq.telemetry import logging
 from mdiq.telemetry.trace import overlap_shares, write_trace
@@ -32,6 +34,7 @@ if TYPE_CHECKING:  # torch and the tokenizer are imported after set_threads, and
     from mdiq.config.load import LoadedTopology
     from mdiq.engine.model_config import ModelConfig
     from mdiq.runtime.ring_host import RingHost
+    from mdiq.runtime.starter_service import StreamEvent
     from mdiq.service.topology_rings import TopologyRings
 
 DEFAULT_NODES = 2
@@ -42,7 +45,7 @@ def execute(options: RunOptions) -> int:
     """Run the command and return its exit code."""
     logging.configure(options.log_level, node="node-0")
     console = Console(stderr=True)
-    lines, finished = _read_requests(options)
+    lines = _read_requests(options)
     loaded: LoadedTopology | None = None
     name = options.model
     if options.topology is not None:
@@ -60,11 +63,15 @@ def execute(options: RunOptions) -> int:
     set_threads(threads)
     if options.pin:
         bind_to_core(core_of(0))
-    with results_file(options.out) as results:
-        todo = [line for line in lines if line.index not in finished]
-        if not todo:
-            console.print(f"{options.out}: all {len(lines)} requests are done already")
-            return 0
+    with contextlib.ExitStack() as opened:
+        batch: Batch | None = None
+        todo = lines
+        if options.out is not None:
+            batch = Batch(options.out, resume=options.resume, is_journalled=options.prompts is not None)
+            opened.enter_context(batch)
+            todo = _todo(batch, lines, console)
+            if not todo:
+                return 0
         from mdiq.engine.formats.model_source import find_model
         from mdiq.engine.model_config import read_config
         from mdiq.engine.text.tokenizer import Tokenizer
@@ -88,7 +95,9 @@ def execute(options: RunOptions) -> int:
             )
             ring_options = rings.options()
         requests = Requests(Tokenizer.load(model), config, raw=options.raw)
-        run = _Run(options, ring_options, requests, todo, console, results, rings)
+        if batch is not None:
+            batch.expect(about(lines, options.params, ring_options, raw=options.raw))
+        run = _Run(options, ring_options, requests, todo, console, batch, rings)
         return run_until_signal(run.main())
 
 
@@ -132,7 +141,7 @@ class _Run:
         requests: Requests,
         lines: list[PromptLine],
         console: Console,
-        results_file: TextIO | None,
+        batch: Batch | None,
         rings: "TopologyRings | None",
     ) -> None:
         self._options = options
@@ -143,8 +152,12 @@ class _Run:
         self._console = console
         self._is_single = options.prompts is None
         self._printer = AnswerPrinter(
-            sys.stdout, as_json=options.as_json, is_single=self._is_single, results_file=results_file
+            sys.stdout, as_json=options.as_json, is_single=self._is_single, has_file=batch is not None
         )
+        self._batch = batch
+        self._recorder: Recorder | None = None
+        if batch is not None:
+            self._recorder = Recorder(batch.results, batch.journal, on_trouble=self._say)
         self._results: list[Result] = []
         self._start_s = 0.0
 
@@ -153,6 +166,8 @@ class _Run:
         from mdiq.service.forming import formed
 
         self._requests.check(self._lines, is_single=self._is_single)
+        if self._batch is not None and self._batch.begun:
+            await asyncio.to_thread(self._batch.expect_model, self._ring_options.model)
         if self._ring_options.is_survey and self._rings is not None:
             with _loading_bars(self._console) as on_loading:
                 survey = await formed(lambda: RingHost(self._ring_options, on_loading=on_loading))
@@ -172,18 +187,24 @@ class _Run:
             pipe = self._requests.pipe
             ring = await formed(lambda: RingHost(self._ring_options, make_pipe=pipe, on_loading=on_loading))
         try:
+            if self._batch is not None:  # torch is here now
+                await asyncio.to_thread(self._batch.expect_model, self._ring_options.model)
             self._start_s = time.monotonic()
             await self.serve_all(ring)
             await self._finish(ring)
         finally:
             await ring.aclose()
-        return 1 if any(result.finish_reason is FinishReason.ERROR for result in self._results) else 0
+        if any(result.finish_reason is FinishReason.ERROR for result in self._results):
+            return 1
+        if self._batch is not None:
+            self._batch.end()
+        return 0
 
     async def serve_all(self, ring: "RingHost") -> None:
         """Answer every request; MAX_SUBMITTED of them are with the ring at once."""
         # A ring that holds every request of a long file spends its time on those that wait.
         lines = iter(self._lines)
-        async with asyncio.TaskGroup() as tasks:
+        async with _recording(self._recorder), asyncio.TaskGroup() as tasks:
             for i in range(min(len(self._lines), max(MAX_SUBMITTED, self._ring_options.pace.max_live or 0))):
                 tasks.create_task(self._serve_each(ring, lines), name=f"requests-{i}")
 
@@ -196,30 +217,51 @@ class _Run:
         self._results.append(result)
         sequence: Sequence | None = None
         try:
-            # In a thread: a template and a long text take longer than other requests' tokens can wait.
-            sequence = await asyncio.to_thread(self._requests.sequence, line, ring.context_tokens)
-            result.prompt_token_ids = sequence.prompt
-            async for event in ring.stream(sequence):
-                at_s = event.at_s - self._start_s
-                if event.step.token is not None:
-                    result.token_ids.append(event.step.token)
-                    result.first_token_s = at_s if result.first_token_s is None else result.first_token_s
-                result.text += event.text
-                self._printer.text(event.text)
-                if event.step.finish_reason is not None:
-                    result.finish_reason, result.finished_s = event.step.finish_reason, at_s
-                    result.error = None if event.step.error is None else str(event.step.error)
-                    if self._is_single and event.step.error is not None:
-                        raise event.step.error
+            sequence = await self._sequence(line, result, ring.context_tokens)
+            if sequence.finish_reason is None:
+                await self._follow(ring.stream(sequence), result)
+            else:  # an earlier run had all of its tokens
+                result.finish_reason, result.finished_s = sequence.finish_reason, self._now()
         except MdiqError as error:
             if self._is_single:
                 raise
             result.finish_reason, result.finished_s = FinishReason.ERROR, self._now()
             result.error = str(error)
-            self._console.print(f"mdiq: request {line.index}: {error}", markup=False, highlight=False)
+            self._say(f"request {line.index}: {error}")
         if sequence is not None:
             result.cached_prompt_tokens = sequence.cached_prompt_tokens
+        if self._recorder is not None:
+            is_final = result.finish_reason is not FinishReason.ERROR
+            await self._recorder.end(str(line.index), result.as_json(), is_final=is_final)
         self._printer.finished(result)
+
+    async def _follow(self, events: "AsyncIterator[StreamEvent]", result: Result) -> None:
+        async for event in events:
+            at_s = event.at_s - self._start_s
+            if event.step.token is not None:
+                result.token_ids.append(event.step.token)
+                result.first_token_s = at_s if result.first_token_s is None else result.first_token_s
+            result.text += event.text
+            self._printer.text(event.text)
+            if event.step.finish_reason is not None:
+                result.finish_reason, result.finished_s = event.step.finish_reason, at_s
+                result.error = None if event.step.error is None else str(event.step.error)
+                if self._is_single and event.step.error is not None:
+                    raise event.step.error
+
+    async def _sequence(self, line: PromptLine, result: Result, room: int) -> Sequence:
+        """Return the Sequence of a request, with the tokens of an earlier run."""
+        begun = None if self._batch is None else self._batch.begun.get(line.index)
+        # In a thread: a template and a long text take longer than other requests' tokens can wait.
+        if begun is None:
+            sequence = await asyncio.to_thread(self._requests.sequence, line, room)
+        else:
+            sequence, result.text = await asyncio.to_thread(self._requests.resumed, line, begun)
+            result.token_ids, result.num_resumed = [*sequence.generated], len(sequence.generated)
+        result.prompt_token_ids = sequence.prompt
+        if self._recorder is not None:
+            self._recorder.begin(str(line.index), sequence, is_journalled=begun is not None)
+        return sequence
 
     async def _finish(self, ring: "RingHost") -> None:
         wall_s = max((result.finished_s for result in self._results), default=0.0)
@@ -248,8 +290,26 @@ class _Run:
         if not self._options.as_json:
             print_table(self._console, summary)
 
+    def _say(self, text: str) -> None:
+        self._console.print(f"mdiq: {text}", markup=False, highlight=False, soft_wrap=True)
+
     def _now(self) -> float:
         return time.monotonic() - self._start_s
+
+
+@contextlib.asynccontextmanager
+async def _recording(recorder: Recorder | None) -> AsyncIterator[None]:
+    """Record while requests are served; what came before the end, or before a signal, is on the disk afterwards."""
+    if recorder is None:
+        yield
+        return
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(recorder.run(), name="record")
+            yield
+            running.cancel()
+    finally:
+        await recorder.write(with_tokens=True)
 
 
 def _topology(options: RunOptions, file: Path) -> "LoadedTopology":
@@ -272,19 +332,33 @@ def _topology(options: RunOptions, file: Path) -> "LoadedTopology":
     return loaded
 
 
-def _read_requests(options: RunOptions) -> tuple[list[PromptLine], set[int]]:
+def _read_requests(options: RunOptions) -> list[PromptLine]:
     if (options.prompt is None) == (options.prompts is None):
         raise ConfigError('mdiq run: give a prompt or --prompts FILE, one of them: mdiq run "Why is the sky blue?"')
-    finished: set[int] = set()
     if options.prompts is None:
-        lines = [PromptLine(0, "prompt", options.params, text=options.prompt)]
-    else:
-        lines = read_prompts(options.prompts, options.params)
-    if options.out is not None and options.out.exists():
-        if not options.resume:
-            raise ConfigError(f"{options.out}: it exists; add --resume to go on where it stopped, or move it away")
-        finished = read_finished(options.out, lines)
-    return lines, finished
+        return [PromptLine(0, "prompt", options.params, text=options.prompt)]
+    return read_prompts(options.prompts, options.params)
+
+
+def _todo(batch: Batch, lines: list[PromptLine], console: Console) -> list[PromptLine]:
+    """Return the requests without a result, and say how many there are in a run that goes on."""
+    out = batch.results.path
+    finished = read_finished(out, lines) if batch.results.is_regular else set()
+    batch.results.drop_cut_line()
+    todo = [line for line in lines if line.index not in finished]
+    begun = [batch.begun[line.index] for line in todo if line.index in batch.begun]
+    if not todo:
+        console.print(f"{out}: all {len(lines)} requests are done already")
+        batch.end()
+    elif finished or begun:
+        num_tokens = sum(len(each.tokens) for each in begun)
+        console.print(
+            f"{out}: {len(finished)} of {len(lines)} requests are done; {len(begun)} go on after {num_tokens} tokens",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return todo
 
 
 @contextlib.contextmanager

@@ -62,11 +62,12 @@ class Books:
             self._leave_ring(entry)
             self._scheduler.wait(entry)
 
-    def submit(self, sequence: Sequence, max_tokens: int) -> None:
-        """Have a new Sequence wait. max_tokens: see ``max_tokens``."""
+    def submit(self, sequence: Sequence, max_tokens: int) -> Entry:
+        """Have a new Sequence wait; return its Entry. max_tokens: see ``max_tokens``."""
         self.unfinished[sequence.index] = entry = Entry(sequence, self._num_arrived, max_tokens)
         self._num_arrived += 1
         self._scheduler.wait(entry)
+        return entry
 
     def admit(self) -> None:
         """Give room to the Sequences in the Ring first, then to those that wait."""
@@ -230,8 +231,10 @@ def max_tokens(sequence: Sequence, spec: RingSpec) -> int:
     """Return the tokens that a Sequence may grow to in this Ring, prompt included.
 
     Raises:
-        ContextLengthError, CapacityError: the prompt leaves no room for an answer.
+        ContextLengthError, CapacityError: the prompt is empty, or it leaves no room for an answer.
     """
+    if not sequence.prompt:
+        raise ContextLengthError("prompt: it has no tokens; give at least one")
     if len(sequence.prompt) >= spec.context_tokens:
         raise ContextLengthError(
             f"prompt: {len(sequence.prompt)} tokens leave no room for an answer in the context of "

@@ -38,7 +38,7 @@ from mdiq.core.scheduler import Entry, Scheduler
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.stage import NO_EPOCH
 from mdiq.core.types import CHUNK_STEP, Epoch, RingSpec, SeqId
-from mdiq.errors import CapacityError, ContextLengthError, LocalProtocolError, RingStalledError
+from mdiq.errors import CapacityError, LocalProtocolError, RingStalledError
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class RingProtocol:
         return max((entry.max_tokens for entry in self._books.unfinished.values()), default=0)
 
     def submit(self, sequence: Sequence, now: float) -> None:
-        """Take a Sequence in; it enters the Ring at a later ``poll``.
+        """Take a Sequence in; it enters the Ring at a later ``poll``. Tokens that it brings are never sampled again.
 
         Raises:
             ContextLengthError: the prompt leaves no room for a token in the model's context.
@@ -131,9 +131,9 @@ class RingProtocol:
         """
         if self._spec is None or sequence.index in self._books.unfinished:
             raise LocalProtocolError(f"submit: sequence {sequence.index} comes before an epoch or a second time")
-        if not sequence.prompt:
-            raise ContextLengthError("prompt: it has no tokens; give at least one")
-        self._books.submit(sequence, max_tokens(sequence, self._spec))
+        entry = self._books.submit(sequence, max_tokens(sequence, self._spec))
+        if sequence.num_tokens >= entry.max_tokens:
+            self._end(entry, FinishReason.LENGTH)  # this Ring holds no more of it
 
     def cancel(self, index: int) -> None:
         """End a Sequence unfinished; one that has ended already is left alone."""

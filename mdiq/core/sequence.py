@@ -114,6 +114,7 @@ class Sequence:
 
     index: the caller's name for it, unique within a Ring.
     prompt: token ids of the prompt, at least one.
+    generated: the answer so far; a Sequence may come with tokens of an earlier Ring.
     eos_token_ids: the model's own end tokens.
     deadline: the time on the caller's clock at which it is ended if it has not finished; None: no limit.
     cached_prompt_tokens: tokens of the prompt that were found in the KV cache and not computed.

@@ -22,7 +22,7 @@ from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError
 from mdiq.runtime.loops import EpochLinks, Worker, queue_burst, receive_frames, send_frames
 from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.stage_service import compute_batch
-from mdiq.runtime.text_pipe import NoText, TextPipe
+from mdiq.runtime.text_pipe import NoText, TextPipe, text_of
 
 log = structlog.get_logger()
 
@@ -354,8 +354,7 @@ class StarterService:
         if not self._ring.awaits_token(row.seq_id):
             return
         stream = self._streams.get(row.sequence.index)
-        is_end_token = token in row.sequence.eos_token_ids and not row.sequence.params.ignore_eos
-        text = "" if stream is None or is_end_token else stream.pipe.push(token)
+        text = "" if stream is None else text_of(stream.pipe, row.sequence, token)
         stop_matched = stream is not None and stream.pipe.stop_matched
         step = self._ring.sampled(row.seq_id, token, stop_matched=stop_matched, now=self._clock())
         if step is None:

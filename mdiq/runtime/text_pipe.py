@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from mdiq.core.sequence import Sequence
+
 
 class TextPipe(Protocol):
     """Turns the tokens of one Sequence into text that can be shown."""
@@ -18,6 +20,12 @@ class TextPipe(Protocol):
     def finish(self) -> str:
         """Return what was held back."""
         ...
+
+
+def text_of(pipe: TextPipe, sequence: Sequence, token: int) -> str:
+    """Return the text that a token adds to an answer; the model's own end token has none."""
+    is_end_token = token in sequence.eos_token_ids and not sequence.params.ignore_eos
+    return "" if is_end_token else pipe.push(token)
 
 
 class NoText:

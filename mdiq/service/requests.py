@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.errors import ConfigError
-from mdiq.service.text_pipe import TokenizerPipe
+from mdiq.service.journal import Begun
+from mdiq.service.text_pipe import TokenizerPipe, go_on
 
 if TYPE_CHECKING:
     from mdiq.engine.model_config import ModelConfig
@@ -40,6 +41,7 @@ class Requests:
         self._config = config
         self._raw = raw
         self._checked: dict[int, Sequence] = {}  # made to be checked before the ring loads; nothing is tokenized twice
+        self._pipes: dict[int, TokenizerPipe] = {}  # of Sequences that go on
 
     def check(self, lines: AbstractSequence[PromptLine], *, is_single: bool) -> None:
         """Refuse what can be seen to be wrong before anything runs.
@@ -63,6 +65,22 @@ class Requests:
         """
         return self._checked.pop(line.index, None) or self._make(line, room)
 
+    def resumed(self, line: PromptLine, begun: Begun) -> tuple[Sequence, str]:
+        """Return the Sequence of a request that has begun in an earlier run, and the text that it has.
+
+        It has a finish_reason if nothing is left to do.
+
+        Raises:
+            ConfigError: the model does not have these tokens.
+        """
+        self._check_ids(line, (*begun.prompt, *begun.tokens))
+        sequence = Sequence(line.index, begun.prompt, begun.params, eos_token_ids=self._tokenizer.eos_token_ids)
+        pipe = TokenizerPipe(self._tokenizer, begun.params.stop)
+        text = go_on(sequence, pipe, begun.tokens)
+        if sequence.finish_reason is None:
+            self._pipes[line.index] = pipe
+        return sequence, text
+
     def _make(self, line: PromptLine, room: int) -> Sequence:
         tokenizer = self._tokenizer
         text = line.text or ""
@@ -85,7 +103,7 @@ class Requests:
 
     def pipe(self, sequence: Sequence) -> TokenizerPipe:
         """Return what turns the Sequence's tokens into text."""
-        return TokenizerPipe(self._tokenizer, sequence.params.stop)
+        return self._pipes.pop(sequence.index, None) or TokenizerPipe(self._tokenizer, sequence.params.stop)
 
     def _check_ids(self, line: PromptLine, ids: AbstractSequence[int]) -> None:
         if (largest := max(ids)) >= self._config.vocab_size:

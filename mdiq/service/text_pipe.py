@@ -1,8 +1,11 @@
 """Tokens of a Sequence become the text that its caller sees."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mdiq.core.sequence import Sequence
 from mdiq.core.stop_text import StopText
+from mdiq.runtime.text_pipe import text_of
 
 if TYPE_CHECKING:  # torch is imported after set_threads
     from mdiq.engine.text.tokenizer import Tokenizer
@@ -25,3 +28,17 @@ class TokenizerPipe:
     def finish(self) -> str:
         # Half a character at the end of a limited answer is not shown: its other half is not there.
         return self._stop_text.push(self._stream.finish(drops_half=True)) + self._stop_text.finish()
+
+
+def go_on(sequence: Sequence, pipe: TokenizerPipe, tokens: Iterable[int]) -> str:
+    """Bring a Sequence and its pipe to where these tokens of an earlier ring lead; return their text.
+
+    The Sequence has a finish_reason afterwards if it ends with them.
+    """
+    text = ""
+    for token in tokens:
+        text += text_of(pipe, sequence, token)
+        sequence.finish_reason = sequence.append(token, stop_matched=pipe.stop_matched)
+        if sequence.finish_reason is not None:
+            return text + pipe.finish()
+    return text

@@ -29,7 +29,7 @@ def _main(monkeypatch: pytest.MonkeyPatch, encoding: str, *words: str) -> tuple[
 
 
 def _answer(options: run.RunOptions) -> int:
-    printer = AnswerPrinter(sys.stdout, as_json=options.as_json, is_single=True, results_file=None)
+    printer = AnswerPrinter(sys.stdout, as_json=options.as_json, is_single=True, has_file=False)
     printer.text("hé 🦊!")
     printer.finished(Result(0, (1,), 0.0, [2], "hé 🦊!"))
     sys.stderr.write("🦊\n")

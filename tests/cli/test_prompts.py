@@ -58,6 +58,17 @@ def test_results_that_failed_are_not_finished_and_those_without_a_digest_count(t
     assert read_finished(tmp_path / "out.jsonl", lines) == {1}
 
 
+def test_a_last_line_without_its_end_is_not_finished_however_much_of_it_is_there(tmp_path: Path) -> None:
+    lines = _prompts(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    whole = _results(tmp_path / "out.jsonl", *lines).read_bytes()
+    for num_bytes in range(1, len(whole.splitlines()[1]) + 1):
+        (tmp_path / "out.jsonl").write_bytes(whole[:-num_bytes])
+        assert read_finished(tmp_path / "out.jsonl", lines) == {0}
+    (tmp_path / "out.jsonl").write_bytes(whole[:-2] + b"\n")
+    with pytest.raises(ConfigError, match="out.jsonl:2: not a line that mdiq run wrote"):
+        read_finished(tmp_path / "out.jsonl", lines)
+
+
 def test_what_many_lines_say_alike_is_checked_once_and_kept_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

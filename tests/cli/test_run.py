@@ -1,4 +1,4 @@
-"""A long file of prompts is fed to the ring as it answers, not all at once."""
+"""A long file of prompts is fed to the ring as it answers, not all at once. test_resume.py: over restarts."""
 
 import io
 from pathlib import Path
@@ -9,11 +9,10 @@ import pytest
 from rich.console import Console
 
 from mdiq.cli import run
-from mdiq.cli.output import AnswerPrinter, Result
-from mdiq.cli.prompts import results_file
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.errors import CapacityError, ConfigError, ContextLengthError, MdiqError
+from mdiq.errors import CapacityError, ContextLengthError, MdiqError
 from mdiq.plan.pace import PaceSettings
+from mdiq.service.batch import Batch
 from mdiq.service.requests import PromptLine, Requests
 from tests.fake_ring import FakeRing, ring_options
 
@@ -57,32 +56,35 @@ class NotingRing(FakeRing):
 
 
 def _run(
-    lines: list[PromptLine], out: io.StringIO, tokenizer: FakeTokenizer, prompts: Path | None = Path("in.jsonl")
+    lines: list[PromptLine], batch: Batch | None, tokenizer: FakeTokenizer, prompts: Path | None = Path("in.jsonl")
 ) -> Any:
     options: Any = SimpleNamespace(prompts=prompts, as_json=False)
     config: Any = SimpleNamespace(vocab_size=1_000, context_tokens=200)
     ring: Any = SimpleNamespace(pace=PaceSettings())
     requests = Requests(tokenizer, config, raw=True)  # type: ignore[arg-type]
-    return run._Run(options, ring, requests, lines, Console(file=io.StringIO()), out, None)
+    return run._Run(options, ring, requests, lines, Console(file=io.StringIO()), batch, None)
 
 
-async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_of_a_long_file_are_made_and_submitted_as_others_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "MAX_SUBMITTED", 8)
     lines = [PromptLine(i, f"in.jsonl:{i}", TWO, text=f"number {i}", digest=f"{i}") for i in range(100)]
     lines[50] = PromptLine(50, "in.jsonl:50", SamplingParams(), text="!", digest="50")
-    out, tokenizer = io.StringIO(), FakeTokenizer()
-    async with NotingRing(tokenizer) as ring:
-        await _run(lines, out, tokenizer).serve_all(ring)
+    tokenizer = FakeTokenizer()
+    with Batch(tmp_path / "out.jsonl", resume=False, is_journalled=True) as batch:
+        async with NotingRing(tokenizer) as ring:
+            await _run(lines, batch, tokenizer).serve_all(ring)
     assert 1 < ring.peak_open <= 8 and ring.encoded_at_first is not None and ring.encoded_at_first <= 8
     assert tokenizer.num_encoded == 100
-    results = [line for line in out.getvalue().splitlines()]
+    results = (tmp_path / "out.jsonl").read_text().splitlines()
     assert len(results) == 100 and sum('"finish_reason": "error"' in line for line in results) == 1
     assert "too short for me" in next(line for line in results if '"request": "50"' in line)
 
 
 async def test_a_lone_prompt_is_checked_before_the_ring_loads_and_tokenized_once() -> None:
     tokenizer = FakeTokenizer()
-    one = _run([PromptLine(0, "prompt", SamplingParams(max_tokens=1), text="hello")], io.StringIO(), tokenizer, None)
+    one = _run([PromptLine(0, "prompt", SamplingParams(max_tokens=1), text="hello")], None, tokenizer, None)
     one._requests.check(one._lines, is_single=True)
     assert tokenizer.num_encoded == 1
     async with NotingRing(tokenizer) as ring:
@@ -92,27 +94,12 @@ async def test_a_lone_prompt_is_checked_before_the_ring_loads_and_tokenized_once
         one._requests.check([PromptLine(0, "prompt", SamplingParams(), text="a" * 300)], is_single=True)
 
 
-async def test_a_line_that_cannot_fit_the_ring_is_refused_before_it_is_tokenized() -> None:
+async def test_a_line_that_cannot_fit_the_ring_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
     lines = [PromptLine(i, f"in.jsonl:{i}", SamplingParams(), text=text) for i, text in enumerate(["ab", "a" * 150])]
-    out, tokenizer = io.StringIO(), FakeTokenizer()
-    async with NotingRing(tokenizer) as ring:
-        await _run(lines, out, tokenizer).serve_all(ring)
+    tokenizer = FakeTokenizer()
+    with Batch(tmp_path / "out.jsonl", resume=False, is_journalled=True) as batch:
+        async with NotingRing(tokenizer) as ring:
+            await _run(lines, batch, tokenizer).serve_all(ring)
     assert tokenizer.num_encoded == 1
-    assert "too long for me" in next(line for line in out.getvalue().splitlines() if '"index": 1' in line)
-
-
-def test_an_error_of_the_run_is_not_taken_for_one_of_the_results_file(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError) as caught, results_file(tmp_path / "out.jsonl"):
-        raise PermissionError(13, "Permission denied", "trace.json")
-    assert caught.value.filename == "trace.json"
-    with pytest.raises(ConfigError, match="gone/out.jsonl: No such file or directory; --out must be a file"):
-        with results_file(tmp_path / "gone" / "out.jsonl"):
-            pass
-
-
-def test_a_results_file_that_cannot_be_written_any_more_is_named() -> None:
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
-        with results_file(Path("/dev/full")) as file:
-            AnswerPrinter(io.StringIO(), as_json=False, is_single=False, results_file=file).finished(
-                Result(0, (1,), 0.0, [2], "text")
-            )
+    results = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert "too long for me" in next(line for line in results if '"index": 1' in line)

@@ -5,9 +5,9 @@ import pytest
 from mdiq.core.frame import Frame, FrameKind, Segment, TokenIds
 from mdiq.core.ring import RingProtocol, RingSettings
 from mdiq.core.ring_actions import Ended, HeadRow, Inject
-from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import Epoch, RingSpec, SeqId
-from mdiq.errors import LocalProtocolError
+from mdiq.errors import ContextLengthError, LocalProtocolError
 
 EPOCH = Epoch(1)
 SPEC = RingSpec(num_stages=2, kv_tokens=64, context_tokens=32, caps=(1, 2))
@@ -109,3 +109,36 @@ def test_figures_begin_anew_behind_a_rehearsal() -> None:
     assert (ring.peak_live, ring.prefill["prefill_tokens"], ring.counts["unknown"]) == (1, 3, 1)
     ring.reset_counts()
     assert (ring.peak_live, ring.decode_gap_s, dict(ring.prefill), dict(ring.counts)) == (0, 0.0, {}, {})
+
+
+def _going_on(*tokens: int, num_prompt: int = 3, max_tokens: int = 4) -> Sequence:
+    sequence = _sequence(0, num_prompt, max_tokens)
+    sequence.generated += tokens
+    return sequence
+
+
+def test_a_sequence_that_brings_tokens_enters_with_them_as_a_prompt_and_goes_on_after_them() -> None:
+    ring = _ring()
+    ring.submit(sequence := _going_on(40, 41), now=0.0)
+    [row] = _lap(ring)
+    event = ring.sampled(row.seq_id, 42)
+    assert event is not None and (event.token, event.position, event.finish_reason) == (42, 5, None)
+    assert ring.prefill["prefill_tokens"] == 5 and sequence.cached_prompt_tokens == 0
+    [row] = _lap(ring)
+    event = ring.sampled(row.seq_id, 43)
+    assert event is not None and event.finish_reason is FinishReason.LENGTH
+    assert sequence.generated == [40, 41, 42, 43]
+
+
+@pytest.mark.parametrize("max_tokens", [2, 60], ids=["its own limit", "the ring's room"])
+def test_a_sequence_that_brings_all_tokens_that_it_may_have_ends_before_it_enters(max_tokens: int) -> None:
+    ring = _ring()
+    ring.submit(_going_on(*range(2 if max_tokens == 2 else 29), max_tokens=max_tokens), now=0.0)
+    [ended] = ring.poll(0.0)
+    assert isinstance(ended, Ended) and ended.event.finish_reason is FinishReason.LENGTH
+    assert ring.is_quiet
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ContextLengthError, match="prompt: it has no tokens; give at least one"):
+        _ring().submit(_sequence(num_prompt=0), now=0.0)

@@ -70,6 +70,26 @@ async def test_a_stream_ends_where_the_context_does_and_what_can_never_fit_is_re
         assert len(await _steps(ring, _sequence(3))) == 4
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+async def test_a_stream_goes_on_after_tokens_of_an_earlier_ring_as_it_would_have(
+    open_kept: Open, temperature: float
+) -> None:
+    params = SamplingParams(max_tokens=9, temperature=temperature, seed=7, repetition_penalty=1.2)
+    async with open_kept(2) as ring:
+        steps = await _steps(ring, Sequence(0, (1, 2, 3), params))
+        whole = [step.token for step in steps if step.token is not None]
+        assert len(whole) == 9
+        for num_known in range(1, 9):
+            sequence = Sequence(num_known, (1, 2, 3), params, generated=[*whole[:num_known]])
+            steps = await _steps(ring, sequence)
+            assert [step.token for step in steps] == whole[num_known:]
+            assert [step.position for step in steps] == [*range(3 + num_known, 12)]
+            assert sequence.generated == whole
+        for full in (Sequence(9, (1,), params, generated=whole), Sequence(10, (1,) * 127, params, generated=[1])):
+            [end] = await _steps(ring, full)
+            assert end.finish_reason is FinishReason.LENGTH and end.token is None
+
+
 async def test_a_stream_that_is_left_gives_its_room_to_the_next_one(open_kept: Open) -> None:
     async with open_kept(2) as ring:
         for index in range(3):

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.engine.text.tokenizer import Tokenizer
-from mdiq.service.text_pipe import TokenizerPipe
+from mdiq.runtime.text_pipe import text_of
+from mdiq.service.text_pipe import TokenizerPipe, go_on
 from tests.engine.text.test_tokenizer import byte_level, byte_level_file, pieces, sentencepiece
 
 __all__ = ["byte_level", "pieces", "sentencepiece"]  # fixtures
@@ -45,3 +47,41 @@ def test_half_a_character_at_the_end_is_not_shown(tokenizer: Tokenizer, before: 
 def test_a_stop_text_ends_the_answer_before_half_a_character(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a END \U0001f0a1")[:-1]
     assert _said(tokenizer, ids, "END").strip() == "a"
+
+
+def _both(
+    tokenizer: Tokenizer, ids: list[int], params: SamplingParams, num_known: int
+) -> tuple[str, FinishReason | None, list[int]]:
+    """Return text, end and tokens of an answer whose first tokens are of an earlier run."""
+    sequence = Sequence(0, (1,), params, eos_token_ids=frozenset({EOS}))
+    pipe = TokenizerPipe(tokenizer, params.stop)
+    text = go_on(sequence, pipe, ids[:num_known])
+    for token in ids[num_known:]:
+        if sequence.finish_reason is None:
+            text += text_of(pipe, sequence, token)
+            sequence.finish_reason = sequence.append(token, stop_matched=pipe.stop_matched)
+            if sequence.finish_reason is not None:
+                text += pipe.finish()
+    return text, sequence.finish_reason, sequence.generated
+
+
+EOS = 2**20  # no text has it
+
+
+@pytest.mark.parametrize(
+    ("params", "said", "reason"),
+    [
+        (SamplingParams(max_tokens=99), "a\U0001f0a1 b\u1fa7 END of it", FinishReason.STOP),
+        (SamplingParams(max_tokens=99, stop=("END",)), "a\U0001f0a1 b\u1fa7", FinishReason.STOP),
+        (SamplingParams(max_tokens=4), None, FinishReason.LENGTH),
+        (SamplingParams(max_tokens=99, ignore_eos=True), "a\U0001f0a1 b\u1fa7 END of it and more", None),
+    ],
+)
+def test_an_answer_says_and_ends_alike_wherever_a_restart_has_cut_it(
+    tokenizer: Tokenizer, params: SamplingParams, said: str | None, reason: FinishReason | None
+) -> None:
+    ids = [*tokenizer.encode("a\U0001f0a1 b\u1fa7 END of it"), EOS, *tokenizer.encode(" and more")]
+    whole = _both(tokenizer, ids, params, 0)
+    assert whole[1] is reason and (said is None or whole[0].split() == said.split())
+    for num_known in range(1, len(ids) + 1):
+        assert _both(tokenizer, ids, params, num_known) == whole
