@@ -71,6 +71,7 @@ class FakeRing:
         self.refuses: Callable[[Sequence], MdiqError | None] = lambda _: None
         self.silence: dict[str, float] = {}
         self.gone: list[str] = []
+        self.trouble = ""
         self.can_change = False  # it has to be formed anew for that
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -120,6 +121,10 @@ class FakeRing:
     @property
     def standing_by(self) -> tuple[StandingBy, ...]:
         return self.options.remote.standing_by if self.options.remote else ()
+
+    @property
+    def hop_trouble(self) -> str:
+        return self.trouble
 
     @property
     def idle_here(self) -> list[str]:

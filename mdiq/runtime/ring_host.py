@@ -29,7 +29,7 @@ from mdiq.runtime.kind_of_workers import kind_of_workers
 from mdiq.runtime.loaded_ring import USUAL_BYTES_PER_S, LoadedRing
 from mdiq.runtime.loops import Supervisor, Worker, make_worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
-from mdiq.runtime.recovery import Recovery
+from mdiq.runtime.recovery import QUICK_FETCH_S, Recovery
 from mdiq.runtime.starter_service import StarterService, StreamEvent
 from mdiq.runtime.takeover import is_like, is_same_but_idle, members_of, with_spares
 from mdiq.runtime.text_pipe import NoText, TextPipe
@@ -135,6 +135,11 @@ class RingHost:
     def is_paused(self) -> bool:
         """Whether nothing enters the Ring, because of a Node that is gone, or of a change; what runs goes on later."""
         return self._recovery is not None and self._recovery.is_running
+
+    @property
+    def hop_trouble(self) -> str:
+        """Which Hops carry nothing, in words; empty if all do."""
+        return self._workers.hop_trouble
 
     def taken_over(
         self, lost: Collection[str], *, unfit: Collection[str] = (), max_fetch_s: float | None = inf
@@ -324,10 +329,9 @@ class RingHost:
         self._loops.run(self._service.run(), "starter")
         await self._epochs.form(self._service)
         if not self._options.is_survey:
-            tolerance_s = self._options.outages.tolerance_s
-            self._recovery = Recovery(
-                self, self._workers, self._service, tolerance_s=tolerance_s, give_up=self._give_up
-            )
+            patience_s, without = self._options.outages.tolerance_s, partial(self.taken_over, max_fetch_s=QUICK_FETCH_S)
+            self._recovery = Recovery(self, self._workers, self._service, tolerance_s=patience_s, give_up=self._give_up)
+            self._loops.run(self._workers.guard_hops(self._service, without), "hop guard")
 
     async def _open(self) -> "StarterStage":
         """Have the Nodes start, and open the model."""
@@ -360,14 +364,10 @@ class RingHost:
         return LoadedRing(options, stage, others, costs)
 
     def _make_service(self, ring: LoadedRing, epochs: Epochs) -> StarterService:
+        protocol, links = RingProtocol(self._options.ring), self._workers.links(ring.stage.runner.wire_limits)
+        pipe, pace = self._make_pipe, epochs.plan_pace
         return StarterService(
-            RingProtocol(self._options.ring),
-            StageProtocol(),
-            ring.stage.engine,
-            self._workers.links(ring.stage.runner.wire_limits),
-            self._worker,
-            make_pipe=self._make_pipe,
-            plan_pace=epochs.plan_pace,
+            protocol, StageProtocol(), ring.stage.engine, links, self._worker, make_pipe=pipe, plan_pace=pace
         )
 
     def _on_fault(self, node: NodeId, fault: control.Fault) -> None:

@@ -85,6 +85,7 @@ class StarterService:
         self._make_pipe = make_pipe
         self._plan_pace = plan_pace
         self._hops = HopMeter()
+        self._probe_back = 0  # the newest of this Epoch
         self._new_hops_s = 0.0
         self._is_pace_old = asyncio.Event()
         self._returned: deque[Frame] = deque()
@@ -136,6 +137,7 @@ class StarterService:
         self._stage.assign(epoch, is_last=spec.num_stages == 1)
         await self._worker.run_uncounted(self._engine.reset)
         self._returned.clear()
+        self._probe_back = 0
         self._ring.begin_epoch(epoch, spec)
         self._poll()
 
@@ -211,6 +213,11 @@ class StarterService:
         """Seconds of all Hops together, as measured; None when they were not."""
         return self._hops.hops_s
 
+    @property
+    def probes(self) -> tuple[int, int]:
+        """Number of the newest PROBE that was sent, and of the newest of this Epoch that is back."""
+        return self._hops.num_sent, self._probe_back
+
     async def _serve_hops(self) -> NoReturn:
         """Run the loops of the Hops, and those of other Hops after ``relink``."""
         while True:
@@ -242,14 +249,16 @@ class StarterService:
         """Send a PROBE round again and again; those that do not return are not waited for."""
         num_sent = 0
         while True:
-            if self._ring.epoch and not self._outgoing.full():
+            if self._ring.epoch:
                 number = SeqId(self._hops.send(self._clock()))
-                self._outgoing.put_nowait(Frame(self._ring.epoch, FrameKind.PROBE, (Segment(number, 0, 0),)))
+                if not self._outgoing.full():
+                    self._outgoing.put_nowait(Frame(self._ring.epoch, FrameKind.PROBE, (Segment(number, 0, 0),)))
                 num_sent += 1
             await asyncio.sleep(FIRST_PROBES_S if num_sent < WINDOW else PROBE_S)
 
     def _probe_returned(self, frame: Frame) -> None:
         if frame.epoch == self._ring.epoch:
+            self._probe_back = max(self._probe_back, frame.segments[0].seq_id)
             self._ring.heard(self._clock())
             self._poll()
         hops_s = self._hops.returned(frame.segments[0].seq_id, self._clock())
