@@ -153,7 +153,7 @@ class HopTroubles:
         self.barred[name] = hop, now
 
     def let_in(self, ring: list[str], now: float, *, all_of_ring: bool) -> bool:
-        """Bar no longer who has been out of the Ring for long, and all in it if that is wanted; return whether any."""
+        """Let Nodes in that have been out of the Ring for long, and all in it if wanted; return whether any are."""
         before = len(self.barred)
         self.barred = {
             name: (hop, at)

@@ -112,6 +112,8 @@ class SocketWorkers(Workers):
 
     async def guard_hops(self, starter: StarterService, without: RingWithout) -> None:
         """Find Hops that carry nothing, until cancelled; see HopGuard."""
+        if not self.can_change:
+            await super().guard_hops(starter, without)
         silence_s = self._options.outages.silence_s
         self._guard = HopGuard(self, starter, silence_s=silence_s, without=without)
         await self._guard.run()

@@ -140,7 +140,7 @@ def test_slow_and_uneven_hops_and_late_reports_are_not_taken_for_dead(seed: int)
 
 @pytest.mark.parametrize("silent", [1, 2])
 def test_a_node_that_is_not_heard_says_nothing_of_its_hops(silent: int) -> None:
-    """It may be gone, with its Hops; who finds that out is another."""
+    """It may be gone, with its Hops; that is for another watch."""
     reports: Callable[[int, float], float | None] = lambda node, now: None if node == silent and now > 20.0 else 0.01  # noqa: E731
     assert World(passes=cut([1], 21.0), reports=reports).run(80) == []
 
@@ -228,7 +228,7 @@ def test_a_hop_that_carried_again_has_another_chance_after_a_while(later_s: floa
     assert troubles.died(AB, SECOND, 9, 12.0 + later_s) is is_again
 
 
-def test_who_is_barred_for_a_hop_is_let_in_when_it_carries_again() -> None:
+def test_a_node_that_is_barred_for_a_hop_is_let_in_when_it_carries_again() -> None:
     troubles = HopTroubles()
     troubles.died(AB, FIRST, 4, 10.0)
     troubles.bar("b", AB, 10.0)
@@ -236,7 +236,7 @@ def test_who_is_barred_for_a_hop_is_let_in_when_it_carries_again() -> None:
     assert troubles.came(AB, FIRST, 5, 12.0) and not troubles.barred
 
 
-def test_who_is_barred_and_left_out_is_let_in_after_a_while_or_when_nothing_could_show_that_the_hop_carries() -> None:
+def test_a_node_that_is_left_out_is_let_in_after_a_while_and_one_of_the_ring_when_no_probe_can_tell() -> None:
     troubles = HopTroubles()
     troubles.bar("b", AB, 10.0)
     troubles.bar("c", BC, 20.0)
