@@ -99,7 +99,7 @@ class SocketWorkers(Workers):
 
     async def until_joined(self) -> None:
         """Wait until a Node joins, or a dead Hop carries again; see Workers."""
-        waits = [asyncio.create_task(self._opened_coordinator.until_joined(), name="join")]
+        waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._opened_coordinator.until_joined(), name="join")]
         if self._guard is not None:
             self._guard.changed.clear()
             waits.append(asyncio.create_task(self._guard.changed.wait(), name="hops"))

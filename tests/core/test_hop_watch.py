@@ -1,5 +1,6 @@
 """Which Hop carries nothing, by what both its ends report; and what is to be done about it."""
 
+import heapq
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +37,7 @@ class World:
         order = itertools.count()
 
         def at(time_s: float, act: Callable[[float], None]) -> None:
-            events.append((time_s, next(order), act))
+            heapq.heappush(events, (time_s, next(order), act))
 
         def probe(number: int) -> Callable[[float], None]:
             return lambda now: watch.sent(number, now)
@@ -79,8 +80,7 @@ class World:
             at(second + 0.25, look)
             at(second + 0.75, look)
         while events:
-            events.sort(key=lambda event: event[:2])
-            now, _, act = events.pop(0)
+            now, _, act = heapq.heappop(events)
             act(now)
         return self.found
 
