@@ -70,10 +70,11 @@ class HopWatch:
         if node:
             self._look_at(node, now)
 
-    def begin_anew(self) -> None:
-        """Forget how long Hops have waited: the watcher itself did not run for a while."""
+    def stretch(self, late_s: float) -> None:
+        """Do not count time for which the watcher itself was stopped, and heard nothing."""
         for hop in self._hops:
-            hop.waits_since, hop.heard_at = None, float("-inf")
+            if hop.waits_since is not None:
+                hop.waits_since += late_s
 
     def dead(self, now: float) -> int | None:
         """Return the first Hop that is dead, or None."""

@@ -95,8 +95,8 @@ class HopGuard:
         while True:
             due_s = time_of() + LOOK_S
             await asyncio.sleep(LOOK_S)
-            if time_of() - due_s > LATE_S:
-                self._watch.begin_anew()
+            if (late_s := time_of() - due_s) > LATE_S:
+                self._watch.stretch(late_s)
             self._look(time_of())
 
     def _look(self, now: float) -> None:

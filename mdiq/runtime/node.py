@@ -258,6 +258,7 @@ class NodeProcess:
         await self._disconnect()
 
     async def _disconnect(self) -> None:
+        """Serve nothing until ``_serve`` connects the Hop to the next Node anew."""
         self._is_serving = False
         await self._hops.aclose()
         if self._sink is not None:

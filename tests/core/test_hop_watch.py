@@ -195,16 +195,17 @@ def test_counters_that_begin_anew_are_news() -> None:
     assert watch.dead(11.0) == 0
 
 
-def test_a_watcher_that_was_stopped_itself_begins_anew() -> None:
+def test_time_for_which_the_watcher_itself_was_stopped_does_not_count() -> None:
     watch = HopWatch(2, SILENCE_S)
     watch.sent(50, 0.0)
     _still(watch, {1: 40}, 0, 4)
-    watch.begin_anew()
+    watch.stretch(56.0)
+    assert watch.dead(60.0) is None, "it has not read yet what has come"
     watch.heard(1, Arrivals(40, 4_000), 60.0)
     assert watch.dead(60.0) is None
-    _still(watch, {1: 40}, 61, 66)
-    assert watch.dead(66.0) == 0
-    assert watch.dead(66.0 + FRESH_S + 1.0) is None
+    watch.heard(1, Arrivals(40, 4_000), 61.0)
+    assert watch.dead(61.0) == 0
+    assert watch.dead(61.0 + FRESH_S + 1.0) is None
 
 
 AB, BC = ("a", "b"), ("b", "c")
