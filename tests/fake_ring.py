@@ -75,6 +75,7 @@ class FakeRing:
         self.gone: list[str] = []
         self.disks: dict[str, frozenset[int]] = {}
         self.times: list[RecoveryTimes] = []
+        self.trouble = ""
         self.can_change = False  # it has to be formed anew for that
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -132,6 +133,10 @@ class FakeRing:
     @property
     def standing_by(self) -> tuple[StandingBy, ...]:
         return self.options.remote.standing_by if self.options.remote else ()
+
+    @property
+    def hop_trouble(self) -> str:
+        return self.trouble
 
     @property
     def idle_here(self) -> list[str]:

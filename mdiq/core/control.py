@@ -179,11 +179,12 @@ class BurstArrived:
 class Begin:
     """Serve in a new Epoch with the same layers: forget every Sequence and reset the counts.
 
-    wire: format of the Hop out of this Stage from now on.
+    wire: format of the Hop out of this Stage from now on. reconnects: connect that Hop anew.
     """
 
     epoch: int
     wire: str
+    reconnects: bool = False
 
     def __post_init__(self) -> None:
         if self.epoch < 1 or self.wire not in WIRE_FORMATS:
@@ -203,6 +204,7 @@ class Heartbeat:
 
     frames_dropped: Frames that it refused, by reason.
     queue_depth: Segments that wait.
+    probe, inflow: what has come over the Hop into this Stage; see core/hop_watch.py.
     """
 
     epoch: int
@@ -214,6 +216,8 @@ class Heartbeat:
     frames_dropped: Mapping[str, int]
     kv_tokens_in_use: int
     queue_depth: int
+    probe: int = 0
+    inflow: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,11 @@ class HopMeter:
         """Seconds of all Hops together; None before the first probe is back."""
         return min(self._laps_s, default=None)
 
+    @property
+    def num_sent(self) -> int:
+        """The number of the newest probe; 0 before the first."""
+        return self._number
+
     def send(self, now: float) -> int:
         """Return the number of a new probe that is sent now. A probe that never returns is dropped in time."""
         self._number += 1

@@ -55,7 +55,7 @@ class StageProtocol:
     """Queues what arrives, hands out Batches, and turns their output into Frames for the next Stage.
 
     token_budget: maximum tokens of a Batch (one Segment may exceed it alone).
-    counts: Segments by outcome, for the metrics.
+    counts: Segments by outcome, for the metrics. newest_probe: number of the newest PROBE in this Epoch; 0 before it.
     """
 
     def __init__(self, token_budget: int = 512) -> None:
@@ -72,6 +72,7 @@ class StageProtocol:
         self._releases: dict[SeqId, None] = {}  # a dict for its order
         self._running: Batch | None = None
         self.epoch = NO_EPOCH
+        self.newest_probe = 0
         self.counts: Counter[str] = Counter()
 
     def assign(self, epoch: Epoch, *, is_last: bool) -> None:
@@ -86,6 +87,7 @@ class StageProtocol:
             raise LocalProtocolError(f"assign: epoch {epoch} does not grow (now {self.epoch})")
         self.epoch = epoch
         self._is_last = is_last
+        self.newest_probe = 0
         self._cap = 1
         self._chunk_tokens = 0
         self._num_expected.clear()
@@ -118,6 +120,7 @@ class StageProtocol:
             self.counts["stale"] += len(frame.segments)
             return Receipt(stale=len(frame.segments))
         if frame.kind is FrameKind.PROBE:
+            self.newest_probe = max(self.newest_probe, frame.segments[0].seq_id)
             return Receipt(passes=True)
         self._cap = frame.cap
         self._chunk_tokens = frame.chunk_tokens

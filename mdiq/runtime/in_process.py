@@ -76,5 +76,6 @@ class InProcessWorkers(Workers):
     def burst_arrived(self, arrived: control.BurstArrived) -> None:
         """See StageReports; Hops inside a process are not measured."""
 
-    def _heartbeats(self) -> Mapping[NodeId, control.Heartbeat]:
+    def heartbeats(self) -> Mapping[NodeId, control.Heartbeat]:
+        """Return the figures of now."""
         return {node: stage.heartbeat() for node, stage in self._stages.items()}

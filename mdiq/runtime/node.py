@@ -258,7 +258,12 @@ class NodeProcess:
 
     async def _stop_serving(self) -> None:
         """End what served an earlier assignment; Frames that still come are of an Epoch that is over."""
-        self._is_serving, self._loaded = False, None
+        self._loaded = None
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        """Serve nothing until ``_serve`` connects the Hop to the next Node anew."""
+        self._is_serving = False
         await self._hops.aclose()
         if self._sink is not None:
             await self._sink.aclose()
@@ -323,6 +328,8 @@ class NodeProcess:
         return await PushSink.connect(self._context, endpoint, security=security, insecure=self._peers.insecure)
 
     async def _begin(self, begin: control.Begin) -> control.Begun:
+        if begin.reconnects and self._is_serving:
+            await self._disconnect()
         if self._loaded is not None and not self._is_serving:
             await self._serve()
         begun = await self._stage.begin(begin)

@@ -142,11 +142,11 @@ class RemoteWorkers(SocketWorkers):
         await super().begin(epoch, wires)
 
     async def connect(self) -> None:
-        """Connect to the Node after the Starter, if it is another one now; see Workers."""
+        """Connect to the Node after the Starter, if it is another one now, or the Hop was dead; see Workers."""
         ring = self._ring
         self._endpoints = [node.data_endpoint for node in (*ring.nodes[1:], ring.nodes[0])]
         following = ring.nodes[1] if self._names else None
-        if following == self._sink_to:
+        if following == self._sink_to and ring.nodes[0].name not in self._reconnects:
             return
         self._old_sink, self.sink, self._sink_to = self.sink, None, following
         if following is not None:

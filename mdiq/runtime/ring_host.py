@@ -28,7 +28,7 @@ from mdiq.runtime.kind_of_workers import kind_of_workers
 from mdiq.runtime.loaded_ring import LoadedRing
 from mdiq.runtime.loops import Supervisor, Worker, make_worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
-from mdiq.runtime.recovery import Recovery
+from mdiq.runtime.recovery import QUICK_FETCH_S, Recovery
 from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.serving_ring import ServingRing
 from mdiq.runtime.starter_service import StarterService, StreamEvent
@@ -145,6 +145,11 @@ class RingHost:
     def is_paused(self) -> bool:
         """Whether nothing enters the Ring, because of a Node that is gone, or of a change; what runs goes on later."""
         return self._recovery is not None and self._recovery.is_running
+
+    @property
+    def hop_trouble(self) -> str:
+        """Which Hops carry nothing, in words; empty if all do."""
+        return self._workers.hop_trouble
 
     async def change(self, options: RingOptions) -> None:
         """Serve with other Nodes or Layers from now on; what runs goes on there. See ``can_change_to``.
@@ -281,6 +286,8 @@ class RingHost:
             self._recovery = Recovery(
                 ring, self._workers, service, ahead, tolerance_s=tolerance_s, give_up=self._give_up
             )
+            without = partial(ring.taken_over, max_fetch_s=QUICK_FETCH_S)
+            self._loops.run(self._workers.guard_hops(service, without), "hop guard")
 
     async def _open(self) -> "StarterStage":
         """Have the Nodes start, and open the model."""
@@ -313,14 +320,10 @@ class RingHost:
         return LoadedRing(options, stage, others, costs)
 
     def _make_service(self, ring: LoadedRing, epochs: Epochs) -> StarterService:
+        protocol, links = RingProtocol(self._options.ring), self._workers.links(ring.stage.runner.wire_limits)
+        pipe, pace = self._make_pipe, epochs.plan_pace
         return StarterService(
-            RingProtocol(self._options.ring),
-            StageProtocol(),
-            ring.stage.engine,
-            self._workers.links(ring.stage.runner.wire_limits),
-            self._worker,
-            make_pipe=self._make_pipe,
-            plan_pace=epochs.plan_pace,
+            protocol, StageProtocol(), ring.stage.engine, links, self._worker, make_pipe=pipe, plan_pace=pace
         )
 
     def _on_fault(self, node: NodeId, fault: control.Fault) -> None:

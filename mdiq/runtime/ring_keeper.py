@@ -93,12 +93,11 @@ class RingKeeper:
 
     @property
     def state(self) -> KeeperState:
-        """Whether the Ring serves now: not while a Node of it is gone, or silent, though its Lease lasts longer."""
+        """Whether the Ring serves now: not while a Node of it is gone or silent, or a Hop of it carries nothing."""
         if paused := self._now.paused():
             return KeeperState(False, paused)
-        if self._state.is_serving and (silent := self._now.silent()):
-            names = ", ".join(f"{name} (silent for {silent_s:.0f} s)" for name, silent_s in silent.items())
-            return KeeperState(False, f"degraded: waits for {names}")
+        if self._state.is_serving and (degraded := self._now.degraded()):
+            return KeeperState(False, degraded)
         if self._state.is_serving:  # by now other Nodes may have taken over
             return KeeperState(True, serves_text(self._now.options))
         return self._state

@@ -35,6 +35,8 @@ class KeptRing(Protocol):
     @property
     def pauses(self) -> Collection[RecoveryTimes]: ...
     @property
+    def hop_trouble(self) -> str: ...
+    @property
     def worker(self) -> Worker: ...
     @property
     def service(self) -> StarterService: ...
@@ -131,11 +133,21 @@ class RingView:
         """Return the Nodes that should have been heard, and for how long they were not."""
         return {} if self.ring is None else self.ring.silent(SILENT_S)
 
+    def degraded(self) -> str:
+        """Return in words why a Ring that is not paused does not serve either; empty if it does."""
+        if silent := self.silent():
+            names = ", ".join(f"{name} (silent for {silent_s:.0f} s)" for name, silent_s in silent.items())
+            return f"degraded: waits for {names}"
+        trouble = "" if self.ring is None else self.ring.hop_trouble
+        return f"degraded: {trouble}" if trouble else ""
+
     def paused(self) -> str:
         """Return in words what a Ring that is paused waits for; empty if none is."""
         if self.ring is None or not self.ring.is_paused:
             return ""
-        return f"paused: {f'waits for {names}' if (names := ', '.join(self.ring.missing)) else 'nodes load'}"
+        parts = [f"waits for {names}"] if (names := ", ".join(self.ring.missing)) else []
+        parts += [trouble] if (trouble := self.ring.hop_trouble) else []
+        return f"paused: {'; '.join(parts) or 'nodes load'}"
 
     def starting(self) -> str:
         """Return in words what a Ring that starts waits for; empty if none starts."""

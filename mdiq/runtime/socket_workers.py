@@ -19,10 +19,12 @@ from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.types import Epoch, NodeId, WeightSettings
+from mdiq.errors import NodeDiedError
+from mdiq.runtime.hop_guard import HopGuard
 from mdiq.runtime.link_survey import survey_hops
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.starter_service import StarterService
-from mdiq.runtime.workers import RingEvents, Workers
+from mdiq.runtime.workers import RingEvents, RingWithout, Workers
 from mdiq.telemetry.trace import Span
 from mdiq.transport.router_dealer import RouterServer
 
@@ -45,11 +47,22 @@ class SocketWorkers(Workers):
         self._listening: dict[str, str] = {}  # where Nodes say that they listen
         self._held: dict[NodeId, control.Assign] = {}  # as in the first Epoch: a later one asks for no less
         self._is_drained = False
+        self._guard: HopGuard | None = None
 
     @property
     def missing(self) -> list[str]:
-        """The Nodes that have not joined yet."""
-        return [*self._coordinator.missing] if self._coordinator else [*self._names]
+        """The Nodes that have not joined yet, and those that a dead Hop keeps from their work."""
+        gone: list[str] = [*self._coordinator.missing] if self._coordinator else [*self._names]
+        return gone + [name for name in self._barred if name in self._names and name not in gone]
+
+    @property
+    def hop_trouble(self) -> str:
+        """Which Hops carry nothing though the Ring serves, in words; empty if none."""
+        return self._guard.trouble if self._guard else ""
+
+    @property
+    def _barred(self) -> list[str]:
+        return self._guard.barred if self._guard else []
 
     def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""
@@ -80,12 +93,44 @@ class SocketWorkers(Workers):
 
     @property
     def standing_by(self) -> list[str]:
-        """The Nodes that stand by, and are here."""
-        return [*self._coordinator.standing_by] if self._coordinator else []
+        """The Nodes that stand by, are here, and can be reached by the others as far as is known."""
+        here = self._coordinator.standing_by if self._coordinator else []
+        return [node for node in here if node not in self._barred]
 
     async def until_joined(self) -> None:
-        """Wait until a Node joins; see Workers."""
-        await self._opened_coordinator.until_joined()
+        """Wait until a Node joins, or a dead Hop carries again; see Workers."""
+        waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._opened_coordinator.until_joined(), name="join")]
+        if self._guard is not None:
+            self._guard.changed.clear()
+            waits.append(asyncio.create_task(self._guard.changed.wait(), name="hops"))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def guard_hops(self, starter: StarterService, without: RingWithout) -> None:
+        """Find Hops that carry nothing, until cancelled; see HopGuard."""
+        if not self.can_change:
+            await super().guard_hops(starter, without)
+        silence_s = self._options.outages.silence_s
+        self._guard = HopGuard(self, starter, silence_s=silence_s, without=without)
+        await self._guard.run()
+
+    @property
+    def ring_names(self) -> tuple[str, ...]:
+        """All Nodes, the Starter first."""
+        return self._options.node_names
+
+    def is_any_gone(self) -> bool:
+        """Return whether a Node has not joined, or not again since it was lost."""
+        return bool(self._opened_coordinator.missing)
+
+    def lost_hop(self, error: NodeDiedError) -> None:
+        """Have the Ring recover from a Hop that carries nothing."""
+        if not self._is_closing:
+            self._events.on_lost(error)
 
     async def reload(self, epoch: Epoch, kv_tokens: int | None) -> Sequence[control.Ready]:
         """Have the Nodes hold what they are to hold; see Workers."""
@@ -122,9 +167,19 @@ class SocketWorkers(Workers):
 
     async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
         """Have every Stage serve in a new Epoch; see Workers."""
+        anew = self._reconnects
         await self._opened_coordinator.begin(
-            {node: control.Begin(epoch, wire) for node, wire in zip(self._names, wires[1:], strict=True)}
+            {
+                node: control.Begin(epoch, wire, reconnects=node in anew)
+                for node, wire in zip(self._names, wires[1:], strict=True)
+            }
         )
+        anew.clear()
+
+    @property
+    def _reconnects(self) -> set[str]:
+        """Nodes whose Hop to the next one is to be connected anew."""
+        return self._guard.reconnects if self._guard else set()
 
     async def send_burst(self, stage: int, burst: control.SendBurst) -> control.BurstSent:
         """Have a Node measure its Hop; see Coordinator."""
@@ -157,7 +212,8 @@ class SocketWorkers(Workers):
             self._is_drained = True
             await self._coordinator.drain(DRAIN_S)
 
-    def _heartbeats(self) -> Mapping[NodeId, control.Heartbeat]:
+    def heartbeats(self) -> Mapping[NodeId, control.Heartbeat]:
+        """Return the newest of each Node."""
         return self._coordinator.heartbeats if self._coordinator else {}
 
     def spans(self) -> dict[str, list[Span]]:

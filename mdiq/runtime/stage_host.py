@@ -128,6 +128,8 @@ class StageHost:
     ) -> Coroutine[Any, Any, None]:
         """Have these Hops from now on; return what serves over them until it is cancelled."""
         assert self._runner is not None  # it is loaded
+        if self._service is not None:  # a Batch of it may have been cut off, and would count as running for ever
+            self._stage = StageProtocol()
         limits = self._runner.wire_limits
         self._links = EpochLinks(source, sink, assign.receive_key, assign.send_key, limits)
         self._service = StageService(self._stage, self._runner, self._links, self._worker, reports)
@@ -171,4 +173,6 @@ class StageHost:
             frames_dropped=dict(meter.dropped),
             kv_tokens_in_use=self._runner.kv_tokens_in_use if self._runner else 0,
             queue_depth=self._stage.num_waiting,
+            probe=self._stage.newest_probe,
+            inflow=links.source.inflow if links else 0,
         )

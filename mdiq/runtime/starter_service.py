@@ -11,7 +11,6 @@ import structlog
 
 from mdiq.core import control, wire
 from mdiq.core.frame import Engine, Frame, FrameKind, Payload, Segment
-from mdiq.core.hop_survey import BurstMeter
 from mdiq.core.hops import WINDOW, HopMeter
 from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Ended, HeadRow, Inject, Suspect
@@ -19,6 +18,7 @@ from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, RingSpec, SeqId
 from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError
+from mdiq.runtime.bursts import AwaitedBursts
 from mdiq.runtime.loops import EpochLinks, Worker, queue_burst, receive_frames, send_frames
 from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.stage_service import compute_batch
@@ -86,14 +86,14 @@ class StarterService:
         self._make_pipe = make_pipe
         self._plan_pace = plan_pace
         self._hops, self._new_hops_s = HopMeter(), 0.0
+        self._probe_back = 0  # the newest of this Epoch
         self._returned: deque[Frame] = deque()
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
         self._wake, self._rearm, self._is_pace_old = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._relinked, self._is_linked = asyncio.Event(), asyncio.Event()
         self._armed_for: float | None = None
         self._streams: dict[int, _Stream] = {}
-        self._bursts = BurstMeter()
-        self._awaited_bursts: dict[int, asyncio.Future[control.BurstArrived]] = {}
+        self._bursts = AwaitedBursts()
         self._ended: BaseException | None = None
         self._pause: RecoveryTimes | None = None  # of the newest pause
 
@@ -144,6 +144,7 @@ class StarterService:
         self._stage.assign(epoch, is_last=spec.num_stages == 1)
         await self._worker.run_uncounted(self._engine.reset)
         self._returned.clear()
+        self._probe_back = 0
         self._ring.begin_epoch(epoch, spec)
         self._poll()
 
@@ -177,9 +178,7 @@ class StarterService:
 
     def burst_arrived(self, number: int) -> "asyncio.Future[control.BurstArrived]":
         """Return a future of what comes of a burst over the last Hop; it fails when the Ring is gone."""
-        self._awaited_bursts[number] = future = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: self._awaited_bursts.pop(number, None))
-        return future
+        return self._bursts.expect(number)
 
     def cancel(self, index: int) -> None:
         """End a Sequence; one that has ended is left alone."""
@@ -202,10 +201,7 @@ class StarterService:
         """End every Sequence, and refuse new ones: the Ring is gone."""
         if self._ended is None:
             self._ended = error
-            for future in list(self._awaited_bursts.values()):
-                if not future.done():
-                    future.set_exception(error)
-                    future.exception()  # the survey may not wait for it yet
+            self._bursts.fail(error)
             self._ring.fail_all(error)
             self._poll()
 
@@ -218,6 +214,11 @@ class StarterService:
     def hops_s(self) -> float | None:
         """Seconds of all Hops together, as measured; None when they were not."""
         return self._hops.hops_s
+
+    @property
+    def probes(self) -> tuple[int, int]:
+        """Number of the newest PROBE that was sent, and of the newest of this Epoch that is back."""
+        return self._hops.num_sent, self._probe_back
 
     async def _serve_hops(self) -> NoReturn:
         """Run the loops of the Hops, and those of other Hops after ``relink``."""
@@ -250,14 +251,16 @@ class StarterService:
         """Send a PROBE round again and again; those that do not return are not waited for."""
         num_sent = 0
         while True:
-            if self._ring.epoch and not self._outgoing.full():
+            if self._ring.epoch:
                 number = SeqId(self._hops.send(self._clock()))
-                self._outgoing.put_nowait(Frame(self._ring.epoch, FrameKind.PROBE, (Segment(number, 0, 0),)))
+                if not self._outgoing.full():
+                    self._outgoing.put_nowait(Frame(self._ring.epoch, FrameKind.PROBE, (Segment(number, 0, 0),)))
                 num_sent += 1
             await asyncio.sleep(FIRST_PROBES_S if num_sent < WINDOW else PROBE_S)
 
     def _probe_returned(self, frame: Frame) -> None:
         if frame.epoch == self._ring.epoch:
+            self._probe_back = max(self._probe_back, frame.segments[0].seq_id)
             self._ring.heard(self._clock())
             self._poll()
         hops_s = self._hops.returned(frame.segments[0].seq_id, self._clock())
@@ -276,18 +279,12 @@ class StarterService:
             self._ring.pace(spec)
             self._poll()
 
-    def _burst_frame_came(self, frame: Frame) -> None:
-        arrived = self._bursts.arrived(frame, self._clock())
-        awaited = None if arrived is None else self._awaited_bursts.get(arrived.number)
-        if arrived is not None and awaited is not None and not awaited.done():
-            awaited.set_result(arrived)
-
     def _accept(self, frame: Frame) -> None:
         if frame.kind is FrameKind.PROBE:
             self._probe_returned(frame)
             return
         if frame.kind is FrameKind.BURST:
-            self._burst_frame_came(frame)
+            self._bursts.frame_came(frame, self._clock())
             return
         if frame.kind is FrameKind.HIDDEN:
             # Only the last Stage sends here, and it sends rows for the head.

@@ -23,6 +23,9 @@ from mdiq.transport.base import FrameSink, FrameSource
 
 log = structlog.get_logger()
 
+RingWithout = Callable[[list[str]], RingOptions | None]
+"""Returns the Ring in which others do at once what these Nodes did; None if they cannot."""
+
 
 @dataclass(frozen=True, slots=True)
 class RingEvents:
@@ -64,6 +67,15 @@ class Workers(ABC):
     def missing(self) -> list[str]:
         """The Nodes that have not joined yet."""
         return []
+
+    @property
+    def hop_trouble(self) -> str:
+        """Which Hops carry nothing though the Ring serves, in words; empty if none."""
+        return ""
+
+    async def guard_hops(self, starter: StarterService, without: RingWithout) -> None:
+        """Find Hops that carry nothing, until cancelled; see HopGuard. Hops inside a machine do not break."""
+        await asyncio.get_running_loop().create_future()
 
     def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""
@@ -173,7 +185,7 @@ class Workers(ABC):
 
     def figures(self) -> list[NodeFigures]:
         """Return the newest figures of every Node, in ring order."""
-        heartbeats = self._heartbeats()
+        heartbeats = self.heartbeats()
         return [
             NodeFigures(
                 name=node,
@@ -191,8 +203,8 @@ class Workers(ABC):
         ]
 
     @abstractmethod
-    def _heartbeats(self) -> Mapping[NodeId, control.Heartbeat]:
-        """Return the newest Heartbeats."""
+    def heartbeats(self) -> Mapping[NodeId, control.Heartbeat]:
+        """Return the newest of each Node."""
 
     @abstractmethod
     def spans(self) -> dict[str, list[Span]]:

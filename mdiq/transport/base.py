@@ -18,6 +18,11 @@ class FrameSource(Protocol):
         """Bytes received so far."""
         ...
 
+    @property
+    def inflow(self) -> int:
+        """A number that changes whenever bytes arrive, also those of a message that is not whole yet."""
+        ...
+
     async def receive(self) -> list[Buffer]:
         """Wait for the next message and return its parts, which are not checked: the peer may be hostile."""
         ...

@@ -30,6 +30,11 @@ class MemoryLink:
         self.bytes_in = 0
         self.bytes_out = 0
 
+    @property
+    def inflow(self) -> int:
+        """Messages come whole."""
+        return self.bytes_in
+
     async def receive(self) -> list[Buffer]:
         """Wait for the next message and return its parts."""
         parts = await self._waiting.get()

@@ -21,6 +21,7 @@ from mdiq.transport.sockets import (
     send_whole,
     wire_size,
 )
+from mdiq.transport.watch import ListenerWatch
 
 
 class PullSource(SocketEnd):
@@ -59,6 +60,11 @@ class PullSource(SocketEnd):
     def bytes_in(self) -> int:
         """Bytes received so far, ZMTP framing included."""
         return self._reader.bytes_in
+
+    @property
+    def inflow(self) -> int:
+        """A number that changes whenever bytes arrive, also those of a message that is not whole yet."""
+        return self.bytes_in + (self._watch.inflow if isinstance(self._watch, ListenerWatch) else 0)
 
     async def receive(self) -> list[Buffer]:
         """Wait for the next message and return its parts; see PartReader.read."""

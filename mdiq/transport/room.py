@@ -64,6 +64,10 @@ class Room(Generic[T]):
             self.ended(leaving)
             self._end(leaving)
 
+    @property
+    def connections(self) -> list[T]:
+        return [*self._shaking, *self._through]
+
     def ended(self, connection: T) -> None:
         """Note that a connection has ended."""
         self._shaking.pop(connection, None)

@@ -44,6 +44,7 @@ CLOSE_S = 5.0
 LOOK_AGAIN_S = 5.0
 SLOW_S = 5.0
 UNKNOWN = "unknown"
+HANDSHAKE_SLACK = 128  # for the metadata of a handshake
 _NUMBERS = itertools.count()
 
 
@@ -102,6 +103,15 @@ class ListenerWatch(Watch):
     def listening(self) -> None:
         """To be called as soon as the socket is bound, before any peer connects."""
         self._take_in()
+
+    @property
+    def inflow(self) -> int:
+        """Bytes on the connections that there are now, without their handshakes.
+
+        A peer that is refused finishes no handshake, however often it tries. A handshake's length varies a little.
+        """
+        handshake_bytes = self._HANDSHAKE_BYTES + HANDSHAKE_SLACK
+        return sum(max(bytes_received(each) - handshake_bytes, 0) for each in self._room.connections)
 
     def _handle(self, event: int, value: int) -> None:
         match event:

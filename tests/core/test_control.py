@@ -285,9 +285,9 @@ def test_costs_that_are_no_curve_are_refused(points: tuple[tuple[int, float], ..
         ({"type": "SendBurst", "epoch": 1, "number": 1, "num_frames": 65, "frame_bytes": 1}, "1 to 64 frames"),
         ({"type": "SendBurst", "epoch": 1, "number": 1, "num_frames": 1, "frame_bytes": 2**20 + 1}, "at most 1048576"),
         ({"type": "BurstArrived", "epoch": 1, "number": 1, "first_s": 2.0, "last_s": 1.0, "later_bytes": 0}, "before"),
-        ({"type": "Begin", "epoch": 0, "wire": "bf16"}, "epoch of at least 1"),
-        ({"type": "Begin", "epoch": 1, "wire": "auto"}, "f32, bf16, i8"),
-        ({"type": "Begin", "epoch": 1, "wire": "none"}, "f32, bf16, i8"),
+        ({"type": "Begin", "epoch": 0, "wire": "bf16", "reconnects": False}, "epoch of at least 1"),
+        ({"type": "Begin", "epoch": 1, "wire": "auto", "reconnects": False}, "f32, bf16, i8"),
+        ({"type": "Begin", "epoch": 1, "wire": "none", "reconnects": True}, "f32, bf16, i8"),
     ],
 )
 def test_what_would_flood_a_hop_or_make_no_sense_is_refused(values: dict[str, object], message: str) -> None:

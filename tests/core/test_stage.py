@@ -302,6 +302,15 @@ def test_a_probe_passes_at_once_and_changes_nothing() -> None:
     assert stage.receive(Frame(Epoch(2), FrameKind.PROBE, probe.segments)).passes is False
 
 
+def test_a_stage_knows_the_newest_probe_of_its_epoch() -> None:
+    stage = _stage()
+    for epoch, number, newest in ((3, 4, 4), (3, 9, 9), (3, 8, 9), (2, 30, 9)):
+        stage.receive(Frame(Epoch(epoch), FrameKind.PROBE, (Segment(SeqId(number), 0, 0),)))
+        assert stage.newest_probe == newest
+    stage.assign(Epoch(4), is_last=False)
+    assert stage.newest_probe == 0
+
+
 def _fork(seq_id: int, parent: int, start: int, length: int = 1, wants_logits: bool = False) -> Frame:
     segment = Segment(SeqId(seq_id), start, length, wants_logits, SeqId(parent))
     return Frame(EPOCH, FrameKind.HIDDEN, (segment,), TokenIds(tuple(range(length))), cap=8)

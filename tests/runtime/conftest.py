@@ -67,6 +67,10 @@ class WatchedSource:
     def bytes_in(self) -> int:
         return self._source.bytes_in
 
+    @property
+    def inflow(self) -> int:
+        return self._source.inflow
+
     async def receive(self) -> list[Buffer]:
         if self._is_last:
             self.attack_over.set()

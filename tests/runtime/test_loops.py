@@ -69,7 +69,7 @@ async def test_beside_a_flood_of_junk_the_loop_is_free_for_others_and_frames_arr
     class Flood:
         """Has a message at once, whenever it is asked: junk, and every hundredth time a Frame."""
 
-        bytes_in = 0
+        bytes_in = inflow = 0
 
         async def receive(self) -> list[Buffer]:
             receiving.append(b"")

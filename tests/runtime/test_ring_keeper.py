@@ -176,6 +176,17 @@ async def test_a_ring_with_a_node_that_is_silent_does_not_serve_until_it_speaks(
     assert (await _to_the_end(late)).step.error is None
 
 
+async def test_a_ring_with_a_hop_that_carries_nothing_does_not_serve_and_says_which(house: House) -> None:
+    ring = await house.serving_ring(1)
+    ring.trouble = "nothing goes from pi1 to pi2"
+    assert house.keeper.describe() == "degraded: nothing goes from pi1 to pi2" and house.keeper.takes_requests
+    assert not house.keeper.status()["is_serving"]
+    ring.gone = ["pi2"]
+    assert house.keeper.describe() == "paused: waits for pi2; nothing goes from pi1 to pi2"
+    ring.gone, ring.trouble = [], ""
+    assert house.keeper.state.is_serving
+
+
 async def test_news_of_loading_that_come_late_change_nothing(house: House) -> None:
     ring = await house.serving_ring(1)
     ring.on_loading("pi1", 4, 4)

@@ -5,10 +5,11 @@ from collections import Counter
 import pytest
 
 from tests.virtual.house import Answer
-from tests.virtual.schedule import KINDS, MAX_FAULT_S, OUTAGES, Schedule, run, smallest
+from tests.virtual.schedule import HOP_KINDS, KINDS, MAX_FAULT_S, OUTAGES, Schedule, run, smallest
 
 NUM_SEEDS = 100
 SEEDS_A_TEST = 50
+NUM_HOP_SEEDS = 50
 
 
 @pytest.mark.timeout(600)
@@ -52,6 +53,32 @@ def test_outages_that_end_in_time_cost_a_pause_and_no_answer(first: int) -> None
         assert not lost, f"seed {seed}: {lost[0].number}: {lost[0].error}\n{schedule}"
         num_resumed += sum(line["sequences"] for line in house.log if line["event"] == "ring_goes_on")
     assert num_resumed > SEEDS_A_TEST / 2, "hardly any answer met an outage"
+
+
+@pytest.mark.timeout(600)
+def test_hops_that_carry_nothing_for_a_while_beside_other_outages_cost_no_answer_either() -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(NUM_HOP_SEEDS):
+        kinds = (*HOP_KINDS, *HOP_KINDS, *OUTAGES)
+        schedule = Schedule.drawn(seed, is_lossy=False, kinds=kinds, tolerance_s=4 * MAX_FAULT_S)
+        house = run(schedule)
+        lost = [
+            each for each in house.answers if each.error is not None and not each.has_left and not _is_refused(each)
+        ]
+        assert not lost, f"seed {seed}: {lost[0].number}: {lost[0].error}\n{schedule}"
+        happened.update(line["event"] for line in house.log)
+        happened.update(event.kind for event in schedule.events)
+    assert set(HOP_KINDS) <= happened.keys()
+    assert happened["hop_is_dead"] > NUM_HOP_SEEDS / 5 and happened["hop_carries_again"] > NUM_HOP_SEEDS / 10, happened
+
+
+@pytest.mark.timeout(600)
+def test_hops_that_carry_nothing_beside_everything_else_end_no_service() -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(1_000, 1_000 + NUM_HOP_SEEDS):
+        house = run(Schedule.drawn(seed, is_lossy=True, kinds=(*HOP_KINDS, *HOP_KINDS, *KINDS)))
+        happened.update(line["event"] for line in house.log)
+    assert happened["hop_is_dead"], happened
 
 
 def _is_refused(answer: Answer) -> bool:

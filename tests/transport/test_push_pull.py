@@ -14,6 +14,7 @@ from mdiq.transport.sockets import MAX_PARTS, MAX_READY, listen_endpoint
 from tests.transport.conftest import Until
 
 ANY_PORT = "tcp://127.0.0.1:0"
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 
 
 async def test_the_system_chooses_a_port_and_the_endpoint_tells_it(context: zmq.asyncio.Context) -> None:
@@ -35,6 +36,32 @@ async def test_parts_arrive_whole_and_both_ends_count_the_same_bytes(context: zm
     # RFC 37: a frame header of 2 bytes up to a body of 255, and of 9 above.
     assert source.bytes_in == sink.bytes_out == 8 + size + (2 if size < 256 else 9)
     await sink.aclose()
+    await source.aclose()
+
+
+async def _inflow(source: PullSource, min_bytes: int) -> int:
+    """Return the inflow when so many bytes have arrived; libzmq's thread accepts the connection first."""
+    for _ in range(500):
+        if source.inflow >= min_bytes:
+            break
+        await asyncio.sleep(0.01)
+    return source.inflow
+
+
+async def test_bytes_of_a_message_that_is_not_whole_yet_are_seen_to_arrive(context: zmq.asyncio.Context) -> None:
+    source = await PullSource.bind(context, ANY_PORT)
+    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 4) + b"PUSH"
+    with socket.create_connection(("127.0.0.1", int(source.endpoint.rpartition(":")[2]))) as peer:
+        peer.sendall(GREETING + b"\x04" + bytes([len(ready)]) + ready)
+        peer.sendall(b"\x02" + struct.pack(">Q", 100_000))  # RFC 37: a long frame, the last of its message
+        await asyncio.sleep(0.05)
+        assert source.inflow == 0, "a handshake is nothing that a hop carries"
+        peer.sendall(bytes(1_000))
+        before = await _inflow(source, 500)
+        for _ in range(3):
+            peer.sendall(bytes(1_000))
+            assert await _inflow(source, before + 1_000) == (before := before + 1_000)
+        assert source.bytes_in == 0
     await source.aclose()
 
 
@@ -155,9 +182,8 @@ async def test_bytes_that_are_no_zmtp_reach_nobody(context: zmq.asyncio.Context)
         with socket.create_connection(address) as raw:
             raw.sendall(junk)
     # The right greeting, and then a frame whose length nobody has the memory for.
-    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
     with socket.create_connection(address) as raw:
-        raw.sendall(greeting + b"\x02" + struct.pack(">Q", 2**62))
+        raw.sendall(GREETING + b"\x02" + struct.pack(">Q", 2**62))
     sink = await PushSink.connect(context, source.endpoint)
     await sink.send([b"served"])
     assert await source.receive() == [b"served"]

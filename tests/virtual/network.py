@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mdiq.core.frame import Buffer
@@ -20,6 +21,8 @@ from mdiq.transport.curve import ClientSecurity, ServerSecurity
 HWM = 16
 CONTROL_HWM = 1_000
 RECONNECT_S = 0.1
+CUT_S = 6.0  # what the kernel of a sender waits for an answer; then it ends the connection
+WINDOW = 4  # messages that a receiver takes whose answers are lost
 
 
 @dataclass(eq=False)
@@ -59,6 +62,20 @@ class _Machine:
     frozen_until: float = 0.0
 
 
+@dataclass(eq=False)
+class _HopFault:
+    """What is wrong with a Hop while control goes on.
+
+    cut_at: since when nothing passes; back_only: data does, and what acknowledges it does not. stuck_at: connections
+    made before that carry nothing, and nobody ends them: a router between has forgotten them. plane: it is slow.
+    """
+
+    cut_at: float | None = None
+    back_only: bool = False
+    stuck_at: float = -1.0
+    plane: Plane | None = None
+
+
 class Network:
     """All links of a schedule; ``transports`` are classes like those of transport/."""
 
@@ -70,7 +87,10 @@ class Network:
         self._listeners: dict[int, _Listener] = {}
         self._next_port = 50_000
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._hops: dict[tuple[str, str], _HopFault] = {}
+        self.sinks: list[Sink] = []  # those that are open
         self.num_lost = 0
+        self.num_to_lose = 0  # of the next messages on Hops
         self.num_doubled = 0
 
     def machine(self, name: str) -> _Machine:
@@ -90,6 +110,40 @@ class Network:
     def freeze(self, name: str, seconds: float) -> None:
         """Hold back what a machine sends and is sent."""
         self.machine(name).frozen_until = self.loop.time() + seconds
+
+    def hop(self, sender: str, receiver: str) -> _HopFault:
+        return self._hops.setdefault((sender, receiver), _HopFault())
+
+    def cut_hop(self, sender: str, receiver: str, *, back_only: bool = False) -> None:
+        """Have a firewall drop what a Hop carries, or what acknowledges it, without a word to anyone."""
+        hop = self.hop(sender, receiver)
+        if hop.cut_at is None:
+            hop.cut_at, hop.back_only = self.loop.time(), back_only
+            self.loop.call_later(CUT_S, self._end_connections, sender, receiver, hop.cut_at)
+
+    def mend_hop(self, sender: str, receiver: str) -> None:
+        """Let a Hop that was cut, or is slow, carry again; what its sender's kernel still has is sent now."""
+        hop = self.hop(sender, receiver)
+        hop.cut_at = hop.plane = None
+        for sink in self._sinks_of(sender, receiver):
+            if not sink.is_stuck:
+                sink.release()
+        self.changed()
+
+    def stick_hop(self, sender: str, receiver: str) -> None:
+        """Have a Hop's connection carry nothing any more, and nobody notice; a new one does."""
+        self.hop(sender, receiver).stuck_at = self.loop.time()
+
+    def slow_hop(self, sender: str, receiver: str, plane: Plane) -> None:
+        self.hop(sender, receiver).plane = plane
+
+    def _sinks_of(self, sender: str, receiver: str) -> "list[Sink]":
+        return [sink for sink in self.sinks if sink.hop_names == (sender, receiver)]
+
+    def _end_connections(self, sender: str, receiver: str, cut_at: float) -> None:
+        if self.hop(sender, receiver).cut_at == cut_at:
+            for sink in self._sinks_of(sender, receiver):
+                sink.lose()
 
     def kill(self, process: Process) -> None:
         process.is_alive = False
@@ -138,8 +192,14 @@ class Network:
         if not from_.is_alive:
             return
         fate = self.planes[plane]
+        if plane == "data":
+            fate = self.hop(from_.machine, to.machine).plane or fate
         copies = 1
-        if fate.drop and self._rng.random() < fate.drop:
+        if plane == "data" and self.num_to_lose:
+            self.num_to_lose -= 1
+            copies = 0
+            self.num_lost += 1
+        elif fate.drop and self._rng.random() < fate.drop:
             copies = 0
             self.num_lost += 1
         elif fate.double and self._rng.random() < fate.double:
@@ -149,6 +209,7 @@ class Network:
         for _ in range(copies):
             jitter_s = self._rng.random() * fate.jitter_s if fate.jitter_s else 0.0
             way.last_s = max(self.loop.time() + fate.delay_s + jitter_s, way.last_s + fate.gap_s)
+            way.slow_until = way.last_s if fate.gap_s >= 1.0 else way.slow_until
             way.num_coming += 1
             self.loop.call_at(way.last_s, self._arrive, way, from_, to, cuts, deliver)
 
@@ -175,6 +236,9 @@ class _Way:
 
     last_s: float = 0.0
     num_coming: int = 0
+    held: deque[Callable[[], None]] = field(default_factory=deque)  # in the sender's kernel: the Hop is cut
+    num_passed: int = 0  # since it was
+    slow_until: float = 0.0  # it is busy all the time with a few messages
 
 
 class _End:
@@ -238,6 +302,13 @@ class Source(_Listener):
 
     bytes_in = 0
 
+    @property
+    def inflow(self) -> int:
+        """A message that takes seconds for its way comes byte by byte."""
+        now = self.network.loop.time()
+        is_coming = any(sink.reached() is self and now < sink.there.slow_until for sink in self.network.sinks)
+        return self.bytes_in + (int(now * 10) if is_coming else 0)
+
     async def receive(self) -> list[Buffer]:
         parts: list[Buffer] = await self.receive_one()
         self.bytes_in += sum(memoryview(part).nbytes for part in parts)
@@ -250,6 +321,54 @@ class Sink(_Client):
 
     bytes_out = 0
 
+    def __init__(self, network: Network, endpoint: str, security: ClientSecurity | None) -> None:
+        super().__init__(network, endpoint, security)
+        self._made_at = network.loop.time()
+        network.sinks.append(self)
+
+    @property
+    def hop_names(self) -> tuple[str, str]:
+        listener = self.network._listeners.get(int(self.endpoint.rpartition(":")[2]))
+        return self.process.machine, listener.process.machine if listener else ""
+
+    @property
+    def is_stuck(self) -> bool:
+        return self._made_at <= self.network.hop(*self.hop_names).stuck_at
+
+    def reached(self) -> _Listener | None:
+        cut_at, now = self.network.hop(*self.hop_names).cut_at, self.network.loop.time()
+        # A connection that there was is there until the kernel gives it up; a new one is not made.
+        is_cut = cut_at is not None and (self._made_at > cut_at or now >= cut_at + CUT_S)
+        return None if is_cut else super().reached()
+
+    def release(self) -> None:
+        """Send what the kernel has."""
+        held, self.there.held, self.there.num_passed = self.there.held, deque(), 0
+        for go in held:
+            self.there.num_coming -= 1
+            go()
+
+    def lose(self) -> None:
+        """End the connection: what the kernel has is lost."""
+        self.network.num_lost += len(self.there.held)
+        self.there.num_coming -= len(self.there.held)
+        self.there.held.clear()
+        self.there.num_passed = 0
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        self.lose()
+        self.network.sinks = [sink for sink in self.network.sinks if sink is not self]
+
+    def _passes(self) -> bool:
+        hop = self.network.hop(*self.hop_names)
+        if self.is_stuck:
+            return False
+        if hop.cut_at is None:
+            return True
+        self.there.num_passed += 1
+        return hop.back_only and self.there.num_passed <= WINDOW
+
     async def send(self, parts: Sequence[Buffer]) -> None:
         while True:
             listener = await self.connected()
@@ -259,9 +378,16 @@ class Sink(_Client):
         copied: list[Buffer] = [bytes(part) for part in parts]
         self.bytes_out += sum(memoryview(part).nbytes for part in copied)
         name = listener.name_of(self)
-        self.network.carry(
-            "data", self.there, self.process, listener.process, lambda: listener.queue.put_nowait((copied, name))
-        )
+
+        def deliver() -> None:
+            listener.queue.put_nowait((copied, name))
+
+        go = partial(self.network.carry, "data", self.there, self.process, listener.process, deliver)
+        if self._passes():
+            go()
+        else:
+            self.there.num_coming += 1
+            self.there.held.append(go)
 
 
 class Router(_Listener):

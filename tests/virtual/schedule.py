@@ -8,7 +8,7 @@ from unittest import mock
 from mdiq.runtime import socket_workers
 from mdiq.runtime.options import Outages
 from tests.virtual.clock import VirtualTimeLoop, run_virtual
-from tests.virtual.house import HOP, House, no_memory
+from tests.virtual.house import HOP, STARTER, House, no_memory
 from tests.virtual.network import Plane
 
 LEASE_S = 10.0  # so that a silent death on the way into a Ring costs few seconds; 60 s in the product
@@ -25,6 +25,8 @@ LINES_A_SECOND = 12.0
 """Log lines of all machines together, in the long run."""
 
 KINDS = ("kill", "crash", "cut", "freeze", "no_load", "break", "revoke", "drain", "leave", "starter")
+HOP_KINDS = ("hop", "answers", "stuck", "slow")
+"""A Hop that carries nothing, or little, while its Nodes live and are heard."""
 OUTAGES = KINDS[:4]
 """After which a Node comes back with all that it needs: they may cost time and nothing else."""
 
@@ -204,6 +206,8 @@ async def _befall(house: House, event: Event) -> None:
             house.network.cut(name)
             await asyncio.sleep(event.lasts_s)
             house.network.plug(name)
+        case "hop" | "answers" | "stuck" | "slow":
+            await _befall_hop(house, event)
         case "freeze":
             house.network.freeze(name, event.lasts_s)
             await asyncio.sleep(event.lasts_s)
@@ -228,3 +232,21 @@ async def _befall(house: House, event: Event) -> None:
             await asyncio.sleep(event.lasts_s)
             if not house.starter.is_alive:
                 house.start_starter()
+
+
+async def _befall_hop(house: House, event: Event) -> None:
+    """Have something befall the Hop into a Node of the Ring that there is, or into the Starter."""
+    names = house.rings[-1].options.node_names if house.rings else (STARTER, *house.names)
+    receiver = event.node % len(names)
+    hop = names[receiver - 1], names[receiver]
+    house.note(f"{event.kind} from {hop[0]} to {hop[1]}")
+    match event.kind:
+        case "stuck":
+            house.network.stick_hop(*hop)
+            return
+        case "slow":
+            house.network.slow_hop(*hop, replace(house.network.planes["data"], delay_s=1.0, gap_s=1.5))
+        case _:
+            house.network.cut_hop(*hop, back_only=event.kind == "answers")
+    await asyncio.sleep(event.lasts_s)
+    house.network.mend_hop(*hop)
