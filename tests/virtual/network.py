@@ -72,6 +72,7 @@ class Network:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self.num_lost = 0
         self.num_doubled = 0
+        self.let_in: list[tuple[float, str, str]] = []  # when, on which machine, and who, of each list of a Gate
 
     def machine(self, name: str) -> _Machine:
         return self._machines.setdefault(name, _Machine())
@@ -339,6 +340,8 @@ class KeyList:
 
     async def replace(self, domain: str, keys: dict[str, str]) -> None:
         self.lists[domain] = dict(keys)
+        now, machine = self._network.loop.time(), PROCESS.get().machine
+        self._network.let_in += [(now, machine, name) for name in keys.values()]
         self._network.changed()
 
     async def aclose(self) -> None:
