@@ -11,7 +11,7 @@ take time counts as one more Stage, with the seconds that its line is busy; its 
 smooth maximum: times vary, and where both parts are equally long each waits for the other. A single micro-batch never
 waits: its rate is S / Lap. G is the number in flight: with equal Stages and a long delay it is about
 N (1 + delay / stage time), so delay costs latency and not throughput, as long as there are enough Sequences.
-tests/core/test_convoy.py compares the resulting cap with taking one and taking all in a simulated Ring.
+tests/simulation/test_convoy.py compares the resulting cap with taking one and taking all in a simulated Ring.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ from mdiq.runtime.loaded_ring import LoadedRing
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, PaceFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService
+from mdiq.runtime.takeover import is_same_but_idle
 from mdiq.runtime.workers import Workers
 
 log = structlog.get_logger()
@@ -41,6 +42,7 @@ class Epochs:
         self._wires: tuple[str, ...] = ()
         self._micro_batches: MicroBatches | None = None
         self.spec = ring.stage.spec(ring.others)
+        self._served = options, self.spec.kv_tokens
         self.bytes_before = (0, 0)
         self.wire_check_nats: float | None = None
 
@@ -61,6 +63,16 @@ class Epochs:
         """Return an Epoch in which nobody has served yet: Nodes that came back load in it."""
         self._epoch = Epoch(self._epoch + 1)
         return self._epoch
+
+    def kv_tokens(self, options: RingOptions) -> int | None:
+        """Return the KV cache that a Ring counts on: that it has, or had when it served last; None: each Node chooses.
+
+        A Ring may have loaded after the one that served, and not have served itself.
+        """
+        for known, kv_tokens in ((self.options, self.spec.kv_tokens), self._served):
+            if is_same_but_idle(options, known):
+                return kv_tokens
+        return options.kv_tokens
 
     async def reshape(self, options: RingOptions, ring: LoadedRing) -> None:
         """Go on with another Ring from the next Epoch on; what is known of Hops that it has too is kept."""
@@ -173,6 +185,7 @@ class Epochs:
         await service.begin_epoch(self._epoch, self.spec)
         if is_rehearsed:
             service.ring.reset_counts()
+        self._served = options, self.spec.kv_tokens
         self._worker.reset_meter()
         self._worker.tracer.clear()
         if workers.source is not None and workers.sink is not None:

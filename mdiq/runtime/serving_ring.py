@@ -102,9 +102,7 @@ class ServingRing:
     async def reload(self) -> None:
         """Have all Nodes hold what they are to hold; raise an MdiqError when one is gone, or cannot."""
         options, ring, epochs = self.options, self.loaded, self.epochs
-        # A Ring that goes on as it was counts on the KV cache that it had.
-        is_same = is_same_but_idle(options, epochs.options)
-        kv_tokens = epochs.spec.kv_tokens if is_same else options.kv_tokens
+        is_same, kv_tokens = is_same_but_idle(options, epochs.options), epochs.kv_tokens(options)
         try:
             async with asyncio.TaskGroup() as tasks:
                 reshape = partial(ring.stage.reshape, replace(options, kv_tokens=kv_tokens))

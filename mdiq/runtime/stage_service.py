@@ -90,9 +90,17 @@ class StageService:
 
 
 async def compute_batch(
-    stage: StageProtocol, engine: Engine, worker: Worker, report_failure: FailureReport
+    stage: StageProtocol,
+    engine: Engine,
+    worker: Worker,
+    report_failure: FailureReport,
+    *,
+    is_paused: Callable[[], bool] = lambda: False,
 ) -> list[Frame] | None:
-    """Run what waits at the Stage as one Batch; return the Frames to send on, or None when nothing waits."""
+    """Run what waits at the Stage as one Batch; return the Frames to send on, or None when nothing waits.
+
+    is_paused: whether the engine may have other Layers by the time of its next job.
+    """
     batch = stage.take()
     if batch is None:
         return None
@@ -108,7 +116,8 @@ async def compute_batch(
                 log.warning("sequences_refused", seq_ids=seq_ids, error=str(error))
                 report_failure(batch.epoch, seq_ids, error)
                 batch = stage.drop(batch, seq_ids)
-                if batch.epoch != stage.epoch:  # a new one has begun, and the engine is reset: nothing may come after
+                # Nothing may come after the reset of the engine, or meet its other Layers.
+                if batch.epoch != stage.epoch or is_paused():
                     return stage.fail(batch)[1]
     except MdiqError as error:
         log.error("forward_failed", segments=len(batch.segments), tokens=batch.num_tokens, error=str(error))

@@ -304,7 +304,9 @@ class StarterService:
     async def _run_batch(self) -> bool:
         if self._ring.is_paused:  # what waits is of an Epoch that is over, and the Layers may be others by now
             return False
-        frames = await compute_batch(self._stage, self._engine, self._worker, self.report_failure)
+        frames = await compute_batch(
+            self._stage, self._engine, self._worker, self.report_failure, is_paused=lambda: self._ring.is_paused
+        )
         if frames is None:
             return False
         for frame in frames:

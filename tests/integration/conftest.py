@@ -26,10 +26,16 @@ IS_WHOLE = bool(os.environ.get("MDIQ_TEST_WHOLE"))
 """Run every ring, prompt and token of the tests of equal tokens; by itself a run takes a part that covers each kind."""
 
 
+LONGEST_FIRST = ("topology_ring", "equality", "run", "serve", "same_tokens", "takeover", "perplexity", "bench")
+"""Files that take more than a minute: if one of them came last, a process would have nothing to do meanwhile."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.integration)
+    ranks = {HERE / f"test_{name}.py": rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,6 +1,5 @@
 """`mdiq run` as a user meets it: figures, signals, hostile frames, and everything that can be wrong with the input."""
 
-import asyncio
 import json
 import os
 import random
@@ -18,14 +17,8 @@ import psutil
 import pytest
 import zmq
 
-from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
-from mdiq.core.types import PLAIN_WEIGHTS
-from mdiq.plan.split import split_layers
-from mdiq.runtime.options import RingOptions
-from mdiq.runtime.ring_host import RingHost
 from tests.integration.conftest import Finished, mdiq_command, run_mdiq, write_prompts
 
-PROMPT = (504, 2643, 355)
 MARK = "MDIQ_TEST_RUN"
 
 
@@ -35,19 +28,6 @@ def mark() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, uuid.uuid4().hex)
         yield os.environ[MARK]
-
-
-def _ring(model: Path, **options: object) -> RingHost:
-    return RingHost(RingOptions(model=model, layers=split_layers(30, 3), weights=PLAIN_WEIGHTS, **options))
-
-
-async def _collect(ring: RingHost, sequence: Sequence) -> tuple[list[int], FinishReason | None]:
-    tokens, reason = [], None
-    async for event in ring.stream(sequence):
-        if event.step.token is not None:
-            tokens.append(event.step.token)
-        reason = event.step.finish_reason
-    return tokens, reason
 
 
 def test_the_first_command_of_the_readme_answers() -> None:
@@ -60,26 +40,6 @@ def test_the_first_command_of_the_readme_answers() -> None:
         assert 0 < node["busy_share"] < 1
         assert node["bytes_in"] > 0 and node["bytes_out"] > 0
         assert node["frames_dropped"] == {}
-
-
-async def test_a_late_arrival_and_one_behind_a_cancelled_one_give_the_same_tokens(real_model: Path) -> None:
-    params = SamplingParams(max_tokens=24, ignore_eos=True)
-    async with _ring(real_model) as ring:
-        alone, _ = await _collect(ring, Sequence(0, PROMPT, params))
-        long = SamplingParams(max_tokens=400, ignore_eos=True)
-        streams = [ring.stream(Sequence(i, (*PROMPT, 100 + i), long)) for i in range(1, 4)]
-        for stream in streams:
-            await anext(stream)  # they run now
-        late, _ = await _collect(ring, Sequence(10, PROMPT, params))
-        for stream in streams:
-            await stream.aclose()  # type: ignore[attr-defined]  # leaving cancels
-        behind, reason = await _collect(ring, Sequence(11, PROMPT, params))
-        assert late == behind == alone
-        assert reason is FinishReason.LENGTH
-        async with asyncio.timeout(10):
-            while not ring.service.ring.is_quiet:  # noqa: ASYNC110  (the protocol tells nobody when it is quiet)
-                await asyncio.sleep(0.01)
-        assert ring.service.ring.kv_reserved_tokens == 0
 
 
 def test_the_trace_shows_neighbours_computing_at_the_same_time(tmp_path: Path) -> None:
@@ -132,7 +92,7 @@ def test_nodes_that_die_one_after_the_other_cost_time_and_not_a_token(tmp_path: 
     requests: list[dict[str, object]] = [{"prompt": "Once", "max_tokens": 20}]
     for i in range(4):
         draws: dict[str, object] = {"temperature": 0.9, "seed": i} if i % 2 else {}
-        requests.append({"prompt": f"Tell me a long story. ({i})", "max_tokens": 250, **draws})
+        requests.append({"prompt": f"Tell me a long story. ({i})", "max_tokens": 120, **draws})
     prompts = write_prompts(tmp_path / "in.jsonl", requests)
     arguments = ("run", "--prompts", prompts, "--nodes", "3", "--threads", "1", "--ignore-eos", "--json")
     calm = run_mdiq(*arguments)
@@ -156,11 +116,14 @@ def test_nodes_that_die_one_after_the_other_cost_time_and_not_a_token(tmp_path: 
         assert f"{name}: its process ended with signal 9" in pause, pause
 
 
-def test_twenty_thousand_hostile_frames_are_counted_drops(tmp_path: Path) -> None:
-    """10,000 random and 10,000 near-miss frames at the port of a serving node; its answers stay the same."""
+def test_thousands_of_hostile_frames_are_counted_drops(tmp_path: Path) -> None:
+    """3,000 random and 3,000 near-miss frames at the port of a serving node; its answers stay the same.
+
+    Each of 20,000 is accounted for in tests/runtime/test_hostile_peer.py.
+    """
     base = _free_ports(2)
     prompts = write_prompts(tmp_path / "in.jsonl", [{"prompt": "Once upon a time"}])
-    arguments = ("run", "--prompts", prompts, "--max-tokens", "800", "--ignore-eos", "--json")  # while all come
+    arguments = ("run", "--prompts", prompts, "--max-tokens", "300", "--ignore-eos", "--json")  # while most come
     calm = run_mdiq(*arguments)
     rng = random.Random(1)
     with (
@@ -176,7 +139,7 @@ def test_twenty_thousand_hostile_frames_are_counted_drops(tmp_path: Path) -> Non
         push.setsockopt(zmq.LINGER, 2_000)
         push.setsockopt(zmq.SNDTIMEO, 60_000)
         push.connect(f"tcp://127.0.0.1:{base + 1}")  # frames queue until the node listens
-        for i in range(20_000):
+        for i in range(6_000):
             body = rng.randbytes(rng.randrange(120))
             push.send_multipart([body] if i % 2 else [b"MQ1\x01" + body, rng.randbytes(2_304)])
         out, errors = process.communicate(timeout=300)
@@ -184,7 +147,7 @@ def test_twenty_thousand_hostile_frames_are_counted_drops(tmp_path: Path) -> Non
     lines = [json.loads(line) for line in out.splitlines()]
     assert lines[0]["token_ids"] == calm.results[0]["token_ids"]
     dropped = lines[1]["summary"]["nodes"][1]["frames_dropped"]
-    assert sum(dropped.values()) > 10_000, dropped
+    assert sum(dropped.values()) > 3_000, dropped
 
 
 def _free_ports(count: int) -> int:

@@ -103,15 +103,13 @@ def test_three_nodes_answer_as_three_local_ones_and_a_second_run_transfers_nothi
         tokens, names = _run(ring)
         assert tokens == local.results[0]["token_ids"] and names == ["desk", "pi1", "pi2"]
         assert two.wait(20) == 0  # with --once it ends with the ring
-        with _node(ring, "pi2"):
-            assert _run(ring) == (tokens, names)
         one.send_signal(signal.SIGHUP)  # it reads its file again and goes on
         with _node(ring, "pi2"):
-            assert _run(ring)[0] == tokens
+            assert _run(ring) == (tokens, names)
         one.send_signal(signal.SIGTERM)
         assert one.wait(20) == 0
     for name in ("pi1", "pi2"):
-        assert _fetched(ring, name) == [10, 0, 0]
+        assert _fetched(ring, name) == [10, 0]
         cache = ring.folder / f"cache-{name}"
         numbers = sorted(path.name[6:9] for path in cache.glob("weights/*/layer-*"))
         first = 10 * int(name[-1])
@@ -129,7 +127,7 @@ def test_nodes_of_a_starter_that_was_killed_join_the_next_one(ring: LoopbackRing
 
 
 def test_a_run_waits_for_a_node_that_is_stopped_and_goes_on_when_it_is_started_again(ring: LoopbackRing) -> None:
-    story = ("a long story", "--max-tokens", "300", "--ignore-eos")
+    story = ("a long story", "--max-tokens", "150", "--ignore-eos")
     with _node(ring, "pi1"), _node(ring, "pi2") as two:
         calm = _starter(ring, *story).communicate(timeout=120)[0]
         starter = _starter(ring, *story)
@@ -147,7 +145,7 @@ def test_a_run_waits_for_a_node_that_is_stopped_and_goes_on_when_it_is_started_a
             text += starter.stdout.read()
             errors = starter.stderr.read()
             assert starter.wait(60) == 0 and b"ring_goes_on" in errors
-    assert text == calm and len(calm) > 300
+    assert text == calm and len(calm) > 150
 
 
 def test_a_node_with_another_key_is_refused_and_named_at_the_deadline(ring: LoopbackRing) -> None:

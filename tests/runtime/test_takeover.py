@@ -87,6 +87,21 @@ def test_the_last_nodes_layers_go_to_the_one_before_it_and_all_to_the_starter_at
     assert with_survivors(RING, ["pi1", "pi2"], {"desk": Able(1.0, 11)}) is None
 
 
+def test_hops_have_the_formats_of_their_senders_and_one_format_is_for_all() -> None:
+    options = replace(ring({"desk": 3, "pi1": 3, "pi2": 3, "pi3": 3}, ("pi4",)), wires=("f32", "bf16", "i8", "bf16"))
+    able = dict.fromkeys(options.node_names, ANY)
+    for lost, wires in (
+        (("pi1",), ("f32", "i8", "bf16")),
+        (("pi1", "pi3"), ("f32", "i8")),
+        (("pi2",), ("f32", "bf16", "bf16")),
+    ):
+        survived = with_survivors(options, lost, able)
+        assert survived is not None and survived.wires == wires
+    assert with_spares(options, ["pi2"], ["pi4"]).wires == options.wires
+    survived = with_survivors(replace(options, wires=("bf16",)), ["pi1"], able)
+    assert survived is not None and survived.wires == ("bf16",)
+
+
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=6),
     st.data(),

@@ -20,12 +20,13 @@ from unittest import mock
 import structlog
 import zmq.asyncio
 
+import mdiq
 from mdiq.core import wire
 from mdiq.core.control import CHECKSUM_KEY
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange, RingSpec
-from mdiq.errors import CapacityError, ConfigError, EngineError, MdiqError
+from mdiq.errors import CapacityError, ConfigError, EngineError, MdiqError, SequenceError
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost
 from mdiq.runtime import epochs, loops, node, remote, ring_host, stage_host
@@ -44,6 +45,7 @@ NUM_LAYERS = 6
 STARTER = "desk"
 JOIN_WAIT_S = 24 * 3600.0  # as the service has it
 JOB_S = 0.005
+KV_BLOCK_TOKENS = 4
 LONG_JOB_S = 1.0  # loading, measuring
 RESTART_S = 5.0  # a service manager's, after a failure
 LIMITS = wire.WireLimits(max_width=4, max_context=512)
@@ -83,6 +85,9 @@ class _ChainRunner:
         if self._machine in self._house.breaks:
             self._house.breaks.discard(self._machine)
             raise EngineError("a sum is not a number")
+        if self._machine in self._house.refuses and len(batch.segments) > 1:
+            self._house.refuses.discard(self._machine)
+            raise SequenceError("a token that the model does not have", (batch.segments[0].seq_id,))
         if self._machine in self._house.kills:
             self._house.loop.call_soon(self._house.dies, self._machine)
         return self._engine.forward(batch)
@@ -104,7 +109,18 @@ class _ChainRunner:
 
 
 class _ChainStarterRunner(_ChainRunner):
+    """The Starter's: its KV cache is as large as it is told, else as the house says, and no larger."""
+
     _engine: ChainStarter
+
+    def shape(self, options: RingOptions) -> None:
+        self.kv_capacity_tokens = options.kv_tokens or self._house.kv_tokens
+        self._engine = ChainStarter(
+            options.layers[0],
+            is_last=options.num_nodes == 1,
+            kv_tokens=self.kv_capacity_tokens,
+            block_tokens=KV_BLOCK_TOKENS,
+        )
 
     def sample(self, rows: Any, sequences: Any) -> list[int]:
         return self._engine.sample(rows, sequences)
@@ -120,8 +136,8 @@ class _ChainStage:
     def __init__(self, house: "House", options: RingOptions) -> None:
         self._house = house
         self._options = options
-        engine = ChainStarter(options.layers[0], is_last=options.num_nodes == 1)
-        self.runner = self.engine = _ChainStarterRunner(house, engine)
+        self.runner = self.engine = _ChainStarterRunner(house, ChainStarter(options.layers[0], is_last=False))
+        self.runner.shape(options)
 
     def load(self, progress: Progress) -> None:
         progress(1, 1)
@@ -129,6 +145,7 @@ class _ChainStage:
     def reshape(self, options: RingOptions, progress: Progress) -> None:
         self._options = options
         self.runner.reshape(None, options.layers[0], is_last=options.num_nodes == 1, progress=progress)
+        self.runner.shape(options)
 
     def memory(self) -> tuple[int, int]:
         return self._house.free_bytes, 1
@@ -149,7 +166,8 @@ class _ChainStage:
         """All are of one kind."""
 
     def spec(self, others: Any) -> RingSpec:
-        return RingSpec(self._options.num_nodes, 4_096, context_tokens=256, kv_block_tokens=4)
+        kv_tokens = min([self.runner.kv_capacity_tokens, *(ready.kv_tokens for ready in others)])
+        return RingSpec(self._options.num_nodes, kv_tokens, context_tokens=256, kv_block_tokens=KV_BLOCK_TOKENS)
 
 
 def _paced(spec: RingSpec, *_: Any) -> tuple[RingSpec, MicroBatches]:
@@ -218,7 +236,11 @@ class House:
         self.keeps_standby_layers = False
         self.full_disks: set[str] = set()
         self.breaks: set[str] = set()  # whose next forward fails
+        self.refuses: set[str] = set()  # whose next forward of several Segments refuses the first
         self.kills: set[str] = set()  # who dies whenever it computes
+        self.kv_tokens = 4_096  # that the Starter's KV cache has room for, where it chooses by itself
+        self.wires: tuple[str, ...] = ("f32",)  # of the topology; what travels is f32
+        self.versions: dict[str, str] = {}  # of mdiq, where a machine has another one
         self.fetch_s = 1.0
         self.events: list[tuple[float, str]] = []
         self.answers: list[Answer] = []
@@ -425,7 +447,7 @@ class House:
                 Path("model.gguf"),
                 layers,
                 PLAIN_WEIGHTS,
-                ("f32",),
+                self.wires,
                 remote=ring,
                 outages=self._outages,
                 is_survey=not self.is_measured,
@@ -573,6 +595,7 @@ class House:
             put(stage_host, "StageRunner", SimpleNamespace(load=self._load))
             put(stage_host, "measure_cost", lambda *_, **__: StageCost.of(_COST, _COST))
             put(epochs, "paced", _paced)
+            put(node, "mdiq", _Installed(self))
             put(node, "fetch_weights", self._fetch)
             put(node, "LayerFiles", lambda *_: Path("layers"))
             put(node, "stored_layers", lambda _: tuple(sorted(self.disks[PROCESS.get().machine])))
@@ -593,6 +616,17 @@ class _NotedRing(RingHost):
     async def aclose(self) -> None:
         await super().aclose()
         self.is_closed = True
+
+
+class _Installed:
+    """The package, as a machine has it."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    @property
+    def __version__(self) -> str:
+        return self._house.versions.get(PROCESS.get().machine, mdiq.__version__)
 
 
 _NOTIFIER: dict[str, Callable[..., None]] = {

@@ -92,6 +92,7 @@ class Network:
         self.num_lost = 0
         self.num_to_lose = 0  # of the next messages on Hops
         self.num_doubled = 0
+        self.let_in: list[tuple[float, str, str]] = []  # when, on which machine, and who, of each list of a Gate
 
     def machine(self, name: str) -> _Machine:
         return self._machines.setdefault(name, _Machine())
@@ -465,6 +466,8 @@ class KeyList:
 
     async def replace(self, domain: str, keys: dict[str, str]) -> None:
         self.lists[domain] = dict(keys)
+        now, machine = self._network.loop.time(), PROCESS.get().machine
+        self._network.let_in += [(now, machine, name) for name in keys.values()]
         self._network.changed()
 
     async def aclose(self) -> None:
