@@ -132,7 +132,7 @@ def test_a_ring_that_nobody_asks_anything_finds_it_too_and_says_what_is_so() -> 
 
 def test_a_node_whose_data_port_is_dead_both_ways_is_the_one_that_is_left_out() -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         await asked(house)
         for hop in (("desk", "pi1"), ("pi1", "pi2")):
@@ -158,7 +158,7 @@ def test_a_sender_that_reaches_no_other_node_is_left_out_in_the_end() -> None:
 
 def test_a_node_that_was_left_out_is_taken_in_again_later_and_left_out_at_once_if_its_hop_is_dead_still() -> None:
     async def act(house: House) -> None:
-        house.is_cold = False
+        house.fill_disks()
         await house.serving(FORMED_S)
         house.network.cut_hop("desk", "pi1")
         await asyncio.sleep(REPLACED_S)
