@@ -122,6 +122,14 @@ class RingView:
         """The Ring, if it is formed."""
         return self.ring if self.is_formed else None
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a place in the Ring, also those that were put back."""
+        if self.formed is None:
+            return 0
+        ring = self.formed.service.ring
+        return ring.num_unfinished - ring.num_live
+
     def silent(self) -> Mapping[str, float]:
         """Return the Nodes that should have been heard, and for how long they were not."""
         return {} if self.ring is None else self.ring.silent(SILENT_S)
@@ -178,7 +186,12 @@ class RingView:
             "serving_s": round(now - self.serving_since_s, 1),
             "hops": [{"wire": hop.wire, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s} for hop in hops],
             "counts": dict(self.formed.service.ring.counts),
-            "pace": {"most_live": pace.num_live, "in_flight": pace.in_flight, "cap": pace.cap},
+            "pace": {
+                "most_live": pace.num_live,
+                "in_flight": pace.in_flight,
+                "cap": pace.cap,
+                "max_live": pace.max_live,
+            },
         }
 
 

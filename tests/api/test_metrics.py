@@ -11,7 +11,15 @@ DESK = {"busy_share": 0.25, "rss_bytes": 123456789012, "weight_bytes": 9, "bytes
 STATUS = {
     "is_serving": True,
     "rings_formed": 4,
-    "requests": {"running": 1, "done": 2, "failed": 3, "refused": 6, "left": 7},
+    "requests": {
+        "running": 1,
+        "waiting": 9,
+        "done": 2,
+        "failed": 3,
+        "left": 7,
+        "cut_off": 10,
+        "refused": {"busy": 5, "too_long": 6},
+    },
     "counts": {"preemptions": 5, "recoveries": 8},
     "nodes": [{"name": "desk", **DESK}, {"name": "pi-1", "state": "drained"}],
 }
@@ -25,18 +33,25 @@ mdiq_rings_formed_total 4
 # HELP mdiq_requests_running Requests that are not finished.
 # TYPE mdiq_requests_running gauge
 mdiq_requests_running 1
+# HELP mdiq_requests_waiting Of these, requests that wait for a place in the ring.
+# TYPE mdiq_requests_waiting gauge
+mdiq_requests_waiting 9
 # HELP mdiq_requests_done_total Requests that were answered.
 # TYPE mdiq_requests_done_total counter
 mdiq_requests_done_total 2
 # HELP mdiq_requests_failed_total Requests that the ring failed to answer.
 # TYPE mdiq_requests_failed_total counter
 mdiq_requests_failed_total 3
-# HELP mdiq_requests_refused_total Requests that can never fit.
-# TYPE mdiq_requests_refused_total counter
-mdiq_requests_refused_total 6
 # HELP mdiq_requests_left_total Requests whose client went away.
 # TYPE mdiq_requests_left_total counter
 mdiq_requests_left_total 7
+# HELP mdiq_requests_cut_off_total Answers that were given up: nobody read them.
+# TYPE mdiq_requests_cut_off_total counter
+mdiq_requests_cut_off_total 10
+# HELP mdiq_requests_refused_total Requests that were not taken.
+# TYPE mdiq_requests_refused_total counter
+mdiq_requests_refused_total{reason="busy"} 5
+mdiq_requests_refused_total{reason="too_long"} 6
 # HELP mdiq_preemptions_total Requests put back to make room for older ones.
 # TYPE mdiq_preemptions_total counter
 mdiq_preemptions_total 5
