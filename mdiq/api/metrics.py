@@ -49,6 +49,9 @@ class RingCollector(Collector):
         if "counts" in status:
             for key, text in _COUNTS.items():
                 yield CounterMetricFamily(f"mdiq_{key}_total", text, status["counts"].get(key, 0))
+        if "kv_reserved_tokens" in status:
+            text = "KV cache in use, in tokens, with cached prefixes."
+            yield GaugeMetricFamily("mdiq_kv_reserved_tokens", text, status["kv_reserved_tokens"])
         for kind, name, key, text in _NODE:
             family = kind(name, text, labels=["node"])
             for node in status["nodes"]:

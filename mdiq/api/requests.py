@@ -63,7 +63,7 @@ class BadRequest(ApiError):
     """A request that cannot be served as it is."""
 
     def __init__(self, message: str, param: str | None = None, kind: str | None = None, **more: object) -> None:
-        super().__init__(400, message, kind, param=param, **more)
+        super().__init__(400, message, kind, param=param, retry_after_s=None, **more)
 
 
 def broke() -> ApiError:

@@ -23,7 +23,7 @@ CLIENT_TIMEOUT_S = 60.0
 MAX_CONNECTIONS = 1024
 MIN_READ_BYTES = 16 * 1024
 """What a client has to read within the timeout when more waits for it than 64 KiB, as asyncio counts it."""
-SEND_BUFFER_BYTES = 64 * 1024
+SEND_BUFFER_BYTES = 16 * 1024
 """Of the kernel, for each connection. It would take megabytes of what is not read."""
 SHUTDOWN_S = 1.0  # for answers that are being sent when the service stops
 RETRY_AFTER_S = 5
@@ -33,7 +33,10 @@ def error_response(error: ApiError) -> web.Response:
     """Return an error in OpenAI's form, with the headers that tell clients whether to retry."""
     is_passing = error.status in (429, 503)
     headers = {"Retry-After": str(error.retry_after_s or RETRY_AFTER_S)} if is_passing else {"x-should-retry": "false"}
-    return web.json_response({"error": error.body}, status=error.status, headers=headers)
+    response = web.json_response({"error": error.body}, status=error.status, headers=headers)
+    if is_passing:  # its connection may be needed, and may be closed as idle just when the client comes again
+        response.force_close()
+    return response
 
 
 class _Connection(RequestHandler):
@@ -62,6 +65,8 @@ class _Connection(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self.server.room.ended(self)
         self._stop_watching()
+        if isinstance(exc, TimeoutError) and not self.is_idle:  # the kernel has noticed it first; see _bound
+            self._note_cut_off()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -87,9 +92,13 @@ class _Connection(RequestHandler):
         if self._link.get_write_buffer_size() <= self._num_unread - MIN_READ_BYTES:
             self._watch_reader()
             return
-        log.warning("reader_cut_off", client=self.peername and self.peername[0])
-        self.server.on_cut_off()
+        self._note_cut_off()
         self._link.abort()  # its handler is cancelled, and its Sequence with it
+
+    def _note_cut_off(self) -> None:
+        peer = self._link.get_extra_info("peername")
+        log.warning("reader_cut_off", client=peer and peer[0])
+        self.server.on_cut_off()
 
     def _stop_watching(self) -> None:
         if self._reading is not None:
@@ -133,7 +142,7 @@ def let_in(request: web.Request) -> None:
 
 
 def _bound(socket: sockets.socket, timeout_s: float) -> None:
-    """Bound what the kernel keeps for a client, and for how long it takes one for alive that has vanished."""
+    """Bound what the kernel keeps for a client, and how long one may acknowledge nothing, or take nothing in."""
     options = (
         (sockets.SOL_SOCKET, sockets.SO_SNDBUF, SEND_BUFFER_BYTES),
         (sockets.IPPROTO_TCP, sockets.TCP_USER_TIMEOUT, ceil(timeout_s * 1_000)),

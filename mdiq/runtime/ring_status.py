@@ -186,6 +186,7 @@ class RingView:
             "serving_s": round(now - self.serving_since_s, 1),
             "hops": [{"wire": hop.wire, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s} for hop in hops],
             "counts": dict(self.formed.service.ring.counts),
+            "kv_reserved_tokens": self.formed.service.ring.kv_reserved_tokens,
             "pace": {
                 "most_live": pace.num_live,
                 "in_flight": pace.in_flight,

@@ -174,6 +174,7 @@ async def test_a_ring_that_does_not_serve_or_has_enough_to_do_says_when_to_come_
         for status, kind in ((503, "unavailable_error"), (429, "rate_limit_error")):
             response = await client.post("/v1/chat/completions", json=CHAT)
             assert response.status == status and int(response.headers["Retry-After"]) > 0
+            assert response.headers["Connection"] == "close"
             assert (await _error(response))["type"] == kind
             ring.is_serving, ring.num_running = True, 2
     assert not ring.asked

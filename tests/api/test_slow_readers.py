@@ -208,6 +208,23 @@ def test_a_whole_answer_is_not_kept_for_a_client_that_does_not_read_it(bytes_per
     _run(test, num_tokens=400)
 
 
+@pytest.mark.parametrize(("error", "num_cut_off"), [(TimeoutError(110, "timed out"), 1), (None, 0)])
+def test_a_client_of_which_the_kernel_hears_nothing_is_cut_off_and_one_that_leaves_is_not(
+    error: OSError | None, num_cut_off: int
+) -> None:
+    async def test(service: Service) -> None:
+        line, idle = service.connect(), service.connect()
+        line.ask(1, is_streamed=True)
+        await asyncio.sleep(1.0)
+        for each in (line, idle):
+            each.is_over = True
+            each.connection.connection_lost(error)
+        await asyncio.sleep(1.0)
+        assert (service.ring.num_left, service.requests["cut_off"]) == (1, num_cut_off)
+
+    _run(test, num_tokens=100)
+
+
 def test_the_kernel_keeps_little_for_a_client_and_notices_one_that_has_vanished() -> None:
     async def test(service: Service) -> None:
         options = service.connect().options
