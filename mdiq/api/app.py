@@ -182,10 +182,13 @@ class Api:
 
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
         backend, admission = self._backend, self._admission
-        if not backend.takes_requests:
-            raise ApiError(503, backend.state)
-        # Also before its body is read, which would be kept for nothing.
-        admission.check(1, backend.max_requests, time.monotonic(), num_running=backend.num_running)
+        try:
+            if not backend.takes_requests:
+                raise ApiError(503, backend.state)
+            admission.check(1, backend.max_requests, time.monotonic(), num_running=backend.num_running)
+        except ApiError:
+            await self._discard_body(request)
+            raise
         asked = parse(await self._body(request), is_chat=shape is Chat)
         if asked.model is not None:
             self._check_model(asked.model)
@@ -196,6 +199,13 @@ class Api:
             return await self._run(request, asked, shape, places)
         finally:
             admission.leave(places, time.monotonic())
+
+    async def _discard_body(self, request: web.Request) -> None:
+        """Let a client send its body, and keep nothing of it: some do not see an answer that comes before that."""
+        with suppress(TimeoutError, web.RequestPayloadError, HttpProcessingError):
+            async with asyncio.timeout(self._client_timeout_s):
+                while await request.content.readany():
+                    pass
 
     async def _body(self, request: web.Request) -> object:
         size = request.content_length

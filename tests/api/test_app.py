@@ -282,6 +282,18 @@ async def test_a_mistake_of_ours_in_the_middle_of_a_stream_ends_it() -> None:
     assert "secret" not in text
 
 
+async def test_a_client_that_is_still_sending_when_it_is_refused_sees_why() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" " * 10_000
+            await asyncio.sleep(0.01)
+
+    async with _client(FakeRing(max_requests=1, num_running=1)) as client:
+        response = await client.post("/v1/completions", data=body())
+        assert response.status == 429 and response.headers["Retry-After"]
+        assert (await client.get("/metrics")).status == 200
+
+
 async def test_requests_whose_texts_still_become_tokens_count_too() -> None:
     go_on = threading.Event()
 
