@@ -1,24 +1,29 @@
 """Routes, errors and keys of the HTTP API. Prompts and answers are never logged.
 
-A client that disconnects cancels its Sequence: aiohttp cancels its handler, which closes the Backend's iterator.
+A client that disconnects cancels its Sequence: aiohttp cancels its handler, which closes the Backend's iterator. The
+connection of one that does not read its answer is ended by server.py.
 """
 
 import asyncio
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, nullcontext, suppress
+from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from mdiq.api.admission import Admission, Places
 from mdiq.api.backend import Backend
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
-from mdiq.api.server import CLIENT_TIMEOUT_S, error_response
+from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
 from mdiq.api.shapes import Answer, Chat, Completion, Shape
 from mdiq.api.streams import merged, send_stream
 from mdiq.errors import CapacityError, MdiqError
@@ -26,9 +31,12 @@ from mdiq.errors import CapacityError, MdiqError
 log = structlog.get_logger()
 
 MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
-MAX_RUNNING = 512
+LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
+MAX_LARGE_BODIES = 16  # that are read at once
+TEXT_THREADS = 2  # a short text does not wait for a long one; the other threads are the ring's
 _PUBLIC = ("/health",)
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -45,22 +53,33 @@ class Api:
         keys: Sequence[str] = (),
         *,
         cors_origins: Sequence[str] = (),
-        max_running: int = MAX_RUNNING,
         client_timeout_s: float = CLIENT_TIMEOUT_S,
     ) -> None:
         self._backend = backend
         self._cors_origins = cors_origins
         self._client_timeout_s = client_timeout_s
         self._keys = [key.encode() for key in keys]
-        self._max_running = max_running
         self._created = int(time.time())
-        self._num_taken = 0
-        self._registry = metrics_registry(backend.status)
+        self._admission = Admission()
+        self._large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
+        self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
+        self._text_turns = asyncio.Semaphore(TEXT_THREADS)
+        self._registry = metrics_registry(self.status)
+
+    def status(self) -> Mapping[str, Any]:
+        """Return what `mdiq status --json` shows."""
+        status = self._backend.status()
+        return {**status, "requests": {**status["requests"], **self._admission.counts()}}
+
+    def note_cut_off(self) -> None:
+        """Count an answer whose connection was ended because nobody read it."""
+        self._admission.num_cut_off += 1
 
     def application(self) -> web.Application:
         """Return it with its routes."""
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors])
         app.on_response_prepare.append(self._allow_origin)
+        app.on_cleanup.append(self._close)
         app.add_routes(
             [
                 web.get("/health", self._health),
@@ -73,6 +92,9 @@ class Api:
         )
         return app
 
+    async def _close(self, _: web.Application) -> None:
+        self._texts.shutdown(wait=False, cancel_futures=True)
+
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -80,13 +102,15 @@ class Api:
                 return web.Response(status=204)  # browsers ask without the key
             if request.path not in _PUBLIC and not self._is_allowed(request):
                 raise ApiError(401, "a key of this ring's API is missing or wrong; send Authorization: Bearer KEY")
+            if request.path not in _PUBLIC:
+                let_in(request)
             return await handler(request)
         except ApiError as error:
-            return error_response(error)
+            return self._refused(request, error)
         except web.HTTPException as error:
-            return error_response(ApiError(error.status, _no_route(request, error)))
+            return self._refused(request, ApiError(error.status, _no_route(request, error)))
         except CapacityError as error:
-            return error_response(too_long(str(error), self._backend.context_tokens))
+            return self._refused(request, too_long(str(error), self._backend.context_tokens))
         except MdiqError as error:
             return error_response(ApiError(503, str(error)))
         except ConnectionError:  # the client has closed the connection
@@ -94,6 +118,11 @@ class Api:
         except Exception:  # of one request; the answer must not show our internals
             log.exception("request_broke", path=request.path)
             return error_response(broke())
+
+    def _refused(self, request: web.Request, error: ApiError) -> web.Response:
+        if request.method == "POST":
+            self._admission.refused[error.reason] += 1
+        return error_response(error)
 
     def _origin(self, request: web.Request) -> str | None:
         """Return the request's origin if its web pages may call the API."""
@@ -152,26 +181,37 @@ class Api:
         return await self._answer(request, Completion)
 
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
+        backend, admission = self._backend, self._admission
+        try:
+            if not backend.takes_requests:
+                raise ApiError(503, backend.state)
+            admission.check(1, backend.max_requests, time.monotonic(), num_running=backend.num_running)
+        except ApiError:
+            await self._discard_body(request)
+            raise
         asked = parse(await self._body(request), is_chat=shape is Chat)
-        backend = self._backend
         if asked.model is not None:
             self._check_model(asked.model)
-        if not backend.takes_requests:
-            raise ApiError(503, backend.state)
         # Requests that are still being tokenized are not running yet, and count too.
-        num_asked = max(len(asked.prompts), 1)
-        num_taken = max(self._num_taken, backend.num_running)
-        if num_taken + num_asked > self._max_running:
-            raise ApiError(429, f"{num_taken} requests are running or waiting; try again later")
-        self._num_taken += num_asked
+        num_asked, now = max(len(asked.prompts), 1), time.monotonic()
+        places = admission.take(num_asked, backend.max_requests, now, num_running=backend.num_running)
         try:
-            return await self._run(request, asked, shape)
+            return await self._run(request, asked, shape, places)
         finally:
-            self._num_taken -= num_asked
+            admission.leave(places, time.monotonic())
+
+    async def _discard_body(self, request: web.Request) -> None:
+        """Let a client send its body, and keep nothing of it: some do not see an answer that comes before that."""
+        with suppress(TimeoutError, web.RequestPayloadError, HttpProcessingError):
+            async with asyncio.timeout(self._client_timeout_s):
+                while await request.content.readany():
+                    pass
 
     async def _body(self, request: web.Request) -> object:
+        size = request.content_length
+        turn = self._large_bodies if size is None or size > LARGE_BODY_BYTES else nullcontext()
         try:
-            async with asyncio.timeout(self._client_timeout_s):
+            async with asyncio.timeout(self._client_timeout_s), turn:
                 body = await request.read()
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {self._client_timeout_s:g} s") from None
@@ -183,12 +223,13 @@ class Api:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
             raise BadRequest(f"the body is not JSON ({reason})") from None
 
-    async def _run(self, request: web.Request, asked: Asked, shape: type[Shape]) -> web.StreamResponse:
+    async def _run(self, request: web.Request, asked: Asked, shape: type[Shape], places: Places) -> web.StreamResponse:
         backend = self._backend
         prompts = await self._prompts(asked)
         params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
-        answers, out = [Answer(len(prompt)) for prompt in prompts], shape(backend.model_name)
-        start_s = time.monotonic()
+        answers = [Answer(len(prompt), each.max_tokens) for prompt, each in zip(prompts, params, strict=True)]
+        out, start_s = shape(backend.model_name), time.monotonic()
+        self._admission.fill(places, answers, start_s)
         streams = [backend.answer(*each) for each in zip(prompts, params, strict=True)]
         try:
             async with aclosing(merged(streams)) as events:
@@ -213,10 +254,11 @@ class Api:
         try:
             # Long texts take long, and others' tokens must not wait.
             if asked.messages is not None:
-                prompts = [tuple(await asyncio.to_thread(backend.chat_ids, asked.messages, asked.template_kwargs))]
+                chat_ids = partial(backend.chat_ids, asked.messages, asked.template_kwargs)
+                prompts = [tuple(await self._in_thread(chat_ids))]
             else:
                 texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
-                encoded = iter(await asyncio.to_thread(backend.encode, texts) if texts else ())
+                encoded = iter(await self._in_thread(partial(backend.encode, texts)) if texts else ())
                 prompts = [tuple(next(encoded)) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
         except CapacityError as error:
             raise too_long(str(error), backend.context_tokens, field) from None
@@ -228,6 +270,18 @@ class Api:
         if (largest := max(map(max, prompts))) >= backend.vocab_size:
             raise BadRequest(f"{field}: token id {largest}: the model has {backend.vocab_size} tokens only", field)
         return prompts
+
+    async def _in_thread(self, job: Callable[[], T]) -> T:
+        """Run a job in a thread. One whose client has gone keeps its thread, and nothing waits there for its turn."""
+        await self._text_turns.acquire()
+        loop, running = asyncio.get_running_loop(), self._texts.submit(job)
+
+        def ended(_: object) -> None:
+            with suppress(RuntimeError):  # the service has ended meanwhile
+                loop.call_soon_threadsafe(self._text_turns.release)
+
+        running.add_done_callback(ended)
+        return await asyncio.wrap_future(running)
 
 
 def _no_route(request: web.Request, error: web.HTTPException) -> str:

@@ -40,6 +40,11 @@ class Backend(Protocol):
         """Requests that are not finished."""
         ...
 
+    @property
+    def max_requests(self) -> int:
+        """Prompts that are taken at once: those in the ring, and those that wait for it."""
+        ...
+
     def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Return the tokens of each text, without a chat template. Called in a thread.
 

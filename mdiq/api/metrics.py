@@ -11,10 +11,11 @@ from mdiq.runtime.recovery_times import STEPS
 
 _REQUESTS = (
     (GaugeMetricFamily, "mdiq_requests_running", "running", "Requests that are not finished."),
+    (GaugeMetricFamily, "mdiq_requests_waiting", "waiting", "Of these, requests that wait for a place in the ring."),
     (CounterMetricFamily, "mdiq_requests_done_total", "done", "Requests that were answered."),
     (CounterMetricFamily, "mdiq_requests_failed_total", "failed", "Requests that the ring failed to answer."),
-    (CounterMetricFamily, "mdiq_requests_refused_total", "refused", "Requests that can never fit."),
     (CounterMetricFamily, "mdiq_requests_left_total", "left", "Requests whose client went away."),
+    (CounterMetricFamily, "mdiq_requests_cut_off_total", "cut_off", "Answers that were given up: nobody read them."),
 )
 _NODE = (
     (GaugeMetricFamily, "mdiq_stage_busy_ratio", "busy_share", "Share of the time in which a node computes."),
@@ -43,6 +44,10 @@ class RingCollector(Collector):
         yield CounterMetricFamily("mdiq_rings_formed_total", "How often the ring was formed.", status["rings_formed"])
         for kind, name, key, text in _REQUESTS:
             yield kind(name, text, status["requests"][key])
+        refused = CounterMetricFamily("mdiq_requests_refused_total", "Requests that were not taken.", labels=["reason"])
+        for reason, count in status["requests"]["refused"].items():
+            refused.add_metric([reason], count)
+        yield refused
         if "counts" in status:
             for key, text in _COUNTS.items():
                 yield CounterMetricFamily(f"mdiq_{key}_total", text, status["counts"].get(key, 0))
@@ -53,6 +58,9 @@ class RingCollector(Collector):
                 if step in pause:
                     steps.add_metric([step.removesuffix("_s")], pause[step])
             yield steps
+        if "kv_reserved_tokens" in status:
+            text = "KV cache in use, in tokens, with cached prefixes."
+            yield GaugeMetricFamily("mdiq_kv_reserved_tokens", text, status["kv_reserved_tokens"])
         for kind, name, key, text in _NODE:
             family = kind(name, text, labels=["node"])
             for node in status["nodes"]:

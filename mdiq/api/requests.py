@@ -19,19 +19,32 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 _INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
+_TOO_LONG = "context_length_exceeded"
+_REASONS = {401: "no_key", 408: "too_slow", 413: "too_large", 429: "busy", 503: "unavailable"}
+REASONS = ("busy", "unavailable", "too_long", "invalid", "no_key", "too_slow", "too_large")
+"""Why requests are refused, as the metrics name it."""
 
 
 class ApiError(Exception):
     """An error as the answer to a request.
 
-    kind: OpenAI's type of error; param: the wrong field; more: further fields of the answer.
+    kind: OpenAI's type of error; param: the wrong field; retry_after_s: when it may be asked again; more: further
+    fields of the answer.
     """
 
     def __init__(
-        self, status: int, message: str, kind: str | None = None, *, param: str | None = None, **more: object
+        self,
+        status: int,
+        message: str,
+        kind: str | None = None,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        **more: object,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s
         self.body: dict[str, object] = {
             "message": message if len(message) <= MAX_ERROR_CHARACTERS else f"{message[:MAX_ERROR_CHARACTERS]}…",
             "type": kind or _KINDS.get(status, _INVALID),
@@ -40,12 +53,17 @@ class ApiError(Exception):
             **more,
         }
 
+    @property
+    def reason(self) -> str:
+        """One of REASONS."""
+        return "too_long" if self.body["code"] == _TOO_LONG else _REASONS.get(self.status, "invalid")
+
 
 class BadRequest(ApiError):
     """A request that cannot be served as it is."""
 
     def __init__(self, message: str, param: str | None = None, kind: str | None = None, **more: object) -> None:
-        super().__init__(400, message, kind, param=param, **more)
+        super().__init__(400, message, kind, param=param, retry_after_s=None, **more)
 
 
 def broke() -> ApiError:
@@ -63,7 +81,7 @@ def too_long(text: str, context_tokens: int, param: str | None = None, **more: o
         f"{text.removeprefix('prompt: ')}",
         param,
         "exceed_context_size_error",
-        code="context_length_exceeded",
+        code=_TOO_LONG,
         n_ctx=context_tokens,
         **more,
     )

@@ -1,9 +1,12 @@
-"""HTTP below the routes: malformed requests, and idle connections.
+"""HTTP below the routes: malformed requests, idle connections, and clients that do not read.
 
 Nothing that a client sends is logged or echoed.
 """
 
 import asyncio
+import socket as sockets
+from collections.abc import Callable
+from math import ceil
 from typing import Any, cast
 
 import structlog
@@ -16,36 +19,90 @@ from mdiq.transport.room import Room, connection_limit
 log = structlog.get_logger()
 
 CLIENT_TIMEOUT_S = 60.0
-"""Maximum wait for the head of a request, and for its body."""
+"""Maximum wait for the head of a request, for its body, and for a client that does not read its answer."""
+MAX_CONNECTIONS = 1024
+MIN_READ_BYTES = 16 * 1024
+"""What a client has to read within the timeout when more waits for it than 64 KiB, as asyncio counts it."""
+SEND_BUFFER_BYTES = 16 * 1024
+"""Of the kernel, for each connection. It would take megabytes of what is not read."""
 SHUTDOWN_S = 1.0  # for answers that are being sent when the service stops
-RETRY_AFTER_S = "5"
+RETRY_AFTER_S = 5
 
 
 def error_response(error: ApiError) -> web.Response:
     """Return an error in OpenAI's form, with the headers that tell clients whether to retry."""
-    headers = {"Retry-After": RETRY_AFTER_S} if error.status in (429, 503) else {"x-should-retry": "false"}
-    return web.json_response({"error": error.body}, status=error.status, headers=headers)
+    is_passing = error.status in (429, 503)
+    headers = {"Retry-After": str(error.retry_after_s or RETRY_AFTER_S)} if is_passing else {"x-should-retry": "false"}
+    response = web.json_response({"error": error.body}, status=error.status, headers=headers)
+    if is_passing:  # its connection may be needed, and may be closed as idle just when the client comes again
+        response.force_close()
+    return response
 
 
 class _Connection(RequestHandler):
-    """One connection. aiohttp's own class would log a malformed request, with traceback, and echo it."""
+    """One connection. aiohttp's own class would log a malformed request, with traceback, and echo it.
 
-    has_asked = False
-    room: "Room[_Connection]"
+    server: whose connection it is. is_let_in: its client may use the API.
+    """
+
+    server: "_Server"
+    is_let_in = False
+    _link: asyncio.Transport  # aiohttp forgets its own when it closes
+    _num_unread = 0
+    _reading: asyncio.TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        return not self._request_in_progress
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.room.accepted(self)
+        self._link = cast(asyncio.Transport, transport)
+        _bound(transport.get_extra_info("socket"), self.server.client_timeout_s)
+        self.server.room.accepted(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.room.ended(self)
+        self.server.room.ended(self)
+        self._stop_watching()
+        if isinstance(exc, TimeoutError) and not self.is_idle:  # the kernel has noticed it first; see _bound
+            self._note_cut_off()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Watch a client that does not read: asyncio holds much for it already."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """Trust it again."""
+        self._stop_watching()
+        super().resume_writing()
 
     def end(self) -> None:
         """Close the connection to make room."""
-        log.warning("too_many_connections", most=connection_limit())
-        if self.transport is not None:
-            self.transport.abort()
+        log.warning("too_many_connections", most=self.server.max_connections)
+        self._link.abort()
+
+    def _watch_reader(self) -> None:
+        self._num_unread = self._link.get_write_buffer_size()
+        self._reading = self._loop.call_later(self.server.client_timeout_s, self._check_reader)
+
+    def _check_reader(self) -> None:
+        if self._link.get_write_buffer_size() <= self._num_unread - MIN_READ_BYTES:
+            self._watch_reader()
+            return
+        self._note_cut_off()
+        self._link.abort()  # its handler is cancelled, and its Sequence with it
+
+    def _note_cut_off(self) -> None:
+        peer = self._link.get_extra_info("peername")
+        log.warning("reader_cut_off", client=peer and peer[0])
+        self.server.on_cut_off()
+
+    def _stop_watching(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
 
     def handle_error(
         self,
@@ -68,17 +125,39 @@ class _Connection(RequestHandler):
 
 class _Server(web.Server):
     room: "Room[_Connection]"
+    max_connections: int
+    client_timeout_s: float
+    on_cut_off: Callable[[], None]
 
     def __call__(self) -> RequestHandler:
         connection = _Connection(self, loop=self._loop, **self._kwargs)
-        connection.room = self.room
+        connection.server = self
         return connection
 
 
-class ApiRunner(web.AppRunner):
-    """Runs the application; a connection is closed when a request's head does not come within client_timeout_s.
+def let_in(request: web.Request) -> None:
+    """Note that the client of a request may ask: its connection is not closed to make room for others."""
+    if isinstance(request.protocol, _Connection):
+        request.protocol.is_let_in = True
 
-    max_connections: beyond it, the oldest connection without a request is closed; see transport/room.py.
+
+def _bound(socket: sockets.socket, timeout_s: float) -> None:
+    """Bound what the kernel keeps for a client, and how long one may acknowledge nothing, or take nothing in."""
+    options = (
+        (sockets.SOL_SOCKET, sockets.SO_SNDBUF, SEND_BUFFER_BYTES),
+        (sockets.IPPROTO_TCP, sockets.TCP_USER_TIMEOUT, ceil(timeout_s * 1_000)),
+        (sockets.IPPROTO_TCP, sockets.TCP_KEEPIDLE, ceil(timeout_s / 2)),
+        (sockets.IPPROTO_TCP, sockets.TCP_KEEPINTVL, ceil(timeout_s / 4)),
+    )
+    for level, option, value in options:
+        socket.setsockopt(level, option, value)
+
+
+class ApiRunner(web.AppRunner):
+    """Runs the application. A connection is closed when a request's head does not come within client_timeout_s, or an
+    answer is not read; on_cut_off is called then.
+
+    max_connections: beyond it, the oldest connection of a client that may not ask is closed, else the oldest idle one.
     """
 
     def __init__(
@@ -87,8 +166,11 @@ class ApiRunner(web.AppRunner):
         *,
         client_timeout_s: float = CLIENT_TIMEOUT_S,
         max_connections: int | None = None,
+        on_cut_off: Callable[[], None] = lambda: None,
     ) -> None:
-        self._max_connections = max_connections or connection_limit()
+        self._max_connections = max_connections or connection_limit(MAX_CONNECTIONS)
+        self._client_timeout_s = client_timeout_s
+        self._on_cut_off = on_cut_off
         super().__init__(
             app,
             access_log=None,
@@ -100,12 +182,9 @@ class ApiRunner(web.AppRunner):
     async def _make_server(self) -> Any:
         server = cast(Any, await super()._make_server())
         server.__class__ = _Server  # aiohttp has no parameter for the class of its connections
-        server.room = Room[_Connection](self._max_connections, lambda it: it.has_asked, _Connection.end)
-        make_request = server.request_factory
-
-        def noted(message: Any, payload: Any, protocol: _Connection, *rest: Any) -> Any:
-            protocol.has_asked = True  # the head of a request has arrived
-            return make_request(message, payload, protocol, *rest)
-
-        server.request_factory = noted
+        server.max_connections = self._max_connections
+        server.client_timeout_s, server.on_cut_off = self._client_timeout_s, self._on_cut_off
+        server.room = Room[_Connection](
+            self._max_connections, lambda it: it.is_let_in, _Connection.end, lambda it: it.is_idle
+        )
         return server

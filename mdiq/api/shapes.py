@@ -13,9 +13,10 @@ from mdiq.runtime.starter_service import StreamEvent
 
 @dataclass(slots=True)
 class Answer:
-    """The result of a request so far."""
+    """The result of a request so far. num_prompt: tokens of its prompt; max_tokens: of the whole answer."""
 
     num_prompt: int
+    max_tokens: int
     num_tokens: int = 0
     text: str = ""
     finish_reason: str | None = None

@@ -76,7 +76,8 @@ async def _begun(request: web.Request, response: web.StreamResponse) -> None:
 
 
 async def _send(response: web.StreamResponse, value: Mapping[str, Any]) -> None:
-    # write() waits while the client does not read; its events queue up, bounded by the length of its Sequence.
+    # write() waits while the client does not read; its events queue up, bounded by the length of its Sequence, until
+    # server.py ends the connection.
     await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
 

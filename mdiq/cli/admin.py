@@ -40,8 +40,9 @@ def _print(found: Mapping[str, Any]) -> None:
     requests = found["requests"]
     console.print(f"{found['state']}; model {found['model']}", highlight=False, markup=False)
     console.print(
-        f"requests: {requests['running']} running, {requests['done']} done, {requests['failed']} failed, "
-        f"{requests['refused']} refused, {requests['left']} left by their clients; "
+        f"requests: {requests['running']} running, {requests['waiting']} of them waiting; {requests['done']} done, "
+        f"{requests['failed']} failed, {_refused(requests['refused'])}, {requests['left']} left by their clients, "
+        f"{requests['cut_off']} not read; "
         f"rings formed: {found['rings_formed']}",
         highlight=False,
     )
@@ -66,6 +67,11 @@ def _print(found: Mapping[str, Any]) -> None:
             _hop(hops[i]) if i < len(hops) else "",
         )
     console.print(table)
+
+
+def _refused(reasons: Mapping[str, int]) -> str:
+    found = ", ".join(f"{reason} {count}" for reason, count in reasons.items() if count)
+    return f"{sum(reasons.values())} refused" + (f" ({found})" if found else "")
 
 
 def _state(node: Mapping[str, Any]) -> str:

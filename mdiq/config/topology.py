@@ -168,9 +168,15 @@ class Api(_Section):
     )
     client_timeout_s: Timeout = _key(
         60.0,
-        "Max wait for a request's head, and for its body; slower connections are closed.",
+        "Max wait for a request's head, for its body, and for a client that does not read its answer; slower "
+        "connections are closed.",
         alias="client_timeout",
         written="60s",
+    )
+    max_waiting: Count = _key(
+        None,
+        "Requests that may wait for their turn in the ring, more are refused; auto: twice max_live, at least 64.",
+        written=AUTO,
     )
 
 

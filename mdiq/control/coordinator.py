@@ -15,7 +15,7 @@ from mdiq.core import control
 from mdiq.core.membership import Membership, NodeState
 from mdiq.core.types import NodeId
 from mdiq.errors import EngineError, MdiqError, NodeDiedError, RemoteProtocolError
-from mdiq.telemetry.trace import Span
+from mdiq.telemetry.trace import MAX_SPANS, Span
 from mdiq.transport.base import ControlServer
 from mdiq.transport.junk import JunkBudget
 
@@ -256,7 +256,7 @@ class Coordinator:
                 if node in self._ring:
                     self._on_fault(node, message)
             case control.TraceChunk():
-                self.spans[node] += [Span(*span) for span in message.spans]
+                self.spans[node] += [Span(*span) for span in message.spans[: MAX_SPANS - len(self.spans[node])]]
             case control.Leaving():
                 if node in self._ring and not self.leaving.done():
                     self.leaving.set_result(node)

@@ -102,6 +102,12 @@ class StageProtocol:
         return len(self._decoding) + len(self._prompts)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens of these, and one for each RELEASE: a Starter has room for each in the KV cache."""
+        queued = sum(queued.segment.length for queue in (self._decoding, self._prompts) for queued in queue)
+        return queued + len(self._releases)
+
+    @property
     def has_work(self) -> bool:
         """Whether ``take`` would return a Batch."""
         return self._running is None and bool(self._decoding or self._prompts or self._releases)

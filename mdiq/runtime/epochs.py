@@ -113,6 +113,7 @@ class Epochs:
             predicted_tokens_per_s=self._micro_batches.rates[num_live - 1],
             chunk_tokens=self.spec.shared_chunk(num_live),
             decode_gap_s=service.ring.decode_gap_s,
+            max_live=self.spec.max_live,
         )
 
     def hops(self) -> list[HopFigures]:

@@ -221,6 +221,7 @@ class PaceFigures:
     predicted_tokens_per_s: what the Plan expects of decoding.
     chunk_tokens: most prompt tokens that a decoding Sequence meets in a Batch.
     decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
+    max_live: Sequences that the Ring takes in at once.
     """
 
     num_live: int
@@ -230,6 +231,7 @@ class PaceFigures:
     predicted_tokens_per_s: float
     chunk_tokens: int
     decode_gap_s: float
+    max_live: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,11 @@ class RingKeeper:
         """Sequences that are not finished."""
         return self._requests.num_running
 
+    @property
+    def max_live(self) -> int:
+        """Sequences that the Ring takes in at once; the others wait for their turn."""
+        return 1 if self._now.formed is None else self._now.formed.pace().max_live
+
     async def run(self) -> NoReturn:
         """Keep a Ring up until cancelled."""
         while True:
@@ -227,7 +232,7 @@ class RingKeeper:
             "is_serving": self.state.is_serving,
             "state": self.describe(),
             **self._now.about_plan(self._clock()),
-            "requests": self._requests.counts(),
+            "requests": {"waiting": self._now.num_waiting, **self._requests.counts()},
             "rings_formed": self._num_rings,
             "last_error": self.last_error,
             **self._now.about_ring(self._clock()),

@@ -129,6 +129,14 @@ class RingView:
         """The Ring, if it is formed."""
         return self.ring if self.is_formed else None
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a place in the Ring, also those that were put back."""
+        if self.formed is None:
+            return 0
+        ring = self.formed.service.ring
+        return ring.num_unfinished - ring.num_live
+
     def silent(self) -> Mapping[str, float]:
         """Return the Nodes that should have been heard, and for how long they were not."""
         return {} if self.ring is None else self.ring.silent(SILENT_S)
@@ -202,7 +210,13 @@ class RingView:
                 {"ago_s": round(now - times.lost_s, 1), "reason": times.reason, **times.shown()}
                 for times in self.formed.pauses
             ],
-            "pace": {"most_live": pace.num_live, "in_flight": pace.in_flight, "cap": pace.cap},
+            "kv_reserved_tokens": self.formed.service.ring.kv_reserved_tokens,
+            "pace": {
+                "most_live": pace.num_live,
+                "in_flight": pace.in_flight,
+                "cap": pace.cap,
+                "max_live": pace.max_live,
+            },
         }
 
 

@@ -130,9 +130,9 @@ class StageHost:
         assert self._runner is not None  # it is loaded
         if self._service is not None:  # a Batch of it may have been cut off, and would count as running for ever
             self._stage = StageProtocol()
-        limits = self._runner.wire_limits
+        limits, kv_tokens = self._runner.wire_limits, self._runner.kv_capacity_tokens
         self._links = EpochLinks(source, sink, assign.receive_key, assign.send_key, limits)
-        self._service = StageService(self._stage, self._runner, self._links, self._worker, reports)
+        self._service = StageService(self._stage, self._runner, self._links, self._worker, reports, kv_tokens=kv_tokens)
         return self._service.run()
 
     async def send_burst(self, burst: control.SendBurst) -> control.BurstSent:

@@ -7,7 +7,7 @@ from typing import NoReturn, Protocol
 
 import structlog
 
-from mdiq.core import control
+from mdiq.core import control, wire
 from mdiq.core.frame import Engine, Frame, FrameKind
 from mdiq.core.hop_survey import BurstMeter
 from mdiq.core.stage import StageProtocol
@@ -37,11 +37,22 @@ class StageReports(Protocol):
 
 
 class StageService:
-    """Runs a Stage that is not the Starter until it is cancelled."""
+    """Runs a Stage that is not the Starter until it is cancelled.
+
+    kv_tokens: what its KV cache holds. No more tokens can wait, whatever the Node before it sends.
+    """
 
     def __init__(
-        self, stage: StageProtocol, engine: Engine, links: EpochLinks, worker: Worker, reports: StageReports
+        self,
+        stage: StageProtocol,
+        engine: Engine,
+        links: EpochLinks,
+        worker: Worker,
+        reports: StageReports,
+        *,
+        kv_tokens: int,
     ) -> None:
+        self._kv_tokens = self._room = kv_tokens
         self._stage = stage
         self._engine = engine
         self._links = links
@@ -68,6 +79,7 @@ class StageService:
             if arrived is not None:
                 self._reports.burst_arrived(arrived)
             return
+        self._check_room(frame)
         receipt = self._stage.receive(frame)
         if receipt.passes and not self._outgoing.full():
             self._outgoing.put_nowait(frame)
@@ -76,6 +88,15 @@ class StageService:
         if self._stage.has_work:
             self._worker.work_waits()
             self._wake.set()
+
+    def _check_room(self, frame: Frame) -> None:
+        """Refuse a Frame that a Starter which keeps its books cannot have sent: what waits has no room there."""
+        size = frame.num_tokens or len(frame.segments)
+        if self._room < size:  # since it was counted: counting takes long
+            self._room = self._kv_tokens - self._stage.num_waiting_tokens
+            if self._room < size:
+                raise wire.BadFrame("full", f"{frame}: more waits than the KV cache holds; look at the node before")
+        self._room -= size
 
     async def _compute(self) -> NoReturn:
         while True:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import structlog
 from aiohttp import web
 
+from mdiq.api.admission import max_prompts
 from mdiq.api.app import Api
 from mdiq.api.keys import read_keys
 from mdiq.api.server import ApiRunner
@@ -95,8 +96,11 @@ class _Topologies:
 class _RingBackend:
     """What the API sees: the ring that is up, and the tokenizer."""
 
-    def __init__(self, keeper: RingKeeper, tokenizer: Tokenizer, config: ModelConfig, model_name: str) -> None:
+    def __init__(
+        self, keeper: RingKeeper, tokenizer: Tokenizer, config: ModelConfig, model_name: str, max_waiting: int | None
+    ) -> None:
         self._keeper = keeper
+        self._max_waiting = max_waiting
         self._tokenizer = tokenizer
         self._numbers = count()
         self.model_name = model_name
@@ -123,6 +127,10 @@ class _RingBackend:
     @property
     def num_running(self) -> int:
         return self._keeper.num_running
+
+    @property
+    def max_requests(self) -> int:
+        return max_prompts(self._keeper.max_live, self._max_waiting)
 
     def encode(self, texts: AbstractSequence[str]) -> list[list[int]]:
         for text in texts:
@@ -174,8 +182,11 @@ class TopologyService:
             on_formed=self._topologies.keep_measured,
             on_not_formed=self._topologies.note_failure,
         )
+        wanted = self._wanted_api
+        backend = _RingBackend(keeper, self._tokenizer, self._config, self._model_name, wanted.max_waiting)
+        self._api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
-        async with AdminServer(socket_path(self._file), commands), self._api(keeper):
+        async with AdminServer(socket_path(self._file), commands), self._listening():
             watchdog = watchdog_loops(self._notifier, keeper.has_work, keeper.last_progress_s)
             await serve_until_signal(
                 keeper.run(),
@@ -188,11 +199,9 @@ class TopologyService:
         self._notifier.stopping("ends")
 
     @asynccontextmanager
-    async def _api(self, keeper: RingKeeper) -> AsyncIterator[None]:
-        wanted = self._wanted_api
-        backend = _RingBackend(keeper, self._tokenizer, self._config, self._model_name)
-        api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
-        runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s)
+    async def _listening(self) -> AsyncIterator[None]:
+        wanted, api = self._wanted_api, self._api
+        runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s, on_cut_off=api.note_cut_off)
         await runner.setup()
         try:
             try:
@@ -202,7 +211,7 @@ class TopologyService:
                     f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
                     "see what listens there, or choose another port"
                 ) from None
-            log.info("api_listens", host=wanted.host, port=wanted.port, model=backend.model_name)
+            log.info("api_listens", host=wanted.host, port=wanted.port, model=self._model_name)
             yield
         finally:
             await runner.cleanup()
@@ -226,7 +235,7 @@ class TopologyService:
             await asyncio.sleep(TELL_S)
 
     async def _status(self, _: Mapping[str, Any]) -> Any:
-        return self._keeper.status()
+        return self._api.status()
 
     async def _drain(self, question: Mapping[str, Any]) -> str:
         return await self._keeper.drain_node(str(question.get("node")), undo=question.get("undo") is True)

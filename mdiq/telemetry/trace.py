@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COMPUTE = "compute"
+MAX_SPANS = 200_000
+"""Of one Node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Span:
 class Tracer:
     """Collects Spans, or nothing when it is off; the oldest are dropped when ``max_spans`` is reached."""
 
-    def __init__(self, *, is_on: bool, max_spans: int = 200_000) -> None:
+    def __init__(self, *, is_on: bool, max_spans: int = MAX_SPANS) -> None:
         self.is_on = is_on
         self._max_spans = max_spans
         self.spans: list[Span] = []

@@ -36,31 +36,40 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def connection_limit() -> int:
-    """Return how many connections a listener of this process may hold."""
+def connection_limit(max_connections: int = MAX_CONNECTIONS) -> int:
+    """Return how many connections a listener of this process may hold, at most ``max_connections``."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(8, min(MAX_CONNECTIONS, soft // LISTENERS))
+    return max_connections if soft == resource.RLIM_INFINITY else max(8, min(max_connections, soft // LISTENERS))
 
 
 class Room(Generic[T]):
     """The connections of one listener.
 
     is_through: returns whether a connection's handshake is finished, which it then stays. end: closes a connection.
+    is_idle: returns whether one that is through may be closed if all are.
     """
 
-    def __init__(self, max_connections: int, is_through: Callable[[T], bool], end: Callable[[T], None]) -> None:
+    def __init__(
+        self,
+        max_connections: int,
+        is_through: Callable[[T], bool],
+        end: Callable[[T], None],
+        is_idle: Callable[[T], bool] = lambda _: False,
+    ) -> None:
         self._max = max_connections
         self._is_through = is_through
+        self._is_idle = is_idle
         self._end = end
         self._shaking: dict[T, None] = {}  # oldest first; a dict for its order
-        self._through: set[T] = set()
+        self._through: dict[T, None] = {}
 
     def accepted(self, connection: T) -> None:
-        """Add a connection. If there are too many, close the oldest with an unfinished handshake, or else this one."""
+        """Add a connection. If there are too many, close the oldest with an unfinished handshake, else the oldest that
+        is idle, else this one."""
         self.ended(connection)
         self._shaking[connection] = None
         if len(self._shaking) + len(self._through) > self._max:
-            leaving = self._oldest_shaking(connection)
+            leaving = self._to_close(connection)
             self.ended(leaving)
             self._end(leaving)
 
@@ -71,20 +80,20 @@ class Room(Generic[T]):
     def ended(self, connection: T) -> None:
         """Note that a connection has ended."""
         self._shaking.pop(connection, None)
-        self._through.discard(connection)
+        self._through.pop(connection, None)
 
     def clear(self) -> None:
         """Note that all connections have ended."""
         self._shaking.clear()
         self._through.clear()
 
-    def _oldest_shaking(self, newest: T) -> T:
-        for connection in list(self._shaking):
-            if connection == newest or not self._is_through(connection):
+    def _to_close(self, newest: T) -> T:
+        for connection in [each for each in self._shaking if each != newest]:
+            if not self._is_through(connection):
                 return connection
             del self._shaking[connection]
-            self._through.add(connection)
-        return newest
+            self._through[connection] = None
+        return next(filter(self._is_idle, self._through), newest)
 
 
 def bytes_received(connection: int) -> int:

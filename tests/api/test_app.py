@@ -33,6 +33,7 @@ class FakeRing:
     is_serving: bool = True
     state: str = "waits for pi2"
     num_running: int = 0
+    max_requests: int = 8
     model_name: str = "tiny"
     context_tokens: int = 64
     vocab_size: int = 100
@@ -81,17 +82,15 @@ class FakeRing:
         return {
             "is_serving": self.is_serving,
             "nodes": [node, {"name": "pi1", "state": "drained"}],
-            "requests": {"running": 1, "done": 2, "failed": 3, "refused": 6, "left": 7},
+            "requests": {"waiting": 0, "running": 1, "done": 2, "failed": 3, "refused": 6, "left": 7},
             "rings_formed": 4,
             "counts": {"preemptions": 5},
         }
 
 
 @asynccontextmanager
-async def _client(
-    ring: FakeRing, *keys: str, max_running: int = 8, cors_origins: Sequence[str] = ()
-) -> AsyncIterator[Client]:
-    application = Api(ring, keys, max_running=max_running, cors_origins=cors_origins).application()
+async def _client(ring: FakeRing, *keys: str, cors_origins: Sequence[str] = ()) -> AsyncIterator[Client]:
+    application = Api(ring, keys, cors_origins=cors_origins).application()
     async with TestClient(TestServer(application), timeout=aiohttp.ClientTimeout(10)) as client:
         yield client
 
@@ -170,11 +169,12 @@ async def test_models_health_and_metrics() -> None:
 
 
 async def test_a_ring_that_does_not_serve_or_has_enough_to_do_says_when_to_come_again() -> None:
-    ring = FakeRing(is_serving=False)
-    async with _client(ring, max_running=2) as client:
+    ring = FakeRing(is_serving=False, max_requests=2)
+    async with _client(ring) as client:
         for status, kind in ((503, "unavailable_error"), (429, "rate_limit_error")):
             response = await client.post("/v1/chat/completions", json=CHAT)
             assert response.status == status and int(response.headers["Retry-After"]) > 0
+            assert response.headers["Connection"] == "close"
             assert (await _error(response))["type"] == kind
             ring.is_serving, ring.num_running = True, 2
     assert not ring.asked
@@ -282,6 +282,18 @@ async def test_a_mistake_of_ours_in_the_middle_of_a_stream_ends_it() -> None:
     assert "secret" not in text
 
 
+async def test_a_client_that_is_still_sending_when_it_is_refused_sees_why() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" " * 10_000
+            await asyncio.sleep(0.01)
+
+    async with _client(FakeRing(max_requests=1, num_running=1)) as client:
+        response = await client.post("/v1/completions", data=body())
+        assert response.status == 429 and response.headers["Retry-After"]
+        assert (await client.get("/metrics")).status == 200
+
+
 async def test_requests_whose_texts_still_become_tokens_count_too() -> None:
     go_on = threading.Event()
 
@@ -290,7 +302,7 @@ async def test_requests_whose_texts_still_become_tokens_count_too() -> None:
             go_on.wait(10)
             return [[1] for _ in texts]
 
-    async with _client(SlowTexts(), max_running=2) as client:
+    async with _client(SlowTexts(max_requests=2)) as client:
         asked = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})) for _ in range(5)]
         refused = 0
         for response in asyncio.as_completed(asked):
@@ -428,11 +440,12 @@ async def test_a_prompt_that_the_ring_can_never_hold_is_told_in_the_same_words()
 @pytest.mark.parametrize("prompt", [["a", "bb b"], [[1], [2, 1]]])
 async def test_several_prompts_of_one_completion_are_choices_by_their_numbers(prompt: list[Any]) -> None:
     body = {"prompt": prompt, "max_tokens": 2}
-    async with _client(FakeRing(), max_running=2) as client:
+    async with _client(FakeRing(max_requests=2)) as client:
         whole = await (await client.post("/v1/completions", json=body)).json()
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         chunks = _chunks(await (await client.post("/v1/completions", json=asked)).text())
         refused = await client.post("/v1/completions", json={**body, "prompt": ["a"] * 3})
+        error = await _error(refused)
     assert [(c["index"], c["text"], c["finish_reason"]) for c in whole["choices"]] == [
         (0, " 0 1", "length"),
         (1, " 0 1", "length"),
@@ -444,7 +457,8 @@ async def test_several_prompts_of_one_completion_are_choices_by_their_numbers(pr
         assert "".join(choice["text"] for choice in own) == " 0 1"
         assert [choice["finish_reason"] for choice in own] == [None, None, "length"]
     assert chunks[-1]["usage"] == whole["usage"]
-    assert refused.status == 429
+    assert refused.status == 400 and error["param"] == "prompt", "there is never a place for three"
+    assert "takes 2 at once" in error["message"]
 
 
 async def test_one_of_several_prompts_that_cannot_be_served_ends_them_all() -> None:

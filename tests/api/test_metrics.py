@@ -11,9 +11,18 @@ DESK = {"busy_share": 0.25, "rss_bytes": 123456789012, "weight_bytes": 9, "bytes
 STATUS = {
     "is_serving": True,
     "rings_formed": 4,
-    "requests": {"running": 1, "done": 2, "failed": 3, "refused": 6, "left": 7},
+    "requests": {
+        "running": 1,
+        "waiting": 9,
+        "done": 2,
+        "failed": 3,
+        "left": 7,
+        "cut_off": 10,
+        "refused": {"busy": 5, "too_long": 6},
+    },
     "counts": {"preemptions": 5, "recoveries": 8},
     "pauses": [{"after_s": 9.0}, {"unheard_s": 0.5, "back_s": 0.0, "loaded_s": 1.25, "after_s": 1.5, "sequences": 2}],
+    "kv_reserved_tokens": 96,
     "nodes": [{"name": "desk", **DESK}, {"name": "pi-1", "state": "drained"}],
 }
 EXPECTED = """\
@@ -26,18 +35,25 @@ mdiq_rings_formed_total 4
 # HELP mdiq_requests_running Requests that are not finished.
 # TYPE mdiq_requests_running gauge
 mdiq_requests_running 1
+# HELP mdiq_requests_waiting Of these, requests that wait for a place in the ring.
+# TYPE mdiq_requests_waiting gauge
+mdiq_requests_waiting 9
 # HELP mdiq_requests_done_total Requests that were answered.
 # TYPE mdiq_requests_done_total counter
 mdiq_requests_done_total 2
 # HELP mdiq_requests_failed_total Requests that the ring failed to answer.
 # TYPE mdiq_requests_failed_total counter
 mdiq_requests_failed_total 3
-# HELP mdiq_requests_refused_total Requests that can never fit.
-# TYPE mdiq_requests_refused_total counter
-mdiq_requests_refused_total 6
 # HELP mdiq_requests_left_total Requests whose client went away.
 # TYPE mdiq_requests_left_total counter
 mdiq_requests_left_total 7
+# HELP mdiq_requests_cut_off_total Answers that were given up: nobody read them.
+# TYPE mdiq_requests_cut_off_total counter
+mdiq_requests_cut_off_total 10
+# HELP mdiq_requests_refused_total Requests that were not taken.
+# TYPE mdiq_requests_refused_total counter
+mdiq_requests_refused_total{reason="busy"} 5
+mdiq_requests_refused_total{reason="too_long"} 6
 # HELP mdiq_preemptions_total Requests put back to make room for older ones.
 # TYPE mdiq_preemptions_total counter
 mdiq_preemptions_total 5
@@ -50,6 +66,9 @@ mdiq_last_pause_seconds{step="unheard"} 0.5
 mdiq_last_pause_seconds{step="back"} 0.0
 mdiq_last_pause_seconds{step="loaded"} 1.25
 mdiq_last_pause_seconds{step="after"} 1.5
+# HELP mdiq_kv_reserved_tokens KV cache in use, in tokens, with cached prefixes.
+# TYPE mdiq_kv_reserved_tokens gauge
+mdiq_kv_reserved_tokens 96
 # HELP mdiq_stage_busy_ratio Share of the time in which a node computes.
 # TYPE mdiq_stage_busy_ratio gauge
 mdiq_stage_busy_ratio{node="desk"} 0.25
@@ -77,7 +96,7 @@ def test_names_types_labels_and_values_are_those_that_dashboards_know() -> None:
 
 
 def test_figures_that_nobody_knows_yet_are_left_out() -> None:
-    status = {key: value for key, value in STATUS.items() if key not in ("counts", "pauses")} | {
+    status = {key: value for key, value in STATUS.items() if key not in ("counts", "pauses", "kv_reserved_tokens")} | {
         "nodes": [{"name": "pi-1"}]
     }
     left_out = {family.name for family in families(EXPECTED)} - {family.name for family in families(text_of(status))}
@@ -85,6 +104,7 @@ def test_figures_that_nobody_knows_yet_are_left_out() -> None:
         "mdiq_preemptions",
         "mdiq_recoveries",
         "mdiq_last_pause_seconds",
+        "mdiq_kv_reserved_tokens",
         "mdiq_stage_busy_ratio",
         "mdiq_stage_resident_bytes",
         "mdiq_stage_weight_bytes",

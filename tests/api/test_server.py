@@ -80,14 +80,35 @@ async def test_silent_connections_are_bounded_and_requests_are_answered_beside_t
     async with _port(max_connections=8) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
         asking, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        models = f"GET /v1/models HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+        writer.write(f"{models}\r\n".encode())
         assert (await asking.readline()).startswith(b"HTTP/1.1 200 ")
         more = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
         await asyncio.sleep(0)
-        writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")  # it has not been closed
+        writer.write(f"{models}Connection: close\r\n\r\n".encode())  # it has not been closed
         assert (await asking.read()).count(b"HTTP/1.1 200 ") == 1
         for reader, _ in silent:
             with contextlib.suppress(ConnectionError):
                 assert await asyncio.wait_for(reader.read(), 5) == b""
         for _, each in [*silent, *more, (asking, writer)]:
             each.close()
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+async def test_whoever_only_asks_and_stays_keeps_no_other_out(path: str) -> None:
+    """A stranger may ask for the health; a client that may ask for more is idle in between."""
+    key = KEY if path == "/v1/models" else "none"
+    head = f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
+    async with _port(max_connections=8) as port:
+        staying = []
+        for _ in range(8):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            staying.append(writer)
+        for _ in range(20):
+            body = '{"prompt": [1], "max_tokens": 1}'
+            answer = await _sent(port, f"{HEAD}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}")
+            assert answer.startswith("HTTP/1.1 200 ")
+        for writer in staying:
+            writer.close()

@@ -296,6 +296,17 @@ async def test_a_trace_comes_in_chunks_and_is_whole(plane: Plane) -> None:
     assert {node: plane.coordinator.spans[node] for node in (ONE, TWO)} == dict.fromkeys((ONE, TWO), plane.spans)
 
 
+async def test_of_a_trace_that_is_too_long_the_rest_is_ignored(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_module, "MAX_SPANS", SPANS_PER_CHUNK + 10)
+    plane.spans = [Span("compute", "1 segments", float(i), i + 0.5) for i in range(3 * SPANS_PER_CHUNK)]
+    plane.agent("node-1")
+    plane.agent("node-2")
+    await plane.coordinator.all_joined()
+    await plane.coordinator.drain(10.0)
+    for node in (ONE, TWO):
+        assert plane.coordinator.spans[node] == plane.spans[: SPANS_PER_CHUNK + 10]
+
+
 async def test_heartbeats_carry_the_newest_figures(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_module, "HEARTBEAT_S", 0.0)
     plane.agent("node-1")

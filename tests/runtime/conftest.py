@@ -149,7 +149,14 @@ class Ring:
         for i in range(1, size):
             self.stages[i].assign(Epoch(1), is_last=i == size - 1)
             self.services.append(
-                StageService(self.stages[i], self.engines[i], links[i], self.workers[i], Reports(self, i))
+                StageService(
+                    self.stages[i],
+                    self.engines[i],
+                    links[i],
+                    self.workers[i],
+                    Reports(self, i),
+                    kv_tokens=spec.kv_tokens,
+                )
             )
         self.tasks = [asyncio.create_task(run()) for run in (self.starter.run, *(s.run for s in self.services))]
 

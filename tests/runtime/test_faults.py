@@ -67,7 +67,14 @@ def test_a_ring_measures_itself_forms_serves_and_ends_without_a_warning() -> Non
         assert house.keeper is not None
         nodes = house.keeper.status()["nodes"]
         assert {node["name"]: node["state"] for node in nodes} == dict.fromkeys(("desk", "pi1", "pi2"), "serves")
-        assert house.keeper.status()["requests"] == {"running": 0, "done": 5, "failed": 0, "refused": 0, "left": 1}
+        assert house.keeper.status()["requests"] == {
+            "waiting": 0,
+            "running": 0,
+            "done": 5,
+            "failed": 0,
+            "refused": 0,
+            "left": 1,
+        }
 
     house = live(act, is_measured=False)
     assert [ring.is_survey for ring in house.rings] == [True, False]

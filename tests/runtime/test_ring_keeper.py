@@ -152,7 +152,7 @@ async def test_a_ring_that_serves_shows_its_figures(house: House) -> None:
     assert (await _to_the_end(house.keeper.stream(_sequence()))).step.finish_reason is FinishReason.LENGTH
     status = house.keeper.status()
     assert status["is_serving"] and status["state"] == "serves on desk, pi1, pi2"
-    assert status["requests"] == {"running": 0, "done": 1, "failed": 0, "refused": 0, "left": 0}
+    assert status["requests"] == {"waiting": 0, "running": 0, "done": 1, "failed": 0, "refused": 0, "left": 0}
     assert status["nodes"][1]["busy_share"] == 0.25
     assert len(status["hops"]) == 3
 
@@ -229,7 +229,14 @@ async def test_a_lost_node_ends_what_runs_and_the_ring_is_formed_again(
     assert house.keeper.status()["last_error"] is None
     second.goes_on.set()
     await _to_the_end(house.keeper.stream(_sequence(1)))
-    assert house.keeper.status()["requests"] == {"running": 0, "done": 1, "failed": 1, "refused": 0, "left": 0}
+    assert house.keeper.status()["requests"] == {
+        "waiting": 0,
+        "running": 0,
+        "done": 1,
+        "failed": 1,
+        "refused": 0,
+        "left": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -465,7 +472,7 @@ async def test_requests_that_are_left_or_refused_have_not_failed(house: House) -
     ring.goes_on.set()
     await _to_the_end(house.keeper.stream(_sequence(1)))
     requests = house.keeper.status()["requests"]
-    assert requests == {"running": 0, "done": 0, "failed": 0, "refused": 1, "left": 1}
+    assert requests == {"waiting": 0, "running": 0, "done": 0, "failed": 0, "refused": 1, "left": 1}
 
 
 async def test_what_still_runs_when_the_service_ends_is_told_so(house: House) -> None:

@@ -10,12 +10,14 @@ from itertools import count
 
 import pytest
 
-from mdiq.core.frame import Batch, Buffer
+from mdiq.core import wire
+from mdiq.core.frame import MAX_SEGMENTS, Batch, Buffer, Frame, FrameKind, Segment
 from mdiq.core.ring import RingSettings
 from mdiq.core.sequence import FinishReason
 from mdiq.core.types import Epoch, LayerRange, RingSpec, SeqId
 from mdiq.errors import CapacityError, EngineError, RingError, RingStalledError, SequenceError
 from mdiq.runtime import loops
+from mdiq.runtime.starter_service import MAX_RETURNED
 from tests.fakes import ChainEngine, ChainRows
 from tests.runtime.conftest import OpenRing, make_sequence, right_answer
 from tests.virtual.clock import VirtualExecutor, VirtualTimeLoop, run_virtual
@@ -32,6 +34,22 @@ async def test_sixteen_sequences_at_once_get_their_own_answers(open_ring: OpenRi
         await ring.check_quiet()
         assert not ring.protocol.counts
         assert all(not worker.meter.dropped for worker in ring.workers)
+
+
+async def test_rows_that_come_back_faster_than_they_are_sampled_are_bounded_and_the_ring_goes_on(
+    open_ring: OpenRing,
+) -> None:
+    async with open_ring(2, "memory") as ring:
+        unknown = tuple(Segment(SeqId(10_000 + i), 0, 0) for i in range(MAX_SEGMENTS))
+        flood = Frame(Epoch(1), FrameKind.RELEASE, unknown)
+        for _ in range(MAX_RETURNED // MAX_SEGMENTS):
+            ring.starter._accept(flood)
+        for _ in range(3):
+            with pytest.raises(wire.BadFrame) as refused:
+                ring.starter._accept(flood)
+            assert refused.value.reason == "full"
+        await ring.check(*(make_sequence(i) for i in range(4)))
+        await ring.check_quiet()
 
 
 @pytest.mark.parametrize(("size", "kind"), RINGS)

@@ -110,6 +110,27 @@ def test_a_hundred_chats_in_a_cache_of_2_000_tokens_all_end_right_and_their_pree
     small.check(sequences, limit=1_984)
 
 
+def test_while_requests_never_stop_coming_each_of_them_ends_and_preempted_ones_with_the_same_tokens() -> None:
+    """Each lap the queue is full again: whoever could be preempted or passed for ever would be found waiting."""
+    num_unfinished, max_tokens = 8, 60
+    small = SmallRing(kv_tokens=256, block_tokens=32)
+    sequences: list[Sequence] = []
+    submitted: list[int] = []
+    num_ended = 0  # of the oldest
+    for lap in range(1_500):
+        while small.ring.num_unfinished < num_unfinished:
+            i = len(sequences)
+            sequences.append(small.submit(i, num_prompt=20 + i % 13, max_tokens=max_tokens - 7 * (i % 5)))
+            submitted.append(lap)
+        small.lap()
+        while sequences[num_ended].finish_reason is not None:
+            num_ended += 1
+        assert lap - submitted[num_ended] <= num_unfinished * max_tokens, "as if they ran one after the other"
+    assert small.ring.counts["preemptions"] > 3 and num_ended > 50
+    small.run(max_laps=2_500)
+    small.check(sequences, limit=256)
+
+
 def test_a_large_one_that_waits_is_passed_by_small_ones_so_often_and_no_more() -> None:
     small = SmallRing(kv_tokens=640, block_tokens=32, max_live=64)
     small.submit(0, num_prompt=320, max_tokens=300)

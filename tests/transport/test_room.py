@@ -32,8 +32,9 @@ class Door:
 
     def __init__(self, most: int) -> None:
         self.through: set[int] = set()
+        self.idle: set[int] = set()
         self.ended: list[int] = []
-        self.room = Room[int](most, self.through.__contains__, self.ended.append)
+        self.room = Room[int](most, self.through.__contains__, self.ended.append, self.idle.__contains__)
 
 
 def test_the_oldest_that_is_not_through_ends_first() -> None:
@@ -56,6 +57,17 @@ def test_where_all_are_through_the_new_one_ends() -> None:
     door.room.ended(2)
     door.room.accepted(6)
     assert door.ended == [4, 5]
+
+
+def test_where_all_are_through_the_oldest_idle_one_makes_room_and_strangers_before_it() -> None:
+    door = Door(3)
+    door.through |= {1, 2, 3, 5}
+    for connection in (1, 2, 3):
+        door.room.accepted(connection)
+    door.idle |= {2, 3}
+    for connection in (4, 5, 6):
+        door.room.accepted(connection)
+    assert door.ended == [2, 4, 3]
 
 
 def test_a_descriptor_that_is_used_again_counts_once() -> None:
