@@ -26,10 +26,8 @@ from mdiq.runtime.text_pipe import NoText, TextPipe, text_of
 
 log = structlog.get_logger()
 
-MAX_RETURNED = 16_384
-"""Segments that are back and not sampled yet: many more than are in flight, whatever the Node before sends."""
-PROBE_S = 1.0
-FIRST_PROBES_S = 0.05  # between the first ones, so that the pace is right from the start
+MAX_RETURNED = 16_384  # Segments that are back and not sampled yet: many more than are in flight
+PROBE_S, FIRST_PROBES_S = 1.0, 0.05  # the first ones follow each other soon, so that the pace is right from the start
 
 
 class StarterEngine(Engine, Protocol):
@@ -90,7 +88,6 @@ class StarterService:
         self._hops, self._new_hops_s = HopMeter(), 0.0
         self._probe_back = 0  # the newest of this Epoch
         self._returned: deque[Frame] = deque()
-        self._num_returned = 0  # Segments of these
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
         self._wake, self._rearm, self._is_pace_old = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._relinked, self._is_linked = asyncio.Event(), asyncio.Event()
@@ -147,7 +144,7 @@ class StarterService:
         self._stage.assign(epoch, is_last=spec.num_stages == 1)
         await self._worker.run_uncounted(self._engine.reset)
         self._returned.clear()
-        self._probe_back = self._num_returned = 0
+        self._probe_back = 0
         self._ring.begin_epoch(epoch, spec)
         self._poll()
 
@@ -292,9 +289,8 @@ class StarterService:
         if frame.kind is FrameKind.HIDDEN:
             # Only the last Stage sends here, and it sends rows for the head.
             raise wire.BadFrame("kind", f"{frame}: activations came to the starter; check the order of the ring's hops")
-        if self._num_returned + len(frame.segments) > MAX_RETURNED:
+        if sum(len(each.segments) for each in (*self._returned, frame)) > MAX_RETURNED:
             raise wire.BadFrame("full", f"{frame}: too many rows wait for the head; look at the last node")
-        self._num_returned += len(frame.segments)
         self._returned.append(frame)
         self._worker.work_waits()
         self._wake.set()
@@ -329,7 +325,6 @@ class StarterService:
             return False
         rows: list[tuple[HeadRow, Payload]] = []
         now = self._clock()
-        self._num_returned = 0
         while self._returned:
             frame = self._returned.popleft()
             rows += [(row, frame.payload.rows(row.row, row.row + 1)) for row in self._ring.returned(frame, now)]
