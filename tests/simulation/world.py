@@ -291,6 +291,9 @@ class World:
     def _arrive(self, node: Node, frame: Frame) -> None:
         if not node.is_up:
             return
+        if frame.epoch == node.stage.epoch == self.ring.epoch:
+            size = node.stage.num_waiting_tokens + (frame.num_tokens or len(frame.segments))
+            assert size <= self.kv_tokens[-1], f"{frame}: a stage would refuse it, see StageService"
         receipt = node.stage.receive(frame)
         self.happened["stale"] += receipt.stale
         if receipt.passes:
