@@ -659,9 +659,9 @@ async def test_a_starter_that_is_not_there_is_given_up_with_one_line(
     plane = await start()
     plane.port = 1
     with pytest.raises(
-        TransportError, match="layers 1-2: nothing came for 0.1 s .*weights port can be reached"
+        TransportError, match="layers 1-2: nothing came for 0.5 s .*weights port can be reached"
     ) as caught:
-        await plane.fetch(silence_s=0.05, give_up_s=0.1)
+        await plane.fetch(silence_s=0.05, give_up_s=0.5)
     assert "\n" not in str(caught.value)
     assert plane.num_links > 1
 
