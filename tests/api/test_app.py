@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -16,7 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from mdiq.api import streams
-from mdiq.api.app import MAX_BODY_BYTES, Api
+from mdiq.api.app import MAX_BODY_BYTES, TEXT_THREADS, Api
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, RingError
 from mdiq.runtime.starter_service import StreamEvent
@@ -282,18 +283,6 @@ async def test_a_mistake_of_ours_in_the_middle_of_a_stream_ends_it() -> None:
     assert "secret" not in text
 
 
-async def test_a_client_that_is_still_sending_when_it_is_refused_sees_why() -> None:
-    async def body() -> AsyncIterator[bytes]:
-        for _ in range(20):
-            yield b" " * 10_000
-            await asyncio.sleep(0.01)
-
-    async with _client(FakeRing(max_requests=1, num_running=1)) as client:
-        response = await client.post("/v1/completions", data=body())
-        assert response.status == 429 and response.headers["Retry-After"]
-        assert (await client.get("/metrics")).status == 200
-
-
 async def test_requests_whose_texts_still_become_tokens_count_too() -> None:
     go_on = threading.Event()
 
@@ -312,6 +301,29 @@ async def test_requests_whose_texts_still_become_tokens_count_too() -> None:
                 go_on.set()
         assert sorted([task.result().status for task in asked]) == [200, 200, 429, 429, 429]
         assert (await client.post("/v1/completions", json={"prompt": "a"})).status == 200
+
+
+async def test_texts_of_clients_that_have_left_take_no_thread() -> None:
+    go_on = threading.Event()
+    begun: list[str] = []
+
+    def encode(text: str) -> str:
+        begun.append(text)
+        go_on.wait(10)
+        return text
+
+    api = Api(FakeRing())
+    first, second, *waiting = [asyncio.create_task(api._in_thread(partial(encode, text))) for text in "abcdef"]
+    while len(begun) < TEXT_THREADS:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    for task in (first, *waiting):
+        task.cancel()
+    await asyncio.gather(first, *waiting, return_exceptions=True)
+    last = asyncio.create_task(api._in_thread(partial(encode, "g")))
+    go_on.set()
+    assert (await second, await last) == ("b", "g")
+    assert begun == ["a", "b", "g"]
+    await api._close(web.Application())
 
 
 async def test_two_streams_go_on_beside_each_other() -> None:

@@ -1,4 +1,4 @@
-"""Clients that read their answers slowly or not at all, in virtual time and without sockets."""
+"""Clients that read their answers slowly or not at all, and one that sends slowly: in virtual time, without sockets."""
 
 import asyncio
 import json
@@ -206,6 +206,30 @@ def test_a_whole_answer_is_not_kept_for_a_client_that_does_not_read_it(bytes_per
         assert service.ring.num_left == 0, "it was answered long before"
 
     _run(test, num_tokens=400)
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_client_that_is_refused_is_told_so_when_it_has_sent_all_or_had_its_time(sends: bool) -> None:
+    """Some clients do not look at an answer that comes while they send, and take its end for a failure."""
+
+    async def test(service: Service) -> None:
+        service.ring.num_running = service.ring.max_requests
+        line = service.connect()
+        line.connection.data_received(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 20000\r\n\r\n")
+        for _ in range(3):
+            await asyncio.sleep(1.0)
+            assert not line.unread
+            line.connection.data_received(b" " * 5_000)
+        if sends:
+            line.connection.data_received(b" " * 5_000)
+        await asyncio.sleep(1.0 if sends else CLIENT_TIMEOUT_S)
+        assert line.unread.startswith(b"HTTP/1.1 429 ") and b"Retry-After: 5" in line.unread
+        assert service.requests["refused"]["busy"] == 1
+        line.read(10_000)
+        await asyncio.sleep(20.0)
+        assert line.is_over
+
+    _run(test, num_tokens=1)
 
 
 @pytest.mark.parametrize(("error", "num_cut_off"), [(TimeoutError(110, "timed out"), 1), (None, 0)])
