@@ -171,4 +171,5 @@ class StageHost:
             frames_dropped=dict(meter.dropped),
             kv_tokens_in_use=self._runner.kv_tokens_in_use if self._runner else 0,
             queue_depth=self._stage.num_waiting,
+            work=meter.work,
         )
