@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mdiq.plan.drift import SHOWN
 from mdiq.runtime.admin import ask
 
 
@@ -67,7 +68,10 @@ def _state(node: Mapping[str, Any]) -> str:
         return f"loads, {node['loaded']} of {node['to_load']}"
     if "reason" in node:
         return f"{node['state']}: {node['reason']}"
-    return str(node["state"])
+    factor = node.get("under_load", 1.0)
+    if 1 / SHOWN < factor < SHOWN:
+        return str(node["state"])
+    return f"{node['state']}; takes {factor:.1f} times as long as it measured alone"
 
 
 def _megabytes(count: int | None) -> str:

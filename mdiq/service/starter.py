@@ -29,6 +29,7 @@ from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
+from mdiq.service.replanning import Replanning, with_load
 from mdiq.service.text_pipe import TokenizerPipe
 from mdiq.service.topology_rings import TopologyRings
 from mdiq.service.topology_values import model_of
@@ -81,6 +82,11 @@ class _Topologies:
         self._rings = rings
         return rings.options
 
+    @property
+    def rings(self) -> TopologyRings | None:
+        """The Rings of the file as it is now; None before it is read."""
+        return self._rings
+
     async def keep_measured(self, ring: RingHost) -> None:
         """Keep what the Nodes of a Ring measured: see TopologyRings."""
         assert self._rings is not None  # a Ring has been formed
@@ -90,6 +96,11 @@ class _Topologies:
         """Learn from a Ring that could not be formed: see TopologyRings."""
         assert self._rings is not None  # the keeper has read the file
         self._rings.note_failure(options, error)
+
+    def note_not_changed(self, options: RingOptions) -> None:
+        """Learn from a Ring that could not become this one: see TopologyRings."""
+        assert self._rings is not None  # the keeper has read the file
+        self._rings.note_not_changed(options)
 
 
 class _RingBackend:
@@ -173,7 +184,9 @@ class TopologyService:
             on_state=self._tell,
             on_formed=self._topologies.keep_measured,
             on_not_formed=self._topologies.note_failure,
+            on_not_changed=self._topologies.note_not_changed,
         )
+        replanning = Replanning(keeper, lambda: self._topologies.rings)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AdminServer(socket_path(self._file), commands), self._api(keeper):
             watchdog = watchdog_loops(self._notifier, keeper.has_work, keeper.last_progress_s)
@@ -183,7 +196,7 @@ class TopologyService:
                 drain=keeper.finish,
                 drain_s=STOP_S,
                 reload=self._reload,
-                beside={"telling": self._keep_telling()} | watchdog,
+                beside={"telling": self._keep_telling(), "replanning": replanning.run()} | watchdog,
             )
         self._notifier.stopping("ends")
 
@@ -226,7 +239,8 @@ class TopologyService:
             await asyncio.sleep(TELL_S)
 
     async def _status(self, _: Mapping[str, Any]) -> Any:
-        return self._keeper.status()
+        rings = self._topologies.rings
+        return with_load(self._keeper.status(), {} if rings is None else rings.under_load())
 
     async def _drain(self, question: Mapping[str, Any]) -> str:
         return await self._keeper.drain_node(str(question.get("node")), undo=question.get("undo") is True)
