@@ -77,6 +77,8 @@ class FakeRing:
         self.times: list[RecoveryTimes] = []
         self.trouble = ""
         self.can_change = False  # it has to be formed anew for that
+        self.cannot: MdiqError | None = None  # why it goes on as it is when it is to change
+        self.num_tries = 0  # to change
         self.loss: asyncio.Future[MdiqError] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.stays = asyncio.Event()
@@ -147,6 +149,9 @@ class FakeRing:
 
     async def change(self, options: RingOptions) -> None:
         assert self.is_open, "it does not serve"
+        self.num_tries += 1
+        if self.cannot is not None:
+            raise self.cannot
         self.options = options
 
     async def replace_idle(self, like: RingOptions) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mdiq.plan.drift import SHOWN
 from mdiq.runtime.admin import ask
 from mdiq.runtime.recovery_times import STEPS
 
@@ -80,7 +81,10 @@ def _state(node: Mapping[str, Any]) -> str:
     if "reason" in node:
         ready = f"; on its disk: layers {_spans(node['on_disk'])}" if "on_disk" in node else ""
         return f"{node['state']}: {node['reason']}{ready}"
-    return str(node["state"])
+    factor = node.get("under_load", 1.0)
+    if 1 / SHOWN < factor < SHOWN:
+        return str(node["state"])
+    return f"{node['state']}; takes {factor:.1f} times as long as it measured alone"
 
 
 def _spans(layers: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
+from mdiq.plan.drift import SHOWN, load_text
 from mdiq.plan.explain import explain, render
 from mdiq.plan.partition import Objective
 from mdiq.plan.plan import plan_split
@@ -58,8 +59,11 @@ def plan(file: Path, *, objective: Objective | None, users: int | None, with_mor
         rate = plan_split(profiles.model, found, profiles.links, goal, split).value
         typer.echo(f"{rate:.1f} tokens/s predicted; the planner's own way follows", err=as_json)
     explanation = explain(profiles.model, found, profiles.links, goal)
+    factors = {name: factor for name in names if (factor := profiles.nodes[name].under_load) is not None}
     if as_json:
-        typer.echo(json.dumps(asdict(explanation), default=str))
+        typer.echo(json.dumps({**asdict(explanation), "under_load": factors}, default=str))
     else:
         typer.echo(render(explanation, with_more=with_more), nl=False)
+        if text := load_text(factors, SHOWN):
+            typer.echo(f"under load   {text} as measured alone; the plan counts on it")
     return 0

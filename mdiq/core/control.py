@@ -10,6 +10,7 @@ from mdiq.core.codec import MAX_TEXT, Codec
 from mdiq.core.types import WeightSettings
 from mdiq.core.wire import MIN_KEY_BYTES
 from mdiq.core.wire_formats import WIRE_FORMATS
+from mdiq.core.work import Work
 
 VERSION = 2
 MAX_BYTES = 2**20
@@ -203,7 +204,7 @@ class Heartbeat:
     """A Node is alive; its figures since it began to serve.
 
     frames_dropped: Frames that it refused, by reason.
-    queue_depth: Segments that wait.
+    queue_depth: Segments that wait. work: its forwards.
     probe, inflow: what has come over the Hop into this Stage; see core/hop_watch.py.
     """
 
@@ -216,6 +217,7 @@ class Heartbeat:
     frames_dropped: Mapping[str, int]
     kv_tokens_in_use: int
     queue_depth: int
+    work: Work
     probe: int = 0
     inflow: int = 0
 

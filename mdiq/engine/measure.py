@@ -5,7 +5,7 @@ Also the cost of packing rows for a Hop.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], object]
 REPEATS = 3
 AGREES = 1.25  # times that differ less are the same: forwards of a quiet machine vary by a tenth
 ENOUGH_S = 1.0  # larger sizes are not measured once a forward takes this long: the curve is extrapolated
-SUSTAINED_S = 0.3  # three periods of a quota: up to 22 % off in a simulation, and five up to 14 %
+SUSTAINED_S = 0.3  # three periods of a quota, for each size
 _DRAWS = [SampleRow(SamplingParams(temperature=1.0), (), i) for i in range(max(DECODE_SIZES))]
 """With the API's defaults; greedy sampling takes a little less."""
 MAX_S = 0.25  # a size is not repeated when its forwards have taken this long: a long one varies little
@@ -47,8 +47,9 @@ def measure_cost(
 
     progress: called after each forward with (forwards so far, 0): their total is unknown.
     known: an earlier measurement; it is returned if its time for a forward of one token still holds.
-    min_s: measure each size for at least this long, one after the other, and take the mean: a device with a CPU quota
-    computes in bursts, and a short measurement sees only a burst.
+    min_s: measure each size for at least this long, one after the other: a device with a CPU quota computes in bursts,
+    and a short measurement sees only a burst. One thread is measured by the CPU time of each size, times how much
+    longer all sizes together took by the clock: a pause of the quota, or of another program, then hits no size alone.
     Decoding is measured after CONTEXT_TOKENS of each Sequence, or as many as the cache holds.
     """
     most = max(runner.kv_capacity_tokens // BLOCK_TOKENS, 1)
@@ -65,19 +66,42 @@ def measure_cost(
         return _batch(runner, num_segments, 1, context(num_segments) + i)
 
     if known is not None:
-        now_s, then_s = (curve.seconds(1) for curve in (_curve(runner, [1], decode, min_s, progress), known.decode))
+        now = _curve(runner, [1], decode, min_s, progress, _Runs())
+        now_s, then_s = now.seconds(1), known.decode.seconds(1)
         if then_s / AGREES <= now_s <= then_s * AGREES:
             return known
-    return StageCost(
-        decode=_curve(runner, [n for n in DECODE_SIZES if n <= most], decode, min_s, progress),
-        prompt=_curve(
-            runner,
-            [n for n in PROMPT_SIZES if n <= max_tokens] or [1],
-            lambda n, i: _batch(runner, 1, n, 0, seq_id=i),
-            min_s,
-            progress,
-        ),
-    )
+    runs = _Runs(by_cpu_time=min_s > 0 and torch.get_num_threads() == 1 and runner.is_on_cpu)
+    curves = [
+        _curve(runner, sizes, make_batch, min_s, progress, runs)
+        for sizes, make_batch in (
+            ([n for n in DECODE_SIZES if n <= most], decode),
+            ([n for n in PROMPT_SIZES if n <= max_tokens] or [1], lambda n, i: _batch(runner, 1, n, 0, seq_id=i)),
+        )
+    ]
+    return StageCost(*(curve.scaled(runs.stretch) for curve in curves))
+
+
+class _Runs:
+    """The forwards of one measurement, by the clock and by the CPU time of the thread that runs them.
+
+    by_cpu_time: means are those of CPU time, to be multiplied by ``stretch``.
+    """
+
+    def __init__(self, *, by_cpu_time: bool = False) -> None:
+        self._by_cpu_time = by_cpu_time
+        self._wall_s = self._cpu_s = 0.0
+
+    def mean_s(self, times: Sequence[tuple[float, float]]) -> float:
+        """Return the mean of some forwards. times: (by the clock, of CPU) of each."""
+        wall_s, cpu_s = sum(wall_s for wall_s, _ in times), sum(cpu_s for _, cpu_s in times)
+        self._wall_s += wall_s
+        self._cpu_s += cpu_s
+        return (cpu_s if self._by_cpu_time else wall_s) / len(times)
+
+    @property
+    def stretch(self) -> float:
+        """How many times as long forwards take by the clock."""
+        return self._wall_s / self._cpu_s if self._by_cpu_time and self._cpu_s > 0 else 1.0
 
 
 def measure_head(runner: StageRunner, *, min_s: float = 0.0, progress: Progress = lambda *_: None) -> Curve:
@@ -117,50 +141,63 @@ def measure_packing(width: int) -> Curve:
 
 
 def _curve(
-    runner: StageRunner, sizes: list[int], make_batch: Callable[[int, int], Batch], min_s: float, progress: Progress
+    runner: StageRunner,
+    sizes: list[int],
+    make_batch: Callable[[int, int], Batch],
+    min_s: float,
+    progress: Progress,
+    runs: _Runs,
 ) -> Curve:
     _forward_s(runner, make_batch(sizes[0], 0))  # pays for pages that are not in memory yet
     num_run = 1
     progress(num_run, 0)
     runner.reset()
 
-    def forward_s(size: int, i: int) -> float:
+    def run(size: int, i: int) -> tuple[float, float]:
         nonlocal num_run
+        cpu_s = time.thread_time()
         time_s = _forward_s(runner, make_batch(size, i))
+        cpu_s = time.thread_time() - cpu_s
         num_run += 1
         progress(num_run, 0)
-        return time_s
+        return time_s, cpu_s
 
     points = (
-        _one_after_another(sizes, forward_s, runner.reset, min_s)
+        _one_after_another(sizes, run, runner.reset, min_s, runs)
         if min_s
-        else _in_turns(sizes, forward_s, runner.reset)
+        else _in_turns(sizes, lambda size, i: run(size, i)[0], runner.reset)
     )
     return Curve(tuple(points))
 
 
 def _one_after_another(
-    sizes: list[int], forward_s: Callable[[int, int], float], reset: Callable[[], object], min_s: float
+    sizes: list[int],
+    run: Callable[[int, int], tuple[float, float]],
+    reset: Callable[[], object],
+    min_s: float,
+    runs: _Runs,
 ) -> Iterator[tuple[int, float]]:
     """Yield the sizes with their means, each of forwards that follow each other.
 
     In turns, the pauses of a CPU quota, each as long as tens of forwards, would hit some sizes and pass over others.
     """
     for size in sizes:
-        times: list[float] = []
+        times: list[tuple[float, float]] = []
         num_run = 0
-        while sum(times) < min_s:
+        left_s = min_s
+        while left_s > 0:
             i = num_run % (REPEATS + 1)
             num_run += 1
-            time_s = forward_s(size, i)
+            time_s, cpu_s = run(size, i)
             # The first one warms up. It counts if it took so long that it will not be repeated.
             if num_run > 1 or time_s >= min_s:
-                times.append(time_s)
+                times.append((time_s, cpu_s))
+                left_s -= time_s
             if i == REPEATS:
                 reset()
         reset()
-        yield size, statistics.fmean(times)
-        if times[-1] > ENOUGH_S:
+        yield size, runs.mean_s(times)
+        if times[-1][0] > ENOUGH_S:
             break
 
 

@@ -154,6 +154,11 @@ class StageRunner:
         return self._model.owns_embedding
 
     @property
+    def is_on_cpu(self) -> bool:
+        """Whether forwards take CPU time."""
+        return self._device.type == "cpu"
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of this Stage's weights."""
         return self._model.weight_bytes

@@ -74,17 +74,22 @@ class Profiles:
         ]
 
     def of(self, names: Sequence[str], limits: Mapping[str, int | None]) -> list[NodeProfile] | None:
-        """Return the Profiles of these Nodes, the Starter first, or None when one is not known.
+        """Return these Nodes as the planner counts on them, the Starter first, or None when one is not known.
 
         limits: maximum bytes of some of them.
         """
         if self.unknown(names):
             return None
         return [
-            replace(node, memory_bytes=min(node.memory_bytes, limits.get(name) or node.memory_bytes))
+            replace(node.as_under_load(), memory_bytes=min(node.memory_bytes, limits.get(name) or node.memory_bytes))
             for name in names
             if (node := self.nodes[name])
         ]
+
+    def under_load(self, factors: Mapping[str, float]) -> "Profiles":
+        """Return these Profiles with what load has shown of some Nodes; see NodeProfile."""
+        seen = {name: replace(node, under_load=factors.get(name, node.under_load)) for name, node in self.nodes.items()}
+        return replace(self, nodes=seen)
 
 
 def differing_kinds(cpus: Mapping[str, str]) -> str:
@@ -172,12 +177,26 @@ def _refined(now: NodeProfile, before: NodeProfile | None) -> NodeProfile:
         means = (math.sqrt(new_s * old_s) for new_s, old_s in times)
         return Curve(tuple((size, mean_s) for (size, _), mean_s in zip(new.points, means, strict=True)))
 
-    return replace(
+    refined = replace(
         now,
         layer_decode=halfway(now.layer_decode, before.layer_decode),
         layer_prompt=halfway(now.layer_prompt, before.layer_prompt),
         head=halfway(now.head, before.head) if now.head is not None and before.head is not None else now.head,
     )
+    return replace(refined, under_load=_still_under_load(refined, before))
+
+
+def _still_under_load(now: NodeProfile, before: NodeProfile) -> float | None:
+    """Return what is left of what load has shown, when the Node has measured itself again.
+
+    A device that has slowed for good is slow when it measures alone, too: that part must not count twice.
+    """
+    if before.under_load is None or (size := before.layer_decode.points[0][0]) != now.layer_decode.points[0][0]:
+        return None
+    left = before.under_load * before.layer_decode.seconds(size) / max(now.layer_decode.seconds(size), _MIN_S)
+    # Between what it was and 1: a change to the other side of either is for the measurement alone.
+    low, high = sorted((1.0, before.under_load))
+    return min(max(left, low), high)
 
 
 def to_json(profiles: Profiles) -> str:
@@ -192,6 +211,7 @@ def to_json(profiles: Profiles) -> str:
                 "memory_bytes": node.memory_bytes,
                 "process_bytes": node.process_bytes,
                 "cpu": node.cpu,
+                "under_load": node.under_load,
                 "layer_decode": node.layer_decode.points,
                 "layer_prompt": node.layer_prompt.points,
                 "head": node.head.points if node.head else None,
@@ -224,6 +244,7 @@ def from_json(text: str) -> Profiles | None:
                 head=None if node["head"] is None else _curve(node["head"]),
                 process_bytes=_whole(node["process_bytes"]),
                 cpu=str(node.get("cpu", "")),
+                under_load=_factor(node.get("under_load")),
             )
             for node in value["nodes"]
         ]
@@ -251,6 +272,14 @@ def _whole(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r}: a whole number is expected")
     return value
+
+
+def _factor(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not 0 < (factor := float(value)) < math.inf:
+        raise ValueError(f"{value!r}: a factor is expected")
+    return factor
 
 
 def _seconds(value: Any) -> float:

@@ -55,6 +55,10 @@ class Curve:
         times = [mean_s for mean_s, count in pools for _ in range(count)]
         object.__setattr__(self, "points", tuple(zip(sizes, times, strict=True)))
 
+    def scaled(self, factor: float) -> "Curve":
+        """Return the same sizes with so many times the seconds."""
+        return Curve(tuple((size, factor * time_s) for size, time_s in self.points))
+
     def seconds(self, size: float) -> float:
         """Return the seconds that ``size`` takes."""
         if size <= self.points[0][0] or len(self.points) == 1:

@@ -38,9 +38,7 @@ class StageCost:
 
     def scaled(self, factor: float) -> "StageCost":
         """Return the cost of so many times the Layers; the Starter's head counts as some."""
-        return StageCost.of(
-            *(tuple((size, factor * time_s) for size, time_s in curve.points) for curve in (self.decode, self.prompt))
-        )
+        return StageCost(self.decode.scaled(factor), self.prompt.scaled(factor))
 
 
 @dataclass(frozen=True, slots=True)

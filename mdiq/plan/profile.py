@@ -5,9 +5,10 @@ All values are per Layer where a Node's share of the model is not known yet; pla
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mdiq.core.types import NodeId
+from mdiq.core.work import Work
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 
@@ -55,6 +56,8 @@ class NodeProfile:
     context_s: additional seconds of a Layer for each Segment and token of its context.
     forward_s: fixed seconds of a forward: Frames, dispatch.
     is_spare: it holds nothing until it takes over from another Node. cpu: its kind of processor, empty if unknown.
+    under_load: how many times as long its Layers take while it serves, beside the other Nodes of its Ring; see
+    drift.py. None if it has not been seen to serve.
     """
 
     name: NodeId
@@ -67,6 +70,30 @@ class NodeProfile:
     process_bytes: int = 0
     is_spare: bool = False
     cpu: str = ""
+    under_load: float | None = None
+
+    def as_under_load(self) -> "NodeProfile":
+        """Return the Node with the times that it takes while it serves."""
+        factor = 1.0 if self.under_load is None else self.under_load
+        return replace(
+            self,
+            layer_decode=self.layer_decode.scaled(factor),
+            layer_prompt=self.layer_prompt.scaled(factor),
+            head=None if self.head is None else self.head.scaled(factor),
+            context_s=factor * self.context_s,
+            forward_s=factor * self.forward_s,
+        )
+
+    def work_s(self, work: Work, num_layers: int) -> float:
+        """Return the seconds that forwards of so many Layers take by what the Node has measured alone."""
+        decode_s = prompt_s = 0.0
+        if work.decode_batches:
+            decode_s = self.layer_decode.seconds(work.decode_segments / work.decode_batches)
+        if work.prompt_batches:
+            prompt_s = self.layer_prompt.seconds(work.prompt_tokens / work.prompt_batches)
+        num_forwards = work.decode_batches + work.prompt_batches
+        layers_s = num_layers * (work.decode_batches * decode_s + work.prompt_batches * prompt_s)
+        return layers_s + num_forwards * self.forward_s
 
     def layer_s(self, size: int, context_tokens: int) -> float:
         """Return the seconds of a Layer for ``size`` Segments of one token."""

@@ -18,6 +18,7 @@ from mdiq.core import wire
 from mdiq.core.control import SendBurst
 from mdiq.core.frame import Buffer, Frame
 from mdiq.core.hop_survey import burst_frames
+from mdiq.core.work import Work
 from mdiq.errors import MdiqError, RemoteProtocolError, RingError, first_of
 from mdiq.telemetry.trace import COMPUTE, Tracer
 from mdiq.transport.base import FrameSink, FrameSource
@@ -88,11 +89,13 @@ class Meter:
 
     busy_s: seconds in which the worker computed.
     waiting_s: seconds in which work waited while the worker did not compute.
+    work: its forwards.
     dropped: Frames that were refused, by reason; since the Node began to listen.
     """
 
     busy_s: float = 0.0
     waiting_s: float = 0.0
+    work: Work = Work()
     dropped: Counter[str] = field(default_factory=Counter)
 
 

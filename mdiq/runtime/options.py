@@ -9,6 +9,7 @@ from mdiq.control.standby import StandingBy as StandingBy
 from mdiq.core.ring import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.core.wire_formats import AUTO, USUAL, rounds
+from mdiq.core.work import Work
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings
 from mdiq.plan.wire_choice import MAX_DIVERGENCE_NATS
@@ -198,7 +199,7 @@ class NodeFigures:
     rss_bytes: resident memory of its process; weight_bytes: of its layers alone.
     busy_s: seconds in which it computed; waiting_s: seconds in which work waited while it did not.
     bytes_in, bytes_out: on its activation sockets, framing included.
-    dropped: Frames that it refused, by reason.
+    dropped: Frames that it refused, by reason. work: its forwards.
     """
 
     name: str
@@ -210,6 +211,7 @@ class NodeFigures:
     bytes_in: int
     bytes_out: int
     dropped: dict[str, int]
+    work: Work = Work()
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,7 @@ class RingHost:
             bytes_in=workers.source.bytes_in - bytes_in if workers.source else 0,
             bytes_out=workers.sink.bytes_out - bytes_out if workers.sink else 0,
             dropped=dict(meter.dropped),
+            work=meter.work,
         )
         return [own, *workers.figures()]
 

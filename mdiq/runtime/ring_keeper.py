@@ -5,14 +5,14 @@ What it tells an operator meanwhile is in ring_status.py.
 surveying ──all Nodes measured──▶ forming
 forming ──all Nodes loaded──▶ serving ──a Node is lost──▶ forming
                                  ├──reload, drain──▶ draining ──nothing runs──▶ forming
-                                 └──it knows a better plan, and was idle──▶ forming
+                                 └──there is a better plan, and it was idle──▶ forming
 """
 
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import structlog
@@ -21,7 +21,8 @@ from mdiq.core.sequence import Sequence
 from mdiq.errors import ConfigError, MdiqError, PlanError, RingError
 from mdiq.runtime.loops import Clock
 from mdiq.runtime.options import RingOptions
-from mdiq.runtime.ring_status import KeptRing, Requests, RingView, names_of, serves_text
+from mdiq.runtime.ring_status import KeeperState as KeeperState
+from mdiq.runtime.ring_status import KeptRing, Requests, RingView, is_first, names_of, serves_text
 from mdiq.runtime.starter_service import StreamEvent
 from mdiq.runtime.takeover import is_same_but_idle, members_of, nodes_of
 
@@ -41,14 +42,6 @@ none, and PlanError when the model does not fit.
 OnLoading = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class KeeperState:
-    """Whether Sequences are taken, and what an operator reads of it."""
-
-    is_serving: bool
-    text: str
-
-
 class RingKeeper:
     """One Ring after the other.
 
@@ -56,6 +49,7 @@ class RingKeeper:
     open_ring: gives a Ring that is not entered yet.
     on_state: told at every change. on_formed: awaited with every Ring that is formed, before it serves. on_not_formed:
     called with a Ring that could not be formed, and why; the topology is asked for the next one after it.
+    on_not_changed: called with the better one that a Ring could not become; it is not asked to again.
     """
 
     def __init__(
@@ -67,26 +61,22 @@ class RingKeeper:
         on_state: Callable[[KeeperState], None] = lambda _: None,
         on_formed: Callable[[Any], Awaitable[None]] | None = None,
         on_not_formed: Callable[[RingOptions, MdiqError], None] = lambda *_: None,
+        on_not_changed: Callable[[RingOptions], None] = lambda _: None,
     ) -> None:
-        self._on_formed = on_formed
-        self._on_not_formed = on_not_formed
-        self._read = read
-        self._open_ring = open_ring
-        self._clock = clock
-        self._on_state = on_state
+        self._on_formed, self._on_not_formed, self._on_not_changed = on_formed, on_not_formed, on_not_changed
+        self._read, self._open_ring = read, open_ring
+        self._clock, self._on_state = clock, on_state
         self._form = read()
         self._drained: frozenset[str] = frozenset()
         self._wanted = self._form(self._drained)  # of the next Ring
         self._now = RingView(self._wanted)
         self._has_plan = True  # else the last one failed, and there is no better one
-        self._is_ending = False
-        self._holds_back = False  # a change waits until nothing runs
+        self._is_ending = self._holds_back = False  # holds back: a change waits until nothing runs
         self._renew = asyncio.Event()
-        self._closed = asyncio.Event()
+        self._is_better = asyncio.Event()  # the plan than the Ring, by what it does under load
+        self._changing, self._closed = asyncio.Lock(), asyncio.Event()
         self._closed.set()
-        self._changing = asyncio.Lock()
-        self._requests = Requests()
-        self._num_rings = 0
+        self._requests, self._num_rings = Requests(), 0
         self._context_tokens: int | None = None
         self.last_error: str | None = None
         self._state = KeeperState(False, "starts")
@@ -106,6 +96,16 @@ class RingKeeper:
     def takes_requests(self) -> bool:
         """Whether ``stream`` takes a Sequence. In a pause it waits for the Ring to go on, as those that run do."""
         return self._state.is_serving
+
+    @property
+    def formed(self) -> KeptRing | None:
+        """The Ring, if it is formed."""
+        return self._now.formed
+
+    @property
+    def wanted(self) -> RingOptions:
+        """What the Ring is to be: what it is, unless a better plan waits, or Nodes stand in for others."""
+        return self._wanted
 
     @property
     def num_running(self) -> int:
@@ -201,6 +201,12 @@ class RingKeeper:
             await self._change(options, self._drained, "reloads", at_once=is_cut)
             return f"the ring is formed with {names_of(options)}"
 
+    def plan_again(self) -> None:
+        """Ask the topology for a better Ring, and have it at once if what runs goes on; else when nothing runs."""
+        with contextlib.suppress(MdiqError):  # the Ring goes on
+            self._plan()
+            self._is_better.set()
+
     async def finish(self) -> None:
         """Take no more Sequences, and wait until those that run are done."""
         self._is_ending = True
@@ -279,11 +285,8 @@ class RingKeeper:
             log.info("ring_formed", nodes=names_of(now.options))
             self._say_that_it_serves()
             ending = asyncio.create_task(self._until_left(ring), name="leaving")
-            waited_for: set[asyncio.Task[Any]] = {losing, renewing, ending}
-            if self._wanted != now.options:
-                idling = asyncio.create_task(self._until_better_plan(ring), name="idle")
-                waited_for.add(idling)
-            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+            idling = asyncio.create_task(self._until_better_plan(ring), name="better plan")
+            await asyncio.wait({losing, renewing, ending, idling}, return_when=asyncio.FIRST_COMPLETED)
             if losing.done():
                 raise losing.result()
             ring.service.fail_all(RingError("the ring is formed anew; ask again"))
@@ -349,34 +352,39 @@ class RingKeeper:
             log.info("node_leaves", node=name, running=self._requests.num_running)
             if not self._is_ending:
                 self._say(f"{name} leaves when what runs is done")
-            waits = [asyncio.create_task(each) for each in (self._requests.quiet.wait(), ring.until_staying())]
-            try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in waits:
-                    task.cancel()
-                await asyncio.gather(*waits, return_exceptions=True)
-            if waits[0].done() and not waits[0].cancelled():
+            if await is_first(self._requests.quiet.wait(), ring.until_staying()):
                 return
             self._say_that_it_serves()
 
     async def _until_better_plan(self, ring: KeptRing) -> None:
-        """Take up a better plan when nothing runs; return if the Ring has to be formed anew for it."""
-        await self._requests.until_idle(IDLE_S)
-        if self._wanted != ring.options:  # it may have changed meanwhile
-            if not ring.can_change_to(self._wanted):
-                return
-            with contextlib.suppress(MdiqError):  # the Ring has logged it, and goes on
-                await ring.change(self._wanted)
-            self._say_that_it_serves()
-        await asyncio.get_running_loop().create_future()
+        """Take up better plans, see ``plan_again``; return if the Ring has to be formed anew for one."""
+        tried: RingOptions | None = None  # it becomes this one when all Nodes are here, or it cannot
+        while True:
+            if self._wanted in (ring.options, tried):
+                self._is_better.clear()
+                await self._is_better.wait()
+            if not (self._is_better.is_set() and ring.can_change_to(self._wanted)):
+                self._is_better.clear()
+                if not await is_first(self._requests.until_idle(IDLE_S), self._is_better.wait()):
+                    continue
+            async with self._changing:
+                tried = wanted = self._wanted
+                if wanted == ring.options:  # it has changed meanwhile
+                    continue
+                if not ring.can_change_to(wanted):
+                    return
+                try:
+                    await ring.change(wanted)
+                except MdiqError:  # the Ring has logged it, and goes on
+                    self._on_not_changed(wanted)
+                    with contextlib.suppress(MdiqError):
+                        self._plan()
+                self._say_that_it_serves()
 
     async def _pause(self, pause_s: float) -> None:
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause_s):
                 await self._renew.wait()
-        except TimeoutError:
-            pass
 
     def _note_loading(self, node: str, done: int, total: int) -> None:
         self._now.loading[node] = done, total

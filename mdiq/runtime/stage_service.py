@@ -129,9 +129,11 @@ async def compute_batch(
         output = None
         while output is None:
             try:
+                meter, before_s = worker.meter, worker.meter.busy_s
                 output = await worker.run(
                     f"{len(batch.segments)} segments, {batch.num_tokens} tokens", partial(engine.forward, batch)
                 )
+                meter.work = meter.work.plus(batch, meter.busy_s - before_s)  # of an Epoch that is over, perhaps
             except SequenceError as error:  # of some: the others of the Batch are run without them
                 seq_ids = tuple(map(SeqId, error.seq_ids))
                 log.warning("sequences_refused", seq_ids=seq_ids, error=str(error))

@@ -197,6 +197,7 @@ class Workers(ABC):
                 bytes_in=beat.bytes_in,
                 bytes_out=beat.bytes_out,
                 dropped=dict(beat.frames_dropped),
+                work=beat.work,
             )
             for node, layers in zip(self._names, self._options.layers[1:], strict=True)
             if (beat := heartbeats.get(node)) is not None

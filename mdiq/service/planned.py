@@ -137,12 +137,17 @@ def keep_profiles(loaded: LoadedTopology, ring: MeasuredRing) -> Profiles | None
     profiles = profiles_of(ring, loaded.topology.model.weights, read_profiles(loaded))
     if profiles is None:
         return None
+    write_profiles(loaded, profiles)
+    return profiles
+
+
+def write_profiles(loaded: LoadedTopology, profiles: Profiles) -> None:
+    """Write what is known of a topology's nodes; what cannot be written is measured again."""
     path = profiles_path(loaded)
     try:
         keep_small(path, to_json(profiles).encode())
     except OSError as error:
         log.warning("measurements_not_kept", path=str(path.parent), error=error.strerror)
-    return profiles
 
 
 def profiles_path(loaded: LoadedTopology) -> Path:

@@ -30,6 +30,7 @@ from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
+from mdiq.service.replanning import Replanning, with_load
 from mdiq.service.text_pipe import TokenizerPipe
 from mdiq.service.topology_rings import TopologyRings
 from mdiq.service.topology_values import model_of
@@ -82,6 +83,11 @@ class _Topologies:
         self._rings = rings
         return rings.options
 
+    @property
+    def rings(self) -> TopologyRings | None:
+        """The Rings of the file as it is now; None before it is read."""
+        return self._rings
+
     async def keep_measured(self, ring: RingHost) -> None:
         """Keep what the Nodes of a Ring measured: see TopologyRings."""
         assert self._rings is not None  # a Ring has been formed
@@ -91,6 +97,11 @@ class _Topologies:
         """Learn from a Ring that could not be formed: see TopologyRings."""
         assert self._rings is not None  # the keeper has read the file
         self._rings.note_failure(options, error)
+
+    def note_not_changed(self, options: RingOptions) -> None:
+        """Learn from a Ring that could not become this one: see TopologyRings."""
+        assert self._rings is not None  # the keeper has read the file
+        self._rings.note_not_changed(options)
 
 
 class _RingBackend:
@@ -181,10 +192,12 @@ class TopologyService:
             on_state=self._tell,
             on_formed=self._topologies.keep_measured,
             on_not_formed=self._topologies.note_failure,
+            on_not_changed=self._topologies.note_not_changed,
         )
         wanted = self._wanted_api
         backend = _RingBackend(keeper, self._tokenizer, self._config, self._model_name, wanted.max_waiting)
         self._api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
+        replanning = Replanning(keeper, lambda: self._topologies.rings)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AdminServer(socket_path(self._file), commands), self._listening():
             watchdog = watchdog_loops(self._notifier, keeper.has_work, keeper.last_progress_s)
@@ -194,7 +207,7 @@ class TopologyService:
                 drain=keeper.finish,
                 drain_s=STOP_S,
                 reload=self._reload,
-                beside={"telling": self._keep_telling()} | watchdog,
+                beside={"telling": self._keep_telling(), "replanning": replanning.run()} | watchdog,
             )
         self._notifier.stopping("ends")
 
@@ -235,7 +248,8 @@ class TopologyService:
             await asyncio.sleep(TELL_S)
 
     async def _status(self, _: Mapping[str, Any]) -> Any:
-        return self._api.status()
+        rings = self._topologies.rings
+        return with_load(self._api.status(), {} if rings is None else rings.under_load())
 
     async def _drain(self, question: Mapping[str, Any]) -> str:
         return await self._keeper.drain_node(str(question.get("node")), undo=question.get("undo") is True)

@@ -14,7 +14,15 @@ from mdiq.plan.plan import Plan, plan_split
 from mdiq.plan.room import format_bytes
 from mdiq.plan.split import check_split, split_layers
 from mdiq.runtime.options import Outages, RingOptions, StandingBy
-from mdiq.service.planned import goal_of, keep_profiles, planned_ring, profiles_path, read_profiles, without
+from mdiq.service.planned import (
+    goal_of,
+    keep_profiles,
+    planned_ring,
+    profiles_path,
+    read_profiles,
+    without,
+    write_profiles,
+)
 from mdiq.service.topology_values import remote_nodes, remote_ring, weights_of, wires_of
 
 if TYPE_CHECKING:  # torch is imported after set_threads
@@ -26,6 +34,7 @@ SURVEY_LAYERS = 4
 SURVEY_KV_TOKENS = 2_048  # what engine/measure.py asks for: 16 Sequences with their context
 BETTER = 1.1  # a predicted gain that is worth forming the ring again; figures of one ring differ by less
 SMALLER = 0.9  # of the memory that a node was planned with and did not have
+NEWS = 0.05  # of a factor
 MAX_CHANGES = 2  # of the plan of one topology in one process: figures that swing must not move layers for ever
 
 
@@ -34,7 +43,10 @@ class TopologyRings:
 
     What Nodes measured in earlier Rings is read once, so a Ring that is formed again is the same. What a survey finds
     is taken up by ``keep``. What a serving Ring finds is kept for later processes, and taken up only if it predicts
-    ``BETTER`` times the rate with another split, at most ``MAX_CHANGES`` times.
+    ``BETTER`` times the rate with another split, at most ``MAX_CHANGES`` times. What load shows of the Nodes is kept in
+    the same way, and taken up by ``take_up``; replanning.py decides that.
+
+    A split to which a Ring could not change is not planned again.
 
     A Node whose memory did not hold what it was to load is planned with less from then on; so is one that died twice
     while it loaded the same Layers. One that has no room for a survey is left out.
@@ -68,18 +80,24 @@ class TopologyRings:
         self._max_bytes: dict[str, int] = {}  # of memory, learnt by failures
         self._unfit: dict[str, str] = {}  # Nodes that cannot even measure, and why
         self._died: tuple[str, tuple[LayerRange, ...]] | None = None  # a Node, and the Ring that was formed then
-        self._profiles: Profiles | None = None
+        self._failed: set[frozenset[tuple[str, int]]] = set()  # splits to which a Ring could not change
+        self._profiles: Profiles | None = None  # with which Rings are planned
+        self._profiles_before: Profiles | None = None  # with which the Ring was planned that was to change
+        self.measured: Profiles | None = None  # the newest
+        self._written: Profiles | None = None
         self._is_kept = False  # the figures, in a file
         if even_split:
             return
         path = profiles_path(loaded)
         is_forgotten = before is not None and before._is_kept and not path.exists()  # mdiq plan --forget
         if before is not None and profiles_path(before._loaded) == path and not is_forgotten:
-            self._profiles = before._profiles
+            self._profiles, self._profiles_before = before._profiles, before._profiles_before
+            self.measured, self._written = before.measured, before._written
             if before._loaded.topology == loaded.topology:
                 self._num_changes, self._told = before._num_changes, before._told
-                self._max_bytes, self._unfit = before._max_bytes, before._unfit
+                self._max_bytes, self._unfit, self._failed = before._max_bytes, before._unfit, before._failed
         self._profiles = self._profiles or read_profiles(loaded)
+        self.measured = self.measured or self._profiles
         self._is_kept = path.exists()
 
     def options(self, drained: frozenset[str] = frozenset()) -> RingOptions:
@@ -113,10 +131,54 @@ class TopologyRings:
         """Keep what a Ring measured; see the class for what this process does with it."""
         profiles = keep_profiles(self._loaded, measured)
         self._is_kept = profiles_path(self._loaded).exists()
+        self.measured = self._written = profiles
         if is_survey:
             self._profiles = profiles
         elif profiles is not None and not self._even_split and self._num_changes < MAX_CHANGES:
             self._take_up(profiles, {stage.name: stage.num_layers for stage in measured.stages})
+
+    def best(self, profiles: Profiles) -> Mapping[str, int] | None:
+        """Return the best split by these figures; None if there is none, or a Ring could not change to it."""
+        if (plan := self._plan(profiles)) is None or self._even_split:
+            return None
+        split = _split_of(plan)
+        return None if frozenset(split.items()) in self._failed else split
+
+    def value(self, profiles: Profiles, split: Mapping[str, int]) -> float | None:
+        """Return the rate that is predicted of a split, or None where the figures say nothing of it."""
+        try:
+            return _value_of(self._usable, profiles, split)
+        except MdiqError:
+            return None
+
+    def under_load(self) -> Mapping[str, float]:
+        """Return how many times as long Nodes take while they serve, of those that have been seen to."""
+        nodes = self.measured.nodes if self.measured else {}
+        return {name: node.under_load for name, node in nodes.items() if node.under_load is not None}
+
+    def keep_load(self, profiles: Profiles) -> None:
+        """Keep figures with what load has shown, for later processes too, unless an operator has them forgotten."""
+        self.measured = profiles
+        if profiles_path(self._loaded).exists() and (self._written is None or _has_news(self._written, profiles)):
+            write_profiles(self._loaded, profiles)
+            self._written = profiles
+
+    def take_up(self, profiles: Profiles, why: str) -> None:
+        """Plan with figures from now on that load has shown, and say why."""
+        self.keep_load(profiles)
+        self._profiles_before, self._profiles = self._profiles, profiles
+        self._on_note(why)
+
+    def note_not_changed(self, options: RingOptions) -> None:
+        """Plan as before, and not this one again, since a Ring could not change to it."""
+        split = dict(zip(options.node_names, map(len, options.layers), strict=True))
+        self._failed.add(frozenset(split.items()))
+        self.go_back()
+
+    def go_back(self) -> None:
+        """Plan with the figures from which the Ring that serves was planned."""
+        if self._profiles_before is not None:
+            self._profiles, self._profiles_before = self._profiles_before, None
 
     def note_failure(self, options: RingOptions, error: MdiqError) -> None:
         """Learn from a Ring that could not be formed, so that the same plan is not tried for ever."""
@@ -145,22 +207,29 @@ class TopologyRings:
 
     def _take_up(self, profiles: Profiles, split: Mapping[str, int]) -> None:
         """Plan with a Ring's own figures from now on, if they predict a much better Ring than this split."""
-        try:
-            loaded = without(self._loaded, self._drained | self._unfit.keys())
-            plan = planned_ring(loaded, profiles, self._config.num_layers, self._max_bytes).plan
-        except MdiqError:
-            return  # a Ring that serves is better than none
-        if plan is None or {str(stage.node): len(stage.layers) for stage in plan.stages} == split:
+        plan, value = self._plan(profiles), self.value(profiles, split)
+        if plan is None or (best := _split_of(plan)) == split or frozenset(best.items()) in self._failed:
             return
-        value = _value_of(loaded, profiles, split)
         if value is None or plan.value < BETTER * value:
             return
-        self._profiles = profiles
+        self._profiles_before, self._profiles = self._profiles, profiles
         self._num_changes += 1
         self._on_note(
             f"a better split, by what the ring measured of itself: {_split_text(plan)}; {plan.value:.1f} tokens/s "
             f"predicted, and {value:.1f} as it is; the ring is formed with it the next time, and when it is idle"
         )
+
+    def _plan(self, profiles: Profiles) -> Plan | None:
+        """Return the Plan by these figures, or None if there is none."""
+        try:
+            return planned_ring(self._usable, profiles, self._config.num_layers, self._max_bytes).plan
+        except MdiqError:
+            return None  # a Ring that serves is better than none
+
+    @property
+    def _usable(self) -> "LoadedTopology":
+        """The topology without the Nodes that take no part."""
+        return without(self._loaded, self._drained | self._unfit.keys())
 
     def _options(
         self,
@@ -228,6 +297,19 @@ def _value_of(loaded: "LoadedTopology", profiles: Profiles, split: Mapping[str, 
         return plan_split(profiles.model, known, profiles.links, goal_of(loaded.topology), layers).value
     except PlanError:
         return None  # it runs all the same
+
+
+def _split_of(plan: Plan) -> dict[str, int]:
+    return {str(stage.node): len(stage.layers) for stage in plan.stages}
+
+
+def _has_news(before: Profiles, now: Profiles) -> bool:
+    """Whether load shows something else of a Node than is written: no need to write each minute."""
+    return any(
+        node.under_load is not None
+        and ((old := before.nodes[name].under_load) is None or abs(node.under_load / old - 1) > NEWS)
+        for name, node in now.nodes.items()
+    )
 
 
 def _split_text(plan: Plan) -> str:

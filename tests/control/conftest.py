@@ -11,6 +11,7 @@ from mdiq.control.coordinator import Coordinator
 from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.types import PLAIN_WEIGHTS, NodeId
+from mdiq.core.work import Work
 from mdiq.errors import MdiqError
 from mdiq.telemetry.trace import Span
 from mdiq.transport.memory import MemoryControlServer
@@ -65,6 +66,7 @@ def heartbeat(busy_s: float = 0.0) -> control.Heartbeat:
         frames_dropped={"tag": 1},
         kv_tokens_in_use=0,
         queue_depth=0,
+        work=Work(),
     )
 
 

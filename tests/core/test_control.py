@@ -13,6 +13,7 @@ from mdiq.core import control
 from mdiq.core.codec import MAX_TEXT
 from mdiq.core.types import PLAIN_WEIGHTS
 from mdiq.core.wire import TAG_BYTES, make_tag
+from mdiq.core.work import Work
 from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 KEY = bytes(range(32))
@@ -71,6 +72,7 @@ MESSAGES: st.SearchStrategy[control.Message] = st.one_of(
         st.dictionaries(TEXTS, COUNTS, max_size=5),
         COUNTS,
         COUNTS,
+        st.builds(Work, FLOATS.map(abs), COUNTS, COUNTS, COUNTS, COUNTS),
     ),
     st.builds(control.Fault, COUNTS, st.lists(COUNTS, max_size=9).map(tuple), TEXTS, TEXTS),
     st.builds(control.Failed, TEXTS, TEXTS),
@@ -174,9 +176,11 @@ def test_other_shapes_are_refused(values: object) -> None:
 
 
 def test_a_map_of_the_wrong_kind_is_refused() -> None:
-    beat = control.Heartbeat(1, 2, 0.5, 0.5, 3, 4, {"tag": 2}, 5, 6)
-    values: dict[str, object] = {name: getattr(beat, name) for name in beat.__slots__}
+    beat = control.Heartbeat(1, 2, 0.5, 0.5, 3, 4, {"tag": 2}, 5, 6, Work(0.5, 1, 2, 3, 4))
+    values: dict[str, object] = {name: getattr(beat, name) for name in beat.__slots__} | {"work": asdict(beat.work)}
     assert control.decode(_message({"type": "Heartbeat", **values}), KEY) == beat
+    with pytest.raises(RemoteProtocolError, match="Heartbeat: it has figures below 0"):
+        control.decode(_message({"type": "Heartbeat", **values, "work": {**asdict(beat.work), "forward_s": -1.0}}), KEY)
     wrong: list[object] = [[1], {"tag": "2"}, {"tag": -1}]
     for frames_dropped in wrong:
         with pytest.raises(RemoteProtocolError, match="Heartbeat: frames_dropped"):

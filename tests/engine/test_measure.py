@@ -71,13 +71,14 @@ def test_the_cost_of_the_head_counts_draws_at_the_temperature_that_clients_leave
 class RationedDevice:
     """A device that computes for a share of each period and then stands still; its runner's forwards take its CPU."""
 
-    owns_embedding = False
+    owns_embedding, is_on_cpu = False, True
     kv_capacity_tokens = 4_096
     config = SimpleNamespace(context_tokens=2_048, hidden_size=1)
 
     def __init__(self, quota: float, start_s: float, row_s: float) -> None:
         self._share_s, self._row_s = quota * PERIOD_S, row_s
         self.now_s, self._left_s = start_s, self._share_s
+        self.used_s = 0.0
 
     def cpu_s(self, num_rows: int) -> float:
         return self._row_s * (10 + num_rows)
@@ -89,6 +90,7 @@ class RationedDevice:
             run_s = min(left_s, self._left_s, period_end_s - self.now_s)
             left_s, self._left_s = left_s - run_s, self._left_s - run_s
             self.now_s += run_s
+            self.used_s += run_s
             if self._left_s <= 0 or self.now_s >= period_end_s:
                 self.now_s, self._left_s = period_end_s + 1e-9, self._share_s
         return self
@@ -102,11 +104,37 @@ class RationedDevice:
 
 @pytest.mark.parametrize("row_s", [2e-5, 2e-4, 2e-3], ids=["a PC", "a board", "a slow board"])
 @pytest.mark.parametrize("quota", [1.0, 0.5, 0.3])
-def test_a_quota_is_seen_at_every_size(quota: float, row_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_threads", "error", "shape_error"), [(1, 0.08, 1e-6), (2, 0.25, 0.5)])
+def test_a_quota_is_seen_at_every_size(
+    quota: float, row_s: float, num_threads: int, error: float, shape_error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     for phase in range(20):
         device = RationedDevice(quota, phase / 20 * PERIOD_S, row_s)
-        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda device=device: device.now_s))
+        clocks = {"perf_counter": lambda it=device: it.now_s, "thread_time": lambda it=device: it.used_s}
+        monkeypatch.setattr(measure, "time", SimpleNamespace(**clocks))
         cost = measure_cost(cast(StageRunner, device), min_s=SUSTAINED_S)
         assert cost.decode.points[0][0] == 1 and len(cost.decode.points) > 1
         for size, seconds in cost.decode.points + cost.prompt.points:
-            assert seconds * quota == pytest.approx(device.cpu_s(size), rel=0.25), (phase, size)
+            assert seconds * quota == pytest.approx(device.cpu_s(size), rel=error), (phase, size)
+            beside_s = cost.decode.seconds(1) / device.cpu_s(1)
+            assert seconds / device.cpu_s(size) == pytest.approx(beside_s, rel=shape_error), (phase, size)
+
+
+def test_a_pause_of_another_program_hits_no_size_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second in which the device does something else, at whatever size that comes."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for at_s in (0.05, 0.4, 1.0, 2.0):
+        device = RationedDevice(1.0, 0.0, 2e-4)
+        paused: list[float] = []
+
+        def now(it: RationedDevice = device, paused: list[float] = paused, at_s: float = at_s) -> float:
+            if it.now_s >= at_s and not paused:
+                paused.append(0.5)
+            return it.now_s + sum(paused)
+
+        clocks = {"perf_counter": now, "thread_time": lambda it=device: it.used_s}
+        monkeypatch.setattr(measure, "time", SimpleNamespace(**clocks))
+        cost = measure_cost(cast(StageRunner, device), min_s=SUSTAINED_S)
+        for size, seconds in cost.decode.points + cost.prompt.points:
+            assert seconds == pytest.approx(device.cpu_s(size), rel=0.3)

@@ -209,3 +209,54 @@ def test_the_head_goes_halfway_too_and_other_sizes_are_new() -> None:
     assert profiles.nodes["desk"].head.seconds(1) == pytest.approx(1.2 * HEAD.seconds(1))
     other = profiles_of(replace(_ring(), head=Curve(((2, 1.0),))), "int8", before)
     assert other is not None and other.nodes["desk"].head == Curve(((2, 1.0),))
+
+
+def test_what_load_has_shown_is_kept_and_planned_with() -> None:
+    measured = profiles_of(_ring(), "int8")
+    assert measured is not None and measured.nodes["pi1"].under_load is None
+    profiles = from_json(to_json(measured.under_load({"pi1": 1.9})))
+    assert profiles is not None
+    assert {name: node.under_load for name, node in profiles.nodes.items()} == {"desk": None, "pi1": 1.9, "pi2": None}
+    assert profiles.nodes["pi1"].layer_decode == measured.nodes["pi1"].layer_decode
+    planned = profiles.of(["desk", "pi1"], {})
+    assert planned is not None
+    assert [node.layer_decode.seconds(1) for node in planned] == pytest.approx([0.001, 0.0019])
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan, "much"])
+def test_a_file_with_a_factor_that_is_none_is_as_good_as_none(factor: object) -> None:
+    profiles = profiles_of(_ring(), "int8")
+    assert profiles is not None
+    value = json.loads(to_json(profiles))
+    value["nodes"][0]["under_load"] = factor
+    assert from_json(json.dumps(value)) is None
+
+
+@pytest.mark.parametrize(
+    ("under_load", "layer_s", "left"),
+    [
+        (1.9, 0.001, 1.9),  # it is slow only while it serves
+        (1.9, 0.0019, 1.9 / math.sqrt(1.9)),  # it is slow for good, and the costs have gone halfway
+        (1.9, 0.0025, 1.0),  # the same, and all of it
+        (1.9, 0.0008, 1.9),  # faster alone: load has to show that
+        (0.5, 0.0004, 1.0),  # it was busy when it measured itself
+        (0.5, 0.001, 0.5),
+    ],
+)
+def test_what_a_new_measurement_explains_does_not_count_twice(under_load: float, layer_s: float, left: float) -> None:
+    before = profiles_of(_ring(), "int8")
+    assert before is not None
+    stage = _stage("pi1", 10)
+    cost = stage.cost.scaled(layer_s / 0.001)
+    ring = replace(_ring(), stages=(_ring().stages[0], replace(stage, cost=cost), _ring().stages[2]))
+    after = profiles_of(ring, "int8", before.under_load({"pi1": under_load}))
+    assert after is not None and after.nodes["pi1"].under_load == pytest.approx(left)
+    assert after.nodes["desk"].under_load is None
+
+
+def test_another_processor_has_not_been_seen_under_load() -> None:
+    before = profiles_of(_ring(), "int8")
+    assert before is not None
+    ring = replace(_ring(), stages=tuple(replace(stage, cpu="another") for stage in _ring().stages))
+    after = profiles_of(ring, "int8", before.under_load({"pi1": 1.9}))
+    assert after is not None and after.nodes["pi1"].under_load is None

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mdiq.core.types import NodeId
+from mdiq.core.work import Work
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.profile import FRAME_BYTES, SEGMENT_BYTES, UNKNOWN_HOP, HopProfile, Links, ModelShape
 from tests.plan.profiles import MIB, MODEL, node
@@ -20,6 +21,24 @@ def test_a_stage_takes_its_layers_its_head_and_what_a_forward_takes() -> None:
     assert cost.decode.seconds(32) == pytest.approx(10 * 0.021 + 0.0005 + 0.0184)
     assert cost.prompt.seconds(64) == pytest.approx(10 * 0.026 + 0.0005 + 0.006)
     assert desk.stage_cost(10, 0, is_starter=False).decode.seconds(4) == pytest.approx(10 * 0.0035 + 0.0005)
+
+
+def test_work_takes_what_its_batches_take_on_average() -> None:
+    pi1 = node("pi1")
+    assert pi1.work_s(Work(9.0, 10, 40), 3) == pytest.approx(10 * (3 * 0.0035 + 0.0005))
+    assert pi1.work_s(Work(9.0, 10, 40, 2, 128), 3) == pytest.approx(
+        10 * (3 * 0.0035 + 0.0005) + 2 * (3 * 0.026 + 0.0005)
+    )
+    assert pi1.work_s(Work(), 3) == 0.0
+
+
+def test_under_load_everything_takes_as_many_times_as_long() -> None:
+    once, twice = node("pi1"), replace(node("pi1"), under_load=2.0).as_under_load()
+    for is_starter in (False, True):
+        costs = [each.stage_cost(5, 100, is_starter=is_starter) for each in (once, twice)]
+        assert costs[1].decode.seconds(4) == pytest.approx(2 * costs[0].decode.seconds(4))
+        assert costs[1].prompt.seconds(64) == pytest.approx(2 * costs[0].prompt.seconds(64))
+    assert once.as_under_load() == once
 
 
 def test_a_context_costs_each_segment_and_layer_its_share() -> None:

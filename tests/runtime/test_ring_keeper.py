@@ -45,6 +45,7 @@ class House:
             on_state=self.note_state,
             on_formed=self.note_formed,
             on_not_formed=self.note_failure,
+            on_not_changed=self.note_not_changed,
         )
         self.running = asyncio.create_task(self.keeper.run(), name="keeper")
 
@@ -77,6 +78,10 @@ class House:
 
     def note_failure(self, options: RingOptions, error: MdiqError) -> None:
         self.failures.append(str(error))
+
+    def note_not_changed(self, options: RingOptions) -> None:
+        self.failures.append(f"cannot become {len(options.layers[-1])}")
+        self.has_better = False
 
     def open(self, options: RingOptions, on_loading: OnLoading) -> FakeRing:
         self.rings.append(FakeRing(options, on_loading, is_held=True))
@@ -565,6 +570,82 @@ async def test_a_better_plan_is_taken_up_when_the_ring_is_idle_and_not_by_a_relo
     assert "nothing" in await house.keeper.reload()
     await asyncio.sleep(0.05)
     assert not second.is_closed
+
+
+async def test_a_plan_that_load_shows_to_be_better_is_taken_up_at_once_where_what_runs_goes_on(house: House) -> None:
+    ring = await house.serving_ring(1)
+    ring.can_change = True
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    assert house.keeper.formed is ring and house.keeper.wanted == ring.options
+    house.has_better = True
+    house.keeper.plan_again()
+    assert house.keeper.wanted != ring.options
+    await _settle()
+    assert len(ring.options.layers[-1]) == 5 and house.keeper.wanted == ring.options
+    house.keeper.plan_again()  # the same
+    await _settle()
+    assert ring.num_tries == 1
+    ring.goes_on.set()
+    assert (await _to_the_end(events)).step.error is None
+    assert len(house.rings) == 1
+
+
+async def test_such_a_plan_waits_until_nothing_runs_where_others_tokens_would_come(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_keeper, "IDLE_S", 0.02)
+    ring = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    house.has_better = True
+    house.keeper.plan_again()
+    await asyncio.sleep(0.05)
+    assert not ring.is_closed and not ring.num_tries
+    ring.goes_on.set()
+    await _to_the_end(events)
+    second = await house.serving_ring(2)
+    assert ring.is_closed and len(second.options.layers[-1]) == 5
+
+
+async def test_a_better_plan_that_failed_is_not_made_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_keeper, "IDLE_S", 0.0)
+    monkeypatch.setattr(ring_keeper, "RETRY_S", 0.0)
+    ring = await house.serving_ring(1)
+    ring.can_change = True
+    ring.cannot = ConfigError("the ring goes on with desk 1, pi1 1, pi2 1; see the log for what it lacks")
+    house.has_better = True
+    house.keeper.plan_again()
+    await _settle()
+    assert ring.num_tries == 1 and house.failures == ["cannot become 5"]
+    assert house.keeper.state.is_serving and house.keeper.wanted == ring.options
+    await asyncio.sleep(0.05)  # it is idle
+    assert "nothing that the ring depends on has changed" == await house.keeper.reload()
+    assert ring.num_tries == 1
+    ring.lose(NodeDiedError("pi1: it was started anew"))
+    assert len((await house.serving_ring(2)).options.layers[-1]) == 1, "nor is a ring formed so"
+
+
+async def test_where_nobody_learns_from_it_a_plan_that_failed_is_tried_once(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_keeper, "IDLE_S", 0.0)
+    house.keeper._on_not_changed = lambda _: None
+    ring = await house.ring(1)
+    ring.can_change, ring.cannot = True, ConfigError("it goes on as it was")
+    house.has_better = True  # known when the ring has measured itself
+    await house.serving_ring(1)
+    await asyncio.sleep(0.05)
+    assert ring.num_tries == 1 and not ring.is_closed
+
+
+async def test_a_topology_that_gives_no_plan_any_more_leaves_the_ring_alone(house: House) -> None:
+    ring = await house.serving_ring(1)
+    ring.can_change = True
+    house.fits = False
+    house.keeper.plan_again()
+    await _settle()
+    assert house.keeper.state.is_serving and not ring.num_tries and not ring.is_closed
 
 
 async def test_a_keeper_that_is_to_stop_while_it_closes_a_ring_closes_all_of_it(house: House) -> None:

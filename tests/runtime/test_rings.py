@@ -283,13 +283,14 @@ def test_no_work_waits_while_its_stage_does_not_compute(open_ring: OpenRing, mon
 
     async def main(loop: VirtualTimeLoop) -> None:
         monkeypatch.setattr(loops, "ThreadPoolExecutor", lambda *_, **__: VirtualExecutor(loop, 0.0))
-        num_forwards = [0, 0, 0]
+        num_forwards, num_empty = [0, 0, 0], [0, 0, 0]
 
         def clock(i: int) -> float:
             return loop.time() + FORWARD_S * num_forwards[i]
 
         def forward(i: int, engine: ChainEngine, batch: Batch) -> ChainRows:
             num_forwards[i] += 1
+            num_empty[i] += not batch.segments
             return type(engine).forward(engine, batch)
 
         async with open_ring(3) as ring:
@@ -300,6 +301,10 @@ def test_no_work_waits_while_its_stage_does_not_compute(open_ring: OpenRing, mon
             await ring.check_quiet()
             for worker, count in zip(ring.workers, num_forwards, strict=True):
                 assert worker.meter.busy_s == pytest.approx(FORWARD_S * count) and count >= 12
+                work = worker.meter.work
+                assert work.decode_batches + work.prompt_batches == count - num_empty[i]
+                assert work.forward_s == pytest.approx(FORWARD_S * (count - num_empty[i]))
+                assert work.prompt_tokens > work.prompt_batches > 0 and work.decode_segments >= work.decode_batches > 0
                 assert worker.meter.waiting_s == 0.0
 
     run_virtual(main)

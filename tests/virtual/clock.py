@@ -56,18 +56,21 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 class VirtualExecutor:
-    """Runs each job when its time is over, one after the other; the ThreadPoolExecutor of a Worker."""
+    """Runs each job when its time is over, one after the other; the ThreadPoolExecutor of a Worker.
+
+    job_s: seconds of a job that is submitted now.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, job_s: float) -> None:
         self._loop = loop
-        self._job_s = job_s
+        self.job_s = job_s
         self._free_s = 0.0
         self._waiting: set[Future[Any]] = set()
 
     def submit(self, job: Callable[[], T]) -> "Future[T]":
         future: Future[T] = Future()
         self._waiting.add(future)
-        self._free_s = max(self._free_s, self._loop.time()) + self._job_s
+        self._free_s = max(self._free_s, self._loop.time()) + self.job_s
         self._loop.call_at(self._free_s, self._run, future, job)
         return future
 

@@ -9,12 +9,13 @@ import contextvars
 import random
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import structlog
@@ -30,13 +31,14 @@ from mdiq.errors import CapacityError, ConfigError, EngineError, MdiqError, Sequ
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import StageCost
 from mdiq.runtime import epochs, loops, node, remote, ring_host, stage_host
-from mdiq.runtime.loops import Progress, Worker
+from mdiq.runtime.loops import Clock, Progress, Worker
 from mdiq.runtime.node import NodeOptions
 from mdiq.runtime.options import Outages, RemoteNode, RemoteRing, RingOptions, RingPeers, StandingBy
 from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import Form, KeeperState, OnLoading, RingKeeper
-from mdiq.service import worker
+from mdiq.service import replanning, worker
 from mdiq.service.worker import NodeService
+from mdiq.telemetry.trace import Tracer
 from tests.fakes import VOCAB, ChainEngine, ChainStarter, chain_answer
 from tests.virtual.clock import VirtualExecutor, VirtualTimeLoop
 from tests.virtual.network import PROCESS, Network, Plane, Process, Transports, public_key
@@ -57,7 +59,24 @@ Transport = type[Any]
 
 
 class _VirtualWorker(Worker):
-    """A Worker without a thread: jobs take JOB_S, and long ones LONG_JOB_S."""
+    """A Worker without a thread: jobs take JOB_S, long ones LONG_JOB_S, and forwards what the House says."""
+
+    def __init__(self, house: "House", clock: Clock, tracer: Tracer) -> None:
+        super().__init__(clock, tracer)
+        self._house = house
+        self._next_job_s = JOB_S
+
+    async def run(self, label: str, job: Callable[[], Any]) -> Any:
+        if not label.startswith("head"):
+            self._next_job_s = self._house.forward_s(int(label.split()[0]))
+        return await super().run(label, job)
+
+    async def _timed(self, job: Callable[[], Any]) -> tuple[Any, float, float]:
+        executor: Any = self._executor
+        executor.job_s, self._next_job_s = self._next_job_s, JOB_S
+        job_s = executor.job_s
+        result, _, stop_s = await super()._timed(job)
+        return result, stop_s - job_s, stop_s
 
     async def run_long(self, job: Callable[[Progress], Any], on_progress: Progress = lambda *_: None) -> Any:
         for done in range(1, 5):
@@ -176,6 +195,18 @@ def _paced(spec: RingSpec, *_: Any) -> tuple[RingSpec, MicroBatches]:
     return planned, MicroBatches(caps * 2, (1,) * 8, (10.0,) * 8, 8)
 
 
+class PlansOfHouse(replanning.Plans, Protocol):
+    """Plans of the Nodes of a House. split: the Layers that each is to have now."""
+
+    split: Mapping[str, int]
+
+    def note_formed(self) -> None:
+        """Plan with what the Ring has measured of itself."""
+
+    def note_not_changed(self) -> None:
+        """Plan as before: the Ring could not change."""
+
+
 class Answer:
     """What came of one request."""
 
@@ -242,6 +273,8 @@ class House:
         self.wires: tuple[str, ...] = ("f32",)  # of the topology; what travels is f32
         self.versions: dict[str, str] = {}  # of mdiq, where a machine has another one
         self.fetch_s = 1.0
+        self.layer_s: dict[str, Callable[[float], float]] = {}  # seconds of a Segment, by machine and time
+        self.plans: PlansOfHouse | None = None  # that decide the Layers; None: all have as many
         self.events: list[tuple[float, str]] = []
         self.answers: list[Answer] = []
         self.callers: dict[asyncio.Task[None], Process] = {}
@@ -326,6 +359,15 @@ class House:
 
     def is_up(self, name: str) -> bool:
         return self._processes[name].is_alive
+
+    def forward_s(self, num_segments: int) -> float:
+        """Return the seconds of a forward on the machine that asks, with the Layers that it has now."""
+        machine = PROCESS.get().machine
+        if machine not in self.layer_s:
+            return JOB_S
+        options = self.rings[-1].options
+        num_layers = len(options.layers[options.node_names.index(machine)])
+        return num_segments * num_layers * self.layer_s[machine](self.loop.time())
 
     @property
     def is_starter_up(self) -> bool:
@@ -415,8 +457,16 @@ class House:
 
     async def _keep(self) -> None:
         self.keeper = keeper = RingKeeper(
-            self._read, self._open_ring, clock=time.monotonic, on_state=self.states.append, on_formed=self._formed
+            self._read,
+            self._open_ring,
+            clock=time.monotonic,
+            on_state=self.states.append,
+            on_formed=self._formed,
+            on_not_changed=lambda _: self.plans.note_not_changed() if self.plans else None,
         )
+        if self.plans is not None:
+            watch = replanning.Replanning(keeper, lambda: self.plans, clock=time.monotonic)
+            self._beside.add(self._spawn(watch.run(), self.starter, "replanning"))
         await keeper.run()
 
     def _read(self) -> Form:
@@ -426,8 +476,12 @@ class House:
             if STARTER in drained:
                 raise ConfigError(f"{STARTER}: it is the Starter")
             spares = [name for name in self.spares if name in names and name not in drained]
+            if self.plans is not None:
+                spares += [name for name in names if name not in {*self.plans.split, *spares, *drained}]
             nodes = [self._remote_node(name) for name in (STARTER, *names) if name not in {*drained, *spares}]
             cuts = [NUM_LAYERS * i // len(nodes) for i in range(len(nodes) + 1)]
+            if self.plans is not None:
+                cuts = [0, *accumulate(self.plans.split[node.name] for node in nodes)]
             layers = tuple(LayerRange(*cut) for cut in zip(cuts, cuts[1:], strict=False))
             idle = tuple(
                 StandingBy(name, _public(name), "it is drained" if name in drained else "it is a spare")
@@ -466,6 +520,8 @@ class House:
     async def _formed(self, ring: RingHost) -> None:
         await ring.measured()
         self.is_measured = True
+        if self.plans is not None:
+            self.plans.note_formed()
 
     async def _serve_node(self, name: str, process: Process) -> None:
         """Run a Node's service, and start it again when it fails, as a service manager does."""
@@ -582,7 +638,7 @@ class House:
                     if hasattr(module, name):
                         put(module, name, transports.of(name))
             for module in (node, ring_host):
-                put(module, "make_worker", lambda clock, tracer, _: _VirtualWorker(clock, tracer))
+                put(module, "make_worker", lambda clock, tracer, _: _VirtualWorker(self, clock, tracer))
             for module in (ring_host, worker):
                 put(module, "return_free_memory", lambda **_: None)
             put(ring_host, "_open_model", partial(_ChainStage, self))
