@@ -14,7 +14,7 @@ STATUS: dict[str, Any] = {
     "state": "serves on desk, pi1, pi2",
     "model": "m",
     "nodes": [{"name": name, "state": "serves", "layers": [0, 4]} for name in ("desk", "pi1", "pi2")],
-    "requests": {"running": 1, "done": 2, "failed": 0, "refused": 0, "left": 0},
+    "requests": {"running": 1, "waiting": 0, "done": 2, "failed": 0, "refused": {"busy": 3}, "left": 0, "cut_off": 0},
     "rings_formed": 1,
     "last_error": None,
 }
@@ -41,3 +41,17 @@ def test_programs_read_all_factors(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     nodes = json.loads(capsys.readouterr().out)["nodes"]
     assert [node.get("under_load") for node in nodes] == [1.0, 1.2, 1.88]
     assert [node.get("under_load") for node in with_load(STATUS, {})["nodes"]] == [None] * 3
+
+
+def test_the_status_shows_the_newest_pause_and_what_a_spare_has_on_its_disk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spare = {"name": "pi3", "state": "stands by", "reason": "it is a spare", "on_disk": [4, 5, 6, 9]}
+    pauses = [{"ago_s": 9e3, "reason": "pi1"}, {"ago_s": 61.4, "reason": "pi2: gone", "unheard_s": 0.7, "after_s": 1.5}]
+    found = {**STATUS, "nodes": [*STATUS["nodes"], spare], "pauses": pauses}
+    monkeypatch.setattr(admin, "ask", lambda *_: found)
+    monkeypatch.setenv("COLUMNS", "140")
+    admin.status(Path("t.yaml"), as_json=False)
+    shown = capsys.readouterr().out
+    assert "last pause, 61 s ago: pi2: gone; unheard of for 0.7 s, went on after 1.5 s" in shown
+    assert "stands by: it is a spare; on its disk: layers 4-6, 9-9" in shown
