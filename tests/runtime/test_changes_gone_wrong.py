@@ -46,10 +46,9 @@ def let_in(house: House, name: str, since_s: float) -> list[float]:
 
 def may_connect(house: House, name: str) -> bool:
     """Return whether the Starter lets a Node in now, on any plane."""
-    ports: list[Any] = [port for port in house.network._listeners.values() if port.process.machine == STARTER]
-    return any(
-        name in listed.values() for port in ports if port._security for listed in port._security.gate.lists.values()
-    )
+    ports = [one for one in house.network._listeners.values() if one.process.machine == STARTER]
+    gates: list[Any] = [port._security.gate for port in ports if port._security is not None]
+    return any(name in listed.values() for gate in gates for listed in gate.lists.values())
 
 
 # Old Batches of the Starter.
