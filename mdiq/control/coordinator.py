@@ -288,9 +288,11 @@ class Coordinator:
         self._nodes[identity] = node
         if (theirs := hello.mdiq_version) != self._version:
             text = f"{node}: it runs mdiq {theirs} and the starter {self._version}; install the same version"
-            self.fail(node, mismatch := EngineError(text))
-            if node in self._ring:
-                self._on_lost(node, mismatch)
+            log.error("node_not_let_in", node=node, error=text)
+            if not self._gone[node].done():  # else others go on without it, or wait for the right one
+                self.fail(node, mismatch := EngineError(text))
+                if node in self._ring:
+                    self._on_lost(node, mismatch)
         else:
             self._enter(node, hello)
 
@@ -312,10 +314,7 @@ class Coordinator:
         self._news.set()
 
     def _note_new_process(self, node: NodeId) -> None:
-        """Note that a new process says Hello in place of one that is gone, or has fallen silent.
-
-        A second process beside one that lives is refused: see Membership.
-        """
+        """Note a new process in place of one that is gone or silent; beside one that lives, Membership refuses it."""
         is_gone = self._gone[node].done()
         if not is_gone and self._members.silent_s(node, self._clock()) < SILENT_S:
             return

@@ -128,6 +128,29 @@ def test_a_spare_with_another_version_is_not_used_and_ends_nothing() -> None:
     live(act, num_spares=1)
 
 
+@pytest.mark.parametrize("is_quick", [False, True])
+def test_a_node_that_comes_back_with_another_version_is_waited_for_until_it_has_the_right_one(is_quick: bool) -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=200)
+        await house.crash("pi1")
+        await asyncio.sleep(0.0 if is_quick else 4.0)
+        house.versions["pi1"] = "0.0.1"
+        house.start_node("pi1")
+        await asyncio.sleep(10.0)
+        assert house.keeper is not None and house.keeper.describe() == "paused: waits for pi1"
+        await house.crash("pi1")
+        house.versions.clear()
+        await asyncio.sleep(4.0)
+        house.start_node("pi1")
+        await house.answered(40.0)
+        assert layers(house) == WHOLE
+
+    house = live(act)
+    (line,) = [line for line in house.log if line["event"] == "node_not_let_in"]
+    assert "pi1: it runs mdiq 0.0.1" in line["error"]
+
+
 # Formats of the Hops.
 
 
