@@ -49,6 +49,10 @@ class TopologyError(ConfigError):
         self.lines = tuple(lines)
 
 
+class GaveWayError(ConfigError):
+    """A change of the ring was given up before it began, for another one; nothing has changed."""
+
+
 class PlanError(UsageError):
     """A layer split does not fit the model, or the model does not fit the nodes."""
 

@@ -73,6 +73,7 @@ class FakeRing:
         self.refuses: Callable[[Sequence], MdiqError | None] = lambda _: None
         self.silence: dict[str, float] = {}
         self.gone: list[str] = []
+        self.num_given_way = 0
         self.disks: dict[str, frozenset[int]] = {}
         self.times: list[RecoveryTimes] = []
         self.trouble = ""
@@ -116,6 +117,9 @@ class FakeRing:
     @property
     def missing(self) -> list[str]:
         return self.gone if self.joined.is_set() else list(self.options.node_names[1:])
+
+    def give_way(self) -> None:
+        self.num_given_way += 1
 
     @property
     def at_hand(self) -> Mapping[str, frozenset[int]]:

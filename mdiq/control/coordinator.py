@@ -1,8 +1,8 @@
 """The Starter's end of the control plane: Nodes join, load what they are told, say ready, are drained. No processes."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import structlog
 
@@ -10,7 +10,7 @@ from mdiq import errors
 from mdiq.control.answers import A, Answers, all_of, fail
 from mdiq.control.node_watch import SILENT_S, NodeWatch
 from mdiq.control.standby import StandingBy
-from mdiq.control.strangers import Strangers
+from mdiq.control.strangers import Strangers, check_hello
 from mdiq.core import control
 from mdiq.core.membership import Membership, NodeState
 from mdiq.core.types import NodeId
@@ -25,6 +25,7 @@ REPEAT_S = 5.0  # a connection that breaks loses what is on its way: what is not
 
 T = TypeVar("T")
 
+_FORGOTTEN = "it is not a node of this ring any more"
 _WITHOUT_WORK = (NodeState.JOINING, NodeState.LOADING, NodeState.STANDING_BY)
 
 
@@ -128,10 +129,10 @@ class Coordinator:
         """The Ring's Nodes that are here and have not loaded since they joined."""
         return [node for node in self._ring if self._members.state(node) in _WITHOUT_WORK]
 
-    async def until_joined(self) -> None:
-        """Wait until a Node joins, for the first time or again, of the Ring or not."""
+    def until_joined(self) -> Coroutine[Any, Any, Any]:
+        """Return what waits until a Node joins from now on, for the first time or again, of the Ring or not."""
         self._news.clear()
-        await self._news.wait()
+        return self._news.wait()
 
     def silent(self, min_s: float) -> dict[NodeId, float]:
         """Return the Nodes that have not been heard for so long, and for how long; those that are gone are not here."""
@@ -156,6 +157,8 @@ class Coordinator:
 
     async def ask(self, node: NodeId, request: control.SendBurst | control.Fetch, kind: type[A]) -> A:
         """Have one Node do something and return its answer of this kind; raises as ``assign`` does."""
+        if node not in self._gone:
+            raise NodeDiedError(f"{node}: {_FORGOTTEN}")
         return (await self._call({node: request}, {node: (kind, request.number)}))[node]
 
     def burst_arrived(self, node: NodeId, number: int) -> "asyncio.Future[control.BurstArrived]":
@@ -271,12 +274,7 @@ class Coordinator:
 
     def _join(self, identity: bytes, sender: str | None, hello: control.Hello) -> None:
         node = NodeId(hello.node)
-        if node not in self._joined:
-            raise RemoteProtocolError(f"Hello from {hello.node!r}, which is not a node of this ring")
-        if sender not in (None, node):
-            raise RemoteProtocolError(f"Hello for {hello.node!r} came with the key of {sender!r}")
-        if self._nodes.get(identity, node) != node:
-            raise RemoteProtocolError(f"Hello for {hello.node!r} from a peer that is {self._nodes[identity]!r}")
+        check_hello(node, sender, self._nodes.get(identity, node), is_known=node in self._joined)
         if self._is_draining:
             return  # it has ended with this Ring and is ready for the next one
         if self._identities.get(node, identity) != identity:
@@ -329,13 +327,14 @@ class Coordinator:
     ) -> dict[NodeId, A]:
         """Send each Node its request, again while it does not answer; return each answer, by its kind and number."""
         futures = {node: self._await(node, kind, number) for node, (kind, number) in answers.items()}
-        if not any(self._gone[node].done() for node in requests):
+        gone = [self._gone[node] for node in requests]  # one may be forgotten meanwhile
+        if not any(each.done() for each in gone):
             for node, message in requests.items():
                 if isinstance(message, control.Assign):
                     self._members.assigned(node)
         answered = asyncio.create_task(self._unless_gone(futures), name="answers")
         try:
-            while not any(self._gone[node].done() for node in requests) and not answered.done():
+            while not any(each.done() for each in gone) and not answered.done():
                 for node, message in requests.items():
                     if not futures[node].done():
                         await self._send(node, message)
@@ -384,6 +383,7 @@ class Coordinator:
 
     def _forget(self, node: NodeId) -> None:
         """Take a Node for a stranger from now on."""
+        self.fail(node, NodeDiedError(f"{node}: {_FORGOTTEN}"))
         self._members.forget(node)
         self._nodes.pop(self._identities.pop(node, b""), None)
         for table in (self._joined, self._gone, self._silent, self.spans, self.heartbeats, self.ready, self.on_disk):

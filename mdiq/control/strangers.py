@@ -1,8 +1,10 @@
-"""Peers of the control plane that have not joined: they still serve an earlier Starter's Ring."""
+"""Peers of the control plane that have not joined: who may, and those that still serve an earlier Starter's Ring."""
 
 from collections.abc import Callable
 
 import structlog
+
+from mdiq.errors import RemoteProtocolError
 
 log = structlog.get_logger()
 
@@ -27,3 +29,17 @@ class Strangers:
         self._told_s[identity] = now
         log.info("stranger_drained", peer=repr(identity))
         return True
+
+
+def check_hello(node: str, sender: str | None, holder: str, *, is_known: bool) -> None:
+    """See that a peer may join as a Node. sender: whose key it has; holder: the Node that its connection is of.
+
+    Raises:
+        RemoteProtocolError: it may not.
+    """
+    if not is_known:
+        raise RemoteProtocolError(f"Hello from {node!r}, which is not a node of this ring")
+    if sender not in (None, node):
+        raise RemoteProtocolError(f"Hello for {node!r} came with the key of {sender!r}")
+    if holder != node:
+        raise RemoteProtocolError(f"Hello for {node!r} from a peer that is {holder!r}")

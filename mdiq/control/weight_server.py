@@ -150,6 +150,12 @@ class WeightServer:
         self._peers[identity] = peer, tasks.create_task(self._serve(peer), name=f"weights {identity!r}")
         log.info("weights_asked", peer=repr(identity), layers=str(ask.layers))
 
+    async def end_refused(self) -> None:
+        """End the transfers of Layers that their Nodes may not have any more."""
+        for peer in [peer for peer, _ in self._peers.values() if not self._may_fetch(peer.node, peer.layers)]:
+            self._end(peer.identity)
+            await self._send(peer.identity, messages.Refused(f"layers {peer.layers} are not wanted any more", True))
+
     def _end(self, identity: bytes) -> None:
         """End a peer's transfer, if it has one."""
         if (known := self._peers.pop(identity, None)) is not None:

@@ -171,6 +171,7 @@ class RingProtocol:
                 continue
             if entry.sequence.num_tokens >= entry.max_tokens:
                 self._end(entry, FinishReason.LENGTH)  # this Ring holds no more of it
+        self.resumed = [index for index in self.resumed if index in self._books.unfinished]
 
     def pace(self, spec: RingSpec) -> None:
         """Go on in the same Ring at another pace: the measurements that it follows from have changed."""

@@ -12,7 +12,7 @@ from typing import NoReturn
 import structlog
 
 from mdiq.core.types import LayerRange
-from mdiq.errors import MdiqError, NodeDiedError
+from mdiq.errors import GaveWayError, MdiqError, NodeDiedError
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.serving_ring import ServingRing
 from mdiq.runtime.takeover import standby_layers
@@ -24,6 +24,8 @@ LOOK_S = 5.0
 """How often it looks for Nodes that lack something."""
 RETRY_S = 600.0
 """After a fetch that failed: most likely a disk is full."""
+MAX_ROUNDS = 3
+"""Of a change whose Nodes come, go, and lose what they had fetched."""
 PAUSE_S = 0.2
 """How soon a fetch is left alone in a pause, for what is waited for."""
 
@@ -37,6 +39,8 @@ class FetchAhead:
         self._failed_s: dict[tuple[str, LayerRange], float] = {}
         self._turn = asyncio.Lock()
         self._num_waiting = 0  # changes, which go before what may be of use later
+        self._num_given_way = 0
+        self._is_closed = False
 
     async def run(self) -> NoReturn:
         """Keep Nodes ready to take over until cancelled."""
@@ -59,17 +63,43 @@ class FetchAhead:
     async def get_ready(self, options: RingOptions) -> None:
         """Have the Nodes of another Ring fetch what they lack of it; those that are gone, or not here, do not.
 
+        A pause is waited for: what is lost meanwhile comes first.
+
         Raises:
+            GaveWayError: another change is asked for, or the Ring ends.
             MdiqError: a Node cannot.
         """
         self._num_waiting += 1
+        turn = self._num_given_way
         try:
-            for name, layers in list(zip(options.node_names, options.layers, strict=True))[1:]:
-                if self._lacks(name, layers):
+            for _ in range(MAX_ROUNDS):
+                while self._ring.is_paused and self._goes_on(turn):  # noqa: ASYNC110  (it tells nobody)
+                    await asyncio.sleep(PAUSE_S)
+                lacking = [
+                    (name, layers)
+                    for name, layers in list(zip(options.node_names, options.layers, strict=True))[1:]
+                    if self._lacks(name, layers)
+                ]
+                if not lacking:
+                    return
+                for name, layers in lacking:
                     with contextlib.suppress(NodeDiedError):
-                        await self._fetch(name, layers)
+                        await self._fetch(name, layers, until=lambda: not self._goes_on(turn))
+                if not self._goes_on(turn):
+                    raise GaveWayError("it was given up for another change, or because the ring ends")
         finally:
             self._num_waiting -= 1
+
+    def give_way(self) -> None:
+        """Have changes that only get ready be given up: another one is asked for."""
+        self._num_given_way += 1
+
+    def close(self) -> None:
+        """Have all of them be given up: the Ring ends."""
+        self._is_closed = True
+
+    def _goes_on(self, turn: int) -> bool:
+        return not self._is_closed and turn == self._num_given_way
 
     def _wanted(self) -> list[tuple[str, LayerRange]]:
         ring = self._ring

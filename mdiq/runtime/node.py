@@ -17,7 +17,7 @@ import structlog
 import zmq.asyncio
 
 import mdiq
-from mdiq.cache import cache_directory
+from mdiq.cache import Use, cache_directory
 from mdiq.control.agent import Agent
 from mdiq.control.weight_client import Fetched, fetch_weights
 from mdiq.control.weight_store import stored_layers
@@ -84,6 +84,7 @@ class NodeProcess:
         self._num_links = 0
         self._stage = StageHost(self.worker, is_rationed=self._peers is not None)
         self._loaded: tuple[control.Assign, control.Ready] | None = None
+        self._ahead_in_use: Use | None = None  # while it is held, nobody makes room of what was fetched ahead
         self._sink: PushSink | None = None
         self._source: PullSource | None = None
         self._agent: Agent | None = None
@@ -213,8 +214,8 @@ class NodeProcess:
         if self._loaded is not None:
             before, ready = self._loaded
             like_it = replace(assign, epoch=before.epoch, kv_tokens=before.kv_tokens, measures=before.measures)
-            if like_it == before and assign.kv_tokens <= ready.kv_tokens:
-                return replace(ready, epoch=assign.epoch)  # the link was down, and all is still there
+            if like_it == before and assign.kv_tokens <= ready.kv_tokens:  # the link was down, and all is still there
+                return replace(ready, epoch=assign.epoch, on_disk=await self._on_disk(assign))
         assert agent is not None and source is not None  # an Agent calls this
         await self._stop_serving()
         layers = LayerRange(assign.layer_start, assign.layer_stop)
@@ -235,11 +236,7 @@ class NodeProcess:
             on_loading=partial(self._progress, "loading"),
             on_measuring=lambda: self._notifier.starting(f"measures {self._layers}"),
         )
-        if self._peers is not None:
-            ready = replace(
-                ready,
-                on_disk=await asyncio.to_thread(stored_layers, _folder(assign.model_digest, assign.weights.format)),
-            )
+        ready = replace(ready, on_disk=await self._on_disk(assign))
         self._waits_for = "the others of the ring"
         self._loaded = assign, ready
         if assign.measures:  # the Hops too, before the first Epoch; else the next Node may not let this one in yet
@@ -296,12 +293,19 @@ class NodeProcess:
             if self._peers is None:
                 raise ConfigError("this node has the model beside it")
             fetched = await self._fetched(self._peers, fetch.model_digest, fetch.weight_format, layers, lambda *_: None)
+            self._ahead_in_use = fetched.in_use
             log.info("standby_layers_here", layers=str(layers), num_bytes=fetched.num_bytes)
         except MdiqError as raised:
             error = str(raised)
             log.warning("layers_not_fetched", layers=str(layers), error=error)
         on_disk = await asyncio.to_thread(stored_layers, _folder(fetch.model_digest, fetch.weight_format))
         return control.Fetched(fetch.number, on_disk, error)
+
+    async def _on_disk(self, assign: control.Assign) -> tuple[int, ...]:
+        """Return the Layers of a model that this machine has fetched."""
+        if self._peers is None:
+            return ()
+        return await asyncio.to_thread(stored_layers, _folder(assign.model_digest, assign.weights.format))
 
     async def _fetched(
         self, peers: RingPeers, digest: str, weight_format: str, layers: LayerRange, progress: Progress

@@ -20,7 +20,6 @@ A Ring that has gone on without a Node takes it in again when it has been back f
 """
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
@@ -29,7 +28,7 @@ from typing import Protocol
 
 import structlog
 
-from mdiq.errors import CapacityError, ConfigError, MdiqError, NodeDiedError, RingError
+from mdiq.errors import CapacityError, ConfigError, GaveWayError, MdiqError, NodeDiedError, RingError
 from mdiq.runtime.fetch_ahead import FetchAhead
 from mdiq.runtime.loops import loop_failed
 from mdiq.runtime.losses import Losses
@@ -160,6 +159,7 @@ class Recovery:
             ConfigError: it cannot, and goes on as it was.
             MdiqError: it has given up.
         """
+        before = self._planned, self._barred
         self._planned = options
         self._barred = (self._barred | members_of(self._served)) - members_of(options)
         if is_same_but_idle(options, self._ring.options):
@@ -169,8 +169,9 @@ class Recovery:
             if not members_of(self._ring.options) - members_of(options):  # else one is to be cut off at once
                 await self._ahead.get_ready(options)
         except MdiqError as error:
-            self._planned = self._ring.options
-            raise ConfigError(f"the ring goes on with {_split_text(self._ring.options)}; {error}") from None
+            self._planned, self._barred = before
+            kind = GaveWayError if isinstance(error, GaveWayError) else ConfigError
+            raise kind(f"the ring goes on with {_split_text(self._ring.options)}; {error}") from None
         await _until_done(self._start(partial(self._change_to, lambda: options)))
         if self._planned != options:
             raise ConfigError(f"the ring goes on with {_split_text(self._ring.options)}; see the log for what it lacks")
@@ -182,13 +183,16 @@ class Recovery:
         """
 
         def without() -> RingOptions | None:
-            ring = self._ring
-            options = ring.taken_over([name]) if name in ring.options.node_names else None
+            ring, is_here = self._ring, name in self._ring.options.node_names
+            options = ring.taken_over([name]) if is_here and self._workers.leaving == name else None
             return None if options is not None and self._is_other_text(options) else options
 
         if (options := without()) is not None:
-            with contextlib.suppress(MdiqError):  # then it is fetched in the pause, or fails there
+            try:
                 await self._ahead.get_ready(options)
+            except MdiqError as error:
+                log.info("not_without", node=name, error=str(error))
+                return False
         await _until_done(self._start(partial(self._change_to, without)))
         return name not in self._ring.options.node_names
 
@@ -200,6 +204,7 @@ class Recovery:
     async def aclose(self) -> None:
         """End what is done; there is no other."""
         self._is_closed = True
+        self._ahead.close()
         tasks = [task for task in (*self._tasks, self._returning) if task is not None]
         for task in tasks:
             task.cancel()
@@ -207,6 +212,8 @@ class Recovery:
 
     def _start(self, work: Callable[[], Awaitable[None]]) -> "asyncio.Task[None]":
         """Do some work when it is its turn; whatever it raises ends the Ring, which may be paused by then."""
+        if self._is_closed:
+            raise RingError("the ring was closed meanwhile; ask again")
         task = asyncio.create_task(self._in_turn(work), name="recovery")
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -341,12 +348,18 @@ class Recovery:
             if self._is_other_text(self._planned) and self._service.ring.num_unfinished:
                 continue
             self._return_s = min(2 * self._return_s, MAX_RETURN_S)
+            planned = self._planned
             try:
-                await self._ahead.get_ready(self._planned)
+                await self._ahead.get_ready(planned)
             except MdiqError as error:
-                log.error("ring_not_changed", wanted=_split_text(self._planned), error=str(error))
+                log.error("ring_not_changed", wanted=_split_text(planned), error=str(error))
                 continue
-            await _until_done(self._start(partial(self._change_to, lambda: self._planned)))
+            await _until_done(self._start(partial(self._change_to, partial(self._if_it_may, planned))))
+
+    def _if_it_may(self, planned: RingOptions) -> RingOptions | None:
+        """Return the Ring to return to, unless there is another one by now, or what runs would go on otherwise."""
+        is_other_text = self._is_other_text(planned) and self._service.ring.num_unfinished
+        return None if is_other_text or planned != self._planned else planned
 
     async def _ring_that_can(self) -> RingOptions:
         """Return the Ring that is to go on, as soon as there is one; see above.

@@ -110,6 +110,8 @@ class RemoteWorkers(SocketWorkers):
             fetched = await self._opened_coordinator.ask(NodeId(name), fetch, control.Fetched)
         finally:
             self._fetches.pop(name, None)
+            if self._weight_server is not None:
+                await self._weight_server.end_refused()  # it may be needed for what others wait for
         if fetched.error:
             raise CapacityError(f"{name}: {fetched.error}")
 
@@ -192,8 +194,7 @@ class RemoteWorkers(SocketWorkers):
         workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
         idle = {node.public_key or "": node.name for node in ring.standing_by}
         last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
-        spares = {node.public_key or "": node.name for node in ring.spares}
-        return {DATA: last, CONTROL: workers | idle, WEIGHTS: workers | spares}
+        return {DATA: last, CONTROL: workers | idle, WEIGHTS: workers | idle}
 
     async def _serve_weights(self, server: RouterServer) -> None:
         """Begin to serve weights."""

@@ -68,6 +68,7 @@ class RingHost:
         self._ring: ServingRing | None = None  # once its Layers are loaded
         self._service: StarterService | None = None
         self._recovery: Recovery | None = None  # once the Ring is formed
+        self._ahead: FetchAhead | None = None
         self._loss: MdiqError | None = None
         self._is_lost = asyncio.Event()
 
@@ -168,6 +169,11 @@ class RingHost:
         """Have the Nodes stand by that do so in another Ring; the keys of others are cut off before this returns."""
         assert self._recovery is not None  # it serves
         await self._recovery.replace_idle(like)
+
+    def give_way(self) -> None:
+        """Have a change that only gets ready be given up."""
+        if self._ahead is not None:
+            self._ahead.give_way()
 
     def can_change_to(self, options: RingOptions) -> bool:
         """Tell whether ``change`` is for another Ring: it differs in Layers and Nodes alone.
@@ -282,7 +288,7 @@ class RingHost:
         await epochs.form(service)
         if not self._options.is_survey:
             tolerance_s = self._options.outages.tolerance_s
-            ahead = FetchAhead(ring, self._workers)
+            self._ahead = ahead = FetchAhead(ring, self._workers)
             self._loops.run(ahead.run(), "fetch ahead")
             self._recovery = Recovery(
                 ring, self._workers, service, ahead, tolerance_s=tolerance_s, give_up=self._give_up

@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 import structlog
 
 from mdiq.core.sequence import Sequence
-from mdiq.errors import ConfigError, MdiqError, PlanError, RingError
+from mdiq.errors import ConfigError, GaveWayError, MdiqError, PlanError, RingError
 from mdiq.runtime.loops import Clock
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_status import KeeperState as KeeperState
-from mdiq.runtime.ring_status import KeptRing, Requests, RingView, is_first, names_of, serves_text
+from mdiq.runtime.ring_status import KeptRing, Requests, RingView, Turns, is_first, names_of, serves_text
 from mdiq.runtime.starter_service import StreamEvent
 from mdiq.runtime.takeover import is_same_but_idle, members_of, nodes_of
 
@@ -74,7 +74,7 @@ class RingKeeper:
         self._is_ending = self._holds_back = False  # holds back: a change waits until nothing runs
         self._renew = asyncio.Event()
         self._is_better = asyncio.Event()  # the plan than the Ring, by what it does under load
-        self._changing, self._closed = asyncio.Lock(), asyncio.Event()
+        self._changing, self._closed = Turns(lambda: self._now.give_way()), asyncio.Event()
         self._closed.set()
         self._requests, self._num_rings = Requests(), 0
         self._context_tokens: int | None = None
@@ -258,9 +258,7 @@ class RingKeeper:
         self._say(self.describe())
         renewing = asyncio.create_task(self._renew.wait(), name="renew")
         entering = asyncio.create_task(ring.__aenter__(), name="form")
-        losing: asyncio.Task[MdiqError] | None = None
-        ending: asyncio.Task[None] | None = None
-        idling: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[Any]] = [renewing, entering]
         try:
             await asyncio.wait({entering, renewing}, return_when=asyncio.FIRST_COMPLETED)
             if not entering.done():
@@ -281,17 +279,16 @@ class RingKeeper:
             self._num_rings += 1
             now.serving_since_s = self._clock()
             self.last_error = None
-            losing = asyncio.create_task(ring.until_lost(), name="lost")
+            tasks.append(losing := asyncio.create_task(ring.until_lost(), name="lost"))
             log.info("ring_formed", nodes=names_of(now.options))
             self._say_that_it_serves()
-            ending = asyncio.create_task(self._until_left(ring), name="leaving")
-            idling = asyncio.create_task(self._until_better_plan(ring), name="better plan")
-            await asyncio.wait({losing, renewing, ending, idling}, return_when=asyncio.FIRST_COMPLETED)
+            tasks.append(asyncio.create_task(self._until_left(ring), name="leaving"))
+            tasks.append(asyncio.create_task(self._until_better_plan(ring), name="better plan"))
+            await asyncio.wait({*tasks} - {entering}, return_when=asyncio.FIRST_COMPLETED)
             if losing.done():
                 raise losing.result()
             ring.service.fail_all(RingError("the ring is formed anew; ask again"))
         finally:
-            tasks = [task for task in (renewing, entering, losing, ending, idling) if task is not None]
             closing = asyncio.create_task(self._close(ring, tasks), name="close the ring")
             try:
                 await asyncio.shield(closing)
@@ -367,7 +364,7 @@ class RingKeeper:
                 self._is_better.clear()
                 if not await is_first(self._requests.until_idle(IDLE_S), self._is_better.wait()):
                     continue
-            async with self._changing:
+            async with self._changing.lock:
                 tried = wanted = self._wanted
                 if wanted == ring.options:  # it has changed meanwhile
                     continue
@@ -375,8 +372,9 @@ class RingKeeper:
                     return
                 try:
                     await ring.change(wanted)
-                except MdiqError:  # the Ring has logged it, and goes on
-                    self._on_not_changed(wanted)
+                except MdiqError as error:  # the Ring has logged it, and goes on
+                    if not isinstance(error, GaveWayError):
+                        self._on_not_changed(wanted)
                     with contextlib.suppress(MdiqError):
                         self._plan()
                 self._say_that_it_serves()

@@ -4,7 +4,7 @@ Forming the Ring, and forming it again, is for ring_keeper.py.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class KeptRing(Protocol):
     def can_change_to(self, options: RingOptions) -> bool: ...
     async def change(self, options: RingOptions) -> None: ...
     async def replace_idle(self, like: RingOptions) -> None: ...
+    def give_way(self) -> None: ...
     async def go_without(self, name: str) -> bool: ...
     async def until_lost(self) -> MdiqError: ...
     async def until_leaving(self) -> str: ...
@@ -64,6 +65,22 @@ class KeeperState:
 
     is_serving: bool
     text: str
+
+
+class Turns:
+    """One change of the Ring at a time. give_way: called when an operator wants one while another is under way."""
+
+    def __init__(self, give_way: Callable[[], None]) -> None:
+        self.lock = asyncio.Lock()
+        self._give_way = give_way
+
+    async def __aenter__(self) -> None:
+        if self.lock.locked():
+            self._give_way()
+        await self.lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.lock.release()
 
 
 class Requests:
@@ -144,6 +161,11 @@ class RingView:
             return 0
         ring = self.formed.service.ring
         return ring.num_unfinished - ring.num_live
+
+    def give_way(self) -> None:
+        """Have a change that only gets ready be given up, if there is one."""
+        if self.formed is not None:
+            self.formed.give_way()
 
     def silent(self) -> Mapping[str, float]:
         """Return the Nodes that should have been heard, and for how long they were not."""

@@ -46,6 +46,7 @@ class ServingRing:
         self._workers = workers
         self._worker = worker
         self._on_loading = on_loading
+        self._rate = USUAL_BYTES_PER_S
 
     @property
     def is_paused(self) -> bool:
@@ -91,8 +92,7 @@ class ServingRing:
             return None
         if self.rounds and max_fetch_s < inf:  # a node that is back goes on with the same tokens
             return None
-        rate = self._slowest_hop or USUAL_BYTES_PER_S
-        return self.loaded.survived(self.options, options, still, max_fetch_s, rate, at_hand)
+        return self.loaded.survived(self.options, options, still, max_fetch_s, self._slowest_hop, at_hand)
 
     async def reform(self, options: RingOptions) -> None:
         """Be another Ring from now on; nobody loads yet."""
@@ -120,8 +120,8 @@ class ServingRing:
 
     @property
     def ahead_bytes_per_s(self) -> float | None:
-        """What Layers may take of the links while activations travel; None where no link was measured."""
-        return None if self._slowest_hop is None else AHEAD_SHARE * self._slowest_hop
+        """What Layers may take of the links while activations travel; None where there is no Hop."""
+        return AHEAD_SHARE * self._slowest_hop if self.options.num_nodes > 1 else None
 
     def pace(self) -> PaceFigures:
         """Return the pace of the most Sequences that were in the Ring at once, as it is planned now."""
@@ -136,5 +136,7 @@ class ServingRing:
         return await self.epochs.measured()
 
     @property
-    def _slowest_hop(self) -> float | None:
-        return min((hop.bytes_per_s for hop in self.hops() if hop.bytes_per_s is not None), default=None)
+    def _slowest_hop(self) -> float:
+        """The rate of the slowest Hop; Hops of another Ring than the one that was formed are not measured."""
+        self._rate = min((hop.bytes_per_s for hop in self.hops() if hop.bytes_per_s is not None), default=self._rate)
+        return self._rate

@@ -77,6 +77,12 @@ class SocketWorkers(Workers):
         """Wait until a Node asks to be drained; return its name."""
         return await asyncio.shield(self._opened_coordinator.leaving)
 
+    @property
+    def leaving(self) -> str | None:
+        """The Node that asks to be drained, if there is one."""
+        leaving = self._opened_coordinator.leaving
+        return leaving.result() if leaving.done() else None
+
     async def until_staying(self) -> None:
         """Wait until the Node that asked to be drained has been started again."""
         await self._opened_coordinator.until_staying()

@@ -86,6 +86,11 @@ class Workers(ABC):
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await never
 
+    @property
+    def leaving(self) -> str | None:
+        """The Node that asks to be drained, if there is one."""
+        return None
+
     async def until_staying(self) -> None:
         """Wait until the Node that asked to be drained has been started again."""
         await asyncio.get_running_loop().create_future()

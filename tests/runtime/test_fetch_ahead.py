@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
+from mdiq.transport.curve import WEIGHTS
 from tests.runtime.test_ring_changes import FORMED_S, asked, has_layers, layers, states
 from tests.runtime.test_ring_changes import live as live_cold
-from tests.virtual.house import NUM_LAYERS, House
+from tests.virtual.house import NUM_LAYERS, STARTER, House
 
 FETCH_S = 12.0
 """Of any Layers: a slow link."""
@@ -175,5 +177,72 @@ def test_a_spare_that_dies_while_it_fetches_is_asked_again_when_it_is_back() -> 
         await asyncio.sleep(5.0)
         house.start_node("spare1")
         await until_on_disk(house, "spare1", range(2, NUM_LAYERS))
+
+    live(act, num_spares=1)
+
+
+def test_a_spare_that_is_taken_out_of_the_topology_while_it_fetches_ends_nothing() -> None:
+    async def act(house: House) -> None:
+        await asked(house, max_tokens=200)
+        await asyncio.sleep(FETCH_S / 2)
+        assert 0 < len(house.disks["spare1"]) < 4
+        house.revoked.add("spare1")
+        house.reload()
+        await house.answered(90.0)
+        assert "spare1" not in states(house)
+
+    live(act, num_spares=1)
+
+
+def test_a_node_that_is_drained_may_fetch_what_it_needs_to_be_let_in_again() -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await asyncio.sleep(12.0)
+        house.drain("pi1")
+        await has_layers(house, {"desk": 3, "pi2": 3}, 20.0)
+        ports: list[Any] = [port for port in house.network._listeners.values() if port.process.machine == STARTER]
+        gates = [port._security.gate for port in ports if port._security]
+        assert gates and all("pi1" in gate.lists[WEIGHTS].values() for gate in gates)
+        await house.crash("pi1")
+        house.disks["pi1"].clear()
+        await asyncio.sleep(2.0)
+        house.start_node("pi1")
+        await asyncio.sleep(2.0)
+        house.drain("pi1", undo=True)
+        await has_layers(house, {"desk": 2, "pi1": 2, "pi2": 2}, 4 * FETCH_S)
+
+    assert max(pauses_s(live(act), "ring_changed")) < SHORT_S
+
+
+def test_an_operators_change_does_not_wait_for_one_that_still_fetches() -> None:
+    async def act(house: House) -> None:
+        house.fetch_s = 600.0
+        house.drain("pi1")
+        await asyncio.sleep(3.0)
+        house.revoked.add("pi2")
+        house.reload()
+        await has_layers(house, {"desk": 3, "pi1": 3}, 2 * 600.0)
+        (refusal,) = [what for _, what in house.events if what.startswith("refused")]
+        assert "given up for another change" in refusal
+
+    live(act)
+
+
+def test_a_change_that_cannot_fetch_leaves_the_ring_on_its_way_back() -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await asyncio.sleep(12.0)
+        await house.crash("pi1")
+        await has_layers(house, {"desk": 2, "spare1": 2, "pi2": 2}, 20.0)
+        house.disks["pi2"] = {4, 5}
+        await house.crash("pi2")
+        house.start_node("pi2")
+        house.full_disks.add("pi2")
+        await asyncio.sleep(10.0)
+        house.drain("spare1")
+        await asyncio.sleep(30.0)
+        house.full_disks.clear()
+        house.start_node("pi1")
+        await has_layers(house, {"desk": 2, "pi1": 2, "pi2": 2}, 6 * FETCH_S)
 
     live(act, num_spares=1)

@@ -163,6 +163,7 @@ def test_sums_of_the_largest_activations_and_weights_do_not_overflow(kernel: typ
         assert torch.allclose(linear(torch.ones(3, IN)), torch.full((3, OUT), sign * IN), rtol=1e-2)
 
 
+@pytest.mark.timeout(300)  # it compiles for five kinds of CPU
 @pytest.mark.parametrize("kernel", [LlvmInt4, LlvmQ4K, LlvmQ6K], ids=lambda kernel: kernel.name)
 def test_compiled_code_gives_the_same_bits_for_every_cpu_and_number_of_threads(
     kernel: type[LlvmInt4], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
