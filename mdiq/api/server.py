@@ -89,7 +89,9 @@ class _Connection(RequestHandler):
         self._reading = self._loop.call_later(self.server.client_timeout_s, self._check_reader)
 
     def _check_reader(self) -> None:
-        if self._link.get_write_buffer_size() <= self._num_unread - MIN_READ_BYTES:
+        num_unread = self._link.get_write_buffer_size()
+        # More was written meanwhile, for aiohttp does not wait at once: what was read cannot be told from that.
+        if num_unread <= self._num_unread - MIN_READ_BYTES or num_unread > self._num_unread:
             self._watch_reader()
             return
         self._note_cut_off()

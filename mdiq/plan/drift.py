@@ -135,6 +135,9 @@ class Drift:
         split = plans.best(factors)
         if split is None or split == present:
             return None
+        # A Node that is left out shows nothing any more: some minutes are not enough for that.
+        if is_doubted and not present.keys() <= split.keys():
+            return None
 
         def found(by: Factors) -> BetterPlan | None:
             value, present_value = plans.value(split, by) or 0.0, plans.value(present, by) or math.inf

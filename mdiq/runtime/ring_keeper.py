@@ -319,6 +319,8 @@ class RingKeeper:
                 await ring.change(options)
             except ConfigError:
                 self._wanted, self._drained, self._has_plan = before
+                with contextlib.suppress(MdiqError):
+                    self._form(self._drained)  # it plans without the drained ones that it was asked for last
                 raise
             self._say_that_it_serves()
             return
@@ -372,8 +374,8 @@ class RingKeeper:
                     return
                 try:
                     await ring.change(wanted)
-                except MdiqError as error:  # the Ring has logged it, and goes on
-                    if not isinstance(error, GaveWayError):
+                except MdiqError as error:  # the Ring has logged it, and goes on, unless it is lost
+                    if isinstance(error, ConfigError) and not isinstance(error, GaveWayError):
                         self._on_not_changed(wanted)
                     with contextlib.suppress(MdiqError):
                         self._plan()

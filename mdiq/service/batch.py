@@ -36,8 +36,8 @@ class Batch:
             if has_results and not resume:
                 raise ConfigError(f"{out}: it exists; add --resume to go on where it stopped, or move it away")
             self.journal: Journal | None = None
-            if is_journalled and results.is_regular:
-                self.journal = journal = opened.enter_context(Journal(out.with_name(f"{out.name}.journal")))
+            if is_journalled and results.is_regular and out.resolve().parts[1:2] not in (("dev",), ("proc",)):
+                self.journal = journal = opened.enter_context(Journal(_journal_of(out)))
                 self.begun = {int(key): begun for key, begun in journal.begun().items()}
                 if self.begun and not resume:
                     raise ConfigError(
@@ -78,6 +78,12 @@ class Batch:
             self.journal = None
 
 
+def _journal_of(out: Path) -> Path:
+    """Return where the journal is: beside the file itself, whatever link leads to it."""
+    file = out.resolve()
+    return file.with_name(f"{file.name}.journal")
+
+
 def about(
     lines: Sequence[PromptLine], defaults: SamplingParams, options: RingOptions, *, raw: bool
 ) -> Mapping[str, str]:
@@ -93,7 +99,7 @@ def about(
         "dtype": weights.dtype,
         "mode": "exact" if weights.exact else "fast",
         "device": weights.device,
-        "wire": ",".join(options.wires),
+        "wire": ",".join(sorted({*options.wires})),  # the plan may have left Nodes out
         "raw": str(raw).lower(),
         **{name: str(value) for name, value in asdict(defaults).items()},
     }

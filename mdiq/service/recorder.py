@@ -33,12 +33,13 @@ class _Kept:
     is_final: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Line:
     key: str
     text: str
     is_final: bool
     written: "asyncio.Future[None]"
+    is_stored: bool = False
 
 
 class Recorder:
@@ -105,9 +106,10 @@ class Recorder:
         if is_due := with_tokens or now >= self._tokens_due_s:
             self._tokens_due_s = now + self._interval_s
         self._has_lines.clear()
-        lines, self._lines = self._lines, []
+        lines = list(self._lines)
         if lines or is_due:
             self._report(await asyncio.to_thread(self._write, lines, with_tokens=is_due))
+        self._lines = self._lines[len(lines) :]  # one that is cancelled leaves them to the next
         for line in lines:
             if not line.written.done():  # its task may have been cancelled
                 line.written.set_result(None)
@@ -115,6 +117,7 @@ class Recorder:
     def _write(self, lines: AbstractSequence[_Line], *, with_tokens: bool) -> MdiqError | None:
         """Write in this thread; return the error of the journal, if there is one."""
         with self._writing:
+            lines = [line for line in lines if not line.is_stored]
             try:
                 if lines:
                     self._results.append([line.text for line in lines])
@@ -122,6 +125,7 @@ class Recorder:
                 self._write_journal(with_tokens=True)  # what these results were made of
                 raise
             for line in lines:
+                line.is_stored = True
                 if kept := self._kept.get(line.key):
                     kept.has_result, kept.is_final = True, line.is_final
             return self._write_journal(with_tokens=with_tokens)

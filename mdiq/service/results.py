@@ -84,9 +84,10 @@ class ResultsFile:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a new file's name to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Bring a new file's name to the disk, where folders can be read, and their file system does that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

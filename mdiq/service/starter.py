@@ -80,8 +80,13 @@ class _Topologies:
             before=self._rings,
         )
         rings.options()  # errors in it are raised now
-        self._rings = rings
-        return rings.options
+
+        def form(drained: frozenset[str]) -> RingOptions:
+            options = rings.options(drained)
+            self._rings = rings  # it is in use from now on
+            return options
+
+        return form
 
     @property
     def rings(self) -> TopologyRings | None:

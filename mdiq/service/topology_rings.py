@@ -108,13 +108,14 @@ class TopologyRings:
             PlanError: the model does not fit, or layers by hand do not cover it.
         """
         loaded = without(self._loaded, drained | self._unfit.keys())
-        self._drained = drained
         num_layers = self._config.num_layers
         idle = {node.name: "it is a spare" for node in loaded.topology.spares} | self._unfit
         idle |= dict.fromkeys(drained, "it is drained")
         if self._even_split:
+            self._drained = drained
             return self._options(loaded, None, idle)
         planned = planned_ring(loaded, self._profiles, num_layers, self._max_bytes)
+        self._drained = drained
         if planned.notes != self._told:
             self._told = planned.notes
             for note in planned.notes:
