@@ -80,7 +80,7 @@ class Batch:
 
 def _journal_of(out: Path) -> Path:
     """Return where the journal is: beside the file itself, whatever link leads to it."""
-    file = out.resolve()
+    file = out.resolve() if out.is_symlink() else out
     return file.with_name(f"{file.name}.journal")
 
 
