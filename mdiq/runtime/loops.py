@@ -34,6 +34,9 @@ Progress = Callable[[int, int], None]
 """Called with (done, total) after each step of a long job."""
 T = TypeVar("T")
 
+# Threads of their own: a Hop would seem to stand still while the others are busy with long texts.
+_large_frames = ThreadPoolExecutor(2, thread_name_prefix="frames")
+
 
 @dataclass(frozen=True, slots=True)
 class EpochLinks:
@@ -234,7 +237,7 @@ async def receive_frames(links: EpochLinks, accept: Callable[[Frame], None], wor
         start_s = worker.clock()
         try:
             decode = partial(wire.decode, parts, links.receive_key, links.limits)
-            frame = await asyncio.to_thread(decode) if _num_bytes(parts) >= LARGE_BYTES else decode()
+            frame = await _in_thread(decode) if _num_bytes(parts) >= LARGE_BYTES else decode()
             accept(frame)
         except RemoteProtocolError as error:
             reason = error.reason if isinstance(error, wire.BadFrame) else "protocol"
@@ -252,8 +255,12 @@ async def send_frames(queue: "asyncio.Queue[Frame]", links: EpochLinks, worker: 
         start_s = worker.clock()
         encode = partial(wire.encode, frame, links.send_key)
         is_large = _num_bytes(frame.payload.parts()[2]) >= LARGE_BYTES
-        await links.sink.send(await asyncio.to_thread(encode) if is_large else encode())
+        await links.sink.send(await _in_thread(encode) if is_large else encode())
         worker.tracer.add("send", f"{len(frame.segments)} segments", start_s, worker.clock())
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_large_frames, call)
 
 
 def _num_bytes(parts: Sequence[Buffer]) -> int:

@@ -86,7 +86,7 @@ class StarterService:
         self._make_pipe = make_pipe
         self._plan_pace = plan_pace
         self._hops, self._new_hops_s = HopMeter(), 0.0
-        self._probe_out = self._probe_back = 0  # the newest that has left, and that is back in this Epoch
+        self._probe_back = 0  # the newest of this Epoch
         self._returned: deque[Frame] = deque()
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
         self._wake, self._rearm, self._is_pace_old = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -217,8 +217,8 @@ class StarterService:
 
     @property
     def probes(self) -> tuple[int, int]:
-        """Number of the newest PROBE that has left for sure, and of the newest of this Epoch that is back."""
-        return self._probe_out, self._probe_back
+        """Number of the newest PROBE that was sent, and of the newest of this Epoch that is back."""
+        return self._hops.num_sent, self._probe_back
 
     async def _serve_hops(self) -> NoReturn:
         """Run the loops of the Hops, and those of other Hops after ``relink``."""
@@ -250,11 +250,10 @@ class StarterService:
     async def _probe_hops(self) -> NoReturn:
         """Send a PROBE round again and again; those that do not return are not waited for."""
         while True:
-            if self._outgoing.empty():  # what came before it is with the socket, or about to be
-                self._probe_out = self._hops.num_sent
-            if self._ring.epoch and not self._outgoing.full():
+            if self._ring.epoch:  # one that finds no place counts as well: a Hop may be stuck
                 number = SeqId(self._hops.send(self._clock()))
-                self._outgoing.put_nowait(Frame(self._ring.epoch, FrameKind.PROBE, (Segment(number, 0, 0),)))
+                if not self._outgoing.full():
+                    self._outgoing.put_nowait(Frame(self._ring.epoch, FrameKind.PROBE, (Segment(number, 0, 0),)))
             await asyncio.sleep(FIRST_PROBES_S if self._hops.num_sent < WINDOW else PROBE_S)
 
     def _probe_returned(self, frame: Frame) -> None:
