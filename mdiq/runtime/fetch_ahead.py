@@ -12,7 +12,7 @@ from typing import NoReturn
 import structlog
 
 from mdiq.core.types import LayerRange
-from mdiq.errors import GaveWayError, MdiqError, NodeDiedError
+from mdiq.errors import GaveWayError, MdiqError, NodeDiedError, RingError
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.serving_ring import ServingRing
 from mdiq.runtime.takeover import standby_layers
@@ -66,7 +66,7 @@ class FetchAhead:
         A pause is waited for: what is lost meanwhile comes first.
 
         Raises:
-            GaveWayError: another change is asked for, or the Ring ends.
+            GaveWayError: another change is asked for. RingError: the Ring ends.
             MdiqError: a Node cannot.
         """
         self._num_waiting += 1
@@ -85,8 +85,10 @@ class FetchAhead:
                 for name, layers in lacking:
                     with contextlib.suppress(NodeDiedError):
                         await self._fetch(name, layers, until=lambda: not self._goes_on(turn))
+                if self._is_closed:
+                    raise RingError("the ring was closed meanwhile; ask again")
                 if not self._goes_on(turn):
-                    raise GaveWayError("it was given up for another change, or because the ring ends")
+                    raise GaveWayError("it was given up for another change")
         finally:
             self._num_waiting -= 1
 

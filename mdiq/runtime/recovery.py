@@ -168,6 +168,8 @@ class Recovery:
         try:
             if not members_of(self._ring.options) - members_of(options):  # else one is to be cut off at once
                 await self._ahead.get_ready(options)
+        except RingError:
+            raise  # it ends, and the next one is as is wanted now
         except MdiqError as error:
             self._planned, self._barred = before
             kind = GaveWayError if isinstance(error, GaveWayError) else ConfigError
