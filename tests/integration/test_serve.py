@@ -163,7 +163,9 @@ def test_a_drained_node_leaves_the_others_its_layers_and_comes_back(served: Serv
     assert code == 0 and "drained" in text
     status = served.until_serves("desk", "pi1")
     assert [node["layers"][1] for node in status["nodes"][:2]][-1] == 30
-    assert status["nodes"][2] == {"name": "pi2", "state": "stands by", "reason": "it is drained"}
+    idle = status["nodes"][2]
+    assert (idle["name"], idle["state"], idle["reason"]) == ("pi2", "stands by", "it is drained")
+    assert {*range(11, 30)} <= {*status["nodes"][1]["on_disk"]}, "what it has taken over"
     served.until_logged("pi2", "stands_by")
     assert served.ask(PROMPT) == [expected]
     assert served.mdiq("drain", "desk")[0] == 2  # a mistake, told in words
