@@ -345,7 +345,7 @@ def _strangers(ring: LoopbackRing, capture: Path) -> list[Attempt]:
         (DESK, "data"): LEFT,
         (LEFT, "data"): RIGHT,
         (DESK, "control"): DESK,
-        (DESK, "weights"): STRANGER,
+        (DESK, "weights"): DESK,  # a node that stands by may come, for what it is asked to fetch
     }
     attempts += [
         Attempt(f"the key of {who} where it does not belong", *place, _keys(ring, who, place[0]))
