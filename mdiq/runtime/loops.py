@@ -259,6 +259,18 @@ async def send_frames(queue: "asyncio.Queue[Frame]", links: EpochLinks, worker: 
         worker.tracer.add("send", f"{len(frame.segments)} segments", start_s, worker.clock())
 
 
+async def is_first(one: Coroutine[Any, Any, Any], other: Coroutine[Any, Any, Any]) -> bool:
+    """Wait for one of two things; return whether the first one has come."""
+    tasks = [asyncio.create_task(each) for each in (one, other)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return not tasks[0].cancelled()
+
+
 async def _in_thread(call: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(_large_frames, call)
 

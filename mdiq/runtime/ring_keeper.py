@@ -19,10 +19,10 @@ import structlog
 
 from mdiq.core.sequence import Sequence
 from mdiq.errors import ConfigError, GaveWayError, MdiqError, PlanError, RingError
-from mdiq.runtime.loops import Clock
+from mdiq.runtime.loops import Clock, is_first
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_status import KeeperState as KeeperState
-from mdiq.runtime.ring_status import KeptRing, Requests, RingView, Turns, is_first, names_of, serves_text
+from mdiq.runtime.ring_status import KeptRing, Requests, RingView, Turns, names_of, serves_text
 from mdiq.runtime.starter_service import StreamEvent
 from mdiq.runtime.takeover import is_same_but_idle, members_of, nodes_of
 

@@ -4,7 +4,7 @@ Forming the Ring, and forming it again, is for ring_keeper.py.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -260,18 +260,6 @@ def _shown(figures: NodeFigures, since_s: float) -> dict[str, Any]:
         "bytes_out": figures.bytes_out,
         "frames_dropped": figures.dropped,
     }
-
-
-async def is_first(one: Coroutine[Any, Any, Any], other: Coroutine[Any, Any, Any]) -> bool:
-    """Wait for one of two things; return whether the first one has come."""
-    tasks = [asyncio.create_task(each) for each in (one, other)]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return not tasks[0].cancelled()
 
 
 def names_of(options: RingOptions) -> str:

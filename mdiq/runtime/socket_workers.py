@@ -22,6 +22,7 @@ from mdiq.core.types import Epoch, NodeId, WeightSettings
 from mdiq.errors import NodeDiedError
 from mdiq.runtime.hop_guard import HopGuard
 from mdiq.runtime.link_survey import survey_hops
+from mdiq.runtime.loops import is_first
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.starter_service import StarterService
 from mdiq.runtime.workers import RingEvents, RingWithout, Workers
@@ -105,16 +106,12 @@ class SocketWorkers(Workers):
 
     async def until_joined(self) -> None:
         """Wait until a Node joins, or a dead Hop carries again; see Workers."""
-        waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._opened_coordinator.until_joined(), name="join")]
-        if self._guard is not None:
-            self._guard.changed.clear()
-            waits.append(asyncio.create_task(self._guard.changed.wait(), name="hops"))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in waits:
-                task.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        joined = self._opened_coordinator.until_joined()
+        if self._guard is None:
+            await joined
+            return
+        self._guard.changed.clear()
+        await is_first(joined, self._guard.changed.wait())
 
     async def guard_hops(self, starter: StarterService, without: RingWithout) -> None:
         """Find Hops that carry nothing, until cancelled; see HopGuard."""
