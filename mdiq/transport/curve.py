@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 DATA, CONTROL, WEIGHTS = "data", "control", "weights"
 """The domains: each plane has its own list, and a key counts only on the planes that list it."""
+UNLISTED, DELISTED = "its key is not listed for this plane", "its key is no longer listed for this plane"
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 MAX_REFUSALS = 1_000
 FORGET_S = 3_600.0
@@ -37,11 +38,14 @@ Clock = Callable[[], float]
 
 
 class Refusals:
-    """Logs refused peers: each address once an hour for its key, and once for any other reason, in bounded memory."""
+    """Logs refused peers, each address once an hour, in bounded memory.
+
+    Apart from each other: for a key that was never listed, for one that is no longer, and for all other reasons.
+    """
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._noted: dict[tuple[str, str, bool], float] = {}
+        self._noted: dict[tuple[str, str, str], float] = {}
         self._is_full = False
         self.num_refused = 0
 
@@ -53,7 +57,8 @@ class Refusals:
         while self._noted and now - next(iter(self._noted.values())) >= FORGET_S:
             del self._noted[next(iter(self._noted))]
             self._is_full = False
-        key = (domain, address, public_key is not None)  # not the key itself: a stranger can show any number of keys
+        # Not the key itself: a stranger can show any number of keys.
+        key = (domain, address, "" if public_key is None else reason)
         if key in self._noted:
             return
         if len(self._noted) >= MAX_REFUSALS:
@@ -63,11 +68,13 @@ class Refusals:
             return
         self._noted[key] = now
         shown = {} if public_key is None else {"public_key": public_key}
-        log.warning("peer_refused", plane=domain, address=address, reason=reason, **shown)
+        # Who may send activations follows the ring: the node that did so before a change tries once more.
+        write = log.info if domain == DATA and reason == DELISTED else log.warning
+        write("peer_refused", plane=domain, address=address, reason=reason, **shown)
 
     def has_noted_key(self, domain: str, address: str) -> bool:
         """Return whether the log has this address with a key that is not listed."""
-        return (domain, address, True) in self._noted
+        return any((domain, address, reason) in self._noted for reason in (UNLISTED, DELISTED))
 
     def forget(self, domain: str) -> None:
         """Log refusals on this plane again: its list has changed."""
@@ -88,6 +95,7 @@ class Gate:
         self._lists: dict[str, dict[bytes, str]] = {}
         self._names: dict[str, frozenset[str]] = {}
         self._entered: dict[str, set[bytes]] = {}  # keys that may have live connections
+        self._former: dict[str, set[bytes]] = {}  # keys that were listed once
         self._renewals: dict[str, list[Renew]] = {}
         self._replacing = asyncio.Lock()
         self.refusals = Refusals(clock)
@@ -143,6 +151,7 @@ class Gate:
             old = self._lists.get(domain, {})
             entered = self._entered.setdefault(domain, set())
             self._lists[domain] = listed
+            self._former[domain] = self._former.get(domain, set()) | old.keys()
             self._names[domain] = frozenset(listed.values())
             self.refusals.forget(domain)
             revoked = {key for key in entered if listed.get(key) != old.get(key)}
@@ -176,7 +185,8 @@ class Gate:
             name = self._lists.get(domain, {}).get(credentials[0])
         if name is None:
             key = z85.encode(credentials[0]).decode() if len(credentials) == 1 and len(credentials[0]) == 32 else None
-            self.refusals.note(domain, address, "its key is not listed for this plane", public_key=key)
+            is_former = bool(key) and credentials[0] in self._former.get(domain, ())
+            self.refusals.note(domain, address, DELISTED if is_former else UNLISTED, public_key=key)
             return [b"1.0", request_id, b"400", b"key not listed", b"", b""]
         self._entered.setdefault(domain, set()).add(credentials[0])
         return [b"1.0", request_id, b"200", b"OK", name.encode(), b""]

@@ -252,6 +252,7 @@ class ClientWatch(Watch):
         self._retry_s = retry_s
         self._retry: asyncio.TimerHandle | None = None
         self._is_told = False
+        self._is_refused = False
         self._name = name_in(endpoint)
         self._naming: asyncio.Task[None] | None = None
         self._address = endpoint  # of the name: where the socket is connected to
@@ -281,7 +282,10 @@ class ClientWatch(Watch):
         await super().aclose()
 
     def _connect_anew(self) -> None:
-        self._tell("peer_not_trusted", "it has another key than its public_key in the topology, or bytes are garbled")
+        if not self._is_refused:
+            self._tell(
+                "peer_not_trusted", "it has another key than its public_key in the topology, or bytes are garbled"
+            )
         self._disconnect()
         self._connect()
 
@@ -302,9 +306,13 @@ class ClientWatch(Watch):
                 self._is_away.clear()
                 self._retry_no_more()
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._is_told = False
+                self._is_told = self._is_refused = False
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._tell("refused_by_peer", "our public key is not listed there for this plane; mdiq reload there")
+                if self._is_refused:  # once is nothing: where the ring changes, a peer may know it before us
+                    self._tell(
+                        "refused_by_peer", "our public key is not listed there for this plane; mdiq reload there"
+                    )
+                self._is_refused = True
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._tell("peer_not_trusted", "it ended the handshake; is its public_key in the topology its own?")
 

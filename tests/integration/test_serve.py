@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from mdiq.testbed.loopback import LoopbackRing
+from mdiq.transport.curve import DELISTED
 from tests.docs.book import PAGES, commands_of, text_of
 from tests.integration.conftest import mdiq_command, run_mdiq
 
@@ -74,10 +75,13 @@ class Served:
 
         return self.until(serves)
 
-    def until_logged(self, name: str, text: str) -> list[str]:
-        """Wait until a node's log has a line with this text; return all such lines."""
+    def log_of(self, name: str) -> list[str]:
+        return self.ring.log(name).read_text().splitlines()
+
+    def until_logged(self, name: str, *texts: str) -> list[str]:
+        """Wait until a node's log has a line with these texts; return all such lines."""
         deadline = time.monotonic() + 20
-        while not (found := [line for line in self.ring.log(name).read_text().splitlines() if text in line]):
+        while not (found := [line for line in self.log_of(name) if all(text in line for text in texts)]):
             assert time.monotonic() < deadline, self.ring.log(name).read_text()[-2000:]
             time.sleep(0.2)
         return found
@@ -217,8 +221,8 @@ def test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing(se
     assert code == 0, text
     served.until(lambda status: _states(status)["pi1"] == "joined" and _states(status)["pi2"] == "missing")
     # It is missing from the reload on; it is refused once it has come again.
-    refused = served.until_logged("desk", "its key is not listed for this plane")
-    assert all("192.168.1.12" in line for line in refused)
+    refused = served.until_logged("desk", "peer_refused", "plane=control")
+    assert all("192.168.1.12" in line and DELISTED in line and "[warning" in line for line in refused)
     file.write_text(before)
     assert served.mdiq("reload")[0] == 0
     served.until_serves(*ALL)
