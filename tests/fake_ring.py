@@ -17,7 +17,7 @@ from mdiq.errors import CapacityError, MdiqError, RingError
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.starter_service import StreamEvent
-from mdiq.runtime.takeover import with_idle_of
+from mdiq.runtime.takeover import with_members_of
 
 FIRST_TOKEN_S = 1e9
 
@@ -158,8 +158,8 @@ class FakeRing:
             raise self.cannot
         self.options = options
 
-    async def replace_idle(self, like: RingOptions) -> None:
-        self.options = with_idle_of(self.options, like)
+    async def replace_members(self, like: RingOptions) -> None:
+        self.options = with_members_of(self.options, like)
 
     async def go_without(self, name: str) -> bool:
         if self.can_change:

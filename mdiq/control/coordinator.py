@@ -103,6 +103,7 @@ class Coordinator:
         self._know((*self._ring, *self._standby))
         for node in [node for node in self._joined if node not in self._ring and node not in self._standby]:
             self._forget(node)
+        self._news.set()
 
     async def tell_idle(self) -> None:
         """Tell those that stand by, and are here, that they do; one that asked to leave, to end."""
@@ -130,7 +131,7 @@ class Coordinator:
         return [node for node in self._ring if self._members.state(node) in _WITHOUT_WORK]
 
     def until_joined(self) -> Coroutine[Any, Any, Any]:
-        """Return what waits until a Node joins from now on, for the first time or again, of the Ring or not."""
+        """Return what waits until a Node joins from now on, of the Ring or not, or others are to be the Ring."""
         self._news.clear()
         return self._news.wait()
 

@@ -16,7 +16,7 @@ from mdiq.runtime.loaded_ring import LoadedRing
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, PaceFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService
-from mdiq.runtime.takeover import is_same_but_idle
+from mdiq.runtime.takeover import is_same_but_members
 from mdiq.runtime.workers import Workers
 
 log = structlog.get_logger()
@@ -70,7 +70,7 @@ class Epochs:
         A Ring may have loaded after the one that served, and not have served itself.
         """
         for known, kv_tokens in ((self.options, self.spec.kv_tokens), self._served):
-            if is_same_but_idle(options, known):
+            if is_same_but_members(options, known):
                 return kv_tokens
         return options.kv_tokens
 

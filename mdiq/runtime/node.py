@@ -86,6 +86,7 @@ class NodeProcess:
         self._loaded: tuple[control.Assign, control.Ready] | None = None
         self._ahead_in_use: Use | None = None  # while it is held, nobody makes room of what was fetched ahead
         self._sink: PushSink | None = None
+        self._next_key: str | None = None  # of the Node that it sends to, as it was when they were connected
         self._source: PullSource | None = None
         self._agent: Agent | None = None
 
@@ -328,11 +329,19 @@ class NodeProcess:
     async def _connect_hop(self, endpoint: str) -> PushSink:
         if self._peers is None:
             return await PushSink.connect(self._context, endpoint)
-        security = self._client_security(self._peers.public_key(endpoint))
+        self._next_key = self._peers.public_key(endpoint)
+        security = self._client_security(self._next_key)
         return await PushSink.connect(self._context, endpoint, security=security, insecure=self._peers.insecure)
 
+    def _is_next_rekeyed(self) -> bool:
+        """Whether the Node that this one sends to has another key now than the connection expects."""
+        if self._peers is None or self._loaded is None:
+            return False
+        keys = {node.data_endpoint: node.public_key for node in self._peers.nodes}
+        return keys.get(self._loaded[0].next_endpoint, self._next_key) != self._next_key
+
     async def _begin(self, begin: control.Begin) -> control.Begun:
-        if begin.reconnects and self._is_serving:
+        if self._is_serving and (begin.reconnects or self._is_next_rekeyed()):
             await self._disconnect()
         if self._loaded is not None and not self._is_serving:
             await self._serve()

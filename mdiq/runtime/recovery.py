@@ -10,7 +10,7 @@ stay open all the while, and each Sequence goes on after the tokens that its cal
 
 Which Ring it is then:
 
-- the same one, if the Nodes that are gone come back first;
+- the same one, if the Nodes that are gone come back first, or the one that was planned, if its Nodes are all here;
 - a spare has the Layers of each Node that is gone, at once, if one stands by;
 - the Nodes before and after it have them, if their memory holds them: at once when its process has ended and they have
   the Layers on their disks or can fetch them quickly; else when it has not come back. A Node that is only silent may
@@ -21,21 +21,20 @@ A Ring that has gone on without a Node takes it in again when it has been back f
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from functools import partial
-from math import inf
-from typing import Protocol
 
 import structlog
 
 from mdiq.errors import CapacityError, ConfigError, GaveWayError, MdiqError, NodeDiedError, RingError
+from mdiq.runtime.changing_ring import ChangingRing
 from mdiq.runtime.fetch_ahead import FetchAhead
 from mdiq.runtime.loops import loop_failed
 from mdiq.runtime.losses import Losses
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.starter_service import StarterService
-from mdiq.runtime.takeover import is_same_but_idle, members_of, with_idle_of, with_newcomers
+from mdiq.runtime.takeover import is_same_but_members, members_of, with_members_of, with_newcomers
 from mdiq.runtime.workers import Workers
 
 log = structlog.get_logger()
@@ -48,50 +47,6 @@ RETURN_S = 5.0
 """How long a Node has been back before the Ring takes it in again; twice as long after each time that it did."""
 MAX_RETURN_S = 600.0
 MAX_TIMES = 20
-
-
-class ChangingRing(Protocol):
-    """A Ring that can become another one; ServingRing is one.
-
-    options: what it is now.
-    """
-
-    @property
-    def options(self) -> RingOptions: ...
-    def absent(self, options: RingOptions) -> set[str]:
-        """Return the Nodes of a Ring that are not here."""
-        ...
-
-    def taken_over(
-        self, lost: Collection[str], *, unfit: Collection[str] = (), max_fetch_s: float | None = inf
-    ) -> RingOptions | None:
-        """Return the Ring without these Nodes, or None.
-
-        unfit: Nodes whose memory is too small. max_fetch_s: how long survivors may fetch Layers; None: only spares.
-        """
-        ...
-
-    async def reform(self, options: RingOptions) -> None:
-        """Be another Ring from now on; nobody loads yet."""
-        ...
-
-    async def reload(self) -> None:
-        """Have all Nodes hold what they are to hold."""
-        ...
-
-    @property
-    def rounds(self) -> bool:
-        """Whether Hops round activations: another cut between the Layers gives other tokens."""
-        ...
-
-    @property
-    def holds_what_runs(self) -> bool:
-        """Whether the KV cache, as it is loaded, is large enough for each request that runs."""
-        ...
-
-    async def begin_again(self) -> None:
-        """Begin the next Epoch, and replay."""
-        ...
 
 
 class Recovery:
@@ -162,9 +117,11 @@ class Recovery:
         before = self._planned, self._barred
         self._planned = options
         self._barred = (self._barred | members_of(self._served)) - members_of(options)
-        if is_same_but_idle(options, self._ring.options):
-            await self.replace_idle(options)
+        if is_same_but_members(options, self._ring.options):
+            await self.replace_members(options)
             return
+        if self.is_running:  # what it waits for may be there by this
+            await self.replace_members(with_newcomers(self._ring.options, options))
         try:
             if not members_of(self._ring.options) - members_of(options):  # else one is to be cut off at once
                 await self._ahead.get_ready(options)
@@ -198,10 +155,13 @@ class Recovery:
         await _until_done(self._start(partial(self._change_to, without)))
         return name not in self._ring.options.node_names
 
-    async def replace_idle(self, like: RingOptions) -> None:
-        """Have the Nodes stand by that do so in another Ring, unless they are in this one. It waits for nothing."""
-        self._served = with_idle_of(self._served, like)
-        await self._ring.reform(with_idle_of(self._ring.options, like))
+    async def replace_members(self, like: RingOptions) -> None:
+        """Let in whom another Ring lets in, under its keys; the Nodes of this one stay. It waits for nothing.
+
+        A Node whose key is another one now is lost, until it comes with that one.
+        """
+        self._served = with_members_of(self._served, like)
+        await self._ring.reform(with_members_of(self._ring.options, like))
 
     async def aclose(self) -> None:
         """End what is done; there is no other."""
@@ -305,7 +265,7 @@ class Recovery:
         if options is None or options == ring.options:
             return
         if ring.absent(options):
-            await self.replace_idle(with_newcomers(ring.options, options))
+            await self.replace_members(with_newcomers(ring.options, options))
             self._note_served()
             return
         now = asyncio.get_running_loop().time()
@@ -326,7 +286,7 @@ class Recovery:
     def _note_served(self) -> None:
         """Note that the Ring serves as it is now, and have it return to what was planned."""
         self._served = self._ring.options
-        if not is_same_but_idle(self._served, self._planned) and self._returning is None and not self._is_closed:
+        if not is_same_but_members(self._served, self._planned) and self._returning is None and not self._is_closed:
             self._returning = asyncio.create_task(self._return(), name="return")
             self._returning.add_done_callback(self._returned)
 
@@ -335,6 +295,13 @@ class Recovery:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._give_up(loop_failed("return", error))
 
+    def _can_be_as_planned(self) -> bool:
+        """Whether a paused Ring can go on as the one that is planned, which is another one."""
+        planned = self._planned
+        if is_same_but_members(planned, self._ring.options) or self._losses.unfit or self._ring.absent(planned):
+            return False
+        return not (self._is_other_text(planned) and self._service.ring.num_unfinished)
+
     def _is_other_text(self, options: RingOptions) -> bool:
         """Whether what runs would go on with other tokens in another Ring."""
         return self._ring.rounds and options.layers != self._ring.options.layers
@@ -342,7 +309,7 @@ class Recovery:
     async def _return(self) -> None:
         """Have the Ring as it was planned again, when its Nodes have been back for a while."""
         ring = self._ring
-        while not is_same_but_idle(ring.options, self._planned):
+        while not is_same_but_members(ring.options, self._planned):
             absent = ring.absent(self._planned)
             await asyncio.sleep(self._return_s)
             if absent or ring.absent(self._planned) or self.is_running or self._is_working:
@@ -373,6 +340,8 @@ class Recovery:
         try:
             async with asyncio.timeout(self._tolerance_s):
                 while missing := self._workers.missing:
+                    if self._can_be_as_planned():
+                        return self._planned
                     is_any_silent = any(self._losses.is_silent(name) for name in missing)
                     max_fetch_s = None if is_any_silent else QUICK_FETCH_S
                     options = ring.taken_over(missing, unfit=self._losses.unfit, max_fetch_s=max_fetch_s)

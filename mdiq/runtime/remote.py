@@ -19,9 +19,10 @@ from mdiq.core import control
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import Epoch, LayerRange, NodeId
 from mdiq.core.weights import PIECE_BYTES
-from mdiq.errors import CapacityError, MdiqError, TransportError, first_of
+from mdiq.errors import CapacityError, MdiqError, NodeDiedError, TransportError, first_of
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.socket_workers import SocketWorkers
+from mdiq.runtime.takeover import rekeyed
 from mdiq.runtime.workers import RingEvents
 from mdiq.transport.base import FrameSink
 from mdiq.transport.curve import CONTROL, DATA, WEIGHTS, ClientSecurity, Gate, ServerSecurity
@@ -128,12 +129,15 @@ class RemoteWorkers(SocketWorkers):
 
     async def reform(self, options: RingOptions) -> None:
         """Have another Ring from now on; see Workers."""
+        with_new_key = {*rekeyed(self._options, options)}
         await super().reform(options)
         coordinator = self._opened_coordinator
         coordinator.reform(self._names, self._ring.standing_by)
         if self._gate is not None:  # before anybody is told anything: a list that lacks a Node cuts all connections
             for domain, listed in self._lists().items():
                 await self._gate.replace(domain, listed)
+        for node in {*self._names, *coordinator.standing_by} & with_new_key - {*coordinator.missing}:
+            coordinator.lose(node, NodeDiedError(f"{node}: its key was revoked; it may come back with its new one"))
         await coordinator.tell_idle()
 
     async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from mdiq.runtime.recovery import QUICK_FETCH_S, Recovery
 from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.serving_ring import ServingRing
 from mdiq.runtime.starter_service import StarterService, StreamEvent
-from mdiq.runtime.takeover import is_like, is_same_but_idle, members_of
+from mdiq.runtime.takeover import is_like, is_same_but_members, members_of
 from mdiq.runtime.text_pipe import NoText, TextPipe
 from mdiq.runtime.workers import RingEvents, Workers
 from mdiq.telemetry.trace import Span, Tracer
@@ -165,10 +165,10 @@ class RingHost:
         assert self._recovery is not None  # it serves
         return await self._recovery.go_without(name)
 
-    async def replace_idle(self, like: RingOptions) -> None:
-        """Have the Nodes stand by that do so in another Ring; the keys of others are cut off before this returns."""
+    async def replace_members(self, like: RingOptions) -> None:
+        """Let in whom another Ring lets in, under its keys; other keys are cut off before this returns."""
         assert self._recovery is not None  # it serves
-        await self._recovery.replace_idle(like)
+        await self._recovery.replace_members(like)
 
     def give_way(self) -> None:
         """Have a change that only gets ready be given up."""
@@ -183,11 +183,11 @@ class RingHost:
         now = self.options
         if self._recovery is None or not self._workers.can_change or not is_like(now, options):
             return False
-        if self._loaded.rounds and not is_same_but_idle(now, options):
+        if self._loaded.rounds and not is_same_but_members(now, options):
             return False
-        cut_off = members_of(now) - members_of(options)
-        is_any_in_ring = any(name in now.node_names for name, _ in cut_off)
-        return not is_any_in_ring or not (self.is_paused or self._loaded.absent(options))
+        # One that has another key may come back with it.
+        is_any_cut_off = not {*now.node_names} <= {name for name, _ in members_of(options)}
+        return not is_any_cut_off or not self._loaded.absent(options)
 
     def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""

@@ -24,7 +24,7 @@ from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_status import KeeperState as KeeperState
 from mdiq.runtime.ring_status import KeptRing, Requests, RingView, Turns, names_of, serves_text
 from mdiq.runtime.starter_service import StreamEvent
-from mdiq.runtime.takeover import is_same_but_idle, members_of, nodes_of
+from mdiq.runtime.takeover import is_same_but_members, members_of, nodes_of
 
 log = structlog.get_logger()
 
@@ -189,14 +189,14 @@ class RingKeeper:
             revoked = members_of(now) - members_of(options)
             ring, old = self._now.formed, now.remote
             if ring is not None and old is not None:
-                if is_same_but_idle(options, now):
+                if is_same_but_members(options, now):
                     await ring.change(options)
                     self._wanted = options
-                    return "the ring goes on; nodes that stand by are as the topology says now"
+                    return "the ring goes on; who may join, and with which key, is as the topology says now"
                 stay = tuple(node for node in old.standing_by if (node.name, node.public_key) not in revoked)
                 if len(stay) < len(old.standing_by):
                     spares = tuple(node for node in old.spares if (node.name, node.public_key) not in revoked)
-                    await ring.replace_idle(replace(now, remote=replace(old, standing_by=stay, spares=spares)))
+                    await ring.replace_members(replace(now, remote=replace(old, standing_by=stay, spares=spares)))
             is_cut = bool(revoked & nodes_of(now))
             await self._change(options, self._drained, "reloads", at_once=is_cut)
             return f"the ring is formed with {names_of(options)}"

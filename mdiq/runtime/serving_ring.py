@@ -16,7 +16,7 @@ from mdiq.runtime.loaded_ring import USUAL_BYTES_PER_S, LoadedRing
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, PaceFigures, RingOptions
 from mdiq.runtime.starter_service import StarterService
-from mdiq.runtime.takeover import is_same_but_idle, with_spares
+from mdiq.runtime.takeover import is_same_but_members, with_spares
 from mdiq.runtime.workers import Workers
 
 AHEAD_SHARE = 0.25
@@ -102,7 +102,7 @@ class ServingRing:
     async def reload(self) -> None:
         """Have all Nodes hold what they are to hold; raise an MdiqError when one is gone, or cannot."""
         options, ring, epochs = self.options, self.loaded, self.epochs
-        is_same, kv_tokens = is_same_but_idle(options, epochs.options), epochs.kv_tokens(options)
+        is_same, kv_tokens = is_same_but_members(options, epochs.options), epochs.kv_tokens(options)
         try:
             async with asyncio.TaskGroup() as tasks:
                 reshape = partial(ring.stage.reshape, replace(options, kv_tokens=kv_tokens))

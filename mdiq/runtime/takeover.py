@@ -83,13 +83,14 @@ def standby_layers(options: RingOptions, num_more: Callable[[str], int]) -> dict
 
 
 def with_newcomers(options: RingOptions, planned: RingOptions) -> RingOptions:
-    """Return the Ring as it is, with those of a planned one standing by that it lacks: they may join."""
+    """Return the Ring as it is, with a planned one's keys, and with those standing by that it lacks: they may join."""
     remote, wanted = _remote(options), _remote(planned)
     new = [node for node in wanted.nodes if node.name not in options.node_names]
     return replace(
         options,
         remote=replace(
             remote,
+            nodes=_with_keys(remote.nodes, wanted),
             standing_by=(
                 *wanted.standing_by,
                 *(StandingBy(node.name, node.public_key, "the ring takes it in when all are here") for node in new),
@@ -99,8 +100,8 @@ def with_newcomers(options: RingOptions, planned: RingOptions) -> RingOptions:
     )
 
 
-def with_idle_of(options: RingOptions, other: RingOptions) -> RingOptions:
-    """Return a Ring with those standing by that do so in another one, as far as they are not in it."""
+def with_members_of(options: RingOptions, other: RingOptions) -> RingOptions:
+    """Return a Ring with the keys of another one, and with those standing by that do so there and are not in it."""
     if options.remote is None or other.remote is None:
         return options
     names = options.node_names
@@ -108,15 +109,22 @@ def with_idle_of(options: RingOptions, other: RingOptions) -> RingOptions:
         options,
         remote=replace(
             options.remote,
+            nodes=_with_keys(options.remote.nodes, other.remote),
             standing_by=tuple(node for node in other.remote.standing_by if node.name not in names),
             spares=tuple(node for node in other.remote.spares if node.name not in names),
         ),
     )
 
 
-def is_same_but_idle(one: RingOptions, other: RingOptions) -> bool:
-    """Tell whether two Rings differ in nothing but the Nodes that they go without."""
-    return _without_idle(one) == _without_idle(other)
+def is_same_but_members(one: RingOptions, other: RingOptions) -> bool:
+    """Tell whether two Rings differ in nothing but who may join: the Nodes that they go without, and keys."""
+    return _without_members(one) == _without_members(other)
+
+
+def rekeyed(old: RingOptions, new: RingOptions) -> list[str]:
+    """Return the Nodes that have another key in the new Ring than in the old one, in it or standing by."""
+    before = dict(members_of(old))
+    return [name for name, key in members_of(new) if name in before and before[name] != key]
 
 
 def members_of(options: RingOptions) -> set[tuple[str, str | None]]:
@@ -131,24 +139,25 @@ def nodes_of(options: RingOptions) -> set[tuple[str, str | None]]:
 
 
 def is_like(one: RingOptions, other: RingOptions) -> bool:
-    """Tell whether two Rings differ in Layers and Nodes alone, and mean the same by each Node's name."""
+    """Tell whether two Rings differ in Layers, Nodes and keys alone, and reach each Node in the same way."""
     old, new = one.remote, other.remote
-    if old is None or new is None:
+    if old is None or new is None or old.nodes[0].public_key != new.nodes[0].public_key:
         return False
     known = {node.name: _as_reached(node) for node in (*old.nodes, *old.spares)}
-    keys = {node.name: node.public_key for node in old.standing_by}
-    is_same_node = all(
-        known.get(node.name, _as_reached(node)) == _as_reached(node)
-        and keys.get(node.name, node.public_key) == node.public_key
-        for node in new.nodes
-    )
+    is_same_node = all(known.get(node.name, _as_reached(node)) == _as_reached(node) for node in new.nodes)
     remote = replace(new, nodes=old.nodes, standing_by=old.standing_by, spares=old.spares)
     return is_same_node and replace(other, layers=one.layers, wires=one.wires, remote=remote) == one
 
 
 def _as_reached(node: RemoteNode) -> RemoteNode:
-    """Return a Node without what it may have of its machine."""
-    return replace(node, memory_share=1.0, memory_bytes=None, keeps_standby_layers=True)
+    """Return a Node without its key, and without what it may have of its machine."""
+    return replace(node, public_key=None, memory_share=1.0, memory_bytes=None, keeps_standby_layers=True)
+
+
+def _with_keys(nodes: Sequence[RemoteNode], other: RemoteRing) -> tuple[RemoteNode, ...]:
+    """Return Nodes with the keys that they have in another Ring, or standing by there; the Starter keeps its own."""
+    keys = {node.name: node.public_key for node in (*other.standing_by, *other.nodes)}
+    return (nodes[0], *(replace(node, public_key=keys.get(node.name, node.public_key)) for node in nodes[1:]))
 
 
 def _cut(left: LayerRange, left_able: Able, right: LayerRange | None, right_able: Able | None, stop: int) -> int | None:
@@ -183,9 +192,11 @@ def _replaced(options: RingOptions, name: str, spare: RemoteNode) -> RingOptions
     )
 
 
-def _without_idle(options: RingOptions) -> RingOptions:
-    remote = None if options.remote is None else replace(options.remote, standing_by=(), spares=())
-    return replace(options, remote=remote)
+def _without_members(options: RingOptions) -> RingOptions:
+    if (remote := options.remote) is None:
+        return options
+    nodes = (remote.nodes[0], *(replace(node, public_key=None) for node in remote.nodes[1:]))
+    return replace(options, remote=replace(remote, nodes=nodes, standing_by=(), spares=()))
 
 
 def _set_aside(node: RemoteNode, by: str) -> StandingBy:

@@ -142,6 +142,16 @@ class Lab:
         )
         return dict(json.loads(done.stdout)) if done.stdout.startswith(b"{") else {}
 
+    def mdiq(self, command: str, *words: str) -> str:
+        """Have an operator type a command about the topology; return what it says.
+
+        Raises:
+            CalledProcessError: it refuses.
+        """
+        typed = [*_MDIQ, command, str(self.file), *words]
+        done = subprocess.run(typed, env=self._environment, capture_output=True, text=True, check=True, timeout=300)
+        return done.stdout
+
     def is_healthy(self) -> bool:
         """Whether the API takes requests."""
         try:

@@ -55,8 +55,8 @@ def measure_times(lab: Lab, num_kills: int) -> Times:
         (calm,) = asked.answers(CALM_S)
     times.prompt_tokens = calm.usage["prompt_tokens"]
     for i in range(num_kills):
-        victim = _made_whole(lab)[i % len(lab.workers)]
-        _until_at_hand(lab)
+        victim = made_whole(lab)[i % len(lab.workers)]
+        until_at_hand(lab)
         since = lab.mark(STARTER)
         asked = Asked(lab.api, [CHAT])
         asked.until_event(0, KILL_AT)
@@ -90,7 +90,7 @@ def write_times(lab: Lab, arrangement: str, times: Times, fallback: Path) -> Pat
     return write_receipt(f"times-{lab.model.stem}-{arrangement}", values, fallback)
 
 
-def _made_whole(lab: Lab) -> list[str]:
+def made_whole(lab: Lab) -> list[str]:
     """Bring back what is down; return the workers that serve. A ring takes a node in again ever less often."""
     for name in lab.names:
         lab.start(name)
@@ -101,7 +101,7 @@ def _made_whole(lab: Lab) -> list[str]:
         return serving_of(lab.until_whole())
 
 
-def _until_at_hand(lab: Lab) -> None:
+def until_at_hand(lab: Lab) -> None:
     """Wait until nodes have the layers on their disks that they may have to take over."""
     end_s = time.monotonic() + AT_HAND_S
     while time.monotonic() < end_s:

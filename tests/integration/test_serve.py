@@ -133,6 +133,13 @@ def expected() -> str:
     return str(done.results[0]["text"])
 
 
+@pytest.fixture(scope="module")
+def long_text() -> str:
+    """What one process answers with 150 tokens."""
+    done = run_mdiq("run", str(PROMPT["prompt"]), *ALONE, "--max-tokens", "150", "--ignore-eos")
+    return str(done.results[0]["text"])
+
+
 def test_users_beside_each_other_get_what_one_process_answers(served: Served, expected: str) -> None:
     assert served.ask(PROMPT, {**PROMPT, "stream": True}, PROMPT) == [expected] * 3
     status = served.status()
@@ -177,11 +184,10 @@ def test_a_drained_node_leaves_the_others_its_layers_and_comes_back(served: Serv
     served.until_serves(*ALL)
 
 
-def test_a_node_that_dies_and_is_started_again_costs_a_pause_and_not_a_token(served: Served) -> None:
+def test_a_node_that_dies_and_is_started_again_costs_a_pause_and_not_a_token(served: Served, long_text: str) -> None:
     """The other one, and where others have taken over meanwhile: tests/runtime/test_faults.py, test_ring_changes.py."""
     name, num_tokens = "pi1", 150
     rings = served.status()["rings_formed"]
-    whole = run_mdiq("run", str(PROMPT["prompt"]), *ALONE, "--max-tokens", str(num_tokens), "--ignore-eos")
 
     async def ask(session: aiohttp.ClientSession, died: asyncio.Event) -> str:
         body = {**PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
@@ -203,12 +209,38 @@ def test_a_node_that_dies_and_is_started_again_costs_a_pause_and_not_a_token(ser
         async with aiohttp.ClientSession() as session:
             return await asyncio.gather(*(ask(session, died) for _ in range(3)))
 
-    assert asyncio.run(ask_three()) == [whole.results[0]["text"]] * 3
+    assert asyncio.run(ask_three()) == [long_text] * 3
+    assert served.until_serves(*ALL)["rings_formed"] == rings, "it was formed anew"
+
+
+def test_a_rotated_key_costs_a_pause_and_not_a_token(served: Served, long_text: str) -> None:
+    rings = served.status()["rings_formed"]
+
+    async def ask() -> str:
+        body = {**PROMPT, "max_tokens": 150, "ignore_eos": True, "stream": True}
+        async with aiohttp.ClientSession() as session, session.post(f"{API}/v1/completions", json=body) as response:
+            await response.content.readline()
+            await asyncio.to_thread(rotate)
+            lines = (await response.text()).split("\n\n")
+        return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines if line.startswith("data: {"))
+
+    def rotate() -> None:
+        assert run_mdiq("keys", served.ring.file, "--rotate", "pi2").code == 0
+        code, text = served.mdiq("reload")
+        assert code == 0 and "the ring goes on" in text, text
+        served.ring._nodes["pi1"].send_signal(signal.SIGHUP)
+
+    assert asyncio.run(ask()).endswith(long_text[-300:])
+    assert served.until_serves("desk", "pi1")["rings_formed"] == rings, "it was formed anew"
+    first = served.ring._nodes["pi2"]
+    first.terminate()
+    assert first.wait(20) == 0
+    served.ring.start_node("pi2")
     assert served.until_serves(*ALL)["rings_formed"] == rings, "it was formed anew"
 
 
 def test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing(served: Served, expected: str) -> None:
-    file = served.ring.file
+    file, rings = served.ring.file, served.status()["rings_formed"]
     before = file.read_text()
     file.write_text(before + "\nnonsense: 1\n")
     code, text = served.mdiq("reload")
@@ -219,14 +251,15 @@ def test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing(se
     file.write_text(yaml.safe_dump(topology))
     code, text = served.mdiq("reload")
     assert code == 0, text
-    served.until(lambda status: _states(status)["pi1"] == "joined" and _states(status)["pi2"] == "missing")
+    status = served.until_serves("desk", "pi1")
+    assert status["rings_formed"] == rings and _states(status)["pi2"] == "missing"
     # It is missing from the reload on; it is refused once it has come again.
     refused = served.until_logged("desk", "peer_refused", "plane=control")
     assert all("192.168.1.12" in line and DELISTED in line and "[warning" in line for line in refused)
     file.write_text(before)
     assert served.mdiq("reload")[0] == 0
     served.until_serves(*ALL)
-    assert served.ask(PROMPT) == [expected]
+    assert served.ask(PROMPT) == [expected] and served.status()["rings_formed"] == rings
 
 
 def test_others_take_over_from_a_node_that_is_stopped_and_what_runs_goes_on(served: Served) -> None:

@@ -15,6 +15,7 @@ from mdiq.runtime import ring_keeper
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.ring_keeper import Form, KeeperState, OnLoading, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
+from mdiq.runtime.takeover import members_of
 from tests.fake_ring import FakeRing
 
 NODES = {"desk": "k0", "pi1": "k1", "pi2": "k2"}
@@ -350,11 +351,23 @@ async def test_a_revoked_key_cuts_its_node_off_at_once(house: House) -> None:
     first = await house.serving_ring(1)
     events = house.keeper.stream(_sequence())
     await anext(events)
-    house.nodes["pi1"] = "another key"
+    del house.nodes["pi1"]
     assert "formed with" in await house.keeper.reload()
     assert first.is_closed
     assert (await _to_the_end(events)).step.error is not None
     assert await house.serving_ring(2) is not first
+
+
+async def test_a_node_with_another_key_is_no_reason_to_form_the_ring_anew(house: House) -> None:
+    ring = await house.serving_ring(1)
+    events = house.keeper.stream(_sequence())
+    await anext(events)
+    house.nodes["pi1"] = "another key"
+    assert "the ring goes on" in await house.keeper.reload()
+    assert members_of(ring.options) >= {("pi1", "another key")}
+    assert house.keeper.wanted == ring.options and not ring.is_closed
+    ring.goes_on.set()
+    assert (await _to_the_end(events)).step.error is None
 
 
 async def test_a_new_node_is_taken_in_when_nothing_runs(house: House) -> None:

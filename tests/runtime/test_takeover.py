@@ -1,7 +1,9 @@
 """Which Ring goes on without some of its Nodes: values in, values out."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +11,18 @@ from hypothesis import strategies as st
 
 from mdiq.core.types import LayerRange
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions, StandingBy
-from mdiq.runtime.takeover import Able, is_like, standby_layers, with_newcomers, with_spares, with_survivors
+from mdiq.runtime.takeover import (
+    Able,
+    is_like,
+    is_same_but_members,
+    members_of,
+    rekeyed,
+    standby_layers,
+    with_members_of,
+    with_newcomers,
+    with_spares,
+    with_survivors,
+)
 
 ANY = Able(1.0, 1_000)
 
@@ -136,12 +149,36 @@ def test_a_ring_is_like_another_that_differs_in_nodes_and_layers_alone() -> None
     assert not is_like(RING, replace(RING, threads=4))
     assert not is_like(RING, replace(RING, is_survey=True))
     other = ring({"desk": 6, "pi1": 4, "pi2": 2})
+    assert is_like(RING, with_keys(other, "pi1", "pi3"))
+    assert not is_like(RING, with_keys(other, "desk")), "everyone would have to know the Starter's new key first"
     assert other.remote is not None
-    for name in ("pi2", "pi3"):  # of the Ring, and one that stands by
-        keys = tuple(node(each.name, "another key" if each.name == name else "") for each in other.remote.nodes)
-        nodes = (*keys, *([node(name, "another key")] if name == "pi3" else []))
-        layers = (*other.layers, *([LayerRange(12, 13)] if name == "pi3" else []))
-        assert not is_like(RING, replace(other, layers=layers, remote=replace(other.remote, nodes=nodes)))
+    moved = tuple(replace(each, data_endpoint=f"tcp://{each.name}:9") for each in other.remote.nodes)
+    assert not is_like(RING, replace(other, remote=replace(other.remote, nodes=moved)))
+
+
+def test_nodes_with_another_key_are_told_and_the_starter_keeps_its_own() -> None:
+    new = with_keys(RING, "desk", "pi1", "pi3")
+    assert {*rekeyed(RING, new)} == {"desk", "pi1", "pi3"} and rekeyed(RING, RING) == []
+    for other in (new, ring({"desk": 6, "pi2": 6}), with_newcomers(RING, new)):
+        taken = with_members_of(RING, other)
+        assert is_same_but_members(taken, RING) and is_same_but_members(RING, with_keys(RING, "pi2", "pi4"))
+    assert not is_same_but_members(RING, with_keys(RING, "desk"))
+    taken = with_members_of(RING, new)
+    assert dict(members_of(taken)) == dict(members_of(RING)) | {"pi1": "another key", "pi3": "another key"}
+
+
+def with_keys(options: RingOptions, *names: str) -> RingOptions:
+    """Return a Ring in which these Nodes have another key."""
+    remote = options.remote
+    assert remote is not None
+
+    def of(nodes: Sequence[Any]) -> Any:
+        return tuple(replace(each, public_key="another key") if each.name in names else each for each in nodes)
+
+    return replace(
+        options,
+        remote=replace(remote, nodes=of(remote.nodes), standing_by=of(remote.standing_by), spares=of(remote.spares)),
+    )
 
 
 def at_hand(options: RingOptions, num_more: int = 100) -> dict[str, str]:

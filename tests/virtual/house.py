@@ -260,6 +260,7 @@ class House:
         self._outages = outages or Outages()
         self.is_measured = is_measured
         self.revoked: set[str] = set()
+        self.num_keys: dict[str, int] = {}  # that Nodes have had before the one in the topology
         self.cannot_load: dict[str, MdiqError] = {}  # the next time
         self.has_no_room: dict[str, MdiqError] = {}  # for other Layers, the next time
         self.free_bytes = 1 << 30  # on every machine; 0: nobody can take over
@@ -382,6 +383,14 @@ class House:
         if self.keeper is not None and self.starter.is_alive:
             self._beside.add(self._spawn(self._answered(self.keeper.reload()), self.starter, "reload"))
 
+    def rotate(self, name: str) -> None:
+        """Give a Node another key, in its key file and in everyone's topology; who runs has to read them again."""
+        self.num_keys[name] = self.num_keys.get(name, 0) + 1
+
+    async def reload_node(self, name: str) -> None:
+        """Have a Node's service read its files again."""
+        await self._spawn(self._services[name]._reload(), self._processes[name], f"{name} reloads")
+
     def drain(self, name: str, *, undo: bool = False) -> None:
         if self.keeper is not None and self.starter.is_alive:
             work = self.keeper.drain_node(name, undo=undo)
@@ -484,7 +493,7 @@ class House:
                 cuts = [0, *accumulate(self.plans.split[node.name] for node in nodes)]
             layers = tuple(LayerRange(*cut) for cut in zip(cuts, cuts[1:], strict=False))
             idle = tuple(
-                StandingBy(name, _public(name), "it is drained" if name in drained else "it is a spare")
+                StandingBy(name, self._public(name), "it is drained" if name in drained else "it is a spare")
                 for name in names
                 if name in {*drained, *spares}
             )
@@ -492,7 +501,7 @@ class House:
                 tuple(nodes),
                 "tcp://127.0.0.1:7000",
                 "tcp://127.0.0.1:7001",
-                secret=_secret(STARTER),
+                secret=self._secret(STARTER),
                 join_wait_s=JOIN_WAIT_S,
                 standing_by=idle,
                 spares=tuple(map(self._remote_node, spares)),
@@ -538,14 +547,20 @@ class House:
 
     def _node_options(self, name: str) -> NodeOptions:
         nodes = tuple(self._remote_node(each) for each in (STARTER, *self.names))
-        peers = RingPeers(nodes, "tcp://127.0.0.1:7001", _secret(name))
+        peers = RingPeers(nodes, "tcp://127.0.0.1:7001", self._secret(name))
         listen = next(node.data_endpoint for node in nodes if node.name == name)
         return NodeOptions(name, "tcp://127.0.0.1:7000", listen, CHECKSUM_KEY, peers=peers)
+
+    def _secret(self, name: str) -> bytes:
+        return f"secret {name} {self.num_keys.get(name, 0)}".encode()
+
+    def _public(self, name: str) -> str:
+        return public_key(self._secret(name))
 
     def _remote_node(self, name: str) -> RemoteNode:
         port = 7002 + (STARTER, *self.names).index(name)
         endpoint = f"tcp://127.0.0.1:{port}"
-        return RemoteNode(name, endpoint, _public(name), keeps_standby_layers=self.keeps_standby_layers)
+        return RemoteNode(name, endpoint, self._public(name), keeps_standby_layers=self.keeps_standby_layers)
 
     async def _call(self, answer: Answer, leaves_after: int | None) -> None:
         answer.asked_s = self.loop.time()
@@ -697,14 +712,6 @@ async def _serve_no_weights(*_: Any) -> None:
 def _skew_s() -> float:
     process = PROCESS.get(None)
     return 0.0 if process is None else process.skew_s
-
-
-def _secret(name: str) -> bytes:
-    return f"secret {name}".encode()
-
-
-def _public(name: str) -> str:
-    return public_key(_secret(name))
 
 
 def no_memory(name: str) -> MdiqError:

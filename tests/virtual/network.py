@@ -173,6 +173,8 @@ class Network:
         listener = self._listeners.get(int(client.endpoint.rpartition(":")[2]))
         if listener is None or not client.process.is_alive or not listener.admits(client):
             return None
+        if client.server_public not in (None, listener.public):
+            return None
         is_up = self.machine(client.process.machine).is_up and self.machine(listener.process.machine).is_up
         return listener if is_up else None
 
@@ -253,6 +255,7 @@ class _Listener(_End):
     def __init__(self, network: Network, endpoint: str, security: ServerSecurity | None) -> None:
         super().__init__(network, endpoint)
         self._security = security
+        self.public = None if security is None else public_key(security.secret)
         self.queue: asyncio.Queue[tuple[Any, str | None]] = asyncio.Queue()
         self.sender: str | None = None
         self.endpoint = network.listen(self, endpoint)
@@ -281,6 +284,7 @@ class _Client(_End):
     def __init__(self, network: Network, endpoint: str, security: ClientSecurity | None) -> None:
         super().__init__(network, endpoint)
         self.secret = None if security is None else security.secret
+        self.server_public = None if security is None else security.server_public
         self.is_closed = False
         self.there, self.back = _Way(), _Way()
 

@@ -24,7 +24,7 @@ ANSWERS_S = 40.0
 LINES_A_SECOND = 12.0
 """Log lines of all machines together, in the long run."""
 
-KINDS = ("kill", "crash", "cut", "freeze", "no_load", "break", "revoke", "drain", "leave", "starter")
+KINDS = ("kill", "crash", "cut", "freeze", "no_load", "break", "revoke", "drain", "leave", "starter", "rotate")
 HOP_KINDS = ("hop", "answers", "stuck", "slow")
 """A Hop that carries nothing, or little, while its Nodes live and are heard."""
 OUTAGES = KINDS[:4]
@@ -221,6 +221,16 @@ async def _befall(house: House, event: Event) -> None:
             await asyncio.sleep(event.lasts_s)
             house.revoked.discard(name)
             house.reload()
+        case "rotate":
+            house.rotate(name)
+            house.reload()
+            for other in house.names:
+                if other != name and house.is_up(other):
+                    await house.reload_node(other)
+            await asyncio.sleep(event.lasts_s)
+            if house.is_up(name):
+                await house.crash(name)
+                house.start_node(name)
         case "drain":
             house.drain(name)
             await asyncio.sleep(event.lasts_s)

@@ -1,0 +1,120 @@
+"""A Node has another key from a reload on: the Ring goes on without it, or waits, and takes it in with the new one."""
+
+import asyncio
+
+import pytest
+
+from mdiq.runtime.options import Outages
+from tests.runtime.test_ring_changes import FORMED_S, TAKEN_S, asked, has_layers, layers, live, states
+from tests.virtual.house import House
+
+TOLERANCE_S = Outages().tolerance_s
+ALL = {"desk": 2, "pi1": 2, "pi2": 2}
+
+
+async def restarts(house: House, name: str) -> None:
+    """Have a Node start again, with the key that its file has now."""
+    await house.crash(name)
+    house.start_node(name)
+
+
+async def reloads(house: House, name: str) -> None:
+    """Have the Starter, and the Nodes but this one, read the topology with its new key."""
+    house.reload()
+    for other in house.names:
+        if other != name:
+            await house.reload_node(other)
+
+
+@pytest.mark.parametrize("name", ["pi1", "pi2"])
+@pytest.mark.parametrize("num_spares", [0, 1])
+def test_others_take_over_at_once_and_it_is_taken_in_with_its_new_key(name: str, num_spares: int) -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await asked(house)
+        house.rotate(name)
+        await reloads(house, name)
+        await asyncio.sleep(0.5)
+        assert states(house)[name] == "missing", "it still has the old key"
+        await house.answered(TAKEN_S + 5.0)
+        assert name not in layers(house)
+        await restarts(house, name)
+        await asked(house, max_tokens=200)
+        await has_layers(house, ALL, 20.0)
+        await house.answered(30.0)
+
+    house = live(act, num_spares=num_spares)
+    assert any("its key was revoked" in str(line.get("error")) for line in house.log if line["event"] == "ring_paused")
+
+
+def test_a_ring_that_cannot_go_on_without_it_waits_for_it_with_its_new_key() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await asked(house)
+        house.rotate("pi1")
+        await reloads(house, "pi1")
+        await asyncio.sleep(TOLERANCE_S / 2)
+        assert not house.is_serving
+        await restarts(house, "pi1")
+        await house.answered(TAKEN_S + 5.0)
+        assert layers(house) == ALL
+
+    live(act)
+
+
+def test_a_node_that_already_has_its_new_key_comes_in_with_the_reload() -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=150)
+        house.rotate("pi2")
+        await restarts(house, "pi2")
+        await asyncio.sleep(TAKEN_S)
+        assert states(house)["pi2"] == "missing", "the Starter does not know its key"
+        await reloads(house, "pi2")
+        await has_layers(house, ALL, 20.0)
+        await house.answered(30.0)
+
+    live(act)
+
+
+def test_a_neighbour_that_reads_the_new_key_late_is_connected_anew() -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=200)
+        house.rotate("pi2")
+        house.reload()
+        await restarts(house, "pi2")
+        await asyncio.sleep(2 * TAKEN_S + 10.0)
+        await house.reload_node("pi1")
+        await has_layers(house, ALL, 90.0)
+        await asked(house)
+        await house.answered(60.0)
+
+    live(act)
+
+
+def test_the_key_of_a_spare_and_of_a_node_that_is_away_are_others_without_a_pause() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=100)
+        house.rotate("spare1")
+        await reloads(house, "spare1")
+        await asyncio.sleep(1.0)
+        assert house.is_serving and states(house)["spare1"] == "missing"
+        await restarts(house, "spare1")
+        await asyncio.sleep(3.0)
+        assert states(house)["spare1"] == "stands by"
+        await house.crash("pi1")
+        await has_layers(house, {"desk": 2, "spare1": 2, "pi2": 2}, 1.0 + TAKEN_S)
+        house.rotate("pi1")
+        await reloads(house, "pi1")
+        await asyncio.sleep(1.0)
+        assert house.is_serving
+        house.start_node("pi1")
+        await has_layers(house, ALL, 20.0)
+        await house.answered(30.0)
+
+    live(act, num_spares=1)
