@@ -108,13 +108,16 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring the files of these Layers to this Node's disk, beside what it does; the newest of these counts."""
+    """Bring the files of these Layers to this Node's disk, beside what it does; the newest of these counts.
+
+    weights: as in Assign: a Node that stands by gets ready to load them.
+    """
 
     number: int
     layer_start: int
     layer_stop: int
     model_digest: str
-    weight_format: str
+    weights: WeightSettings
 
     def __post_init__(self) -> None:
         if not self.layer_start < self.layer_stop:

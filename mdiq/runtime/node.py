@@ -293,13 +293,19 @@ class NodeProcess:
         try:
             if self._peers is None:
                 raise ConfigError("this node has the model beside it")
-            fetched = await self._fetched(self._peers, fetch.model_digest, fetch.weight_format, layers, lambda *_: None)
+            fetched = await self._fetched(
+                self._peers, fetch.model_digest, fetch.weights.format, layers, lambda *_: None
+            )
             self._ahead_in_use = fetched.in_use
             log.info("standby_layers_here", layers=str(layers), num_bytes=fetched.num_bytes)
+            if not self.is_assigned:
+                first = {layers.start: fetched.paths[layers.start]}
+                model = await asyncio.to_thread(LayerFiles, first, fetched.in_use)
+                await self._stage.rehearse(model, layers.start, fetch.weights)
         except MdiqError as raised:
             error = str(raised)
             log.warning("layers_not_fetched", layers=str(layers), error=error)
-        on_disk = await asyncio.to_thread(stored_layers, _folder(fetch.model_digest, fetch.weight_format))
+        on_disk = await asyncio.to_thread(stored_layers, _folder(fetch.model_digest, fetch.weights.format))
         return control.Fetched(fetch.number, on_disk, error)
 
     async def _on_disk(self, assign: control.Assign) -> tuple[int, ...]:

@@ -104,9 +104,10 @@ class RemoteWorkers(SocketWorkers):
         self._limit_transfers(bytes_per_s)
         self._fetches[name] = layers
         self._num_fetches += 1
-        fetch = control.Fetch(
-            self._num_fetches, layers.start, layers.stop, self._model_digest, self._options.weights.format
-        )
+        weights = self._options.weights
+        devices = {node.name: node.device for node in (*self._ring.nodes, *self._ring.spares)}  # one may be let in next
+        weights = replace(weights, device=devices.get(name, weights.device))
+        fetch = control.Fetch(self._num_fetches, layers.start, layers.stop, self._model_digest, weights)
         try:
             fetched = await self._opened_coordinator.ask(NodeId(name), fetch, control.Fetched)
         finally:

@@ -12,12 +12,13 @@ import structlog
 
 from mdiq.core import control
 from mdiq.core.stage import NO_EPOCH, StageProtocol
-from mdiq.core.types import Epoch, LayerRange
+from mdiq.core.types import Epoch, LayerRange, WeightSettings
 from mdiq.engine.device import choose_device, free_bytes, kind_of
 from mdiq.engine.formats.layer_files import LayerFiles
 from mdiq.engine.kept_cost import kept_cost
 from mdiq.engine.measure import SUSTAINED_S, measure_cost
 from mdiq.engine.memory import peak_bytes, reset_peak, return_free_memory, rss_bytes
+from mdiq.engine.model.kv_cache import BLOCK_TOKENS
 from mdiq.engine.runner import StageRunner
 from mdiq.errors import LocalProtocolError
 from mdiq.plan.pace import StageCost
@@ -46,6 +47,7 @@ class StageHost:
         self._links: EpochLinks | None = None
         self._service: StageService | None = None
         self._loaded_for: control.Assign | None = None
+        self._memory: tuple[float, int | None] = (1.0, None)  # that it may take: share of the machine's, bytes
         self._is_last = False
         self._bytes_before = (0, 0)  # in and out, when this Epoch began
 
@@ -79,10 +81,15 @@ class StageHost:
             memory_bytes=memory_bytes,
             digest=assign.model_digest,
         )
-        loaded = await self._worker.run_long(lambda progress: shape(progress=progress), on_loading)
+        loaded: StageRunner | None = None
+        memory = assign.memory_share, memory_bytes
+        if before is not None and self._has_all(before, assign) and memory == self._memory:
+            await self._worker.run_uncounted(before.reset)
+        else:
+            loaded = await self._worker.run_long(lambda progress: shape(progress=progress), on_loading)
         runner = before or loaded
         assert runner is not None  # a first load returns one
-        self._loaded_for = assign
+        self._loaded_for, self._memory = assign, memory
         measure = partial(measure_cost, min_s=SUSTAINED_S) if self._is_rationed else kept_cost
         cost: StageCost | None = None
         if assign.measures:
@@ -111,6 +118,31 @@ class StageHost:
         """Tell whether a Layer of an assignment is not here."""
         layers = LayerRange(assign.layer_start, assign.layer_stop)
         return not self._is_of(assign) or self._runner is None or bool(self._runner.lacks(layers))
+
+    async def rehearse(self, model: LayerFiles, layer: int, weights: WeightSettings) -> None:
+        """Load a Layer and let it go, before it matters how long that takes: its kernels are compiled and chosen then.
+
+        Raises:
+            MdiqError: see StageRunner.load.
+        """
+
+        def load_and_free(_: Progress) -> None:
+            one = LayerRange(layer, layer + 1)
+            load = partial(StageRunner.load, model, one, is_last=False, owns_embedding_and_head=False, weights=weights)
+            load(kv_tokens=BLOCK_TOKENS)
+            return_free_memory(collect=True)
+
+        await self._worker.run_long(load_and_free)
+
+    def _has_all(self, runner: StageRunner, assign: control.Assign) -> bool:
+        """Whether nothing is to be loaded, nor let go: the Ring is another one, and this Stage's part the same."""
+        before = self._loaded_for
+        return (
+            before is not None
+            and (before.layer_start, before.layer_stop, before.is_last)
+            == (assign.layer_start, assign.layer_stop, assign.is_last)
+            and 0 < assign.kv_tokens <= runner.kv_capacity_tokens
+        )
 
     @staticmethod
     def _first_load(assign: control.Assign) -> Callable[..., StageRunner]:

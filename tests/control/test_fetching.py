@@ -6,7 +6,7 @@ import pytest
 
 from mdiq.control import coordinator as coordinator_module
 from mdiq.core import control
-from mdiq.core.types import NodeId
+from mdiq.core.types import NodeId, WeightSettings
 from mdiq.errors import NodeDiedError
 from tests.control.conftest import Plane, assignment, ready
 
@@ -14,7 +14,7 @@ ONE, SPARE = NodeId("node-1"), NodeId("node-3")
 
 
 def asked(number: int = 1) -> control.Fetch:
-    return control.Fetch(number, 2, 4, "d1" * 32, "int8")
+    return control.Fetch(number, 2, 4, "d1" * 32, WeightSettings("int8"))
 
 
 @pytest.mark.parametrize("node", [ONE, SPARE])
@@ -93,4 +93,4 @@ async def test_a_node_that_dies_while_it_fetches_ends_the_question(plane: Plane)
 
 def test_a_fetch_of_nothing_is_no_message() -> None:
     with pytest.raises(ValueError, match="needs a layer"):
-        control.Fetch(1, 2, 2, "d1", "int8")
+        control.Fetch(1, 2, 2, "d1", WeightSettings("int8"))

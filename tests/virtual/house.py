@@ -629,9 +629,13 @@ class House:
         if (error := self.cannot_load.pop(PROCESS.get().machine, None)) is not None:
             self.note(f"{PROCESS.get().machine} cannot load")
             raise error
-        return SimpleNamespace(num_fetched=1, num_bytes=1, num_mended=0, paths={}, in_use=None)
+        return SimpleNamespace(
+            num_fetched=1, num_bytes=1, num_mended=0, paths=dict.fromkeys(layers, Path("layer")), in_use=None
+        )
 
-    def _load(self, _: Any, layers: LayerRange, *, is_last: bool, progress: Progress, **__: Any) -> _ChainRunner:
+    def _load(
+        self, _: Any, layers: LayerRange, *, is_last: bool, progress: Progress = lambda *_: None, **__: Any
+    ) -> _ChainRunner:
         progress(1, 1)
         return _ChainRunner(self, ChainEngine(layers, is_last=is_last))
 

@@ -1,0 +1,101 @@
+"""What a Stage loads when it is assigned again, and what it gets ready before it is."""
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mdiq.core import control
+from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
+from mdiq.engine.model.kv_cache import BLOCK_TOKENS
+from mdiq.runtime import stage_host
+from mdiq.runtime.loops import Worker, make_worker
+from mdiq.runtime.stage_host import StageHost
+from mdiq.telemetry.trace import Tracer
+from tests.control.conftest import assignment
+
+KV_TOKENS = 640
+
+
+@dataclass
+class Loads:
+    """A StageRunner that notes what it is to load."""
+
+    done: list[str] = field(default_factory=list)
+    kv_capacity_tokens = 0
+    weight_bytes = kv_bytes_per_token = kv_tokens_in_use = 1
+
+    def load(self, _: object, layers: LayerRange, *, kv_tokens: int | None, **__: Any) -> "Loads":
+        self.done.append(f"loads {layers}")
+        self.kv_capacity_tokens = kv_tokens or KV_TOKENS
+        return self
+
+    def reshape(self, model: object, layers: LayerRange, *, kv_tokens: int | None, **__: Any) -> None:
+        self.load(model, layers, kv_tokens=kv_tokens)
+
+    def reset(self) -> None:
+        self.done.append("forgets")
+
+    def lacks(self, _: LayerRange) -> list[int]:
+        return []
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
+    loads = Loads()
+    monkeypatch.setattr(stage_host, "StageRunner", SimpleNamespace(load=loads.load))
+    return loads
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Worker]:
+    worker = make_worker(time.monotonic, Tracer(is_on=False), 1)
+    yield worker
+    await worker.aclose()
+
+
+def part(**changes: Any) -> control.Assign:
+    wanted = replace(assignment(), weights=PLAIN_WEIGHTS, measures=False, kv_tokens=KV_TOKENS)
+    return replace(wanted, **changes)
+
+
+async def test_a_stage_whose_part_stays_the_same_in_another_ring_loads_nothing(loads: Loads, worker: Worker) -> None:
+    host = StageHost(worker)
+    await host.load(part(), Path())
+    again = await host.load(part(epoch=7, previous="pi9", next_endpoint="tcp://10.0.0.9:1"), None)
+    fewer = await host.load(part(kv_tokens=KV_TOKENS // 2), None)
+    assert loads.done == [f"loads {LayerRange(part().layer_start, part().layer_stop)}", "forgets", "forgets"]
+    assert (again.epoch, again.kv_tokens, fewer.kv_tokens) == (7, KV_TOKENS, KV_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "memory_bytes"),
+    [
+        ({"layer_stop": 5}, None),
+        ({"is_last": True}, None),
+        ({"kv_tokens": 2 * KV_TOKENS}, None),
+        ({"kv_tokens": 0}, None),  # as many as there is room for: there may be more now
+        ({"memory_share": 0.25}, None),
+        ({}, 1 << 30),
+    ],
+)
+async def test_a_stage_with_another_part_or_limit_is_loaded_again(
+    loads: Loads, worker: Worker, changes: dict[str, Any], memory_bytes: int | None
+) -> None:
+    host = StageHost(worker)
+    await host.load(part(is_last=False), Path())
+    await host.load(part(**{"is_last": False, **changes}), Path(), memory_bytes=memory_bytes)
+    assert len(loads.done) == 2 and "forgets" not in loads.done
+
+
+async def test_a_rehearsal_loads_one_layer_and_keeps_nothing(loads: Loads, worker: Worker) -> None:
+    host = StageHost(worker)
+    await host.rehearse(Path(), 3, PLAIN_WEIGHTS)  # type: ignore[arg-type]
+    assert loads.done == ["loads 3-3"] and loads.kv_capacity_tokens == BLOCK_TOKENS
+    assert host.lacks(part())
+    await host.load(part(), Path())
+    assert len(loads.done) == 2
