@@ -246,6 +246,7 @@ class RingView:
                 "in_flight": pace.in_flight,
                 "cap": pace.cap,
                 "max_live": pace.max_live,
+                "predicted_tokens_per_s": round(pace.predicted_tokens_per_s, 3),
             },
         }
 

@@ -33,7 +33,8 @@ class Answer:
     """An answer, or as much of it as there was.
 
     num_events: chunks with text. longest_gap_s: the longest time without an event after the first one. num_refused: how
-    often it was asked in vain before it was taken. error: in words, of the API or of the connection.
+    often it was asked in vain before it was taken. error: in words, of the API or of the connection. events_s: when the
+    chunks with text came, on the clock of ``time.monotonic``.
     """
 
     text: str = ""
@@ -44,6 +45,7 @@ class Answer:
     num_events: int = 0
     num_refused: int = 0
     longest_gap_s: float = 0.0
+    events_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,10 @@ class Asked:
         """Whether all answers are."""
         return all(answer.is_over for answer in self._answers)
 
+    def is_any_over(self) -> bool:
+        """Whether an answer is."""
+        return any(answer.is_over for answer in self._answers)
+
     def num_running(self) -> int:
         """Return how many answers are not over."""
         return sum(not answer.is_over for answer in self._answers)
@@ -115,6 +121,10 @@ class Asked:
     def num_events(self, sample: int) -> int:
         """Return how many events an answer has so far."""
         return self._answers[sample].num_events
+
+    def events_s(self) -> list[list[float]]:
+        """Return when the chunks with text of each answer have come so far."""
+        return [list(answer.events_s) for answer in self._answers]
 
     def answers(self, timeout_s: float) -> list[Answer]:
         """Wait for all answers, at most for so long; those that hang are left and say so."""
@@ -187,7 +197,9 @@ class Asked:
                 answer.usage = dict(usage)  # type: ignore[call-overload]
             for choice in event.get("choices", ()):  # type: ignore[attr-defined]
                 answer.text += choice["text"]
-                answer.num_events += bool(choice["text"])
+                if choice["text"]:
+                    answer.num_events += 1
+                    answer.events_s.append(time.monotonic())
                 answer.finish_reason = choice["finish_reason"] or answer.finish_reason
             self._changed.notify_all()
 

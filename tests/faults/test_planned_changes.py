@@ -31,6 +31,7 @@ def test_drains_a_memory_limit_and_a_key_cost_a_pause_and_not_a_token(tmp_path: 
     is_whole = not {"times", "all"}.isdisjoint(words_of_environment())
     pauses: dict[str, list[float]] = {}
     gaps: dict[str, list[float]] = {}
+    rss: dict[str, list[int]] = {}  # of processes that live on through all rounds, after each
     troubles: list[str] = []
     with lab_of(SURVIVORS, tmp_path, model_that_is_here(HALF_B if is_whole else SMALL)) as lab:
         made_whole(lab)
@@ -53,10 +54,18 @@ def test_drains_a_memory_limit_and_a_key_cost_a_pause_and_not_a_token(tmp_path: 
                     lab.restart(name)
                     made_whole(lab)
                     rings = lab.status()["rings_formed"]  # where the wait until it is let in is cut short
+            for node in lab.status()["nodes"][:2]:
+                rss.setdefault(node["name"], []).append(node["rss_bytes"])
     medians = {what: {"pause_s": spread(pauses[what]), "gap_s": spread(gaps[what])} for what in pauses}
-    values = {"what": "changes by an operator", "model": lab.model.name, "medians": medians, "raw": [pauses, gaps]}
+    values = {
+        "what": "changes by an operator",
+        "model": lab.model.name,
+        "medians": medians,
+        "rss_bytes": rss,
+        "raw": [pauses, gaps],
+    }
     path = write_receipt(f"changes-{lab.model.stem}", values, tmp_path)
-    print(f"\n{medians}\n{path}")  # noqa: T201
+    print(f"\n{medians}\nresident: {rss}\n{path}")  # noqa: T201
     assert not troubles, "\n".join(troubles)
     assert all(len(pauses[what]) >= len(gaps[what]) for what in gaps), "a change that no pause shows"
 
