@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from mdiq.core import control
 from mdiq.core.types import NodeId
-from mdiq.errors import MdiqError
+from mdiq.errors import MdiqError, TransportError
+from mdiq.transport.base import ControlServer
 
 T = TypeVar("T")
 A = TypeVar("A", control.Ready, control.Begun, control.Fetched, control.BurstSent, control.BurstArrived)
@@ -55,6 +56,15 @@ async def all_of(
         if each.done():
             raise each.result()
     return {node: future.result() for node, future in futures.items()}
+
+
+async def not_sent(server: ControlServer, identity: bytes, data: bytes) -> str:
+    """Send something to a Node; return why that cannot be, or an empty text."""
+    try:
+        await server.send(identity, data)
+    except TransportError as error:
+        return str(error)
+    return ""
 
 
 def fail(future: "asyncio.Future[Any]", error: MdiqError) -> None:

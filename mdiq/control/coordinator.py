@@ -6,8 +6,7 @@ from typing import Any, NoReturn, TypeVar
 
 import structlog
 
-from mdiq import errors
-from mdiq.control.answers import A, Answers, all_of, fail
+from mdiq.control.answers import A, Answers, all_of, fail, not_sent
 from mdiq.control.node_watch import SILENT_S, NodeWatch
 from mdiq.control.standby import StandingBy
 from mdiq.control.strangers import Strangers, check_hello
@@ -22,6 +21,7 @@ from mdiq.transport.junk import JunkBudget
 log = structlog.get_logger()
 
 REPEAT_S = 5.0  # a connection that breaks loses what is on its way: what is not answered is said again
+RECONNECT_S = 0.1  # to one that is made anew, because another's key was revoked; also when the Node is gone, soon known
 
 T = TypeVar("T")
 
@@ -336,10 +336,11 @@ class Coordinator:
         answered = asyncio.create_task(self._unless_gone(futures), name="answers")
         try:
             while not any(each.done() for each in gone) and not answered.done():
+                repeat_s = REPEAT_S
                 for node, message in requests.items():
-                    if not futures[node].done():
-                        await self._send(node, message)
-                await asyncio.wait({answered}, timeout=REPEAT_S)
+                    if not futures[node].done() and not await self._send(node, message):
+                        repeat_s = RECONNECT_S
+                await asyncio.wait({answered}, timeout=repeat_s)
             return await answered
         finally:
             for future in futures.values():
@@ -359,13 +360,7 @@ class Coordinator:
 
     async def _is_reached(self, node: NodeId) -> bool:
         """Return whether a Node has a connection; one that has failed anyhow is not asked."""
-        if self._gone[node].done():
-            return True
-        try:
-            await self._server.send(self._identities[node], self._ping)
-        except errors.TransportError:
-            return False
-        return True
+        return self._gone[node].done() or not await not_sent(self._server, self._identities[node], self._ping)
 
     def _lose_sight(self, node: NodeId, why: str, is_silent: bool) -> None:
         """Note that a Node is gone as far as can be seen from here; it may be heard again."""
@@ -390,11 +385,10 @@ class Coordinator:
         for table in (self._joined, self._gone, self._silent, self.spans, self.heartbeats, self.ready, self.on_disk):
             table.pop(node, None)
 
-    async def _send(self, node: NodeId, message: control.Message) -> None:
-        await self._send_to(self._identities[node], message)
+    async def _send(self, node: NodeId, message: control.Message) -> bool:
+        return await self._send_to(self._identities[node], message)
 
-    async def _send_to(self, identity: bytes, message: control.Message) -> None:
-        try:
-            await self._server.send(identity, control.encode(message, self._key))
-        except errors.TransportError as error:
-            log.info("control_message_not_sent", peer=repr(identity), error=str(error))
+    async def _send_to(self, identity: bytes, message: control.Message) -> bool:
+        if error := await not_sent(self._server, identity, control.encode(message, self._key)):
+            log.info("control_message_not_sent", peer=repr(identity), error=error)
+        return not error

@@ -298,10 +298,10 @@ class NodeProcess:
             )
             self._ahead_in_use = fetched.in_use
             log.info("standby_layers_here", layers=str(layers), num_bytes=fetched.num_bytes)
-            if not self.is_assigned:
-                first = {layers.start: fetched.paths[layers.start]}
-                model = await asyncio.to_thread(LayerFiles, first, fetched.in_use)
-                await self._stage.rehearse(model, layers.start, fetch.weights)
+            model = await asyncio.to_thread(LayerFiles, fetched.paths, fetched.in_use)
+            for layer in layers:
+                if not self.is_assigned:
+                    await self._stage.rehearse(model, layer, fetch.weights)
         except MdiqError as raised:
             error = str(raised)
             log.warning("layers_not_fetched", layers=str(layers), error=error)

@@ -122,6 +122,8 @@ class StageHost:
     async def rehearse(self, model: LayerFiles, layer: int, weights: WeightSettings) -> None:
         """Load a Layer and let it go, before it matters how long that takes: its kernels are compiled and chosen then.
 
+        One alone is not enough: matrices of a model may be held in several formats.
+
         Raises:
             MdiqError: see StageRunner.load.
         """
@@ -137,12 +139,14 @@ class StageHost:
     def _has_all(self, runner: StageRunner, assign: control.Assign) -> bool:
         """Whether nothing is to be loaded, nor let go: the Ring is another one, and this Stage's part the same."""
         before = self._loaded_for
-        return (
-            before is not None
-            and (before.layer_start, before.layer_stop, before.is_last)
-            == (assign.layer_start, assign.layer_stop, assign.is_last)
-            and 0 < assign.kv_tokens <= runner.kv_capacity_tokens
-        )
+        if before is None or (before.layer_start, before.layer_stop, before.is_last) != (
+            assign.layer_start,
+            assign.layer_stop,
+            assign.is_last,
+        ):
+            return False
+        # As many tokens as there is room for, where no number is said: that was looked at before, unless one was said.
+        return assign.kv_tokens <= runner.kv_capacity_tokens if assign.kv_tokens else not before.kv_tokens
 
     @staticmethod
     def _first_load(assign: control.Assign) -> Callable[..., StageRunner]:

@@ -7,7 +7,7 @@ import pytest
 from mdiq.control import coordinator as coordinator_module
 from mdiq.core import control
 from mdiq.core.types import NodeId, WeightSettings
-from mdiq.errors import NodeDiedError
+from mdiq.errors import NodeDiedError, TransportError
 from tests.control.conftest import Plane, assignment, ready
 
 ONE, SPARE = NodeId("node-1"), NodeId("node-3")
@@ -94,3 +94,27 @@ async def test_a_node_that_dies_while_it_fetches_ends_the_question(plane: Plane)
 def test_a_fetch_of_nothing_is_no_message() -> None:
     with pytest.raises(ValueError, match="needs a layer"):
         control.Fetch(1, 2, 2, "d1", WeightSettings("int8"))
+
+
+async def test_what_cannot_be_sent_is_sent_as_soon_as_the_connection_is_back(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is revoked cuts all connections of the plane for a moment: that costs no REPEAT_S."""
+    monkeypatch.setattr(coordinator_module, "REPEAT_S", 3_600.0)
+    monkeypatch.setattr(coordinator_module, "RECONNECT_S", 0.01)
+    for name in ("node-1", "node-2"):
+        plane.agent(name)
+    await plane.coordinator.all_joined()
+    send, num_refused = plane.server.send, 0
+
+    async def send_later(identity: bytes, data: bytes) -> None:
+        nonlocal num_refused
+        if num_refused < 3:
+            num_refused += 1
+            raise TransportError("not connected")
+        await send(identity, data)
+
+    monkeypatch.setattr(plane.server, "send", send_later)
+    async with asyncio.timeout(20):
+        assert await plane.coordinator.ask(ONE, asked(), control.Fetched) == control.Fetched(1, (2, 3))
+    assert num_refused == 3

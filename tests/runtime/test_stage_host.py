@@ -68,8 +68,17 @@ async def test_a_stage_whose_part_stays_the_same_in_another_ring_loads_nothing(l
     await host.load(part(), Path())
     again = await host.load(part(epoch=7, previous="pi9", next_endpoint="tcp://10.0.0.9:1"), None)
     fewer = await host.load(part(kv_tokens=KV_TOKENS // 2), None)
-    assert loads.done == [f"loads {LayerRange(part().layer_start, part().layer_stop)}", "forgets", "forgets"]
+    assert loads.done == ["loads 2-3", "forgets", "forgets"]
     assert (again.epoch, again.kv_tokens, fewer.kv_tokens) == (7, KV_TOKENS, KV_TOKENS)
+
+
+async def test_a_stage_that_has_chosen_its_kv_cache_keeps_it_until_it_is_told_how_large(
+    loads: Loads, worker: Worker
+) -> None:
+    host = StageHost(worker)
+    for kv_tokens in (0, 0, KV_TOKENS // 2, 0):
+        await host.load(part(kv_tokens=kv_tokens), Path())
+    assert loads.done == ["loads 2-3", "forgets", "forgets", "loads 2-3"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +87,7 @@ async def test_a_stage_whose_part_stays_the_same_in_another_ring_loads_nothing(l
         ({"layer_stop": 5}, None),
         ({"is_last": True}, None),
         ({"kv_tokens": 2 * KV_TOKENS}, None),
-        ({"kv_tokens": 0}, None),  # as many as there is room for: there may be more now
+        ({"kv_tokens": 0}, None),  # as many as there is room for
         ({"memory_share": 0.25}, None),
         ({}, 1 << 30),
     ],
