@@ -156,7 +156,8 @@ def _as_reached(node: RemoteNode) -> RemoteNode:
 
 def _with_keys(nodes: Sequence[RemoteNode], other: RemoteRing) -> tuple[RemoteNode, ...]:
     """Return Nodes with the keys that they have in another Ring, or standing by there; the Starter keeps its own."""
-    keys = {node.name: node.public_key for node in (*other.standing_by, *other.nodes)}
+    keys = {node.name: node.public_key for node in other.standing_by}
+    keys |= {node.name: node.public_key for node in other.nodes}
     return (nodes[0], *(replace(node, public_key=keys.get(node.name, node.public_key)) for node in nodes[1:]))
 
 

@@ -32,7 +32,7 @@ def live(act: Callable[[House], Awaitable[None]], *, num_spares: int = 0) -> Hou
 async def until_on_disk(house: House, name: str, wanted: range, within_s: float = 4 * FETCH_S) -> None:
     """Wait until a Node has these Layers, and the Starter knows it: a spare has tried to load them by then."""
     deadline_s = house.loop.time() + within_s
-    while house.rings[-1].at_hand.get(name) != {*wanted}:
+    while house.rings[-1].at_hand.get(name) != frozenset(wanted):
         assert house.loop.time() < deadline_s, f"{name}: {house.disks[name]}"
         await asyncio.sleep(0.25)
     assert house.disks[name] == {*wanted}
