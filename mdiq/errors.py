@@ -123,6 +123,10 @@ class NodeDiedError(RingError):
         self.unheard_s = unheard_s
 
 
+class KeyRevokedError(NodeDiedError):
+    """A node of the ring has another key from now on, and lives: it comes back when it has that one."""
+
+
 def first_of(error: BaseException) -> BaseException:
     """Return the first error that a group holds, however deep, or the error itself: users are told one at a time."""
     while isinstance(error, BaseExceptionGroup):

@@ -13,7 +13,7 @@ from mdiq.control.strangers import Strangers, check_hello
 from mdiq.core import control
 from mdiq.core.membership import Membership, NodeState
 from mdiq.core.types import NodeId
-from mdiq.errors import EngineError, MdiqError, NodeDiedError, RemoteProtocolError
+from mdiq.errors import EngineError, KeyRevokedError, MdiqError, NodeDiedError, RemoteProtocolError
 from mdiq.telemetry.trace import MAX_SPANS, Span
 from mdiq.transport.base import ControlServer
 from mdiq.transport.junk import JunkBudget
@@ -199,6 +199,12 @@ class Coordinator:
         else:
             log.info("standing_by_lost", node=node, error=str(error))
 
+    def revoke(self, node: NodeId) -> None:
+        """Note that a Node that is here has another key now; its process joins again when it has a key that counts."""
+        if self._joined[node].done() and not self._gone[node].done():
+            self.lose(node, KeyRevokedError(f"{node}: its key was revoked; it may come back with its new one"))
+            self._nodes.pop(self._identities[node], None)  # a stranger, which is told to join anew
+
     async def _listen(self) -> NoReturn:
         junk = JunkBudget()
         while True:
@@ -335,12 +341,11 @@ class Coordinator:
                     self._members.assigned(node)
         answered = asyncio.create_task(self._unless_gone(futures), name="answers")
         try:
+            unsent = list(requests)
             while not any(each.done() for each in gone) and not answered.done():
-                repeat_s = REPEAT_S
-                for node, message in requests.items():
-                    if not futures[node].done() and not await self._send(node, message):
-                        repeat_s = RECONNECT_S
-                await asyncio.wait({answered}, timeout=repeat_s)
+                asked = [node for node in unsent or requests if not futures[node].done()]
+                unsent = [node for node in asked if not await self._send(node, requests[node])]
+                await asyncio.wait({answered}, timeout=RECONNECT_S if unsent else REPEAT_S)
             return await answered
         finally:
             for future in futures.values():

@@ -19,6 +19,10 @@ class ChangingRing(Protocol):
         """Return the Nodes of a Ring that are not here."""
         ...
 
+    def lacks(self, options: RingOptions) -> bool:
+        """Whether a Node of a Ring would have to fetch Layers first, as far as is known."""
+        ...
+
     def taken_over(
         self, lost: Collection[str], *, unfit: Collection[str] = (), max_fetch_s: float | None = inf
     ) -> RingOptions | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mdiq.errors import MdiqError, NodeDiedError
+from mdiq.errors import KeyRevokedError, MdiqError, NodeDiedError
 
 MAX_LOSSES = 5
 """In one recovery. A Node that dies each time that it loads would otherwise hold up what runs for ever."""
@@ -36,7 +36,7 @@ class Losses:
     def add(self, error: MdiqError) -> NodeDiedError | None:
         """Note one; return an error if there have been too many."""
         self._errors.append(error)
-        if len(self) <= MAX_LOSSES:
+        if sum(not isinstance(each, KeyRevokedError) for each in self._errors) <= MAX_LOSSES:
             return None
         return NodeDiedError(f"{error}; it is loss number {len(self)} in one recovery")
 

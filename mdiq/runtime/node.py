@@ -30,6 +30,7 @@ from mdiq.runtime.lifecycle import Notifier
 from mdiq.runtime.loops import Progress, Supervisor, make_worker
 from mdiq.runtime.options import RingPeers
 from mdiq.runtime.stage_host import StageHost
+from mdiq.runtime.warm_up import StoredLayer, WarmUp
 from mdiq.telemetry.trace import Tracer
 from mdiq.transport.curve import DATA, ClientSecurity, Gate, ServerSecurity
 from mdiq.transport.push_pull import PullSource, PushSink
@@ -83,6 +84,7 @@ class NodeProcess:
         self._layers = ""
         self._num_links = 0
         self._stage = StageHost(self.worker, is_rationed=self._peers is not None)
+        self._warm_up = WarmUp(self._stage, is_idle=lambda: not self.is_assigned, max_bytes=self._memory_bytes)
         self._loaded: tuple[control.Assign, control.Ready] | None = None
         self._ahead_in_use: Use | None = None  # while it is held, nobody makes room of what was fetched ahead
         self._sink: PushSink | None = None
@@ -100,6 +102,7 @@ class NodeProcess:
         self._context = zmq.asyncio.Context()
         self._failed = failed = asyncio.get_running_loop().create_future()
         self._loops.run(self._tell_what_it_waits_for(), "telling")
+        self._loops.run(self._warm_up.run(), "warm up")
         try:
             self._source = source = await self._open_source()
             link = await self._connect_control()
@@ -298,10 +301,11 @@ class NodeProcess:
             )
             self._ahead_in_use = fetched.in_use
             log.info("standby_layers_here", layers=str(layers), num_bytes=fetched.num_bytes)
-            model = await asyncio.to_thread(LayerFiles, fetched.paths, fetched.in_use)
-            for layer in layers:
-                if not self.is_assigned:
-                    await self._stage.rehearse(model, layer, fetch.weights)
+            stored = [
+                StoredLayer(path, layer, fetch.model_digest, fetch.weights, fetched.in_use)
+                for layer, path in fetched.paths.items()
+            ]
+            self._warm_up.want(*stored)
         except MdiqError as raised:
             error = str(raised)
             log.warning("layers_not_fetched", layers=str(layers), error=error)
@@ -363,6 +367,7 @@ class NodeProcess:
         await self._stop_serving()
         await self.worker.run_uncounted(self._stage.free)  # in its turn: a Batch may still run
         await self._admit()
+        self._warm_up.want()
         self._notifier.ready(f"stands by: {message.reason}")
         log.info("stands_by", reason=message.reason)
 

@@ -34,7 +34,7 @@ from mdiq.runtime.losses import Losses
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.starter_service import StarterService
-from mdiq.runtime.takeover import is_same_but_members, members_of, with_members_of, with_newcomers
+from mdiq.runtime.takeover import is_same_but_members, members_of, nodes_of, rekeyed, with_members_of, with_newcomers
 from mdiq.runtime.workers import Workers
 
 log = structlog.get_logger()
@@ -117,13 +117,16 @@ class Recovery:
         before = self._planned, self._barred
         self._planned = options
         self._barred = (self._barred | members_of(self._served)) - members_of(options)
+        cut_off = members_of(self._ring.options) - members_of(options)  # at once, whatever has to be fetched
+        if rekeyed(self._served, options):
+            self._served = with_members_of(self._served, options)
         if is_same_but_members(options, self._ring.options):
             await self.replace_members(options)
             return
         if self.is_running:  # what it waits for may be there by this
             await self.replace_members(with_newcomers(self._ring.options, options))
         try:
-            if not members_of(self._ring.options) - members_of(options):  # else one is to be cut off at once
+            if not cut_off:
                 await self._ahead.get_ready(options)
         except RingError:
             raise  # it ends, and the next one is as is wanted now
@@ -297,10 +300,17 @@ class Recovery:
 
     def _can_be_as_planned(self) -> bool:
         """Whether a paused Ring can go on as the one that is planned, which is another one."""
-        planned = self._planned
-        if is_same_but_members(planned, self._ring.options) or self._losses.unfit or self._ring.absent(planned):
+        planned, ring = self._planned, self._ring
+        if is_same_but_members(planned, ring.options) or ring.absent(planned):
+            return False
+        if not self._losses.unfit.isdisjoint(planned.node_names) or (ring.lacks(planned) and not self._cut_off):
             return False
         return not (self._is_other_text(planned) and self._service.ring.num_unfinished)
+
+    @property
+    def _cut_off(self) -> list[str]:
+        """The Nodes that are in the Ring and may not be any more."""
+        return [name for name, key in nodes_of(self._ring.options) if (name, key) in self._barred]
 
     def _is_other_text(self, options: RingOptions) -> bool:
         """Whether what runs would go on with other tokens in another Ring."""
@@ -339,7 +349,7 @@ class Recovery:
         ring = self._ring
         try:
             async with asyncio.timeout(self._tolerance_s):
-                while missing := self._workers.missing:
+                while missing := [*dict.fromkeys((*self._workers.missing, *self._cut_off))]:
                     if self._can_be_as_planned():
                         return self._planned
                     is_any_silent = any(self._losses.is_silent(name) for name in missing)

@@ -19,7 +19,7 @@ from mdiq.core import control
 from mdiq.core.token_bucket import TokenBucket
 from mdiq.core.types import Epoch, LayerRange, NodeId
 from mdiq.core.weights import PIECE_BYTES
-from mdiq.errors import CapacityError, MdiqError, NodeDiedError, TransportError, first_of
+from mdiq.errors import CapacityError, MdiqError, TransportError, first_of
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions
 from mdiq.runtime.socket_workers import SocketWorkers
 from mdiq.runtime.takeover import rekeyed
@@ -134,11 +134,14 @@ class RemoteWorkers(SocketWorkers):
         await super().reform(options)
         coordinator = self._opened_coordinator
         coordinator.reform(self._names, self._ring.standing_by)
+        for node in {
+            *self._names,
+            *coordinator.standing_by,
+        } & with_new_key:  # at once: it may come with the new key next
+            coordinator.revoke(NodeId(node))
         if self._gate is not None:  # before anybody is told anything: a list that lacks a Node cuts all connections
             for domain, listed in self._lists().items():
                 await self._gate.replace(domain, listed)
-        for node in {*self._names, *coordinator.standing_by} & with_new_key - {*coordinator.missing}:
-            coordinator.lose(node, NodeDiedError(f"{node}: its key was revoked; it may come back with its new one"))
         await coordinator.tell_idle()
 
     async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:

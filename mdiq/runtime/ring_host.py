@@ -186,8 +186,8 @@ class RingHost:
         if self._loaded.rounds and not is_same_but_members(now, options):
             return False
         # One that has another key may come back with it.
-        is_any_cut_off = not {*now.node_names} <= {name for name, _ in members_of(options)}
-        return not is_any_cut_off or not self._loaded.absent(options)
+        cut_off = {*now.node_names} - {name for name, _ in members_of(options)}
+        return not cut_off or not (self._loaded.absent(options) or (self.is_paused and cut_off - {*self.missing}))
 
     def silent(self, min_s: float) -> Mapping[str, float]:
         """Return the Nodes that have not been heard for so long, and for how long."""

@@ -73,6 +73,11 @@ class ServingRing:
         workers = self._workers
         return {*options.node_names} - ({*self.options.node_names, *workers.standing_by} - {*workers.missing})
 
+    def lacks(self, options: RingOptions) -> bool:
+        """Whether a Node of a Ring would have to fetch Layers first, as far as is known."""
+        at_hand, parts = self._workers.at_hand, zip(options.node_names, options.layers, strict=True)
+        return any(not {*layers} <= at_hand.get(name, frozenset()) for name, layers in list(parts)[1:])
+
     def taken_over(
         self, lost: Collection[str], *, unfit: Collection[str] = (), max_fetch_s: float | None = inf
     ) -> RingOptions | None:

@@ -119,7 +119,7 @@ class StageHost:
         layers = LayerRange(assign.layer_start, assign.layer_stop)
         return not self._is_of(assign) or self._runner is None or bool(self._runner.lacks(layers))
 
-    async def rehearse(self, model: LayerFiles, layer: int, weights: WeightSettings) -> None:
+    async def warm_up(self, model: LayerFiles, layer: int, weights: WeightSettings) -> None:
         """Load a Layer and let it go, before it matters how long that takes: its kernels are compiled and chosen then.
 
         One alone is not enough: matrices of a model may be held in several formats.
@@ -128,11 +128,11 @@ class StageHost:
             MdiqError: see StageRunner.load.
         """
 
-        def load_and_free(_: Progress) -> None:
+        def load_and_free(progress: Progress) -> None:
             one = LayerRange(layer, layer + 1)
             load = partial(StageRunner.load, model, one, is_last=False, owns_embedding_and_head=False, weights=weights)
-            load(kv_tokens=BLOCK_TOKENS)
-            return_free_memory(collect=True)
+            load(kv_tokens=BLOCK_TOKENS, progress=progress)
+            return_free_memory()
 
         await self._worker.run_long(load_and_free)
 

@@ -32,6 +32,8 @@ UNLISTED, DELISTED = "its key is not listed for this plane", "its key is no long
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 MAX_REFUSALS = 1_000
 FORGET_S = 3_600.0
+LATE_S = 60.0
+"""After a change of the ring: who has sent before it knows of it by then."""
 
 Renew = Callable[[], Awaitable[None]]
 Clock = Callable[[], float]
@@ -57,8 +59,12 @@ class Refusals:
         while self._noted and now - next(iter(self._noted.values())) >= FORGET_S:
             del self._noted[next(iter(self._noted))]
             self._is_full = False
-        # Not the key itself: a stranger can show any number of keys.
-        key = (domain, address, "" if public_key is None else reason)
+        kind = "" if public_key is None else reason  # not the key itself: a stranger can show any number of keys
+        # Who may send activations follows the ring: the node that did so before a change tries once more.
+        is_usual = domain == DATA and reason == DELISTED
+        if is_usual and now - self._noted.get((domain, address, kind), now) >= LATE_S:
+            kind, is_usual = f"{reason}, still", False
+        key = (domain, address, kind)
         if key in self._noted:
             return
         if len(self._noted) >= MAX_REFUSALS:
@@ -68,8 +74,7 @@ class Refusals:
             return
         self._noted[key] = now
         shown = {} if public_key is None else {"public_key": public_key}
-        # Who may send activations follows the ring: the node that did so before a change tries once more.
-        write = log.info if domain == DATA and reason == DELISTED else log.warning
+        write = log.info if is_usual else log.warning
         write("peer_refused", plane=domain, address=address, reason=reason, **shown)
 
     def has_noted_key(self, domain: str, address: str) -> bool:

@@ -252,7 +252,7 @@ class ClientWatch(Watch):
         self._retry_s = retry_s
         self._retry: asyncio.TimerHandle | None = None
         self._is_told = False
-        self._is_refused = False
+        self._num_refused, self._is_refused = 0, False  # in a row; whether the newest attempt was
         self._name = name_in(endpoint)
         self._naming: asyncio.Task[None] | None = None
         self._address = endpoint  # of the name: where the socket is connected to
@@ -303,16 +303,17 @@ class ClientWatch(Watch):
             case zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED:
                 self._retry_no_more()
             case zmq.EVENT_CONNECTED:
+                self._is_refused = False
                 self._is_away.clear()
                 self._retry_no_more()
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._is_told = self._is_refused = False
+                self._is_told, self._num_refused = False, 0
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                if self._is_refused:  # once is nothing: where the ring changes, a peer may know it before us
+                self._num_refused, self._is_refused = self._num_refused + 1, True
+                if self._num_refused > 1:  # once is nothing: where the ring changes, a peer may know it before us
                     self._tell(
                         "refused_by_peer", "our public key is not listed there for this plane; mdiq reload there"
                     )
-                self._is_refused = True
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._tell("peer_not_trusted", "it ended the handshake; is its public_key in the topology its own?")
 

@@ -74,7 +74,7 @@ def _changes(lab: Lab) -> Iterator[tuple[str, str]]:
     for name in lab.workers:
         yield "drain", name
         yield "let in", name
-    yield "memory", lab.workers[0]
+    yield "memory", "of all"
     yield "key", lab.workers[1]
 
 
@@ -86,7 +86,8 @@ def _act(lab: Lab, what: str, name: str) -> None:
             lab.mdiq("drain", name, "--undo")
         case "memory":
             text = lab.file.read_text()
-            lab.file.write_text(text.replace("3G", "2900M") if "3G" in text else text.replace("2900M", "3G"))
+            more, less = "memory: 3G", "memory: 2900M"
+            lab.file.write_text(text.replace(more, less) if more in text else text.replace(less, more))
             lab.mdiq("reload")
         case "key":
             lab.mdiq("keys", "--rotate", name)

@@ -33,7 +33,7 @@ LOAD = [
 ]
 
 
-def test_a_ring_without_a_node_is_as_fast_as_is_predicted_of_it(tmp_path: Path) -> None:
+def test_rates_before_without_and_after_a_node(tmp_path: Path) -> None:
     is_whole = not {"times", "all"}.isdisjoint(words_of_environment())
     found: dict[str, list[float]] = {}
     troubles: list[str] = []

@@ -1,9 +1,12 @@
 """A Node has another key from a reload on: the Ring goes on without it, or waits, and takes it in with the new one."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
+from mdiq.errors import KeyRevokedError, NodeDiedError
+from mdiq.runtime.losses import MAX_LOSSES, Losses
 from mdiq.runtime.options import Outages
 from tests.runtime.test_ring_changes import FORMED_S, TAKEN_S, asked, has_layers, layers, live, states
 from tests.virtual.house import House
@@ -118,3 +121,115 @@ def test_the_key_of_a_spare_and_of_a_node_that_is_away_are_others_without_a_paus
         await house.answered(30.0)
 
     live(act, num_spares=1)
+
+
+@pytest.mark.parametrize("name", ["spare1", "pi1"])
+def test_a_rotation_that_is_undone_lets_the_process_in_again_that_never_ended(name: str) -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=200)
+        house.rotate(name)
+        await reloads(house, name)
+        await asyncio.sleep(8.0)
+        assert states(house)[name] == "missing"
+        house.num_keys.clear()
+        await reloads(house, name)
+        await has_layers(house, ALL, 30.0)
+        await asyncio.sleep(5.0)
+        assert states(house) == dict.fromkeys(ALL, "serves") | {"spare1": "stands by"}
+        await house.answered(60.0)
+
+    live(act, num_spares=1)
+
+
+def test_all_keys_at_once_are_one_pause() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await asked(house)
+        for name in house.names:
+            house.rotate(name)
+        house.reload()
+        await asyncio.sleep(1.0)
+        assert [*states(house).values()][1:] == ["missing"] * 5
+        for name in house.names:
+            await restarts(house, name)
+        await house.answered(2 * TAKEN_S + 10.0)
+
+    house = live(act, num_nodes=5)
+    assert len([line for line in house.log if line["event"] == "ring_paused"]) == 1
+
+
+def test_revoked_keys_are_no_nodes_that_die_again_and_again() -> None:
+    losses = Losses()
+    assert [losses.add(KeyRevokedError("its key was revoked")) for _ in range(2 * MAX_LOSSES)] == [
+        None
+    ] * 2 * MAX_LOSSES
+    assert [losses.add(NodeDiedError("it died")) for _ in range(MAX_LOSSES)] == [None] * MAX_LOSSES
+    assert losses.add(NodeDiedError("it died")) is not None
+
+
+def test_two_nodes_that_swap_their_keys_are_both_cut_off() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await asked(house)
+        house.swaps = {"pi1": "pi2", "pi2": "pi1"}
+        house.reload()
+        await asyncio.sleep(0.5)
+        assert (states(house)["pi1"], states(house)["pi2"]) == ("missing", "missing")
+        for name in house.names:
+            await restarts(house, name)
+        await house.answered(2 * TAKEN_S + 10.0)
+        await has_layers(house, ALL, 30.0)
+
+    live(act)
+
+
+def test_a_rotation_with_another_change_in_a_pause_keeps_the_new_key() -> None:
+    async def act(house: House) -> None:
+        house.revoked.add("pi3")
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=150)
+        await house.crash("pi2")
+        await asyncio.sleep(2.0)
+        house.rotate("pi1")
+        house.revoked.clear()
+        await reloads(house, "pi1")
+        await asyncio.sleep(1.0)
+        assert states(house)["pi1"] == "missing"
+        await restarts(house, "pi1")
+        house.start_node("pi2")
+        await has_layers(house, {"desk": 1, "pi1": 2, "pi2": 1, "pi3": 2}, 90.0)
+        await house.answered(60.0)
+
+    live(act, num_nodes=3)
+
+
+@pytest.mark.parametrize("is_loading", [False, True])
+def test_a_node_that_a_reload_drops_in_a_pause_gets_nothing_more(is_loading: bool) -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=100)
+        await house.crash("pi1")
+        await asyncio.sleep(0.5)
+        if is_loading:  # what pi1 was to do
+            while "stage_ready" not in [line["event"] for line in house.log if line.get("machine") == "pi2"][-1:]:
+                await asyncio.sleep(0.05)
+                if house.is_serving:
+                    break
+        house.revoked.add("pi2")
+        house.reload()
+        dropped_s = house.loop.time()
+        await asyncio.sleep(1.0)
+        gates: list[Any] = [port._security.gate for port in house.network._listeners.values() if port._security]
+        starters = [gate for gate in gates if "control" in gate.lists]
+        assert starters and not any("pi2" in listed.values() for gate in starters for listed in gate.lists.values())
+        house.start_node("pi1")
+        await house.serving(90.0)
+        assert "pi2" not in layers(house)
+        let_in = [each for each in house.network.let_in if each[1:] == ("desk", "pi2")]
+        assert let_in and max(each[0] for each in let_in) < dropped_s + 1.0
+
+    live(act, is_kept=False)

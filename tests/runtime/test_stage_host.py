@@ -101,9 +101,9 @@ async def test_a_stage_with_another_part_or_limit_is_loaded_again(
     assert len(loads.done) == 2 and "forgets" not in loads.done
 
 
-async def test_a_rehearsal_loads_one_layer_and_keeps_nothing(loads: Loads, worker: Worker) -> None:
+async def test_a_warm_up_loads_one_layer_and_keeps_nothing(loads: Loads, worker: Worker) -> None:
     host = StageHost(worker)
-    await host.rehearse(Path(), 3, PLAIN_WEIGHTS)  # type: ignore[arg-type]
+    await host.warm_up(Path(), 3, PLAIN_WEIGHTS)  # type: ignore[arg-type]
     assert loads.done == ["loads 3-3"] and loads.kv_capacity_tokens == BLOCK_TOKENS
     assert host.lacks(part())
     await host.load(part(), Path())

@@ -23,6 +23,7 @@ from mdiq.transport.curve import (
     DATA,
     DELISTED,
     FORGET_S,
+    LATE_S,
     MAX_REFUSALS,
     ClientSecurity,
     Gate,
@@ -714,6 +715,18 @@ def test_refusals_are_logged_once_and_again_after_an_hour(events: Events) -> Non
     refusals.note("data", "10.0.0.1", "no CURVE")
     assert len(events) == 4
     assert refusals.num_refused == 7
+
+
+def test_a_node_that_sent_before_a_change_of_the_ring_is_an_alarm_if_it_goes_on(events: Events) -> None:
+    times_s = [0.0, 2.0, LATE_S, 2 * LATE_S, 0.0, 0.0]
+    refusals = Refusals(lambda: times_s.pop(0))
+    for _ in range(4):
+        refusals.note("data", "10.0.0.1", DELISTED, public_key="one")
+    assert [event["log_level"] for event in events] == ["info", "warning"]
+    refusals.forget("data")
+    refusals.note("data", "10.0.0.1", DELISTED, public_key="one")
+    refusals.note("control", "10.0.0.1", DELISTED, public_key="one")
+    assert [event["log_level"] for event in events[2:]] == ["info", "warning"]
 
 
 def test_a_flood_of_addresses_fills_neither_log_nor_memory(events: Events) -> None:

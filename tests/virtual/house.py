@@ -261,6 +261,7 @@ class House:
         self.is_measured = is_measured
         self.revoked: set[str] = set()
         self.num_keys: dict[str, int] = {}  # that Nodes have had before the one in the topology
+        self.swaps: dict[str, str] = {}  # Nodes that have the key which was another one's
         self.cannot_load: dict[str, MdiqError] = {}  # the next time
         self.has_no_room: dict[str, MdiqError] = {}  # for other Layers, the next time
         self.free_bytes = 1 << 30  # on every machine; 0: nobody can take over
@@ -552,7 +553,7 @@ class House:
         return NodeOptions(name, "tcp://127.0.0.1:7000", listen, CHECKSUM_KEY, peers=peers)
 
     def _secret(self, name: str) -> bytes:
-        return f"secret {name} {self.num_keys.get(name, 0)}".encode()
+        return f"secret {self.swaps.get(name, name)} {self.num_keys.get(name, 0)}".encode()
 
     def _public(self, name: str) -> str:
         return public_key(self._secret(name))
