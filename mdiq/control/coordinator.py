@@ -343,8 +343,8 @@ class Coordinator:
         try:
             unsent = list(requests)
             while not any(each.done() for each in gone) and not answered.done():
-                asked = [node for node in unsent or requests if not futures[node].done()]
-                unsent = [node for node in asked if not await self._send(node, requests[node])]
+                asked = unsent or list(requests)
+                unsent = [n for n in asked if not futures[n].done() and not await self._send(n, requests[n])]
                 await asyncio.wait({answered}, timeout=RECONNECT_S if unsent else REPEAT_S)
             return await answered
         finally:

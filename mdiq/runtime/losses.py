@@ -36,9 +36,10 @@ class Losses:
     def add(self, error: MdiqError) -> NodeDiedError | None:
         """Note one; return an error if there have been too many."""
         self._errors.append(error)
-        if sum(not isinstance(each, KeyRevokedError) for each in self._errors) <= MAX_LOSSES:
+        number = sum(not isinstance(each, KeyRevokedError) for each in self._errors)
+        if number <= MAX_LOSSES:
             return None
-        return NodeDiedError(f"{error}; it is loss number {len(self)} in one recovery")
+        return NodeDiedError(f"{error}; it is loss number {number} in one recovery")
 
     def is_silent(self, name: str) -> bool:
         """Whether a Node that is missing may live, as far as is known."""

@@ -23,6 +23,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
+from math import inf
 
 import structlog
 
@@ -288,7 +289,9 @@ class Recovery:
 
     def _note_served(self) -> None:
         """Note that the Ring serves as it is now, and have it return to what was planned."""
-        self._served = self._ring.options
+        self._served = served = self._ring.options
+        if rekeyed(served, self._planned):  # a change that waits for its turn has revoked keys of it
+            self._served = with_members_of(served, self._planned)
         if not is_same_but_members(self._served, self._planned) and self._returning is None and not self._is_closed:
             self._returning = asyncio.create_task(self._return(), name="return")
             self._returning.add_done_callback(self._returned)
@@ -346,25 +349,31 @@ class Recovery:
         Raises:
             NodeDiedError: there is none.
         """
-        ring = self._ring
         try:
             async with asyncio.timeout(self._tolerance_s):
-                while missing := [*dict.fromkeys((*self._workers.missing, *self._cut_off))]:
+                while missing := self._missing:
                     if self._can_be_as_planned():
                         return self._planned
                     is_any_silent = any(self._losses.is_silent(name) for name in missing)
-                    max_fetch_s = None if is_any_silent else QUICK_FETCH_S
-                    options = ring.taken_over(missing, unfit=self._losses.unfit, max_fetch_s=max_fetch_s)
-                    if options is not None:
+                    if (options := self._taken_over(None if is_any_silent else QUICK_FETCH_S)) is not None:
                         return options
                     await self._workers.until_joined()
-            return ring.options
+            return self._ring.options
         except TimeoutError:
             self._losses.has_waited = True
-            options = ring.taken_over(self._workers.missing, unfit=self._losses.unfit)
-            if options is None:
-                raise self._losses.not_back(self._workers.missing, self._tolerance_s) from None
+            if (options := self._taken_over(inf)) is None:
+                raise self._losses.not_back(self._missing, self._tolerance_s) from None
             return options
+
+    @property
+    def _missing(self) -> list[str]:
+        """The Nodes that the Ring has to go without, or to wait for."""
+        return [*dict.fromkeys((*self._workers.missing, *self._cut_off))]
+
+    def _taken_over(self, max_fetch_s: float | None) -> RingOptions | None:
+        """Return the Ring without these; where one is cut off, nobody is let in who is not in the planned Ring."""
+        options = self._ring.taken_over(self._missing, unfit=self._losses.unfit, max_fetch_s=max_fetch_s)
+        return with_newcomers(options, self._planned) if options is not None and self._cut_off else options
 
 
 async def _until_done(task: "asyncio.Task[None]") -> None:

@@ -202,7 +202,7 @@ class RemoteWorkers(SocketWorkers):
         workers = {node.public_key or "": node.name for node in ring.nodes[1:]}
         idle = {node.public_key or "": node.name for node in ring.standing_by}
         last = {ring.nodes[-1].public_key or "": ring.nodes[-1].name}
-        return {DATA: last, CONTROL: workers | idle, WEIGHTS: workers | idle}
+        return {CONTROL: workers | idle, WEIGHTS: workers | idle, DATA: last}
 
     async def _serve_weights(self, server: RouterServer) -> None:
         """Begin to serve weights."""

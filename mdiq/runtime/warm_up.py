@@ -75,7 +75,8 @@ class WarmUp:
                 return
             model = await asyncio.to_thread(LayerFiles, {stored.layer: stored.path}, stored.in_use)
             await self._stage.warm_up(model, stored.layer, stored.weights)
-        except (MdiqError, OSError, RuntimeError) as error:  # a take-over will tell what is wrong, if it comes to one
+        except (MdiqError, OSError, RuntimeError, ValueError, LookupError, MemoryError) as error:
+            # A take-over will tell what is wrong, if it comes to one.
             log.warning("not_warmed_up", layer=stored.layer, reason=str(error)[:300])
 
     def _free_bytes(self) -> int:

@@ -215,17 +215,17 @@ def test_a_node_that_dies_and_is_started_again_costs_a_pause_and_not_a_token(ser
 
 def test_a_rotated_key_costs_a_pause_and_not_a_token(served: Served, long_text: str) -> None:
     rings = served.status()["rings_formed"]
+    assert run_mdiq("keys", served.ring.file, "--rotate", "pi2").code == 0
 
     async def ask() -> str:
         body = {**PROMPT, "max_tokens": 150, "ignore_eos": True, "stream": True}
         async with aiohttp.ClientSession() as session, session.post(f"{API}/v1/completions", json=body) as response:
             first = await response.content.readuntil(b"\n\n")
-            await asyncio.to_thread(rotate)
+            await asyncio.to_thread(reload)
             lines = (first.decode() + await response.text()).split("\n\n")
         return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines if line.startswith("data: {"))
 
-    def rotate() -> None:
-        assert run_mdiq("keys", served.ring.file, "--rotate", "pi2").code == 0
+    def reload() -> None:
         code, text = served.mdiq("reload")
         assert code == 0 and "the ring goes on" in text, text
         served.ring._nodes["pi1"].send_signal(signal.SIGHUP)

@@ -70,8 +70,8 @@ async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 async def test_each_layer_is_loaded_once_in_a_process(node: Node) -> None:
     node.warm_up.want(*node.stored(3, 4))
     await node.until(3, 4)
-    node.warm_up.want(*node.stored(3, 4, 5), *node.stored(5))
-    await node.until(3, 4, 5)
+    node.warm_up.want(*node.stored(3, 4, 5), *node.stored(5, 6))
+    await node.until(3, 4, 5, 6)
 
 
 async def test_a_node_that_has_work_goes_on_when_it_stands_by_again(node: Node) -> None:
