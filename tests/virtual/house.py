@@ -356,7 +356,10 @@ class House:
         self.note(f"{name} is to leave")
         process = self._processes[name]
         if (service := self._services.get(name)) is not None:
-            await self._spawn(service._leave(), process, f"{name} leaves")
+            leaving = self._spawn(service._leave(), process, f"{name} leaves")
+            await asyncio.wait({leaving})
+            if not leaving.cancelled():  # its process may die meanwhile
+                leaving.result()
         await self._kill(name, process)
 
     def is_up(self, name: str) -> bool:
