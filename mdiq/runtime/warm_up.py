@@ -4,7 +4,6 @@ Compiling and choosing kernels for the first time takes seconds, many on a small
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,11 @@ class StoredLayer:
     weights: WeightSettings
     in_use: Use
 
+    @property
+    def key(self) -> tuple[str, WeightSettings, int]:
+        """What tells it from others."""
+        return self.digest, self.weights, self.layer
+
 
 class WarmUp:
     """Takes Layers one after the other, as long as nothing else is to be computed here.
@@ -46,13 +50,18 @@ class WarmUp:
         self._stage = stage
         self._is_idle = is_idle
         self._max_bytes = max_bytes
-        self._wanted: deque[StoredLayer] = deque()
+        self._wanted: dict[tuple[str, WeightSettings, int], StoredLayer] = {}
         self._done: set[tuple[str, WeightSettings, int]] = set()
         self._news = asyncio.Event()
 
     def want(self, *layers: StoredLayer) -> None:
-        """Take these next, but for those that this process has had before; without any: go on, if it may by now."""
-        self._wanted.extend(each for each in layers if (each.digest, each.weights, each.layer) not in self._done)
+        """Take these too, but for those that this process has had before; without any: go on, if it may by now.
+
+        Those of another model are let go: a Node that serves may wait for long, and would keep their files on the disk.
+        """
+        if newest := {each.digest for each in layers}:
+            wanted = (each for each in (*self._wanted.values(), *layers) if each.digest in newest)
+            self._wanted = {each.key: each for each in wanted if each.key not in self._done}
         self._news.set()
 
     async def run(self) -> NoReturn:
@@ -61,13 +70,10 @@ class WarmUp:
             await self._news.wait()
             self._news.clear()
             while self._wanted and self._is_idle():
-                await self._warm_up(self._wanted.popleft())
+                await self._warm_up(self._wanted.pop(next(iter(self._wanted))))
 
     async def _warm_up(self, stored: StoredLayer) -> None:
-        key = (stored.digest, stored.weights, stored.layer)
-        if key in self._done:
-            return
-        self._done.add(key)
+        self._done.add(stored.key)
         try:
             size = stored.path.stat().st_size
             if self._free_bytes() < ROOM * size:

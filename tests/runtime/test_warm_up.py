@@ -42,11 +42,11 @@ class Node:
         stage: Any = self.stage
         self.warm_up = WarmUp(stage, is_idle=lambda: self.is_idle, max_bytes=lambda: self.max_bytes)
 
-    def stored(self, *layers: int) -> list[StoredLayer]:
+    def stored(self, *layers: int, digest: str = "d1") -> list[StoredLayer]:
         in_use: Any = None
         for layer in layers:
             (self.folder / str(layer)).write_bytes(bytes(FILE_BYTES))
-        return [StoredLayer(self.folder / str(layer), layer, "d1", PLAIN_WEIGHTS, in_use) for layer in layers]
+        return [StoredLayer(self.folder / str(layer), layer, digest, PLAIN_WEIGHTS, in_use) for layer in layers]
 
     async def until(self, *layers: int) -> None:
         async with asyncio.timeout(20):
@@ -82,6 +82,16 @@ async def test_a_node_that_has_work_goes_on_when_it_stands_by_again(node: Node) 
     node.is_idle = True
     node.warm_up.want()
     await node.until(3)
+
+
+async def test_a_node_that_has_work_keeps_nothing_twice_and_nothing_of_another_model(node: Node) -> None:
+    node.is_idle = False
+    for digest in ("d1", "d1", "d2", "d2"):
+        node.warm_up.want(*node.stored(3, 4, digest=digest))
+        assert [(each.digest, each.layer) for each in node.warm_up._wanted.values()] == [(digest, 3), (digest, 4)]
+    node.is_idle = True
+    node.warm_up.want()
+    await node.until(3, 4)
 
 
 @pytest.mark.parametrize("error", [EngineError("no kernel"), RuntimeError("torch says so"), OSError("no such file")])
