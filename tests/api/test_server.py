@@ -89,7 +89,7 @@ async def test_silent_connections_are_bounded_and_requests_are_answered_beside_t
         assert (await asking.read()).count(b"HTTP/1.1 200 ") == 1
         for reader, _ in silent:
             with contextlib.suppress(ConnectionError):
-                assert await asyncio.wait_for(reader.read(), 5) == b""
+                assert await asyncio.wait_for(reader.read(), 20) == b""
         for _, each in [*silent, *more, (asking, writer)]:
             each.close()
 

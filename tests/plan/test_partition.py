@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from mdiq.core.types import NodeId
 from mdiq.plan.micro_batches import Curve, best_grouping
 from mdiq.plan.partition import Goal, Objective, Split, best_split
 from mdiq.plan.profile import HopProfile, Links, ModelShape, NodeProfile
+from tests.plan.calls import count_calls
 from tests.plan.profiles import MODEL, node
 
 Case = tuple[ModelShape, list[NodeProfile], Links]
@@ -154,11 +154,10 @@ def _largest(kind: str) -> Case:
 
 @pytest.mark.parametrize("kind", ["thin lines", "fast lines"])
 @pytest.mark.parametrize("goal", [Goal(Objective.LATENCY), Goal(num_users=2), Goal(num_users=8)])
-def test_the_largest_ring_is_split_in_no_time(kind: str, goal: Goal) -> None:
+def test_the_largest_ring_is_split_with_little_work(kind: str, goal: Goal) -> None:
     model, nodes, links = _largest(kind)
-    start_s = time.process_time()
-    split = best_split(model, nodes, links, goal)
-    assert time.process_time() - start_s < 1.0
+    num_calls, split = count_calls(lambda: best_split(model, nodes, links, goal))
+    assert num_calls < 1_000_000
     assert split is not None
     assert sum(split) == 126
     assert all(

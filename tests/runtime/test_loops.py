@@ -116,7 +116,7 @@ async def test_a_loop_that_ends_while_it_is_needed_is_a_failure_that_names_it(
     loops = Supervisor(failed.put_nowait)
     loops.run(_waits(), "another")
     loops.run(loop(), "coordinator")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         error = await failed.get()
     assert isinstance(error, RingError) and f"coordinator: its loop {how}" in str(error)
     await loops.aclose()

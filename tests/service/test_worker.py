@@ -42,7 +42,7 @@ async def test_memory_goes_back_when_nothing_refers_to_the_ring_any_more(monkeyp
     monkeypatch.setattr(worker, "return_free_memory", give_back)
     options: Any = type("Options", (), {"control": "tcp://starter"})
     serving = asyncio.create_task(NodeService(lambda: options, Notifier(None), once=False)._rings())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await freed.get()
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
