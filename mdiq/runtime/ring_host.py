@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mdiq.core import control
+from mdiq.core.hop_survey import HopLink
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import Sequence
 from mdiq.core.stage import StageProtocol
@@ -240,6 +241,12 @@ class RingHost:
     async def measured(self) -> MeasuredRing:
         """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
         return await self._loaded.measured()
+
+    async def measure_hops(self) -> tuple[HopLink | None, ...]:
+        """Measure the Hops again while nothing runs; see Workers. Nothing if it was in vain."""
+        if self.is_paused or self._workers.is_fetching:
+            return ()
+        return await self._loaded.epochs.measure_hops(self.service)
 
     def spans(self) -> Mapping[str, list[Span]]:
         """Return every Node's Spans, in ring order."""
