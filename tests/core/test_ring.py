@@ -3,8 +3,9 @@
 import pytest
 
 from mdiq.core.frame import Frame, FrameKind, Segment, TokenIds
-from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Ended, HeadRow, Inject
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import Epoch, RingSpec, SeqId
 from mdiq.errors import ContextLengthError, LocalProtocolError

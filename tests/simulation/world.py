@@ -12,8 +12,9 @@ from functools import partial
 
 from mdiq.core import wire
 from mdiq.core.frame import Batch, Frame, FrameKind, Segment
-from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Ended, Inject, Suspect
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, LayerRange, RingSpec, SeqId

@@ -24,7 +24,7 @@ import zmq.asyncio
 import mdiq
 from mdiq.core import wire
 from mdiq.core.control import CHECKSUM_KEY
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange, RingSpec
 from mdiq.errors import CapacityError, ConfigError, EngineError, MdiqError, SequenceError
