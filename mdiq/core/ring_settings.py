@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mdiq.core.lap_timer import LapTimer
+
 
 @dataclass(frozen=True, slots=True)
 class RingSettings:
@@ -24,3 +26,12 @@ class RingSettings:
     silence_s: float = 1.5
     max_replays: int = 5
     prefix_tokens: int | None = None
+
+    def new_timer(self) -> LapTimer:
+        """Return a timer of Laps with these limits."""
+        return LapTimer(
+            min_s=self.min_timeout_s,
+            limit_s=self.lap_timeout_s,
+            token_s=self.token_timeout_s,
+            silence_s=self.silence_s,
+        )

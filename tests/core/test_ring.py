@@ -45,7 +45,7 @@ def _lap(ring: RingProtocol, now: float = 0.0) -> list[HeadRow]:
         if frame.kind is FrameKind.RELEASE:
             ring.returned(frame)
         else:
-            rows += ring.returned(_head(*frame.segments))
+            rows += [row for row in ring.returned(_head(*frame.segments)) if isinstance(row, HeadRow)]
     return rows
 
 
