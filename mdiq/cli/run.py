@@ -18,7 +18,7 @@ from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import read_finished, read_prompts
 from mdiq.cli.ring_commands import RunOptions
 from mdiq.cli.signals import run_until_signal
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.micro_batches import MAX_LIVE

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
+from mdiq.core.logprobs import Logprobs, LogprobsWanted, TokenLogprob
 from mdiq.errors import ConfigError
 
 
@@ -118,6 +119,9 @@ class Sequence:
     eos_token_ids: the model's own end tokens.
     deadline: the time on the caller's clock at which it is ended if it has not finished; None: no limit.
     cached_prompt_tokens: tokens of the prompt that were found in the KV cache and not computed.
+    logprobs: the log-probabilities that it wants; None: none.
+    prompt_logprobs: those of the prompt's tokens from the second one on, as far as they are known. They are history
+    like the answer: a Replay adds what is lacking.
     """
 
     index: int
@@ -129,6 +133,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     cached_prompt_tokens: int = 0
+    logprobs: LogprobsWanted | None = None
+    prompt_logprobs: Logprobs = field(default_factory=Logprobs)
 
     @property
     def num_tokens(self) -> int:
@@ -145,6 +151,13 @@ class Sequence:
         split = len(self.prompt)
         return (*self.prompt[start:stop], *self.generated[max(start - split, 0) : max(stop - split, 0)])
 
+    def wants_rows(self, start: int, stop: int) -> bool:
+        """Return whether a token of the prompt is still to be scored with the row of one of these positions."""
+        if self.logprobs is None or not self.logprobs.of_prompt:
+            return False
+        # The row of a position tells how likely the next token is.
+        return max(start, len(self.prompt_logprobs)) < min(stop, len(self.prompt) - 1)
+
     def append(self, token: int, *, stop_matched: bool = False) -> FinishReason | None:
         """Add a generated token and return why the Sequence ends with it, or None when it goes on."""
         self.generated.append(token)
@@ -160,6 +173,7 @@ class TokenEvent:
     """One step of a Sequence as its caller sees it: a token, its end, or both.
 
     position: the token's position in the Sequence (the prompt's length for the first generated one).
+    logprob: the token's, if the Sequence wants it.
     """
 
     index: int
@@ -167,3 +181,4 @@ class TokenEvent:
     position: int
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    logprob: TokenLogprob | None = None

@@ -14,6 +14,7 @@ import torch
 from mdiq.core.control import Ready
 from mdiq.core.frame import Batch, Payload
 from mdiq.core.hop_survey import HopLink
+from mdiq.core.logprobs import Drawn, TokenLogprob
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import LayerRange, RingSpec
 from mdiq.engine.device import choose_device, free_bytes, kind_of
@@ -23,6 +24,7 @@ from mdiq.engine.kept_cost import kept_cost
 from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
+from mdiq.engine.model.logprobs import token_logprobs
 from mdiq.engine.model.sampler import SampleRow, sample
 from mdiq.engine.runner import StageRunner
 from mdiq.plan.measured import MeasuredRing, MeasuredStage, differing_kinds
@@ -210,9 +212,24 @@ class TorchStarter:
     def reset(self) -> None:
         self._runner.reset()
 
-    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[int]:
-        """Return the next token of each Sequence; see starter_service.StarterEngine."""
+    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[Drawn]:
+        """Return the next token of each Sequence; see starter_engine.StarterEngine."""
         logits = self._runner.logits(rows)
+        tokens = self._tokens(logits, sequences)
+        logprobs: dict[int, TokenLogprob] = {}
+        if asked := [i for i, sequence in enumerate(sequences) if sequence.logprobs is not None]:
+            top = [sequence.logprobs.top for sequence in sequences if sequence.logprobs is not None]
+            found = token_logprobs(logits[asked], [tokens[i] for i in asked], top)
+            logprobs = dict(zip(asked, found, strict=True))
+        return [Drawn(token, logprobs.get(i)) for i, token in enumerate(tokens)]
+
+    def score(self, rows: Payload, sequence: Sequence, start: int) -> list[TokenLogprob]:
+        """Return the log-probabilities of tokens of the prompt; see starter_engine.StarterEngine."""
+        assert sequence.logprobs is not None  # it was asked for
+        tokens = sequence.prompt[start + 1 : start + 1 + rows.num_rows]
+        return token_logprobs(self._runner.logits([rows]), tokens, [sequence.logprobs.top] * len(tokens))
+
+    def _tokens(self, logits: torch.Tensor, sequences: AbstractSequence[Sequence]) -> list[int]:
         if self.script is not None:
             return self.script.take(logits, sequences)
         sample_rows = [

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.types import LayerRange, NodeId
 from mdiq.errors import CapacityError, MdiqError, NodeDiedError, PlanError
 from mdiq.plan.measured import MeasuredRing, Profiles

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS

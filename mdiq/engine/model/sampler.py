@@ -66,7 +66,7 @@ def _sample_row(logits: np.ndarray, best: int, row: SampleRow) -> int:
     share = uniform(params.seed, row.position)
     ids: np.ndarray | None = None  # those of the tokens that are left, where they are not all
     if 0 < params.top_k < logits.size:
-        ids = _largest(logits, params.top_k)
+        ids = largest(logits, params.top_k)
         logits = logits[ids]
     if params.top_p == 1 and params.min_p == 0:
         chosen = _draw(softmax, logits, share)
@@ -77,7 +77,7 @@ def _sample_row(logits: np.ndarray, best: int, row: SampleRow) -> int:
     return chosen if ids is None else int(ids[chosen])
 
 
-def _largest(logits: np.ndarray, count: int) -> np.ndarray:
+def largest(logits: np.ndarray, count: int) -> np.ndarray:
     """Return the ids of the ``count`` largest logits, the largest first; of equal ones the lower ids."""
     # Each of the count groups with the largest maxima holds one that is as large as the least of these maxima. Group i
     # has every num_groups-th logit from i: numpy compares neighbours' groups at once.
