@@ -235,7 +235,7 @@ class TopologyService:
             await runner.cleanup()
 
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
-        return TokenizerPipe(self._tokenizer, sequence.params.stop)
+        return TokenizerPipe(self._tokenizer, sequence.params.stop, sequence.params.min_tokens)
 
     def _tell(self, state: KeeperState) -> None:
         if state.is_serving:
