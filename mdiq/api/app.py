@@ -193,7 +193,10 @@ class Api:
         if asked.model is not None:
             self._check_model(asked.model)
         # Requests that are still being tokenized are not running yet, and count too.
-        num_asked, now = max(len(asked.prompts), 1), time.monotonic()
+        num_asked, now = asked.num_answers, time.monotonic()
+        if asked.num_choices > 1 and num_asked > backend.max_requests:
+            text = f"n: {num_asked} answers; this ring gives {backend.max_requests} at once, so ask for fewer"
+            raise BadRequest(text, "n")
         places = admission.take(num_asked, backend.max_requests, now, num_running=backend.num_running)
         try:
             return await self._run(request, asked, shape, places)
@@ -227,10 +230,20 @@ class Api:
         backend = self._backend
         prompts = await self._prompts(asked)
         params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
-        answers = [Answer(len(prompt), each.max_tokens) for prompt, each in zip(prompts, params, strict=True)]
+        if (
+            largest := max((token for each in params for token, _ in each.logit_bias), default=0)
+        ) >= backend.vocab_size:
+            raise BadRequest(f"logit_bias: {_no_token(largest, backend)}", "logit_bias")
+        choices = range(asked.num_choices)
+        # Answers to one prompt follow each other, so that all but the first find it in the KV cache.
+        wanted = [(prompt, each.of_choice(i)) for prompt, each in zip(prompts, params, strict=True) for i in choices]
+        answers = [
+            Answer(0 if number % len(choices) else len(prompt), each.max_tokens)
+            for number, (prompt, each) in enumerate(wanted)
+        ]
         out, start_s = shape(backend.model_name), time.monotonic()
         self._admission.fill(places, answers, start_s)
-        streams = [backend.answer(*each) for each in zip(prompts, params, strict=True)]
+        streams = [backend.answer(*each) for each in wanted]
         try:
             async with aclosing(merged(streams)) as events:
                 if asked.is_streamed:
@@ -268,7 +281,7 @@ class Api:
             raise BadRequest(f"{field}: it is empty; give at least one token", field)
         # A token id without an embedding would fail the whole Batch.
         if (largest := max(map(max, prompts))) >= backend.vocab_size:
-            raise BadRequest(f"{field}: token id {largest}: the model has {backend.vocab_size} tokens only", field)
+            raise BadRequest(f"{field}: {_no_token(largest, backend)}", field)
         return prompts
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
@@ -282,6 +295,10 @@ class Api:
 
         running.add_done_callback(ended)
         return await asyncio.wrap_future(running)
+
+
+def _no_token(token: int, backend: Backend) -> str:
+    return f"token id {token}: the model has {backend.vocab_size} tokens only"
 
 
 def _no_route(request: web.Request, error: web.HTTPException) -> str:
