@@ -19,6 +19,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from mdiq import __version__
 from mdiq.api.admission import Admission, Places
 from mdiq.api.backend import Backend
 from mdiq.api.metrics import metrics_registry
@@ -26,6 +27,7 @@ from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_lon
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
 from mdiq.api.shapes import Answer, Chat, Completion, Shape
 from mdiq.api.streams import merged, send_stream
+from mdiq.api.token_routes import TokenRoutes
 from mdiq.errors import CapacityError, MdiqError
 
 log = structlog.get_logger()
@@ -34,7 +36,7 @@ MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JS
 LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
 MAX_LARGE_BODIES = 16  # that are read at once
 TEXT_THREADS = 2  # a short text does not wait for a long one; the other threads are the ring's
-_PUBLIC = ("/health",)
+_PUBLIC = ("/health", "/ready")
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -43,8 +45,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Api:
     """The application.
 
-    keys: every request but /health must carry one of them; if empty, no key is required. cors_origins: web pages of
-    these origins may call the API from a browser; "*": of all.
+    keys: every request but /health and /ready must carry one of them; if empty, no key is required. cors_origins: web
+    pages of these origins may call the API from a browser; "*": of all.
     """
 
     def __init__(
@@ -83,11 +85,15 @@ class Api:
         app.add_routes(
             [
                 web.get("/health", self._health),
+                web.get("/ready", self._ready),
                 web.get("/metrics", self._metrics),
+                web.get("/status.json", self._status),
+                web.get("/version", self._version),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id:.+}", self._model),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._completions),
+                *TokenRoutes(self._backend, self._body, self._in_thread, self._check_model).routes(),
             ]
         )
         return app
@@ -149,6 +155,17 @@ class Api:
         if self._backend.is_serving:
             return web.json_response({"status": "ok"})
         raise ApiError(503, self._backend.state, code=503)
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        if self._backend.is_serving:
+            return web.json_response({"status": "ready"})
+        raise ApiError(503, "the ring does not serve; GET /health says what it waits for")
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return web.json_response(self.status())
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": __version__})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
