@@ -19,6 +19,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from mdiq import __version__
 from mdiq.api.admission import Admission, Places
 from mdiq.api.backend import Backend
 from mdiq.api.metrics import metrics_registry
@@ -26,6 +27,7 @@ from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_lon
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
 from mdiq.api.shapes import Answer, Chat, Completion, Shape
 from mdiq.api.streams import merged, send_stream
+from mdiq.api.token_routes import TokenRoutes
 from mdiq.errors import CapacityError, MdiqError
 
 log = structlog.get_logger()
@@ -34,7 +36,7 @@ MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JS
 LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
 MAX_LARGE_BODIES = 16  # that are read at once
 TEXT_THREADS = 2  # a short text does not wait for a long one; the other threads are the ring's
-_PUBLIC = ("/health",)
+_PUBLIC = ("/health", "/ready")
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -43,8 +45,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Api:
     """The application.
 
-    keys: every request but /health must carry one of them; if empty, no key is required. cors_origins: web pages of
-    these origins may call the API from a browser; "*": of all.
+    keys: every request but /health and /ready must carry one of them; if empty, no key is required. cors_origins: web
+    pages of these origins may call the API from a browser; "*": of all.
     """
 
     def __init__(
@@ -83,11 +85,15 @@ class Api:
         app.add_routes(
             [
                 web.get("/health", self._health),
+                web.get("/ready", self._ready),
                 web.get("/metrics", self._metrics),
+                web.get("/status.json", self._status),
+                web.get("/version", self._version),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id:.+}", self._model),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._completions),
+                *TokenRoutes(self._backend, self._body, self._in_thread, self._check_model).routes(),
             ]
         )
         return app
@@ -150,6 +156,17 @@ class Api:
             return web.json_response({"status": "ok"})
         raise ApiError(503, self._backend.state, code=503)
 
+    async def _ready(self, _: web.Request) -> web.Response:
+        if self._backend.is_serving:
+            return web.json_response({"status": "ready"})
+        raise ApiError(503, "the ring does not serve; GET /health says what it waits for")
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return web.json_response(self.status())
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": __version__})
+
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
@@ -193,7 +210,10 @@ class Api:
         if asked.model is not None:
             self._check_model(asked.model)
         # Requests that are still being tokenized are not running yet, and count too.
-        num_asked, now = max(len(asked.prompts), 1), time.monotonic()
+        num_asked, now = asked.num_answers, time.monotonic()
+        if asked.num_choices > 1 and num_asked > backend.max_requests:
+            text = f"n: {num_asked} answers; this ring gives {backend.max_requests} at once, so ask for fewer"
+            raise BadRequest(text, "n")
         places = admission.take(num_asked, backend.max_requests, now, num_running=backend.num_running)
         try:
             return await self._run(request, asked, shape, places)
@@ -227,10 +247,20 @@ class Api:
         backend = self._backend
         prompts = await self._prompts(asked)
         params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
-        answers = [Answer(len(prompt), each.max_tokens) for prompt, each in zip(prompts, params, strict=True)]
+        if (
+            largest := max((token for each in params for token, _ in each.logit_bias), default=0)
+        ) >= backend.vocab_size:
+            raise BadRequest(f"logit_bias: {_no_token(largest, backend)}", "logit_bias")
+        choices = range(asked.num_choices)
+        # Answers to one prompt follow each other, so that all but the first find it in the KV cache.
+        wanted = [(prompt, each.of_choice(i)) for prompt, each in zip(prompts, params, strict=True) for i in choices]
+        answers = [
+            Answer(0 if number % len(choices) else len(prompt), each.max_tokens)
+            for number, (prompt, each) in enumerate(wanted)
+        ]
         out, start_s = shape(backend.model_name), time.monotonic()
         self._admission.fill(places, answers, start_s)
-        streams = [backend.answer(*each) for each in zip(prompts, params, strict=True)]
+        streams = [backend.answer(*each) for each in wanted]
         try:
             async with aclosing(merged(streams)) as events:
                 if asked.is_streamed:
@@ -268,7 +298,7 @@ class Api:
             raise BadRequest(f"{field}: it is empty; give at least one token", field)
         # A token id without an embedding would fail the whole Batch.
         if (largest := max(map(max, prompts))) >= backend.vocab_size:
-            raise BadRequest(f"{field}: token id {largest}: the model has {backend.vocab_size} tokens only", field)
+            raise BadRequest(f"{field}: {_no_token(largest, backend)}", field)
         return prompts
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
@@ -282,6 +312,10 @@ class Api:
 
         running.add_done_callback(ended)
         return await asyncio.wrap_future(running)
+
+
+def _no_token(token: int, backend: Backend) -> str:
+    return f"token id {token}: the model has {backend.vocab_size} tokens only"
 
 
 def _no_route(request: web.Request, error: web.HTTPException) -> str:

@@ -53,10 +53,27 @@ class Backend(Protocol):
         """
         ...
 
+    def text_ids(self, text: str, *, has_special: bool) -> Sequence[int]:
+        """Return the tokens of a text of any length. Called in a thread.
+
+        has_special: with the BOS or EOS that the model's tokenizer adds.
+        """
+        ...
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special tokens included. Called in a thread."""
+        ...
+
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, str | int | float | bool],
+        *,
+        is_bounded: bool = True,
     ) -> Sequence[int]:
         """Return the tokens of a chat in the model's template, rendered with template_kwargs. Called in a thread.
+
+        is_bounded: a chat that cannot fit is refused.
 
         Raises:
             CapacityError: the chat cannot fit; it is not tokenized then.

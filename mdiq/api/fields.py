@@ -18,6 +18,10 @@ SAMPLING = (
     "top_p",
     "min_p",
     "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "min_tokens",
     "stop",
     "stop_token_ids",
     "ignore_eos",
@@ -26,14 +30,20 @@ SAMPLING = (
 """Fields with the names of SamplingParams; max_tokens has more names, see MAX_TOKENS."""
 MAX_TOKENS = ("max_completion_tokens", "max_tokens", "n_predict", "max_new_tokens", "num_predict")
 """The first one that is given counts."""
+MAX_CHOICES = 64
+NO_LIMIT = 1 << 31  # tokens of an answer: what is left of the context counts
+MAX_STOP_TOKENS = 1_024  # each costs time at every token
 _SYNONYMS = {
     "repeat_penalty": "repetition_penalty",
     "rep_pen": "repetition_penalty",
+    "min_new_tokens": "min_tokens",
     "stop_sequences": "stop",
     "stop_strings": "stop",
     "stopping_strings": "stop",
 }
-_WHOLE = ("top_k", "seed", *MAX_TOKENS)
+NUM_CHOICES = ("n", "n_cmpl", "num_return_sequences")
+"""The first one that is given counts."""
+_WHOLE = ("top_k", "seed", "min_tokens", "min_new_tokens", *MAX_TOKENS, *NUM_CHOICES)
 
 
 def _fields(names: str = "", **harmless: object) -> Mapping[str, tuple[object, ...]]:
@@ -50,7 +60,7 @@ _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "log probabilities are not given": _fields(
         "logprobs top_logprobs prompt_logprobs decoder_input_details details", n_probs=0, top_n_tokens=0
     ),
-    "one answer a request is given; ask several times": _fields(n=1, n_cmpl=1, best_of=1, num_return_sequences=1),
+    "all answers are given, the best is not chosen": _fields("best_of"),
     "one answer is drawn, token by token": _fields(
         "use_beam_search early_stopping", num_beams=1, num_beam_groups=1, diversity_penalty=0, length_penalty=(1, 0)
     ),
@@ -68,8 +78,8 @@ _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
         n_indent=0,
         verbosity="medium",
     ),
-    "no token can be made likelier, less likely or impossible": _fields(
-        "logit_bias bad_words bad_words_ids banned_tokens banned_strings custom_token_bans ban_eos_token "
+    "logit_bias makes tokens likelier or less likely; none is made impossible": _fields(
+        "bad_words bad_words_ids banned_tokens banned_strings custom_token_bans ban_eos_token "
         "allowed_token_ids suppress_tokens begin_suppress_tokens force_words_ids forced_bos_token_id "
         "forced_eos_token_id sequence_bias logits_processors logits_processor custom_logit_processor "
         "negative_prompt",
@@ -78,14 +88,12 @@ _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
         guidance_scale=(1, 0),
         cfg_scale=(1, 0),
     ),
-    "tokens are penalized by repetition_penalty alone": _fields(
+    "tokens are penalized by repetition_penalty, presence_penalty and frequency_penalty alone": _fields(
         "exponential_decay_length_penalty repetition_detection",
-        frequency_penalty=0,
-        presence_penalty=0,
         encoder_repetition_penalty=1,
         rep_pen_slope=(0, 1),
     ),
-    "repetition_penalty looks at all tokens": _fields(
+    "repetition_penalty looks at all tokens, the other penalties at those of the answer": _fields(
         "repetition_penalty_range rep_pen_range", repeat_last_n=-1, penalize_nl=True
     ),
     "there is no such sampler (temperature, top_k, top_p, min_p and repetition_penalty are there)": _fields(
@@ -97,7 +105,7 @@ _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
         adaptive_target=-1,
     ),
     "an answer ends at stop texts, stop tokens, the model's own end and max_tokens": _fields(
-        "stop_regex max_time", min_tokens=0, min_length=0, min_new_tokens=0, t_max_predict_ms=(0, -1)
+        "stop_regex max_time", min_length=0, t_max_predict_ms=(0, -1)
     ),
     "a stop text is not a part of the answer": _fields("include_stop_str_in_output no_stop_trim"),
     "special tokens have no text in an answer": _fields(skip_special_tokens=True),
@@ -136,12 +144,19 @@ _NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 
 def _penalizes_nothing(given: Mapping[str, Any]) -> bool:
     names = ("repetition_penalty", *(name for name, meant in _SYNONYMS.items() if meant == "repetition_penalty"))
-    return all(given.get(name) in (None, 1) for name in names)
+    others = ("presence_penalty", "frequency_penalty")
+    return all(given.get(name) in (None, 1) for name in names) and all(given.get(name) in (None, 0) for name in others)
+
+
+def _keeps_all_answers(given: Mapping[str, Any]) -> bool:
+    """Whether as many answers are made as are given."""
+    return bool(_whole("n", given["best_of"]) == next((given[name] for name in NUM_CHOICES if given.get(name)), 1))
 
 
 # Fields without effect together with other fields of the same request.
 _WITHOUT_EFFECT: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
-    **dict.fromkeys(_NOT_SERVED["repetition_penalty looks at all tokens"], _penalizes_nothing),
+    **dict.fromkeys(("repetition_penalty_range", "rep_pen_range", "repeat_last_n", "penalize_nl"), _penalizes_nothing),
+    "best_of": _keeps_all_answers,
     "add_special_tokens": lambda given: "messages" in given,  # a template writes them itself
     "do_sample": lambda given: given.get("temperature") == 0,
 }
@@ -174,8 +189,10 @@ def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in (*SAMPLING, *_SYNONYMS):
         value = given.get(field)
-        if value is None or (_SYNONYMS.get(field, field) == "stop" and value == []):
+        if value is None or (_SYNONYMS.get(field, field) in ("stop", "logit_bias") and value in ([], "")):
             continue
+        if field == "stop_token_ids" and isinstance(value, list) and len(value) > MAX_STOP_TOKENS:
+            raise ConfigError(f"{field}: {len(value)} tokens; give at most {MAX_STOP_TOKENS}")
         value = _whole(field, value)
         if field in ("top_k", "seed") and value == -1:
             if field == "seed":  # another one each time
@@ -191,6 +208,21 @@ def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
         values["max_tokens"] = None if value == -1 else value
         break
     return values
+
+
+def num_choices(given: Mapping[str, Any]) -> int:
+    """Return how many answers to each prompt a request wants.
+
+    Raises:
+        ConfigError: it is not a number of answers; the message begins with the field's name.
+    """
+    for field in NUM_CHOICES:
+        value = _whole(field, given.get(field))
+        if value is not None:
+            if type(value) is not int or not 1 <= value <= MAX_CHOICES:
+                raise ConfigError(f"{field}: {str(value)[:40]} is not a number of answers; give 1 to {MAX_CHOICES}")
+            return value
+    return 1
 
 
 def _whole(field: str, value: Any) -> Any:

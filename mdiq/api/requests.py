@@ -4,10 +4,10 @@ import contextlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mdiq.api.fields import check_served, sampling_values
+from mdiq.api.fields import MAX_CHOICES, NO_LIMIT, check_served, num_choices, sampling_values
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
@@ -92,7 +92,7 @@ class Asked:
     """One request: ``messages`` of a chat, or ``prompts``, each a text or token ids.
 
     values: of SamplingParams, not yet checked. max_tokens: None: as many as there is room for.
-    template_kwargs: variables of the chat template beside the messages.
+    template_kwargs: variables of the chat template beside the messages. num_choices: answers to each prompt.
     """
 
     is_chat: bool
@@ -104,6 +104,12 @@ class Asked:
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    num_choices: int = 1
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that are wanted: the choices of prompt i are number i * num_choices and the following ones."""
+        return max(len(self.prompts), 1) * self.num_choices
 
     def params(self, num_prompt_tokens: int, context_tokens: int) -> SamplingParams:
         """Return how to sample, for a prompt of that length; the answer is limited to the room that is left.
@@ -112,18 +118,18 @@ class Asked:
             BadRequest: the prompt leaves no room for an answer, or a value is out of range.
         """
         room = context_tokens - num_prompt_tokens
-        wanted = self.max_tokens or room
         if room < 1:
             text = f"{num_prompt_tokens} tokens leave no room for an answer; shorten it"
             field = "messages" if self.is_chat else "prompt"
             raise too_long(text, context_tokens, field, n_prompt_tokens=num_prompt_tokens)
         try:
-            return SamplingParams(temperature=1.0).replaced(
-                {"seed": secrets.randbits(63), **self.values, "max_tokens": min(wanted, room)}, "request"
+            wanted = SamplingParams(temperature=1.0).replaced(
+                {"seed": secrets.randbits(63), **self.values, "max_tokens": self.max_tokens or NO_LIMIT}, "request"
             )
         except ConfigError as error:
             text = str(error).removeprefix("request: ")
             raise BadRequest(text, text.partition(":")[0]) from None
+        return replace(wanted, max_tokens=min(wanted.max_tokens, room), min_tokens=min(wanted.min_tokens, room))
 
 
 def parse(body: object, *, is_chat: bool) -> Asked:
@@ -140,7 +146,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
     if not isinstance(options, dict):
         raise BadRequest("stream_options: not an object", "stream_options")
     try:
-        values = sampling_values(body)
+        values, choices = sampling_values(body), num_choices(body)
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition(":")[0]) from None
     if isinstance(values.get("stop"), list) and len(values["stop"]) > MAX_STOPS:
@@ -154,10 +160,15 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "is_streamed": _flag(body, "stream"),
         "wants_usage": _flag(options, "include_usage"),
         "model": None if model is None else text_of(model, "model"),
+        "num_choices": choices,
     }
     if is_chat:
         return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=template_kwargs_of(body))
-    return Asked(**common, prompts=_prompts(body.get("prompt")))
+    asked = Asked(**common, prompts=_prompts(body.get("prompt")))
+    if asked.num_answers > MAX_CHOICES:
+        text = f"n: {choices} answers to each of {len(asked.prompts)} prompts; give at most {MAX_CHOICES} per request"
+        raise BadRequest(text, "n")
+    return asked
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:

@@ -13,7 +13,10 @@ from mdiq.runtime.starter_service import StreamEvent
 
 @dataclass(slots=True)
 class Answer:
-    """The result of a request so far. num_prompt: tokens of its prompt; max_tokens: of the whole answer."""
+    """The result of a request so far. max_tokens: of the whole answer.
+
+    num_prompt: tokens of its prompt; 0 where an earlier choice counts them.
+    """
 
     num_prompt: int
     max_tokens: int

@@ -31,7 +31,7 @@ async def send_stream(
     """Send events as they come. An error before the first event gets an HTTP status instead of a stream."""
     response = web.StreamResponse(headers=_HEADERS)
     is_whole = True
-    is_opened = not out.has_opening
+    opened: set[int] = set()
     try:
         async for numbered in events:
             if numbered is None:
@@ -41,9 +41,9 @@ async def send_stream(
             index, event = numbered
             answers[index].add(event)
             await _begun(request, response)
-            if not is_opened:
+            if out.has_opening and index not in opened:
                 await _send(response, out.chunk(index, "", None, is_first=True))
-                is_opened = True
+                opened.add(index)
             if event.text:
                 await _send(response, out.chunk(index, event.text, None))
             if answers[index].finish_reason:

@@ -238,6 +238,8 @@ class TorchStarter:
                 # Only the repetition penalty reads the history.
                 sequence.tokens(0, sequence.num_tokens) if sequence.params.repetition_penalty != 1.0 else (),
                 sequence.num_tokens,
+                sequence.generated,
+                sequence.barred,
             )
             for sequence in sequences
         ]

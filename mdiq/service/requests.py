@@ -51,6 +51,8 @@ class Requests:
             ContextLengthError: the only one cannot fit the model's context.
         """
         for line in lines:
+            if line.params.logit_bias:
+                self._check_ids(line, [token for token, _ in line.params.logit_bias])
             if line.token_ids:
                 self._check_ids(line, line.token_ids)
             if is_single or not (line.token_ids or line.text or line.messages):
@@ -75,7 +77,7 @@ class Requests:
         """
         self._check_ids(line, (*begun.prompt, *begun.tokens))
         sequence = Sequence(line.index, begun.prompt, begun.params, eos_token_ids=self._tokenizer.eos_token_ids)
-        pipe = TokenizerPipe(self._tokenizer, begun.params.stop)
+        pipe = TokenizerPipe(self._tokenizer, begun.params.stop, begun.params.min_tokens)
         text = go_on(sequence, pipe, begun.tokens)
         if sequence.finish_reason is None:
             self._pipes[line.index] = pipe
@@ -103,7 +105,8 @@ class Requests:
 
     def pipe(self, sequence: Sequence) -> TokenizerPipe:
         """Return what turns the Sequence's tokens into text."""
-        return self._pipes.pop(sequence.index, None) or TokenizerPipe(self._tokenizer, sequence.params.stop)
+        params = sequence.params
+        return self._pipes.pop(sequence.index, None) or TokenizerPipe(self._tokenizer, params.stop, params.min_tokens)
 
     def _check_ids(self, line: PromptLine, ids: AbstractSequence[int]) -> None:
         if (largest := max(ids)) >= self._config.vocab_size:

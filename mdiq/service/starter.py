@@ -24,6 +24,7 @@ from mdiq.engine.formats.model_source import find_model
 from mdiq.engine.model_config import ModelConfig
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, MdiqError
+from mdiq.plan.drift import Factors
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
 from mdiq.runtime.options import RingOptions
@@ -113,9 +114,16 @@ class _RingBackend:
     """What the API sees: the ring that is up, and the tokenizer."""
 
     def __init__(
-        self, keeper: RingKeeper, tokenizer: Tokenizer, config: ModelConfig, model_name: str, max_waiting: int | None
+        self,
+        keeper: RingKeeper,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        model_name: str,
+        max_waiting: int | None,
+        under_load: Callable[[], Factors],
     ) -> None:
         self._keeper = keeper
+        self._under_load = under_load
         self._max_waiting = max_waiting
         self._tokenizer = tokenizer
         self._numbers = count()
@@ -153,10 +161,21 @@ class _RingBackend:
             self._tokenizer.check_fits(text, self.context_tokens)
         return [self._tokenizer.encode(text) for text in texts]
 
+    def text_ids(self, text: str, *, has_special: bool) -> list[int]:
+        return self._tokenizer.encode(text, has_special=has_special)
+
+    def text_of(self, tokens: AbstractSequence[int]) -> str:
+        return self._tokenizer.decode(tokens, has_special=True)
+
     def chat_ids(
-        self, messages: AbstractSequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
+        self,
+        messages: AbstractSequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, str | int | float | bool],
+        *,
+        is_bounded: bool = True,
     ) -> list[int]:
-        return self._tokenizer.chat_ids(messages, template_kwargs, room=self.context_tokens)
+        room = self.context_tokens if is_bounded else None
+        return self._tokenizer.chat_ids(messages, template_kwargs, room=room)
 
     def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
         params = self._tokenizer.with_special_stops(params)
@@ -164,7 +183,7 @@ class _RingBackend:
         return self._keeper.stream(sequence)
 
     def status(self) -> Mapping[str, Any]:
-        return self._keeper.status()
+        return with_load(self._keeper.status(), self._under_load())
 
 
 class TopologyService:
@@ -200,7 +219,9 @@ class TopologyService:
             on_not_changed=self._topologies.note_not_changed,
         )
         wanted = self._wanted_api
-        backend = _RingBackend(keeper, self._tokenizer, self._config, self._model_name, wanted.max_waiting)
+        backend = _RingBackend(
+            keeper, self._tokenizer, self._config, self._model_name, wanted.max_waiting, self._under_load
+        )
         self._api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
         replanning = Replanning(keeper, lambda: self._topologies.rings)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
@@ -235,7 +256,7 @@ class TopologyService:
             await runner.cleanup()
 
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
-        return TokenizerPipe(self._tokenizer, sequence.params.stop)
+        return TokenizerPipe(self._tokenizer, sequence.params.stop, sequence.params.min_tokens)
 
     def _tell(self, state: KeeperState) -> None:
         if state.is_serving:
@@ -253,8 +274,11 @@ class TopologyService:
             await asyncio.sleep(TELL_S)
 
     async def _status(self, _: Mapping[str, Any]) -> Any:
+        return self._api.status()
+
+    def _under_load(self) -> Factors:
         rings = self._topologies.rings
-        return with_load(self._api.status(), {} if rings is None else rings.under_load())
+        return {} if rings is None else rings.under_load()
 
     async def _drain(self, question: Mapping[str, Any]) -> str:
         return await self._keeper.drain_node(str(question.get("node")), undo=question.get("undo") is True)

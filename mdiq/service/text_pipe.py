@@ -12,17 +12,23 @@ if TYPE_CHECKING:  # torch is imported after set_threads
 
 
 class TokenizerPipe:
-    """Tokens of one Sequence to text: whole characters only, and nothing of a stop text."""
+    """Tokens of one Sequence to text: whole characters only, and nothing of a stop text.
 
-    def __init__(self, tokenizer: "Tokenizer", stops: tuple[str, ...]) -> None:
+    min_tokens: a stop text that is complete with one of the first min_tokens tokens is text like any other.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", stops: tuple[str, ...], min_tokens: int = 0) -> None:
         self._stream = tokenizer.stream()
         self._stop_text = StopText(stops)
+        self._num_barred = min_tokens
 
     @property
     def stop_matched(self) -> bool:
         return self._stop_text.matched
 
     def push(self, token: int) -> str:
+        self._stop_text.may_end = self._num_barred == 0
+        self._num_barred = max(self._num_barred - 1, 0)
         return self._stop_text.push(self._stream.push(token))
 
     def finish(self) -> str:

@@ -67,8 +67,12 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 65}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"num_return_sequences": "2"}, "num_return_sequences"),
         ({"best_of": 3}, "best_of"),
+        ({"best_of": 3, "n": 2}, "best_of"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 0}, "logprobs"),
         ({"top_logprobs": 0}, "top_logprobs"),
@@ -94,8 +98,26 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}, "messages"),
         ({"echo": True}, "echo"),
         ({"tools": [{}]}, "tools"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"presence_penalty": "1"}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"presence_penalty": 1, "repeat_last_n": 64}, "repeat_last_n"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": float("nan")}}, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
+        ({"logit_bias": {"\u0665": 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1_025)}}, "logit_bias"),
+        ({"logit_bias": [[5]]}, "logit_bias"),
+        ({"logit_bias": [5, 1]}, "logit_bias"),
+        ({"logit_bias": "5"}, "logit_bias"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 2.5}, "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"stop_token_ids": list(range(1_025))}, "stop_token_ids"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
@@ -133,6 +155,7 @@ def test_what_cannot_be_served_is_refused_by_its_field(change: dict[str, Any], p
     "nothing",
     [
         {"tools": [], "tool_choice": "auto", "functions": None, "logit_bias": {}, "frequency_penalty": 0},
+        {"n": 2, "best_of": 2, "logit_bias": [], "presence_penalty": None},
         {"response_format": {"type": "text"}, "modalities": ["text"], "min_tokens": 0, "best_of": 1, "typical_p": 1.0},
         {"mirostat": 0, "xtc_probability": 0.0, "repeat_last_n": -1, "add_generation_prompt": True, "logprobs": None},
         {"metadata": {"a": 1}, "store": False, "service_tier": "auto", "cache_prompt": True, "id_slot": 3},
@@ -239,6 +262,8 @@ SERVED |= {
     "reasoning_effort",
     "enable_thinking",
 }
+SERVED |= {"n", "n_cmpl", "num_return_sequences", "presence_penalty", "frequency_penalty", "logit_bias"}
+SERVED |= {"min_tokens", "min_new_tokens"}
 SERVED |= {"temperature", "top_p", "stop", "seed", "max_tokens", "max_completion_tokens", "stream", "stream_options"}
 WITHOUT_EFFECT = set(
     "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls priority request_id "
@@ -295,7 +320,7 @@ def test_every_field_of_a_server_is_served_refused_or_without_effect(server: str
 def test_what_means_something_only_beside_another_field_is_refused_only_there() -> None:
     for name, value in (("repeat_last_n", 64), ("penalize_nl", False), ("rep_pen_range", 1024)):
         parse({**HELLO, name: value, "repeat_penalty": 1.0}, is_chat=True)
-        for penalty in ("repeat_penalty", "repetition_penalty", "rep_pen"):
+        for penalty in ("repeat_penalty", "repetition_penalty", "rep_pen", "presence_penalty", "frequency_penalty"):
             with pytest.raises(BadRequest, match=f"^{name}: "):
                 parse({**HELLO, name: value, penalty: 1.1}, is_chat=True)
     parse({**HELLO, "do_sample": False, "temperature": 0}, is_chat=True)
@@ -324,3 +349,27 @@ def test_stop_texts_have_the_names_of_other_servers() -> None:
 
 def test_the_limit_of_tokens_has_the_names_of_other_servers() -> None:
     assert parse({**HELLO, "max_new_tokens": 7}, is_chat=True).max_tokens == 7
+
+
+def test_biases_penalties_and_a_least_length_arrive() -> None:
+    wishes = {"presence_penalty": -2, "frequency_penalty": 0.5, "min_new_tokens": 3.0}
+    params = _params({**HELLO, **wishes, "logit_bias": {"5": -100, "07": 1.5}})
+    assert (params.presence_penalty, params.frequency_penalty, params.min_tokens) == (-2.0, 0.5, 3)
+    assert params.logit_bias == ((5, -100.0), (7, 1.5))
+    assert _params({**HELLO, "logit_bias": [[5, -1], [6, 2.5]]}).logit_bias == ((5, -1.0), (6, 2.5))
+
+
+def test_a_least_length_is_no_more_than_what_is_left() -> None:
+    params = _params({**HELLO, "min_tokens": 80, "max_tokens": 200}, num_prompt=70)
+    assert (params.min_tokens, params.max_tokens) == (30, 30)
+    with pytest.raises(BadRequest, match=r"^min_tokens: 17 is out of range; use from 0 to max_tokens \(16\)"):
+        _params({"prompt": "a", "min_tokens": 17}, is_chat=False)
+
+
+@pytest.mark.parametrize("name", ["n", "n_cmpl", "num_return_sequences"])
+def test_several_answers_are_asked_for_by_the_names_of_other_servers(name: str) -> None:
+    assert parse({**HELLO, name: 3.0}, is_chat=True).num_answers == 3
+    asked = parse({"prompt": ["a", "b"], name: 32, "best_of": 32}, is_chat=False)
+    assert (asked.num_choices, asked.num_answers) == (32, 64)
+    with pytest.raises(BadRequest, match="^n: 33 answers to each of 2 prompts; give at most 64"):
+        parse({"prompt": ["a", "b"], name: 33}, is_chat=False)

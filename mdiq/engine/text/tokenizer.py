@@ -74,15 +74,16 @@ class Tokenizer:
         """
         return cls(_load_directory(model) if model.is_dir() else load_gguf_tokenizer(model))
 
-    def encode(self, text: str) -> list[int]:
-        """Return a text's ids, with the model's BOS or EOS where it adds one.
+    def encode(self, text: str, *, has_special: bool = True) -> list[int]:
+        """Return a text's ids. Special tokens in the text are recognized.
 
-        Special tokens in the text are recognized.
+        has_special: with the model's BOS or EOS where it adds one.
 
         Raises:
             ConfigError: the text holds half a surrogate pair.
         """
-        return [*self._parts.prefix, *self._ids(text), *self._parts.suffix]
+        ids = self._ids(text)
+        return [*self._parts.prefix, *ids, *self._parts.suffix] if has_special else ids
 
     def check_fits(self, text: str, room: int) -> None:
         """Refuse a text that cannot leave room for an answer among ``room`` tokens. It is not tokenized.
@@ -130,17 +131,19 @@ class Tokenizer:
         prefix = list(self._parts.prefix)
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids without special tokens; unknown ids have no text.
+    def decode(self, ids: Sequence[int], *, has_special: bool = False) -> str:
+        """Return the text of ids; unknown ids have no text.
 
-        Equals the output of ``stream``. Bytes that are not UTF-8 become U+FFFD.
+        Equals the output of ``stream``. Bytes that are not UTF-8 become U+FFFD. has_special: with special tokens.
         """
-        text = self._decode([token for token in ids if 0 <= token <= _MAX_ID])
+        text = self._backend.decode(
+            [token for token in ids if 0 <= token <= _MAX_ID], skip_special_tokens=not has_special
+        )
         if _REPLACEMENT not in text:
             return text
         # `tokenizers` decodes a whole run of byte tokens as U+FFFD if one byte is invalid. A stream has already
         # written the characters before that byte, so its output is the reference.
-        stream = self.stream()
+        stream = TextStream(self._backend, frozenset() if has_special else self._special_ids)
         return "".join([stream.push(token) for token in ids]) + stream.finish()
 
     def stream(self) -> "TextStream":
@@ -154,9 +157,6 @@ class Tokenizer:
             raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
         # encode() would keep the interpreter's lock, for seconds at a long text; encode_batch() does not.
         return self._backend.encode_batch([text], add_special_tokens=False)[0].ids
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
 
     @cached_property
     def _bound(self) -> TokenBound:
@@ -175,12 +175,15 @@ class TextStream:
     Theory: the text of ids is not the sum of the texts of each (a character may need three tokens, and the space
     before a first word is dropped), so DecodeStream decodes the ids of the last piece together with the waiting ones,
     and returns the new text once that does not end within a character.
+
+    special_ids: tokens that have no text; all others have.
     """
 
     def __init__(self, backend: Backend, special_ids: frozenset[int]) -> None:
         self._backend = backend
         self._special_ids = special_ids
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skips = bool(special_ids)
+        self._stream = DecodeStream(skip_special_tokens=self._skips)
         self._given: list[int] = []  # the ids of the last piece
         self._waiting: list[int] = []  # the ids since
 
@@ -208,10 +211,10 @@ class TextStream:
         is_byte_level = num_lost and self._is_byte_level()
         if num_lost and not is_byte_level:  # each of its bytes is a token
             del self._waiting[-num_lost:]
-        before = self._backend.decode(self._given, skip_special_tokens=True)
-        text = self._backend.decode(self._given + self._waiting, skip_special_tokens=True)
+        before = self._backend.decode(self._given, skip_special_tokens=self._skips)
+        text = self._backend.decode(self._given + self._waiting, skip_special_tokens=self._skips)
         if not text.startswith(before):
-            before, text = "", self._backend.decode(self._waiting, skip_special_tokens=True)
+            before, text = "", self._backend.decode(self._waiting, skip_special_tokens=self._skips)
         self._given, self._waiting = [], []
         text = text[len(before) :]
         return text.removesuffix(_REPLACEMENT) if is_byte_level else text
@@ -237,7 +240,7 @@ class TextStream:
 
     def _restart(self) -> str:
         """Continue without the last piece: later bytes change its decoding, but it has already been written."""
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=self._skips)
         waiting, self._given, self._waiting = self._waiting, [], []
         return "".join([self.push(token) for token in waiting])
 

@@ -1,12 +1,17 @@
 """The sampler: greedy, filters, penalties, and draws that depend on (seed, position) alone."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 from mdiq.core.sequence import SamplingParams
 from mdiq.engine.model.sampler import SampleRow, sample, uniform
@@ -165,3 +170,72 @@ def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
     logits[3] = value
     with pytest.raises(EngineError, match="not numbers"):
         sample(logits[None], [SampleRow(SamplingParams(), (), 0)])
+
+
+def _expected(logits: torch.Tensor, answer: tuple[int, ...], presence: float, frequency: float) -> torch.Tensor:
+    """OpenAI's formula as it stands in its API's description."""
+    counts = torch.tensor([float(answer.count(token)) for token in range(len(logits))])
+    return logits - counts * frequency - (counts > 0).float() * presence
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.75), (-1.0, 0.5), (2.0, -2.0)])
+def test_tokens_of_the_answer_are_penalized_by_openais_formula_and_those_of_the_prompt_are_not(
+    presence: float, frequency: float
+) -> None:
+    prompt, answer = (1, 1, 2), (0, 4, 0, 0)
+    params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+    expected = _expected(LOGITS, answer, presence, frequency)
+    assert sample(LOGITS[None], [SampleRow(params, (*prompt, *answer), 7, answer)]) == [int(expected.argmax())]
+    drawing = replace(params, temperature=1.0)
+    rows = [SampleRow(drawing, (*prompt, *answer), position, answer) for position in range(4_000)]
+    counts = Counter(sample(LOGITS.expand(4_000, -1), rows))
+    for token, share in enumerate(torch.softmax(expected, 0).tolist()):
+        assert abs(counts[token] / 4_000 - share) < 0.03
+    assert sample(LOGITS[None], [SampleRow(params, prompt, 3)]) == [0], "there is no answer yet"
+
+
+def test_a_bias_is_added_as_in_transformers_and_100_decides() -> None:
+    biases = {1: 1.25, 3: -2.0, 4: 2.5}
+    expected = SequenceBiasLogitsProcessor({(token,): bias for token, bias in biases.items()})(
+        torch.tensor([[0]]), LOGITS[None].clone()
+    )[0]
+    bias = tuple(biases.items())
+    assert sample(LOGITS[None], [SampleRow(SamplingParams(logit_bias=bias), (), 0)]) == [int(expected.argmax())]
+    counts = _draws({"temperature": 1.0, "logit_bias": bias})
+    for token, share in enumerate(torch.softmax(expected, 0).tolist()):
+        assert abs(counts[token] / 4_000 - share) < 0.03
+    assert set(_draws({"temperature": 1.0, "logit_bias": ((3, 100.0),)})) == {3}
+    assert 0 not in _draws({"temperature": 1.0, "logit_bias": ((0, -100.0),)})
+
+
+def test_biases_come_before_the_penalties_and_those_of_the_answer_last() -> None:
+    params = SamplingParams(
+        temperature=1.0, logit_bias=((0, -3.0), (2, 1.0)), repetition_penalty=2.0, presence_penalty=0.5
+    )
+    biased = LOGITS + torch.tensor([-3.0, 0.0, 1.0, 0.0, 0.0])
+    penalized = RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([[0, 2]]), biased[None].clone())[0]
+    expected = _expected(penalized, (2,), 0.5, 0.0)
+    rows = [SampleRow(params, (0, 2), position, (2,)) for position in range(4_000)]
+    counts = Counter(sample(LOGITS.expand(4_000, -1), rows))
+    for token, share in enumerate(torch.softmax(expected, 0).tolist()):
+        assert abs(counts[token] / 4_000 - share) < 0.03
+
+
+def test_barred_tokens_cannot_come_as_in_transformers() -> None:
+    expected = MinNewTokensLengthLogitsProcessor(0, 5, [0, 1])(torch.tensor([[0]]), LOGITS[None].clone())[0]
+    barred = {0, 1, 7}  # the model has no 7
+    assert sample(LOGITS[None], [SampleRow(SamplingParams(), (), 0, barred=barred)]) == [int(expected.argmax())]
+    for params in ({"temperature": 1e38}, {"temperature": 1.0, "top_k": 4}, {"temperature": 1.0, "min_p": 0.01}):
+        rows = [SampleRow(SamplingParams(**params), (), position, barred=barred) for position in range(200)]
+        assert set(sample(LOGITS.expand(200, -1), rows)) <= {2, 3, 4}
+    everything = SampleRow(SamplingParams(temperature=1.0), (), 0, barred=range(5))
+    assert sample(LOGITS[None], [everything]) == sample(LOGITS[None], [replace(everything, barred=())])
+
+
+def test_what_one_request_wants_of_its_logits_changes_no_other_row() -> None:
+    logits = LOGITS.repeat(3, 1)
+    wanted = SamplingParams(logit_bias=((4, 50.0),), frequency_penalty=2.0)
+    plain = SampleRow(SamplingParams(), (), 0)
+    assert sample(logits, [plain, SampleRow(wanted, (), 0, (4,), barred=(4,)), plain]) == [0, 0, 0]
+    assert torch.equal(logits, LOGITS.repeat(3, 1))
+    assert sample(logits, [plain, SampleRow(wanted, (), 0, (4,)), plain]) == [0, 4, 0]
