@@ -2,9 +2,9 @@
 
 No time, no Frames: core/ring.py says when, and sends the RELEASEs that are listed here.
 
-KV cache is reserved as Sequences grow, for the oldest first. When there is none, ended Sequences give up what they
-hold, then the newest in the Ring is *put back* (preempted): released, and replayed when there is room again. It is
-never failed for it, and how often it may happen to one Sequence is bounded (scheduler.py).
+KV cache is reserved as Sequences grow, for the oldest first, by their turns. When there is none, ended Sequences give
+up what they hold, then the newest in the Ring is *put back* (preempted): released, and replayed when there is room
+again. It is never failed for it, and how often it may happen to one Sequence is bounded (scheduler.py).
 
 A Sequence whose first tokens are in the KV cache already begins after them, with the cache of the one that holds them
 (its parent): one in the Ring that has sent them, or an ended one that is retained for this (prefix_index.py). Stages
@@ -130,7 +130,7 @@ class Books:
     def _grow(self) -> None:
         """Give decoding Sequences room for their next token, the oldest first."""
         lacking = [entry for entry in self._scheduler.live.values() if entry.lacks_room]
-        for entry in sorted(lacking, key=lambda entry: entry.arrival):
+        for entry in sorted(lacking, key=lambda entry: entry.turn):
             if entry.seq_id is not None and (self._has_room(entry) or self._make_room(entry)):
                 self._ledger.grow(entry.seq_id, entry.sequence.num_tokens)
                 entry.num_granted = self._ledger.granted_tokens(entry.seq_id)
@@ -144,7 +144,7 @@ class Books:
         If all that came after it hold too little, the Sequence itself is put back, unless it is the oldest.
         """
         live, pinned = self._scheduler.live, self._pinned()
-        newer = sorted((e for e in live.values() if e.arrival > entry.arrival), key=lambda e: -e.arrival)
+        newer = sorted((e for e in live.values() if e.turn > entry.turn), key=lambda e: -e.turn)
         candidates = [*self._prefixes.to_give_up(pinned), *(e.seq_id for e in newer if e.seq_id not in pinned)]
         chosen = self._ledger.to_give_up(
             entry.sequence.num_tokens, [seq_id for seq_id in candidates if seq_id is not None], entry.num_granted

@@ -236,7 +236,7 @@ class RingProtocol:
         if now is not None and position > entry.num_known:
             self._scheduler.lap_s = now - entry.sent_at
         entry.token_at = now
-        reason = sequence.append(token, stop_matched=stop_matched)
+        reason = self._scheduler.append(sequence, token, stop_matched=stop_matched)
         if reason is None and sequence.num_tokens >= entry.max_tokens:
             reason = FinishReason.LENGTH  # the context is full, or the KV cache
         if reason is not None:
@@ -357,7 +357,7 @@ class RingProtocol:
         for entry, segment in segments:
             self._count(entry, segment)
             entry.in_flight.append(self._timer.sent(segment.stop, in_flight, now, entry.num_replays))
-            entry.sent_at = now
+            entry.note_sent(now)
             payload = TokenIds(entry.sequence.tokens(segment.start, segment.stop))
             self._actions.append(Inject(self._frame(FrameKind.HIDDEN, (segment,), payload)))
 

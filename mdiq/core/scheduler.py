@@ -1,12 +1,14 @@
 """Admit Sequences to the Ring and choose the tokens to send next. Reserves in the KV ledger; knows no Frames.
 
-First come, first served. A Sequence enters when there is room for its known tokens, for some of its answer, and for
-one more KvBlock of every other one in the Ring that may still grow. One that waits for room holds back later ones,
-except small ones: a Sequence that fits with its whole answer may pass. None is passed more than MAX_PASSED times.
+First come, first served for the Sequences of one owner; between owners, the one that has had the fewest tokens lately
+has the next turn (fair_shares.py). A Sequence enters when there is room for its known tokens, for some of its answer,
+and for one more KvBlock of every other one in the Ring that may still grow. One that waits for room holds back later
+ones, except small ones: a Sequence that fits with its whole answer may pass. None is passed more than MAX_PASSED times.
 
-When room runs out, the newest Sequence is preempted (ring.py): the oldest always proceeds. A preempted one waits for
-twice the room for its answer each time; after MAX_PREEMPTIONS it waits until all earlier Sequences have ended, and
-then nothing can preempt it. So every Sequence ends.
+When room runs out, the Sequence that entered last is preempted (ring.py): the first always proceeds. A preempted one
+keeps its turn, so it goes before all that have not been in the Ring. It waits for twice the room for its answer each
+time; after MAX_PREEMPTIONS it waits until all Sequences with an earlier turn have ended, and then nothing can preempt
+it. So every Sequence ends.
 
 Decoding Sequences have one token in flight each; prompts are cut into chunks, and no more than a budget of prompt
 tokens is in the Ring at once, which bounds every queue.
@@ -30,14 +32,16 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import sqrt
 
+from mdiq.core.fair_shares import FairShares
 from mdiq.core.frame import Segment
 from mdiq.core.kv_ledger import KvLedger
 from mdiq.core.lap_timer import Flight
-from mdiq.core.sequence import Sequence
+from mdiq.core.sequence import FinishReason, Sequence
 from mdiq.core.types import CHUNK_STEP, RingSpec, SeqId
 
 MAX_PREEMPTIONS = 4
 MAX_PASSED = 16
+NO_TURN = 1 << 62  # after all turns
 _LOOK_PAST = 64  # waiting Sequences that are looked at for one that may pass
 _PATIENCE_LAPS = 4
 _MIN_PATIENCE_S = 0.5  # while no Lap has been timed, and where they are short
@@ -47,7 +51,8 @@ _MIN_PATIENCE_S = 0.5  # while no Lap has been timed, and where they are short
 class Entry:
     """A Sequence in the Ring's books, from its submission to its end.
 
-    arrival: its place in the order of submission, kept over Replays.
+    arrival: its place in the order of submission. turn: its place in the order in which Sequences entered the Ring
+    first, kept over Replays; NO_TURN before that.
     max_tokens: tokens that it may grow to, prompt included; within the context and the Ring's KV cache.
     seq_id: its id on the wire, or None while it waits.
     num_shared: tokens of its prefix that are in the cache and are not sent.
@@ -67,6 +72,7 @@ class Entry:
     sequence: Sequence
     arrival: int
     max_tokens: int
+    turn: int = NO_TURN
     seq_id: SeqId | None = None
     num_shared: int = 0
     parent: SeqId | None = None
@@ -103,6 +109,12 @@ class Entry:
     def has_entered(self) -> bool:
         """Whether its first Segment has been sent."""
         return self.num_sent > self.num_shared
+
+    def note_sent(self, now: float) -> None:
+        """Note that a Segment leaves for its Lap."""
+        self.sent_at = now
+        if self.sequence.entered_at is None:
+            self.sequence.entered_at = now
 
     def begin_after(self, parent: SeqId | None, num_shared: int) -> None:
         """Send the Sequence from ``num_shared`` on: the tokens before are in the parent's cache."""
@@ -141,7 +153,9 @@ class Scheduler:
         self._chunk_tokens = chunk_tokens
         self._prefill_tokens = prefill_tokens
         self.spec = spec
-        self._next_id = 0
+        self._next_id = self._next_turn = 0
+        self._shares = FairShares()
+        self._owners: set[str] = set()
         self._newest_group = 0
         self.lap_s = 0.0
         self.look_again_at: float | None = None
@@ -149,8 +163,17 @@ class Scheduler:
         self.live: dict[SeqId, Entry] = {}
 
     def wait(self, entry: Entry) -> None:
-        """Queue a Sequence by its arrival: a replayed one goes before those that came after it."""
-        insort(self.waiting, entry, key=lambda e: e.arrival)
+        """Queue a Sequence: a replayed one goes before those that entered after it."""
+        self._owners.add(entry.sequence.owner)
+        insort(self.waiting, entry, key=self._place)
+
+    def append(self, sequence: Sequence, token: int, *, stop_matched: bool) -> FinishReason | None:
+        """Add a token to an answer and count it as its owner's; see Sequence.append."""
+        self._shares.took(sequence.owner, sequence.share, 1)
+        return sequence.append(token, stop_matched=stop_matched)
+
+    def _place(self, entry: Entry) -> tuple[int, float, int]:
+        return entry.turn, self._shares.had(entry.sequence.owner), entry.arrival
 
     def admit(self, ledger: KvLedger, find_room: Callable[[Entry], Room] | None = None) -> None:
         """Admit Sequences while there is room; each gets a new wire id and reserves KV cache for its known tokens.
@@ -159,6 +182,7 @@ class Scheduler:
         """
         find_room = find_room or (lambda entry: Room.HERE if ledger.fits(self.needed(entry, ledger)) else Room.LACKING)
         place = 0
+        self._put_in_order()
         while place < min(len(self.waiting), _LOOK_PAST) and len(self.live) < self.spec.max_live:
             entry = self.waiting[place]
             if not place:
@@ -169,14 +193,23 @@ class Scheduler:
             else:
                 enters = not entry.num_preemptions and ledger.fits(entry.max_tokens + self._margin(ledger))
             if enters:
+                if entry.turn == NO_TURN:
+                    first = next(other for other in self.waiting if other.turn == NO_TURN)
+                    self._shares.raise_floor(first.sequence.owner)
                 del self.waiting[place]
                 for passed in self.waiting[:place]:
                     passed.num_passed += 1
                 self._let_in(entry, ledger)
+                if not place:
+                    self._put_in_order()
             elif entry.num_passed >= MAX_PASSED:
                 return
             else:
                 place += 1
+
+    def _put_in_order(self) -> None:
+        if len(self._owners) > 1:  # else they are in order, and may be many
+            self.waiting.sort(key=self._place)
 
     def needed(self, entry: Entry, ledger: KvLedger) -> int:
         """Return the tokens that must fit for a waiting Sequence to enter."""
@@ -184,9 +217,9 @@ class Scheduler:
         return min(entry.sequence.num_tokens + ahead, entry.max_tokens) + self._margin(ledger)
 
     def is_oldest(self, entry: Entry) -> bool:
-        """Whether all Sequences that came before have ended."""
+        """Whether all Sequences that entered before have ended."""
         others = (*self.live.values(), *self.waiting[:1])
-        return all(other.arrival >= entry.arrival for other in others)
+        return all(other.turn >= entry.turn for other in others)
 
     def _margin(self, ledger: KvLedger) -> int:
         """Return the room that is kept for Sequences in the Ring: a KvBlock for each that may still need one."""
@@ -199,6 +232,11 @@ class Scheduler:
         ledger.reserve(entry.seq_id, entry.num_known, entry.parent, entry.num_shared)
         entry.num_granted = ledger.granted_tokens(entry.seq_id)
         self.live[entry.seq_id] = entry
+        if entry.turn == NO_TURN:
+            entry.turn = self._next_turn
+            self._next_turn += 1
+            sequence = entry.sequence
+            self._shares.took(sequence.owner, sequence.share, entry.num_known - entry.num_shared)
 
     @property
     def has_prompt(self) -> bool:

@@ -174,11 +174,13 @@ class Sequence:
     prompt: token ids of the prompt, at least one.
     generated: the answer so far; a Sequence may come with tokens of an earlier Ring.
     eos_token_ids: the model's own end tokens.
+    owner: whose request it is, and share: what the owner gets beside others; see fair_shares.py.
     deadline: the time on the caller's clock at which it is ended if it has not finished; None: no limit.
     cached_prompt_tokens: tokens of the prompt that were found in the KV cache and not computed.
     logprobs: the log-probabilities that it wants; None: none.
     prompt_logprobs: those of the prompt's tokens from the second one on, as far as they are known. They are history
     like the answer: a Replay adds what is lacking.
+    entered_at: when its first Segment was sent; None before that.
     """
 
     index: int
@@ -192,6 +194,9 @@ class Sequence:
     cached_prompt_tokens: int = 0
     logprobs: LogprobsWanted | None = None
     prompt_logprobs: Logprobs = field(default_factory=Logprobs)
+    owner: str = ""
+    share: int = 1
+    entered_at: float | None = None
 
     @property
     def num_tokens(self) -> int:
