@@ -21,6 +21,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from mdiq.api.admission import Admission, Places
 from mdiq.api.backend import Backend
+from mdiq.api.forming import formed
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
@@ -225,9 +226,12 @@ class Api:
 
     async def _run(self, request: web.Request, asked: Asked, shape: type[Shape], places: Places) -> web.StreamResponse:
         backend = self._backend
+        asked, make_parser = await formed(asked, backend, self._in_thread)
         prompts = await self._prompts(asked)
         params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
         answers = [Answer(len(prompt), each.max_tokens) for prompt, each in zip(prompts, params, strict=True)]
+        for answer in answers:
+            answer.parser = make_parser()
         out, start_s = shape(backend.model_name), time.monotonic()
         self._admission.fill(places, answers, start_s)
         streams = [backend.answer(*each) for each in zip(prompts, params, strict=True)]
@@ -254,7 +258,8 @@ class Api:
         try:
             # Long texts take long, and others' tokens must not wait.
             if asked.messages is not None:
-                chat_ids = partial(backend.chat_ids, asked.messages, asked.template_kwargs)
+                tools = asked.tools.told if asked.tools else ()
+                chat_ids = partial(backend.chat_ids, asked.messages, asked.template_kwargs, tools)
                 prompts = [tuple(await self._in_thread(chat_ids))]
             else:
                 texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]

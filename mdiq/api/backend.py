@@ -54,14 +54,36 @@ class Backend(Protocol):
         ...
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, str | int | float | bool],
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Sequence[int]:
         """Return the tokens of a chat in the model's template, rendered with template_kwargs. Called in a thread.
+
+        tools: as the template lists them to the model.
 
         Raises:
             CapacityError: the chat cannot fit; it is not tokenized then.
             MdiqError: the model has no template, or it refuses these messages.
         """
+        ...
+
+    def check_grammar(self, grammar: str) -> None:
+        """Compile a grammar of SamplingParams. Called in a thread.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template; it says in which form tools are called."""
+        ...
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token of this text; None if it has none, or one with a text in answers."""
         ...
 
     def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:

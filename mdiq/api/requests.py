@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mdiq.api.fields import check_served, sampling_values
+from mdiq.api.structure import Structure, structure_of
+from mdiq.api.tools import ToolUse, tools_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
@@ -16,6 +18,7 @@ MAX_PROMPTS = 64
 MAX_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_OF_CHATS = ("tools", "tool_choice")
 _TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 _INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
@@ -92,7 +95,8 @@ class Asked:
     """One request: ``messages`` of a chat, or ``prompts``, each a text or token ids.
 
     values: of SamplingParams, not yet checked. max_tokens: None: as many as there is room for.
-    template_kwargs: variables of the chat template beside the messages.
+    template_kwargs: variables of the chat template beside the messages. structure: the form of the answer, which is in
+    the values too. tools: those that may be called.
     """
 
     is_chat: bool
@@ -104,6 +108,8 @@ class Asked:
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    structure: Structure | None = None
+    tools: ToolUse | None = None
 
     def params(self, num_prompt_tokens: int, context_tokens: int) -> SamplingParams:
         """Return how to sample, for a prompt of that length; the answer is limited to the room that is left.
@@ -134,13 +140,14 @@ def parse(body: object, *, is_chat: bool) -> Asked:
     """
     if not isinstance(body, dict):
         raise BadRequest("the body is not a JSON object")
-    check_served(body, BadRequest)
+    check_served({name: value for name, value in body.items() if not is_chat or name not in _OF_CHATS}, BadRequest)
     model = body.get("model")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise BadRequest("stream_options: not an object", "stream_options")
     try:
-        values = sampling_values(body)
+        values, structure = sampling_values(body), structure_of(body)
+        tools = tools_of(body) if is_chat else None
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition(":")[0]) from None
     if isinstance(values.get("stop"), list) and len(values["stop"]) > MAX_STOPS:
@@ -154,9 +161,11 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "is_streamed": _flag(body, "stream"),
         "wants_usage": _flag(options, "include_usage"),
         "model": None if model is None else text_of(model, "model"),
+        "structure": structure,
     }
     if is_chat:
-        return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=template_kwargs_of(body))
+        messages, template_kwargs = messages_of(body.get("messages")), template_kwargs_of(body)
+        return Asked(**common, messages=messages, template_kwargs=template_kwargs, tools=tools)
     return Asked(**common, prompts=_prompts(body.get("prompt")))
 
 

@@ -52,7 +52,9 @@ class FakeRing:
                 raise CapacityError("prompt: at least 100 tokens leave no room")
         return [[len(word) for word in text.split()] for text in texts]
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], tools: Sequence[Any] = ()
+    ) -> list[int]:
         self.told.append((messages, template_kwargs))
         if messages[0]["content"] == "Ahoy":
             raise ConfigError("the template knows no pirate")

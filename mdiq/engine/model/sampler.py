@@ -24,18 +24,20 @@ class SampleRow:
 
     history: the Sequence's tokens so far; read by the repetition penalty only.
     position: the new token's position.
+    allowed: which tokens may come, [vocab_size], bool; None: all.
     """
 
     params: SamplingParams
     history: Sequence[int]
     position: int
+    allowed: np.ndarray | None = None
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """Return one token id per row of logits: [n, vocab_size], f32, on the CPU.
 
     Raises:
-        EngineError: a row holds NaN, or no finite number at all.
+        EngineError: a row holds NaN, or no finite number at all, or none of a token that is allowed.
     """
     values = logits.contiguous().numpy()
     # numpy finds the largest of 150,000 logits in a twentieth of the time that torch takes; a NaN counts as largest.
@@ -43,6 +45,11 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     if not np.isfinite(values[range(len(rows)), tokens]).all():
         raise EngineError("the logits are not numbers; the weights are damaged, or bf16 overflowed: try --dtype f32")
     for i, row in enumerate(rows):
+        if row.allowed is not None:
+            values[i] = np.where(row.allowed, values[i], -np.inf)
+            tokens[i] = int(values[i].argmax())
+            if not np.isfinite(values[i, tokens[i]]):
+                raise EngineError("no token that the answer's form allows is likely at all; ask for another form")
         if row.params.temperature > 0 or row.params.repetition_penalty != 1.0:
             tokens[i] = _sample_row(values[i], tokens[i], row)
     return tokens
