@@ -22,6 +22,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from mdiq import __version__
 from mdiq.api.admission import Admission, Places
 from mdiq.api.backend import Backend
+from mdiq.api.forming import formed
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
@@ -245,6 +246,7 @@ class Api:
 
     async def _run(self, request: web.Request, asked: Asked, shape: type[Shape], places: Places) -> web.StreamResponse:
         backend = self._backend
+        asked, make_parser = await formed(asked, backend, self._in_thread)
         prompts = await self._prompts(asked)
         params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
         if (
@@ -255,7 +257,7 @@ class Api:
         # Answers to one prompt follow each other, so that all but the first find it in the KV cache.
         wanted = [(prompt, each.of_choice(i)) for prompt, each in zip(prompts, params, strict=True) for i in choices]
         answers = [
-            Answer(0 if number % len(choices) else len(prompt), each.max_tokens)
+            Answer(0 if number % len(choices) else len(prompt), each.max_tokens, parser=make_parser())
             for number, (prompt, each) in enumerate(wanted)
         ]
         out, start_s = shape(backend.model_name), time.monotonic()
@@ -284,7 +286,8 @@ class Api:
         try:
             # Long texts take long, and others' tokens must not wait.
             if asked.messages is not None:
-                chat_ids = partial(backend.chat_ids, asked.messages, asked.template_kwargs)
+                tools = asked.tools.told if asked.tools else ()
+                chat_ids = partial(backend.chat_ids, asked.messages, asked.template_kwargs, tools)
                 prompts = [tuple(await self._in_thread(chat_ids))]
             else:
                 texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]

@@ -68,17 +68,35 @@ class Backend(Protocol):
         self,
         messages: Sequence[Mapping[str, Any]],
         template_kwargs: Mapping[str, str | int | float | bool],
+        tools: Sequence[Mapping[str, Any]] = (),
         *,
         is_bounded: bool = True,
     ) -> Sequence[int]:
         """Return the tokens of a chat in the model's template, rendered with template_kwargs. Called in a thread.
 
-        is_bounded: a chat that cannot fit is refused.
+        tools: as the template lists them to the model. is_bounded: a chat that cannot fit is refused.
 
         Raises:
             CapacityError: the chat cannot fit; it is not tokenized then.
             MdiqError: the model has no template, or it refuses these messages.
         """
+        ...
+
+    def check_grammar(self, grammar: str) -> None:
+        """Compile a grammar of SamplingParams. Called in a thread.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template; it says in which form tools are called."""
+        ...
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token of this text; None if it has none, or one with a text in answers."""
         ...
 
     def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:

@@ -10,6 +10,7 @@ The names are those of OpenAI, vLLM, SGLang, llama.cpp, TGI, Ollama, KoboldCpp, 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mdiq.api.structure import structure_of
 from mdiq.errors import ConfigError
 
 SAMPLING = (
@@ -65,15 +66,13 @@ _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
         "use_beam_search early_stopping", num_beams=1, num_beam_groups=1, diversity_penalty=0, length_penalty=(1, 0)
     ),
     "tokens are drawn; temperature 0 takes the likeliest": _fields(do_sample=True),
-    "tools are not called": _fields(
-        "tools functions web_search_options tool_prompt guideline",
-        tool_choice=("none", "auto"),
+    "tools are called by chats over HTTP alone": _fields("tools", tool_choice=("none", "auto")),
+    "tools are set in `tools`": _fields(
+        "functions web_search_options tool_prompt guideline",
         function_call=("none", "auto"),
     ),
-    "the answer's form is not enforced": _fields(
-        "response_schema guided_json guided_regex guided_choice guided_grammar structured_outputs "
-        "structural_tag grammar grammar_string json_schema regex ebnf format watermark",
-        response_format=({"type": "text"},),
+    "the answer's form is set in response_format": _fields(
+        "response_schema structural_tag grammar_string format watermark",
         response_mime_type="text/plain",
         n_indent=0,
         verbosity="medium",
@@ -207,6 +206,8 @@ def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{field}: {str(value)[:40]} is not a number of tokens; give at least 1")
         values["max_tokens"] = None if value == -1 else value
         break
+    if (structure := structure_of(given)) is not None:
+        values["grammar"] = structure.grammar
     return values
 
 

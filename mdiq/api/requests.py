@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mdiq.api.fields import MAX_CHOICES, NO_LIMIT, check_served, num_choices, sampling_values
+from mdiq.api.structure import Structure, structure_of
+from mdiq.api.tools import ToolUse, tools_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
@@ -16,6 +18,7 @@ MAX_PROMPTS = 64
 MAX_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_OF_CHATS = ("tools", "tool_choice")
 _TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 _INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
@@ -93,6 +96,7 @@ class Asked:
 
     values: of SamplingParams, not yet checked. max_tokens: None: as many as there is room for.
     template_kwargs: variables of the chat template beside the messages. num_choices: answers to each prompt.
+    structure: the form of the answer, which is in the values too. tools: those that may be called.
     """
 
     is_chat: bool
@@ -105,6 +109,8 @@ class Asked:
     messages: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     num_choices: int = 1
+    structure: Structure | None = None
+    tools: ToolUse | None = None
 
     @property
     def num_answers(self) -> int:
@@ -140,13 +146,14 @@ def parse(body: object, *, is_chat: bool) -> Asked:
     """
     if not isinstance(body, dict):
         raise BadRequest("the body is not a JSON object")
-    check_served(body, BadRequest)
+    check_served({name: value for name, value in body.items() if not is_chat or name not in _OF_CHATS}, BadRequest)
     model = body.get("model")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise BadRequest("stream_options: not an object", "stream_options")
     try:
-        values, choices = sampling_values(body), num_choices(body)
+        values, choices, structure = sampling_values(body), num_choices(body), structure_of(body)
+        tools = tools_of(body) if is_chat else None
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition(":")[0]) from None
     if isinstance(values.get("stop"), list) and len(values["stop"]) > MAX_STOPS:
@@ -161,9 +168,11 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "wants_usage": _flag(options, "include_usage"),
         "model": None if model is None else text_of(model, "model"),
         "num_choices": choices,
+        "structure": structure,
     }
     if is_chat:
-        return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=template_kwargs_of(body))
+        messages, template_kwargs = messages_of(body.get("messages")), template_kwargs_of(body)
+        return Asked(**common, messages=messages, template_kwargs=template_kwargs, tools=tools)
     asked = Asked(**common, prompts=_prompts(body.get("prompt")))
     if asked.num_answers > MAX_CHOICES:
         text = f"n: {choices} answers to each of {len(asked.prompts)} prompts; give at most {MAX_CHOICES} per request"

@@ -3,9 +3,10 @@
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from mdiq.api.tool_calls import CallDelta, CallParser
 from mdiq.core.sequence import FinishReason
 from mdiq.errors import RingError
 from mdiq.runtime.starter_service import StreamEvent
@@ -15,7 +16,8 @@ from mdiq.runtime.starter_service import StreamEvent
 class Answer:
     """The result of a request so far. max_tokens: of the whole answer.
 
-    num_prompt: tokens of its prompt; 0 where an earlier choice counts them.
+    num_prompt: tokens of its prompt; 0 where an earlier choice counts them. parser: finds the tool calls in it; None:
+    there are no tools. pieces: what the last event has brought.
     """
 
     num_prompt: int
@@ -23,15 +25,36 @@ class Answer:
     num_tokens: int = 0
     text: str = ""
     finish_reason: str | None = None
+    parser: CallParser | None = None
+    pieces: Sequence[str | CallDelta] = ()
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, event: StreamEvent) -> None:
         step = event.step
         self.num_tokens += step.token is not None
-        self.text += event.text
+        if self.parser is None:
+            self.pieces = [event.text] if event.text else []
+        else:
+            self.pieces = self.parser.push(event.text) + (self.parser.finish() if step.finish_reason else [])
+        for piece in self.pieces:
+            self._add(piece)
         if step.finish_reason is FinishReason.ERROR:
             raise step.error or RingError("the ring failed")
         if step.finish_reason is not None:
-            self.finish_reason = str(step.finish_reason)
+            has_called = bool(self.tool_calls) and step.finish_reason is FinishReason.STOP
+            self.finish_reason = "tool_calls" if has_called else str(step.finish_reason)
+
+    def _add(self, piece: str | CallDelta) -> None:
+        if isinstance(piece, str):
+            self.text += piece
+        elif piece.name is None:
+            self.tool_calls[piece.index]["function"]["arguments"] += piece.arguments
+        else:
+            self.tool_calls.append(_call(piece))
+
+
+def _call(piece: CallDelta) -> dict[str, Any]:
+    return {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": piece.arguments}}
 
 
 def _usage(answers: Sequence[Answer]) -> dict[str, int]:
@@ -75,6 +98,11 @@ class Shape:
     def delta(self, text: str, is_first: bool) -> dict[str, Any]:
         raise NotImplementedError
 
+    def piece_chunk(self, index: int, piece: str | CallDelta) -> dict[str, Any]:
+        """Return the chunk of a piece of an answer."""
+        assert isinstance(piece, str)  # only chats have tools
+        return self.chunk(index, piece, None)
+
 
 class Chat(Shape):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -85,6 +113,21 @@ class Chat(Shape):
 
     def delta(self, text: str, is_first: bool) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""} if is_first else {"content": text} if text else {}}
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        whole = super().whole(answers)
+        for choice, answer in zip(whole["choices"], answers, strict=True):
+            if answer.tool_calls:
+                choice["message"] |= {"content": answer.text or None, "tool_calls": answer.tool_calls}
+        return whole
+
+    def piece_chunk(self, index: int, piece: str | CallDelta) -> dict[str, Any]:
+        if isinstance(piece, str):
+            return self.chunk(index, piece, None)
+        chunk = self.chunk(index, "", None)
+        call = {"function": {"arguments": piece.arguments}} if piece.name is None else _call(piece)
+        chunk["choices"][0]["delta"] = {"tool_calls": [{"index": piece.index, **call}]}
+        return chunk
 
 
 class Completion(Shape):

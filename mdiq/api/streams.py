@@ -44,8 +44,8 @@ async def send_stream(
             if out.has_opening and index not in opened:
                 await _send(response, out.chunk(index, "", None, is_first=True))
                 opened.add(index)
-            if event.text:
-                await _send(response, out.chunk(index, event.text, None))
+            for piece in answers[index].pieces:
+                await _send(response, out.piece_chunk(index, piece))
             if answers[index].finish_reason:
                 await _send(response, out.chunk(index, "", answers[index].finish_reason))
         if wants_usage:

@@ -184,8 +184,10 @@ class _Run:
                 log_level=self._options.log_level,
             )
         with _loading_bars(self._console) as on_loading:
-            pipe = self._requests.pipe
-            ring = await formed(lambda: RingHost(self._ring_options, make_pipe=pipe, on_loading=on_loading))
+            pipe, grammars = self._requests.pipe, self._requests.grammars
+            ring = await formed(
+                lambda: RingHost(self._ring_options, make_pipe=pipe, on_loading=on_loading, grammars=grammars)
+            )
         try:
             if self._batch is not None:  # torch is here now
                 await asyncio.to_thread(self._batch.expect_model, self._ring_options.model)

@@ -44,6 +44,8 @@ class SamplingParams:
     stop_token_ids: tokens that end the answer, beside the model's own.
     ignore_eos: continue after the model's own end tokens.
     seed: draws depend on (seed, position) alone, so a Replay gives the same tokens.
+    grammar: the form of the answer as "KIND:TEXT"; engine/text/grammar.py has the kinds. Empty: any text.
+    shown_token_ids: special tokens that have a text in the answer, such as the mark before a tool call.
     """
 
     max_tokens: int = 256
@@ -60,6 +62,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int = 0
+    grammar: str = ""
+    shown_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         checks = (
@@ -77,6 +81,7 @@ class SamplingParams:
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"from 0 to max_tokens ({self.max_tokens})"),
             ("stop", all(self.stop), "texts of at least one character"),
+            ("ignore_eos", not (self.ignore_eos and self.grammar), "false where the answer's form says where it ends"),
             ("seed", -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
         )
         for name, holds, wanted in checks:
@@ -138,6 +143,10 @@ def _convert(name: str, value: object, current: object) -> object:
             raise TypeError(f"{value!r} is not a number")
         case _ if name == "logit_bias":
             return _biases(value)
+        case str():
+            if isinstance(value, str):
+                return value
+            raise TypeError(f"{value!r} is not a text")
         case _:
             items = [value] if isinstance(value, str) else value
             kind = str if name == "stop" else int
@@ -166,7 +175,7 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
     return tuple(found.items())
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One token stream.
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import structlog
 import torch
 
@@ -27,6 +28,8 @@ from mdiq.engine.model.kv_cache import BLOCK_TOKENS
 from mdiq.engine.model.logprobs import token_logprobs
 from mdiq.engine.model.sampler import SampleRow, sample
 from mdiq.engine.runner import StageRunner
+from mdiq.engine.text.grammar import Grammars
+from mdiq.errors import EngineError
 from mdiq.plan.measured import MeasuredRing, MeasuredStage, differing_kinds
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
@@ -40,19 +43,20 @@ class StarterStage:
     """The Starter's part of one Ring; make it in the worker's thread, and call ``load`` and ``measure`` there.
 
     digest: the model's. weights: how all Nodes hold theirs, since one Node decides. cpu: as control.Ready has it.
-    runner, engine: after ``load``.
+    grammars: see TorchStarter. runner, engine: after ``load``.
     """
 
     runner: StageRunner
     engine: "TorchStarter"
 
-    def __init__(self, options: RingOptions) -> None:
+    def __init__(self, options: RingOptions, grammars: Grammars | None = None) -> None:
         """Open the model.
 
         Raises:
             ModelError: it is missing, malformed or unsupported.
         """
         self._options = options
+        self._grammars = grammars
         self._held: tuple[LayerRange, bool] | None = None  # its Layers, and whether it is the last Stage
         self._can_peak = False  # the process's peak is this Ring's
         with ExitStack() as opened:
@@ -86,7 +90,7 @@ class StarterStage:
                 memory_bytes=options.remote.nodes[0].memory_bytes if options.remote else None,
                 progress=progress,
             )
-        self.engine = TorchStarter(self.runner)
+        self.engine = TorchStarter(self.runner, self._grammars)
         self._held = options.layers[0], options.num_nodes == 1
 
     def reshape(self, options: RingOptions, progress: Progress) -> None:
@@ -199,11 +203,13 @@ class Script(Protocol):
 class TorchStarter:
     """The Starter's engine: a StageRunner that owns embedding and head, and the sampler.
 
+    grammars: of Sequences with one; None: there are no such Sequences.
     script: draws the tokens instead of the sampler, while there is one.
     """
 
-    def __init__(self, runner: StageRunner) -> None:
+    def __init__(self, runner: StageRunner, grammars: Grammars | None = None) -> None:
         self._runner = runner
+        self._grammars = grammars
         self.script: Script | None = None
 
     def forward(self, batch: Batch) -> Payload:
@@ -240,7 +246,13 @@ class TorchStarter:
                 sequence.num_tokens,
                 sequence.generated,
                 sequence.barred,
+                self._allowed(sequence, logits.shape[1]) if sequence.params.grammar else None,
             )
             for sequence in sequences
         ]
         return sample(logits, sample_rows)
+
+    def _allowed(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
+        if self._grammars is None:
+            raise EngineError("this ring has no tokenizer to follow a grammar with")
+        return self._grammars.allowed(sequence, num_tokens)

@@ -22,6 +22,7 @@ from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.model_source import find_model
 from mdiq.engine.model_config import ModelConfig
+from mdiq.engine.text.grammar import Grammars
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.drift import Factors
@@ -117,6 +118,7 @@ class _RingBackend:
         self,
         keeper: RingKeeper,
         tokenizer: Tokenizer,
+        grammars: Grammars,
         config: ModelConfig,
         model_name: str,
         max_waiting: int | None,
@@ -126,6 +128,7 @@ class _RingBackend:
         self._under_load = under_load
         self._max_waiting = max_waiting
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._numbers = count()
         self.model_name = model_name
         # A tokenizer may know tokens that the model has no embedding of.
@@ -171,15 +174,28 @@ class _RingBackend:
         self,
         messages: AbstractSequence[Mapping[str, Any]],
         template_kwargs: Mapping[str, str | int | float | bool],
+        tools: AbstractSequence[Mapping[str, Any]] = (),
         *,
         is_bounded: bool = True,
     ) -> list[int]:
         room = self.context_tokens if is_bounded else None
-        return self._tokenizer.chat_ids(messages, template_kwargs, room=room)
+        return self._tokenizer.chat_ids(messages, template_kwargs, tools=tools, room=room)
+
+    def check_grammar(self, grammar: str) -> None:
+        self._grammars.check(grammar)
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._tokenizer.chat_template
+
+    def special_id(self, text: str) -> int | None:
+        return self._tokenizer.special_id(text)
 
     def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
         params = self._tokenizer.with_special_stops(params)
         sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=self._tokenizer.eos_token_ids)
+        if params.grammar:
+            self._grammars.begin(sequence)
         return self._keeper.stream(sequence)
 
     def status(self) -> Mapping[str, Any]:
@@ -198,6 +214,9 @@ class TopologyService:
         named = loaded.topology.model
         self._model_name = named.name or name_of(named.path)  # as clients name it
         self._tokenizer = Tokenizer.load(model)
+        self._grammars = Grammars(self._tokenizer)
+        if self._tokenizer.eos_token_ids:
+            self._grammars.prepare()  # later it would hold up the ring
         self._notifier = notifier
         self._file = loaded.file
         self._wanted_api = loaded.topology.api  # a reload does not change it
@@ -208,7 +227,7 @@ class TopologyService:
         """Serve until a signal comes."""
 
         def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> RingHost:
-            return RingHost(options, make_pipe=self._pipe, on_loading=on_loading)
+            return RingHost(options, make_pipe=self._pipe, on_loading=on_loading, grammars=self._grammars)
 
         self._keeper = keeper = RingKeeper(
             self._topologies.read,
@@ -220,7 +239,13 @@ class TopologyService:
         )
         wanted = self._wanted_api
         backend = _RingBackend(
-            keeper, self._tokenizer, self._config, self._model_name, wanted.max_waiting, self._under_load
+            keeper,
+            self._tokenizer,
+            self._grammars,
+            self._config,
+            self._model_name,
+            wanted.max_waiting,
+            self._under_load,
         )
         self._api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
         replanning = Replanning(keeper, lambda: self._topologies.rings)
@@ -256,7 +281,7 @@ class TopologyService:
             await runner.cleanup()
 
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
-        return TokenizerPipe(self._tokenizer, sequence.params.stop, sequence.params.min_tokens)
+        return TokenizerPipe(self._tokenizer, sequence.params)
 
     def _tell(self, state: KeeperState) -> None:
         if state.is_serving:

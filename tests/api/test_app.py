@@ -60,7 +60,12 @@ class FakeRing:
         return " ".join("x" * token for token in tokens)
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], *, is_bounded: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+        tools: Sequence[Any] = (),
+        *,
+        is_bounded: bool = True,
     ) -> list[int]:
         self.told.append((messages, template_kwargs))
         if messages[0]["content"] == "Ahoy":

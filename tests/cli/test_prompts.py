@@ -110,10 +110,18 @@ def test_a_line_takes_the_names_that_clients_of_the_api_use(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "more", [{"guided_json": {}, "grammar": "x"}, {"logprobs": 0}, {"seed": "x"}, {"n": 2}, {"logit_bias": {"a": 1}}]
+    "more",
+    [
+        {"regex": "y", "grammar": "x"},
+        {"tools": [{}]},
+        {"logprobs": 0},
+        {"seed": "x"},
+        {"n": 2},
+        {"logit_bias": {"a": 1}},
+    ],
 )
 def test_a_line_that_asks_for_what_is_not_served_is_refused(tmp_path: Path, more: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"in.jsonl:1: (grammar|logprobs|seed|n|logit_bias): "):
+    with pytest.raises(ConfigError, match=r"in.jsonl:1: (regex|tools|logprobs|seed|n|logit_bias): "):
         _prompts(tmp_path / "in.jsonl", {"prompt": "a", **more})
 
 

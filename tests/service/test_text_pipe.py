@@ -23,7 +23,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path, byte_level: Backen
 
 
 def _said(tokenizer: Tokenizer, ids: list[int], *stops: str, min_tokens: int = 0) -> str:
-    pipe = TokenizerPipe(tokenizer, stops, min_tokens)
+    pipe = TokenizerPipe(tokenizer, SamplingParams(stop=stops, min_tokens=min_tokens))
     return "".join([pipe.push(token) for token in ids]) + pipe.finish()
 
 
@@ -54,7 +54,7 @@ def _both(
 ) -> tuple[str, FinishReason | None, list[int]]:
     """Return text, end and tokens of an answer whose first tokens are of an earlier run."""
     sequence = Sequence(0, (1,), params, eos_token_ids=frozenset({EOS}))
-    pipe = TokenizerPipe(tokenizer, params.stop, params.min_tokens)
+    pipe = TokenizerPipe(tokenizer, params)
     text = go_on(sequence, pipe, ids[:num_known])
     for token in ids[num_known:]:
         if sequence.finish_reason is None:

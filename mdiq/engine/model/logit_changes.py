@@ -48,4 +48,5 @@ def _penalize_repetition(logits: np.ndarray, history: Sequence[int], penalty: fl
     penalty = min(max(penalty, MIN_PENALTY), 1 / MIN_PENALTY)
     with np.errstate(over="ignore"):
         scores = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
-    logits[seen] = np.clip(scores, -_MAX_FLOAT, _MAX_FLOAT)
+    # A token that the answer's form does not allow stays impossible.
+    logits[seen] = np.where(np.isneginf(logits[seen]), -np.inf, np.clip(scores, -_MAX_FLOAT, _MAX_FLOAT))

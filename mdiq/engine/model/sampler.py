@@ -24,7 +24,7 @@ class SampleRow:
     history: the Sequence's tokens so far; read by the repetition penalty only.
     position: the new token's position.
     answer: the tokens of the answer so far; read by the penalties for presence and frequency only.
-    barred: tokens that cannot be chosen.
+    barred: tokens that cannot be chosen. allowed: which tokens may come, [vocab_size], bool; None: all.
     """
 
     params: SamplingParams
@@ -32,13 +32,14 @@ class SampleRow:
     position: int
     answer: Sequence[int] = ()
     barred: Collection[int] = ()
+    allowed: np.ndarray | None = None
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """Return one token id per row of logits: [n, vocab_size], f32, on the CPU.
 
     Raises:
-        EngineError: a row holds NaN, or no finite number at all.
+        EngineError: a row holds NaN, or no finite number at all, or none of a token that is allowed.
     """
     values = logits.contiguous().numpy()
     # numpy finds the largest of 150,000 logits in a twentieth of the time that torch takes; a NaN counts as largest.
@@ -46,8 +47,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     if not np.isfinite(values[range(len(rows)), tokens]).all():
         raise EngineError("the logits are not numbers; the weights are damaged, or bf16 overflowed: try --dtype f32")
     for i, row in enumerate(rows):
+        logits_of_row = values[i]  # the model's stay as they are: log-probabilities are those of the model
+        if row.allowed is not None:
+            logits_of_row = np.where(row.allowed, values[i], -np.inf)
+            tokens[i] = int(logits_of_row.argmax())
+            if not np.isfinite(logits_of_row[tokens[i]]):
+                raise EngineError("no token that the answer's form allows is likely at all; ask for another form")
         if row.params.temperature > 0 or row.params.changes_logits or row.barred:
-            tokens[i] = _sample_row(values[i], tokens[i], row)
+            tokens[i] = _sample_row(logits_of_row, tokens[i], row)
     return tokens
 
 

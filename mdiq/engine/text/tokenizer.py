@@ -51,7 +51,7 @@ class Tokenizer:
     """A model's tokenizer; ``load`` makes one. Threads may share it.
 
     vocab_size: number of token ids of the model; some may have no text.
-    eos_token_ids: any of them ends an answer.
+    special_ids: tokens without text in an answer. eos_token_ids: any of them ends an answer.
     """
 
     def __init__(self, parts: TokenizerParts) -> None:
@@ -60,9 +60,9 @@ class Tokenizer:
         self.vocab_size = parts.vocab_size
         self.has_chat_template = parts.chat_template is not None
         added = parts.backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         # A file may name only one of two end tokens; a model's directory and its GGUF file must give the same set.
-        known = {token for token in self._special_ids if added[token].content in _END_TEXTS}
+        known = {token for token in self.special_ids if added[token].content in _END_TEXTS}
         self.eos_token_ids = parts.eos_token_ids | known
 
     @classmethod
@@ -102,7 +102,7 @@ class Tokenizer:
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """Return params with stop texts that are special tokens as stop tokens: they have no text in an answer."""
         ids = [self._backend.token_to_id(text) for text in params.stop]
-        found = tuple(token for token in ids if token in self._special_ids)
+        found = tuple(token for token in ids if token in self.special_ids)
         return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
 
     def chat_ids(
@@ -110,11 +110,13 @@ class Tokenizer:
         messages: Iterable[Mapping[str, object]],
         template_kwargs: Mapping[str, object] | None = None,
         *,
+        tools: Sequence[Mapping[str, object]] = (),
         room: int | None = None,
     ) -> list[int]:
         """Return the ids of a chat in the model's own format, up to where the assistant's answer begins.
 
-        The model's BOS is at the start once, whether its template writes it or not. room: see check_fits.
+        The model's BOS is at the start once, whether its template writes it or not. tools: that the model may call.
+        room: see check_fits.
 
         Raises:
             ConfigError: the model has no chat template, or its template refuses the messages.
@@ -124,7 +126,7 @@ class Tokenizer:
         source = self._parts.chat_template or ""
         if "developer" not in source:  # OpenAI's newer name of the system role
             messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
-        text = self._template.render(messages, self._parts.special_texts, template_kwargs)
+        text = self._template.render(messages, self._parts.special_texts, template_kwargs, tools)
         if room is not None:
             self.check_fits(text, room)
         ids = self._ids(text)
@@ -143,12 +145,50 @@ class Tokenizer:
             return text
         # `tokenizers` decodes a whole run of byte tokens as U+FFFD if one byte is invalid. A stream has already
         # written the characters before that byte, so its output is the reference.
-        stream = TextStream(self._backend, frozenset() if has_special else self._special_ids)
+        stream = TextStream(self._backend, frozenset() if has_special else self.special_ids)
         return "".join([stream.push(token) for token in ids]) + stream.finish()
 
     def stream(self) -> "TextStream":
         """Return a decoder for the tokens of one Sequence."""
-        return TextStream(self._backend, self._special_ids)
+        return TextStream(self._backend, self.special_ids)
+
+    def text_of_special(self, token: int) -> str:
+        """Return the text by which a special token is known."""
+        return self._backend.id_to_token(token) or ""
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token of this text; None if it has none, or one that is a part of answers."""
+        token = self._backend.token_to_id(text)
+        return token if token in self.special_ids else None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template."""
+        return self._parts.chat_template
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Return a text's ids, without any that stand before or after a whole text."""
+        return self._ids(text)
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the bytes that each id adds to an answer, below vocab_size; none for an id without text.
+
+        A special token has those of its name. A first token's space stays, which ``decode`` drops for some models.
+        """
+        added = self._backend.get_added_tokens_decoder()
+        is_byte_level = _is_byte_level(self._backend)
+
+        def bytes_of(token: int) -> bytes:
+            text = self._backend.id_to_token(token) or ""
+            if token in added:
+                return text.encode()
+            if is_byte_level:
+                known = all(char in _BYTES for char in text)
+                return bytes(_BYTES[char] for char in text) if known else text.encode()
+            byte = _BYTE_TOKEN.fullmatch(text)
+            return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
+
+        return [bytes_of(token) for token in range(self.vocab_size)]
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -208,7 +248,7 @@ class TextStream:
         drops_half: without half a character at the end, which would be U+FFFD; a U+FFFD of the tokens themselves stays.
         """
         num_lost = len(self._half()) if drops_half else 0
-        is_byte_level = num_lost and self._is_byte_level()
+        is_byte_level = num_lost and _is_byte_level(self._backend)
         if num_lost and not is_byte_level:  # each of its bytes is a token
             del self._waiting[-num_lost:]
         before = self._backend.decode(self._given, skip_special_tokens=self._skips)
@@ -222,7 +262,7 @@ class TextStream:
     def _half(self) -> bytes:
         """Return the bytes of a character at the end of the waiting tokens whose other bytes are missing."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        is_byte_level = self._is_byte_level()
+        is_byte_level = _is_byte_level(self._backend)
         for token in self._waiting:
             text = self._backend.id_to_token(token) or ""
             if is_byte_level and all(char in _BYTES for char in text):
@@ -234,15 +274,16 @@ class TextStream:
         half: bytes = decoder.getstate()[0]
         return half
 
-    def _is_byte_level(self) -> bool:
-        """Return whether each character of a token's text stands for one byte."""
-        return self._backend.decoder is not None and b'"ByteLevel"' in self._backend.decoder.__getstate__()
-
     def _restart(self) -> str:
         """Continue without the last piece: later bytes change its decoding, but it has already been written."""
         self._stream = DecodeStream(skip_special_tokens=self._skips)
         waiting, self._given, self._waiting = self._waiting, [], []
         return "".join([self.push(token) for token in waiting])
+
+
+def _is_byte_level(backend: Backend) -> bool:
+    """Return whether each character of a token's text stands for one byte."""
+    return backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
 
 
 def _load_directory(directory: Path) -> TokenizerParts:
