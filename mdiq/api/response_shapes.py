@@ -95,7 +95,7 @@ class ResponseShape:
         return [*events, self._event("response.failed", response=self.whole())]
 
     def cancel(self) -> list[Event]:
-        """Return the last events of a response that was cancelled: it is incomplete, since OpenAI has no other event."""
+        """Return the last events of a response that was cancelled; OpenAI has no event of its own for that."""
         events = self._close("incomplete")
         self._fields["status"] = "cancelled"
         return [*events, self._event("response.incomplete", response=self.whole())]
@@ -168,7 +168,7 @@ class ResponseShape:
 def _usage(answer: Answer) -> dict[str, Any]:
     return {
         "input_tokens": answer.num_prompt,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": answer.num_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": answer.num_prompt + answer.num_tokens,
