@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mdiq.api.fields import check_served, sampling_values
+from mdiq.api.logprobs import AskedLogprobs, take_logprobs
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
@@ -104,6 +105,7 @@ class Asked:
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    logprobs: AskedLogprobs = AskedLogprobs()
 
     def params(self, num_prompt_tokens: int, context_tokens: int) -> SamplingParams:
         """Return how to sample, for a prompt of that length; the answer is limited to the room that is left.
@@ -134,6 +136,10 @@ def parse(body: object, *, is_chat: bool) -> Asked:
     """
     if not isinstance(body, dict):
         raise BadRequest("the body is not a JSON object")
+    try:
+        body, logprobs = take_logprobs(body, is_chat=is_chat)
+    except ConfigError as error:
+        raise BadRequest(str(error), str(error).partition(":")[0]) from None
     check_served(body, BadRequest)
     model = body.get("model")
     options = body.get("stream_options") or {}
@@ -151,6 +157,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "is_chat": is_chat,
         "max_tokens": values.pop("max_tokens", None) or (None if is_open else COMPLETION_TOKENS),
         "values": values,
+        "logprobs": logprobs,
         "is_streamed": _flag(body, "stream"),
         "wants_usage": _flag(options, "include_usage"),
         "model": None if model is None else text_of(model, "model"),

@@ -44,8 +44,8 @@ async def send_stream(
             if not is_opened:
                 await _send(response, out.chunk(index, "", None, is_first=True))
                 is_opened = True
-            if event.text:
-                await _send(response, out.chunk(index, event.text, None))
+            for text, entries in answers[index].parts():
+                await _send(response, out.chunk(index, text, None, entries=entries))
             if answers[index].finish_reason:
                 await _send(response, out.chunk(index, "", answers[index].finish_reason))
         if wants_usage:
