@@ -23,13 +23,14 @@ from mdiq import __version__
 from mdiq.api.admission import Admission, Places
 from mdiq.api.backend import Backend
 from mdiq.api.forming import formed
+from mdiq.api.logprobs import AnswerLogprobs
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
 from mdiq.api.shapes import Answer, Chat, Completion, Shape
 from mdiq.api.streams import merged, send_stream
 from mdiq.api.token_routes import TokenRoutes
-from mdiq.errors import CapacityError, MdiqError
+from mdiq.errors import CapacityError, ConfigError, MdiqError
 
 log = structlog.get_logger()
 
@@ -262,7 +263,9 @@ class Api:
         ]
         out, start_s = shape(backend.model_name), time.monotonic()
         self._admission.fill(places, answers, start_s)
-        streams = [backend.answer(*each) for each in wanted]
+        await self._prepare(asked, prompts, answers)
+        logprobs = asked.logprobs.wanted
+        streams = [backend.answer(*each, logprobs) for each in wanted]
         try:
             async with aclosing(merged(streams)) as events:
                 if asked.is_streamed:
@@ -278,7 +281,30 @@ class Api:
                 finish_reason=answers[-1].finish_reason or "none",
                 seconds=round(time.monotonic() - start_s, 3),
             )
-        return web.json_response(out.whole(answers))
+        if logprobs is None:
+            return web.json_response(out.whole(answers))
+        text = await self._in_thread(lambda: "".join(json.JSONEncoder().iterencode(out.whole(answers))))
+        return web.json_response(text=text)
+
+    async def _prepare(self, asked: Asked, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> None:
+        """Have answers begin with their prompts, and hold log-probabilities, where that is asked for."""
+        shown, backend = asked.logprobs, self._backend
+        # The answers to one prompt follow each other.
+        places = [i * len(prompts) // len(answers) for i in range(len(answers))]
+        try:
+            shown.check_size(sum(len(prompts[place]) for place in places))
+        except ConfigError as error:
+            raise BadRequest(str(error), "logprobs") from None
+        for answer, place in zip(answers, places, strict=True):
+            prompt = prompts[place] if shown.echo else ()
+            answer.drops_answer = shown.drops_answer
+            if shown.wanted is not None:
+                answer.logprobs = AnswerLogprobs(backend.spell, prompt, drops_answer=shown.drops_answer)
+            if shown.echo:
+                given = asked.prompts[place]
+                if not isinstance(given, str):
+                    given = await self._in_thread(partial(backend.decode, given))
+                answer.repeat(given)
 
     async def _prompts(self, asked: Asked) -> list[tuple[int, ...]]:
         backend = self._backend

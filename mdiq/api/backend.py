@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import SamplingParams
 from mdiq.runtime.starter_service import StreamEvent
 
@@ -99,7 +100,17 @@ class Backend(Protocol):
         """Return the special token of this text; None if it has none, or one with a text in answers."""
         ...
 
-    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without special tokens. Called in a thread."""
+        ...
+
+    def spell(self, token: int) -> tuple[bytes, bool]:
+        """Return a token's bytes, and whether they are part of a text; those of a special token are its name."""
+        ...
+
+    def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Run a Sequence; closing the iterator cancels it.
 
         Raises:

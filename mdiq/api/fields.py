@@ -58,7 +58,7 @@ def _fields(names: str = "", **harmless: object) -> Mapping[str, tuple[object, .
 
 # Reason: fields.
 _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
-    "log probabilities are not given": _fields(
+    "log-probabilities are asked for as in OpenAI's API: logprobs, in a chat with top_logprobs": _fields(
         "logprobs top_logprobs prompt_logprobs decoder_input_details details", n_probs=0, top_n_tokens=0
     ),
     "all answers are given, the best is not chosen": _fields("best_of"),
@@ -111,7 +111,7 @@ _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "answers are texts": _fields(
         "audio return_tokens_as_token_ids return_token_ids return_tokens return_hidden_states", modalities=(["text"],)
     ),
-    "the prompt is not repeated": _fields("echo return_full_text"),
+    "the prompt is repeated by echo in /v1/completions alone": _fields("echo return_full_text"),
     "text is not inserted": _fields("suffix input_prefix input_suffix input_extra"),
     "answers are not predicted": _fields("prediction"),
     "nothing of a prompt is left out": _fields(

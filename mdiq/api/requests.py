@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mdiq.api.fields import MAX_CHOICES, NO_LIMIT, check_served, num_choices, sampling_values
+from mdiq.api.logprobs import AskedLogprobs, take_logprobs
 from mdiq.api.structure import Structure, structure_of
 from mdiq.api.tools import ToolUse, tools_of
 from mdiq.core.sequence import SamplingParams
@@ -111,6 +112,7 @@ class Asked:
     num_choices: int = 1
     structure: Structure | None = None
     tools: ToolUse | None = None
+    logprobs: AskedLogprobs = AskedLogprobs()
 
     @property
     def num_answers(self) -> int:
@@ -146,6 +148,10 @@ def parse(body: object, *, is_chat: bool) -> Asked:
     """
     if not isinstance(body, dict):
         raise BadRequest("the body is not a JSON object")
+    try:
+        body, logprobs = take_logprobs(body, is_chat=is_chat)
+    except ConfigError as error:
+        raise BadRequest(str(error), str(error).partition(":")[0]) from None
     check_served({name: value for name, value in body.items() if not is_chat or name not in _OF_CHATS}, BadRequest)
     model = body.get("model")
     options = body.get("stream_options") or {}
@@ -164,6 +170,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "is_chat": is_chat,
         "max_tokens": values.pop("max_tokens", None) or (None if is_open else COMPLETION_TOKENS),
         "values": values,
+        "logprobs": logprobs,
         "is_streamed": _flag(body, "stream"),
         "wants_usage": _flag(options, "include_usage"),
         "model": None if model is None else text_of(model, "model"),

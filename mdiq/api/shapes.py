@@ -2,10 +2,11 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mdiq.api.logprobs import PART_VALUES, AnswerLogprobs, Entry, chat_logprobs, completion_logprobs
 from mdiq.api.tool_calls import CallDelta, CallParser
 from mdiq.core.sequence import FinishReason
 from mdiq.errors import RingError
@@ -16,8 +17,9 @@ from mdiq.runtime.starter_service import StreamEvent
 class Answer:
     """The result of a request so far. max_tokens: of the whole answer.
 
-    num_prompt: tokens of its prompt; 0 where an earlier choice counts them. parser: finds the tool calls in it; None:
-    there are no tools. pieces: what the last event has brought.
+    num_prompt: tokens of its prompt; 0 where an earlier choice counts them. text: begins with the prompt if that is
+    repeated. parser: finds the tool calls in it; None: there are no tools. logprobs: None if they are not wanted.
+    drops_answer: of the answer nothing is shown.
     """
 
     num_prompt: int
@@ -26,18 +28,26 @@ class Answer:
     text: str = ""
     finish_reason: str | None = None
     parser: CallParser | None = None
-    pieces: Sequence[str | CallDelta] = ()
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: AnswerLogprobs | None = None
+    drops_answer: bool = False
+    _unsent: list[str | CallDelta] = field(default_factory=list)
+
+    def repeat(self, prompt: str) -> None:
+        """Have the answer begin with its prompt."""
+        self._add(prompt)
 
     def add(self, event: StreamEvent) -> None:
         step = event.step
-        self.num_tokens += step.token is not None
-        if self.parser is None:
-            self.pieces = [event.text] if event.text else []
-        else:
-            self.pieces = self.parser.push(event.text) + (self.parser.finish() if step.finish_reason else [])
-        for piece in self.pieces:
-            self._add(piece)
+        if not self.drops_answer:
+            self.num_tokens += step.token is not None
+            pieces: list[str | CallDelta] = [event.text] if event.text else []
+            if self.parser is not None:
+                pieces = self.parser.push(event.text) + (self.parser.finish() if step.finish_reason else [])
+            for piece in pieces:
+                self._add(piece)
+        if self.logprobs is not None:
+            self.logprobs.add(event)
         if step.finish_reason is FinishReason.ERROR:
             raise step.error or RingError("the ring failed")
         if step.finish_reason is not None:
@@ -45,12 +55,22 @@ class Answer:
             self.finish_reason = "tool_calls" if has_called else str(step.finish_reason)
 
     def _add(self, piece: str | CallDelta) -> None:
+        self._unsent.append(piece)
         if isinstance(piece, str):
             self.text += piece
         elif piece.name is None:
             self.tool_calls[piece.index]["function"]["arguments"] += piece.arguments
         else:
             self.tool_calls.append(_call(piece))
+
+    def parts(self) -> Iterator[tuple[str | CallDelta, Sequence[Entry] | None]]:
+        """Yield what was not sent, with the log-probabilities that came with it, in parts for chunks."""
+        unsent, self._unsent = self._unsent, []
+        while self.logprobs is not None and (entries := self.logprobs.take(PART_VALUES)):
+            first = unsent.pop(0) if unsent and isinstance(unsent[0], str) else ""
+            yield first, entries
+        for piece in unsent:
+            yield piece, None
 
 
 def _call(piece: CallDelta) -> dict[str, Any]:
@@ -80,17 +100,34 @@ class Shape:
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = [
-            {"index": i, **self.text(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
+            {
+                "index": i,
+                **self.text(answer.text),
+                "logprobs": None if answer.logprobs is None else self.logprobs(answer.logprobs.take()),
+                "finish_reason": answer.finish_reason,
+            }
             for i, answer in enumerate(answers)
         ]
         return {**self._head, "object": self.kind, "choices": choices, "usage": _usage(answers)}
 
-    def chunk(self, index: int, text: str, finish_reason: str | None, *, is_first: bool = False) -> dict[str, Any]:
-        choice = {"index": index, **self.delta(text, is_first), "logprobs": None, "finish_reason": finish_reason}
+    def chunk(
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None,
+        *,
+        is_first: bool = False,
+        entries: Sequence[Entry] | None = None,
+    ) -> dict[str, Any]:
+        logprobs = None if entries is None else self.logprobs(entries)
+        choice = {"index": index, **self.delta(text, is_first), "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "object": self.chunk_kind, "choices": [choice]}
 
     def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": [], "usage": _usage(answers)}
+
+    def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        raise NotImplementedError
 
     def text(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -98,15 +135,18 @@ class Shape:
     def delta(self, text: str, is_first: bool) -> dict[str, Any]:
         raise NotImplementedError
 
-    def piece_chunk(self, index: int, piece: str | CallDelta) -> dict[str, Any]:
+    def piece_chunk(self, index: int, piece: str | CallDelta, entries: Sequence[Entry] | None = None) -> dict[str, Any]:
         """Return the chunk of a piece of an answer."""
         assert isinstance(piece, str)  # only chats have tools
-        return self.chunk(index, piece, None)
+        return self.chunk(index, piece, None, entries=entries)
 
 
 class Chat(Shape):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     has_opening = True
+
+    def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        return chat_logprobs(entries)
 
     def text(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}
@@ -121,9 +161,9 @@ class Chat(Shape):
                 choice["message"] |= {"content": answer.text or None, "tool_calls": answer.tool_calls}
         return whole
 
-    def piece_chunk(self, index: int, piece: str | CallDelta) -> dict[str, Any]:
+    def piece_chunk(self, index: int, piece: str | CallDelta, entries: Sequence[Entry] | None = None) -> dict[str, Any]:
         if isinstance(piece, str):
-            return self.chunk(index, piece, None)
+            return super().piece_chunk(index, piece, entries)
         chunk = self.chunk(index, "", None)
         call = {"function": {"arguments": piece.arguments}} if piece.name is None else _call(piece)
         chunk["choices"][0]["delta"] = {"tool_calls": [{"index": piece.index, **call}]}
@@ -132,6 +172,9 @@ class Chat(Shape):
 
 class Completion(Shape):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        return completion_logprobs(entries)
 
     def text(self, text: str) -> dict[str, Any]:
         return {"text": text}

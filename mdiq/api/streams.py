@@ -44,8 +44,8 @@ async def send_stream(
             if out.has_opening and index not in opened:
                 await _send(response, out.chunk(index, "", None, is_first=True))
                 opened.add(index)
-            for piece in answers[index].pieces:
-                await _send(response, out.piece_chunk(index, piece))
+            for piece, entries in answers[index].parts():
+                await _send(response, out.piece_chunk(index, piece, entries))
             if answers[index].finish_reason:
                 await _send(response, out.chunk(index, "", answers[index].finish_reason))
         if wants_usage:

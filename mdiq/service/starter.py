@@ -18,6 +18,7 @@ from mdiq.api.app import Api
 from mdiq.api.keys import read_keys
 from mdiq.api.server import ApiRunner
 from mdiq.config.load import LoadedTopology, load_topology
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.model_source import find_model
@@ -191,11 +192,20 @@ class _RingBackend:
     def special_id(self, text: str) -> int | None:
         return self._tokenizer.special_id(text)
 
-    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+    def decode(self, tokens: AbstractSequence[int]) -> str:
+        return self._tokenizer.decode(tokens)
+
+    def spell(self, token: int) -> tuple[bytes, bool]:
+        return self._tokenizer.spell(token)
+
+    def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
         params = self._tokenizer.with_special_stops(params)
         sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=self._tokenizer.eos_token_ids)
         if params.grammar:
             self._grammars.begin(sequence)
+        sequence.logprobs = logprobs
         return self._keeper.stream(sequence)
 
     def status(self) -> Mapping[str, Any]:

@@ -19,11 +19,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from mdiq import __version__
 from mdiq.api import streams
 from mdiq.api.app import MAX_BODY_BYTES, TEXT_THREADS, Api
+from mdiq.core.logprobs import Logprobs, LogprobsWanted, TokenLogprob
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, RingError
 from mdiq.runtime.starter_service import StreamEvent
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+HALF = 99  # a token that is a part of a character
 Client = TestClient[web.Request, web.Application]
 
 
@@ -73,7 +75,15 @@ class FakeRing:
         encode = partial(self.text_ids, has_special=False) if not is_bounded else lambda text: self.encode([text])[0]
         return [1, *encode(messages[0]["content"])]
 
-    async def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(f"<{token}>" for token in tokens)
+
+    def spell(self, token: int) -> tuple[bytes, bool]:
+        return (b"\xe2\x82", True) if token == HALF else (f" {token}".encode(), True)
+
+    async def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
         if not self.is_serving:
             raise RingError(f"the ring does not serve: {self.state}")
         if not 0 < len(prompt) < self.context_tokens:
@@ -88,7 +98,11 @@ class FakeRing:
                 if waiting is not None:
                     await waiting
                 reason = FinishReason.LENGTH if i == num_tokens - 1 else None
-                yield StreamEvent(TokenEvent(index, i, len(prompt) + i, reason), f" {i}", 0.0)
+                step = TokenEvent(index, i, len(prompt) + i, reason, logprob=_scored(i, logprobs))
+                of_prompt = None
+                if logprobs is not None and logprobs.of_prompt and not i:
+                    of_prompt = Logprobs(TokenLogprob(t, -t / 2, ((7, -0.5),) * logprobs.top) for t in prompt[1:])
+                yield StreamEvent(step, f" {i}", 0.0, of_prompt)
         finally:
             self.num_running -= 1
             self.closed.set()
@@ -102,6 +116,11 @@ class FakeRing:
             "rings_formed": 4,
             "counts": {"preemptions": 5},
         }
+
+
+def _scored(token: int, wanted: LogprobsWanted | None) -> TokenLogprob | None:
+    """The likeliest token is always 0."""
+    return None if wanted is None else TokenLogprob(token, -token / 4, tuple((i, -i / 4) for i in range(wanted.top)))
 
 
 @asynccontextmanager

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from mdiq.api.fields import _REASONS
+from mdiq.api.logprobs import AskedLogprobs
 from mdiq.api.requests import ApiError, BadRequest, parse
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import SamplingParams
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -73,9 +75,6 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"num_return_sequences": "2"}, "num_return_sequences"),
         ({"best_of": 3}, "best_of"),
         ({"best_of": 3, "n": 2}, "best_of"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"top_logprobs": 0}, "top_logprobs"),
         ({"guided_json": [1]}, "guided_json"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": {"type": "object"}, "grammar": "root ::= 'a'"}, "guided_json"),
@@ -86,6 +85,12 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.regex"),
         ({"structured_outputs": {"json_object": 1}}, "json_object"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": "yes"}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"mirostat": 2}, "mirostat"),
         ({"typical_p": 0.9}, "typical_p"),
@@ -313,6 +318,8 @@ WITHOUT_EFFECT = set(
     "xtc_threshold mirostat_tau mirostat_eta guided_decoding_backend guided_whitespace_pattern separate_reasoning "
     "spaces_between_special_tokens num_ctx prompt_lookup_num_tokens".split()
 )
+IN_COMPLETIONS = {"logprobs", "echo"}
+"""Refused elsewhere. A chat has its own "logprobs", and a prompts file none."""
 SENT = {
     "openai": "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
     "metadata modalities n parallel_tool_calls prediction presence_penalty prompt_cache_key reasoning_effort "
@@ -351,7 +358,7 @@ SENT = {
 def test_every_field_of_a_server_is_served_refused_or_without_effect(server: str) -> None:
     for name in SENT[server].split():
         assert (name in _REASONS) + (name in SERVED) + (name in WITHOUT_EFFECT) == 1, name
-        if name in _REASONS:
+        if name in _REASONS and name not in IN_COMPLETIONS:
             is_on = any(value is True for value in _REASONS[name][1])
             with pytest.raises(BadRequest, match=f"^{name}: .*; leave it out$"):
                 body = {"prompt": "a", "repetition_penalty": 1.1, name: False if is_on else "x"}
@@ -380,6 +387,60 @@ def test_words_for_the_template_may_stand_in_the_request_itself() -> None:
     for wrong in ({"enable_thinking": "no"}, {"reasoning_effort": 3}):
         with pytest.raises(BadRequest, match=f"^{next(iter(wrong))}: "):
             parse({**HELLO, **wrong}, is_chat=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ({}, AskedLogprobs()),
+        ({"logprobs": False, "echo": False}, AskedLogprobs()),
+        ({"logprobs": 0}, AskedLogprobs(LogprobsWanted(0))),
+        ({"logprobs": 20.0}, AskedLogprobs(LogprobsWanted(20))),
+        ({"echo": True}, AskedLogprobs(None, echo=True)),
+        ({"echo": True, "logprobs": 1}, AskedLogprobs(LogprobsWanted(1, of_prompt=True), echo=True)),
+        (
+            {"echo": True, "logprobs": 1, "max_tokens": 0},
+            AskedLogprobs(LogprobsWanted(1, of_prompt=True), echo=True, drops_answer=True),
+        ),
+        ({"echo": True, "n_predict": 0.0}, AskedLogprobs(None, echo=True, drops_answer=True)),
+    ],
+)
+def test_a_completion_says_which_log_probabilities_it_wants(more: dict[str, Any], asked: AskedLogprobs) -> None:
+    parsed = parse({"prompt": "a", **more}, is_chat=False)
+    assert parsed.logprobs == asked
+    if asked.drops_answer:
+        assert parsed.params(10, 100).max_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ({"logprobs": False, "top_logprobs": 0}, AskedLogprobs()),
+        ({"logprobs": True}, AskedLogprobs(LogprobsWanted())),
+        ({"logprobs": True, "top_logprobs": 20}, AskedLogprobs(LogprobsWanted(20))),
+    ],
+)
+def test_a_chat_says_which_log_probabilities_it_wants(more: dict[str, Any], asked: AskedLogprobs) -> None:
+    assert parse({**HELLO, **more}, is_chat=True).logprobs == asked
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 1.5}, "logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"echo": 1}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"echo": True, "max_tokens": False}, "max_tokens"),
+    ],
+)
+def test_log_probabilities_of_a_completion_that_make_no_sense_are_refused(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest, match=f"^{param}: ") as caught:
+        parse({"prompt": "a", **more}, is_chat=False)
+    assert caught.value.body["param"] == param
 
 
 def test_stop_texts_have_the_names_of_other_servers() -> None:

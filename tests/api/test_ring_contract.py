@@ -9,6 +9,7 @@ from typing import Protocol
 
 import pytest
 
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.errors import CapacityError, RingError
@@ -29,7 +30,9 @@ class Answers(Protocol):
     def num_running(self) -> int: ...
     @property
     def is_serving(self) -> bool: ...
-    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]: ...
+    def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+    ) -> AsyncGenerator[StreamEvent, None]: ...
 
 
 class KeptRing:
@@ -52,8 +55,10 @@ class KeptRing:
     def is_serving(self) -> bool:
         return self._keeper.state.is_serving
 
-    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
-        return self._keeper.stream(Sequence(next(self._numbers), prompt, params))
+    def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
+        return self._keeper.stream(Sequence(next(self._numbers), prompt, params, logprobs=logprobs))
 
 
 Opened = Callable[[], AbstractAsyncContextManager[Answers]]

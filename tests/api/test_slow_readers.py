@@ -10,6 +10,7 @@ import pytest
 
 from mdiq.api.app import Api
 from mdiq.api.server import CLIENT_TIMEOUT_S, SEND_BUFFER_BYTES, ApiRunner
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.runtime.starter_service import StreamEvent
 from tests.api.test_app import FakeRing
@@ -28,7 +29,9 @@ class TalkingRing(FakeRing):
         self.num_left = 0
         self.ended_s: dict[int, float] = {}
 
-    async def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+    async def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
         now = asyncio.get_running_loop().time
         queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
         talking = asyncio.create_task(self._talk(prompt[0], queue), name="talk")

@@ -5,7 +5,6 @@ engine/text/chat_template.py.
 """
 
 import codecs
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,16 +18,12 @@ from mdiq.core.sequence import SamplingParams
 from mdiq.engine.model_config import read_json
 from mdiq.engine.text.chat_template import ChatTemplate
 from mdiq.engine.text.gguf_tokenizer import TokenizerParts, in_words, load_gguf_tokenizer
+from mdiq.engine.text.spelling import BYTE_TOKEN, BYTES, Spelling, is_byte_level
 from mdiq.engine.text.token_bound import TokenBound
 from mdiq.errors import ConfigError, ContextLengthError, ModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_ID = (1 << 31) - 1
-_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-# GPT-2's characters for bytes: printable bytes are themselves, the others start at U+0100.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = sorted({*range(256)} - {*_PRINTABLE})
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 # Special tokens with these texts end an answer, beside those that a file names; the same as in llama.cpp.
 _END_TEXTS = frozenset(
     {
@@ -148,6 +143,10 @@ class Tokenizer:
         stream = TextStream(self._backend, frozenset() if has_special else self.special_ids)
         return "".join([stream.push(token) for token in ids]) + stream.finish()
 
+    def spell(self, token: int) -> tuple[bytes, bool]:
+        """Return a token's bytes, and whether they are part of a text; those of a special token are its name."""
+        return self._spelling.of(token)
+
     def stream(self) -> "TextStream":
         """Return a decoder for the tokens of one Sequence."""
         return TextStream(self._backend, self.special_ids)
@@ -175,20 +174,7 @@ class Tokenizer:
 
         A special token has those of its name. A first token's space stays, which ``decode`` drops for some models.
         """
-        added = self._backend.get_added_tokens_decoder()
-        is_byte_level = _is_byte_level(self._backend)
-
-        def bytes_of(token: int) -> bytes:
-            text = self._backend.id_to_token(token) or ""
-            if token in added:
-                return text.encode()
-            if is_byte_level:
-                known = all(char in _BYTES for char in text)
-                return bytes(_BYTES[char] for char in text) if known else text.encode()
-            byte = _BYTE_TOKEN.fullmatch(text)
-            return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
-
-        return [bytes_of(token) for token in range(self.vocab_size)]
+        return [self._spelling.of(token)[0] for token in range(self.vocab_size)]
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -197,6 +183,10 @@ class Tokenizer:
             raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
         # encode() would keep the interpreter's lock, for seconds at a long text; encode_batch() does not.
         return self._backend.encode_batch([text], add_special_tokens=False)[0].ids
+
+    @cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._backend, self.special_ids)
 
     @cached_property
     def _bound(self) -> TokenBound:
@@ -248,8 +238,8 @@ class TextStream:
         drops_half: without half a character at the end, which would be U+FFFD; a U+FFFD of the tokens themselves stays.
         """
         num_lost = len(self._half()) if drops_half else 0
-        is_byte_level = num_lost and _is_byte_level(self._backend)
-        if num_lost and not is_byte_level:  # each of its bytes is a token
+        in_bytes = num_lost and is_byte_level(self._backend)
+        if num_lost and not in_bytes:  # each of its bytes is a token
             del self._waiting[-num_lost:]
         before = self._backend.decode(self._given, skip_special_tokens=self._skips)
         text = self._backend.decode(self._given + self._waiting, skip_special_tokens=self._skips)
@@ -257,17 +247,17 @@ class TextStream:
             before, text = "", self._backend.decode(self._waiting, skip_special_tokens=self._skips)
         self._given, self._waiting = [], []
         text = text[len(before) :]
-        return text.removesuffix(_REPLACEMENT) if is_byte_level else text
+        return text.removesuffix(_REPLACEMENT) if in_bytes else text
 
     def _half(self) -> bytes:
         """Return the bytes of a character at the end of the waiting tokens whose other bytes are missing."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        is_byte_level = _is_byte_level(self._backend)
+        in_bytes = is_byte_level(self._backend)
         for token in self._waiting:
             text = self._backend.id_to_token(token) or ""
-            if is_byte_level and all(char in _BYTES for char in text):
-                decoder.decode(bytes(_BYTES[char] for char in text))
-            elif not is_byte_level and (byte := _BYTE_TOKEN.fullmatch(text)):
+            if in_bytes and all(char in BYTES for char in text):
+                decoder.decode(bytes(BYTES[char] for char in text))
+            elif not in_bytes and (byte := BYTE_TOKEN.fullmatch(text)):
                 decoder.decode(bytes([int(byte[1], 16)]))
             else:
                 decoder.decode(text.encode())
@@ -279,11 +269,6 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=self._skips)
         waiting, self._given, self._waiting = self._waiting, [], []
         return "".join([self.push(token) for token in waiting])
-
-
-def _is_byte_level(backend: Backend) -> bool:
-    """Return whether each character of a token's text stands for one byte."""
-    return backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
 
 
 def _load_directory(directory: Path) -> TokenizerParts:
