@@ -24,6 +24,7 @@ _TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "b
 _INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
 _TOO_LONG = "context_length_exceeded"
+_CODES = {401: "invalid_api_key", 404: "unknown_url", 429: "rate_limit_exceeded"}
 _REASONS = {401: "no_key", 408: "too_slow", 413: "too_large", 429: "busy", 503: "unavailable"}
 REASONS = ("busy", "unavailable", "too_long", "invalid", "no_key", "too_slow", "too_large")
 """Why requests are refused, as the metrics name it."""
@@ -53,7 +54,7 @@ class ApiError(Exception):
             "message": message if len(message) <= MAX_ERROR_CHARACTERS else f"{message[:MAX_ERROR_CHARACTERS]}…",
             "type": kind or _KINDS.get(status, _INVALID),
             "param": param,
-            "code": None,
+            "code": _CODES.get(status),
             **more,
         }
 
