@@ -21,8 +21,9 @@ class ToolForm:
 
     says, says_not: texts by which its chat template is known. arguments: the name of their field. between: characters
     between the mark, the objects and the end. before, after: what the model writes around the objects of one mark.
-    separator: between the objects; None: a mark has one object, and more calls have marks of their own. is_bare: an
-    answer that begins with an object is a call too.
+    separator: between the objects; None: a mark has one object, and more calls have marks of their own.
+    openings, closings: texts that small models write instead of mark and end, at the beginning of an answer. is_marked:
+    False: models leave the mark out there.
     """
 
     name: str
@@ -35,7 +36,9 @@ class ToolForm:
     after: str = ""
     separator: str | None = None
     between: str = _SPACE
-    is_bare: bool = False
+    openings: tuple[str, ...] = ()
+    closings: tuple[str, ...] = ()
+    is_marked: bool = True
     id_length: int = 24
 
 
@@ -53,19 +56,32 @@ FORMS = (
         id_length=9,
     ),
     # Qwen 3 Coder's has XML inside the same marks.
-    ToolForm("Hermes", ("<tool_call>",), "<tool_call>", "</tool_call>", ("<function=",), before="\n", after="\n"),
+    ToolForm(
+        "Hermes",
+        ("<tool_call>",),
+        "<tool_call>",
+        "</tool_call>",
+        ("<function=",),
+        before="\n",
+        after="\n",
+        openings=("{", "```json\n", "```\n", "<tools>", "<function_call>"),
+        closings=("```", "</tools>", "</function_call>"),
+    ),
     ToolForm(
         "Llama 3",
         ("<|python_tag|>", "parameters"),
         "<|python_tag|>",
         arguments="parameters",
         between=_SPACE + ";",
-        is_bare=True,
+        openings=("{",),
+        is_marked=False,
     ),
 )
 _HEADER = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:'
 )
+
+_FIRST_KEY = re.compile(r'\{\s*"(?:type|name|arguments|parameters)"')
 
 
 def form_of(template: str | None) -> ToolForm:
@@ -99,8 +115,8 @@ class CallDelta:
 class CallParser:
     """Divides the text of one answer into content and calls.
 
-    names: of the tools. is_many: False: what follows the first call is left out. Text that only looks like a call stays
-    content. num_calls: that have begun.
+    names: of the tools; without the mark of the form, a call has one of them. is_many: False: what follows the first
+    call is left out. Text that only looks like a call stays content. num_calls: that have begun.
     """
 
     def __init__(self, form: ToolForm, names: Collection[str], *, is_many: bool = True) -> None:
@@ -111,7 +127,7 @@ class CallParser:
         self._lead = ""  # the mark, and what followed it
         self._raw = ""  # an object
         self._nesting = _Nesting()
-        self._has_content = self._block_has_call = False
+        self._has_content = self._has_mark = self._block_has_call = False
         self.num_calls = 0
 
     def push(self, text: str) -> list[str | CallDelta]:
@@ -138,16 +154,19 @@ class CallParser:
         self._held += char
         form = self._form
         while rest := self._held.lstrip(_SPACE):
-            if rest == form.mark or (form.is_bare and not self._has_content and rest == "{"):
-                is_mark = rest == form.mark
-                self._lead, self._held, self._block_has_call = self._held[: None if is_mark else -1], "", False
+            begins = (form.mark, *(form.openings if not self._has_content else ()))
+            ends = (form.end, *form.closings) if self.num_calls and form.end else ()
+            if rest in begins:
+                is_object = rest == "{"
+                self._has_mark, self._block_has_call = rest == form.mark, False
+                self._lead, self._held = self._held[: -1 if is_object else None], ""
                 self._take = self._between
-                if not is_mark:
-                    self._between("{")
+                if is_object:
+                    self._between(rest)
                 return
-            if rest == form.end and self.num_calls:
+            if rest in ends:
                 self._held = ""
-            elif form.mark.startswith(rest) or (self.num_calls and form.end.startswith(rest)):
+            elif any(text.startswith(rest) for text in (*begins, *ends)):
                 return
             else:
                 cut = len(self._held) - len(rest) + 1
@@ -161,10 +180,14 @@ class CallParser:
         elif char in self._form.between:
             self._lead += char
         else:
+            text = char
             if not self._block_has_call:
                 self._say(self._shown_lead())
+            elif (at := self._lead.rfind(self._form.mark[0])) >= 0:  # another mark, perhaps
+                text = self._lead[at:] + char
             self._take = self._text
-            self._text(char)
+            for each in text:
+                self._take(each)
 
     def _header(self, char: str) -> None:
         self._whole(char)
@@ -172,6 +195,8 @@ class CallParser:
             found = _HEADER.fullmatch(self._raw) if len(self._raw) < _MAX_HEADER else None
             if found and self._is_known(name := _loaded(found[1])):
                 self._name, self._take = name, self._value
+            elif not self._has_mark and not _FIRST_KEY.match(self._raw):  # JSON for a reader
+                self._no_call()
 
     def _value(self, char: str) -> None:
         if char == "{":
@@ -197,8 +222,7 @@ class CallParser:
             self._begin(name, json.dumps(arguments, ensure_ascii=False))
             self._ended()
         else:
-            self._say(self._shown_lead() + self._raw)
-            self._take = self._text
+            self._no_call()
 
     def _arguments(self, char: str) -> None:
         if self._is_cut_short(char):
@@ -217,9 +241,12 @@ class CallParser:
 
     # What they share
 
+    def _no_call(self) -> None:
+        self._say(self._shown_lead() + self._raw)
+        self._take = self._text
+
     def _is_known(self, name: object) -> bool:
-        # An answer that is JSON may have a name too.
-        return isinstance(name, str) and (name in self._names or not self._form.is_bare)
+        return isinstance(name, str) and (name in self._names or self._has_mark)
 
     def _is_cut_short(self, char: str) -> bool:
         """End a call at the end mark where JSON cannot have it: a bracket is missing."""
@@ -237,8 +264,8 @@ class CallParser:
             self._take = self._text if self._form.end else self._between
 
     def _shown_lead(self) -> str:
-        # A bare form's mark is a special token, which says nothing to a reader.
-        return self._lead.replace(self._form.mark, "") if self._form.is_bare else self._lead
+        # Where it may be left out, the mark is a special token, which says nothing to a reader.
+        return self._lead if self._form.is_marked else self._lead.replace(self._form.mark, "")
 
     def _say(self, text: str) -> None:
         if not text:

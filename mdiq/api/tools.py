@@ -65,13 +65,12 @@ class ToolUse:
         if form.separator is not None and self.is_many:
             objects = f"object ({json.dumps(form.separator)} object)*"
         body = f"{_quoted(form.before)} {objects} {_quoted(form.after)} {_quoted(form.end)}"
-        if form.is_bare:
-            body = "object"
         mark = _mark(form.mark, special_id)
-        if self.must_call or content is not None or form.is_bare:
-            lines.append(f"call: {body}" if form.is_bare else f"call: {mark} {body}")
-            repeats = self.is_many and not form.is_bare and form.separator is None
-            start = 'call ("\\n" call)*' if repeats else "call"
+        if self.must_call or content is not None or not form.is_marked:
+            lines.append(f"call: {mark} {body}" if form.is_marked else "call: object")
+            repeats = self.is_many and form.is_marked and form.separator is None
+            # After the last call many a model writes a line's end too.
+            start = 'call ("\\n" call)* "\\n"?' if repeats else "call"
             if not self.must_call:
                 if content is None:
                     return None

@@ -239,3 +239,66 @@ def test_what_one_request_wants_of_its_logits_changes_no_other_row() -> None:
     assert sample(logits, [plain, SampleRow(wanted, (), 0, (4,), barred=(4,)), plain]) == [0, 0, 0]
     assert torch.equal(logits, LOGITS.repeat(3, 1))
     assert sample(logits, [plain, SampleRow(wanted, (), 0, (4,)), plain]) == [0, 4, 0]
+
+
+class TestAllowedTokens:
+    ALLOWED = np.array([False, True, False, True, True])
+
+    def test_the_best_that_is_allowed_is_taken(self) -> None:
+        logits = torch.stack([LOGITS, LOGITS])
+        rows = [SampleRow(SamplingParams(), (), 0, allowed=self.ALLOWED), SampleRow(SamplingParams(), (), 0)]
+        assert sample(logits, rows) == [1, 0]
+
+    def test_draws_are_those_of_a_model_that_has_only_these_tokens(self) -> None:
+        rows = [SampleRow(SamplingParams(temperature=1.0), (), i, allowed=self.ALLOWED) for i in range(4_000)]
+        counts = Counter(sample(LOGITS.repeat(4_000, 1), rows))
+        shares = torch.softmax(LOGITS[torch.from_numpy(self.ALLOWED)], 0).tolist()
+        assert counts.keys() == {1, 3, 4}
+        for token, share in zip((1, 3, 4), shares, strict=True):
+            assert abs(counts[token] / 4_000 - share) < 0.03
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {"temperature": 1.0},
+            {"temperature": 1.0, "top_k": 3},
+            {"temperature": 1.0, "top_k": 300},
+            {"temperature": 1.3, "top_p": 0.9},
+            {"temperature": 1.0, "min_p": 0.001},
+            {"temperature": 5e-324},
+            {"temperature": 1.0, "repetition_penalty": 1.3},
+            {"temperature": 0.0, "repetition_penalty": 1e30},
+            {"temperature": 1.0, "top_k": 5, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 0.5},
+        ],
+    )
+    @pytest.mark.parametrize("allowed", [[7], [999], [3, 500, 501], [*range(600, 700)]])
+    def test_only_allowed_tokens_are_drawn_however_unlikely(self, params: dict[str, float], allowed: list[int]) -> None:
+        logits = torch.randn(1_000, generator=torch.Generator().manual_seed(1)) * 5
+        logits[allowed] -= 60
+        mask = np.zeros(1_000, bool)
+        mask[allowed] = True
+        history = tuple(range(0, 1_000, 3))
+        rows = [SampleRow(SamplingParams(**params), history, i, allowed=mask) for i in range(50)]
+        assert {*sample(logits.repeat(50, 1), rows)} <= {*allowed}
+
+    def test_weights_that_are_no_numbers_are_seen_where_they_are_not_allowed_too(self) -> None:
+        logits = LOGITS.clone()
+        logits[0] = float("nan")
+        with pytest.raises(EngineError, match="not numbers"):
+            sample(logits[None], [SampleRow(SamplingParams(), (), 0, allowed=self.ALLOWED)])
+
+    def test_a_form_without_a_likely_token_is_an_error(self) -> None:
+        logits = LOGITS.clone()
+        logits[[1, 3, 4]] = -torch.inf
+        for mask in (self.ALLOWED, np.zeros(5, bool)):
+            with pytest.raises(EngineError, match="no token that the answer's form allows"):
+                sample(logits[None].clone(), [SampleRow(SamplingParams(), (), 0, allowed=mask)])
+
+    def test_what_is_not_allowed_stays_so_whatever_else_a_request_wants(self) -> None:
+        """Where only tokens that cannot come yet are allowed, the form decides. The model's logits stay as they are."""
+        logits = LOGITS[None].clone()
+        params = SamplingParams(repetition_penalty=1e30, logit_bias=((0, 100.0),), presence_penalty=2.0)
+        row = SampleRow(params, (0, 1, 2, 3, 4), 0, (0, 1), barred=(1, 3, 4), allowed=self.ALLOWED)
+        for each in (row, replace(row, params=replace(params, temperature=2.0))):
+            assert sample(logits, [each])[0] in (1, 3, 4)
+        assert torch.equal(logits[0], LOGITS)
