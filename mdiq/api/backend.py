@@ -64,8 +64,10 @@ class Backend(Protocol):
         """
         ...
 
-    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
-        """Run a Sequence; closing the iterator cancels it.
+    def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, *, owner: str = "", share: int = 1
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Run a Sequence; closing the iterator cancels it. owner: whose it is; share: see core/fair_shares.py.
 
         Raises:
             CapacityError: it can never fit.

@@ -20,8 +20,10 @@ _TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "b
 _INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
 _TOO_LONG = "context_length_exceeded"
+KEY_LIMIT = "rate_limit_exceeded"
+"""Code of an error of a key that is over a limit of its own."""
 _REASONS = {401: "no_key", 408: "too_slow", 413: "too_large", 429: "busy", 503: "unavailable"}
-REASONS = ("busy", "unavailable", "too_long", "invalid", "no_key", "too_slow", "too_large")
+REASONS = ("busy", "unavailable", "too_long", "invalid", "no_key", "too_slow", "too_large", "key_limit")
 """Why requests are refused, as the metrics name it."""
 
 
@@ -56,7 +58,8 @@ class ApiError(Exception):
     @property
     def reason(self) -> str:
         """One of REASONS."""
-        return "too_long" if self.body["code"] == _TOO_LONG else _REASONS.get(self.status, "invalid")
+        own = {_TOO_LONG: "too_long", KEY_LIMIT: "key_limit"}.get(str(self.body["code"]))
+        return own or _REASONS.get(self.status, "invalid")
 
 
 class BadRequest(ApiError):

@@ -44,11 +44,12 @@ class StarterEngine(Engine, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """What a caller gets: a step of its Sequence, the text that came with it, and when (on the service's clock)."""
+    """What a caller gets: a step of its Sequence, its text, when, and when it entered the Ring, by the clock."""
 
     step: TokenEvent
     text: str
     at_s: float
+    entered_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -362,7 +363,7 @@ class StarterService:
         if stream is not None:
             if step.finish_reason is not None:
                 text += stream.pipe.finish()
-            stream.events.put_nowait(StreamEvent(step, text, self._clock()))
+            stream.events.put_nowait(StreamEvent(step, text, self._clock(), row.sequence.entered_at))
 
     def _poll(self) -> None:
         gaps: list[SeqId] = []

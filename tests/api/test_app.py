@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from mdiq.api import streams
 from mdiq.api.app import MAX_BODY_BYTES, TEXT_THREADS, Api
+from mdiq.api.keys import bare_keys
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, RingError
 from mdiq.runtime.starter_service import StreamEvent
@@ -39,6 +41,7 @@ class FakeRing:
     context_tokens: int = 64
     vocab_size: int = 100
     asked: list[tuple[tuple[int, ...], SamplingParams]] = field(default_factory=list)
+    owners: list[tuple[str, int]] = field(default_factory=list)
     told: list[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -58,13 +61,16 @@ class FakeRing:
             raise ConfigError("the template knows no pirate")
         return [1, *self.encode([messages[0]["content"]])[0]]
 
-    async def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+    async def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, *, owner: str = "", share: int = 1
+    ) -> AsyncGenerator[StreamEvent, None]:
         if not self.is_serving:
             raise RingError(f"the ring does not serve: {self.state}")
         if not 0 < len(prompt) < self.context_tokens:
             raise CapacityError(f"a prompt of {len(prompt)} tokens")
         index = len(self.asked)
         self.asked.append((prompt, params))
+        self.owners.append((owner, share))
         self.num_running += 1
         num_tokens = min(params.max_tokens, self.context_tokens - len(prompt))
         try:
@@ -73,7 +79,7 @@ class FakeRing:
                 if waiting is not None:
                     await waiting
                 reason = FinishReason.LENGTH if i == num_tokens - 1 else None
-                yield StreamEvent(TokenEvent(index, i, len(prompt) + i, reason), f" {i}", 0.0)
+                yield StreamEvent(TokenEvent(index, i, len(prompt) + i, reason), f" {i}", time.monotonic())
         finally:
             self.num_running -= 1
             self.closed.set()
@@ -91,7 +97,7 @@ class FakeRing:
 
 @asynccontextmanager
 async def _client(ring: FakeRing, *keys: str, cors_origins: Sequence[str] = ()) -> AsyncIterator[Client]:
-    application = Api(ring, keys, cors_origins=cors_origins).application()
+    application = Api(ring, bare_keys(keys), cors_origins=cors_origins).application()
     async with TestClient(TestServer(application), timeout=aiohttp.ClientTimeout(10)) as client:
         yield client
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket as sockets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -28,7 +29,9 @@ class TalkingRing(FakeRing):
         self.num_left = 0
         self.ended_s: dict[int, float] = {}
 
-    async def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+    async def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, *, owner: str = "", share: int = 1
+    ) -> AsyncGenerator[StreamEvent, None]:
         now = asyncio.get_running_loop().time
         queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
         talking = asyncio.create_task(self._talk(prompt[0], queue), name="talk")
@@ -48,7 +51,7 @@ class TalkingRing(FakeRing):
         for i in range(self._num_tokens):
             await asyncio.sleep(TOKEN_S)
             reason = FinishReason.LENGTH if i == self._num_tokens - 1 else None
-            queue.put_nowait(StreamEvent(TokenEvent(index, i, 1 + i, reason), "x" * 1_000, 0.0))
+            queue.put_nowait(StreamEvent(TokenEvent(index, i, 1 + i, reason), "x" * 1_000, time.monotonic()))
 
 
 class Line(asyncio.Transport):
