@@ -19,14 +19,20 @@ RETRY_S = 5
 MAX_RETRY_S = 60
 """OpenAI's clients do not follow a longer one."""
 WINDOW_S = 10.0
+OPEN_PART = 0.75
+"""Of the places. The rest is for owners that hold fewer than their own part, so that none fills the queue alone."""
 _GAIN = 1 / 8  # of a new answer's length in the mean
 
 
 @dataclass(slots=True, eq=False)
 class Places:
-    """The places of one request. answers: one for each prompt; none before its texts have become tokens."""
+    """The places of one request. answers: one for each prompt; none before its texts have become tokens.
+
+    owner: name of the key that it came with.
+    """
 
     num_prompts: int
+    owner: str = ""
     answers: Sequence[Answer] = ()
 
     @property
@@ -61,8 +67,19 @@ class Admission:
         """Prompts that have a place."""
         return sum(places.num_prompts for places in self._taken)
 
-    def check(self, num_prompts: int, max_prompts: int, now: float, *, num_running: int = 0) -> None:
+    def check(
+        self,
+        num_prompts: int,
+        max_prompts: int,
+        now: float,
+        *,
+        num_running: int = 0,
+        owner: str = "",
+        part: float = 1.0,
+    ) -> None:
         """Refuse a request if there is no place for its prompts. num_running: those that the ring knows of.
+
+        part: what of the places is its owner's own.
 
         Raises:
             BadRequest: there can never be one.
@@ -72,14 +89,28 @@ class Admission:
             text = f"prompt: {num_prompts} prompts; this ring takes {max_prompts} at once, so give fewer per request"
             raise BadRequest(text, "prompt")
         num_taken = max(self.num_taken, num_running)
-        if num_taken + num_prompts > max_prompts:
+        num_wanted = num_taken + num_prompts
+        if num_wanted > max_prompts:
             raise self._busy(f"{num_taken} requests are running or waiting", now)
+        num_held = sum(places.num_prompts for places in self._taken if places.owner == owner)
+        is_over = num_held and num_held + num_prompts > part * max_prompts
+        if part < 1 and num_wanted > OPEN_PART * max_prompts and is_over:
+            raise self._busy(f"{num_held} requests of this key are running or waiting", now)
 
-    def take(self, num_prompts: int, max_prompts: int, now: float, *, num_running: int = 0) -> Places:
+    def take(
+        self,
+        num_prompts: int,
+        max_prompts: int,
+        now: float,
+        *,
+        num_running: int = 0,
+        owner: str = "",
+        part: float = 1.0,
+    ) -> Places:
         """Give a request its places, or refuse it as ``check`` does."""
-        self.check(num_prompts, max_prompts, now, num_running=num_running)
+        self.check(num_prompts, max_prompts, now, num_running=num_running, owner=owner, part=part)
         self._measure(now)
-        places = Places(num_prompts)
+        places = Places(num_prompts, owner)
         self._taken[places] = None
         return places
 

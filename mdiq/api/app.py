@@ -5,7 +5,6 @@ connection of one that does not read its answer is ended by server.py.
 """
 
 import asyncio
-import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -21,8 +20,12 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from mdiq import __version__
 from mdiq.api.admission import Admission, Places
+from mdiq.api.audit import RECORD, add_request_id, audited
 from mdiq.api.backend import Backend
+from mdiq.api.clients import Client, Clients
+from mdiq.api.figures import Figures
 from mdiq.api.forming import formed
+from mdiq.api.keys import ApiKey
 from mdiq.api.logprobs import AnswerLogprobs
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
@@ -47,14 +50,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Api:
     """The application.
 
-    keys: every request but /health and /ready must carry one of them; if empty, no key is required. cors_origins: web
-    pages of these origins may call the API from a browser; "*": of all.
+    keys: every request but /health and /ready must carry one of them; if empty, none is needed. cors_origins: web pages
+    of these origins may call the API from a browser; "*": of all.
     """
 
     def __init__(
         self,
         backend: Backend,
-        keys: Sequence[str] = (),
+        keys: Sequence[ApiKey] = (),
         *,
         cors_origins: Sequence[str] = (),
         client_timeout_s: float = CLIENT_TIMEOUT_S,
@@ -62,18 +65,24 @@ class Api:
         self._backend = backend
         self._cors_origins = cors_origins
         self._client_timeout_s = client_timeout_s
-        self._keys = [key.encode() for key in keys]
+        self._clients = Clients(keys)
         self._created = int(time.time())
         self._admission = Admission()
         self._large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
         self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
         self._text_turns = asyncio.Semaphore(TEXT_THREADS)
         self._registry = metrics_registry(self.status)
+        self._figures = Figures(self._registry)
 
     def status(self) -> Mapping[str, Any]:
         """Return what `mdiq status --json` shows."""
         status = self._backend.status()
-        return {**status, "requests": {**status["requests"], **self._admission.counts()}}
+        requests = {**status["requests"], **self._admission.counts()}
+        return {**status, "requests": requests, "keys": self._clients.counts()}
+
+    def replace_keys(self, keys: Sequence[ApiKey]) -> None:
+        """Take over the keys of a file that was read again; requests that run go on."""
+        self._clients.replace(keys)
 
     def note_cut_off(self) -> None:
         """Count an answer whose connection was ended because nobody read it."""
@@ -81,8 +90,8 @@ class Api:
 
     def application(self) -> web.Application:
         """Return it with its routes."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors])
-        app.on_response_prepare.append(self._allow_origin)
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[audited, self._errors])
+        app.on_response_prepare.extend([self._allow_origin, add_request_id])
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
@@ -108,9 +117,10 @@ class Api:
         try:
             if request.method == "OPTIONS" and self._origin(request):
                 return web.Response(status=204)  # browsers ask without the key
-            if request.path not in _PUBLIC and not self._is_allowed(request):
-                raise ApiError(401, "a key of this ring's API is missing or wrong; send Authorization: Bearer KEY")
+            request[RECORD].client = self._clients.find(request.headers)
             if request.path not in _PUBLIC:
+                if request[RECORD].client is None:
+                    raise ApiError(401, "a key of this ring's API is missing or wrong; send Authorization: Bearer KEY")
                 let_in(request)
             return await handler(request)
         except ApiError as error:
@@ -146,12 +156,6 @@ class Api:
                 response.headers["Access-Control-Allow-Headers"] = asked
                 response.headers["Access-Control-Allow-Methods"] = "GET, POST"
                 response.headers["Access-Control-Max-Age"] = "600"
-
-    def _is_allowed(self, request: web.Request) -> bool:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        sent = given.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
-        # All are compared, so that the time taken reveals nothing.
-        return not self._keys or any([hmac.compare_digest(sent, key) for key in self._keys])
 
     async def _health(self, _: web.Request) -> web.Response:
         if self._backend.is_serving:
@@ -200,11 +204,13 @@ class Api:
         return await self._answer(request, Completion)
 
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
-        backend, admission = self._backend, self._admission
+        backend, admission, client = self._backend, self._admission, request[RECORD].client
+        assert client is not None  # else it was refused
         try:
             if not backend.takes_requests:
                 raise ApiError(503, backend.state)
-            admission.check(1, backend.max_requests, time.monotonic(), num_running=backend.num_running)
+            client.check(1, time.monotonic())
+            admission.check(1, backend.max_requests, time.monotonic(), **self._whose(client))
         except ApiError:
             await self._discard_body(request)
             raise
@@ -212,15 +218,22 @@ class Api:
         if asked.model is not None:
             self._check_model(asked.model)
         # Requests that are still being tokenized are not running yet, and count too.
-        num_asked, now = asked.num_answers, time.monotonic()
+        num_asked = asked.num_answers
         if asked.num_choices > 1 and num_asked > backend.max_requests:
             text = f"n: {num_asked} answers; this ring gives {backend.max_requests} at once, so ask for fewer"
             raise BadRequest(text, "n")
-        places = admission.take(num_asked, backend.max_requests, now, num_running=backend.num_running)
-        try:
-            return await self._run(request, asked, shape, places)
-        finally:
-            admission.leave(places, time.monotonic())
+        with client.in_flight(num_asked, time.monotonic()):
+            now = time.monotonic()
+            places = admission.take(num_asked, backend.max_requests, now, **self._whose(client))
+            try:
+                return await self._run(request, asked, shape, places)
+            finally:
+                admission.leave(places, time.monotonic())
+
+    def _whose(self, client: Client) -> dict[str, Any]:
+        """Return what the places of a request depend on."""
+        part = self._clients.place_share(client.key)
+        return {"num_running": self._backend.num_running, "owner": client.key.name, "part": part}
 
     async def _discard_body(self, request: web.Request) -> None:
         """Let a client send its body, and keep nothing of it: some do not see an answer that comes before that."""
@@ -246,7 +259,8 @@ class Api:
             raise BadRequest(f"the body is not JSON ({reason})") from None
 
     async def _run(self, request: web.Request, asked: Asked, shape: type[Shape], places: Places) -> web.StreamResponse:
-        backend = self._backend
+        backend, record = self._backend, request[RECORD]
+        assert (client := record.client) is not None  # else it was refused
         asked, make_parser = await formed(asked, backend, self._in_thread)
         prompts = await self._prompts(asked)
         params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
@@ -261,11 +275,19 @@ class Api:
             Answer(0 if number % len(choices) else len(prompt), each.max_tokens, parser=make_parser())
             for number, (prompt, each) in enumerate(wanted)
         ]
-        out, start_s = shape(backend.model_name), time.monotonic()
-        self._admission.fill(places, answers, start_s)
+        out, now = shape(backend.model_name), time.monotonic()
+        self._admission.fill(places, answers, now)
         await self._prepare(asked, prompts, answers)
-        logprobs = asked.logprobs.wanted
-        streams = [backend.answer(*each, logprobs) for each in wanted]
+        record.num_prompt = sum(map(len, prompts))
+        client.begin(record.num_prompt, now)
+        record.has_run = True
+        key, watched, logprobs = client.key, self._figures.watched, asked.logprobs.wanted
+        streams = [
+            watched(
+                backend.answer(*each, logprobs, owner=key.name, share=key.share), len(each[0]), record.begun_s, client
+            )
+            for each in wanted
+        ]
         try:
             async with aclosing(merged(streams)) as events:
                 if asked.is_streamed:
@@ -274,13 +296,8 @@ class Api:
                     if event is not None:
                         answers[event[0]].add(event[1])
         finally:
-            log.info(
-                "request_ended",
-                prompt_tokens=sum(answer.num_prompt for answer in answers),
-                tokens=sum(answer.num_tokens for answer in answers),
-                finish_reason=answers[-1].finish_reason or "none",
-                seconds=round(time.monotonic() - start_s, 3),
-            )
+            record.num_answer = sum(answer.num_tokens for answer in answers)
+            record.finish_reason = answers[-1].finish_reason or "none"
         if logprobs is None:
             return web.json_response(out.whole(answers))
         text = await self._in_thread(lambda: "".join(json.JSONEncoder().iterencode(out.whole(answers))))

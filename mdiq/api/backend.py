@@ -109,9 +109,15 @@ class Backend(Protocol):
         ...
 
     def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        logprobs: LogprobsWanted | None = None,
+        *,
+        owner: str = "",
+        share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Run a Sequence; closing the iterator cancels it.
+        """Run a Sequence; closing the iterator cancels it. owner: whose it is; share: see core/fair_shares.py.
 
         Raises:
             CapacityError: it can never fit.

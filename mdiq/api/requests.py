@@ -26,15 +26,15 @@ _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 _TOO_LONG = "context_length_exceeded"
 _CODES = {401: "invalid_api_key", 404: "unknown_url", 429: "rate_limit_exceeded"}
 _REASONS = {401: "no_key", 408: "too_slow", 413: "too_large", 429: "busy", 503: "unavailable"}
-REASONS = ("busy", "unavailable", "too_long", "invalid", "no_key", "too_slow", "too_large")
+REASONS = ("busy", "unavailable", "too_long", "invalid", "no_key", "too_slow", "too_large", "key_limit")
 """Why requests are refused, as the metrics name it."""
 
 
 class ApiError(Exception):
     """An error as the answer to a request.
 
-    kind: OpenAI's type of error; param: the wrong field; retry_after_s: when it may be asked again; more: further
-    fields of the answer.
+    kind: OpenAI's type of error; param: the wrong field; retry_after_s: when it may be asked again; reason: one of
+    REASONS, where status and code do not tell; more: further fields of the answer.
     """
 
     def __init__(
@@ -45,10 +45,12 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         retry_after_s: int | None = None,
+        reason: str | None = None,
         **more: object,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self._own_reason = reason
         self.retry_after_s = retry_after_s
         self.body: dict[str, object] = {
             "message": message if len(message) <= MAX_ERROR_CHARACTERS else f"{message[:MAX_ERROR_CHARACTERS]}…",
@@ -61,6 +63,8 @@ class ApiError(Exception):
     @property
     def reason(self) -> str:
         """One of REASONS."""
+        if self._own_reason is not None:
+            return self._own_reason
         return "too_long" if self.body["code"] == _TOO_LONG else _REASONS.get(self.status, "invalid")
 
 
@@ -68,7 +72,7 @@ class BadRequest(ApiError):
     """A request that cannot be served as it is."""
 
     def __init__(self, message: str, param: str | None = None, kind: str | None = None, **more: object) -> None:
-        super().__init__(400, message, kind, param=param, retry_after_s=None, **more)
+        super().__init__(400, message, kind, param=param, retry_after_s=None, reason=None, **more)
 
 
 def broke() -> ApiError:

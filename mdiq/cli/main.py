@@ -104,6 +104,29 @@ def keys(
     raise typer.Exit(execute(file, rotate or (), dry_run=dry_run))
 
 
+@app.command("api-key")
+def api_key(
+    name: Annotated[str, typer.Argument(help="What logs and metrics call the key.")],
+    file: Annotated[
+        Path | None, typer.Option(help="Keys file (api.keys_file) to add it to. [default: show the line]")
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests in flight, each prompt counted. [default: no limit]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompts and answers. [default: no limit]")
+    ] = None,
+    share: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Of the ring while others wait too. [default: 1]")
+    ] = None,
+) -> None:
+    """Make a key for clients of the HTTP API; it is shown once, and only its hash is kept."""
+    from mdiq.cli.api_key import execute
+
+    limits = {"max_requests": max_requests, "tokens_per_minute": tokens_per_minute, "share": share}
+    raise typer.Exit(execute(name, file, {limit: value for limit, value in limits.items() if value is not None}))
+
+
 @app.command()
 def node(
     topology: Annotated[Path | None, typer.Argument(help="The topology file; the same as the Starter's.")] = None,

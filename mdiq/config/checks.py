@@ -240,8 +240,8 @@ def _api(topology: Topology) -> Iterator[Problem]:
     api = topology.api
     if not is_loopback(api.host) and api.keys_file is None:
         text = (
-            f"{api.host} lets other machines ask, and there are no API keys; set api.keys_file to a file with one key "
-            f"a line, or write 127.0.0.1"
+            f"{api.host} lets other machines ask, and there are no API keys; set api.keys_file to a file of keys "
+            f"(`mdiq api-key` makes one), or write 127.0.0.1"
         )
         yield Problem(("api", "host"), text, (("api", "keys_file"),))
 

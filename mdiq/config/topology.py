@@ -161,7 +161,8 @@ class Api(_Section):
     port: Port = _key(8080, "TCP port of the API.")
     keys_file: FilePath | None = _key(
         None,
-        "File of API keys, one per line, of which clients must send one; null: none needed. Relative to this file.",
+        "File of API keys, made by `mdiq api-key`; clients must send one of them. null: none needed. Relative to this "
+        "file.",
     )
     cors_origins: tuple[Origin, ...] = _key(
         (), "Web pages of these origins may use the API from a browser, for example https://chat.example.org; '*': all."

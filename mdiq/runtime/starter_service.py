@@ -33,7 +33,7 @@ PROBE_S, FIRST_PROBES_S = 1.0, 0.05  # the first ones follow each other soon, so
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """What a caller gets: a step of its Sequence, the text that came with it, and when (on the service's clock).
+    """What a caller gets: a step of its Sequence, its text, when, and when it entered the Ring, by the clock.
 
     prompt_logprobs: those of the prompt's tokens from the second one on, with the first token if they are wanted.
     """
@@ -41,6 +41,7 @@ class StreamEvent:
     step: TokenEvent
     text: str
     at_s: float
+    entered_s: float | None = None
     prompt_logprobs: Logprobs | None = None
 
 
@@ -342,7 +343,8 @@ class StarterService:
             # Until now the prompt's log-probabilities might have had to be completed by a Replay.
             is_first = step.position == len(row.sequence.prompt)
             prompt_logprobs = row.sequence.prompt_logprobs if is_first else None
-            stream.events.put_nowait(StreamEvent(step, text, self._clock(), prompt_logprobs))
+            entered_s = row.sequence.entered_at
+            stream.events.put_nowait(StreamEvent(step, text, self._clock(), entered_s, prompt_logprobs))
 
     def _poll(self) -> None:
         gaps: list[SeqId] = []

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from mdiq.api.admission import max_prompts
 from mdiq.api.app import Api
-from mdiq.api.keys import read_keys
+from mdiq.api.keys import ApiKey, read_keys
 from mdiq.api.server import ApiRunner
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.logprobs import LogprobsWanted
@@ -199,10 +199,16 @@ class _RingBackend:
         return self._tokenizer.spell(token)
 
     def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        logprobs: LogprobsWanted | None = None,
+        *,
+        owner: str = "",
+        share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:
-        params = self._tokenizer.with_special_stops(params)
-        sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=self._tokenizer.eos_token_ids)
+        params, eos = self._tokenizer.with_special_stops(params), self._tokenizer.eos_token_ids
+        sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=eos, owner=owner, share=share)
         if params.grammar:
             self._grammars.begin(sequence)
         sequence.logprobs = logprobs
@@ -231,7 +237,8 @@ class TopologyService:
         self._file = loaded.file
         self._wanted_api = loaded.topology.api  # a reload does not change it
         keys_file = self._wanted_api.keys_file
-        self._keys = [] if keys_file is None else read_keys(loaded.path(keys_file))
+        self._keys_file = None if keys_file is None else loaded.path(keys_file)
+        self._keys = self._read_keys()
 
     async def run(self) -> None:
         """Serve until a signal comes."""
@@ -290,6 +297,9 @@ class TopologyService:
         finally:
             await runner.cleanup()
 
+    def _read_keys(self) -> list[ApiKey]:
+        return [] if self._keys_file is None else read_keys(self._keys_file)
+
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
         return TokenizerPipe(self._tokenizer, sequence.params)
 
@@ -321,9 +331,16 @@ class TopologyService:
     async def _reload_asked(self, _: Mapping[str, Any]) -> str:
         self._notifier.reloading()
         try:
-            return await self._keeper.reload()
+            return await self._reload_all()
         finally:
             self._notifier.reloaded()
 
     async def _reload(self) -> None:
-        log.info("reload_done", result=await self._keeper.reload())
+        log.info("reload_done", result=await self._reload_all())
+
+    async def _reload_all(self) -> str:
+        if self._keys_file is None:
+            return await self._keeper.reload()
+        keys = self._read_keys()
+        self._api.replace_keys(keys)  # before what may wait for requests: a key that is gone is gone at once
+        return f"{await self._keeper.reload()}; API keys: {len(keys)}"

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from mdiq import __version__
 from mdiq.api import streams
 from mdiq.api.app import MAX_BODY_BYTES, TEXT_THREADS, Api
+from mdiq.api.keys import bare_keys
 from mdiq.core.logprobs import Logprobs, LogprobsWanted, TokenLogprob
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, RingError
@@ -42,6 +44,7 @@ class FakeRing:
     context_tokens: int = 64
     vocab_size: int = 100
     asked: list[tuple[tuple[int, ...], SamplingParams]] = field(default_factory=list)
+    owners: list[tuple[str, int]] = field(default_factory=list)
     told: list[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -82,7 +85,13 @@ class FakeRing:
         return (b"\xe2\x82", True) if token == HALF else (f" {token}".encode(), True)
 
     async def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        logprobs: LogprobsWanted | None = None,
+        *,
+        owner: str = "",
+        share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:
         if not self.is_serving:
             raise RingError(f"the ring does not serve: {self.state}")
@@ -90,6 +99,7 @@ class FakeRing:
             raise CapacityError(f"a prompt of {len(prompt)} tokens")
         index = len(self.asked)
         self.asked.append((prompt, params))
+        self.owners.append((owner, share))
         self.num_running += 1
         num_tokens = min(params.max_tokens, self.context_tokens - len(prompt))
         try:
@@ -102,7 +112,7 @@ class FakeRing:
                 of_prompt = None
                 if logprobs is not None and logprobs.of_prompt and not i:
                     of_prompt = Logprobs(TokenLogprob(t, -t / 2, ((7, -0.5),) * logprobs.top) for t in prompt[1:])
-                yield StreamEvent(step, f" {i}", 0.0, of_prompt)
+                yield StreamEvent(step, f" {i}", time.monotonic(), prompt_logprobs=of_prompt)
         finally:
             self.num_running -= 1
             self.closed.set()
@@ -125,7 +135,7 @@ def _scored(token: int, wanted: LogprobsWanted | None) -> TokenLogprob | None:
 
 @asynccontextmanager
 async def _client(ring: FakeRing, *keys: str, cors_origins: Sequence[str] = ()) -> AsyncIterator[Client]:
-    application = Api(ring, keys, cors_origins=cors_origins).application()
+    application = Api(ring, bare_keys(keys), cors_origins=cors_origins).application()
     async with TestClient(TestServer(application), timeout=aiohttp.ClientTimeout(10)) as client:
         yield client
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket as sockets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,13 @@ class TalkingRing(FakeRing):
         self.ended_s: dict[int, float] = {}
 
     async def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        logprobs: LogprobsWanted | None = None,
+        *,
+        owner: str = "",
+        share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:
         now = asyncio.get_running_loop().time
         queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
@@ -51,7 +58,7 @@ class TalkingRing(FakeRing):
         for i in range(self._num_tokens):
             await asyncio.sleep(TOKEN_S)
             reason = FinishReason.LENGTH if i == self._num_tokens - 1 else None
-            queue.put_nowait(StreamEvent(TokenEvent(index, i, 1 + i, reason), "x" * 1_000, 0.0))
+            queue.put_nowait(StreamEvent(TokenEvent(index, i, 1 + i, reason), "x" * 1_000, time.monotonic()))
 
 
 class Line(asyncio.Transport):

@@ -16,7 +16,7 @@ from mdiq.cli.main import app
 from tests.docs.book import PAGES, README, ROOT, anchors_of, commands_of, links_of, name_of, text_of
 from tests.docs.generated import PAGE, command_line_page
 
-RUN_HERE = re.compile(r"mdiq (init|keys|check|cache) |tar ")
+RUN_HERE = re.compile(r"mdiq (init|keys|api-key|check|cache) |tar ")
 RUN_WITH_A_MODEL = re.compile(r"mdiq run (?!--topology)|python - <<")
 """tests/integration/test_book.py runs these, with a tiny model."""
 

@@ -1,0 +1,90 @@
+"""A line in the log for each request, without its content, and the id under which a client finds it.
+
+Requests that the ring has run are all logged (request_ended): each took its time. Others cost nothing, so their lines
+(request_served, request_refused) are limited as all lines are, see telemetry/logging.py: a flood of them fills no disk.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import web
+
+from mdiq.api.clients import Client
+
+log = structlog.get_logger()
+
+HEADER = "x-request-id"
+LEFT = 499  # status in the log of a request whose client did not wait; nginx has the same
+QUIET = ("/health", "/metrics")  # they are asked for every few seconds
+_ID = re.compile(r"[!-~]{1,64}")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(slots=True)
+class Record:
+    """What the log says of one request.
+
+    request_id: the client's own, if it is short and printable. begun_s: when its head had come. path: of the route;
+    what leads nowhere may be content. client: who asks; None before its key is known.
+    """
+
+    request_id: str
+    begun_s: float
+    path: str
+    address: str
+    client: Client | None = None
+    has_run: bool = False
+    num_prompt: int = 0
+    num_answer: int = 0
+    finish_reason: str = "none"
+
+    def log(self, status: int, now: float) -> None:
+        """Write the line."""
+        if self.path in QUIET and status not in (401, LEFT):
+            return
+        kind = "request_ended" if self.has_run else "request_served" if status < 400 else "request_refused"
+        tokens = {"prompt_tokens": self.num_prompt, "tokens": self.num_answer, "finish_reason": self.finish_reason}
+        log.info(
+            kind,
+            request_id=self.request_id,
+            client=self.address,
+            key=self.client.key.name if self.client is not None else "",
+            path=self.path,
+            status=status,
+            seconds=round(now - self.begun_s, 3),
+            **(tokens if self.has_run else {}),
+        )
+
+
+RECORD: web.RequestKey[Record] = web.RequestKey("record", Record)
+
+
+@web.middleware
+async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Log a request when it has ended, whatever became of it."""
+    given = request.headers.get(HEADER, "")
+    resource = request.match_info.route.resource
+    record = request[RECORD] = Record(
+        given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}",
+        time.monotonic(),
+        resource.canonical if resource is not None else "none",
+        request.remote or "",
+    )
+    status = LEFT
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        record.log(status, time.monotonic())
+
+
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Send the id of a request with its answer."""
+    if RECORD in request:
+        response.headers[HEADER] = request[RECORD].request_id
