@@ -55,7 +55,10 @@ class Answer:
             self.finish_reason = "tool_calls" if has_called else str(step.finish_reason)
 
     def _add(self, piece: str | CallDelta) -> None:
-        self._unsent.append(piece)
+        if isinstance(piece, str) and self._unsent and isinstance(self._unsent[-1], str):
+            self._unsent[-1] += piece
+        else:
+            self._unsent.append(piece)
         if isinstance(piece, str):
             self.text += piece
         elif piece.name is None:

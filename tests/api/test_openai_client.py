@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestServer
 from openai import AsyncOpenAI, OpenAI
 
 from mdiq.api.app import Api
+from mdiq.api.keys import bare_keys
 from mdiq.errors import RingError
 from tests.api.test_app import FakeRing
 
@@ -21,7 +22,7 @@ ASK: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
 
 @asynccontextmanager
 async def _served(ring: FakeRing) -> AsyncIterator[str]:
-    async with TestServer(Api(ring, [KEY]).application()) as server:
+    async with TestServer(Api(ring, bare_keys([KEY])).application()) as server:
         yield str(server.make_url("/v1"))
 
 
