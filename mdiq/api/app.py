@@ -251,7 +251,7 @@ class Api:
             )
         if logprobs is None:
             return web.json_response(out.whole(answers))
-        text = await self._in_thread(lambda: "".join(json.JSONEncoder().iterencode(out.whole(answers))))
+        text = await self._in_thread(partial(out.whole_text, answers))
         return web.json_response(text=text)
 
     async def _prepare(self, asked: Asked, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> None:
