@@ -47,7 +47,7 @@ def _fields(names: str = "", **harmless: object) -> Mapping[str, tuple[object, .
 
 # Reason: fields.
 _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
-    "log-probabilities are given by the HTTP API alone, for OpenAI's fields (logprobs; in a chat top_logprobs too)": _fields(
+    "log-probabilities are given by the HTTP API alone (logprobs, and in a chat top_logprobs)": _fields(
         "logprobs top_logprobs prompt_logprobs decoder_input_details details", n_probs=0, top_n_tokens=0
     ),
     "one answer a request is given; ask several times": _fields(n=1, n_cmpl=1, best_of=1, num_return_sequences=1),
