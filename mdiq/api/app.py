@@ -233,7 +233,7 @@ class Api:
         self._admission.fill(places, answers, start_s)
         await self._prepare(asked, prompts, answers)
         logprobs = asked.logprobs.wanted
-        streams = [backend.answer(*each, logprobs) for each in zip(prompts, params, strict=True)]
+        streams = [backend.answer(*each, logprobs=logprobs) for each in zip(prompts, params, strict=True)]
         try:
             async with aclosing(merged(streams)) as events:
                 if asked.is_streamed:

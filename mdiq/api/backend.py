@@ -74,7 +74,7 @@ class Backend(Protocol):
         ...
 
     def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self, prompt: tuple[int, ...], params: SamplingParams, *, logprobs: LogprobsWanted | None = None
     ) -> AsyncGenerator[StreamEvent, None]:
         """Run a Sequence; closing the iterator cancels it.
 

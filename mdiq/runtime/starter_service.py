@@ -342,7 +342,7 @@ class StarterService:
             # Until now the prompt's log-probabilities might have had to be completed by a Replay.
             is_first = step.position == len(row.sequence.prompt)
             prompt_logprobs = row.sequence.prompt_logprobs if is_first else None
-            stream.events.put_nowait(StreamEvent(step, text, self._clock(), prompt_logprobs))
+            stream.events.put_nowait(StreamEvent(step, text, self._clock(), prompt_logprobs=prompt_logprobs))
 
     def _poll(self) -> None:
         gaps: list[SeqId] = []

@@ -166,7 +166,7 @@ class _RingBackend:
         return self._tokenizer.spell(token)
 
     def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self, prompt: tuple[int, ...], params: SamplingParams, *, logprobs: LogprobsWanted | None = None
     ) -> AsyncGenerator[StreamEvent, None]:
         params = self._tokenizer.with_special_stops(params)
         sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=self._tokenizer.eos_token_ids)

@@ -67,7 +67,7 @@ class FakeRing:
         return (b"\xe2\x82", True) if token == HALF else (f" {token}".encode(), True)
 
     async def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self, prompt: tuple[int, ...], params: SamplingParams, *, logprobs: LogprobsWanted | None = None
     ) -> AsyncGenerator[StreamEvent, None]:
         if not self.is_serving:
             raise RingError(f"the ring does not serve: {self.state}")
@@ -87,7 +87,7 @@ class FakeRing:
                 of_prompt = None
                 if logprobs is not None and logprobs.of_prompt and not i:
                     of_prompt = Logprobs(TokenLogprob(t, -t / 2, ((7, -0.5),) * logprobs.top) for t in prompt[1:])
-                yield StreamEvent(step, f" {i}", 0.0, of_prompt)
+                yield StreamEvent(step, f" {i}", 0.0, prompt_logprobs=of_prompt)
         finally:
             self.num_running -= 1
             self.closed.set()

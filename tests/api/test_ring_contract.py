@@ -31,7 +31,7 @@ class Answers(Protocol):
     @property
     def is_serving(self) -> bool: ...
     def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self, prompt: tuple[int, ...], params: SamplingParams, *, logprobs: LogprobsWanted | None = None
     ) -> AsyncGenerator[StreamEvent, None]: ...
 
 
@@ -56,7 +56,7 @@ class KeptRing:
         return self._keeper.state.is_serving
 
     def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self, prompt: tuple[int, ...], params: SamplingParams, *, logprobs: LogprobsWanted | None = None
     ) -> AsyncGenerator[StreamEvent, None]:
         return self._keeper.stream(Sequence(next(self._numbers), prompt, params, logprobs=logprobs))
 
@@ -159,7 +159,7 @@ async def test_log_probabilities_come_as_they_are_wanted_and_those_of_the_prompt
     opened: Opened, wanted: LogprobsWanted | None
 ) -> None:
     async with opened() as ring:
-        async with aclosing(ring.answer((5, 6, 7), SamplingParams(max_tokens=3), wanted)) as answer:
+        async with aclosing(ring.answer((5, 6, 7), SamplingParams(max_tokens=3), logprobs=wanted)) as answer:
             events = [event async for event in answer]
         found = [event.step.logprob for event in events]
         if wanted is None:

@@ -30,7 +30,7 @@ class TalkingRing(FakeRing):
         self.ended_s: dict[int, float] = {}
 
     async def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, logprobs: LogprobsWanted | None = None
+        self, prompt: tuple[int, ...], params: SamplingParams, *, logprobs: LogprobsWanted | None = None
     ) -> AsyncGenerator[StreamEvent, None]:
         now = asyncio.get_running_loop().time
         queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
