@@ -284,7 +284,10 @@ class Api:
         key, watched, logprobs = client.key, self._figures.watched, asked.logprobs.wanted
         streams = [
             watched(
-                backend.answer(*each, logprobs, owner=key.name, share=key.share), len(each[0]), record.begun_s, client
+                backend.answer(*each, logprobs=logprobs, owner=key.name, share=key.share),
+                len(each[0]),
+                record.begun_s,
+                client,
             )
             for each in wanted
         ]
@@ -300,7 +303,7 @@ class Api:
             record.finish_reason = answers[-1].finish_reason or "none"
         if logprobs is None:
             return web.json_response(out.whole(answers))
-        text = await self._in_thread(lambda: "".join(json.JSONEncoder().iterencode(out.whole(answers))))
+        text = await self._in_thread(partial(out.whole_text, answers))
         return web.json_response(text=text)
 
     async def _prepare(self, asked: Asked, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> None:

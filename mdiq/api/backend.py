@@ -112,8 +112,8 @@ class Backend(Protocol):
         self,
         prompt: tuple[int, ...],
         params: SamplingParams,
-        logprobs: LogprobsWanted | None = None,
         *,
+        logprobs: LogprobsWanted | None = None,
         owner: str = "",
         share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:

@@ -58,7 +58,7 @@ def _fields(names: str = "", **harmless: object) -> Mapping[str, tuple[object, .
 
 # Reason: fields.
 _NOT_SERVED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
-    "log-probabilities are asked for as in OpenAI's API: logprobs, in a chat with top_logprobs": _fields(
+    "log-probabilities are given by the HTTP API alone (logprobs, and in a chat top_logprobs)": _fields(
         "logprobs top_logprobs prompt_logprobs decoder_input_details details", n_probs=0, top_n_tokens=0
     ),
     "all answers are given, the best is not chosen": _fields("best_of"),

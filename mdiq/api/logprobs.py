@@ -4,6 +4,7 @@ They are the model's own: before temperature, penalties and filters.
 """
 
 import codecs
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from mdiq.runtime.starter_service import StreamEvent
 MAX_PROMPT_VALUES = 1 << 18
 """Of the prompts of one request: 2 MB here, some 10 MB as JSON."""
 PART_VALUES = 1_024
-"""Of one chunk of a stream: some milliseconds of work."""
+"""Made in one step, and sent in one chunk of a stream: some milliseconds of work."""
 
 Spell = Callable[[int], tuple[bytes, bool]]
 """Returns a token's bytes, and whether they are text of an answer: those of a special token are its name."""
@@ -139,6 +140,21 @@ class AnswerLogprobs:
             num_values += 1 + len(top)
         self._num_taken += len(taken)
         return taken
+
+    def text(self, shaped: Callable[[Sequence[Entry]], Mapping[str, Any]]) -> str:
+        """Return all that was not taken as JSON of this shape, whose lists are made part by part."""
+        lists: dict[str, list[str]] = {}
+        others = {name: json.dumps(value) for name, value in shaped([]).items() if not isinstance(value, list)}
+        while True:
+            # Objects of all tokens at once would be millions, and Python's search for garbage would take long.
+            entries = self.take(PART_VALUES)
+            for name, value in shaped(entries).items():
+                if name not in others:
+                    lists.setdefault(name, []).extend([json.dumps(value)[1:-1]] if value else [])
+            if not entries:
+                break
+        made = {name: f"[{', '.join(parts)}]" for name, parts in lists.items()}
+        return f"{{{', '.join(f'{json.dumps(name)}: {text}' for name, text in {**made, **others}.items())}}}"
 
     def _from(self, first: int) -> Iterator[tuple[int, TokenLogprob | None]]:
         num_prompt = 0 if self._of_prompt is None else len(self._prompt)

@@ -221,11 +221,13 @@ class TorchStarter:
     def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[Drawn]:
         """Return the next token of each Sequence; see starter_engine.StarterEngine."""
         logits = self._runner.logits(rows)
+        asked = [i for i, sequence in enumerate(sequences) if sequence.logprobs is not None]
+        before = logits[asked]  # a copy: the sampler may change its rows
         tokens = self._tokens(logits, sequences)
         logprobs: dict[int, TokenLogprob] = {}
-        if asked := [i for i, sequence in enumerate(sequences) if sequence.logprobs is not None]:
+        if asked:
             top = [sequence.logprobs.top for sequence in sequences if sequence.logprobs is not None]
-            found = token_logprobs(logits[asked], [tokens[i] for i in asked], top)
+            found = token_logprobs(before, [tokens[i] for i in asked], top)
             logprobs = dict(zip(asked, found, strict=True))
         return [Drawn(token, logprobs.get(i)) for i, token in enumerate(tokens)]
 

@@ -202,8 +202,8 @@ class _RingBackend:
         self,
         prompt: tuple[int, ...],
         params: SamplingParams,
-        logprobs: LogprobsWanted | None = None,
         *,
+        logprobs: LogprobsWanted | None = None,
         owner: str = "",
         share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:

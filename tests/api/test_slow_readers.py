@@ -34,8 +34,8 @@ class TalkingRing(FakeRing):
         self,
         prompt: tuple[int, ...],
         params: SamplingParams,
-        logprobs: LogprobsWanted | None = None,
         *,
+        logprobs: LogprobsWanted | None = None,
         owner: str = "",
         share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:

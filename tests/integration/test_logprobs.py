@@ -121,13 +121,21 @@ def test_a_node_that_dies_meanwhile_changes_no_value(ring: TwoNodes) -> None:
     body = {"prompt": LONG * 6, "echo": True, "logprobs": 1, "max_tokens": 3}
     right = _choice(ring, body)
     recoveries = ring.metric("mdiq_recoveries_total")
-    killer = threading.Timer(0.6, ring.replace_second)
+    killer = threading.Thread(target=_kill_when_it_runs, args=(ring,))
     killer.start()
     found = _choice(ring, body)
     killer.join()
     assert ring.metric("mdiq_recoveries_total") == recoveries + 1
     assert "ring_has_replayed" in ring.log_of("serve"), "it was killed while the request ran"
     assert found == right
+
+
+def _kill_when_it_runs(ring: TwoNodes) -> None:
+    deadline = time.monotonic() + 60
+    while not ring.metric("mdiq_kv_reserved_tokens") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)  # some of its chunks have come back
+    ring.replace_second()
 
 
 def test_a_real_models_log_likelihoods_equal_those_of_transformers(tmp_path: Path, qwen_model: Path) -> None:

@@ -2,10 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
+from mdiq.core.frame import TokenIds
 from mdiq.core.logprobs import LogprobsWanted, TokenLogprob
 from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
@@ -14,6 +16,7 @@ from mdiq.engine.model.logprobs import MIN_LOGPROB, token_logprobs
 from mdiq.errors import EngineError
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_host import RingHost
+from mdiq.runtime.starter_stage import TorchStarter
 from tests.engine.tiny_models import make_model
 
 VOCAB = 1_000
@@ -88,3 +91,26 @@ async def test_a_rings_values_are_those_of_transformers(tmp_path: Path, name: st
         best = row.topk(3).values.tolist()
         assert [logprob for _, logprob in value.top] == pytest.approx(best, abs=1e-3)
         assert all(abs(logprob - float(row[each])) < 1e-3 for each, logprob in value.top)
+
+
+def test_a_sampler_that_changes_its_rows_changes_no_value() -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(2, VOCAB)
+    right = torch.log_softmax(logits, -1)
+
+    class Runner:
+        def logits(self, rows: object) -> torch.Tensor:
+            return logits
+
+    class Masking:
+        def take(self, rows: torch.Tensor, sequences: object) -> list[int]:
+            rows[:, :500] = -math.inf
+            return [int(row.argmax()) for row in rows]
+
+    starter = TorchStarter(cast(Any, Runner()))
+    starter.script = Masking()
+    wanted = Sequence(0, (1,), SamplingParams(), logprobs=LogprobsWanted(1))
+    plain, scored = starter.sample([TokenIds((1,))] * 2, [Sequence(1, (1,), SamplingParams()), wanted])
+    assert plain.logprob is None and scored.logprob is not None
+    assert scored.token >= 500 and scored.logprob.logprob == float(right[1, scored.token])
+    assert scored.logprob.top == ((int(right[1].argmax()), float(right[1].max())),)
