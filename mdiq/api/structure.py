@@ -13,7 +13,7 @@ from mdiq.errors import ConfigError
 FORMATS = ("text", "json_object", "json_schema")
 # Small models fill an answer with spaces if they may: this is one, or a line's end with an indentation.
 _GUIDANCE = {"whitespace_pattern": r"(\x20|\n[\x20\t]{0,20})"}
-_LEAST_STEP = 1e-9  # of numbers, for the same reason: others have no last digit
+_MIN_STEP = 1e-9  # of numbers, for the same reason: others have no last digit
 _SCHEMAS = ("items", "additionalProperties", "contains", "anyOf", "oneOf", "prefixItems")
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _MAX_NESTING = 200  # llguidance refuses such schemas
@@ -81,7 +81,7 @@ def _with_last_digits(schema: Any, nesting: int) -> Any:
     kinds = found.get("type")
     is_number = kinds == "number" or (isinstance(kinds, list) and "number" in kinds)
     if is_number and not found.keys() & {"multipleOf", "enum", "const"}:
-        found["multipleOf"] = _LEAST_STEP
+        found["multipleOf"] = _MIN_STEP
     return found
 
 

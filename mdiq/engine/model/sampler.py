@@ -46,7 +46,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         raise EngineError("the logits are not numbers; the weights are damaged, or bf16 overflowed: try --dtype f32")
     for i, row in enumerate(rows):
         if row.allowed is not None:
-            values[i] = np.where(row.allowed, values[i], -np.inf)
+            np.copyto(values[i], -np.inf, where=~row.allowed)
             tokens[i] = int(values[i].argmax())
             if not np.isfinite(values[i, tokens[i]]):
                 raise EngineError("no token that the answer's form allows is likely at all; ask for another form")
