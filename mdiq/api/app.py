@@ -22,6 +22,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from mdiq.api.admission import Admission, Places
 from mdiq.api.backend import Backend
 from mdiq.api.forming import formed
+from mdiq.api.messages import PATH, Messages, errors_in_their_form, parse_messages
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
@@ -78,7 +79,7 @@ class Api:
 
     def application(self) -> web.Application:
         """Return it with its routes."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[errors_in_their_form, self._errors])
         app.on_response_prepare.append(self._allow_origin)
         app.on_cleanup.append(self._close)
         app.add_routes(
@@ -89,6 +90,8 @@ class Api:
                 web.get("/v1/models/{id:.+}", self._model),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._completions),
+                web.post(PATH, self._messages),
+                web.post(f"{PATH}/count_tokens", self._count_tokens),
             ]
         )
         return app
@@ -141,7 +144,9 @@ class Api:
                 response.headers["Access-Control-Max-Age"] = "600"
 
     def _is_allowed(self, request: web.Request) -> bool:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        # Anthropic's clients send it by itself.
+        own = request.headers.get("x-api-key")
+        scheme, _, given = request.headers.get("Authorization", f"Bearer {own or ''}").partition(" ")
         sent = given.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
         # All are compared, so that the time taken reveals nothing.
         return not self._keys or any([hmac.compare_digest(sent, key) for key in self._keys])
@@ -181,6 +186,16 @@ class Api:
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, Completion)
 
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, Messages)
+
+    async def _count_tokens(self, request: web.Request) -> web.Response:
+        asked = parse_messages(await self._body(request), is_count=True)
+        if asked.model is not None:
+            self._check_model(asked.model)
+        (prompt,) = await self._prompts(asked)
+        return web.json_response({"input_tokens": len(prompt)})
+
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
         backend, admission = self._backend, self._admission
         try:
@@ -190,7 +205,8 @@ class Api:
         except ApiError:
             await self._discard_body(request)
             raise
-        asked = parse(await self._body(request), is_chat=shape is Chat)
+        body = await self._body(request)
+        asked = parse_messages(body) if shape is Messages else parse(body, is_chat=shape is Chat)
         if asked.model is not None:
             self._check_model(asked.model)
         # Requests that are still being tokenized are not running yet, and count too.
@@ -233,6 +249,7 @@ class Api:
         for answer in answers:
             answer.parser = make_parser()
         out, start_s = shape(backend.model_name), time.monotonic()
+        out.answers = answers
         self._admission.fill(places, answers, start_s)
         streams = [backend.answer(*each) for each in zip(prompts, params, strict=True)]
         try:

@@ -1,8 +1,9 @@
 """Answers as OpenAI's objects, complete and in chunks. No sockets."""
 
+import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ class Answer:
     """The result of a request so far.
 
     num_prompt: tokens of its prompt; max_tokens: of the whole answer. parser: finds the tool calls in it; None: there
-    are no tools. pieces: what the last event has brought.
+    are no tools. pieces: what the last event has brought. stop_text: the stop text that has ended it.
     """
 
     num_prompt: int
@@ -28,6 +29,7 @@ class Answer:
     parser: CallParser | None = None
     pieces: Sequence[str | CallDelta] = ()
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    stop_text: str | None = None
 
     def add(self, event: StreamEvent) -> None:
         step = event.step
@@ -41,6 +43,7 @@ class Answer:
         if step.finish_reason is FinishReason.ERROR:
             raise step.error or RingError("the ring failed")
         if step.finish_reason is not None:
+            self.stop_text = event.stop_text
             has_called = bool(self.tool_calls) and step.finish_reason is FinishReason.STOP
             self.finish_reason = "tool_calls" if has_called else str(step.finish_reason)
 
@@ -68,7 +71,10 @@ def _usage(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 class Shape:
-    """The form of an answer."""
+    """The form of an answer. answers: what it is the form of."""
+
+    answers: Sequence[Answer] = ()
+    done = b"data: [DONE]\n\n"  # the end of a stream
 
     def __init__(self, model: str) -> None:
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
@@ -91,6 +97,10 @@ class Shape:
 
     def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": [], "usage": _usage(answers)}
+
+    def encoded(self, value: Mapping[str, Any]) -> bytes:
+        """Return a chunk, or an error, as it stands in a stream."""
+        return b"data: " + json.dumps(value).encode() + b"\n\n"
 
     def text(self, text: str) -> dict[str, Any]:
         raise NotImplementedError

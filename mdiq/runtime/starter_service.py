@@ -44,11 +44,12 @@ class StarterEngine(Engine, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """What a caller gets: a step of its Sequence, the text that came with it, and when (on the service's clock)."""
+    """What a caller gets: a step of its Sequence, its text, when (on the service's clock), what stop text ended it."""
 
     step: TokenEvent
     text: str
     at_s: float
+    stop_text: str | None = None
 
 
 @dataclass(slots=True)
@@ -362,7 +363,7 @@ class StarterService:
         if stream is not None:
             if step.finish_reason is not None:
                 text += stream.pipe.finish()
-            stream.events.put_nowait(StreamEvent(step, text, self._clock()))
+            stream.events.put_nowait(StreamEvent(step, text, self._clock(), stream.pipe.stop_text))
 
     def _poll(self) -> None:
         gaps: list[SeqId] = []

@@ -23,6 +23,10 @@ class TokenizerPipe:
     def stop_matched(self) -> bool:
         return self._stop_text.matched
 
+    @property
+    def stop_text(self) -> str | None:
+        return self._stop_text.found
+
     def push(self, token: int) -> str:
         if (shown := self._shown.get(token)) is not None:
             return self._stop_text.push(self._stream.finish() + shown)
