@@ -87,7 +87,7 @@ def _tool_choice(given: object) -> dict[str, Any]:
         if wanted is None:
             raise BadRequest(f"tool_choice: the type is one of {', '.join(_CHOICES)}, tool", "tool_choice")
     is_single = choice.get("disable_parallel_tool_use")
-    return {"tool_choice": wanted, **({"parallel_tool_calls": False} if is_single else {})}
+    return {"tool_choice": wanted, "parallel_tool_calls": not is_single if isinstance(is_single, bool) else None}
 
 
 def _chat(body: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ class WritingRing(FakeRing):
     chat_template: str | None = "{{ tools }}<tool_call>"
     bad: str = "%%"
     special: Mapping[str, int] | None = None
+    stop_text: str | None = None
 
     def special_id(self, text: str) -> int | None:
         return (self.special or {}).get(text)
@@ -51,7 +52,7 @@ class WritingRing(FakeRing):
         pieces = [self.text[i : i + 3] for i in range(0, len(self.text), 3)]
         for i, piece in enumerate(pieces):
             reason = self.reason if i == len(pieces) - 1 else None
-            yield StreamEvent(TokenEvent(0, i, 3 + i, reason), piece, 0.0)
+            yield StreamEvent(TokenEvent(0, i, 3 + i, reason), piece, 0.0, self.stop_text if reason else None)
 
 
 async def _chat(ring: WritingRing, **fields: Any) -> dict[str, Any]:

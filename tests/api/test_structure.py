@@ -148,7 +148,8 @@ def test_which_calls_a_grammar_allows_is_what_the_request_says() -> None:
     starts = [
         ({}, "call* content"),
         ({"parallel_tool_calls": False}, "call | content"),
-        ({"tool_choice": "required"}, 'call ("\\n" call)* "\\n"?'),
+        ({"tool_choice": "required", "parallel_tool_calls": True}, 'call ("\\n" call)* "\\n"?'),
+        ({"tool_choice": "required"}, "call"),
         ({"tool_choice": "required", "parallel_tool_calls": False}, "call"),
         (one, "call"),
     ]
