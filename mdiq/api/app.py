@@ -27,6 +27,7 @@ from mdiq.api.figures import Figures
 from mdiq.api.forming import formed
 from mdiq.api.keys import ApiKey
 from mdiq.api.logprobs import AnswerLogprobs
+from mdiq.api.messages import PATH, Messages, errors_in_their_form, parse_messages
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
@@ -90,7 +91,8 @@ class Api:
 
     def application(self) -> web.Application:
         """Return it with its routes."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[audited, self._errors])
+        middlewares = [audited, errors_in_their_form, self._errors]
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
         app.on_response_prepare.extend([self._allow_origin, add_request_id])
         app.on_cleanup.append(self._close)
         app.add_routes(
@@ -105,6 +107,8 @@ class Api:
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._completions),
                 *TokenRoutes(self._backend, self._body, self._in_thread, self._check_model).routes(),
+                web.post(PATH, self._messages),
+                web.post(f"{PATH}/count_tokens", self._count_tokens),
             ]
         )
         return app
@@ -203,6 +207,16 @@ class Api:
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, Completion)
 
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, Messages)
+
+    async def _count_tokens(self, request: web.Request) -> web.Response:
+        asked = parse_messages(await self._body(request), is_count=True)
+        if asked.model is not None:
+            self._check_model(asked.model)
+        (prompt,) = await self._prompts(asked)
+        return web.json_response({"input_tokens": len(prompt)})
+
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
         backend, admission, client = self._backend, self._admission, request[RECORD].client
         assert client is not None  # else it was refused
@@ -214,7 +228,8 @@ class Api:
         except ApiError:
             await self._discard_body(request)
             raise
-        asked = parse(await self._body(request), is_chat=shape is Chat)
+        body = await self._body(request)
+        asked = parse_messages(body) if shape is Messages else parse(body, is_chat=shape is Chat)
         if asked.model is not None:
             self._check_model(asked.model)
         # Requests that are still being tokenized are not running yet, and count too.
@@ -276,6 +291,7 @@ class Api:
             for number, (prompt, each) in enumerate(wanted)
         ]
         out, now = shape(backend.model_name), time.monotonic()
+        out.answers = answers
         self._admission.fill(places, answers, now)
         await self._prepare(asked, prompts, answers)
         record.num_prompt = sum(map(len, prompts))

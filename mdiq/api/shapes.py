@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ class Answer:
 
     num_prompt: tokens of its prompt; 0 where an earlier choice counts them. text: begins with the prompt if that is
     repeated. parser: finds the tool calls in it; None: there are no tools. logprobs: None if they are not wanted.
-    drops_answer: of the answer nothing is shown.
+    drops_answer: of the answer nothing is shown. stop_text: the stop text that has ended it.
     """
 
     num_prompt: int
@@ -32,6 +32,7 @@ class Answer:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: AnswerLogprobs | None = None
     drops_answer: bool = False
+    stop_text: str | None = None
     _unsent: list[str | CallDelta] = field(default_factory=list)
 
     def repeat(self, prompt: str) -> None:
@@ -52,6 +53,7 @@ class Answer:
         if step.finish_reason is FinishReason.ERROR:
             raise step.error or RingError("the ring failed")
         if step.finish_reason is not None:
+            self.stop_text = event.stop_text
             has_called = bool(self.tool_calls) and step.finish_reason is FinishReason.STOP
             self.finish_reason = "tool_calls" if has_called else str(step.finish_reason)
 
@@ -92,7 +94,10 @@ def _usage(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 class Shape:
-    """The form of an answer."""
+    """The form of an answer. answers: what it is the form of."""
+
+    answers: Sequence[Answer] = ()
+    done = b"data: [DONE]\n\n"  # the end of a stream
 
     def __init__(self, model: str) -> None:
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
@@ -139,6 +144,10 @@ class Shape:
 
     def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
         raise NotImplementedError
+
+    def encoded(self, value: Mapping[str, Any]) -> bytes:
+        """Return a chunk, or an error, as it stands in a stream."""
+        return b"data: " + json.dumps(value).encode() + b"\n\n"
 
     def text(self, text: str) -> dict[str, Any]:
         raise NotImplementedError

@@ -11,8 +11,12 @@ from typing import Any
 from mdiq.errors import ConfigError
 
 FORMATS = ("text", "json_object", "json_schema")
-# Small models fill an answer with spaces if they may. This is a line's end and an indentation.
-_GUIDANCE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,24}"}
+# Small models fill an answer with spaces if they may: this is one, or a line's end with an indentation.
+_GUIDANCE = {"whitespace_pattern": r"(\x20|\n[\x20\t]{0,20})"}
+_MIN_STEP = 1e-9  # of numbers, for the same reason: others have no last digit
+_SCHEMAS = ("items", "additionalProperties", "contains", "anyOf", "oneOf", "prefixItems")
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_MAX_NESTING = 200  # llguidance refuses such schemas
 _NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 
 
@@ -57,8 +61,28 @@ def schema_grammar(schema: object, where: str) -> str:
 
 
 def with_guidance(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema with what llguidance is told beside it."""
-    return {**schema, "x-guidance": _GUIDANCE}
+    """Return a schema of answers that come to an end, with what llguidance is told beside it."""
+    return {**_with_last_digits(schema, 0), "x-guidance": _GUIDANCE}
+
+
+def _with_last_digits(schema: Any, nesting: int) -> Any:
+    """Return a schema whose numbers have a smallest step."""
+    if isinstance(schema, list):
+        return [_with_last_digits(each, nesting + 1) for each in schema]
+    if not isinstance(schema, dict) or nesting > _MAX_NESTING:
+        return schema
+    found = dict(schema)
+    for name in _SCHEMAS:
+        if name in found:
+            found[name] = _with_last_digits(found[name], nesting + 1)
+    for name in _NAMED_SCHEMAS:
+        if isinstance(named := found.get(name), dict):
+            found[name] = {each: _with_last_digits(value, nesting + 1) for each, value in named.items()}
+    kinds = found.get("type")
+    is_number = kinds == "number" or (isinstance(kinds, list) and "number" in kinds)
+    if is_number and not found.keys() & {"multipleOf", "enum", "const"}:
+        found["multipleOf"] = _MIN_STEP
+    return found
 
 
 def _dumped(value: object, where: str) -> str:

@@ -127,7 +127,8 @@ def tools_of(body: Mapping[str, Any]) -> ToolUse | None:
     if choice == "none":
         return None
     must_call = choice == "required" or only is not None
-    return ToolUse(tools, must_call, only, is_many=only is None and is_many is not False)
+    # Where it has to call, a small model calls one tool after the other if it may.
+    return ToolUse(tools, must_call, only, is_many=only is None and (not must_call if is_many is None else is_many))
 
 
 def _tool(given: Any, where: str) -> Tool:

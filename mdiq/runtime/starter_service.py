@@ -36,6 +36,7 @@ class StreamEvent:
     """What a caller gets: a step of its Sequence, its text, when, and when it entered the Ring, by the clock.
 
     prompt_logprobs: those of the prompt's tokens from the second one on, with the first token if they are wanted.
+    stop_text: the stop text that ended it.
     """
 
     step: TokenEvent
@@ -43,6 +44,7 @@ class StreamEvent:
     at_s: float
     entered_s: float | None = None
     prompt_logprobs: Logprobs | None = None
+    stop_text: str | None = None
 
 
 @dataclass(slots=True)
@@ -342,9 +344,9 @@ class StarterService:
                 text += stream.pipe.finish()
             # Until now the prompt's log-probabilities might have had to be completed by a Replay.
             is_first = step.position == len(row.sequence.prompt)
-            prompt_logprobs = row.sequence.prompt_logprobs if is_first else None
-            entered_s = row.sequence.entered_at
-            stream.events.put_nowait(StreamEvent(step, text, self._clock(), entered_s, prompt_logprobs))
+            scored = row.sequence.prompt_logprobs if is_first else None
+            entered_s, stop_text = row.sequence.entered_at, stream.pipe.stop_text
+            stream.events.put_nowait(StreamEvent(step, text, self._clock(), entered_s, scored, stop_text))
 
     def _poll(self) -> None:
         gaps: list[SeqId] = []

@@ -27,6 +27,10 @@ class TokenizerPipe:
     def stop_matched(self) -> bool:
         return self._stop_text.matched
 
+    @property
+    def stop_text(self) -> str | None:
+        return self._stop_text.found
+
     def push(self, token: int) -> str:
         self._stop_text.may_end = self._num_barred == 0
         self._num_barred = max(self._num_barred - 1, 0)
