@@ -244,4 +244,4 @@ class FakeRing:
 
     def pace(self) -> PaceFigures:
         assert not self.options.is_survey, "it is not paced"
-        return PaceFigures(1, 2, 4, 0.01, 9.0, 16, 0.0, 8)
+        return PaceFigures(1, 2, 4, 0.01, 9.0, 16, 0.0, 8, 4_096)

@@ -1,7 +1,7 @@
 """Histograms and counters of answers, observed as their events pass."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -17,7 +17,9 @@ _TOKENS = tuple(float(1 << i) for i in range(18))
 class Figures:
     """The distributions of what users notice, for Prometheus. Times are those at which tokens came, read or not."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
@@ -37,7 +39,7 @@ class Figures:
         self, events: AsyncGenerator[StreamEvent, None], num_prompt: int, asked_s: float, client: Client
     ) -> AsyncGenerator[StreamEvent, None]:
         """Yield the events of an answer and count them, for its client too. asked_s: when the request came."""
-        begun_s = time.monotonic()
+        begun_s = self._clock()
         token_s: float | None = None
         num_answer = 0
         self._prompt.observe(num_prompt)
@@ -55,7 +57,7 @@ class Figures:
                     token_s = event.at_s
                     num_answer += 1
                     self._num_answer.inc()
-                    client.got(1, time.monotonic())
+                    client.got(1, self._clock())
                 if step.finish_reason is not None and step.error is None:
                     self._whole_s.observe(event.at_s - asked_s)
                     self._answer.observe(num_answer)

@@ -1,6 +1,6 @@
 """Metrics of a ring for Prometheus: the figures of `mdiq status --json`, in a registry of their own."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -24,8 +24,21 @@ _NODE = (
     (CounterMetricFamily, "mdiq_stage_received_bytes_total", "bytes_in", "Bytes of activations that a node took in."),
     (CounterMetricFamily, "mdiq_stage_sent_bytes_total", "bytes_out", "Bytes of activations that a node sent on."),
 )
-
-
+_KEY = (
+    (GaugeMetricFamily, "mdiq_key_requests_running", "running", "Requests of a key in flight, each prompt counted."),
+    (CounterMetricFamily, "mdiq_key_requests_total", "requests", "Requests of a key that were begun."),
+    (CounterMetricFamily, "mdiq_key_requests_refused_total", "refused", "Requests that a key's own limit refused."),
+    (CounterMetricFamily, "mdiq_key_prompt_tokens_total", "prompt_tokens", "Tokens of a key's prompts."),
+    (CounterMetricFamily, "mdiq_key_answer_tokens_total", "answer_tokens", "Tokens of a key's answers."),
+)
+_KV = (
+    ("kv_reserved_tokens", "KV cache in use, in tokens, with cached prefixes."),
+    ("kv_capacity_tokens", "KV cache of the ring, in tokens."),
+)
+_HOP = (
+    ("mdiq_hop_delay_seconds", "delay_s", "One way of a small message, as measured when the ring was formed."),
+    ("mdiq_hop_bytes_per_second", "bytes_per_s", "What a hop carries, as measured when the ring was formed."),
+)
 _COUNTS = {
     "preemptions": "Requests put back to make room for older ones.",
     "recoveries": "How often the ring has paused for a node that was gone, and gone on.",
@@ -58,16 +71,30 @@ class RingCollector(Collector):
                 if step in pause:
                     steps.add_metric([step.removesuffix("_s")], pause[step])
             yield steps
-        if "kv_reserved_tokens" in status:
-            text = "KV cache in use, in tokens, with cached prefixes."
-            yield GaugeMetricFamily("mdiq_kv_reserved_tokens", text, status["kv_reserved_tokens"])
+        for key, text in _KV:
+            if key in status:
+                yield GaugeMetricFamily(f"mdiq_{key}", text, status[key])
+        if (hops_s := status.get("pace", {}).get("hops_s")) is not None:
+            yield GaugeMetricFamily("mdiq_hops_seconds", "All hops of a lap together, without computing.", hops_s)
         for kind, name, key, text in _NODE:
-            family = kind(name, text, labels=["node"])
-            for node in status["nodes"]:
-                if key in node:
-                    family.add_metric([node["name"]], node[key])
-            if family.samples:
-                yield family
+            yield from _family(kind(name, text, labels=["node"]), "name", key, status["nodes"])
+        for kind, name, key, text in _KEY:
+            yield from _family(kind(name, text, labels=["key"]), "name", key, status.get("keys", []))
+        for name, key, text in _HOP:
+            # Nodes that stand by come last.
+            hops = [{**hop, "sender": status["nodes"][i]["name"]} for i, hop in enumerate(status.get("hops", []))]
+            yield from _family(GaugeMetricFamily(name, text, labels=["sender"]), "sender", key, hops)
+
+
+def _family(
+    family: GaugeMetricFamily | CounterMetricFamily, label: str, key: str, rows: Iterable[Mapping[str, Any]]
+) -> Iterator[Metric]:
+    """Yield a metric of all rows that have the figure; nothing if none has."""
+    for row in rows:
+        if row.get(key) is not None:
+            family.add_metric([row[label]], row[key])
+    if family.samples:
+        yield family
 
 
 def metrics_registry(status: Callable[[], Mapping[str, Any]]) -> CollectorRegistry:

@@ -5,6 +5,7 @@ Nothing that a client sends is logged or echoed.
 
 import asyncio
 import socket as sockets
+import ssl
 from collections.abc import Callable
 from math import ceil
 from typing import Any, cast
@@ -27,6 +28,9 @@ SEND_BUFFER_BYTES = 16 * 1024
 """Of the kernel, for each connection. It would take megabytes of what is not read."""
 SHUTDOWN_S = 1.0  # for answers that are being sent when the service stops
 RETRY_AFTER_S = 5
+HANDSHAKE_S = 5.0  # of TLS
+SEND_AHEAD_BYTES = 64 * 1024
+"""That wait to be encrypted; asyncio would keep 512 KiB, and notice a client that does not read that much later."""
 
 
 def error_response(error: ApiError) -> web.Response:
@@ -59,6 +63,8 @@ class _Connection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._link = cast(asyncio.Transport, transport)
+        if transport.get_extra_info("sslcontext") is not None:
+            self._link.set_write_buffer_limits(SEND_AHEAD_BYTES)
         _bound(transport.get_extra_info("socket"), self.server.client_timeout_s)
         self.server.room.accepted(self)
 
@@ -125,8 +131,84 @@ class _Connection(RequestHandler):
         log.warning("connection_broke", kind=type(kwargs.get("exc_info")).__name__)
 
 
+class _Handshake(asyncio.Protocol):
+    """A connection that agrees on TLS, and becomes a _Connection then. It counts as a stranger's until that."""
+
+    is_let_in = is_idle = False
+
+    def __init__(self, server: "_Server", context: ssl.SSLContext, tasks: "set[asyncio.Task[None]]") -> None:
+        self._server, self._context, self._tasks = server, context, tasks
+        self._early: list[bytes] = []
+        self._is_lost = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._link = cast(asyncio.Transport, transport)
+        self._link.pause_reading()  # until TLS reads
+        self._server.room.accepted(self)
+        shaking = asyncio.create_task(self._shake_hands(), name="handshake")
+        self._tasks.add(shaking)
+        shaking.add_done_callback(self._tasks.discard)
+
+    def data_received(self, data: bytes) -> None:
+        self._early.append(data)  # with the last message of the handshake
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._is_lost = True
+
+    def end(self) -> None:
+        """Close the connection to make room."""
+        log.warning("too_many_connections", most=self._server.max_connections)
+        self._link.abort()
+
+    async def _shake_hands(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            link = await loop.start_tls(
+                self._link, self, self._context, server_side=True, ssl_handshake_timeout=HANDSHAKE_S
+            )
+        except OSError:  # no TLS, or none that both know, or it took too long; a stranger's doing
+            return
+        finally:
+            self._server.room.ended(self)
+        if link is None or self._is_lost:  # None: the connection has ended meanwhile
+            return
+        connection = self._server()
+        link.set_protocol(connection)
+        connection.connection_made(link)
+        for data in self._early:
+            connection.data_received(data)
+
+
+class TlsSite(web.TCPSite):
+    """Listens for HTTPS. Handshakes are bounded like connections, which aiohttp's own site leaves open."""
+
+    def __init__(self, runner: "ApiRunner", host: str, port: int, context: ssl.SSLContext) -> None:
+        super().__init__(runner, host, port)
+        self._context = context
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address cannot be used.
+        """
+        await web.BaseSite.start(self)
+        server = cast(_Server, self._runner.server)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _Handshake(server, self._context, self._tasks), self._host, self._port
+        )
+
+    async def stop(self) -> None:
+        """Listen no more, and end the handshakes that are under way."""
+        await super().stop()
+        for shaking in self._tasks:
+            shaking.cancel()
+
+
 class _Server(web.Server):
-    room: "Room[_Connection]"
+    room: "Room[_Connection | _Handshake]"
     max_connections: int
     client_timeout_s: float
     on_cut_off: Callable[[], None]
@@ -186,7 +268,7 @@ class ApiRunner(web.AppRunner):
         server.__class__ = _Server  # aiohttp has no parameter for the class of its connections
         server.max_connections = self._max_connections
         server.client_timeout_s, server.on_cut_off = self._client_timeout_s, self._on_cut_off
-        server.room = Room[_Connection](
-            self._max_connections, lambda it: it.is_let_in, _Connection.end, lambda it: it.is_idle
+        server.room = Room[_Connection | _Handshake](
+            self._max_connections, lambda it: it.is_let_in, lambda it: it.end(), lambda it: it.is_idle
         )
         return server

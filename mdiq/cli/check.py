@@ -5,15 +5,18 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from mdiq.config.load import Report, check_file, load_topology
+from mdiq.config.load import LoadedTopology, Report, check_file, load_topology
 from mdiq.config.topology import Topology
 from mdiq.errors import ConfigError
+from mdiq.service.api_files import api_file_problems
 from mdiq.service.topology_values import Needs, needs_of
 
 
 def check(file: Path, *, as_json: bool) -> int:
     """Print what was found; return the exit code: 2 if the file cannot be used."""
     report = check_file(file)
+    if report.topology is not None:
+        report = report.with_more(*api_file_problems(LoadedTopology(report.topology, file)))
     if as_json:
         value = {
             "file": str(file),

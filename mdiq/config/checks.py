@@ -244,6 +244,10 @@ def _api(topology: Topology) -> Iterator[Problem]:
             f"(`mdiq api-key` makes one), or write 127.0.0.1"
         )
         yield Problem(("api", "host"), text, (("api", "keys_file"),))
+    if (api.tls_cert is None) != (api.tls_key is None):
+        given, missing = ("tls_cert", "tls_key") if api.tls_key is None else ("tls_key", "tls_cert")
+        text = f"HTTPS needs both; write {missing}: too, or remove it"
+        yield Problem(("api", given), text, (("api", missing),))
 
 
 def _plain_text(topology: Topology) -> Iterator[Problem]:
@@ -322,10 +326,11 @@ def _slow(topology: Topology) -> Iterator[Problem]:
 
 def _open_api(topology: Topology) -> Iterator[Problem]:
     host = topology.api.host
-    if not is_loopback(host):
+    if not is_loopback(host) and topology.api.tls_cert is None:
         where = "every address of the machine" if is_wildcard(host) else host
         text = (
-            f"HTTP on {where} is not encrypted: API keys and prompts pass in plain text; put a proxy with TLS in front"
+            f"HTTP on {where} is not encrypted: API keys and prompts pass in plain text; set tls_cert and tls_key, or "
+            f"put a proxy with TLS in front"
         )
         yield Problem(("api", "host"), text)
 

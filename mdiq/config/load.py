@@ -6,8 +6,8 @@ left out: one mistake gives one message, and hides no other.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,12 +22,27 @@ from mdiq.errors import TopologyError
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found in a file, by line. topology: None if there are errors."""
+    """What was found in a file, by line. topology: None if there are errors. places: the lines of values."""
 
     file: Path
     topology: Topology | None
     errors: tuple[Finding, ...]
     warnings: tuple[Finding, ...]
+    places: Mapping[Loc, int]
+
+    def with_more(self, errors: Sequence[Problem], warnings: Sequence[Problem]) -> "Report":
+        """Return the same with what was found beside the file."""
+
+        def merged(before: tuple[Finding, ...], problems: Sequence[Problem]) -> tuple[Finding, ...]:
+            new = [Finding(self.places.get(each.loc, 1), path_of(each.loc), each.text) for each in problems]
+            return tuple(sorted({*before, *new}))
+
+        return replace(
+            self,
+            topology=None if errors else self.topology,
+            errors=merged(self.errors, errors),
+            warnings=merged(self.warnings, warnings),
+        )
 
     def lines(self) -> list[str]:
         """Return the errors as an operator reads them."""
@@ -81,7 +96,7 @@ def check_bytes(data: bytes, file: Path, *, without_keys: bool = False) -> Repor
     """Return the same for what a file holds; ``file`` is what messages call it."""
     document = read_document(data)
     if not document.is_readable:
-        return Report(file, None, tuple(document.findings), ())
+        return Report(file, None, tuple(document.findings), (), {})
     return _Check(document, without_keys).report(file)
 
 
@@ -100,7 +115,7 @@ class _Check:
             found = f"it holds {noun_of(data)}" if data is not None else "it holds no keys"
             message = f"{found}, and a topology is made of keys such as `nodes:`; compare with the examples in configs/"
             self._errors.append(Finding(self._document.line_of(()), "", message))
-            return Report(file, None, tuple(self._errors), ())
+            return Report(file, None, tuple(self._errors), (), {})
         try:
             topology = Topology.model_validate(data)
         except ValidationError as error:
@@ -111,7 +126,11 @@ class _Check:
         self._errors += [self._finding(problem) for problem in problems if self._is_sound(problem)]
         warnings = [self._finding(problem) for problem in find_warnings(topology) if self._is_sound(problem)]
         return Report(
-            file, None if self._errors else topology, tuple(sorted(set(self._errors))), tuple(sorted(set(warnings)))
+            file,
+            None if self._errors else topology,
+            tuple(sorted(set(self._errors))),
+            tuple(sorted(set(warnings))),
+            self._document.lines,
         )
 
     def _values(self, error: ValidationError) -> None:

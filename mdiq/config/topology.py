@@ -164,6 +164,10 @@ class Api(_Section):
         "File of API keys, made by `mdiq api-key`; clients must send one of them. null: none needed. Relative to this "
         "file.",
     )
+    tls_cert: FilePath | None = _key(
+        None, "Certificate (PEM, with its chain) for HTTPS; null: plain HTTP. Relative to this file."
+    )
+    tls_key: FilePath | None = _key(None, "Private key of tls_cert (PEM, mode 600). Relative to this file.")
     cors_origins: tuple[Origin, ...] = _key(
         (), "Web pages of these origins may use the API from a browser, for example https://chat.example.org; '*': all."
     )

@@ -114,6 +114,7 @@ class Epochs:
             chunk_tokens=self.spec.shared_chunk(num_live),
             decode_gap_s=service.ring.decode_gap_s,
             max_live=self.spec.max_live,
+            kv_tokens=self.spec.kv_tokens,
         )
 
     def hops(self) -> list[HopFigures]:

@@ -223,7 +223,7 @@ class PaceFigures:
     predicted_tokens_per_s: what the Plan expects of decoding.
     chunk_tokens: most prompt tokens that a decoding Sequence meets in a Batch.
     decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
-    max_live: Sequences that the Ring takes in at once.
+    max_live: Sequences that the Ring takes in at once. kv_tokens: its KV cache.
     """
 
     num_live: int
@@ -234,6 +234,7 @@ class PaceFigures:
     chunk_tokens: int
     decode_gap_s: float
     max_live: int
+    kv_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

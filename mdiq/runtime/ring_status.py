@@ -243,7 +243,9 @@ class RingView:
                 for times in self.formed.pauses
             ],
             "kv_reserved_tokens": self.formed.service.ring.kv_reserved_tokens,
+            "kv_capacity_tokens": pace.kv_tokens,
             "pace": {
+                "hops_s": pace.hops_s,
                 "most_live": pace.num_live,
                 "in_flight": pace.in_flight,
                 "cap": pace.cap,

@@ -15,8 +15,7 @@ from aiohttp import web
 
 from mdiq.api.admission import max_prompts
 from mdiq.api.app import Api
-from mdiq.api.keys import ApiKey, read_keys
-from mdiq.api.server import ApiRunner
+from mdiq.api.server import ApiRunner, TlsSite
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import SamplingParams, Sequence
@@ -33,6 +32,7 @@ from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
+from mdiq.service.api_files import keys_of, tls_files_of
 from mdiq.service.replanning import Replanning, with_load
 from mdiq.service.text_pipe import TokenizerPipe
 from mdiq.service.topology_rings import TopologyRings
@@ -236,9 +236,9 @@ class TopologyService:
         self._notifier = notifier
         self._file = loaded.file
         self._wanted_api = loaded.topology.api  # a reload does not change it
-        keys_file = self._wanted_api.keys_file
-        self._keys_file = None if keys_file is None else loaded.path(keys_file)
-        self._keys = self._read_keys()
+        self._loaded = loaded
+        self._keys, self._tls_files = keys_of(loaded), tls_files_of(loaded)
+        self._tls = None if self._tls_files is None else self._tls_files.context()
 
     async def run(self) -> None:
         """Serve until a signal comes."""
@@ -284,21 +284,21 @@ class TopologyService:
         wanted, api = self._wanted_api, self._api
         runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s, on_cut_off=api.note_cut_off)
         await runner.setup()
+        where = runner, wanted.host, wanted.port
+        site = web.TCPSite(*where) if self._tls is None else TlsSite(*where, self._tls)
         try:
             try:
-                await web.TCPSite(runner, wanted.host, wanted.port).start()
+                await site.start()
             except OSError as error:
                 raise ConfigError(
                     f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
                     "see what listens there, or choose another port"
                 ) from None
-            log.info("api_listens", host=wanted.host, port=wanted.port, model=self._model_name)
+            scheme = "http" if self._tls is None else "https"
+            log.info("api_listens", scheme=scheme, host=wanted.host, port=wanted.port, model=self._model_name)
             yield
         finally:
             await runner.cleanup()
-
-    def _read_keys(self) -> list[ApiKey]:
-        return [] if self._keys_file is None else read_keys(self._keys_file)
 
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
         return TokenizerPipe(self._tokenizer, sequence.params)
@@ -339,8 +339,11 @@ class TopologyService:
         log.info("reload_done", result=await self._reload_all())
 
     async def _reload_all(self) -> str:
-        if self._keys_file is None:
-            return await self._keeper.reload()
-        keys = self._read_keys()
+        """Read keys and certificate again, then the topology."""
+        keys = keys_of(self._loaded)
+        if self._tls_files is not None and self._tls is not None:
+            self._tls_files.context()  # files that cannot be used change nothing
+            self._tls_files.load(self._tls)
         self._api.replace_keys(keys)  # before what may wait for requests: a key that is gone is gone at once
-        return f"{await self._keeper.reload()}; API keys: {len(keys)}"
+        result = await self._keeper.reload()
+        return f"{result}; API keys: {len(keys)}" if keys else result

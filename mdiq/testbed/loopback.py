@@ -210,7 +210,8 @@ class LoopbackRing:
                 node["memory"] = f"{max(memory * 8 // 10 // len(self._names) >> 20, 64)}M"
         if (model := loaded.path(topology.model.path)).exists():
             data["model"]["path"] = str(model.resolve())
-        for section, key in ((data.get("api"), "keys_file"), (data, "journal")):
+        files = [(data.get("api"), key) for key in ("keys_file", "tls_cert", "tls_key")]
+        for section, key in (*files, (data, "journal")):
             if section and section.get(key):
                 section[key] = str(loaded.path(section[key]).resolve())
         security = data.setdefault("security", {})

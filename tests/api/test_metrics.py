@@ -23,6 +23,16 @@ STATUS = {
     "counts": {"preemptions": 5, "recoveries": 8},
     "pauses": [{"after_s": 9.0}, {"unheard_s": 0.5, "back_s": 0.0, "loaded_s": 1.25, "after_s": 1.5, "sequences": 2}],
     "kv_reserved_tokens": 96,
+    "kv_capacity_tokens": 2_048,
+    "pace": {"hops_s": 0.004},
+    "hops": [
+        {"wire": "bf16", "delay_s": 0.001, "bytes_per_s": 1e6},
+        {"wire": "bf16", "delay_s": None, "bytes_per_s": None},
+    ],
+    "keys": [
+        {"name": "office", "running": 1, "requests": 2, "refused": 3, "prompt_tokens": 4, "answer_tokens": 5},
+        {"name": "lab", "running": 0, "requests": 0, "refused": 0, "prompt_tokens": 0, "answer_tokens": 0},
+    ],
     "nodes": [{"name": "desk", **DESK}, {"name": "pi-1", "state": "drained"}],
 }
 EXPECTED = """\
@@ -69,6 +79,12 @@ mdiq_last_pause_seconds{step="after"} 1.5
 # HELP mdiq_kv_reserved_tokens KV cache in use, in tokens, with cached prefixes.
 # TYPE mdiq_kv_reserved_tokens gauge
 mdiq_kv_reserved_tokens 96
+# HELP mdiq_kv_capacity_tokens KV cache of the ring, in tokens.
+# TYPE mdiq_kv_capacity_tokens gauge
+mdiq_kv_capacity_tokens 2048
+# HELP mdiq_hops_seconds All hops of a lap together, without computing.
+# TYPE mdiq_hops_seconds gauge
+mdiq_hops_seconds 0.004
 # HELP mdiq_stage_busy_ratio Share of the time in which a node computes.
 # TYPE mdiq_stage_busy_ratio gauge
 mdiq_stage_busy_ratio{node="desk"} 0.25
@@ -84,6 +100,32 @@ mdiq_stage_received_bytes_total{node="desk"} 10
 # HELP mdiq_stage_sent_bytes_total Bytes of activations that a node sent on.
 # TYPE mdiq_stage_sent_bytes_total counter
 mdiq_stage_sent_bytes_total{node="desk"} 11
+# HELP mdiq_key_requests_running Requests of a key in flight, each prompt counted.
+# TYPE mdiq_key_requests_running gauge
+mdiq_key_requests_running{key="office"} 1
+mdiq_key_requests_running{key="lab"} 0
+# HELP mdiq_key_requests_total Requests of a key that were begun.
+# TYPE mdiq_key_requests_total counter
+mdiq_key_requests_total{key="office"} 2
+mdiq_key_requests_total{key="lab"} 0
+# HELP mdiq_key_requests_refused_total Requests that a key's own limit refused.
+# TYPE mdiq_key_requests_refused_total counter
+mdiq_key_requests_refused_total{key="office"} 3
+mdiq_key_requests_refused_total{key="lab"} 0
+# HELP mdiq_key_prompt_tokens_total Tokens of a key's prompts.
+# TYPE mdiq_key_prompt_tokens_total counter
+mdiq_key_prompt_tokens_total{key="office"} 4
+mdiq_key_prompt_tokens_total{key="lab"} 0
+# HELP mdiq_key_answer_tokens_total Tokens of a key's answers.
+# TYPE mdiq_key_answer_tokens_total counter
+mdiq_key_answer_tokens_total{key="office"} 5
+mdiq_key_answer_tokens_total{key="lab"} 0
+# HELP mdiq_hop_delay_seconds One way of a small message, as measured when the ring was formed.
+# TYPE mdiq_hop_delay_seconds gauge
+mdiq_hop_delay_seconds{sender="desk"} 0.001
+# HELP mdiq_hop_bytes_per_second What a hop carries, as measured when the ring was formed.
+# TYPE mdiq_hop_bytes_per_second gauge
+mdiq_hop_bytes_per_second{sender="desk"} 1e+06
 """
 
 
@@ -96,15 +138,23 @@ def test_names_types_labels_and_values_are_those_that_dashboards_know() -> None:
 
 
 def test_figures_that_nobody_knows_yet_are_left_out() -> None:
-    status = {key: value for key, value in STATUS.items() if key not in ("counts", "pauses", "kv_reserved_tokens")} | {
-        "nodes": [{"name": "pi-1"}]
-    }
+    unknown = ("counts", "pauses", "kv_reserved_tokens", "kv_capacity_tokens", "pace", "hops", "keys")
+    status = {key: value for key, value in STATUS.items() if key not in unknown} | {"nodes": [{"name": "pi-1"}]}
     left_out = {family.name for family in families(EXPECTED)} - {family.name for family in families(text_of(status))}
     assert left_out == {
         "mdiq_preemptions",
         "mdiq_recoveries",
         "mdiq_last_pause_seconds",
         "mdiq_kv_reserved_tokens",
+        "mdiq_kv_capacity_tokens",
+        "mdiq_hops_seconds",
+        "mdiq_hop_delay_seconds",
+        "mdiq_hop_bytes_per_second",
+        "mdiq_key_requests_running",
+        "mdiq_key_requests",
+        "mdiq_key_requests_refused",
+        "mdiq_key_prompt_tokens",
+        "mdiq_key_answer_tokens",
         "mdiq_stage_busy_ratio",
         "mdiq_stage_resident_bytes",
         "mdiq_stage_weight_bytes",

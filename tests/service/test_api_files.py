@@ -1,0 +1,68 @@
+"""The files that the API needs, as `mdiq check` finds them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mdiq.cli.main import app
+from tests.api.certificates import make_certificate
+
+TOPOLOGY = """\
+version: 1
+model: {path: smollm2-135m-instruct}
+nodes:
+  - {name: desk, role: starter, address: 127.0.0.1}
+api:
+  host: 0.0.0.0
+  keys_file: api-keys
+  tls_cert: tls/api.crt
+  tls_key: tls/api.key
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "topology.yaml"
+    file.write_text(TOPOLOGY)
+    make_certificate(tmp_path / "tls")
+    assert CliRunner().invoke(app, ["api-key", "office", "--file", str(tmp_path / "api-keys")]).exit_code == 0
+    return file
+
+
+def _checked(file: Path) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["check", str(file)])
+    return done.exit_code, done.output
+
+
+def test_files_that_can_be_used_are_not_mentioned(file: Path) -> None:
+    code, told = _checked(file)
+    assert code == 0 and "api." not in told, told
+
+
+def test_what_only_the_starter_has_is_a_warning_elsewhere(file: Path) -> None:
+    (file.parent / "api-keys").unlink()
+    (file.parent / "tls" / "api.key").unlink()
+    code, told = _checked(file)
+    assert code == 0
+    assert f"warning: {file}:7 api.keys_file: {file.parent}/api-keys is not here" in told
+    assert f"warning: {file}:8 api.tls_cert: {file.parent}/tls/api.key is not here" in told
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "api-keys").chmod(0o644), ":7 api.keys_file: {}/api-keys: others can read it"),
+        (
+            lambda folder: (folder / "api-keys").write_text("office sha256:0\n"),
+            "{}/api-keys:1: sha256:",
+        ),
+        (lambda folder: (folder / "tls" / "api.key").chmod(0o604), ":8 api.tls_cert: {}/tls/api.key: others can read"),
+        (lambda folder: make_certificate(folder / "tls", password="secret"), "/tls/api.key: it is encrypted"),
+    ],
+)
+def test_what_the_service_would_refuse_is_an_error(file: Path, spoil: Callable[[Path], object], words: str) -> None:
+    spoil(file.parent)
+    code, told = _checked(file)
+    assert code == 2 and words.format(file.parent) in told and "1 error" in told
