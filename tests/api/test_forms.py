@@ -47,12 +47,14 @@ class WritingRing(FakeRing):
         self.tools = tools
         return [1, 2, 3]
 
-    async def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
+    async def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, **_: Any
+    ) -> AsyncGenerator[StreamEvent, None]:
         self.asked.append((prompt, params))
         pieces = [self.text[i : i + 3] for i in range(0, len(self.text), 3)]
         for i, piece in enumerate(pieces):
             reason = self.reason if i == len(pieces) - 1 else None
-            yield StreamEvent(TokenEvent(0, i, 3 + i, reason), piece, 0.0, self.stop_text if reason else None)
+            yield StreamEvent(TokenEvent(0, i, 3 + i, reason), piece, 0.0, stop_text=self.stop_text if reason else None)
 
 
 async def _chat(ring: WritingRing, **fields: Any) -> dict[str, Any]:
