@@ -19,7 +19,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from mdiq import __version__
 from mdiq.api import streams
-from mdiq.api.app import MAX_BODY_BYTES, TEXT_THREADS, Api
+from mdiq.api.answering import TEXT_THREADS
+from mdiq.api.app import MAX_BODY_BYTES, Api
 from mdiq.api.keys import bare_keys
 from mdiq.core.logprobs import Logprobs, LogprobsWanted, TokenLogprob
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
