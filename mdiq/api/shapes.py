@@ -40,7 +40,8 @@ class Answer:
         if step.finish_reason is FinishReason.ERROR:
             raise step.error or RingError("the ring failed")
         if step.finish_reason is not None:
-            self.finish_reason = str(step.finish_reason)
+            is_cut = self.drops_answer and step.finish_reason is FinishReason.STOP
+            self.finish_reason = str(FinishReason.LENGTH if is_cut else step.finish_reason)
 
     def parts(self) -> Iterator[tuple[str, Sequence[Entry] | None]]:
         """Yield text that was not sent, with the log-probabilities that belong to it, in parts for chunks."""
