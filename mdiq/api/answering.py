@@ -118,10 +118,8 @@ class Answering:
         backend, client = self._backend, _client_of(record)
         asked, make_parser = await formed(asked, backend, self.in_thread)
         prompts = await self.prompts(asked)
-        params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
-        if (
-            largest := max((token for each in params for token, _ in each.logit_bias), default=0)
-        ) >= backend.vocab_size:
+        params = asked.all_params([len(prompt) for prompt in prompts], backend.context_tokens)
+        if (largest := max((token for token, _ in params[0].logit_bias), default=0)) >= backend.vocab_size:
             raise BadRequest(f"logit_bias: {_no_token(largest, backend)}", "logit_bias")
         choices = range(asked.num_choices)
         # Answers to one prompt follow each other, so that all but the first find it in the KV cache.
