@@ -1,5 +1,8 @@
 """Sampling values are checked, and a Sequence knows its tokens and its end."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
@@ -72,3 +75,16 @@ def test_a_sequence_ends_with_its_last_token_an_end_token_or_a_stop_text() -> No
     going_on = Sequence(0, (1,), SamplingParams(max_tokens=2, ignore_eos=True), frozenset({9}))
     assert going_on.append(9) is None
     assert going_on.append(9) is FinishReason.LENGTH
+
+
+def test_how_to_sample_survives_a_journal() -> None:
+    """As JSON: an answer in a form goes on in it after a restart."""
+    params = SamplingParams(grammar='regex:"a"', shown_token_ids=(7, 8), stop=("x",), seed=3)
+    assert SamplingParams().replaced(json.loads(json.dumps(asdict(params))), "journal") == params
+    with pytest.raises(ConfigError, match="journal: grammar: 5 is not a text"):
+        SamplingParams().replaced({"grammar": 5}, "journal")
+
+
+def test_a_form_says_where_the_answer_ends() -> None:
+    with pytest.raises(ConfigError, match="ignore_eos: True is out of range"):
+        SamplingParams(grammar="regex:a", ignore_eos=True)

@@ -85,3 +85,19 @@ def test_an_answer_says_and_ends_alike_wherever_a_restart_has_cut_it(
     assert whole[1] is reason and (said is None or whole[0].split() == said.split())
     for num_known in range(1, len(ids) + 1):
         assert _both(tokenizer, ids, params, num_known) == whole
+
+
+def test_special_tokens_have_a_text_where_they_are_to_be_seen(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.plain_ids("a b"), 1, *tokenizer.plain_ids("c"), 2]
+    assert _said(tokenizer, ids) == tokenizer.decode(ids)
+    pipe = TokenizerPipe(tokenizer, SamplingParams(shown_token_ids=(1,)))
+    text = "".join([pipe.push(token) for token in ids]) + pipe.finish()
+    assert "".join(text.split()) == f"ab{tokenizer.text_of_special(1)}c"
+
+
+def test_the_stop_text_that_ended_an_answer_is_known(tokenizer: Tokenizer) -> None:
+    pipe = TokenizerPipe(tokenizer, SamplingParams(stop=("xx", "b")))
+    assert pipe.stop_text is None
+    for token in tokenizer.plain_ids("a b c"):
+        pipe.push(token)
+    assert pipe.stop_matched and pipe.stop_text == "b"
