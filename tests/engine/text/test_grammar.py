@@ -82,6 +82,13 @@ def test_other_kinds_of_grammars_are_followed(tokenizer: Tokenizer, grammar: str
         assert callable(fits) and fits(text), text
 
 
+def test_the_name_of_a_special_token_may_stand_in_a_form_as_text(tokenizer: Tokenizer) -> None:
+    name = tokenizer.text_of_special(next(iter(tokenizer.eos_token_ids)))
+    for grammar in (f"choice:{json.dumps([f'a{name}b'])}", f"choice:{json.dumps([name])}"):
+        for seed in range(3):
+            assert name in _walk(tokenizer, grammar, seed)
+
+
 def test_the_end_is_allowed_only_where_the_form_is_whole(tokenizer: Tokenizer) -> None:
     grammars, sequence = Grammars(tokenizer), _sequence('choice:["aa", "aabb"]')
     ends, seen = tokenizer.eos_token_ids, {}
