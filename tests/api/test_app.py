@@ -375,7 +375,9 @@ async def test_texts_of_clients_that_have_left_take_no_thread() -> None:
         return text
 
     api = Api(FakeRing())
-    first, second, *waiting = [asyncio.create_task(api._answering.in_thread(partial(encode, text))) for text in "abcdef"]
+    first, second, *waiting = [
+        asyncio.create_task(api._answering.in_thread(partial(encode, text))) for text in "abcdef"
+    ]
     while len(begun) < TEXT_THREADS:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     for task in (first, *waiting):
