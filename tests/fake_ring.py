@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mdiq.control.standby import StandingBy
+from mdiq.core.hop_survey import HopLink
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.types import LayerRange
@@ -232,6 +233,9 @@ class FakeRing:
             NodeFigures(name, layers, 100, 50, busy_s, 0.0, num_bytes, num_bytes, {})
             for name, layers in zip(self.options.node_names, self.options.layers, strict=True)
         ]
+
+    async def measure_hops(self) -> tuple[HopLink | None, ...]:
+        return ()
 
     def hops(self) -> list[HopFigures]:
         assert not self.options.is_survey, "its hops have no formats yet"

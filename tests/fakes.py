@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from mdiq.core.frame import Batch, Buffer, Payload, TokenIds
+from mdiq.core.logprobs import Drawn, TokenLogprob
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import LayerRange, SeqId
 from mdiq.errors import EngineError
@@ -48,6 +49,12 @@ class ChainCache:
     blocks: list[object] = field(default_factory=list)
 
 
+def chain_logprob(row: bytes, token: int) -> TokenLogprob:
+    """What the chain model thinks of a token in the place that a row is of; the likeliest is the one it would draw."""
+    value = int.from_bytes(chain_hash(row, token)[:2], "little")
+    return TokenLogprob(token, -float(value), ((chain_token(row), -1.0),))
+
+
 class ChainEngine:
     """A Stage's layers as hashes. A layer's state per Sequence plays the KV cache: all that came before is in it.
 
@@ -85,7 +92,7 @@ class ChainEngine:
                 rows.append(self._row(states, hidden, segment.start + offset))
                 cache.states.append(list(states))
             self._take_blocks(cache)
-            out += rows if not self._is_last else rows[-1:] if segment.wants_logits else []
+            out += rows[len(rows) - segment.num_head_rows :] if self._is_last else rows
         return ChainRows(b"".join(out))
 
     def _fork(self, seq_id: SeqId, parent: SeqId, num_tokens: int) -> None:
@@ -134,9 +141,25 @@ def chain_answer(
     return answer
 
 
+def chain_prompt_logprobs(prompt: tuple[int, ...], num_layers: int) -> list[TokenLogprob]:
+    """The single-process log-probabilities of the prompt's tokens from the second one on."""
+    states = [b""] * num_layers
+    engine = ChainEngine(LayerRange(0, num_layers), is_last=True)
+    rows = [engine._row(states, chain_hash(token), position) for position, token in enumerate(prompt)]
+    return [chain_logprob(row, token) for row, token in zip(rows, prompt[1:], strict=False)]
+
+
 class ChainStarter(ChainEngine):
     """The Starter's engine of a chain Ring: its first layers, and the head as a sampler."""
 
-    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[int]:
-        assert len(rows) == len(sequences)
-        return [chain_token(b"".join(bytes(buffer) for buffer in row.parts()[2])) for row in rows]
+    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[Drawn]:
+        drawn = []
+        for row, sequence in zip(rows, sequences, strict=True):
+            (data,) = _rows(row)
+            token = chain_token(data)
+            drawn.append(Drawn(token, chain_logprob(data, token) if sequence.logprobs else None))
+        return drawn
+
+    def score(self, rows: Payload, sequence: Sequence, start: int) -> list[TokenLogprob]:
+        data = _rows(rows)
+        return [chain_logprob(row, sequence.prompt[start + 1 + i]) for i, row in enumerate(data)]

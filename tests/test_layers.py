@@ -172,7 +172,7 @@ def test_what_catches_every_error_is_at_the_edge_of_a_request_a_process_or_a_lib
         "engine/text/chat_template.py",  # a template can raise anything
         "engine/text/gguf_tokenizer.py",  # `tokenizers` raises plain Exceptions
         "runtime/admin.py",  # one question
-        "runtime/starter_service.py",  # rows of some requests
+        "runtime/head.py",  # rows of some requests
         "transport/curve.py",  # a gate that fails must say so in words
     ]
 

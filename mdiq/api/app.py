@@ -18,18 +18,23 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from mdiq import __version__
 from mdiq.api.admission import Admission, Places
 from mdiq.api.audit import RECORD, add_request_id, audited
 from mdiq.api.backend import Backend
 from mdiq.api.clients import Client, Clients
 from mdiq.api.figures import Figures
+from mdiq.api.forming import formed
 from mdiq.api.keys import ApiKey
+from mdiq.api.logprobs import AnswerLogprobs
+from mdiq.api.messages import PATH, Messages, errors_in_their_form, parse_messages
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, Asked, BadRequest, broke, parse, too_long
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
 from mdiq.api.shapes import Answer, Chat, Completion, Shape
 from mdiq.api.streams import merged, send_stream
-from mdiq.errors import CapacityError, MdiqError
+from mdiq.api.token_routes import TokenRoutes
+from mdiq.errors import CapacityError, ConfigError, MdiqError
 
 log = structlog.get_logger()
 
@@ -37,7 +42,7 @@ MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JS
 LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
 MAX_LARGE_BODIES = 16  # that are read at once
 TEXT_THREADS = 2  # a short text does not wait for a long one; the other threads are the ring's
-_PUBLIC = ("/health",)
+_PUBLIC = ("/health", "/ready")
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -46,8 +51,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Api:
     """The application.
 
-    keys: every request but /health must carry one of them; if empty, none is needed. cors_origins: web pages of
-    these origins may call the API from a browser; "*": of all.
+    keys: every request but /health and /ready must carry one of them; if empty, none is needed. cors_origins: web pages
+    of these origins may call the API from a browser; "*": of all.
     """
 
     def __init__(
@@ -86,17 +91,24 @@ class Api:
 
     def application(self) -> web.Application:
         """Return it with its routes."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[audited, self._errors])
+        middlewares = [audited, errors_in_their_form, self._errors]
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
         app.on_response_prepare.extend([self._allow_origin, add_request_id])
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
                 web.get("/health", self._health),
+                web.get("/ready", self._ready),
                 web.get("/metrics", self._metrics),
+                web.get("/status.json", self._status),
+                web.get("/version", self._version),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id:.+}", self._model),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._completions),
+                *TokenRoutes(self._backend, self._body, self._in_thread, self._check_model).routes(),
+                web.post(PATH, self._messages),
+                web.post(f"{PATH}/count_tokens", self._count_tokens),
             ]
         )
         return app
@@ -154,6 +166,17 @@ class Api:
             return web.json_response({"status": "ok"})
         raise ApiError(503, self._backend.state, code=503)
 
+    async def _ready(self, _: web.Request) -> web.Response:
+        if self._backend.is_serving:
+            return web.json_response({"status": "ready"})
+        raise ApiError(503, "the ring does not serve; GET /health says what it waits for")
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return web.json_response(self.status())
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": __version__})
+
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
@@ -184,6 +207,16 @@ class Api:
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, Completion)
 
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, Messages)
+
+    async def _count_tokens(self, request: web.Request) -> web.Response:
+        asked = parse_messages(await self._body(request), is_count=True)
+        if asked.model is not None:
+            self._check_model(asked.model)
+        (prompt,) = await self._prompts(asked)
+        return web.json_response({"input_tokens": len(prompt)})
+
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
         backend, admission, client = self._backend, self._admission, request[RECORD].client
         assert client is not None  # else it was refused
@@ -195,11 +228,15 @@ class Api:
         except ApiError:
             await self._discard_body(request)
             raise
-        asked = parse(await self._body(request), is_chat=shape is Chat)
+        body = await self._body(request)
+        asked = parse_messages(body) if shape is Messages else parse(body, is_chat=shape is Chat)
         if asked.model is not None:
             self._check_model(asked.model)
         # Requests that are still being tokenized are not running yet, and count too.
-        num_asked = max(len(asked.prompts), 1)
+        num_asked = asked.num_answers
+        if asked.num_choices > 1 and num_asked > backend.max_requests:
+            text = f"n: {num_asked} answers; this ring gives {backend.max_requests} at once, so ask for fewer"
+            raise BadRequest(text, "n")
         with client.in_flight(num_asked, time.monotonic()):
             now = time.monotonic()
             places = admission.take(num_asked, backend.max_requests, now, **self._whose(client))
@@ -239,18 +276,36 @@ class Api:
     async def _run(self, request: web.Request, asked: Asked, shape: type[Shape], places: Places) -> web.StreamResponse:
         backend, record = self._backend, request[RECORD]
         assert (client := record.client) is not None  # else it was refused
+        asked, make_parser = await formed(asked, backend, self._in_thread)
         prompts = await self._prompts(asked)
         params = [asked.params(len(prompt), backend.context_tokens) for prompt in prompts]
-        answers = [Answer(len(prompt), each.max_tokens) for prompt, each in zip(prompts, params, strict=True)]
+        if (
+            largest := max((token for each in params for token, _ in each.logit_bias), default=0)
+        ) >= backend.vocab_size:
+            raise BadRequest(f"logit_bias: {_no_token(largest, backend)}", "logit_bias")
+        choices = range(asked.num_choices)
+        # Answers to one prompt follow each other, so that all but the first find it in the KV cache.
+        wanted = [(prompt, each.of_choice(i)) for prompt, each in zip(prompts, params, strict=True) for i in choices]
+        answers = [
+            Answer(0 if number % len(choices) else len(prompt), each.max_tokens, parser=make_parser())
+            for number, (prompt, each) in enumerate(wanted)
+        ]
         out, now = shape(backend.model_name), time.monotonic()
+        out.answers = answers
         self._admission.fill(places, answers, now)
+        await self._prepare(asked, prompts, answers)
         record.num_prompt = sum(map(len, prompts))
         client.begin(record.num_prompt, now)
         record.has_run = True
-        key, watched = client.key, self._figures.watched
+        key, watched, logprobs = client.key, self._figures.watched, asked.logprobs.wanted
         streams = [
-            watched(backend.answer(*each, owner=key.name, share=key.share), len(each[0]), record.begun_s, client)
-            for each in zip(prompts, params, strict=True)
+            watched(
+                backend.answer(*each, logprobs=logprobs, owner=key.name, share=key.share),
+                answer.num_prompt,
+                record.begun_s,
+                client,
+            )
+            for each, answer in zip(wanted, answers, strict=True)
         ]
         try:
             async with aclosing(merged(streams)) as events:
@@ -262,7 +317,30 @@ class Api:
         finally:
             record.num_answer = sum(answer.num_tokens for answer in answers)
             record.finish_reason = answers[-1].finish_reason or "none"
-        return web.json_response(out.whole(answers))
+        if logprobs is None:
+            return web.json_response(out.whole(answers))
+        text = await self._in_thread(partial(out.whole_text, answers))
+        return web.json_response(text=text)
+
+    async def _prepare(self, asked: Asked, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> None:
+        """Have answers begin with their prompts, and hold log-probabilities, where that is asked for."""
+        shown, backend = asked.logprobs, self._backend
+        # The answers to one prompt follow each other.
+        places = [i * len(prompts) // len(answers) for i in range(len(answers))]
+        try:
+            shown.check_size(sum(len(prompts[place]) for place in places))
+        except ConfigError as error:
+            raise BadRequest(str(error), "logprobs") from None
+        for answer, place in zip(answers, places, strict=True):
+            prompt = prompts[place] if shown.echo else ()
+            answer.drops_answer = shown.drops_answer
+            if shown.wanted is not None:
+                answer.logprobs = AnswerLogprobs(backend.spell, prompt, drops_answer=shown.drops_answer)
+            if shown.echo:
+                given = asked.prompts[place]
+                if not isinstance(given, str):
+                    given = await self._in_thread(partial(backend.decode, given))
+                answer.repeat(given)
 
     async def _prompts(self, asked: Asked) -> list[tuple[int, ...]]:
         backend = self._backend
@@ -270,7 +348,8 @@ class Api:
         try:
             # Long texts take long, and others' tokens must not wait.
             if asked.messages is not None:
-                chat_ids = partial(backend.chat_ids, asked.messages, asked.template_kwargs)
+                tools = asked.tools.told if asked.tools else ()
+                chat_ids = partial(backend.chat_ids, asked.messages, asked.template_kwargs, tools)
                 prompts = [tuple(await self._in_thread(chat_ids))]
             else:
                 texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
@@ -284,7 +363,7 @@ class Api:
             raise BadRequest(f"{field}: it is empty; give at least one token", field)
         # A token id without an embedding would fail the whole Batch.
         if (largest := max(map(max, prompts))) >= backend.vocab_size:
-            raise BadRequest(f"{field}: token id {largest}: the model has {backend.vocab_size} tokens only", field)
+            raise BadRequest(f"{field}: {_no_token(largest, backend)}", field)
         return prompts
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
@@ -298,6 +377,10 @@ class Api:
 
         running.add_done_callback(ended)
         return await asyncio.wrap_future(running)
+
+
+def _no_token(token: int, backend: Backend) -> str:
+    return f"token id {token}: the model has {backend.vocab_size} tokens only"
 
 
 def _no_route(request: web.Request, error: web.HTTPException) -> str:

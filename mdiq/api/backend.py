@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import SamplingParams
 from mdiq.runtime.starter_service import StreamEvent
 
@@ -53,10 +54,28 @@ class Backend(Protocol):
         """
         ...
 
+    def text_ids(self, text: str, *, has_special: bool) -> Sequence[int]:
+        """Return the tokens of a text of any length. Called in a thread.
+
+        has_special: with the BOS or EOS that the model's tokenizer adds.
+        """
+        ...
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special tokens included. Called in a thread."""
+        ...
+
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, str | int | float | bool],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        is_bounded: bool = True,
     ) -> Sequence[int]:
         """Return the tokens of a chat in the model's template, rendered with template_kwargs. Called in a thread.
+
+        tools: as the template lists them to the model. is_bounded: a chat that cannot fit is refused.
 
         Raises:
             CapacityError: the chat cannot fit; it is not tokenized then.
@@ -64,8 +83,39 @@ class Backend(Protocol):
         """
         ...
 
+    def check_grammar(self, grammar: str) -> None:
+        """Compile a grammar of SamplingParams. Called in a thread.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template; it says in which form tools are called."""
+        ...
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token of this text; None if it has none, or one with a text in answers."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without special tokens. Called in a thread."""
+        ...
+
+    def spell(self, token: int) -> tuple[bytes, bool]:
+        """Return a token's bytes, and whether they are part of a text; those of a special token are its name."""
+        ...
+
     def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, *, owner: str = "", share: int = 1
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        *,
+        logprobs: LogprobsWanted | None = None,
+        owner: str = "",
+        share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Run a Sequence; closing the iterator cancels it. owner: whose it is; share: see core/fair_shares.py.
 

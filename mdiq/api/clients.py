@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from mdiq.api.keys import NO_KEY, ApiKey, find_key
-from mdiq.api.requests import KEY_LIMIT, ApiError, BadRequest
+from mdiq.api.requests import ApiError, BadRequest
 from mdiq.core.token_bucket import TokenBucket
 
 RETRY_S = 1
@@ -93,7 +93,7 @@ class Client:
 
     def _refused(self, what: str, retry_s: int) -> ApiError:
         self.num_refused += 1
-        return ApiError(429, f"{what}; ask again in {retry_s} s", code=KEY_LIMIT, retry_after_s=retry_s)
+        return ApiError(429, f"{what}; ask again in {retry_s} s", reason="key_limit", retry_after_s=retry_s)
 
 
 class Clients:

@@ -4,10 +4,13 @@ import contextlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mdiq.api.fields import check_served, sampling_values
+from mdiq.api.fields import MAX_CHOICES, NO_LIMIT, check_served, num_choices, sampling_values
+from mdiq.api.logprobs import AskedLogprobs, take_logprobs
+from mdiq.api.structure import Structure, structure_of
+from mdiq.api.tools import ToolUse, tools_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
@@ -16,12 +19,12 @@ MAX_PROMPTS = 64
 MAX_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_OF_CHATS = ("tools", "tool_choice")
 _TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 _INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
 _TOO_LONG = "context_length_exceeded"
-KEY_LIMIT = "rate_limit_exceeded"
-"""Code of an error of a key that is over a limit of its own."""
+_CODES = {401: "invalid_api_key", 404: "unknown_url", 429: "rate_limit_exceeded"}
 _REASONS = {401: "no_key", 408: "too_slow", 413: "too_large", 429: "busy", 503: "unavailable"}
 REASONS = ("busy", "unavailable", "too_long", "invalid", "no_key", "too_slow", "too_large", "key_limit")
 """Why requests are refused, as the metrics name it."""
@@ -30,8 +33,8 @@ REASONS = ("busy", "unavailable", "too_long", "invalid", "no_key", "too_slow", "
 class ApiError(Exception):
     """An error as the answer to a request.
 
-    kind: OpenAI's type of error; param: the wrong field; retry_after_s: when it may be asked again; more: further
-    fields of the answer.
+    kind: OpenAI's type of error; param: the wrong field; retry_after_s: when it may be asked again; reason: one of
+    REASONS, where status and code do not tell; more: further fields of the answer.
     """
 
     def __init__(
@@ -42,31 +45,34 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         retry_after_s: int | None = None,
+        reason: str | None = None,
         **more: object,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self._own_reason = reason
         self.retry_after_s = retry_after_s
         self.body: dict[str, object] = {
             "message": message if len(message) <= MAX_ERROR_CHARACTERS else f"{message[:MAX_ERROR_CHARACTERS]}…",
             "type": kind or _KINDS.get(status, _INVALID),
             "param": param,
-            "code": None,
+            "code": _CODES.get(status),
             **more,
         }
 
     @property
     def reason(self) -> str:
         """One of REASONS."""
-        own = {_TOO_LONG: "too_long", KEY_LIMIT: "key_limit"}.get(str(self.body["code"]))
-        return own or _REASONS.get(self.status, "invalid")
+        if self._own_reason is not None:
+            return self._own_reason
+        return "too_long" if self.body["code"] == _TOO_LONG else _REASONS.get(self.status, "invalid")
 
 
 class BadRequest(ApiError):
     """A request that cannot be served as it is."""
 
     def __init__(self, message: str, param: str | None = None, kind: str | None = None, **more: object) -> None:
-        super().__init__(400, message, kind, param=param, retry_after_s=None, **more)
+        super().__init__(400, message, kind, param=param, retry_after_s=None, reason=None, **more)
 
 
 def broke() -> ApiError:
@@ -95,7 +101,8 @@ class Asked:
     """One request: ``messages`` of a chat, or ``prompts``, each a text or token ids.
 
     values: of SamplingParams, not yet checked. max_tokens: None: as many as there is room for.
-    template_kwargs: variables of the chat template beside the messages.
+    template_kwargs: variables of the chat template beside the messages. num_choices: answers to each prompt.
+    structure: the form of the answer, which is in the values too. tools: those that may be called.
     """
 
     is_chat: bool
@@ -107,6 +114,15 @@ class Asked:
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    num_choices: int = 1
+    structure: Structure | None = None
+    tools: ToolUse | None = None
+    logprobs: AskedLogprobs = AskedLogprobs()
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that are wanted: the choices of prompt i are number i * num_choices and the following ones."""
+        return max(len(self.prompts), 1) * self.num_choices
 
     def params(self, num_prompt_tokens: int, context_tokens: int) -> SamplingParams:
         """Return how to sample, for a prompt of that length; the answer is limited to the room that is left.
@@ -115,18 +131,18 @@ class Asked:
             BadRequest: the prompt leaves no room for an answer, or a value is out of range.
         """
         room = context_tokens - num_prompt_tokens
-        wanted = self.max_tokens or room
         if room < 1:
             text = f"{num_prompt_tokens} tokens leave no room for an answer; shorten it"
             field = "messages" if self.is_chat else "prompt"
             raise too_long(text, context_tokens, field, n_prompt_tokens=num_prompt_tokens)
         try:
-            return SamplingParams(temperature=1.0).replaced(
-                {"seed": secrets.randbits(63), **self.values, "max_tokens": min(wanted, room)}, "request"
+            wanted = SamplingParams(temperature=1.0).replaced(
+                {"seed": secrets.randbits(63), **self.values, "max_tokens": self.max_tokens or NO_LIMIT}, "request"
             )
         except ConfigError as error:
             text = str(error).removeprefix("request: ")
             raise BadRequest(text, text.partition(":")[0]) from None
+        return replace(wanted, max_tokens=min(wanted.max_tokens, room), min_tokens=min(wanted.min_tokens, room))
 
 
 def parse(body: object, *, is_chat: bool) -> Asked:
@@ -137,13 +153,18 @@ def parse(body: object, *, is_chat: bool) -> Asked:
     """
     if not isinstance(body, dict):
         raise BadRequest("the body is not a JSON object")
-    check_served(body, BadRequest)
+    try:
+        body, logprobs = take_logprobs(body, is_chat=is_chat)
+    except ConfigError as error:
+        raise BadRequest(str(error), str(error).partition(":")[0]) from None
+    check_served({name: value for name, value in body.items() if not is_chat or name not in _OF_CHATS}, BadRequest)
     model = body.get("model")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise BadRequest("stream_options: not an object", "stream_options")
     try:
-        values = sampling_values(body)
+        values, choices, structure = sampling_values(body), num_choices(body), structure_of(body)
+        tools = tools_of(body) if is_chat else None
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition(":")[0]) from None
     if isinstance(values.get("stop"), list) and len(values["stop"]) > MAX_STOPS:
@@ -154,13 +175,21 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "is_chat": is_chat,
         "max_tokens": values.pop("max_tokens", None) or (None if is_open else COMPLETION_TOKENS),
         "values": values,
+        "logprobs": logprobs,
         "is_streamed": _flag(body, "stream"),
         "wants_usage": _flag(options, "include_usage"),
         "model": None if model is None else text_of(model, "model"),
+        "num_choices": choices,
+        "structure": structure,
     }
     if is_chat:
-        return Asked(**common, messages=messages_of(body.get("messages")), template_kwargs=template_kwargs_of(body))
-    return Asked(**common, prompts=_prompts(body.get("prompt")))
+        messages, template_kwargs = messages_of(body.get("messages")), template_kwargs_of(body)
+        return Asked(**common, messages=messages, template_kwargs=template_kwargs, tools=tools)
+    asked = Asked(**common, prompts=_prompts(body.get("prompt")))
+    if asked.num_answers > MAX_CHOICES:
+        text = f"n: {choices} answers to each of {len(asked.prompts)} prompts; give at most {MAX_CHOICES} per request"
+        raise BadRequest(text, "n")
+    return asked
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:

@@ -1,7 +1,6 @@
 """Answers as server-sent events: several prompts in one stream, keep-alive comments, and errors within the stream."""
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ async def send_stream(
     """Send events as they come. An error before the first event gets an HTTP status instead of a stream."""
     response = web.StreamResponse(headers=_HEADERS)
     is_whole = True
-    is_opened = not out.has_opening
+    opened: set[int] = set()
     try:
         async for numbered in events:
             if numbered is None:
@@ -41,19 +40,19 @@ async def send_stream(
             index, event = numbered
             answers[index].add(event)
             await _begun(request, response)
-            if not is_opened:
-                await _send(response, out.chunk(index, "", None, is_first=True))
-                is_opened = True
-            if event.text:
-                await _send(response, out.chunk(index, event.text, None))
+            if out.has_opening and index not in opened:
+                await _send(response, out, out.chunk(index, "", None, is_first=True))
+                opened.add(index)
+            for piece, entries in answers[index].parts():
+                await _send(response, out, out.piece_chunk(index, piece, entries))
             if answers[index].finish_reason:
-                await _send(response, out.chunk(index, "", answers[index].finish_reason))
+                await _send(response, out, out.chunk(index, "", answers[index].finish_reason))
         if wants_usage:
-            await _send(response, out.usage(answers))
+            await _send(response, out, out.usage(answers))
     except MdiqError as error:
         if not response.prepared:
             raise
-        await _send(response, {"error": ApiError(503, str(error)).body})
+        await _send(response, out, {"error": ApiError(503, str(error)).body})
         is_whole = False
     except ConnectionError:  # the client's end of it
         raise
@@ -62,10 +61,10 @@ async def send_stream(
             raise
         # A second response inside this one would leave the client waiting for its end.
         log.exception("request_broke", path=request.path)
-        await _send(response, {"error": broke().body})
+        await _send(response, out, {"error": broke().body})
         is_whole = False
     if is_whole:
-        await response.write(b"data: [DONE]\n\n")
+        await response.write(out.done)
     await response.write_eof()
     return response
 
@@ -75,10 +74,10 @@ async def _begun(request: web.Request, response: web.StreamResponse) -> None:
         await response.prepare(request)
 
 
-async def _send(response: web.StreamResponse, value: Mapping[str, Any]) -> None:
+async def _send(response: web.StreamResponse, out: Shape, value: Mapping[str, Any]) -> None:
     # write() waits while the client does not read; its events queue up, bounded by the length of its Sequence, until
     # server.py ends the connection.
-    await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+    await response.write(out.encoded(value))
 
 
 async def merged(streams: Sequence[AsyncGenerator[StreamEvent, None]]) -> Events:

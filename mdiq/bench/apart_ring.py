@@ -13,7 +13,7 @@ from typing import Any
 
 from mdiq.bench.runner import WARM_UP_TOKENS, run_load
 from mdiq.bench.workload import Load
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.errors import MdiqError, first_of
 from mdiq.runtime.options import RingOptions

@@ -19,7 +19,7 @@ from mdiq.cli.flags import parse_numbers, parse_temperatures, parse_wires
 from mdiq.cli.ring_commands import BenchOptions
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.errors import ConfigError
 from mdiq.runtime.options import Outages, RingOptions
 from mdiq.runtime.placement import bind_to_core, core_of, set_threads, usable_cores, usable_threads

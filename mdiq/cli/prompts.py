@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdiq.api.fields import check_served, sampling_values
+from mdiq.api.fields import NO_LIMIT, check_served, num_choices, sampling_values
 from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of, text_of, token_ids_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 from mdiq.service.requests import PromptLine
 
 MAX_LINE_BYTES = 16 * 2**20
-NO_LIMIT = 1 << 31  # tokens of an answer: what is left of the context counts
 MAX_SETTINGS, MAX_KEPT_CHARACTERS = 256, 1_024  # that are remembered of a file
 _KINDS = ("prompt", "prompt_token_ids", "messages")
 _canonical = json.JSONEncoder(sort_keys=True).encode
@@ -106,6 +105,8 @@ class _Settings:
         check_served(value, lambda text, _: ConfigError(f"{where}: {text}"))
         try:
             values = sampling_values(value)
+            if num_choices(value) > 1:
+                raise ConfigError("n: a line has one answer; write it several times, with a seed of its own each")
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         if values.get("max_tokens", 1) is None:  # no limit

@@ -18,7 +18,7 @@ from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import read_finished, read_prompts
 from mdiq.cli.ring_commands import RunOptions
 from mdiq.cli.signals import run_until_signal
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, Sequence
 from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.micro_batches import MAX_LIVE
@@ -184,8 +184,10 @@ class _Run:
                 log_level=self._options.log_level,
             )
         with _loading_bars(self._console) as on_loading:
-            pipe = self._requests.pipe
-            ring = await formed(lambda: RingHost(self._ring_options, make_pipe=pipe, on_loading=on_loading))
+            pipe, grammars = self._requests.pipe, self._requests.grammars
+            ring = await formed(
+                lambda: RingHost(self._ring_options, make_pipe=pipe, on_loading=on_loading, grammars=grammars)
+            )
         try:
             if self._batch is not None:  # torch is here now
                 await asyncio.to_thread(self._batch.expect_model, self._ring_options.model)

@@ -61,7 +61,7 @@ class NodeWatch:
         if await self._ping(node):
             self._unreached.pop(node, None)
             return False
-        patience_s = UNREACHED_S if self._members.state(node) is NodeState.SERVING else SILENT_S
+        patience_s = UNREACHED_S if self._members.has_served else SILENT_S  # a Ring that forms ends with a Node
         since_s = self._unreached.setdefault(node, self._clock())
         if self._clock() - since_s < patience_s:
             return False

@@ -9,7 +9,7 @@ again. It is never failed for it, and how often it may happen to one Sequence is
 A Sequence whose first tokens are in the KV cache already begins after them, with the cache of the one that holds them
 (its parent): one in the Ring that has sent them, or an ended one that is retained for this (prefix_index.py). Stages
 keep the order of arrival, so the parent's Segments need not be back yet. What goes wrong with a parent costs time only:
-the Sequence begins again. A Replay computes all its tokens itself.
+the Sequence begins again. A Replay computes all its tokens itself, and so does a Sequence whose prompt is scored.
 
 Room comes back in two steps: an id that is released is listed in ``releasing``, and its room counts as taken until its
 RELEASE has made its Lap.
@@ -191,7 +191,9 @@ class Books:
         for seq_id, live in self._scheduler.live.items():
             if live.has_entered:
                 self._prefixes.extend(seq_id, live.sequence, live.num_sent)
-        found = None if entry.num_replays else self._prefixes.longest(entry.sequence)
+        # Of what is taken over no rows come back.
+        is_scored = entry.sequence.wants_rows(0, entry.sequence.num_tokens)
+        found = None if entry.num_replays or is_scored else self._prefixes.longest(entry.sequence)
         if found is None:
             return None, 0
         self._prefixes.touch(found[0])

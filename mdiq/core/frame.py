@@ -75,7 +75,8 @@ class FrameKind(IntEnum):
     HIDDEN = 1
     """Activations between two Stages: one row per token of every Segment."""
     HEAD = 2
-    """The last Hop, back to the Starter: one row per Segment that wants logits, and none for the others."""
+    """The last Hop, back to the Starter: all rows of a Segment that wants them, one row of another that wants logits,
+    and none of the others."""
     RELEASE = 3
     """Segments of length 0: their Sequences have ended, free their KV cache. Makes a full Lap."""
     PROBE = 4
@@ -90,6 +91,7 @@ class Segment:
     """Consecutive tokens of one Sequence: positions ``start`` to ``stop - 1``.
 
     wants_logits: the Segment ends with the Sequence's last known token, so that row goes to the head.
+    wants_rows: the rows of all its tokens go to the head, to score the tokens of the prompt that come after them.
     parent: on the first Segment of a Sequence that begins with another's KV cache, the id of that other; the first
     ``start`` tokens are the same in both.
     """
@@ -99,6 +101,12 @@ class Segment:
     length: int
     wants_logits: bool = False
     parent: SeqId | None = None
+    wants_rows: bool = False
+
+    @property
+    def num_head_rows(self) -> int:
+        """Rows of it that go to the head; the last of them is that of its last token."""
+        return self.length if self.wants_rows else int(self.wants_logits)
 
     @property
     def is_first(self) -> bool:
@@ -111,7 +119,8 @@ class Segment:
 
     def __str__(self) -> str:
         origin = "" if self.parent is None else f"<{self.parent}"
-        return f"{self.seq_id}{origin}[{self.start}:{self.stop}]{'*' if self.wants_logits else ''}"
+        wants = "*" * self.wants_logits + "+" * self.wants_rows
+        return f"{self.seq_id}{origin}[{self.start}:{self.stop}]{wants}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,7 @@ class Frame:
         """Return how many payload rows belong to one Segment of this Frame."""
         if self.kind in (FrameKind.HIDDEN, FrameKind.BURST):
             return segment.length
-        return 1 if self.kind is FrameKind.HEAD and segment.wants_logits else 0
+        return segment.num_head_rows if self.kind is FrameKind.HEAD else 0
 
     @property
     def num_rows(self) -> int:
@@ -172,7 +181,7 @@ class Engine(Protocol):
     def forward(self, batch: Batch) -> Payload:
         """Run the Batch through this Stage's layers and return its rows, in the order of the Segments.
 
-        A Stage that is not the last returns one row per token; the last Stage one row per Segment that wants logits.
+        A Stage that is not the last returns one row per token; the last Stage the ``num_head_rows`` of each Segment.
         """
         ...
 

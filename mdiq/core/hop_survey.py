@@ -13,7 +13,9 @@ takes much longer, it may have been held up: it is sent again, and the better ra
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from mdiq.core.control import BurstArrived, SendBurst
 from mdiq.core.frame import Frame, FrameKind, Segment
@@ -59,16 +61,17 @@ class BurstReport:
 class HopSurvey:
     """Chooses the next burst, one Hop after the other, and computes the links from the reports.
 
-    Hop i leaves Stage i; the last one returns to the Starter, whose clock is the reference.
+    Hop i leaves Stage i; the last one returns to the Starter, whose clock is the reference. numbers: those of the
+    bursts; none is used twice in one Epoch, since Nodes answer a question that they know from memory.
     """
 
-    def __init__(self, epoch: Epoch, num_hops: int) -> None:
+    def __init__(self, epoch: Epoch, num_hops: int, numbers: Iterator[int] | None = None) -> None:
         self._epoch = epoch
         self._num_hops = num_hops
+        self._numbers = count(1) if numbers is None else numbers
         self._hop = 0
         self._num_singles = 0
         self._frame_bytes = FIRST_FRAME_BYTES
-        self._number = 0
         self._ways_s: dict[int, float] = {}  # by Hop, from one clock to another
         self._rates: dict[int, float] = {}
         self._doubted_rate: float | None = None  # of a burst that is sent again
@@ -78,10 +81,10 @@ class HopSurvey:
         """Return the Hop to measure and the request to its sender, or None when all are measured."""
         if self._hop == self._num_hops:
             return None
-        self._number += 1
+        number = next(self._numbers)
         if self._num_singles < NUM_SINGLE:
-            return self._hop, SendBurst(self._epoch, self._number, 1, SINGLE_BYTES)
-        return self._hop, SendBurst(self._epoch, self._number, BURST_FRAMES, self._frame_bytes)
+            return self._hop, SendBurst(self._epoch, number, 1, SINGLE_BYTES)
+        return self._hop, SendBurst(self._epoch, number, BURST_FRAMES, self._frame_bytes)
 
     def reported(self, report: BurstReport) -> None:
         """Process the report of the newest burst."""

@@ -64,6 +64,7 @@ class Membership:
         self._lease_s = lease_s
         self._silence_s = silence_s
         self._members: dict[NodeId, Member] = {}
+        self._has_served = False
 
     def joined(self, node: NodeId, now: float) -> None:
         """Enter a Node.
@@ -98,6 +99,12 @@ class Membership:
             RemoteProtocolError: it has not loaded.
         """
         self._step(node, "begun")
+        self._has_served = True
+
+    @property
+    def has_served(self) -> bool:
+        """Whether the Ring has begun an Epoch: it can go on without a Node then, which a Ring that forms cannot."""
+        return self._has_served
 
     @property
     def min_lease_s(self) -> float:

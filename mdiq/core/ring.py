@@ -28,40 +28,18 @@ cancelled and end at their deadlines, and rows that still come back count. The n
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from mdiq.core.books import Books, max_tokens
 from mdiq.core.frame import NO_ROWS, Frame, FrameKind, Payload, Segment, TokenIds
-from mdiq.core.lap_timer import Flight, LapTimer
-from mdiq.core.ring_actions import Action, Ended, HeadRow, Inject, Suspect
+from mdiq.core.lap_timer import Flight
+from mdiq.core.logprobs import TokenLogprob
+from mdiq.core.ring_actions import Action, Ended, HeadRow, Inject, PromptRows, Suspect
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.scheduler import Entry, Scheduler
 from mdiq.core.sequence import FinishReason, Sequence, TokenEvent
 from mdiq.core.stage import NO_EPOCH
 from mdiq.core.types import CHUNK_STEP, Epoch, RingSpec, SeqId
 from mdiq.errors import CapacityError, LocalProtocolError, RingStalledError
-
-
-@dataclass(frozen=True, slots=True)
-class RingSettings:
-    """Limits of the ring protocol.
-
-    chunk_tokens, prefill_tokens: see Scheduler.
-    lap_timeout_s: most that a Lap may take, and token_timeout_s more for every token in flight; that long while no Lap
-    has been measured, or nothing at all comes round. min_timeout_s: a Lap may always take this long.
-    silence_s: nothing that came round for so long is a silence.
-    max_replays: a Sequence that has been replayed so often without a new token ends with an error.
-    prefix_tokens: most tokens that ended Sequences keep cached for others that begin alike; they never hold up a
-    Sequence. None: all that is free; 0: nothing is reused, not even from Sequences in the Ring.
-    """
-
-    chunk_tokens: int = 256
-    prefill_tokens: int = 2048
-    lap_timeout_s: float = 60.0
-    token_timeout_s: float = 0.1
-    min_timeout_s: float = 2.0
-    silence_s: float = 1.5
-    max_replays: int = 5
-    prefix_tokens: int | None = None
 
 
 class RingProtocol:
@@ -87,7 +65,7 @@ class RingProtocol:
         self._books = Books(self._scheduler, self.counts)
         self._spec: RingSpec | None = None
         self._overdue: dict[SeqId, Flight] = {}  # of ids that were given up and may still come back
-        self._timer = self._new_timer()
+        self._timer = self._settings.new_timer()
         self._actions: list[Action] = []
         self.epoch = NO_EPOCH
         self.is_paused = False
@@ -162,7 +140,7 @@ class RingProtocol:
         self._spec = self._scheduler.spec = spec
         self._books.begin_epoch(spec, self._settings.prefix_tokens)
         self._overdue.clear()
-        self._timer = self._new_timer()
+        self._timer = self._settings.new_timer()
         for entry in list(self._scheduler.waiting):
             try:
                 entry.max_tokens = max_tokens(entry.sequence, spec)
@@ -191,8 +169,12 @@ class RingProtocol:
                 if flight is not None:
                     self._timer.begin_anew(flight, now)
 
-    def returned(self, frame: Frame, now: float | None = None) -> list[HeadRow]:
-        """Take in a Frame from the last Hop; return the rows to make tokens of, each for ``sampled`` later."""
+    def returned(self, frame: Frame, now: float | None = None) -> list[HeadRow | PromptRows]:
+        """Take in a Frame from the last Hop; return its rows for the head, in their order.
+
+        HeadRows are to be made tokens of, each for ``sampled`` later; PromptRows are for ``scored``, which comes before
+        ``sampled`` of the same Sequence.
+        """
         if frame.epoch != self.epoch:
             self.counts["stale"] += 1
             return []
@@ -203,13 +185,26 @@ class RingProtocol:
                 self._overdue.pop(segment.seq_id, None)
                 self._books.released(segment.seq_id)
             return []
-        rows: list[HeadRow] = []
+        rows: list[HeadRow | PromptRows] = []
         row = 0
         for segment in frame.segments:
-            if self._accept(segment, now):
-                rows.append(HeadRow(segment.seq_id, row, self._scheduler.live[segment.seq_id].sequence))
+            entry = self._accept(segment, now)
+            if entry is not None and segment.wants_rows:
+                rows.append(PromptRows.of(segment, row, entry.sequence))
             row += frame.rows_of(segment)
+            if entry is not None and entry.is_sampling:
+                rows.append(HeadRow(segment.seq_id, row - 1, entry.sequence))
         return rows
+
+    def scored(self, seq_id: SeqId, start: int, logprobs: list[TokenLogprob]) -> None:
+        """Note what PromptRows gave: log-probabilities of tokens from ``start + 1`` on; ignored as in ``sampled``."""
+        if entry := self._scheduler.live.get(seq_id):
+            known = entry.sequence.prompt_logprobs
+            known.extend(logprobs[len(known) - start :])
+
+    def awaits_scores(self, seq_id: SeqId) -> bool:
+        """Tell whether ``scored`` would take log-probabilities for this id."""
+        return seq_id in self._scheduler.live
 
     def awaits_token(self, seq_id: SeqId) -> bool:
         """Tell whether ``sampled`` would take a token for this id: not when it was cancelled or replayed meanwhile."""
@@ -217,7 +212,13 @@ class RingProtocol:
         return entry is not None and entry.is_sampling
 
     def sampled(
-        self, seq_id: SeqId, token: int, *, stop_matched: bool = False, now: float | None = None
+        self,
+        seq_id: SeqId,
+        token: int,
+        *,
+        stop_matched: bool = False,
+        now: float | None = None,
+        logprob: TokenLogprob | None = None,
     ) -> TokenEvent | None:
         """Note the token that a HeadRow gave, and when; return the event for the caller.
 
@@ -240,7 +241,7 @@ class RingProtocol:
             reason = FinishReason.LENGTH  # the context is full, or the KV cache
         if reason is not None:
             self._books.end_with_token(entry, reason)
-        return TokenEvent(sequence.index, token, position, reason)
+        return TokenEvent(sequence.index, token, position, reason, logprob=logprob)
 
     def fault(self, seq_ids: Iterable[SeqId]) -> None:
         """Replay Sequences of which a Stage reports a gap; others, and all in a pause, are ignored."""
@@ -290,14 +291,8 @@ class RingProtocol:
             dues += [flight.due for flight in self._books.releasing.values() if flight is not None]
         return min(dues, default=None)
 
-    def _new_timer(self) -> LapTimer:
-        it = self._settings
-        return LapTimer(
-            min_s=it.min_timeout_s, limit_s=it.lap_timeout_s, token_s=it.token_timeout_s, silence_s=it.silence_s
-        )
-
-    def _accept(self, segment: Segment, now: float | None) -> bool:
-        """Take a returned Segment off the in-flight table; return whether its row is to be sampled."""
+    def _accept(self, segment: Segment, now: float | None) -> Entry | None:
+        """Take a returned Segment off the in-flight table; return its Entry, or None if it is not to be used."""
         entry = self._scheduler.live.get(segment.seq_id)
         if entry is None:
             self.counts["unknown"] += 1
@@ -305,12 +300,17 @@ class RingProtocol:
             if late is not None and now is not None and late.stop == segment.stop:
                 # It was slow and not lost: the next one is waited for.
                 self._timer.returned(self._overdue.pop(segment.seq_id), now, is_decode=segment.length == 1)
-            return False
+            return None
         # Stages check positions, so a Segment that is back vouches for those before it.
         is_newest = segment.stop == entry.sequence.num_tokens
-        if segment.wants_logits != is_newest or not any(f.stop == segment.stop for f in entry.in_flight):
+        wants = segment.wants_logits, segment.wants_rows
+        is_wanted = is_newest, entry.sequence.wants_rows(segment.start, segment.stop)
+        if wants != is_wanted or not any(f.stop == segment.stop for f in entry.in_flight):
             self.counts["duplicates"] += 1
-            return False
+            return None
+        if entry.sequence.wants_rows(entry.num_back, segment.start):  # their Frame was lost on the last Hop
+            self._replay(entry)
+            return None
         while entry.in_flight and entry.in_flight[0].stop <= segment.stop:
             flight = entry.in_flight.popleft()
             if flight.stop == segment.stop and now is not None:
@@ -318,7 +318,7 @@ class RingProtocol:
         entry.num_back = segment.stop
         entry.parent = None
         entry.is_sampling = is_newest
-        return entry.is_sampling
+        return entry
 
     def _check_deadlines(self, now: float) -> None:
         is_overdue = False

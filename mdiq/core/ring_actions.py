@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mdiq.core.frame import Frame
+from mdiq.core.frame import Frame, Segment
 from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.types import Epoch, SeqId
 
@@ -38,3 +38,24 @@ class HeadRow:
     seq_id: SeqId
     row: int
     sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Returned rows that score tokens of a prompt: ``num_rows`` of the Frame from row ``row`` on.
+
+    start: the position of the first; each tells how likely the token after it is.
+    """
+
+    seq_id: SeqId
+    row: int
+    num_rows: int
+    start: int
+    sequence: Sequence
+
+    @classmethod
+    def of(cls, segment: Segment, row: int, sequence: Sequence) -> "PromptRows":
+        """Return those of a Segment that wants rows: the first one that is still needed, and all after it."""
+        start = max(segment.start, len(sequence.prompt_logprobs))
+        num_rows = min(segment.stop, len(sequence.prompt) - 1) - start
+        return cls(segment.seq_id, row + start - segment.start, num_rows, start, sequence)

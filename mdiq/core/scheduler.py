@@ -95,6 +95,12 @@ class Entry:
         return self.sequence.num_tokens - self.num_sent
 
     @property
+    def num_done(self) -> int:
+        """Tokens that are back, without rows that still wait to score the prompt: they take memory on the Starter."""
+        scored = len(self.sequence.prompt_logprobs)
+        return scored if self.sequence.wants_rows(0, self.num_back) else self.num_back
+
+    @property
     def lacks_room(self) -> bool:
         """Whether its next token has no place in the KV cache."""
         return self.num_granted < self.sequence.num_tokens
@@ -256,7 +262,9 @@ class Scheduler:
         # Chunks beyond those that keep the Stages busy would only delay the next Sequence.
         max_in_flight = min(self._prefill_tokens, self.spec.num_chunks * most)
         budget = max_in_flight - sum(
-            entry.num_sent - entry.num_back for entry in self.live.values() if self._is_prefill(entry)
+            entry.num_sent - entry.num_done
+            for entry in self.live.values()
+            if self._is_prefill(entry) or entry.num_done < entry.num_back
         )
         has_budget = True
         for seq_id, entry in self.live.items():
@@ -314,4 +322,5 @@ class Scheduler:
     def _send(seq_id: SeqId, entry: Entry, length: int) -> Segment:
         start, parent = entry.num_sent, None if entry.has_entered else entry.parent
         entry.num_sent += length
-        return Segment(seq_id, start, length, wants_logits=entry.num_unsent == 0, parent=parent)
+        wants_rows = entry.sequence.wants_rows(start, start + length)
+        return Segment(seq_id, start, length, entry.num_unsent == 0, parent, wants_rows)

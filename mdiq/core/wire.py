@@ -11,7 +11,8 @@ Version 1. A Frame is one part, the header, or two, header and payload; all numb
     11      1     maximum prompt tokens of a Batch, in steps of 16; 0 leaves it to the Stage
     12      4     width: elements of a payload row
     16      2     number of Segments, at least 1; of PROBE and BURST 1
-    18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits, bit 1: parent)
+    18      17    of each Segment: seq_id u64, start u32, length u32, flags u8 (bit 0: wants_logits,
+                    bit 1: it has a parent, bit 2: wants_rows)
     ...     8     of each Segment with bit 1, in their order: its parent u64, an older id; HIDDEN alone, start over 0
     end-16  16    tag: BLAKE2b keyed with the hop's key, over the header before it and the payload
 
@@ -42,6 +43,7 @@ _SEGMENT = struct.Struct("<QIIB")
 _PARENT = struct.Struct("<Q")
 _WANTS_LOGITS = 1
 _HAS_PARENT = 2
+_WANTS_ROWS = 4
 _CODES = {_NO_DTYPE: 0} | {name: wire.code for name, wire in WIRE_FORMATS.items()}
 _NAMES = {code: name for name, code in _CODES.items()}
 _KINDS = {int(kind): kind for kind in FrameKind}
@@ -195,7 +197,14 @@ def decode(parts: AbstractSequence[Buffer], key: bytes, limits: WireLimits) -> F
     records = _checked_segments(fields[_HEADER.size : split], kind, limits)
     parents = _checked_parents(fields[split:], records, kind)
     segments = tuple(
-        Segment(SeqId(seq_id), start, length, bool(flags & _WANTS_LOGITS), parents.get(seq_id))
+        Segment(
+            SeqId(seq_id),
+            start,
+            length,
+            bool(flags & _WANTS_LOGITS),
+            parents.get(seq_id),
+            bool(flags & _WANTS_ROWS),
+        )
         for seq_id, start, length, flags in records
     )
     frame = Frame(Epoch(epoch), kind, segments, _payload(dtype, width, payload), cap, chunk_steps * CHUNK_STEP)
@@ -233,7 +242,7 @@ def _checked_segments(data: memoryview, kind: FrameKind, limits: WireLimits) -> 
         _refuse("segments", f"{len(segments)} segments in a {kind.name}; it has 1")
     num_tokens = 0
     for seq_id, start, length, flags in segments:
-        if flags & ~(_WANTS_LOGITS | _HAS_PARENT):
+        if flags & ~(_WANTS_LOGITS | _HAS_PARENT | _WANTS_ROWS):
             _refuse("segments", f"sequence {seq_id}: flags {flags:#x} are unknown")
         if kind in _WITHOUT_TOKENS and (start or length or flags):
             _refuse("segments", f"sequence {seq_id}: a {kind.name} has no tokens")
@@ -269,7 +278,11 @@ def _checked_parents(data: memoryview, records: list[tuple[int, int, int, int]],
 
 
 def _flags(segment: Segment) -> int:
-    return _WANTS_LOGITS * segment.wants_logits | _HAS_PARENT * (segment.parent is not None)
+    return (
+        _WANTS_LOGITS * segment.wants_logits
+        | _HAS_PARENT * (segment.parent is not None)
+        | _WANTS_ROWS * segment.wants_rows
+    )
 
 
 def _payload_bytes(frame: Frame, dtype: str, width: int) -> int:

@@ -219,7 +219,7 @@ class StageRunner:
             raise EngineError(f"the forward of {len(batch.segments)} segments failed: {str(error)[:200]}") from error
 
     def logits(self, rows: Sequence[Payload]) -> torch.Tensor:
-        """Return [n, vocab_size], f32, on the CPU, for n payloads of one row each from the last Stage.
+        """Return [n, vocab_size], f32, on the CPU, for payloads of n rows together from the last Stage.
 
         Raises:
             EngineError: a payload does not fit, or torch failed.
@@ -242,8 +242,7 @@ class StageRunner:
             placement = self._cache.extend(segment.seq_id, segment.start, segment.length)
             placed.append(PlacedSegment(first, segment.length, segment.start, placement))
             first += segment.length
-            if segment.wants_logits:
-                wanted.append(first - 1)
+            wanted += range(first - segment.num_head_rows, first)
         positions = torch.tensor([p for s in batch.segments for p in range(s.start, s.stop)], device=self._device)
         hidden = self._model.run(self._hidden(batch, positions), positions, self._cache, placed)
         if not self._is_last:

@@ -129,7 +129,7 @@ class Drift:
     def better(self, now: float, present: NamedSplit, plans: PlansByLoad, *, is_doubted: bool) -> BetterPlan | None:
         """Return the Plan that is worth a change now, or None."""
         windows = self._newest(now, is_doubted=is_doubted)
-        if not windows or now < self._not_before_s:
+        if not windows or not self.may_change(now):
             return None
         factors = _mean(windows)
         split = plans.best(factors)
@@ -145,6 +145,10 @@ class Drift:
 
         better = found(factors)
         return better if better is not None and all(found(window.factors) for window in windows) else None
+
+    def may_change(self, now: float) -> bool:
+        """Return whether enough time has passed since the change before."""
+        return now >= self._not_before_s
 
     def changed(self, now: float) -> None:
         """Note that the Ring changes now: what was seen before says nothing of what comes, and there is a pause."""

@@ -91,6 +91,16 @@ class Profiles:
         seen = {name: replace(node, under_load=factors.get(name, node.under_load)) for name, node in self.nodes.items()}
         return replace(self, nodes=seen)
 
+    def with_hops(self, names: Sequence[str], hops: Sequence[HopLink | None]) -> "Profiles":
+        """Return these Profiles with what the Hops of a Ring of these Nodes are like now; None: not known."""
+        links = dict(self.links.hops)
+        nodes = [NodeId(name) for name in names]
+        for sender, receiver, link in zip(nodes, (*nodes[1:], nodes[0]), hops, strict=True):
+            if link is not None:
+                before = links.get((sender, receiver))
+                links[sender, receiver] = _hop_profile(link, before.row_bytes if before else None)
+        return replace(self, links=replace(self.links, hops=links))
+
 
 def differing_kinds(cpus: Mapping[str, str]) -> str:
     """Return which Nodes have which kind of CPU, or "" if all known kinds are the same. cpus: by Node."""
@@ -124,12 +134,12 @@ def profiles_of(ring: MeasuredRing, weights: str, before: Profiles | None = None
     names = [NodeId(stage.name) for stage in ring.stages]
     for i, (wire, link) in enumerate(ring.hops):
         if link is not None:
-            hops[names[i], names[(i + 1) % len(names)]] = HopProfile(
-                max(link.delay_s, 0.0),
-                link.bytes_per_s or HopProfile(0.0).bytes_per_s,
-                row_bytes(wire, ring.hidden_size),
-            )
+            hops[names[i], names[(i + 1) % len(names)]] = _hop_profile(link, row_bytes(wire, ring.hidden_size))
     return Profiles(model, nodes, Links(hops))
+
+
+def _hop_profile(link: HopLink, row_bytes: int | None) -> HopProfile:
+    return HopProfile(max(link.delay_s, 0.0), link.bytes_per_s or HopProfile(0.0).bytes_per_s, row_bytes)
 
 
 def _node(stage: MeasuredStage, head: Curve | None) -> NodeProfile:

@@ -125,6 +125,15 @@ class Epochs:
             for wire, link in zip(self._wires, links, strict=True)
         ]
 
+    async def measure_hops(self, service: StarterService) -> tuple[HopLink | None, ...]:
+        """Measure the Hops again; return what they are like, None where that is not known. See Workers."""
+        epoch = self._epoch
+        links = await self._workers.measure_hops(service, epoch)
+        if epoch != self._epoch:  # another Ring, by now
+            return ()
+        self._links = tuple(new or old for new, old in zip(links, self._links, strict=True))
+        return links
+
     async def measured(self) -> MeasuredRing:
         """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
         ring = self._ring

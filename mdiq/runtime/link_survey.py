@@ -1,10 +1,11 @@
-"""Measures every Hop before the Ring serves: asks Nodes for bursts and hands what they report to core/hop_survey.py.
+"""Measures every Hop: asks Nodes for bursts and hands what they report to core/hop_survey.py.
 
-A Ring with a Hop that nothing crosses would take requests and answer none, so that every Hop is tried first.
+A Ring with a Hop that nothing crosses would take requests and answer none, so that every Hop is tried before the Ring
+serves.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 import structlog
@@ -40,19 +41,22 @@ async def survey_hops(
     num_hops: int,
     clock: Clock,
     *,
-    unreached: Callable[[int], str],
+    numbers: Iterator[int] | None = None,
+    unreached: Callable[[int], str] | None = None,
     timeout_s: float = BURST_TIMEOUT_S,
 ) -> tuple[HopLink | None, ...]:
     """Return what each Hop is like, the first one out of the Starter first; None where a larger burst did not arrive.
 
-    unreached: returns what to tell of a Hop over which not even a small Frame arrives.
+    numbers: see HopSurvey. unreached: returns what to tell of a Hop over which not even a small Frame arrives; None
+    where the Ring serves, and that is known already.
 
     Raises:
         TransportError: there are such Hops.
         MdiqError: a Node is gone.
     """
-    await _try_all(starter, nodes, epoch, num_hops, unreached, timeout_s)
-    survey = HopSurvey(epoch, num_hops)
+    if unreached is not None:
+        await _try_all(starter, nodes, epoch, num_hops, unreached, timeout_s)
+    survey = HopSurvey(epoch, num_hops, numbers)
     while (wanted := survey.next_burst()) is not None:
         hop, burst = wanted
         receiver = (hop + 1) % num_hops

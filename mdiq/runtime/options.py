@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mdiq.control.standby import StandingBy as StandingBy
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.core.wire_formats import AUTO, USUAL, rounds
 from mdiq.core.work import Work

@@ -99,6 +99,11 @@ class RemoteWorkers(SocketWorkers):
         """The Layers that Nodes have on their disks; see Workers."""
         return dict[str, frozenset[int]](self._coordinator.on_disk.items()) if self._coordinator else {}
 
+    @property
+    def is_fetching(self) -> bool:
+        """Whether Layers are on their way; see Workers."""
+        return bool(self._fetches)
+
     async def fetch(self, name: str, layers: LayerRange, bytes_per_s: float | None) -> None:
         """Have a Node bring Layers to its disk; see Workers."""
         self._limit_transfers(bytes_per_s)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mdiq.core import control
+from mdiq.core.hop_survey import HopLink
 from mdiq.core.ring import RingProtocol
 from mdiq.core.sequence import Sequence
 from mdiq.core.stage import StageProtocol
@@ -38,6 +39,7 @@ from mdiq.runtime.workers import RingEvents, Workers
 from mdiq.telemetry.trace import Span, Tracer
 
 if TYPE_CHECKING:
+    from mdiq.engine.text.grammar import Grammars
     from mdiq.runtime.starter_stage import StarterStage
 
 
@@ -45,6 +47,7 @@ class RingHost:
     """A Ring to ``stream`` Sequences through; use it as an async context manager.
 
     make_pipe: gives each Sequence the TextPipe that turns its tokens into text.
+    grammars: of Sequences that have one; None: there are none.
     on_loading: called with (node, done, total) while weights load.
     """
 
@@ -54,8 +57,10 @@ class RingHost:
         *,
         make_pipe: Callable[[Sequence], TextPipe] = lambda _: NoText(),
         on_loading: Callable[[str, int, int], None] = lambda *_: None,
+        grammars: "Grammars | None" = None,
     ) -> None:
         self._options = options
+        self._grammars = grammars
         self._name = options.node_names[0]
         self._make_pipe = make_pipe
         self._on_loading = on_loading
@@ -241,6 +246,12 @@ class RingHost:
         """Return what the Nodes measured, for the planner; the head is measured now, between two Batches."""
         return await self._loaded.measured()
 
+    async def measure_hops(self) -> tuple[HopLink | None, ...]:
+        """Measure the Hops again while nothing runs; see Workers. Nothing if it was in vain."""
+        if self.is_paused or self._workers.is_fetching:
+            return ()
+        return await self._loaded.epochs.measure_hops(self.service)
+
     def spans(self) -> Mapping[str, list[Span]]:
         """Return every Node's Spans, in ring order."""
         return {self._name: self._tracer.spans, **self._workers.spans()}
@@ -301,7 +312,7 @@ class RingHost:
         is_remote = self._options.remote is not None
         if not is_remote:  # Nodes of other machines have torch already, and are kept waiting by ours
             await self._workers.open()
-        stage = await self._worker.run_uncounted(partial(_open_model, self._options))
+        stage = await self._worker.run_uncounted(partial(_open_model, self._options, self._grammars))
         if is_remote:
             await self._workers.open()
         return stage
@@ -356,7 +367,7 @@ class RingHost:
             self._service.fail_all(error)
 
 
-def _open_model(options: RingOptions) -> "StarterStage":
+def _open_model(options: RingOptions, grammars: "Grammars | None") -> "StarterStage":
     from mdiq.runtime.starter_stage import StarterStage
 
-    return StarterStage(options)
+    return StarterStage(options, grammars)

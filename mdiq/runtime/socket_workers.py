@@ -9,6 +9,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import zmq.asyncio
@@ -47,6 +48,7 @@ class SocketWorkers(Workers):
         self._endpoints: list[str] = []  # that each Hop leads to, the one out of the Starter first
         self._listening: dict[str, str] = {}  # where Nodes say that they listen
         self._held: dict[NodeId, control.Assign] = {}  # as in the first Epoch: a later one asks for no less
+        self._bursts = count(1)  # of all surveys: see HopSurvey
         self._is_drained = False
         self._guard: HopGuard | None = None
 
@@ -166,7 +168,16 @@ class SocketWorkers(Workers):
         num_hops = self._options.num_nodes
         if num_hops == 1:
             return ()
-        return await survey_hops(starter, self, epoch, num_hops, time.monotonic, unreached=self.unreached)
+        return await survey_hops(
+            starter, self, epoch, num_hops, time.monotonic, numbers=self._bursts, unreached=self.unreached
+        )
+
+    async def measure_hops(self, starter: StarterService, epoch: Epoch) -> tuple[HopLink | None, ...]:
+        """Measure every Hop while the Ring serves; see Workers."""
+        num_hops = self._options.num_nodes
+        if num_hops == 1:
+            return ()
+        return await survey_hops(starter, self, epoch, num_hops, time.monotonic, numbers=self._bursts)
 
     async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
         """Have every Stage serve in a new Epoch; see Workers."""

@@ -172,10 +172,12 @@ class StageHost:
         return self._service.run()
 
     async def send_burst(self, burst: control.SendBurst) -> control.BurstSent:
-        """Send a burst over the Hop out of this Stage."""
+        """Send a burst over the Hop out of this Stage; nothing if its Epoch is over, since nobody waits for it then."""
         if self._service is None:
             raise LocalProtocolError("burst: there is no hop before an assignment; restart the ring")
-        return control.BurstSent(burst.epoch, burst.number, await self._service.send_burst(burst))
+        is_now = burst.epoch == self._stage.epoch
+        sent_s = await self._service.send_burst(burst) if is_now else self._worker.clock()
+        return control.BurstSent(burst.epoch, burst.number, sent_s)
 
     async def begin(self, begin: control.Begin) -> control.Begun:
         """Forget every Sequence and serve in a new Epoch; figures count from here on."""

@@ -1,27 +1,28 @@
 """The Starter at work: the ring protocol, its own Stage, the head and the sampler. Owns every stream to a caller."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import structlog
 
 from mdiq.core import control, wire
-from mdiq.core.frame import Engine, Frame, FrameKind, Payload, Segment
+from mdiq.core.frame import Frame, FrameKind, Segment
 from mdiq.core.hops import WINDOW, HopMeter
+from mdiq.core.logprobs import Drawn, Logprobs
 from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Ended, HeadRow, Inject, Suspect
 from mdiq.core.sequence import Sequence, TokenEvent
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, RingSpec, SeqId
-from mdiq.errors import EngineError, LocalProtocolError, MdiqError, RingError
+from mdiq.errors import LocalProtocolError, MdiqError, RingError
 from mdiq.runtime.bursts import AwaitedBursts
+from mdiq.runtime.head import Head
 from mdiq.runtime.loops import EpochLinks, Worker, queue_burst, receive_frames, send_frames
 from mdiq.runtime.recovery_times import RecoveryTimes
 from mdiq.runtime.stage_service import compute_batch
+from mdiq.runtime.starter_engine import StarterEngine
 from mdiq.runtime.text_pipe import NoText, TextPipe, text_of
 
 log = structlog.get_logger()
@@ -30,26 +31,20 @@ MAX_RETURNED = 16_384  # Segments that are back and not sampled yet: many more t
 PROBE_S, FIRST_PROBES_S = 1.0, 0.05  # the first ones follow each other soon, so that the pace is right from the start
 
 
-class StarterEngine(Engine, Protocol):
-    """What the Starter needs beyond a Stage's engine: rows of the last Stage become tokens."""
-
-    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[int]:
-        """Return one token id per row; row i continues sequences[i].
-
-        Raises:
-            EngineError: a row is not a number.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """What a caller gets: a step of its Sequence, its text, when, and when it entered the Ring, by the clock."""
+    """What a caller gets: a step of its Sequence, its text, when, and when it entered the Ring, by the clock.
+
+    prompt_logprobs: those of the prompt's tokens from the second one on, with the first token if they are wanted.
+    stop_text: the stop text that ended it.
+    """
 
     step: TokenEvent
     text: str
     at_s: float
     entered_s: float | None = None
+    prompt_logprobs: Logprobs | None = None
+    stop_text: str | None = None
 
 
 @dataclass(slots=True)
@@ -88,7 +83,7 @@ class StarterService:
         self._plan_pace = plan_pace
         self._hops, self._new_hops_s = HopMeter(), 0.0
         self._probe_back = 0  # the newest of this Epoch
-        self._returned: deque[Frame] = deque()
+        self._head = Head(ring, engine, worker, self._deliver)
         self._outgoing: asyncio.Queue[Frame] = asyncio.Queue(maxsize=256)
         self._wake, self._rearm, self._is_pace_old = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._relinked, self._is_linked = asyncio.Event(), asyncio.Event()
@@ -144,7 +139,7 @@ class StarterService:
         # The Stage first: no Batch of the old Epoch is taken and put into the cache after the engine has emptied it.
         self._stage.assign(epoch, is_last=spec.num_stages == 1)
         await self._worker.run_uncounted(self._engine.reset)
-        self._returned.clear()
+        self._head.clear()
         self._probe_back = 0
         self._ring.begin_epoch(epoch, spec)
         self._poll()
@@ -288,16 +283,16 @@ class StarterService:
         if frame.kind is FrameKind.HIDDEN:
             # Only the last Stage sends here, and it sends rows for the head.
             raise wire.BadFrame("kind", f"{frame}: activations came to the starter; check the order of the ring's hops")
-        if sum(len(each.segments) for each in (*self._returned, frame)) > MAX_RETURNED:
+        if self._head.num_waiting + len(frame.segments) > MAX_RETURNED:
             raise wire.BadFrame("full", f"{frame}: too many rows wait for the head; look at the last node")
-        self._returned.append(frame)
+        self._head.add(frame)
         self._worker.work_waits()
         self._wake.set()
 
     async def _compute(self) -> NoReturn:
         while True:
             # Returned rows first: their tokens are what the next Batch is made of.
-            if not (await self._sample_returned() | await self._run_batch()):
+            if not (await self._sample_returned() | await self._run_batch() | await self._score_prompts()):
                 self._worker.nothing_waits()
                 self._wake.clear()
                 await self._wake.wait()
@@ -314,56 +309,44 @@ class StarterService:
             if self._links is None:
                 if frame.kind is FrameKind.HIDDEN:
                     raise LocalProtocolError(f"{frame}: no stage comes after the starter's, and it lacks layers")
-                self._returned.append(frame)
+                self._head.add(frame)
             else:
                 await self._outgoing.put(frame)
         return True
 
     async def _sample_returned(self) -> bool:
-        if not self._returned:
+        if not await self._head.sample():
             return False
-        rows: list[tuple[HeadRow, Payload]] = []
-        now = self._clock()
-        while self._returned:
-            frame = self._returned.popleft()
-            rows += [(row, frame.payload.rows(row.row, row.row + 1)) for row in self._ring.returned(frame, now)]
-        # One forward of the head for all rows; if it fails, one for each, so that a bad row harms no other Sequence.
-        if rows and not await self._sample(rows):
-            for row in rows:
-                await self._sample([row], is_final=True)
         self._poll()
         return True
 
-    async def _sample(self, rows: list[tuple[HeadRow, Payload]], *, is_final: bool = False) -> bool:
-        payloads = [payload for _, payload in rows]
-        sequences = [row.sequence for row, _ in rows]
-        try:
-            tokens = await self._worker.run(f"head, {len(rows)} rows", lambda: self._engine.sample(payloads, sequences))
-        except Exception as error:  # of these rows: whatever it is, the Ring of all others goes on
-            if is_final:
-                if not isinstance(error, MdiqError):
-                    log.exception("sampling_broke", seq_ids=[row.seq_id for row, _ in rows])
-                    error = EngineError(f"sampling failed: {error!r}; see the log")
-                self._ring.fail([row.seq_id for row, _ in rows], error)
+    async def _score_prompts(self) -> bool:
+        if not await self._head.score():
             return False
-        for (row, _), token in zip(rows, tokens, strict=True):
-            self._deliver(row, token)
+        self._poll()
         return True
 
-    def _deliver(self, row: HeadRow, token: int) -> None:
+    def _deliver(self, row: HeadRow, drawn: Drawn) -> None:
+        token = drawn.token
         if not self._ring.awaits_token(row.seq_id):
             return
         stream = self._streams.get(row.sequence.index)
         text = "" if stream is None else text_of(stream.pipe, row.sequence, token)
         stop_matched = stream is not None and stream.pipe.stop_matched
-        step = self._ring.sampled(row.seq_id, token, stop_matched=stop_matched, now=self._clock())
+        step = self._ring.sampled(
+            row.seq_id, token, stop_matched=stop_matched, now=self._clock(), logprob=drawn.logprob
+        )
         if step is None:
             return
         self._went_on(step)
         if stream is not None:
             if step.finish_reason is not None:
                 text += stream.pipe.finish()
-            stream.events.put_nowait(StreamEvent(step, text, self._clock(), row.sequence.entered_at))
+            # Until now the prompt's log-probabilities might have had to be completed by a Replay.
+            is_first = step.position == len(row.sequence.prompt)
+            scored = row.sequence.prompt_logprobs if is_first else None
+            entered_s, stop_text = row.sequence.entered_at, stream.pipe.stop_text
+            stream.events.put_nowait(StreamEvent(step, text, self._clock(), entered_s, scored, stop_text))
 
     def _poll(self) -> None:
         gaps: list[SeqId] = []

@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import structlog
 import torch
 
 from mdiq.core.control import Ready
 from mdiq.core.frame import Batch, Payload
 from mdiq.core.hop_survey import HopLink
+from mdiq.core.logprobs import Drawn, TokenLogprob
 from mdiq.core.sequence import Sequence
 from mdiq.core.types import LayerRange, RingSpec
 from mdiq.engine.device import choose_device, free_bytes, kind_of
@@ -23,8 +25,11 @@ from mdiq.engine.kept_cost import kept_cost
 from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
+from mdiq.engine.model.logprobs import token_logprobs
 from mdiq.engine.model.sampler import SampleRow, sample
 from mdiq.engine.runner import StageRunner
+from mdiq.engine.text.grammar import Grammars
+from mdiq.errors import EngineError
 from mdiq.plan.measured import MeasuredRing, MeasuredStage, differing_kinds
 from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
@@ -38,19 +43,20 @@ class StarterStage:
     """The Starter's part of one Ring; make it in the worker's thread, and call ``load`` and ``measure`` there.
 
     digest: the model's. weights: how all Nodes hold theirs, since one Node decides. cpu: as control.Ready has it.
-    runner, engine: after ``load``.
+    grammars: see TorchStarter. runner, engine: after ``load``.
     """
 
     runner: StageRunner
     engine: "TorchStarter"
 
-    def __init__(self, options: RingOptions) -> None:
+    def __init__(self, options: RingOptions, grammars: Grammars | None = None) -> None:
         """Open the model.
 
         Raises:
             ModelError: it is missing, malformed or unsupported.
         """
         self._options = options
+        self._grammars = grammars
         self._held: tuple[LayerRange, bool] | None = None  # its Layers, and whether it is the last Stage
         self._can_peak = False  # the process's peak is this Ring's
         with ExitStack() as opened:
@@ -84,7 +90,7 @@ class StarterStage:
                 memory_bytes=options.remote.nodes[0].memory_bytes if options.remote else None,
                 progress=progress,
             )
-        self.engine = TorchStarter(self.runner)
+        self.engine = TorchStarter(self.runner, self._grammars)
         self._held = options.layers[0], options.num_nodes == 1
 
     def reshape(self, options: RingOptions, progress: Progress) -> None:
@@ -197,11 +203,13 @@ class Script(Protocol):
 class TorchStarter:
     """The Starter's engine: a StageRunner that owns embedding and head, and the sampler.
 
+    grammars: of Sequences with one; None: there are no such Sequences.
     script: draws the tokens instead of the sampler, while there is one.
     """
 
-    def __init__(self, runner: StageRunner) -> None:
+    def __init__(self, runner: StageRunner, grammars: Grammars | None = None) -> None:
         self._runner = runner
+        self._grammars = grammars
         self.script: Script | None = None
 
     def forward(self, batch: Batch) -> Payload:
@@ -210,9 +218,26 @@ class TorchStarter:
     def reset(self) -> None:
         self._runner.reset()
 
-    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[int]:
-        """Return the next token of each Sequence; see starter_service.StarterEngine."""
+    def sample(self, rows: AbstractSequence[Payload], sequences: AbstractSequence[Sequence]) -> list[Drawn]:
+        """Return the next token of each Sequence; see starter_engine.StarterEngine."""
         logits = self._runner.logits(rows)
+        asked = [i for i, sequence in enumerate(sequences) if sequence.logprobs is not None]
+        before = logits[asked]  # a copy: the sampler may change its rows
+        tokens = self._tokens(logits, sequences)
+        logprobs: dict[int, TokenLogprob] = {}
+        if asked:
+            top = [sequence.logprobs.top for sequence in sequences if sequence.logprobs is not None]
+            found = token_logprobs(before, [tokens[i] for i in asked], top)
+            logprobs = dict(zip(asked, found, strict=True))
+        return [Drawn(token, logprobs.get(i)) for i, token in enumerate(tokens)]
+
+    def score(self, rows: Payload, sequence: Sequence, start: int) -> list[TokenLogprob]:
+        """Return the log-probabilities of tokens of the prompt; see starter_engine.StarterEngine."""
+        assert sequence.logprobs is not None  # it was asked for
+        tokens = sequence.prompt[start + 1 : start + 1 + rows.num_rows]
+        return token_logprobs(self._runner.logits([rows]), tokens, [sequence.logprobs.top] * len(tokens))
+
+    def _tokens(self, logits: torch.Tensor, sequences: AbstractSequence[Sequence]) -> list[int]:
         if self.script is not None:
             return self.script.take(logits, sequences)
         sample_rows = [
@@ -221,7 +246,15 @@ class TorchStarter:
                 # Only the repetition penalty reads the history.
                 sequence.tokens(0, sequence.num_tokens) if sequence.params.repetition_penalty != 1.0 else (),
                 sequence.num_tokens,
+                sequence.generated,
+                sequence.barred,
+                self._allowed(sequence, logits.shape[1]) if sequence.params.grammar else None,
             )
             for sequence in sequences
         ]
         return sample(logits, sample_rows)
+
+    def _allowed(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
+        if self._grammars is None:
+            raise EngineError("this ring has no tokenizer to follow a grammar with")
+        return self._grammars.allowed(sequence, num_tokens)

@@ -13,6 +13,11 @@ class TextPipe(Protocol):
         """Whether a stop text has appeared."""
         ...
 
+    @property
+    def stop_text(self) -> str | None:
+        """The stop text that has appeared."""
+        ...
+
     def push(self, token: int) -> str:
         """Return the text that the token completes."""
         ...
@@ -32,6 +37,7 @@ class NoText:
     """The pipe of callers that want token ids only."""
 
     stop_matched = False
+    stop_text: str | None = None
 
     def push(self, token: int) -> str:
         return ""

@@ -176,6 +176,18 @@ class Workers(ABC):
         """
         return ()
 
+    async def measure_hops(self, starter: StarterService, epoch: Epoch) -> tuple[HopLink | None, ...]:
+        """Return what each Hop is like while the Ring serves; raises an MdiqError when a Node is gone.
+
+        What runs would wait for it: the caller cancels it when there is something to do.
+        """
+        return ()
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether Layers are on their way, so that links carry less."""
+        return False
+
     @abstractmethod
     async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
         """Have every Stage serve in a new Epoch; ``wires[i]`` is the format of the Hop out of Stage i.

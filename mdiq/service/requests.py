@@ -12,6 +12,7 @@ from mdiq.service.text_pipe import TokenizerPipe, go_on
 
 if TYPE_CHECKING:
     from mdiq.engine.model_config import ModelConfig
+    from mdiq.engine.text.grammar import Grammars
     from mdiq.engine.text.tokenizer import Tokenizer
 
 
@@ -42,15 +43,23 @@ class Requests:
         self._raw = raw
         self._checked: dict[int, Sequence] = {}  # made to be checked before the ring loads; nothing is tokenized twice
         self._pipes: dict[int, TokenizerPipe] = {}  # of Sequences that go on
+        self.grammars: Grammars | None = None  # once a request has a grammar
 
     def check(self, lines: AbstractSequence[PromptLine], *, is_single: bool) -> None:
         """Refuse what can be seen to be wrong before anything runs.
 
         Raises:
-            ConfigError: a request has token ids that the model does not have, or no token.
+            ConfigError: a request has token ids that the model does not have, no token, or an answer's form that
+                cannot be used.
             ContextLengthError: the only one cannot fit the model's context.
         """
+        checked = {""}
         for line in lines:
+            if line.params.logit_bias:
+                self._check_ids(line, [token for token, _ in line.params.logit_bias])
+            if line.params.grammar not in checked:
+                self._check_form(line)
+                checked.add(line.params.grammar)
             if line.token_ids:
                 self._check_ids(line, line.token_ids)
             if is_single or not (line.token_ids or line.text or line.messages):
@@ -75,10 +84,11 @@ class Requests:
         """
         self._check_ids(line, (*begun.prompt, *begun.tokens))
         sequence = Sequence(line.index, begun.prompt, begun.params, eos_token_ids=self._tokenizer.eos_token_ids)
-        pipe = TokenizerPipe(self._tokenizer, begun.params.stop)
+        pipe = TokenizerPipe(self._tokenizer, begun.params)
         text = go_on(sequence, pipe, begun.tokens)
         if sequence.finish_reason is None:
             self._pipes[line.index] = pipe
+            self._begin_form(sequence)
         return sequence, text
 
     def _make(self, line: PromptLine, room: int) -> Sequence:
@@ -99,11 +109,28 @@ class Requests:
         # A tokenizer may know tokens that the model has no embedding of.
         self._check_ids(line, prompt)
         params = tokenizer.with_special_stops(line.params)
-        return Sequence(line.index, prompt, params, eos_token_ids=tokenizer.eos_token_ids)
+        sequence = Sequence(line.index, prompt, params, eos_token_ids=tokenizer.eos_token_ids)
+        self._begin_form(sequence)
+        return sequence
+
+    def _check_form(self, line: PromptLine) -> None:
+        from mdiq.engine.text.grammar import Grammars  # torch is imported after set_threads
+
+        if self.grammars is None:
+            self.grammars = Grammars(self._tokenizer)
+        try:
+            self.grammars.check(line.params.grammar)
+        except ConfigError as error:
+            raise ConfigError(f"{line.where}: the answer's form: {error}") from None
+
+    def _begin_form(self, sequence: Sequence) -> None:
+        if sequence.params.grammar:
+            assert self.grammars is not None  # all are checked
+            self.grammars.begin(sequence)
 
     def pipe(self, sequence: Sequence) -> TokenizerPipe:
         """Return what turns the Sequence's tokens into text."""
-        return self._pipes.pop(sequence.index, None) or TokenizerPipe(self._tokenizer, sequence.params.stop)
+        return self._pipes.pop(sequence.index, None) or TokenizerPipe(self._tokenizer, sequence.params)
 
     def _check_ids(self, line: PromptLine, ids: AbstractSequence[int]) -> None:
         if (largest := max(ids)) >= self._config.vocab_size:

@@ -17,12 +17,15 @@ from mdiq.api.admission import max_prompts
 from mdiq.api.app import Api
 from mdiq.api.server import ApiRunner, TlsSite
 from mdiq.config.load import LoadedTopology, load_topology
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.model_source import find_model
 from mdiq.engine.model_config import ModelConfig
+from mdiq.engine.text.grammar import Grammars
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, MdiqError
+from mdiq.plan.drift import Factors
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
 from mdiq.runtime.options import RingOptions
@@ -113,11 +116,20 @@ class _RingBackend:
     """What the API sees: the ring that is up, and the tokenizer."""
 
     def __init__(
-        self, keeper: RingKeeper, tokenizer: Tokenizer, config: ModelConfig, model_name: str, max_waiting: int | None
+        self,
+        keeper: RingKeeper,
+        tokenizer: Tokenizer,
+        grammars: Grammars,
+        config: ModelConfig,
+        model_name: str,
+        max_waiting: int | None,
+        under_load: Callable[[], Factors],
     ) -> None:
         self._keeper = keeper
+        self._under_load = under_load
         self._max_waiting = max_waiting
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._numbers = count()
         self.model_name = model_name
         # A tokenizer may know tokens that the model has no embedding of.
@@ -153,20 +165,57 @@ class _RingBackend:
             self._tokenizer.check_fits(text, self.context_tokens)
         return [self._tokenizer.encode(text) for text in texts]
 
+    def text_ids(self, text: str, *, has_special: bool) -> list[int]:
+        return self._tokenizer.encode(text, has_special=has_special)
+
+    def text_of(self, tokens: AbstractSequence[int]) -> str:
+        return self._tokenizer.decode(tokens, has_special=True)
+
     def chat_ids(
-        self, messages: AbstractSequence[Mapping[str, Any]], template_kwargs: Mapping[str, str | int | float | bool]
+        self,
+        messages: AbstractSequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, str | int | float | bool],
+        tools: AbstractSequence[Mapping[str, Any]] = (),
+        *,
+        is_bounded: bool = True,
     ) -> list[int]:
-        return self._tokenizer.chat_ids(messages, template_kwargs, room=self.context_tokens)
+        room = self.context_tokens if is_bounded else None
+        return self._tokenizer.chat_ids(messages, template_kwargs, tools=tools, room=room)
+
+    def check_grammar(self, grammar: str) -> None:
+        self._grammars.check(grammar)
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._tokenizer.chat_template
+
+    def special_id(self, text: str) -> int | None:
+        return self._tokenizer.special_id(text)
+
+    def decode(self, tokens: AbstractSequence[int]) -> str:
+        return self._tokenizer.decode(tokens)
+
+    def spell(self, token: int) -> tuple[bytes, bool]:
+        return self._tokenizer.spell(token)
 
     def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, *, owner: str = "", share: int = 1
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        *,
+        logprobs: LogprobsWanted | None = None,
+        owner: str = "",
+        share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:
         params, eos = self._tokenizer.with_special_stops(params), self._tokenizer.eos_token_ids
         sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=eos, owner=owner, share=share)
+        if params.grammar:
+            self._grammars.begin(sequence)
+        sequence.logprobs = logprobs
         return self._keeper.stream(sequence)
 
     def status(self) -> Mapping[str, Any]:
-        return self._keeper.status()
+        return with_load(self._keeper.status(), self._under_load())
 
 
 class TopologyService:
@@ -181,6 +230,9 @@ class TopologyService:
         named = loaded.topology.model
         self._model_name = named.name or name_of(named.path)  # as clients name it
         self._tokenizer = Tokenizer.load(model)
+        self._grammars = Grammars(self._tokenizer)
+        if self._tokenizer.eos_token_ids:
+            self._grammars.prepare()  # later it would hold up the ring
         self._notifier = notifier
         self._file = loaded.file
         self._wanted_api = loaded.topology.api  # a reload does not change it
@@ -190,7 +242,7 @@ class TopologyService:
         """Serve until a signal comes."""
 
         def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> RingHost:
-            return RingHost(options, make_pipe=self._pipe, on_loading=on_loading)
+            return RingHost(options, make_pipe=self._pipe, on_loading=on_loading, grammars=self._grammars)
 
         self._keeper = keeper = RingKeeper(
             self._topologies.read,
@@ -201,7 +253,15 @@ class TopologyService:
             on_not_changed=self._topologies.note_not_changed,
         )
         wanted = self._wanted_api
-        backend = _RingBackend(keeper, self._tokenizer, self._config, self._model_name, wanted.max_waiting)
+        backend = _RingBackend(
+            keeper,
+            self._tokenizer,
+            self._grammars,
+            self._config,
+            self._model_name,
+            wanted.max_waiting,
+            self._under_load,
+        )
         self._api = Api(
             backend, self._api_files.keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s
         )
@@ -241,7 +301,7 @@ class TopologyService:
             await runner.cleanup()
 
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
-        return TokenizerPipe(self._tokenizer, sequence.params.stop)
+        return TokenizerPipe(self._tokenizer, sequence.params)
 
     def _tell(self, state: KeeperState) -> None:
         if state.is_serving:
@@ -259,8 +319,11 @@ class TopologyService:
             await asyncio.sleep(TELL_S)
 
     async def _status(self, _: Mapping[str, Any]) -> Any:
+        return self._api.status()
+
+    def _under_load(self) -> Factors:
         rings = self._topologies.rings
-        return with_load(self._api.status(), {} if rings is None else rings.under_load())
+        return {} if rings is None else rings.under_load()
 
     async def _drain(self, question: Mapping[str, Any]) -> str:
         return await self._keeper.drain_node(str(question.get("node")), undo=question.get("undo") is True)

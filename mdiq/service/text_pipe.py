@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mdiq.core.sequence import Sequence
+from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.stop_text import StopText
 from mdiq.runtime.text_pipe import text_of
 
@@ -12,17 +12,30 @@ if TYPE_CHECKING:  # torch is imported after set_threads
 
 
 class TokenizerPipe:
-    """Tokens of one Sequence to text: whole characters only, and nothing of a stop text."""
+    """Tokens of one Sequence to text: whole characters only, and nothing of a stop text.
 
-    def __init__(self, tokenizer: "Tokenizer", stops: tuple[str, ...]) -> None:
+    A stop text that is complete with one of the first min_tokens tokens is text like any other.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", params: SamplingParams) -> None:
         self._stream = tokenizer.stream()
-        self._stop_text = StopText(stops)
+        self._stop_text = StopText(params.stop)
+        self._num_barred = params.min_tokens
+        self._shown = {token: tokenizer.text_of_special(token) for token in params.shown_token_ids}
 
     @property
     def stop_matched(self) -> bool:
         return self._stop_text.matched
 
+    @property
+    def stop_text(self) -> str | None:
+        return self._stop_text.found
+
     def push(self, token: int) -> str:
+        self._stop_text.may_end = self._num_barred == 0
+        self._num_barred = max(self._num_barred - 1, 0)
+        if (shown := self._shown.get(token)) is not None:
+            return self._stop_text.push(self._stream.finish() + shown)
         return self._stop_text.push(self._stream.push(token))
 
     def finish(self) -> str:

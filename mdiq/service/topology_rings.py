@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.types import LayerRange, NodeId
 from mdiq.errors import CapacityError, MdiqError, NodeDiedError, PlanError
 from mdiq.plan.measured import MeasuredRing, Profiles
@@ -305,8 +305,8 @@ def _split_of(plan: Plan) -> dict[str, int]:
 
 
 def _has_news(before: Profiles, now: Profiles) -> bool:
-    """Whether load shows something else of a Node than is written: no need to write each minute."""
-    return any(
+    """Whether there is something else to write of a Node or a link: no need to write each minute."""
+    return before.links != now.links or any(
         node.under_load is not None
         and ((old := before.nodes[name].under_load) is None or abs(node.under_load / old - 1) > NEWS)
         for name, node in now.nodes.items()

@@ -17,14 +17,17 @@ import yarl
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
+from mdiq import __version__
 from mdiq.api import streams
 from mdiq.api.app import MAX_BODY_BYTES, TEXT_THREADS, Api
 from mdiq.api.keys import bare_keys
+from mdiq.core.logprobs import Logprobs, LogprobsWanted, TokenLogprob
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, RingError
 from mdiq.runtime.starter_service import StreamEvent
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+HALF = 99  # a token that is a part of a character
 Client = TestClient[web.Request, web.Application]
 
 
@@ -55,14 +58,40 @@ class FakeRing:
                 raise CapacityError("prompt: at least 100 tokens leave no room")
         return [[len(word) for word in text.split()] for text in texts]
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
+    def text_ids(self, text: str, *, has_special: bool) -> list[int]:
+        return [*([1] if has_special else []), *(len(word) for word in text.split())]
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return " ".join("x" * token for token in tokens)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+        tools: Sequence[Any] = (),
+        *,
+        is_bounded: bool = True,
+    ) -> list[int]:
         self.told.append((messages, template_kwargs))
         if messages[0]["content"] == "Ahoy":
             raise ConfigError("the template knows no pirate")
-        return [1, *self.encode([messages[0]["content"]])[0]]
+        encode = partial(self.text_ids, has_special=False) if not is_bounded else lambda text: self.encode([text])[0]
+        return [1, *encode(messages[0]["content"])]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(f"<{token}>" for token in tokens)
+
+    def spell(self, token: int) -> tuple[bytes, bool]:
+        return (b"\xe2\x82", True) if token == HALF else (f" {token}".encode(), True)
 
     async def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, *, owner: str = "", share: int = 1
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        *,
+        logprobs: LogprobsWanted | None = None,
+        owner: str = "",
+        share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:
         if not self.is_serving:
             raise RingError(f"the ring does not serve: {self.state}")
@@ -79,7 +108,11 @@ class FakeRing:
                 if waiting is not None:
                     await waiting
                 reason = FinishReason.LENGTH if i == num_tokens - 1 else None
-                yield StreamEvent(TokenEvent(index, i, len(prompt) + i, reason), f" {i}", time.monotonic())
+                step = TokenEvent(index, i, len(prompt) + i, reason, logprob=_scored(i, logprobs))
+                of_prompt = None
+                if logprobs is not None and logprobs.of_prompt and not i:
+                    of_prompt = Logprobs(TokenLogprob(t, -t / 2, ((7, -0.5),) * logprobs.top) for t in prompt[1:])
+                yield StreamEvent(step, f" {i}", time.monotonic(), prompt_logprobs=of_prompt)
         finally:
             self.num_running -= 1
             self.closed.set()
@@ -93,6 +126,11 @@ class FakeRing:
             "rings_formed": 4,
             "counts": {"preemptions": 5},
         }
+
+
+def _scored(token: int, wanted: LogprobsWanted | None) -> TokenLogprob | None:
+    """The likeliest token is always 0."""
+    return None if wanted is None else TokenLogprob(token, -token / 4, tuple((i, -i / 4) for i in range(wanted.top)))
 
 
 @asynccontextmanager
@@ -173,6 +211,23 @@ async def test_models_health_and_metrics() -> None:
         response = await client.get("/health")
         assert response.status == 503
         assert (await _error(response))["message"] == "waits for pi2"
+
+
+async def test_a_ring_is_ready_when_it_serves_and_its_status_and_version_need_the_key() -> None:
+    ring, key = FakeRing(), {"Authorization": f"Bearer {'k' * 20}"}
+    async with _client(ring, "k" * 20) as client:
+        response = await client.get("/ready")
+        assert (response.status, await response.json()) == (200, {"status": "ready"})
+        ring.is_serving = False
+        response = await client.get("/ready")
+        assert response.status == 503 and int(response.headers["Retry-After"]) > 0
+        assert "pi2" not in await response.text(), "anyone may ask"
+        for path in ("/status.json", "/version"):
+            assert (await client.get(path)).status == 401
+        status = await (await client.get("/status.json", headers=key)).json()
+        assert await (await client.get("/version", headers=key)).json() == {"version": __version__}
+    assert status["nodes"] == ring.status()["nodes"] and status["requests"]["done"] == 2
+    assert status["requests"]["refused"]["no_key"] == 0, "GETs are not counted"
 
 
 async def test_a_ring_that_does_not_serve_or_has_enough_to_do_says_when_to_come_again() -> None:

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from mdiq.api.fields import _REASONS
+from mdiq.api.logprobs import AskedLogprobs
 from mdiq.api.requests import ApiError, BadRequest, parse
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import SamplingParams
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -67,13 +69,28 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 65}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"num_return_sequences": "2"}, "num_return_sequences"),
         ({"best_of": 3}, "best_of"),
-        ({"logprobs": True}, "logprobs"),
+        ({"best_of": 3, "n": 2}, "best_of"),
+        ({"guided_json": [1]}, "guided_json"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": {"type": "object"}, "grammar": "root ::= 'a'"}, "guided_json"),
+        ({"guided_choice": [1]}, "guided_choice"),
+        ({"guided_regex": 5}, "guided_regex"),
+        ({"grammar": {"type": "json"}}, "grammar"),
+        ({"structured_outputs": {"json": {}, "structural_tag": "x"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"json_object": 1}}, "json_object"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
         ({"logprobs": 0}, "logprobs"),
-        ({"top_logprobs": 0}, "top_logprobs"),
-        ({"guided_json": {"type": "object"}}, "guided_json"),
-        ({"grammar": "root ::= 'a'"}, "grammar"),
+        ({"logprobs": "yes"}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"mirostat": 2}, "mirostat"),
         ({"typical_p": 0.9}, "typical_p"),
@@ -93,10 +110,51 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"messages": [{"role": "assistant", "content": None}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}, "messages"),
         ({"echo": True}, "echo"),
-        ({"tools": [{}]}, "tools"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": -1}, "presence_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"presence_penalty": "1"}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"presence_penalty": 1, "repeat_last_n": 64}, "repeat_last_n"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": float("nan")}}, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
+        ({"logit_bias": {"\u0665": 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1_025)}}, "logit_bias"),
+        ({"logit_bias": [[5]]}, "logit_bias"),
+        ({"logit_bias": [5, 1]}, "logit_bias"),
+        ({"logit_bias": "5"}, "logit_bias"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 2.5}, "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"stop_token_ids": list(range(1_025))}, "stop_token_ids"),
+        ({"tools": {}}, None),
+        ({"tools": {"a": 1}}, "tools"),
+        ({"tools": [{}]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"function": {"name": "a"}}] * 2}, "tools[1].function.name"),
+        ({"tools": [{"function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
+        ({"tools": [{"function": {"name": "a", "parameters": []}}]}, "tools[0].function.parameters"),
+        ({"tools": [{"function": {"name": "a", "parameters": {"type": "array"}}}]}, "tools[0].function.parameters"),
+        ({"tools": [{"function": {"name": "a", "description": 5}}]}, "tools[0].function.description"),
+        ({"tools": [{"function": {"name": "a", "description": "\ud800"}}]}, "tools[0].function"),
+        ({"tools": [{"function": {"name": "a"}}], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [{"function": {"name": "a"}}], "tool_choice": {"type": "function"}}, "tool_choice"),
+        (
+            {"tools": [{"function": {"name": "a"}}], "tool_choice": {"type": "function", "function": {"name": "b"}}},
+            "tool_choice",
+        ),
+        ({"tools": [{"function": {"name": "a"}}], "parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"max_completion_tokens": True}, "max_completion_tokens"),
@@ -133,6 +191,7 @@ def test_what_cannot_be_served_is_refused_by_its_field(change: dict[str, Any], p
     "nothing",
     [
         {"tools": [], "tool_choice": "auto", "functions": None, "logit_bias": {}, "frequency_penalty": 0},
+        {"n": 2, "best_of": 2, "logit_bias": [], "presence_penalty": None},
         {"response_format": {"type": "text"}, "modalities": ["text"], "min_tokens": 0, "best_of": 1, "typical_p": 1.0},
         {"mirostat": 0, "xtc_probability": 0.0, "repeat_last_n": -1, "add_generation_prompt": True, "logprobs": None},
         {"metadata": {"a": 1}, "store": False, "service_tier": "auto", "cache_prompt": True, "id_slot": 3},
@@ -238,7 +297,19 @@ SERVED |= {
     "ignore_eos",
     "reasoning_effort",
     "enable_thinking",
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "json_schema",
+    "regex",
+    "ebnf",
+    "grammar",
 }
+SERVED |= {"n", "n_cmpl", "num_return_sequences", "presence_penalty", "frequency_penalty", "logit_bias"}
+SERVED |= {"min_tokens", "min_new_tokens"}
 SERVED |= {"temperature", "top_p", "stop", "seed", "max_tokens", "max_completion_tokens", "stream", "stream_options"}
 WITHOUT_EFFECT = set(
     "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls priority request_id "
@@ -247,6 +318,8 @@ WITHOUT_EFFECT = set(
     "xtc_threshold mirostat_tau mirostat_eta guided_decoding_backend guided_whitespace_pattern separate_reasoning "
     "spaces_between_special_tokens num_ctx prompt_lookup_num_tokens".split()
 )
+IN_COMPLETIONS = {"logprobs", "echo"}
+"""Refused elsewhere. A chat has its own "logprobs", and a prompts file none."""
 SENT = {
     "openai": "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
     "metadata modalities n parallel_tool_calls prediction presence_penalty prompt_cache_key reasoning_effort "
@@ -285,7 +358,7 @@ SENT = {
 def test_every_field_of_a_server_is_served_refused_or_without_effect(server: str) -> None:
     for name in SENT[server].split():
         assert (name in _REASONS) + (name in SERVED) + (name in WITHOUT_EFFECT) == 1, name
-        if name in _REASONS:
+        if name in _REASONS and name not in IN_COMPLETIONS:
             is_on = any(value is True for value in _REASONS[name][1])
             with pytest.raises(BadRequest, match=f"^{name}: .*; leave it out$"):
                 body = {"prompt": "a", "repetition_penalty": 1.1, name: False if is_on else "x"}
@@ -295,7 +368,7 @@ def test_every_field_of_a_server_is_served_refused_or_without_effect(server: str
 def test_what_means_something_only_beside_another_field_is_refused_only_there() -> None:
     for name, value in (("repeat_last_n", 64), ("penalize_nl", False), ("rep_pen_range", 1024)):
         parse({**HELLO, name: value, "repeat_penalty": 1.0}, is_chat=True)
-        for penalty in ("repeat_penalty", "repetition_penalty", "rep_pen"):
+        for penalty in ("repeat_penalty", "repetition_penalty", "rep_pen", "presence_penalty", "frequency_penalty"):
             with pytest.raises(BadRequest, match=f"^{name}: "):
                 parse({**HELLO, name: value, penalty: 1.1}, is_chat=True)
     parse({**HELLO, "do_sample": False, "temperature": 0}, is_chat=True)
@@ -316,6 +389,60 @@ def test_words_for_the_template_may_stand_in_the_request_itself() -> None:
             parse({**HELLO, **wrong}, is_chat=True)
 
 
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ({}, AskedLogprobs()),
+        ({"logprobs": False, "echo": False}, AskedLogprobs()),
+        ({"logprobs": 0}, AskedLogprobs(LogprobsWanted(0))),
+        ({"logprobs": 20.0}, AskedLogprobs(LogprobsWanted(20))),
+        ({"echo": True}, AskedLogprobs(None, echo=True)),
+        ({"echo": True, "logprobs": 1}, AskedLogprobs(LogprobsWanted(1, of_prompt=True), echo=True)),
+        (
+            {"echo": True, "logprobs": 1, "max_tokens": 0},
+            AskedLogprobs(LogprobsWanted(1, of_prompt=True), echo=True, drops_answer=True),
+        ),
+        ({"echo": True, "n_predict": 0.0}, AskedLogprobs(None, echo=True, drops_answer=True)),
+    ],
+)
+def test_a_completion_says_which_log_probabilities_it_wants(more: dict[str, Any], asked: AskedLogprobs) -> None:
+    parsed = parse({"prompt": "a", **more}, is_chat=False)
+    assert parsed.logprobs == asked
+    if asked.drops_answer:
+        assert parsed.params(10, 100).max_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ({"logprobs": False, "top_logprobs": 0}, AskedLogprobs()),
+        ({"logprobs": True}, AskedLogprobs(LogprobsWanted())),
+        ({"logprobs": True, "top_logprobs": 20}, AskedLogprobs(LogprobsWanted(20))),
+    ],
+)
+def test_a_chat_says_which_log_probabilities_it_wants(more: dict[str, Any], asked: AskedLogprobs) -> None:
+    assert parse({**HELLO, **more}, is_chat=True).logprobs == asked
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 1.5}, "logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"echo": 1}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"echo": True, "max_tokens": False}, "max_tokens"),
+    ],
+)
+def test_log_probabilities_of_a_completion_that_make_no_sense_are_refused(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest, match=f"^{param}: ") as caught:
+        parse({"prompt": "a", **more}, is_chat=False)
+    assert caught.value.body["param"] == param
+
+
 def test_stop_texts_have_the_names_of_other_servers() -> None:
     for name in ("stop_sequences", "stop_strings", "stopping_strings"):
         assert _params({**HELLO, name: ["a"]}).stop == ("a",)
@@ -324,3 +451,27 @@ def test_stop_texts_have_the_names_of_other_servers() -> None:
 
 def test_the_limit_of_tokens_has_the_names_of_other_servers() -> None:
     assert parse({**HELLO, "max_new_tokens": 7}, is_chat=True).max_tokens == 7
+
+
+def test_biases_penalties_and_a_least_length_arrive() -> None:
+    wishes = {"presence_penalty": -2, "frequency_penalty": 0.5, "min_new_tokens": 3.0}
+    params = _params({**HELLO, **wishes, "logit_bias": {"5": -100, "07": 1.5}})
+    assert (params.presence_penalty, params.frequency_penalty, params.min_tokens) == (-2.0, 0.5, 3)
+    assert params.logit_bias == ((5, -100.0), (7, 1.5))
+    assert _params({**HELLO, "logit_bias": [[5, -1], [6, 2.5]]}).logit_bias == ((5, -1.0), (6, 2.5))
+
+
+def test_a_least_length_is_no_more_than_what_is_left() -> None:
+    params = _params({**HELLO, "min_tokens": 80, "max_tokens": 200}, num_prompt=70)
+    assert (params.min_tokens, params.max_tokens) == (30, 30)
+    with pytest.raises(BadRequest, match=r"^min_tokens: 17 is out of range; use from 0 to max_tokens \(16\)"):
+        _params({"prompt": "a", "min_tokens": 17}, is_chat=False)
+
+
+@pytest.mark.parametrize("name", ["n", "n_cmpl", "num_return_sequences"])
+def test_several_answers_are_asked_for_by_the_names_of_other_servers(name: str) -> None:
+    assert parse({**HELLO, name: 3.0}, is_chat=True).num_answers == 3
+    asked = parse({"prompt": ["a", "b"], name: 32, "best_of": 32}, is_chat=False)
+    assert (asked.num_choices, asked.num_answers) == (32, 64)
+    with pytest.raises(BadRequest, match="^n: 33 answers to each of 2 prompts; give at most 64"):
+        parse({"prompt": ["a", "b"], name: 33}, is_chat=False)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import pytest
 
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.errors import CapacityError, RingError
@@ -29,7 +30,9 @@ class Answers(Protocol):
     def num_running(self) -> int: ...
     @property
     def is_serving(self) -> bool: ...
-    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]: ...
+    def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, *, logprobs: LogprobsWanted | None = None
+    ) -> AsyncGenerator[StreamEvent, None]: ...
 
 
 class KeptRing:
@@ -52,8 +55,10 @@ class KeptRing:
     def is_serving(self) -> bool:
         return self._keeper.state.is_serving
 
-    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
-        return self._keeper.stream(Sequence(next(self._numbers), prompt, params))
+    def answer(
+        self, prompt: tuple[int, ...], params: SamplingParams, *, logprobs: LogprobsWanted | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
+        return self._keeper.stream(Sequence(next(self._numbers), prompt, params, logprobs=logprobs))
 
 
 Opened = Callable[[], AbstractAsyncContextManager[Answers]]
@@ -147,3 +152,21 @@ async def test_a_ring_that_is_too_small_for_all_at_once_answers_all(opened: Open
 async def test_a_ring_that_does_not_serve_takes_nothing() -> None:
     with pytest.raises(RingError, match="does not serve"):
         await _tokens(FakeRing(is_serving=False), (1,), 1)
+
+
+@pytest.mark.parametrize("wanted", [None, LogprobsWanted(), LogprobsWanted(2), LogprobsWanted(1, of_prompt=True)])
+async def test_log_probabilities_come_as_they_are_wanted_and_those_of_the_prompt_with_the_first_token(
+    opened: Opened, wanted: LogprobsWanted | None
+) -> None:
+    async with opened() as ring:
+        async with aclosing(ring.answer((5, 6, 7), SamplingParams(max_tokens=3), logprobs=wanted)) as answer:
+            events = [event async for event in answer]
+        found = [event.step.logprob for event in events]
+        if wanted is None:
+            assert found == [None] * 3
+        else:
+            assert [each.token for each in found if each] == [event.step.token for event in events]
+            assert [len(each.top) for each in found if each] == [wanted.top] * 3
+        of_prompt = [list(event.prompt_logprobs or ()) for event in events]
+        is_scored = wanted is not None and wanted.of_prompt
+        assert [[each.token for each in values] for values in of_prompt] == [[6, 7] if is_scored else [], [], []]

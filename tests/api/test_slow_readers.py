@@ -11,6 +11,7 @@ import pytest
 
 from mdiq.api.app import Api
 from mdiq.api.server import CLIENT_TIMEOUT_S, SEND_BUFFER_BYTES, ApiRunner
+from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.runtime.starter_service import StreamEvent
 from tests.api.test_app import FakeRing
@@ -30,7 +31,13 @@ class TalkingRing(FakeRing):
         self.ended_s: dict[int, float] = {}
 
     async def answer(
-        self, prompt: tuple[int, ...], params: SamplingParams, *, owner: str = "", share: int = 1
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        *,
+        logprobs: LogprobsWanted | None = None,
+        owner: str = "",
+        share: int = 1,
     ) -> AsyncGenerator[StreamEvent, None]:
         now = asyncio.get_running_loop().time
         queue: asyncio.Queue[StreamEvent] = asyncio.Queue()

@@ -101,16 +101,27 @@ def test_a_line_takes_the_names_that_clients_of_the_api_use(tmp_path: Path) -> N
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}]
     one, two = _prompts(
         tmp_path / "in.jsonl",
-        {"prompt": "a", "repeat_penalty": 1.2, "top_k": -1, "n_predict": 3.0},
+        {"prompt": "a", "repeat_penalty": 1.2, "top_k": -1, "n_predict": 3.0, "min_new_tokens": 2, "n": 1},
         {"messages": chat, "max_tokens": -1},
     )
+    assert one.params.min_tokens == 2
     assert (one.params.repetition_penalty, one.params.top_k, one.params.max_tokens) == (1.2, 0, 3)
     assert two.messages == tuple(chat) and two.params.max_tokens > 1 << 20
 
 
-@pytest.mark.parametrize("more", [{"guided_json": {}, "grammar": "x"}, {"logprobs": 0}, {"seed": "x"}, {"n": 2}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"regex": "y", "grammar": "x"},
+        {"tools": [{}]},
+        {"logprobs": 0},
+        {"seed": "x"},
+        {"n": 2},
+        {"logit_bias": {"a": 1}},
+    ],
+)
 def test_a_line_that_asks_for_what_is_not_served_is_refused(tmp_path: Path, more: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"in.jsonl:1: (grammar|logprobs|seed|n): "):
+    with pytest.raises(ConfigError, match=r"in.jsonl:1: (regex|tools|logprobs|seed|n|logit_bias): "):
         _prompts(tmp_path / "in.jsonl", {"prompt": "a", **more})
 
 

@@ -34,6 +34,8 @@ REQUESTS: tuple[Mapping[str, object], ...] = (
     {"prompt_token_ids": [1, 2, 4], "temperature": 0.9, "seed": 5, "max_tokens": 20},
     {"prompt_token_ids": [9], "temperature": 1.5, "seed": 6, "repetition_penalty": 1.3, "max_tokens": 30},
     {"prompt_token_ids": [8, 8], "max_tokens": 1},
+    {"prompt_token_ids": [5, 8], "presence_penalty": 1.5, "frequency_penalty": 0.5, "max_tokens": 40, "min_tokens": 30},
+    {"prompt_token_ids": [3], "temperature": 0.8, "seed": 2, "logit_bias": {"5": 5, "9": -100}, "max_tokens": 30},
     {"prompt_token_ids": [7], "temperature": 2.0, "seed": 1, "max_tokens": 60, "stop": [" 1"]},
 )
 

@@ -865,24 +865,29 @@ async def test_a_node_that_is_heard_again_after_its_lease_is_back_and_without_wo
     assert plane.coordinator.without_work == [] and plane.lost.empty()
 
 
-async def test_a_node_that_serves_and_has_no_connection_is_gone_at_once_and_one_that_loads_a_little_later(
-    plane: Plane, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_served", [True, False])
+async def test_a_node_without_a_connection_is_gone_at_once_or_while_the_ring_forms_a_little_later(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, has_served: bool
 ) -> None:
+    """Also one that loads while the ring changes: node-2 has loaded, and has not begun."""
     monkeypatch.setattr(node_watch, "UNREACHED_S", LEASE_S * 0.3)
     monkeypatch.setattr(node_watch, "SILENT_S", LEASE_S * 0.6)
     links = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
     await plane.coordinator.all_joined()
     await _loads(plane, *links)
-    await _begins(plane, ONE, links[0], 2)
+    if has_served:
+        await _begins(plane, ONE, links[0], 2)
     for link in links:
         await link.aclose()
     await _until(lambda: plane.coordinator._watch._unreached.keys() == {ONE, TWO})
-    plane.now = LEASE_S * 0.3
-    node, error = await plane.lost.get()
-    assert node == ONE and str(error).startswith("node-1: its connection has ended")
-    assert plane.coordinator.missing == [ONE] and plane.lost.empty()
-    plane.now = LEASE_S * 0.6
-    assert (await plane.lost.get())[0] == TWO
+    if not has_served:
+        plane.now = LEASE_S * 0.5
+        await asyncio.sleep(LEASE_S)  # several looks
+        assert plane.lost.empty() and plane.coordinator.missing == []
+    plane.now = LEASE_S * (0.3 if has_served else 0.6)
+    lost = [await plane.lost.get() for _ in links]
+    assert {node for node, _ in lost} == {ONE, TWO}
+    assert all(str(error).startswith(f"{node}: its connection has ended") for node, error in lost)
     await _by_hand(plane, "node-1")  # its next process
     await _until(lambda: plane.coordinator.missing == [TWO])
 

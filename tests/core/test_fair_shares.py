@@ -6,8 +6,9 @@ import pytest
 
 from mdiq.core.fair_shares import _KEPT_OWNERS, FairShares
 from mdiq.core.frame import Frame, FrameKind, TokenIds
-from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import HeadRow, Inject
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import Epoch, RingSpec
 
@@ -41,7 +42,8 @@ class Asking:
             frame = action.frame
             wanting = sum(segment.wants_logits for segment in frame.segments)
             kind = FrameKind.RELEASE if frame.kind is FrameKind.RELEASE else FrameKind.HEAD
-            came = self.ring.returned(Frame(frame.epoch, kind, frame.segments, TokenIds((0,) * wanting)), 0.0)
+            back = Frame(frame.epoch, kind, frame.segments, TokenIds((0,) * wanting))
+            came = [row for row in self.ring.returned(back, 0.0) if isinstance(row, HeadRow)]
             for segment, row in zip([s for s in frame.segments if s.wants_logits], came, strict=True):
                 if segment.stop == len(row.sequence.prompt):
                     prompts.append(row.sequence.index)

@@ -3,8 +3,9 @@
 import pytest
 
 from mdiq.core.frame import Frame, FrameKind, Segment, TokenIds
-from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Ended, HeadRow, Inject
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import Epoch, RingSpec, SeqId
 from mdiq.errors import ContextLengthError, LocalProtocolError
@@ -44,7 +45,7 @@ def _lap(ring: RingProtocol, now: float = 0.0) -> list[HeadRow]:
         if frame.kind is FrameKind.RELEASE:
             ring.returned(frame)
         else:
-            rows += ring.returned(_head(*frame.segments))
+            rows += [row for row in ring.returned(_head(*frame.segments)) if isinstance(row, HeadRow)]
     return rows
 
 

@@ -1,5 +1,8 @@
 """Sampling values are checked, and a Sequence knows its tokens and its end."""
 
+import json
+from dataclasses import asdict, replace
+
 import pytest
 
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
@@ -18,6 +21,13 @@ from mdiq.errors import ConfigError
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("inf")),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((1, 100.5),)),
+        ("logit_bias", tuple((i, 1.0) for i in range(1_025))),
+        ("min_tokens", -1),
+        ("min_tokens", 257),  # more than max_tokens
         ("stop", ("",)),
         ("seed", 2**64),
     ],
@@ -48,6 +58,12 @@ def test_values_of_a_json_object_replace_those_of_the_same_name() -> None:
         ("stop", 3),
         ("stop_token_ids", ["a"]),
         ("stop_token_ids", [True]),
+        ("min_tokens", 1.5),
+        ("logit_bias", 3),
+        ("logit_bias", [[1, 2, 3]]),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"1": None}),
+        ("logit_bias", [[True, 1]]),
         ("top_p", 7),
     ],
 )
@@ -72,3 +88,36 @@ def test_a_sequence_ends_with_its_last_token_an_end_token_or_a_stop_text() -> No
     going_on = Sequence(0, (1,), SamplingParams(max_tokens=2, ignore_eos=True), frozenset({9}))
     assert going_on.append(9) is None
     assert going_on.append(9) is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("value", [{"3": 1, "2": -100}, [[3, 1], ["2", -100.0]], [(3, 0), (2, -100), (3, 1)]])
+def test_a_bias_is_given_as_an_object_or_as_pairs(value: object) -> None:
+    assert SamplingParams().replaced({"logit_bias": value}, "line 1").logit_bias == ((3, 1.0), (2, -100.0))
+
+
+def test_params_come_back_from_their_json() -> None:
+    params = SamplingParams(logit_bias=((3, 1.0), (2, -100.0)), min_tokens=4, presence_penalty=1.0, stop=("a",))
+    assert SamplingParams().replaced(json.loads(json.dumps(asdict(params))), "params") == params
+
+
+def test_no_end_token_and_no_stop_text_ends_an_answer_before_its_least_length() -> None:
+    params = SamplingParams(max_tokens=9, min_tokens=2, stop_token_ids=(8,))
+    sequence = Sequence(0, (1,), params, frozenset({9}))
+    assert {*sequence.barred} == {8, 9}
+    assert sequence.append(9) is None and {*sequence.barred} == {8, 9}
+    assert sequence.append(3, stop_matched=True) is None and not sequence.barred
+    assert sequence.append(8) is FinishReason.STOP
+    assert {*Sequence(0, (1,), replace(params, ignore_eos=True), frozenset({9})).barred} == {8}
+    assert Sequence(0, (1,), replace(params, max_tokens=2)).append(8) is None
+    full = Sequence(0, (1,), SamplingParams(max_tokens=2, min_tokens=2), generated=[5])
+    assert full.append(5) is FinishReason.LENGTH
+
+
+def test_each_choice_draws_by_a_seed_of_its_own_that_is_always_the_same() -> None:
+    params = SamplingParams(temperature=1.0, seed=7)
+    choices = [params.of_choice(i) for i in range(64)]
+    assert choices[0] == params and len({choice.seed for choice in choices}) == 64
+    assert [replace(choice, seed=7) for choice in choices] == [params] * 64
+    assert choices == [params.of_choice(i) for i in range(64)]
+    assert replace(params, seed=8).of_choice(1).seed != choices[1].seed
+    assert replace(params, seed=-1).of_choice(1).seed == replace(params, seed=2**64 - 1).of_choice(1).seed

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from mdiq.core.frame import Frame, FrameKind, Segment, TokenIds
-from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Ended, HeadRow, Inject
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import Epoch, RingSpec, SeqId
 from mdiq.errors import MdiqError
@@ -135,7 +136,7 @@ class Story:
         """Frames are back, and their rows wait for the sampler."""
         self.newest = self._taken(which)
         for frame in self.newest:
-            self.rows += self.ring.returned(_head(frame), self.now)
+            self.rows += [row for row in self.ring.returned(_head(frame), self.now) if isinstance(row, HeadRow)]
 
     def sampled(self) -> None:
         rows, self.rows = self.rows, []
@@ -158,13 +159,13 @@ class Story:
     def again(self) -> None:
         """What the last command brought comes a second time."""
         for frame in self.newest:
-            self.rows += self.ring.returned(_head(frame), self.now)
+            self.rows += [row for row in self.ring.returned(_head(frame), self.now) if isinstance(row, HeadRow)]
         self.sampled()
 
     def foreign(self, *segments: str) -> None:
         """A Frame comes that nobody sent."""
         frame = Frame(self.ring.epoch, FrameKind.HIDDEN, tuple(map(_segment, segments)))
-        self.rows += self.ring.returned(_head(frame), self.now)
+        self.rows += [row for row in self.ring.returned(_head(frame), self.now) if isinstance(row, HeadRow)]
         self.log += [f"row {row.row} is of {row.seq_id}" for row in self.rows]
         self.sampled()
 

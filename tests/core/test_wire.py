@@ -22,6 +22,7 @@ WITHOUT_TOKENS = (FrameKind.RELEASE, FrameKind.PROBE)
 OF_ONE_SEGMENT = (FrameKind.PROBE, FrameKind.BURST)
 GOLDEN = Path(__file__).parent.parent / "golden" / "wire_v1.txt"
 GOLDEN_PARENTS = GOLDEN.with_name("wire_v1_parents.txt")
+GOLDEN_ROWS = GOLDEN.with_name("wire_v1_rows.txt")
 
 
 class Rows:
@@ -54,6 +55,7 @@ def frames(draw: st.DrawFn) -> Frame:
             draw(st.integers(0, 990)),
             draw(st.integers(1, 8)),
             draw(st.booleans()) and kind is not FrameKind.BURST,
+            wants_rows=draw(st.booleans()) and kind is not FrameKind.BURST,
         )
         for seq_id in seq_ids
     )
@@ -177,6 +179,25 @@ def test_parents_lie_behind_the_segments_and_their_bytes_stay_what_they_are() ->
     assert len(parts[0]) == len(_bytes(_frame(num_segments=3))[0]) + 2 * 8
 
 
+@pytest.mark.parametrize("kind", [FrameKind.HIDDEN, FrameKind.HEAD])
+def test_a_segment_that_wants_rows_has_all_of_them_in_its_head_and_its_bytes_stay_what_they_are(
+    kind: FrameKind,
+) -> None:
+    segments = (
+        Segment(SeqId(300), 0, 3, wants_rows=True),
+        Segment(SeqId(301), 5, 2, wants_logits=True, wants_rows=True),
+        Segment(SeqId(302), 9, 1, wants_logits=True),
+        Segment(SeqId(303), 0, 4),
+    )
+    num_rows = 3 + 2 + 1 + (4 if kind is FrameKind.HIDDEN else 0)
+    frame = Frame(Epoch(7), kind, segments, Rows(num_rows, 1), 3)
+    line = GOLDEN_ROWS.read_text(encoding="ascii").splitlines()[kind - FrameKind.HIDDEN]
+    parts = [bytes.fromhex(part) for part in line.split()]
+    assert _bytes(frame) == parts
+    back = wire.decode(parts, KEY, LIMITS)
+    assert back.segments == segments and back.num_rows == num_rows
+
+
 @pytest.mark.parametrize(
     ("offset", "layout", "values", "reason"),
     [
@@ -280,7 +301,7 @@ def test_sizes_are_refused_before_the_tag_is_looked_at() -> None:
         (30, "I", (0,), "segments"),
         (30, "I", (101,), "segments"),
         (34, "B", (2,), "parents"),
-        (34, "B", (4,), "segments"),
+        (34, "B", (8,), "segments"),
         (35, "Q", (300,), "segments"),  # the other Segment's Sequence
     ],
 )

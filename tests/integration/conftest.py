@@ -26,7 +26,17 @@ IS_WHOLE = bool(os.environ.get("MDIQ_TEST_WHOLE"))
 """Run every ring, prompt and token of the tests of equal tokens; by itself a run takes a part that covers each kind."""
 
 
-LONGEST_FIRST = ("topology_ring", "equality", "run", "serve", "same_tokens", "takeover", "perplexity", "bench")
+LONGEST_FIRST = (
+    "topology_ring",
+    "equality",
+    "run",
+    "serve",
+    "openai",
+    "same_tokens",
+    "takeover",
+    "perplexity",
+    "bench",
+)
 """Files that take more than a minute: if one of them came last, a process would have nothing to do meanwhile."""
 
 

@@ -13,8 +13,9 @@ import zmq.asyncio
 from mdiq.core import wire
 from mdiq.core.control import BurstArrived
 from mdiq.core.frame import Buffer
-from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Action
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, LayerRange, RingSpec

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.errors import NodeDiedError
 from mdiq.runtime.options import Outages
 from tests.runtime.test_ring_changes import FORMED_S, TAKEN_S, asked, has_layers, layers, live, states

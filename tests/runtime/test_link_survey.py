@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 
 import pytest
 
@@ -58,6 +59,21 @@ async def test_every_hop_is_measured_and_the_ring_answers_as_ever(open_ring: Ope
         await ring.check(*(make_sequence(i) for i in range(4)))
         await ring.check_quiet()
         assert all(not worker.meter.dropped for worker in ring.workers)
+
+
+async def test_a_ring_that_serves_is_measured_again_with_other_numbers(open_ring: OpenRing) -> None:
+    async with open_ring(3) as ring, nodes_of(ring) as nodes:
+        numbers = count(1)
+        await survey_hops(ring.starter, nodes, EPOCH, 3, time.monotonic, numbers=numbers, unreached=str)
+        await ring.check(*(make_sequence(i) for i in range(4)))
+        first = next(numbers)
+        links = await survey_hops(ring.starter, nodes, EPOCH, 3, time.monotonic, numbers=numbers)
+        assert all(isinstance(link, HopLink) for link in links) and len(links) == 3
+        asked = sorted(number for _, number in nodes._awaited)
+        assert any(number < first for number in asked) and any(number > first for number in asked)
+        assert len({*asked} - {0}) == len([number for number in asked if number])
+        await ring.check(*(make_sequence(i) for i in range(4, 8)))
+        await ring.check_quiet()
 
 
 async def test_hops_that_lose_larger_bursts_are_unknown_and_the_ring_answers_as_ever(open_ring: OpenRing) -> None:

@@ -1,13 +1,14 @@
 """A chat's next turn computes its new tokens alone, at every Stage, and its answer is that of a Ring without reuse."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
@@ -87,6 +88,34 @@ async def test_the_second_turn_of_a_chat_of_a_thousand_tokens_prefills_its_new_t
     for turns in answers.values():
         _check(model, history, turns[0])
         _check(model, [*history, *turns[0], 5, 6, 7], turns[1])
+
+
+async def test_choices_of_one_prompt_compute_it_once_and_are_what_each_would_be_alone(tmp_path: Path) -> None:
+    make_model("llama-long").save_pretrained(tmp_path)
+    prompt = tuple(i * i * 31 % 97 for i in range(3 * BLOCK_TOKENS + 5))
+    params = SamplingParams(max_tokens=COUNT, temperature=1.0, seed=3, presence_penalty=1.0, min_tokens=2)
+    options = RingOptions(
+        tmp_path,
+        (LayerRange(0, 2), LayerRange(2, 4)),
+        weights=PLAIN_WEIGHTS,
+        in_process=True,
+        kv_tokens=2048,
+    )
+
+    async def answer(ring: RingHost, index: int, choice: int) -> Sequence:
+        sequence = Sequence(index, prompt, params.of_choice(choice))
+        async for _ in ring.stream(sequence):
+            pass
+        return sequence
+
+    async with RingHost(options) as ring:
+        choices = await asyncio.gather(*(answer(ring, i, i) for i in range(8)))
+        assert [choice.cached_prompt_tokens for choice in choices] == [0] + [3 * BLOCK_TOKENS] * 7
+        assert ring.service.ring.prefill["prefill_tokens"] == len(prompt) + 7 * 5
+    async with RingHost(replace(options, ring=RingSettings(prefix_tokens=0))) as ring:
+        alone = [await answer(ring, i, i) for i in range(8)]
+    assert [choice.generated for choice in choices] == [one.generated for one in alone]
+    assert len({tuple(choice.generated) for choice in choices}) > 4, "they differ"
 
 
 def _check(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> None:

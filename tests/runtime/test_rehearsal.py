@@ -37,7 +37,7 @@ class Service:
         reason = None
         while reason is None:
             place = sequence.index * PIECE_TOKENS + sequence.num_tokens
-            (token,) = self._engine.sample([TokenIds((place,))], [sequence])
+            token = self._engine.sample([TokenIds((place,))], [sequence])[0].token
             reason = sequence.append(token)
             yield StreamEvent(TokenEvent(sequence.index, token, sequence.num_tokens, reason), "", 0.0)
 

@@ -74,7 +74,16 @@ async def test_a_stream_ends_where_the_context_does_and_what_can_never_fit_is_re
 async def test_a_stream_goes_on_after_tokens_of_an_earlier_ring_as_it_would_have(
     open_kept: Open, temperature: float
 ) -> None:
-    params = SamplingParams(max_tokens=9, temperature=temperature, seed=7, repetition_penalty=1.2)
+    params = SamplingParams(
+        max_tokens=9,
+        temperature=temperature,
+        seed=7,
+        repetition_penalty=1.2,
+        presence_penalty=1.0,
+        frequency_penalty=1.5,
+        logit_bias=((3, 2.0), (4, -100.0)),
+        min_tokens=7,
+    )
     async with open_kept(2) as ring:
         steps = await _steps(ring, Sequence(0, (1, 2, 3), params))
         whole = [step.token for step in steps if step.token is not None]

@@ -157,7 +157,7 @@ async def test_nodes_of_this_machine_start_before_torch_and_the_model_are_loaded
             if is_remote:
                 raise ModelError("none of ours")
 
-    def open_model(options: RingOptions) -> None:
+    def open_model(options: RingOptions, _: object) -> None:
         events.append("model is opened")
         if not is_remote:
             raise ModelError("none of ours")

@@ -12,7 +12,7 @@ import pytest
 
 from mdiq.core import wire
 from mdiq.core.frame import MAX_SEGMENTS, Batch, Buffer, Frame, FrameKind, Segment
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason
 from mdiq.core.types import Epoch, LayerRange, RingSpec, SeqId
 from mdiq.errors import CapacityError, EngineError, RingError, RingStalledError, SequenceError

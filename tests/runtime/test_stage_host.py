@@ -1,5 +1,6 @@
 """What a Stage loads when it is assigned again, and what it gets ready before it is."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,13 @@ import pytest
 
 from mdiq.core import control
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
+from mdiq.core.wire import WireLimits
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
 from mdiq.runtime import stage_host
 from mdiq.runtime.loops import Worker, make_worker
 from mdiq.runtime.stage_host import StageHost
 from mdiq.telemetry.trace import Tracer
+from mdiq.transport.memory import MemoryLink
 from tests.control.conftest import assignment
 
 KV_TOKENS = 640
@@ -28,6 +31,7 @@ class Loads:
     done: list[str] = field(default_factory=list)
     kv_capacity_tokens = 0
     weight_bytes = kv_bytes_per_token = kv_tokens_in_use = 1
+    wire_limits = WireLimits(1_024, 64, 1_024)
 
     def load(self, _: object, layers: LayerRange, *, kv_tokens: int | None, **__: Any) -> "Loads":
         self.done.append(f"loads {layers}")
@@ -108,3 +112,21 @@ async def test_a_warm_up_loads_one_layer_and_keeps_nothing(loads: Loads, worker:
     assert host.lacks(part())
     await host.load(part(), Path())
     assert len(loads.done) == 2
+
+
+async def test_a_burst_of_an_epoch_that_is_over_is_answered_and_not_sent(loads: Loads, worker: Worker) -> None:
+    """Its Starter has given up measuring, and a Node that fails by a late question would cost what runs a pause."""
+    host, coming, going = StageHost(worker), MemoryLink(), MemoryLink()
+    reports: Any = SimpleNamespace()
+    assigned = part(epoch=4)
+    await host.load(assigned, Path())
+    serving = asyncio.create_task(host.serve(assigned, coming, going, reports))
+    for number, (epoch, num_sent) in enumerate([(3, 0), (4, 2), (5, 0)], 1):
+        sent = await host.send_burst(control.SendBurst(epoch, number, 2, 64))
+        assert (sent.epoch, sent.number) == (epoch, number)
+        for _ in range(num_sent):
+            async with asyncio.timeout(20):
+                await going.receive()
+    assert going.bytes_out == going.bytes_in > 0
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)

@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from mdiq.cli.main import app
 from mdiq.config.load import LoadedTopology
+from mdiq.core.hop_survey import HopLink
+from mdiq.core.types import NodeId
 from mdiq.plan.measured import Profiles
 from mdiq.service.planned import profiles_path, read_profiles
 from mdiq.service.topology_rings import TopologyRings
@@ -100,6 +102,11 @@ def test_factors_are_written_when_they_are_news_and_not_after_they_were_forgotte
     for factor, kept in ((1.5, 1.5), (1.53, 1.5), (1.56, 1.5), (1.59, 1.59), (1.4, 1.4)):
         rings.keep_load(_measured(rings).under_load({"pi2": factor}))
         assert written() == kept
+    seen = _measured(rings).with_hops(["desk", "pi1", "pi2"], [HopLink(0.25, 1e4), None, None])
+    rings.keep_load(seen)
+    profiles = read_profiles(loaded)
+    assert profiles is not None and profiles.links == seen.links
+    assert profiles.links.hops[NodeId("desk"), NodeId("pi1")].delay_s == 0.25
     CliRunner().invoke(app, ["plan", str(loaded.file), "--forget"])
     rings.keep_load(_measured(rings).under_load({"pi2": 3.0}))
     assert not profiles_path(loaded).exists()

@@ -26,7 +26,8 @@ def test_a_sequence_has_the_name_and_the_share_of_its_key() -> None:
     asked: list[Sequence] = []
     keeper = SimpleNamespace(stream=asked.append)
     tokenizer = SimpleNamespace(with_special_stops=lambda params: params, eos_token_ids=frozenset([2]))
-    backend = _RingBackend(*cast(Any, (keeper, tokenizer, SimpleNamespace(vocab_size=9, context_tokens=8), "m", None)))
+    config = SimpleNamespace(vocab_size=9, context_tokens=8)
+    backend = _RingBackend(*cast(Any, (keeper, tokenizer, None, config, "m", None, dict)))
     backend.answer((1,), SamplingParams(), owner="office", share=3)
     backend.answer((1,), SamplingParams())
     assert [(each.owner, each.share) for each in asked] == [("office", 3), ("", 1)]

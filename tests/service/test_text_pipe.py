@@ -22,8 +22,8 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path, byte_level: Backen
     return found
 
 
-def _said(tokenizer: Tokenizer, ids: list[int], *stops: str) -> str:
-    pipe = TokenizerPipe(tokenizer, stops)
+def _said(tokenizer: Tokenizer, ids: list[int], *stops: str, min_tokens: int = 0) -> str:
+    pipe = TokenizerPipe(tokenizer, SamplingParams(stop=stops, min_tokens=min_tokens))
     return "".join([pipe.push(token) for token in ids]) + pipe.finish()
 
 
@@ -54,7 +54,7 @@ def _both(
 ) -> tuple[str, FinishReason | None, list[int]]:
     """Return text, end and tokens of an answer whose first tokens are of an earlier run."""
     sequence = Sequence(0, (1,), params, eos_token_ids=frozenset({EOS}))
-    pipe = TokenizerPipe(tokenizer, params.stop)
+    pipe = TokenizerPipe(tokenizer, params)
     text = go_on(sequence, pipe, ids[:num_known])
     for token in ids[num_known:]:
         if sequence.finish_reason is None:
@@ -73,6 +73,7 @@ EOS = 2**20  # no text has it
     [
         (SamplingParams(max_tokens=99), "a\U0001f0a1 b\u1fa7 END of it", FinishReason.STOP),
         (SamplingParams(max_tokens=99, stop=("END",)), "a\U0001f0a1 b\u1fa7", FinishReason.STOP),
+        (SamplingParams(max_tokens=99, stop=("a",), min_tokens=3), "a\U0001f0a1 b\u1fa7 END of it", FinishReason.STOP),
         (SamplingParams(max_tokens=4), None, FinishReason.LENGTH),
         (SamplingParams(max_tokens=99, ignore_eos=True), "a\U0001f0a1 b\u1fa7 END of it and more", None),
     ],
@@ -85,3 +86,15 @@ def test_an_answer_says_and_ends_alike_wherever_a_restart_has_cut_it(
     assert whole[1] is reason and (said is None or whole[0].split() == said.split())
     for num_known in range(1, len(ids) + 1):
         assert _both(tokenizer, ids, params, num_known) == whole
+
+
+def test_a_stop_text_ends_no_answer_before_its_least_length(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("END a END b END c")
+    said = [_said(tokenizer, ids, "END", min_tokens=num_tokens).split() for num_tokens in range(len(ids) + 1)]
+    assert said[0] == [] and said[-1] == "END a END b END c".split()
+    assert [words for i, words in enumerate(said) if words not in said[:i]] == [
+        [],
+        ["END", "a"],
+        ["END", "a", "END", "b"],
+        ["END", "a", "END", "b", "END", "c"],
+    ]

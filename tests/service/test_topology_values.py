@@ -8,7 +8,7 @@ import pytest
 
 from mdiq.cli.keys import execute as make_keys
 from mdiq.config.load import LoadedTopology, load_topology
-from mdiq.core.ring import RingSettings
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.errors import ConfigError
 from mdiq.plan.pace import PaceSettings

@@ -8,9 +8,12 @@ from unittest import mock
 
 import pytest
 
+from mdiq.core.hop_survey import HopLink
 from mdiq.core.types import NodeId, RingSpec
 from mdiq.plan import drift
 from mdiq.plan.drift import FIRST, STEADY
+from mdiq.plan.link_news import AGAIN_S
+from mdiq.plan.link_news import STEADY as STEADY_LINKS
 from mdiq.plan.measured import Profiles
 from mdiq.plan.micro_batches import Curve, MicroBatches
 from mdiq.plan.partition import Goal
@@ -20,6 +23,7 @@ from mdiq.service import replanning
 from tests.virtual import house as virtual_house
 from tests.virtual.clock import VirtualTimeLoop, run_virtual
 from tests.virtual.house import NUM_LAYERS, House, no_memory
+from tests.virtual.network import Plane
 
 NAMES = ("desk", "pi1", "pi2")
 LAYER_S = 0.5
@@ -50,7 +54,7 @@ class Planned:
     def _best(self, profiles: Profiles) -> dict[str, int]:
         nodes = profiles.of(NAMES, {})
         assert nodes is not None
-        return {str(stage.node): len(stage.layers) for stage in make_plan(MODEL, nodes, LINKS, GOAL).stages}
+        return {str(stage.node): len(stage.layers) for stage in make_plan(MODEL, nodes, profiles.links, GOAL).stages}
 
     def best(self, profiles: Profiles) -> Mapping[str, int] | None:
         split = self._best(profiles)
@@ -59,7 +63,8 @@ class Planned:
     def value(self, profiles: Profiles, split: Mapping[str, int]) -> float | None:
         nodes = profiles.of(NAMES, {})
         assert nodes is not None
-        return plan_split(MODEL, nodes, LINKS, GOAL, tuple(split.get(name, 0) for name in NAMES)).value
+        layers = tuple(split.get(name, 0) for name in NAMES)
+        return plan_split(MODEL, nodes, profiles.links, GOAL, layers).value
 
     def keep_load(self, profiles: Profiles) -> None:
         self.measured = profiles
@@ -254,3 +259,96 @@ def test_a_split_to_which_the_ring_could_not_change_is_not_tried_again() -> None
     house, plans = live(act, {"desk": lambda _: 2.5})
     assert split(house) == {"desk": 2, "pi1": 2, "pi2": 2}
     assert len(plans.reasons) == len(lines(house, "ring_not_changed")) == 1
+
+
+def _idle(act: Callable[[House], Awaitable[None]]) -> tuple[House, Planned]:
+    """Have a service of which nobody asks anything live through what ``act`` does."""
+    plans = Planned()
+
+    async def main(loop: VirtualTimeLoop) -> House:
+        house = House(loop, 2)
+        house.plans = plans
+        house.layer_s = dict.fromkeys(NAMES, lambda _: LAYER_S)
+        with _shorter(), house.installed():
+            house.start()
+            await house.serving(30.0)
+            await act(house)
+            await house.answered(300.0)
+            await house.close()
+        house.check()
+        assert [answer.error for answer in house.answers] == [None] * len(house.answers)
+        assert len(house.rings) == 1, "the ring was formed anew"
+        return house
+
+    return run_virtual(main), plans
+
+
+FAR = Plane(delay_s=4.0)
+NEAR = Plane(delay_s=0.01)
+
+
+def _hops_of_pi2(house: House, plane: Plane) -> None:
+    house.network.slow_hop("pi1", "pi2", plane)
+    house.network.slow_hop("pi2", "desk", plane)
+
+
+@pytest.mark.timeout(60)
+def test_links_that_become_slow_lead_to_another_split_when_nothing_runs() -> None:
+    async def act(house: House) -> None:
+        await asyncio.sleep(2 * AGAIN_S)
+        assert split(house) == {"desk": 2, "pi1": 2, "pi2": 2}
+        _hops_of_pi2(house, FAR)
+        await asyncio.sleep(2 * (STEADY_LINKS + 2) * AGAIN_S)  # a survey takes minutes over such links
+        assert split(house) == {"desk": 3, "pi1": 3}
+        house.ask(max_tokens=NUM_TOKENS)
+
+    house, plans = _idle(act)
+    (why,) = plans.reasons
+    assert why.startswith("by what the links carry now: a better split: desk 3, pi1 3; ")
+    assert len(lines(house, "ring_changed")) == 1
+    assert plans.measured is not None
+    assert plans.measured.links.hops[NodeId("pi1"), NodeId("pi2")].delay_s == pytest.approx(4.0, abs=0.1)
+    assert house.answers[-1].ended_s - house.answers[-1].asked_s < NUM_TOKENS * (NUM_LAYERS * LAYER_S + 1.0)
+
+
+@pytest.mark.timeout(60)
+def test_links_that_swing_change_nothing() -> None:
+    async def act(house: House) -> None:
+        for i in range(16):
+            _hops_of_pi2(house, NEAR if i % 2 else FAR)
+            await asyncio.sleep(2 * AGAIN_S)
+
+    house, plans = _idle(act)
+    assert not lines(house, "ring_changed") and not plans.reasons
+
+
+@pytest.mark.timeout(60)
+def test_links_are_left_alone_as_soon_as_there_is_something_to_do() -> None:
+    """A Frame of a burst takes 4 s here: all of them would take more than a minute."""
+    waits_s: list[float] = []
+
+    async def act(house: House) -> None:
+        _hops_of_pi2(house, FAR)
+        plans = house.plans
+        assert plans is not None and plans.measured is not None
+        ring = house.rings[-1]
+        measured = ring.measure_hops
+        asked: list[float] = []
+
+        async def noted() -> tuple[HopLink | None, ...]:
+            asked.append(house.loop.time())
+            return await measured()
+
+        with mock.patch.object(ring, "measure_hops", noted):
+            for i in range(1, 4):
+                while len(asked) < i:  # noqa: ASYNC110  (it tells nobody)
+                    await asyncio.sleep(0.5)
+                house.ask(max_tokens=2)
+                await house.answered(300.0)
+                waits_s.append(house.answers[-1].ended_s - house.answers[-1].asked_s)
+        assert not plans.measured.links.hops, "it was given up each time"
+
+    house, _ = _idle(act)
+    alone_s = 2 * (NUM_LAYERS * LAYER_S + 2 * FAR.delay_s)
+    assert len(waits_s) == 3 and max(waits_s) < alone_s + 2.0
+    assert split(house) == {"desk": 2, "pi1": 2, "pi2": 2}

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdiq.core.frame import Frame, FrameKind
-from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Ended, Inject
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.scheduler import MAX_PASSED, MAX_PREEMPTIONS
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.stage import StageProtocol

@@ -12,8 +12,9 @@ from functools import partial
 
 from mdiq.core.frame import Batch, Frame
 from mdiq.core.hops import HopMeter
-from mdiq.core.ring import RingProtocol, RingSettings
+from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import Inject
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import SamplingParams
 from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.core.stage import StageProtocol

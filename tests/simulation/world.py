@@ -12,13 +12,15 @@ from functools import partial
 
 from mdiq.core import wire
 from mdiq.core.frame import Batch, Frame, FrameKind, Segment
-from mdiq.core.ring import RingProtocol, RingSettings
-from mdiq.core.ring_actions import Ended, Inject, Suspect
+from mdiq.core.logprobs import Drawn, LogprobsWanted, TokenLogprob
+from mdiq.core.ring import RingProtocol
+from mdiq.core.ring_actions import Ended, Inject, PromptRows, Suspect
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, LayerRange, RingSpec, SeqId
 from mdiq.errors import CapacityError, EngineError, MdiqError, RemoteProtocolError
-from tests.fakes import ROW_BYTES, VOCAB, ChainEngine, chain_answer, chain_token
+from tests.fakes import VOCAB, ChainEngine, ChainStarter, chain_answer, chain_prompt_logprobs
 
 RING_KEY = b"simulated ring k"
 CONTEXT = 64
@@ -133,10 +135,12 @@ class World:
         self.told: dict[int, list[int]] = {}
         self.ends: dict[int, FinishReason] = {}
         self.happened: Counter[str] = Counter()
-        self.num_forks = 0
+        self.num_forks = self.num_scored = 0
         self.kv_tokens: list[int] = []
         self._beginnings = [self._random_tokens(length) for length in (6, 16)]
         self._polled_for: float | None = None
+        self._head = ChainStarter(LayerRange(0, 1), is_last=False)
+        self._head_done_at = 0.0
         self._quiet_after = 0.0  # users and nodes do nothing of their own after this
 
     # -- running ----------------------------------------------------------------------------------------------
@@ -178,12 +182,22 @@ class World:
                 assert told == answer, f"sequence {sequence.index}: {told} is not {answer}"
             else:
                 assert told == answer[: len(told)], f"sequence {sequence.index}: {told} does not begin {answer}"
+            self._check_logprobs(sequence)
             if reason is FinishReason.ERROR:
                 assert isinstance(sequence.error, MdiqError)
                 assert self.faults.can_fail
         for node in self.ring_nodes:
             assert node.engine is not None and not node.engine.states, f"node {node.name} leaks KV cache"
             self.num_forks += node.engine.num_forks
+
+    def _check_logprobs(self, sequence: Sequence) -> None:
+        found, is_wanted = list(sequence.prompt_logprobs), sequence.logprobs and sequence.logprobs.of_prompt
+        right = chain_prompt_logprobs(sequence.prompt, self.num_layers) if is_wanted else []
+        if sequence.generated:
+            assert found == right, f"sequence {sequence.index}: {found} is not {right}"
+        else:
+            assert found == right[: len(found)]
+        self.num_scored += len(found)
 
     def _at(self, delay: float, event: Callable[[], None]) -> None:
         self._at_time(self.now + delay, event)
@@ -213,6 +227,7 @@ class World:
             params=SamplingParams(max_tokens=rng.randint(1, 10)),
             eos_token_ids=frozenset({rng.randrange(VOCAB)}) if rng.random() < 0.3 else frozenset(),
             deadline=self.now + rng.random() * 4.0 if rng.random() < self.faults.deadline else None,
+            logprobs=rng.choice([None, None, LogprobsWanted(), LogprobsWanted(top=1, of_prompt=True)]),
         )
         try:
             self.ring.submit(sequence, self.now)
@@ -263,17 +278,28 @@ class World:
                 self.ring.heard(self.now)
                 self._poll()
             return
-        for head_row in self.ring.returned(frame, self.now):
-            data = frame.payload.parts()[2][0]
-            row = bytes(data)[head_row.row * ROW_BYTES : (head_row.row + 1) * ROW_BYTES]
-            # The sampler takes its time: the Sequence may be cancelled, replayed or in a new Epoch when it is done.
-            self._at(self.rng.random() * 0.02, partial(self._sampled, head_row.seq_id, chain_token(row)))
+        for rows in self.ring.returned(frame, self.now):
+            # The head takes its time: the Sequence may be cancelled, replayed or in a new Epoch when it is done.
+            self._head_done_at = max(self._head_done_at, self.now) + self.rng.random() * 0.02
+            if isinstance(rows, PromptRows):
+                found = self._head.score(
+                    frame.payload.rows(rows.row, rows.row + rows.num_rows), rows.sequence, rows.start
+                )
+                self._at_time(self._head_done_at, partial(self._scored, rows.seq_id, rows.start, found))
+            else:
+                (drawn,) = self._head.sample([frame.payload.rows(rows.row, rows.row + 1)], [rows.sequence])
+                self._at_time(self._head_done_at, partial(self._sampled, rows.seq_id, drawn))
         self._poll()
 
-    def _sampled(self, seq_id: SeqId, token: int) -> None:
-        event = self.ring.sampled(seq_id, token)
+    def _scored(self, seq_id: SeqId, start: int, found: list[TokenLogprob]) -> None:
+        self.ring.scored(seq_id, start, found)
+        self._poll()
+
+    def _sampled(self, seq_id: SeqId, drawn: Drawn) -> None:
+        event = self.ring.sampled(seq_id, drawn.token, logprob=drawn.logprob)
         if event is not None:
             assert event.token is not None
+            assert event.logprob == drawn.logprob
             self.told[event.index].append(event.token)
             if event.finish_reason:
                 self._ended(event.index, event.finish_reason)

@@ -24,7 +24,8 @@ import zmq.asyncio
 import mdiq
 from mdiq.core import wire
 from mdiq.core.control import CHECKSUM_KEY
-from mdiq.core.ring import RingSettings
+from mdiq.core.logprobs import Drawn, TokenLogprob
+from mdiq.core.ring_settings import RingSettings
 from mdiq.core.sequence import FinishReason, SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange, RingSpec
 from mdiq.errors import CapacityError, ConfigError, EngineError, MdiqError, SequenceError
@@ -141,8 +142,11 @@ class _ChainStarterRunner(_ChainRunner):
             block_tokens=KV_BLOCK_TOKENS,
         )
 
-    def sample(self, rows: Any, sequences: Any) -> list[int]:
+    def sample(self, rows: Any, sequences: Any) -> list[Drawn]:
         return self._engine.sample(rows, sequences)
+
+    def score(self, rows: Any, sequence: Any, start: int) -> list[TokenLogprob]:
+        return self._engine.score(rows, sequence, start)
 
 
 class _ChainStage:

@@ -1,7 +1,7 @@
 """Logits to tokens. Draws are keyed by (seed, position) alone, so a Replay or another batch draws the same."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +9,12 @@ import torch
 
 from mdiq.core.sequence import SamplingParams
 from mdiq.engine.kernels.llvm_softmax import CompiledSoftmax
+from mdiq.engine.model.logit_changes import changed
 from mdiq.errors import EngineError
 
 # A smaller one would make infinities of f32 logits; greedy long before.
 MIN_TEMPERATURE = 1e-30
-MIN_PENALTY = 1e-30
 _BLOCK = 128  # weights that are summed together before one of them is looked for
-_MAX_FLOAT = np.finfo(np.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +23,23 @@ class SampleRow:
 
     history: the Sequence's tokens so far; read by the repetition penalty only.
     position: the new token's position.
+    answer: the tokens of the answer so far; read by the penalties for presence and frequency only.
+    barred: tokens that cannot be chosen. allowed: which tokens may come, [vocab_size], bool; None: all.
     """
 
     params: SamplingParams
     history: Sequence[int]
     position: int
+    answer: Sequence[int] = ()
+    barred: Collection[int] = ()
+    allowed: np.ndarray | None = None
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """Return one token id per row of logits: [n, vocab_size], f32, on the CPU.
 
     Raises:
-        EngineError: a row holds NaN, or no finite number at all.
+        EngineError: a row holds NaN, or no finite number at all, or none of a token that is allowed.
     """
     values = logits.contiguous().numpy()
     # numpy finds the largest of 150,000 logits in a twentieth of the time that torch takes; a NaN counts as largest.
@@ -43,8 +47,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     if not np.isfinite(values[range(len(rows)), tokens]).all():
         raise EngineError("the logits are not numbers; the weights are damaged, or bf16 overflowed: try --dtype f32")
     for i, row in enumerate(rows):
-        if row.params.temperature > 0 or row.params.repetition_penalty != 1.0:
-            tokens[i] = _sample_row(values[i], tokens[i], row)
+        logits_of_row = values[i]  # the model's stay as they are: log-probabilities are those of the model
+        if row.allowed is not None:
+            logits_of_row = np.where(row.allowed, values[i], -np.inf)
+            tokens[i] = int(logits_of_row.argmax())
+            if not np.isfinite(logits_of_row[tokens[i]]):
+                raise EngineError("no token that the answer's form allows is likely at all; ask for another form")
+        if row.params.temperature > 0 or row.params.changes_logits or row.barred:
+            tokens[i] = _sample_row(logits_of_row, tokens[i], row)
     return tokens
 
 
@@ -57,8 +67,8 @@ def uniform(seed: int, position: int) -> float:
 def _sample_row(logits: np.ndarray, best: int, row: SampleRow) -> int:
     """Return the token of one row; best: the id of its largest logit."""
     params = row.params
-    if params.repetition_penalty != 1.0 and row.history:
-        logits = _penalized(logits, row.history, params.repetition_penalty)
+    if params.changes_logits or row.barred:
+        logits = changed(logits, params, row.history, row.answer, row.barred)
         best = int(logits.argmax())
     if params.temperature == 0:
         return best
@@ -66,7 +76,7 @@ def _sample_row(logits: np.ndarray, best: int, row: SampleRow) -> int:
     share = uniform(params.seed, row.position)
     ids: np.ndarray | None = None  # those of the tokens that are left, where they are not all
     if 0 < params.top_k < logits.size:
-        ids = _largest(logits, params.top_k)
+        ids = largest(logits, params.top_k)
         logits = logits[ids]
     if params.top_p == 1 and params.min_p == 0:
         chosen = _draw(softmax, logits, share)
@@ -77,7 +87,7 @@ def _sample_row(logits: np.ndarray, best: int, row: SampleRow) -> int:
     return chosen if ids is None else int(ids[chosen])
 
 
-def _largest(logits: np.ndarray, count: int) -> np.ndarray:
+def largest(logits: np.ndarray, count: int) -> np.ndarray:
     """Return the ids of the ``count`` largest logits, the largest first; of equal ones the lower ids."""
     # Each of the count groups with the largest maxima holds one that is as large as the least of these maxima. Group i
     # has every num_groups-th logit from i: numpy compares neighbours' groups at once.
@@ -161,15 +171,3 @@ def _first_over(cumulative: np.ndarray, share: float) -> int:
 def _index_over(cumulative: np.ndarray, target: float) -> int:
     """Return the first index whose sum is over ``target``, or where rounding left none, the last that adds to it."""
     return int(min(np.searchsorted(cumulative, target, side="right"), np.searchsorted(cumulative, cumulative[-1])))
-
-
-def _penalized(logits: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
-    """Return logits with seen tokens made less likely (Keskar et al. 2019, CTRL, 4.1), as transformers does it."""
-    seen = sorted(set(history))
-    scores = logits[seen]
-    logits = logits.copy()
-    penalty = min(max(penalty, MIN_PENALTY), 1 / MIN_PENALTY)
-    with np.errstate(over="ignore"):
-        scores = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
-    logits[seen] = np.clip(scores, -_MAX_FLOAT, _MAX_FLOAT)
-    return logits

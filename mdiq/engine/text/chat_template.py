@@ -7,7 +7,7 @@ since a long chat on a slow board may take long: so it runs in a thread wherever
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -52,11 +52,12 @@ class ChatTemplate:
         messages: Iterable[Mapping[str, object]],
         tokens: Mapping[str, str],
         more: Mapping[str, object] | None = None,
+        tools: Sequence[Mapping[str, object]] = (),
     ) -> str:
         """Return the prompt text, up to where the assistant's answer begins.
 
         tokens: the texts of special tokens by the names that templates know: bos_token, eos_token, ...
-        more: further variables of the template, such as enable_thinking.
+        more: further variables of the template, such as enable_thinking. tools: that the model may call.
 
         Raises:
             ConfigError: the template refuses these messages ("roles must alternate"), or they are not plain data.
@@ -66,7 +67,7 @@ class ChatTemplate:
             **(more or {}),
             **tokens,
             "messages": [_plain(dict(message)) for message in messages],
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": True,
         }

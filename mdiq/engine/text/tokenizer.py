@@ -5,7 +5,6 @@ engine/text/chat_template.py.
 """
 
 import codecs
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,16 +18,12 @@ from mdiq.core.sequence import SamplingParams
 from mdiq.engine.model_config import read_json
 from mdiq.engine.text.chat_template import ChatTemplate
 from mdiq.engine.text.gguf_tokenizer import TokenizerParts, in_words, load_gguf_tokenizer
+from mdiq.engine.text.spelling import BYTE_TOKEN, BYTES, Spelling, is_byte_level
 from mdiq.engine.text.token_bound import TokenBound
 from mdiq.errors import ConfigError, ContextLengthError, ModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_ID = (1 << 31) - 1
-_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-# GPT-2's characters for bytes: printable bytes are themselves, the others start at U+0100.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = sorted({*range(256)} - {*_PRINTABLE})
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 # Special tokens with these texts end an answer, beside those that a file names; the same as in llama.cpp.
 _END_TEXTS = frozenset(
     {
@@ -51,7 +46,7 @@ class Tokenizer:
     """A model's tokenizer; ``load`` makes one. Threads may share it.
 
     vocab_size: number of token ids of the model; some may have no text.
-    eos_token_ids: any of them ends an answer.
+    special_ids: tokens without text in an answer. eos_token_ids: any of them ends an answer.
     """
 
     def __init__(self, parts: TokenizerParts) -> None:
@@ -60,9 +55,9 @@ class Tokenizer:
         self.vocab_size = parts.vocab_size
         self.has_chat_template = parts.chat_template is not None
         added = parts.backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         # A file may name only one of two end tokens; a model's directory and its GGUF file must give the same set.
-        known = {token for token in self._special_ids if added[token].content in _END_TEXTS}
+        known = {token for token in self.special_ids if added[token].content in _END_TEXTS}
         self.eos_token_ids = parts.eos_token_ids | known
 
     @classmethod
@@ -74,15 +69,16 @@ class Tokenizer:
         """
         return cls(_load_directory(model) if model.is_dir() else load_gguf_tokenizer(model))
 
-    def encode(self, text: str) -> list[int]:
-        """Return a text's ids, with the model's BOS or EOS where it adds one.
+    def encode(self, text: str, *, has_special: bool = True) -> list[int]:
+        """Return a text's ids. Special tokens in the text are recognized.
 
-        Special tokens in the text are recognized.
+        has_special: with the model's BOS or EOS where it adds one.
 
         Raises:
             ConfigError: the text holds half a surrogate pair.
         """
-        return [*self._parts.prefix, *self._ids(text), *self._parts.suffix]
+        ids = self._ids(text)
+        return [*self._parts.prefix, *ids, *self._parts.suffix] if has_special else ids
 
     def check_fits(self, text: str, room: int) -> None:
         """Refuse a text that cannot leave room for an answer among ``room`` tokens. It is not tokenized.
@@ -101,7 +97,7 @@ class Tokenizer:
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """Return params with stop texts that are special tokens as stop tokens: they have no text in an answer."""
         ids = [self._backend.token_to_id(text) for text in params.stop]
-        found = tuple(token for token in ids if token in self._special_ids)
+        found = tuple(token for token in ids if token in self.special_ids)
         return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
 
     def chat_ids(
@@ -109,11 +105,13 @@ class Tokenizer:
         messages: Iterable[Mapping[str, object]],
         template_kwargs: Mapping[str, object] | None = None,
         *,
+        tools: Sequence[Mapping[str, object]] = (),
         room: int | None = None,
     ) -> list[int]:
         """Return the ids of a chat in the model's own format, up to where the assistant's answer begins.
 
-        The model's BOS is at the start once, whether its template writes it or not. room: see check_fits.
+        The model's BOS is at the start once, whether its template writes it or not. tools: that the model may call.
+        room: see check_fits.
 
         Raises:
             ConfigError: the model has no chat template, or its template refuses the messages.
@@ -123,29 +121,60 @@ class Tokenizer:
         source = self._parts.chat_template or ""
         if "developer" not in source:  # OpenAI's newer name of the system role
             messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
-        text = self._template.render(messages, self._parts.special_texts, template_kwargs)
+        text = self._template.render(messages, self._parts.special_texts, template_kwargs, tools)
         if room is not None:
             self.check_fits(text, room)
         ids = self._ids(text)
         prefix = list(self._parts.prefix)
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids without special tokens; unknown ids have no text.
+    def decode(self, ids: Sequence[int], *, has_special: bool = False) -> str:
+        """Return the text of ids; unknown ids have no text.
 
-        Equals the output of ``stream``. Bytes that are not UTF-8 become U+FFFD.
+        Equals the output of ``stream``. Bytes that are not UTF-8 become U+FFFD. has_special: with special tokens.
         """
-        text = self._decode([token for token in ids if 0 <= token <= _MAX_ID])
+        text = self._backend.decode(
+            [token for token in ids if 0 <= token <= _MAX_ID], skip_special_tokens=not has_special
+        )
         if _REPLACEMENT not in text:
             return text
         # `tokenizers` decodes a whole run of byte tokens as U+FFFD if one byte is invalid. A stream has already
         # written the characters before that byte, so its output is the reference.
-        stream = self.stream()
+        stream = TextStream(self._backend, frozenset() if has_special else self.special_ids)
         return "".join([stream.push(token) for token in ids]) + stream.finish()
+
+    def spell(self, token: int) -> tuple[bytes, bool]:
+        """Return a token's bytes, and whether they are part of a text; those of a special token are its name."""
+        return self._spelling.of(token)
 
     def stream(self) -> "TextStream":
         """Return a decoder for the tokens of one Sequence."""
-        return TextStream(self._backend, self._special_ids)
+        return TextStream(self._backend, self.special_ids)
+
+    def text_of_special(self, token: int) -> str:
+        """Return the text by which a special token is known."""
+        return self._backend.id_to_token(token) or ""
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token of this text; None if it has none, or one that is a part of answers."""
+        token = self._backend.token_to_id(text)
+        return token if token in self.special_ids else None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template."""
+        return self._parts.chat_template
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Return a text's ids, without any that stand before or after a whole text."""
+        return self._ids(text)
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the bytes that each id adds to an answer, below vocab_size; none for an id without text.
+
+        A special token has those of its name. A first token's space stays, which ``decode`` drops for some models.
+        """
+        return [self._spelling.of(token)[0] for token in range(self.vocab_size)]
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -155,8 +184,9 @@ class Tokenizer:
         # encode() would keep the interpreter's lock, for seconds at a long text; encode_batch() does not.
         return self._backend.encode_batch([text], add_special_tokens=False)[0].ids
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+    @cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._backend, self.special_ids)
 
     @cached_property
     def _bound(self) -> TokenBound:
@@ -175,12 +205,15 @@ class TextStream:
     Theory: the text of ids is not the sum of the texts of each (a character may need three tokens, and the space
     before a first word is dropped), so DecodeStream decodes the ids of the last piece together with the waiting ones,
     and returns the new text once that does not end within a character.
+
+    special_ids: tokens that have no text; all others have.
     """
 
     def __init__(self, backend: Backend, special_ids: frozenset[int]) -> None:
         self._backend = backend
         self._special_ids = special_ids
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skips = bool(special_ids)
+        self._stream = DecodeStream(skip_special_tokens=self._skips)
         self._given: list[int] = []  # the ids of the last piece
         self._waiting: list[int] = []  # the ids since
 
@@ -205,39 +238,35 @@ class TextStream:
         drops_half: without half a character at the end, which would be U+FFFD; a U+FFFD of the tokens themselves stays.
         """
         num_lost = len(self._half()) if drops_half else 0
-        is_byte_level = num_lost and self._is_byte_level()
-        if num_lost and not is_byte_level:  # each of its bytes is a token
+        in_bytes = num_lost and is_byte_level(self._backend)
+        if num_lost and not in_bytes:  # each of its bytes is a token
             del self._waiting[-num_lost:]
-        before = self._backend.decode(self._given, skip_special_tokens=True)
-        text = self._backend.decode(self._given + self._waiting, skip_special_tokens=True)
+        before = self._backend.decode(self._given, skip_special_tokens=self._skips)
+        text = self._backend.decode(self._given + self._waiting, skip_special_tokens=self._skips)
         if not text.startswith(before):
-            before, text = "", self._backend.decode(self._waiting, skip_special_tokens=True)
+            before, text = "", self._backend.decode(self._waiting, skip_special_tokens=self._skips)
         self._given, self._waiting = [], []
         text = text[len(before) :]
-        return text.removesuffix(_REPLACEMENT) if is_byte_level else text
+        return text.removesuffix(_REPLACEMENT) if in_bytes else text
 
     def _half(self) -> bytes:
         """Return the bytes of a character at the end of the waiting tokens whose other bytes are missing."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        is_byte_level = self._is_byte_level()
+        in_bytes = is_byte_level(self._backend)
         for token in self._waiting:
             text = self._backend.id_to_token(token) or ""
-            if is_byte_level and all(char in _BYTES for char in text):
-                decoder.decode(bytes(_BYTES[char] for char in text))
-            elif not is_byte_level and (byte := _BYTE_TOKEN.fullmatch(text)):
+            if in_bytes and all(char in BYTES for char in text):
+                decoder.decode(bytes(BYTES[char] for char in text))
+            elif not in_bytes and (byte := BYTE_TOKEN.fullmatch(text)):
                 decoder.decode(bytes([int(byte[1], 16)]))
             else:
                 decoder.decode(text.encode())
         half: bytes = decoder.getstate()[0]
         return half
 
-    def _is_byte_level(self) -> bool:
-        """Return whether each character of a token's text stands for one byte."""
-        return self._backend.decoder is not None and b'"ByteLevel"' in self._backend.decoder.__getstate__()
-
     def _restart(self) -> str:
         """Continue without the last piece: later bytes change its decoding, but it has already been written."""
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=self._skips)
         waiting, self._given, self._waiting = self._waiting, [], []
         return "".join([self.push(token) for token in waiting])
 

@@ -1,12 +1,17 @@
 """The sampler: greedy, filters, penalties, and draws that depend on (seed, position) alone."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 from mdiq.core.sequence import SamplingParams
 from mdiq.engine.model.sampler import SampleRow, sample, uniform
@@ -165,3 +170,135 @@ def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
     logits[3] = value
     with pytest.raises(EngineError, match="not numbers"):
         sample(logits[None], [SampleRow(SamplingParams(), (), 0)])
+
+
+def _expected(logits: torch.Tensor, answer: tuple[int, ...], presence: float, frequency: float) -> torch.Tensor:
+    """OpenAI's formula as it stands in its API's description."""
+    counts = torch.tensor([float(answer.count(token)) for token in range(len(logits))])
+    return logits - counts * frequency - (counts > 0).float() * presence
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.75), (-1.0, 0.5), (2.0, -2.0)])
+def test_tokens_of_the_answer_are_penalized_by_openais_formula_and_those_of_the_prompt_are_not(
+    presence: float, frequency: float
+) -> None:
+    prompt, answer = (1, 1, 2), (0, 4, 0, 0)
+    params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+    expected = _expected(LOGITS, answer, presence, frequency)
+    assert sample(LOGITS[None], [SampleRow(params, (*prompt, *answer), 7, answer)]) == [int(expected.argmax())]
+    drawing = replace(params, temperature=1.0)
+    rows = [SampleRow(drawing, (*prompt, *answer), position, answer) for position in range(4_000)]
+    counts = Counter(sample(LOGITS.expand(4_000, -1), rows))
+    for token, share in enumerate(torch.softmax(expected, 0).tolist()):
+        assert abs(counts[token] / 4_000 - share) < 0.03
+    assert sample(LOGITS[None], [SampleRow(params, prompt, 3)]) == [0], "there is no answer yet"
+
+
+def test_a_bias_is_added_as_in_transformers_and_100_decides() -> None:
+    biases = {1: 1.25, 3: -2.0, 4: 2.5}
+    expected = SequenceBiasLogitsProcessor({(token,): bias for token, bias in biases.items()})(
+        torch.tensor([[0]]), LOGITS[None].clone()
+    )[0]
+    bias = tuple(biases.items())
+    assert sample(LOGITS[None], [SampleRow(SamplingParams(logit_bias=bias), (), 0)]) == [int(expected.argmax())]
+    counts = _draws({"temperature": 1.0, "logit_bias": bias})
+    for token, share in enumerate(torch.softmax(expected, 0).tolist()):
+        assert abs(counts[token] / 4_000 - share) < 0.03
+    assert set(_draws({"temperature": 1.0, "logit_bias": ((3, 100.0),)})) == {3}
+    assert 0 not in _draws({"temperature": 1.0, "logit_bias": ((0, -100.0),)})
+
+
+def test_biases_come_before_the_penalties_and_those_of_the_answer_last() -> None:
+    params = SamplingParams(
+        temperature=1.0, logit_bias=((0, -3.0), (2, 1.0)), repetition_penalty=2.0, presence_penalty=0.5
+    )
+    biased = LOGITS + torch.tensor([-3.0, 0.0, 1.0, 0.0, 0.0])
+    penalized = RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([[0, 2]]), biased[None].clone())[0]
+    expected = _expected(penalized, (2,), 0.5, 0.0)
+    rows = [SampleRow(params, (0, 2), position, (2,)) for position in range(4_000)]
+    counts = Counter(sample(LOGITS.expand(4_000, -1), rows))
+    for token, share in enumerate(torch.softmax(expected, 0).tolist()):
+        assert abs(counts[token] / 4_000 - share) < 0.03
+
+
+def test_barred_tokens_cannot_come_as_in_transformers() -> None:
+    expected = MinNewTokensLengthLogitsProcessor(0, 5, [0, 1])(torch.tensor([[0]]), LOGITS[None].clone())[0]
+    barred = {0, 1, 7}  # the model has no 7
+    assert sample(LOGITS[None], [SampleRow(SamplingParams(), (), 0, barred=barred)]) == [int(expected.argmax())]
+    for params in ({"temperature": 1e38}, {"temperature": 1.0, "top_k": 4}, {"temperature": 1.0, "min_p": 0.01}):
+        rows = [SampleRow(SamplingParams(**params), (), position, barred=barred) for position in range(200)]
+        assert set(sample(LOGITS.expand(200, -1), rows)) <= {2, 3, 4}
+    everything = SampleRow(SamplingParams(temperature=1.0), (), 0, barred=range(5))
+    assert sample(LOGITS[None], [everything]) == sample(LOGITS[None], [replace(everything, barred=())])
+
+
+def test_what_one_request_wants_of_its_logits_changes_no_other_row() -> None:
+    logits = LOGITS.repeat(3, 1)
+    wanted = SamplingParams(logit_bias=((4, 50.0),), frequency_penalty=2.0)
+    plain = SampleRow(SamplingParams(), (), 0)
+    assert sample(logits, [plain, SampleRow(wanted, (), 0, (4,), barred=(4,)), plain]) == [0, 0, 0]
+    assert torch.equal(logits, LOGITS.repeat(3, 1))
+    assert sample(logits, [plain, SampleRow(wanted, (), 0, (4,)), plain]) == [0, 4, 0]
+
+
+class TestAllowedTokens:
+    ALLOWED = np.array([False, True, False, True, True])
+
+    def test_the_best_that_is_allowed_is_taken(self) -> None:
+        logits = torch.stack([LOGITS, LOGITS])
+        rows = [SampleRow(SamplingParams(), (), 0, allowed=self.ALLOWED), SampleRow(SamplingParams(), (), 0)]
+        assert sample(logits, rows) == [1, 0]
+
+    def test_draws_are_those_of_a_model_that_has_only_these_tokens(self) -> None:
+        rows = [SampleRow(SamplingParams(temperature=1.0), (), i, allowed=self.ALLOWED) for i in range(4_000)]
+        counts = Counter(sample(LOGITS.repeat(4_000, 1), rows))
+        shares = torch.softmax(LOGITS[torch.from_numpy(self.ALLOWED)], 0).tolist()
+        assert counts.keys() == {1, 3, 4}
+        for token, share in zip((1, 3, 4), shares, strict=True):
+            assert abs(counts[token] / 4_000 - share) < 0.03
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {"temperature": 1.0},
+            {"temperature": 1.0, "top_k": 3},
+            {"temperature": 1.0, "top_k": 300},
+            {"temperature": 1.3, "top_p": 0.9},
+            {"temperature": 1.0, "min_p": 0.001},
+            {"temperature": 5e-324},
+            {"temperature": 1.0, "repetition_penalty": 1.3},
+            {"temperature": 0.0, "repetition_penalty": 1e30},
+            {"temperature": 1.0, "top_k": 5, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 0.5},
+        ],
+    )
+    @pytest.mark.parametrize("allowed", [[7], [999], [3, 500, 501], [*range(600, 700)]])
+    def test_only_allowed_tokens_are_drawn_however_unlikely(self, params: dict[str, float], allowed: list[int]) -> None:
+        logits = torch.randn(1_000, generator=torch.Generator().manual_seed(1)) * 5
+        logits[allowed] -= 60
+        mask = np.zeros(1_000, bool)
+        mask[allowed] = True
+        history = tuple(range(0, 1_000, 3))
+        rows = [SampleRow(SamplingParams(**params), history, i, allowed=mask) for i in range(50)]
+        assert {*sample(logits.repeat(50, 1), rows)} <= {*allowed}
+
+    def test_weights_that_are_no_numbers_are_seen_where_they_are_not_allowed_too(self) -> None:
+        logits = LOGITS.clone()
+        logits[0] = float("nan")
+        with pytest.raises(EngineError, match="not numbers"):
+            sample(logits[None], [SampleRow(SamplingParams(), (), 0, allowed=self.ALLOWED)])
+
+    def test_a_form_without_a_likely_token_is_an_error(self) -> None:
+        logits = LOGITS.clone()
+        logits[[1, 3, 4]] = -torch.inf
+        for mask in (self.ALLOWED, np.zeros(5, bool)):
+            with pytest.raises(EngineError, match="no token that the answer's form allows"):
+                sample(logits[None].clone(), [SampleRow(SamplingParams(), (), 0, allowed=mask)])
+
+    def test_what_is_not_allowed_stays_so_whatever_else_a_request_wants(self) -> None:
+        """Where only tokens that cannot come yet are allowed, the form decides. The model's logits stay as they are."""
+        logits = LOGITS[None].clone()
+        params = SamplingParams(repetition_penalty=1e30, logit_bias=((0, 100.0),), presence_penalty=2.0)
+        row = SampleRow(params, (0, 1, 2, 3, 4), 0, (0, 1), barred=(1, 3, 4), allowed=self.ALLOWED)
+        for each in (row, replace(row, params=replace(params, temperature=2.0))):
+            assert sample(logits, [each])[0] in (1, 3, 4)
+        assert torch.equal(logits[0], LOGITS)

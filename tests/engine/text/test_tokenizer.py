@@ -344,6 +344,7 @@ class TestByteLevelFiles:
         plain = Tokenizer.load(byte_level_file(tmp_path / "b.gguf", byte_level, pre="gpt-2")).encode("ab")
         assert tokenizer.encode("ab") == around[0] + plain + around[1]
         assert tokenizer.encode("") == around[0] + around[1]
+        assert tokenizer.encode("ab", has_special=False) == plain
 
     @pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
     def test_chat_has_bos_once(self, tmp_path, byte_level, start):
@@ -372,6 +373,16 @@ class TestByteLevelFiles:
         assert ids[1:3] == [len(tokens) - 3, len(tokens) - 2] and ids[-1] == 2
         assert tokenizer.decode(ids) == "".join(stream_pieces(tokenizer, ids)) == "a<think>   b"
         assert tokenizer.vocab_size == len(tokens)
+        assert tokenizer.decode(ids, has_special=True) == "a<think>   b<|im_end|>"
+
+    @pytest.mark.parametrize("text", ["a<|im_end|>b", "\U0001f0a1<|im_end|>\U0001f0a1", "<|im_end|><|im_end|>", ""])
+    def test_the_text_of_ids_with_special_tokens_is_the_whole_text(self, tmp_path, byte_level, text):
+        tokenizer = Tokenizer.load(byte_level_file(tmp_path / "a.gguf", byte_level))
+        ids = tokenizer.encode(text, has_special=False)
+        assert tokenizer.decode(ids, has_special=True) == text
+        assert tokenizer.decode(ids) == text.replace("<|im_end|>", "")
+        cut = tokenizer.decode([*ids, *tokenizer.encode("\U0001f0a1", has_special=False)[:-1], 2], has_special=True)
+        assert cut.startswith(text + "\ufffd") and cut.endswith("<|im_end|>")
 
     def test_unknown_pre_tokenizer_names_the_known(self, tmp_path, byte_level):
         with pytest.raises(ModelError, match=r"a\.gguf: tokenizer\.ggml\.pre: strange .*smollm.*qwen2.*: use"):

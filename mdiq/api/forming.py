@@ -1,0 +1,59 @@
+"""The form of an answer, for one backend: the request's own and that of its tools become one grammar, and a parser."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from mdiq.api.backend import Backend
+from mdiq.api.requests import Asked, BadRequest
+from mdiq.api.structure import schema_grammar
+from mdiq.api.tool_calls import CallParser, form_of
+from mdiq.api.tools import marks_of
+from mdiq.errors import ConfigError
+
+InThread = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+
+async def formed(asked: Asked, backend: Backend, in_thread: InThread) -> tuple[Asked, Callable[[], CallParser | None]]:
+    """Return the request with a grammar that has been compiled, if it needs one, and what makes its answers' parsers.
+
+    in_thread: runs a job in a thread.
+
+    Raises:
+        BadRequest: the model cannot call tools, or a form cannot be used; it says which.
+    """
+    make_parser: Callable[[], CallParser | None] = lambda: None  # noqa: E731
+    if (use := asked.tools) is not None:
+        try:
+            form = form_of(backend.chat_template)
+        except ConfigError as error:
+            raise BadRequest(f"tools: {error}", "tools") from None
+        try:
+            grammar = use.grammar(form, asked.structure, backend.special_id)
+        except ConfigError as error:
+            raise BadRequest(str(error), str(error).partition(":")[0]) from None
+        marks = marks_of(form, backend.special_id)
+        asked = replace(asked, values={**asked.values, "grammar": grammar or "", "shown_token_ids": marks})
+        make_parser = partial(CallParser, form, use.names, is_many=use.is_many)
+    if grammar := asked.values.get("grammar"):
+        try:
+            await in_thread(partial(backend.check_grammar, grammar))
+        except ConfigError as error:
+            raise await in_thread(partial(_refusal, asked, backend, error)) from None
+    return asked, make_parser
+
+
+def _refusal(asked: Asked, backend: Backend, error: ConfigError) -> BadRequest:
+    """Return the error that names the field whose form cannot be used."""
+    if (structure := asked.structure) is not None:
+        try:
+            backend.check_grammar(structure.grammar)
+        except ConfigError as own:
+            return BadRequest(f"{structure.where}: {own}", structure.where.partition(".")[0])
+    for tool in asked.tools.tools if asked.tools else ():
+        try:
+            backend.check_grammar(schema_grammar(tool.parameters, tool.where))
+        except ConfigError as own:
+            return BadRequest(f"{tool.where}: {own}", tool.where)
+    return BadRequest(f"tools: together, {error}", "tools")

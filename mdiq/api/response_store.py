@@ -1,0 +1,154 @@
+"""Responses that run, or have ended and may be asked for again. A stream can be read anew from any of its events.
+
+A response goes on for a while without a reader, so that a client whose network has failed can come back to it, and
+to its end if it runs in the background. What has ended is kept for KEEP_S, and less long if it takes too much memory.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mdiq.api.response_shapes import Event, ResponseShape
+
+KEEP_S = 3_600.0
+MAX_KEPT = 1_000
+MAX_BYTES = 64 << 20
+ALONE_S = 180.0
+"""How long a response that nobody reads goes on, unless it runs in the background."""
+
+
+def as_sse(event: Event) -> bytes:
+    """Return an event as a server-sent one."""
+    return b"event: " + str(event["type"]).encode() + b"\ndata: " + json.dumps(event).encode() + b"\n\n"
+
+
+@dataclass(eq=False)
+class StoredResponse:
+    """One response. owner: whose key asked for it. input: messages that it answers.
+
+    is_kept: False: it ends with its reader, and cannot be asked for again.
+    """
+
+    shape: ResponseShape
+    owner: str
+    input: Sequence[Mapping[str, Any]]
+    is_background: bool
+    is_kept: bool
+    ended_s: float | None = None
+    num_bytes: int = 0
+    task: "asyncio.Task[None] | None" = None
+    is_wanted: bool = True  # nobody has cancelled it
+    _events: list[bytes] = field(default_factory=list)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_readers: int = 0
+    _leaving: asyncio.TimerHandle | None = None
+
+    def note(self, events: Sequence[Event]) -> None:
+        """Add events, and wake who reads."""
+        for event in events:
+            data = as_sse(event)
+            self._events.append(data)
+            self.num_bytes += len(data)
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def read(self, after: int = -1, *, silence_s: float) -> AsyncGenerator[bytes | None, None]:
+        """Yield its events, those that have been and those that come, from the one after this number on.
+
+        None whenever none has come for ``silence_s``.
+        """
+        self._reader_came()
+        at = after + 1
+        try:
+            while True:
+                news = self._news
+                while at < len(self._events):
+                    at += 1
+                    yield self._events[at - 1]
+                if self.shape.is_ended and at >= len(self._events):
+                    return
+                if news is not self._news:
+                    continue
+                try:
+                    async with asyncio.timeout(silence_s):
+                        await news.wait()
+                except TimeoutError:
+                    yield None
+        finally:
+            self._reader_left()
+
+    def cancel(self) -> None:
+        """End it, if it runs."""
+        self.is_wanted = False
+        if self.task is not None and not self.shape.is_ended:
+            self.task.cancel()
+
+    def _reader_came(self) -> None:
+        self._num_readers += 1
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+
+    def _reader_left(self) -> None:
+        self._num_readers -= 1
+        if self._num_readers or self.is_background or self.shape.is_ended:
+            return
+        if not self.is_kept:
+            self.cancel()
+        else:
+            self._leaving = asyncio.get_running_loop().call_later(ALONE_S, self.cancel)
+
+
+class ResponseStore:
+    """All of them. clock: seconds, monotonic."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._responses: dict[str, StoredResponse] = {}
+
+    def add(self, response: StoredResponse) -> None:
+        """Keep a response."""
+        self._tidy()
+        self._responses[response.shape.id] = response
+
+    def find(self, response_id: str, owner: str) -> StoredResponse | None:
+        """Return a response of this owner, or None."""
+        self._tidy()
+        found = self._responses.get(response_id)
+        return found if found is not None and found.owner == owner and found.is_kept else None
+
+    def forget(self, response: StoredResponse) -> None:
+        """Let go of a response; one that runs ends."""
+        response.cancel()
+        self._responses.pop(response.shape.id, None)
+
+    def ended(self, response: StoredResponse) -> None:
+        """Note that a response has ended."""
+        response.ended_s = self._clock()
+        if not response.is_kept:
+            self._responses.pop(response.shape.id, None)
+        self._tidy()
+
+    async def aclose(self) -> None:
+        """End all that run."""
+        tasks = [each.task for each in self._responses.values() if each.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _tidy(self) -> None:
+        """Let go of what has ended long ago, and of the oldest where there are too many."""
+        now = self._clock()
+        ended = sorted(
+            (each.ended_s, number, each)
+            for number, each in enumerate(self._responses.values())
+            if each.ended_s is not None
+        )
+        num_left, num_bytes = len(self._responses), sum(each.num_bytes for each in self._responses.values())
+        for ended_s, _, each in ended:
+            if now - ended_s < KEEP_S and num_left <= MAX_KEPT and num_bytes <= MAX_BYTES:
+                return
+            del self._responses[each.shape.id]
+            num_left, num_bytes = num_left - 1, num_bytes - each.num_bytes

@@ -1,0 +1,187 @@
+"""Grammars: which tokens an answer may go on with, so that it has the form that its request asks for.
+
+`llguidance` compiles a grammar and follows the tokens of an answer. A Sequence's state follows from its tokens alone:
+after a Replay, or in another process, it is made again from them.
+
+A grammar is a text "KIND:TEXT". The kinds: json_schema (a JSON object), choice (a JSON list of texts), regex, gbnf
+(llama.cpp's grammars; Lark is accepted too), lark (llguidance's own, for the forms of tool calls).
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
+
+from mdiq.core.sequence import Sequence
+from mdiq.engine.text.tokenizer import Tokenizer
+from mdiq.errors import ConfigError, EngineError
+
+MAX_KEPT = 64  # compiled grammars; most clients send the same few
+MAX_ERROR_CHARACTERS = 200
+# The other limits are those of llguidance: they bound a compilation to some 0.1 s, and a mask to some 20 ms.
+_LIMITS = LLParserLimits(verbose_errors=False)
+_MAX_CHARACTERS = {"gbnf": 1 << 15, "lark": 1 << 18}  # Python converts the first, for 0.1 s
+_USUAL_CHARACTERS = 1 << 17
+_KINDS: dict[str, Callable[[str], str]] = {
+    "json_schema": LLMatcher.grammar_from_json_schema,
+    "choice": lambda text: grammar_from("choice", text),
+    "regex": LLMatcher.grammar_from_regex,
+    "gbnf": lambda text: grammar_from("gbnf", text),
+    "lark": LLMatcher.grammar_from_lark,
+}
+
+
+class Grammars:
+    """The grammars of one tokenizer; those that were compiled last are kept. Threads may share it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._tokens: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._followed: WeakKeyDictionary[Sequence, _Followed] = WeakKeyDictionary()
+
+    def prepare(self) -> None:
+        """Build what all grammars of this tokenizer need.
+
+        llguidance keeps the interpreter's lock for it, half a second for 150,000 tokens: call this before anyone waits.
+
+        Raises:
+            ConfigError: the model has no end token, so no form can end.
+        """
+        with self._lock:
+            if self._tokens is None:
+                self._tokens = _ll_tokenizer(self._tokenizer)
+
+    def check(self, grammar: str) -> None:
+        """Compile a grammar, unless it is there. Takes long, without the interpreter's lock: call it in a thread.
+
+        Raises:
+            ConfigError: it is not a grammar, or is too large.
+        """
+        self._matcher(grammar)
+
+    def begin(self, sequence: Sequence) -> None:
+        """Make the state of a Sequence with a grammar, at the end of the tokens that it has.
+
+        Raises:
+            ConfigError: see ``check``.
+        """
+        self._followed[sequence] = followed = _Followed(self._matcher(sequence.params.grammar))
+        followed.go_on(sequence.generated)
+
+    def allowed(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
+        """Return which token ids below num_tokens may come next in a Sequence with a grammar: [num_tokens], bool.
+
+        Raises:
+            EngineError: the grammar is too complex to go on from here, or the Sequence has left it.
+        """
+        followed = self._followed.get(sequence)
+        if followed is None:
+            self.begin(sequence)
+            followed = self._followed[sequence]
+        return followed.allowed(sequence.generated, num_tokens)
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        """Return a matcher at the beginning of a grammar, for one Sequence."""
+        self.prepare()
+        with self._lock:
+            if (known := self._compiled.get(grammar)) is not None:
+                self._compiled.move_to_end(grammar)
+                return known.deep_copy()
+        assert self._tokens is not None  # it is prepared
+        compiled = _compile(self._tokens, grammar)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            while len(self._compiled) > MAX_KEPT:
+                self._compiled.popitem(last=False)
+        return compiled.deep_copy()
+
+
+class _Followed:
+    """A matcher, and how many tokens of its Sequence it has taken."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self._num_taken = 0
+
+    def go_on(self, tokens: list[int]) -> None:
+        self._matcher.consume_tokens(tokens[self._num_taken :])
+        self._num_taken = len(tokens)
+
+    def allowed(self, tokens: list[int], num_tokens: int) -> np.ndarray:
+        self.go_on(tokens)
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise EngineError(f"the answer's form: {_line(self._matcher.get_error())}; ask for a simpler form")
+        allowed = np.zeros(num_tokens, bool)
+        known = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little", count=num_tokens)
+        allowed[: len(known)] = known
+        return allowed
+
+
+def _compile(tokens: LLTokenizer, grammar: str) -> LLMatcher:
+    kind, _, text = grammar.partition(":")
+    if kind not in _KINDS:
+        raise ConfigError(f"grammar: kind {kind[:40]!r}: use one of {', '.join(_KINDS)}")
+    if len(text) > (most := _MAX_CHARACTERS.get(kind, _USUAL_CHARACTERS)):
+        raise ConfigError(f"it has {len(text)} characters, and {most} is the limit; shorten it")
+    try:
+        compiled = LLMatcher(tokens, _KINDS[kind](text), log_level=0, limits=_LIMITS)
+    except (ValueError, TypeError, RecursionError) as error:  # of the conversions
+        raise ConfigError(f"it cannot be used: {_line(error)}") from None
+    if not compiled.is_error():  # what no answer fits is an error of the first mask
+        first = compiled.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():
+            raise ConfigError("it cannot be used: no answer fits it")
+    if compiled.is_error():
+        raise ConfigError(f"it cannot be used: {_line(compiled.get_error())}")
+    return compiled
+
+
+def _ll_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
+    ends = sorted(tokenizer.eos_token_ids)
+    if not ends:
+        raise ConfigError("the model has no end token, so the form of an answer cannot end it; leave it out")
+    return LLTokenizer(TokenizerWrapper(_Texts(tokenizer, ends)), n_vocab=tokenizer.vocab_size, eos_token=ends)
+
+
+class _Texts:
+    """A tokenizer as llguidance asks for it."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: list[int]) -> None:
+        self.tokens = tokenizer.token_bytes()
+        self.special_token_ids = sorted({*tokenizer.special_ids, *ends})
+        self.eos_token_id = ends[0]
+        self.bos_token_id = None
+        self._tokenizer = tokenizer
+        special = {*self.special_token_ids}
+        self._ids = {text: token for token, text in enumerate(self.tokens) if text and token not in special}
+        self._max_bytes = max(map(len, self._ids), default=0)
+
+    def __call__(self, text: bytes) -> list[int]:
+        with suppress(UnicodeDecodeError):
+            ids = self._tokenizer.plain_ids(text.decode())
+            if b"".join(self.tokens[token] for token in ids) == text:
+                return ids
+        return self._greedy(text)  # it is not a whole text, or the tokenizer puts a space before it
+
+    def _greedy(self, text: bytes) -> list[int]:
+        ids, at = [], 0
+        while at < len(text):
+            lengths = range(min(len(text) - at, self._max_bytes), 0, -1)
+            size = next((n for n in lengths if text[at : at + n] in self._ids), 0)
+            if not size:
+                break
+            ids.append(self._ids[text[at : at + size]])
+            at += size
+        return ids
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:MAX_ERROR_CHARACTERS]
