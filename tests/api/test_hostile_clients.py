@@ -44,7 +44,7 @@ class Listening:
         reading = asyncio.create_task(read())
         try:
             writer.write(head)
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(50):
                 with contextlib.suppress(ConnectionError):
                     while not reading.done():
                         writer.write(piece)
