@@ -138,11 +138,11 @@ class Answering:
         streams = [
             watched(
                 backend.answer(*each, logprobs=logprobs, owner=key.name, share=key.share),
-                len(each[0]),
+                answer.num_prompt,
                 record.begun_s,
                 client,
             )
-            for each in wanted
+            for each, answer in zip(wanted, answers, strict=True)
         ]
         return Begun(answers, merged(streams))
 

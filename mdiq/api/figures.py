@@ -38,11 +38,15 @@ class Figures:
     async def watched(
         self, events: AsyncGenerator[StreamEvent, None], num_prompt: int, asked_s: float, client: Client
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Yield the events of an answer and count them, for its client too. asked_s: when the request came."""
+        """Yield the events of an answer and count them, for its client too. asked_s: when the request came.
+
+        num_prompt: 0 for further answers to a prompt that was counted.
+        """
         begun_s = self._clock()
         token_s: float | None = None
         num_answer = 0
-        self._prompt.observe(num_prompt)
+        if num_prompt:
+            self._prompt.observe(num_prompt)
         self._num_prompt.inc(num_prompt)
         async with aclosing(events):
             async for event in events:

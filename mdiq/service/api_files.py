@@ -28,6 +28,32 @@ def tls_files_of(loaded: LoadedTopology) -> TlsFiles | None:
     return TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key))
 
 
+class ApiFiles:
+    """The files as a service has read them last. tls: what a socket that listens uses; None for plain HTTP.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+
+    def __init__(self, loaded: LoadedTopology) -> None:
+        self._loaded = loaded
+        self._tls_files = tls_files_of(loaded)
+        self.keys = keys_of(loaded)
+        self.tls = None if self._tls_files is None else self._tls_files.context()
+
+    def read_again(self) -> None:
+        """Take over what the files hold now; connections that are open keep their certificate.
+
+        Raises:
+            ConfigError: one of them cannot be used; nothing has changed.
+        """
+        keys = keys_of(self._loaded)
+        if self._tls_files is not None and self.tls is not None:
+            self._tls_files.context()  # a context that half of a pair was loaded into would be of no use
+            self._tls_files.load(self.tls)
+        self.keys = keys
+
+
 def api_file_problems(loaded: LoadedTopology) -> tuple[list[Problem], list[Problem]]:
     """Return what is wrong with these files, and which are not here: other machines do not have them."""
     errors: list[Problem] = []

@@ -32,7 +32,7 @@ from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
-from mdiq.service.api_files import keys_of, tls_files_of
+from mdiq.service.api_files import ApiFiles
 from mdiq.service.replanning import Replanning, with_load
 from mdiq.service.text_pipe import TokenizerPipe
 from mdiq.service.topology_rings import TopologyRings
@@ -236,9 +236,7 @@ class TopologyService:
         self._notifier = notifier
         self._file = loaded.file
         self._wanted_api = loaded.topology.api  # a reload does not change it
-        self._loaded = loaded
-        self._keys, self._tls_files = keys_of(loaded), tls_files_of(loaded)
-        self._tls = None if self._tls_files is None else self._tls_files.context()
+        self._api_files = ApiFiles(loaded)
 
     async def run(self) -> None:
         """Serve until a signal comes."""
@@ -264,7 +262,9 @@ class TopologyService:
             wanted.max_waiting,
             self._under_load,
         )
-        self._api = Api(backend, self._keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s)
+        self._api = Api(
+            backend, self._api_files.keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s
+        )
         replanning = Replanning(keeper, lambda: self._topologies.rings)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AdminServer(socket_path(self._file), commands), self._listening():
@@ -284,8 +284,8 @@ class TopologyService:
         wanted, api = self._wanted_api, self._api
         runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s, on_cut_off=api.note_cut_off)
         await runner.setup()
-        where = runner, wanted.host, wanted.port
-        site = web.TCPSite(*where) if self._tls is None else TlsSite(*where, self._tls)
+        tls, where = self._api_files.tls, (runner, wanted.host, wanted.port)
+        site = web.TCPSite(*where) if tls is None else TlsSite(*where, tls)
         try:
             try:
                 await site.start()
@@ -294,7 +294,7 @@ class TopologyService:
                     f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
                     "see what listens there, or choose another port"
                 ) from None
-            scheme = "http" if self._tls is None else "https"
+            scheme = "http" if tls is None else "https"
             log.info("api_listens", scheme=scheme, host=wanted.host, port=wanted.port, model=self._model_name)
             yield
         finally:
@@ -340,10 +340,8 @@ class TopologyService:
 
     async def _reload_all(self) -> str:
         """Read keys and certificate again, then the topology."""
-        keys = keys_of(self._loaded)
-        if self._tls_files is not None and self._tls is not None:
-            self._tls_files.context()  # files that cannot be used change nothing
-            self._tls_files.load(self._tls)
-        self._api.replace_keys(keys)  # before what may wait for requests: a key that is gone is gone at once
+        self._api_files.read_again()
+        # Before what may wait for requests: a key that is gone is gone at once.
+        self._api.replace_keys(keys := self._api_files.keys)
         result = await self._keeper.reload()
         return f"{result}; API keys: {len(keys)}" if keys else result

@@ -115,7 +115,7 @@ async def test_limits_hold_over_http_and_other_keys_go_on() -> None:
     go_on = asyncio.Event()
     ring = FakeRing(before=lambda _: go_on.wait())
     api = Api(ring, _keys(max_requests=2, tokens_per_minute=60, share=5))
-    async with TestClient(TestServer(api.application()), timeout=aiohttp.ClientTimeout(10)) as client:
+    async with TestClient(TestServer(api.application()), timeout=aiohttp.ClientTimeout(40)) as client:
         running = [asyncio.create_task(_ask(client)) for _ in range(2)]
         while ring.num_running < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -228,7 +228,7 @@ async def test_a_request_whose_client_leaves_has_a_line_too() -> None:
             asking = asyncio.create_task(_ask(client))
             await began.wait()
             asking.cancel()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 await ring.closed.wait()
                 while not _lines(logged):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)

@@ -77,6 +77,13 @@ async def test_an_end_without_a_token_is_the_end_of_an_answer() -> None:
     assert watched.of("request_seconds") == (1, 3.0) and watched.of("request_answer_tokens") == (1, 1.0)
 
 
+async def test_further_answers_to_a_prompt_do_not_count_it_again() -> None:
+    watched = Watched()
+    for num_prompt in (7, 0, 0):
+        await watched.watch(_token(0, 101.0, FinishReason.STOP), num_prompt=num_prompt)
+    assert watched.of("request_prompt_tokens") == (1, 7.0) and watched.of("request_answer_tokens") == (3, 3.0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_answers_over_http_are_in_the_metrics(stream: bool) -> None:
     async with TestClient(TestServer(Api(FakeRing()).application())) as client:

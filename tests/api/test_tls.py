@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import json
+import socket as sockets
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -17,7 +20,9 @@ from mdiq.api.app import Api
 from mdiq.api.keys import bare_keys
 from mdiq.api.server import ApiRunner, TlsSite
 from mdiq.api.tls import TlsFiles
+from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
+from mdiq.runtime.starter_service import StreamEvent
 from tests.api.certificates import make_certificate
 from tests.api.test_app import CHAT, FakeRing
 from tests.api.test_server import HEAD, KEY
@@ -85,12 +90,15 @@ async def test_what_is_not_tls_is_closed_without_a_word_in_the_log(
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         with contextlib.suppress(ConnectionError):
             writer.write(junk)
-            assert b"HTTP" not in await asyncio.wait_for(reader.read(), 10)
+            assert b"HTTP" not in await asyncio.wait_for(reader.read(), 40)
         writer.close()
     assert not caplog.records
 
 
-async def test_handshakes_that_do_not_end_are_bounded_and_others_are_answered(files: TlsFiles) -> None:
+async def test_handshakes_that_do_not_end_are_bounded_and_others_are_answered(
+    files: TlsFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HANDSHAKE_S", 60.0)
     body = b'{"prompt": [1], "max_tokens": 1}'
     asking = f"{HEAD}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
     with structlog.testing.capture_logs() as lines:
@@ -112,7 +120,7 @@ async def test_a_handshake_has_its_time(files: TlsFiles, monkeypatch: pytest.Mon
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"\x16\x03\x01")
         with contextlib.suppress(ConnectionError):
-            assert await asyncio.wait_for(reader.read(), 10) == b""
+            assert await asyncio.wait_for(reader.read(), 40) == b""
         writer.close()
 
 
@@ -176,3 +184,36 @@ def test_errors_are_json_over_tls_too(files: TlsFiles) -> None:
     head, _, body = asyncio.run(ask()).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 401 ")
     assert json.loads(body)["error"]["type"] == "authentication_error"
+
+
+async def test_a_client_that_does_not_read_is_noticed_as_soon_as_without_tls(files: TlsFiles) -> None:
+    text = 10_000
+
+    class Talking(FakeRing):
+        async def answer(
+            self, prompt: tuple[int, ...], params: SamplingParams, **more: Any
+        ) -> AsyncGenerator[StreamEvent, None]:
+            async with aclosing(super().answer(prompt, params, **more)) as events:
+                async for event in events:
+                    yield replace(event, text="x" * text)
+
+    num_said = [0]
+    ring = Talking(context_tokens=10_000, before=lambda i: num_said.__setitem__(0, i))
+    api = Api(ring, bare_keys([KEY]))
+    runner = ApiRunner(api.application(), client_timeout_s=0.5, on_cut_off=api.note_cut_off)
+    await runner.setup()
+    await TlsSite(runner, "127.0.0.1", 0, files.context({})).start()
+    socket = sockets.socket()
+    socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 16 * 1024)
+    socket.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(socket, ("127.0.0.1", runner.addresses[0][1]))
+    trusting = _trusting(files.cert)
+    _, writer = await asyncio.open_connection(sock=socket, ssl=trusting, server_hostname="127.0.0.1", limit=1_024)
+    body = b'{"prompt": [1], "max_tokens": 9000, "stream": true}'
+    writer.write(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    async with asyncio.timeout(40):
+        await ring.closed.wait()
+    assert api.status()["requests"]["cut_off"] == 1
+    assert num_said[0] * text < 700_000, "asyncio's own limits let 900 KB wait: in the client, both kernels and here"
+    writer.close()
+    await runner.cleanup()

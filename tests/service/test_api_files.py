@@ -7,6 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mdiq.cli.main import app
+from mdiq.config.load import load_topology
+from mdiq.errors import ConfigError
+from mdiq.service.api_files import ApiFiles
 from tests.api.certificates import make_certificate
 
 TOPOLOGY = """\
@@ -29,6 +32,20 @@ def file(tmp_path: Path) -> Path:
     make_certificate(tmp_path / "tls")
     assert CliRunner().invoke(app, ["api-key", "office", "--file", str(tmp_path / "api-keys")]).exit_code == 0
     return file
+
+
+def test_a_service_takes_over_files_that_have_changed_and_none_that_cannot_be_used(file: Path) -> None:
+    files = ApiFiles(load_topology(file))
+    assert [key.name for key in files.keys] == ["office"] and files.tls is not None
+    before, tls = files.keys, files.tls
+    assert CliRunner().invoke(app, ["api-key", "lab", "--file", str(file.parent / "api-keys")]).exit_code == 0
+    (file.parent / "tls" / "api.crt").write_text("diary")
+    with pytest.raises(ConfigError, match="not a PEM certificate"):
+        files.read_again()
+    assert files.keys is before
+    make_certificate(file.parent / "tls")
+    files.read_again()
+    assert [key.name for key in files.keys] == ["office", "lab"] and files.tls is tls, "it is what the socket uses"
 
 
 def _checked(file: Path) -> tuple[int, str]:
