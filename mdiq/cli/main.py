@@ -15,8 +15,8 @@ import typer
 
 import mdiq
 from mdiq.cache import NO_SPACE
-from mdiq.cli.options import EvenSplit, HeldAs, Json, Level, LogLevelName, Model, Topology, command
-from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions
+from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Topology, command
+from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions, ServeOptions
 from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
 from mdiq.plan.partition import Objective
@@ -184,17 +184,7 @@ def plan(
     raise typer.Exit(execute(topology, objective=objective, users=users, with_more=explain, as_json=as_json))
 
 
-@app.command()
-def serve(
-    topology: Topology,
-    even_split: EvenSplit = False,
-    log_level: Level = "info",
-) -> None:
-    """Serve a topology on its Starter, with the HTTP API, until it is stopped."""
-    from mdiq.cli.serve import serve as execute
-
-    logging.configure(log_level, node="starter")
-    raise typer.Exit(execute(topology, even_split=even_split))
+app.command("serve")(command(ServeOptions, "mdiq.cli.serve"))
 
 
 @app.command()

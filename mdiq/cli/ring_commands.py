@@ -128,6 +128,48 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Serve a topology on its Starter, or a ring of local processes, with the HTTP API, until it is stopped."""
+
+    topology: Annotated[
+        Path | None, typer.Argument(help="The topology file; without one, the ring is of this machine alone.")
+    ] = None
+    even_split: EvenSplit = False
+    model: Model = None
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Nodes of a ring without a topology. [default: 2]", show_default=False),
+    ] = None
+    layers: Annotated[str | None, typer.Option(help="Layers of each of them by hand: 10,12,8.")] = None
+    weights: HeldAs = USUAL_WEIGHTS
+    exact: Exact = True
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Threads of each of them. [default: cores / nodes]", show_default=False),
+    ] = None
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="KV cache of each of them in tokens. [default: half of its share of free memory]"),
+    ] = None
+    max_live: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Requests in the ring at once. [default: what fills it, 64 to 256]"),
+    ] = None
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address of the API without a topology. [default: 127.0.0.1]", show_default=False),
+    ] = None
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port of the API without a topology. [default: 8080]", show_default=False),
+    ] = None
+    keys_file: Annotated[
+        Path | None, typer.Option(help="File of API keys, which clients must send; needed beyond loopback.")
+    ] = None
+    log_level: Level = "info"
+
+
+@dataclass(frozen=True, slots=True)
 class PerplexityOptions:
     """Measure what packed weights cost in quality: perplexity on a real text, beside f32."""
 

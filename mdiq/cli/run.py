@@ -80,7 +80,7 @@ def execute(options: RunOptions) -> int:
         config = read_config(model)
         rings: TopologyRings | None = None
         if loaded is None:
-            ring_options = _local_ring(options, model, config, split or num_nodes, wires, threads)
+            ring_options = local_ring(options, model, config, split or num_nodes, wires, threads)
         else:
             from mdiq.service import topology_rings
 
@@ -101,7 +101,7 @@ def execute(options: RunOptions) -> int:
         return run_until_signal(run.main())
 
 
-def _local_ring(
+def local_ring(
     options: RunOptions,
     model: Path,
     config: "ModelConfig",

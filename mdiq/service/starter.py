@@ -112,6 +112,34 @@ class _Topologies:
         self._rings.note_not_changed(options)
 
 
+class _LocalRing:
+    """A ring of processes of this machine, which is what it is: nothing of it is measured or planned again."""
+
+    rings = None
+
+    def __init__(self, options: RingOptions) -> None:
+        self._options = options
+
+    def read(self) -> Form:
+        """Return what gives the same ring each time."""
+
+        def form(drained: frozenset[str]) -> RingOptions:
+            if drained:
+                raise ConfigError(f"{', '.join(sorted(drained))}: a ring without a topology has no device to drain")
+            return self._options
+
+        return form
+
+    async def keep_measured(self, _: RingHost) -> None:
+        """There is no plan that it could be of use for."""
+
+    def note_failure(self, options: RingOptions, error: MdiqError) -> None:
+        """It is formed again as it was."""
+
+    def note_not_changed(self, options: RingOptions) -> None:
+        """It never changes."""
+
+
 class _RingBackend:
     """What the API sees: the ring that is up, and the tokenizer."""
 
@@ -219,14 +247,29 @@ class _RingBackend:
 
 
 class TopologyService:
-    """The parts of a Starter's service and their order of starting and ending."""
+    """The parts of a Starter's service and their order of starting and ending.
 
-    def __init__(self, loaded: LoadedTopology, threads: int, notifier: Notifier, *, even_split: bool) -> None:
+    local_ring: returns the ring of a model where there is no topology, but for its sections model and api.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedTopology,
+        threads: int,
+        notifier: Notifier,
+        *,
+        even_split: bool = False,
+        local_ring: Callable[[Path, ModelConfig], RingOptions] | None = None,
+    ) -> None:
         """Find the model, and read what of it the service needs before a Ring is up."""
         model = find_model(model_of(loaded), progress=lambda text: notifier.starting(text))
         with open_checkpoint(model) as checkpoint:
             self._config = checkpoint.config
-        self._topologies = _Topologies(loaded, model, self._config, threads, even_split=even_split)
+        self._topologies: _Topologies | _LocalRing
+        if local_ring is not None:
+            self._topologies = _LocalRing(local_ring(model, self._config))
+        else:
+            self._topologies = _Topologies(loaded, model, self._config, threads, even_split=even_split)
         named = loaded.topology.model
         self._model_name = named.name or name_of(named.path)  # as clients name it
         self._tokenizer = Tokenizer.load(model)
