@@ -167,6 +167,7 @@ def test_what_catches_every_error_is_at_the_edge_of_a_request_a_process_or_a_lib
                     broad.append(str(module.relative_to(PACKAGE)))
     assert sorted(broad) == [
         "api/app.py",  # one request
+        "api/responses.py",  # one answer, which outlives its request
         "api/streams.py",  # one stream
         "bench/peer_llama_cpp.py",  # a process of another interpreter
         "engine/text/chat_template.py",  # a template can raise anything

@@ -1,5 +1,6 @@
 """The form of an answer, for one backend: the request's own and that of its tools become one grammar, and a parser."""
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -7,11 +8,12 @@ from typing import Any
 
 from mdiq.api.backend import Backend
 from mdiq.api.requests import Asked, BadRequest
-from mdiq.api.structure import schema_grammar
+from mdiq.api.structure import schema_grammar, wrong_part
 from mdiq.api.tool_calls import CallParser, form_of
 from mdiq.api.tools import marks_of
 from mdiq.errors import ConfigError
 
+MAX_SEARCHED = 1 << 14  # characters of a schema in which the wrong part is looked for
 InThread = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
@@ -46,14 +48,25 @@ async def formed(asked: Asked, backend: Backend, in_thread: InThread) -> tuple[A
 
 def _refusal(asked: Asked, backend: Backend, error: ConfigError) -> BadRequest:
     """Return the error that names the field whose form cannot be used."""
-    if (structure := asked.structure) is not None:
+
+    def trouble(grammar: str) -> ConfigError | None:
         try:
-            backend.check_grammar(structure.grammar)
+            backend.check_grammar(grammar)
         except ConfigError as own:
-            return BadRequest(f"{structure.where}: {own}", structure.where.partition(".")[0])
+            return own
+        return None
+
+    def is_usable(grammar: str) -> bool:
+        return trouble(grammar) is None
+
+    if (structure := asked.structure) is not None and (own := trouble(structure.grammar)) is not None:
+        kind, _, text = structure.grammar.partition(":")
+        is_schema = kind == "json_schema" and len(text) < MAX_SEARCHED
+        where = wrong_part(json.loads(text), structure.where, is_usable) if is_schema else structure.where
+        return BadRequest(f"{where}: {own}", structure.where.partition(".")[0])
     for tool in asked.tools.tools if asked.tools else ():
-        try:
-            backend.check_grammar(schema_grammar(tool.parameters, tool.where))
-        except ConfigError as own:
-            return BadRequest(f"{tool.where}: {own}", tool.where)
+        own_text = schema_grammar(tool.parameters, tool.where)
+        if (own := trouble(own_text)) is not None:
+            where = wrong_part(tool.parameters, tool.where, is_usable) if len(own_text) < MAX_SEARCHED else tool.where
+            return BadRequest(f"{where}: {own}", tool.where)
     return BadRequest(f"tools: together, {error}", "tools")

@@ -125,24 +125,36 @@ class Asked:
         return max(len(self.prompts), 1) * self.num_choices
 
     def params(self, num_prompt_tokens: int, context_tokens: int) -> SamplingParams:
-        """Return how to sample, for a prompt of that length; the answer is limited to the room that is left.
+        """Return how to sample, for a prompt of that length; see ``all_params``."""
+        return self.all_params([num_prompt_tokens], context_tokens)[0]
+
+    def all_params(self, nums_prompt_tokens: Sequence[int], context_tokens: int) -> list[SamplingParams]:
+        """Return how to sample, for prompts of these lengths; answers are limited to the room that is left.
 
         Raises:
-            BadRequest: the prompt leaves no room for an answer, or a value is out of range.
+            BadRequest: a prompt leaves no room for an answer, or a value is out of range.
         """
-        room = context_tokens - num_prompt_tokens
-        if room < 1:
-            text = f"{num_prompt_tokens} tokens leave no room for an answer; shorten it"
-            field = "messages" if self.is_chat else "prompt"
-            raise too_long(text, context_tokens, field, n_prompt_tokens=num_prompt_tokens)
+        for num_tokens in nums_prompt_tokens:
+            if num_tokens >= context_tokens:
+                text = f"{num_tokens} tokens leave no room for an answer; shorten it"
+                field = "messages" if self.is_chat else "prompt"
+                raise too_long(text, context_tokens, field, n_prompt_tokens=num_tokens)
         try:
             wanted = SamplingParams(temperature=1.0).replaced(
-                {"seed": secrets.randbits(63), **self.values, "max_tokens": self.max_tokens or NO_LIMIT}, "request"
+                {**self.values, "max_tokens": self.max_tokens or NO_LIMIT}, "request"
             )
         except ConfigError as error:
             text = str(error).removeprefix("request: ")
             raise BadRequest(text, text.partition(":")[0]) from None
-        return replace(wanted, max_tokens=min(wanted.max_tokens, room), min_tokens=min(wanted.min_tokens, room))
+        return [
+            replace(
+                wanted,
+                max_tokens=min(wanted.max_tokens, context_tokens - num_tokens),
+                min_tokens=min(wanted.min_tokens, context_tokens - num_tokens),
+                seed=wanted.seed if "seed" in self.values else secrets.randbits(63),
+            )
+            for num_tokens in nums_prompt_tokens
+        ]
 
 
 def parse(body: object, *, is_chat: bool) -> Asked:

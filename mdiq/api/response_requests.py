@@ -78,7 +78,7 @@ def parse_response(body: object, history: Sequence[Mapping[str, Any]] = ()) -> A
     try:
         asked = parse(chat, is_chat=True)
     except BadRequest as error:
-        raise _renamed(error) from None
+        raise renamed(error) from None
     return AskedResponse(asked, messages, _shown(body), is_background, is_stored)
 
 
@@ -218,8 +218,8 @@ _NAMES = {
 }
 
 
-def _renamed(error: BadRequest) -> BadRequest:
-    """Return an error of a chat with the names of its fields here."""
+def renamed(error: BadRequest) -> BadRequest:
+    """Return an error of a chat with the names that its fields have here."""
     param, text = error.body["param"], str(error)
     for name, here in _NAMES.items():
         if isinstance(param, str) and param.startswith(name):

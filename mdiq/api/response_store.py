@@ -6,7 +6,8 @@ to its end if it runs in the background. What has ended is kept for KEEP_S, and 
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,25 +60,34 @@ class StoredResponse:
 
         None whenever none has come for ``silence_s``.
         """
-        self._reader_came()
-        at = after + 1
+        at = max(after + 1, 0)
+        while True:
+            news = self._news
+            while at < len(self._events):
+                at += 1
+                yield self._events[at - 1]
+            if self.shape.is_ended and at >= len(self._events):
+                return
+            if news is not self._news:
+                continue
+            try:
+                async with asyncio.timeout(silence_s):
+                    await news.wait()
+            except TimeoutError:
+                yield None
+
+    @contextmanager
+    def reader(self) -> Iterator[None]:
+        """Have a reader. Without any, it goes on for a while."""
+        self._num_readers += 1
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
         try:
-            while True:
-                news = self._news
-                while at < len(self._events):
-                    at += 1
-                    yield self._events[at - 1]
-                if self.shape.is_ended and at >= len(self._events):
-                    return
-                if news is not self._news:
-                    continue
-                try:
-                    async with asyncio.timeout(silence_s):
-                        await news.wait()
-                except TimeoutError:
-                    yield None
+            yield
         finally:
-            self._reader_left()
+            self._num_readers -= 1
+            self._left()
 
     def cancel(self) -> None:
         """End it, if it runs."""
@@ -85,14 +95,7 @@ class StoredResponse:
         if self.task is not None and not self.shape.is_ended:
             self.task.cancel()
 
-    def _reader_came(self) -> None:
-        self._num_readers += 1
-        if self._leaving is not None:
-            self._leaving.cancel()
-            self._leaving = None
-
-    def _reader_left(self) -> None:
-        self._num_readers -= 1
+    def _left(self) -> None:
         if self._num_readers or self.is_background or self.shape.is_ended:
             return
         if not self.is_kept:

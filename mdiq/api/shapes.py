@@ -54,8 +54,10 @@ class Answer:
             raise step.error or RingError("the ring failed")
         if step.finish_reason is not None:
             self.stop_text = event.stop_text
+            is_cut = self.drops_answer and step.finish_reason is FinishReason.STOP
             has_called = bool(self.tool_calls) and step.finish_reason is FinishReason.STOP
-            self.finish_reason = "tool_calls" if has_called else str(step.finish_reason)
+            reason = str(FinishReason.LENGTH if is_cut else step.finish_reason)
+            self.finish_reason = "tool_calls" if has_called else reason
 
     def _add(self, piece: str | CallDelta) -> None:
         if isinstance(piece, str) and self._unsent and isinstance(self._unsent[-1], str):

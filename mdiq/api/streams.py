@@ -15,7 +15,7 @@ from mdiq.runtime.starter_service import StreamEvent
 log = structlog.get_logger()
 
 SILENCE_S = 10.0  # after it a comment keeps proxies from closing the stream
-_HEADERS = {
+HEADERS = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold the stream back until it is complete
@@ -28,7 +28,7 @@ async def send_stream(
     request: web.Request, events: Events, out: Shape, answers: Sequence[Answer], wants_usage: bool
 ) -> web.StreamResponse:
     """Send events as they come. An error before the first event gets an HTTP status instead of a stream."""
-    response = web.StreamResponse(headers=_HEADERS)
+    response = web.StreamResponse(headers=HEADERS)
     is_whole = True
     opened: set[int] = set()
     try:

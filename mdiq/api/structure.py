@@ -4,7 +4,7 @@ engine/text/grammar.py compiles it.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ _GUIDANCE = {"whitespace_pattern": r"(\x20|\n[\x20\t]{0,20})"}
 _MIN_STEP = 1e-9  # of numbers, for the same reason: others have no last digit
 _SCHEMAS = ("items", "additionalProperties", "contains", "anyOf", "oneOf", "prefixItems")
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+MAX_PARTS = 64  # of a wrong schema that are looked at
 _MAX_NESTING = 200  # llguidance refuses such schemas
 _NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 
@@ -83,6 +84,39 @@ def _with_last_digits(schema: Any, nesting: int) -> Any:
     if is_number and not found.keys() & {"multipleOf", "enum", "const"}:
         found["multipleOf"] = _MIN_STEP
     return found
+
+
+def wrong_part(schema: Mapping[str, Any], where: str, is_usable: Callable[[str], bool]) -> str:
+    """Return where in a schema that cannot be used the smallest part is that cannot.
+
+    is_usable: whether a grammar is; it is asked about MAX_PARTS parts at most.
+    """
+    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    num_left, found = MAX_PARTS, True
+    while found:
+        found = False
+        for name, part in _parts(schema):
+            num_left -= 1
+            if num_left < 0:
+                return where
+            # A part that others refer to is looked at by itself, and is no reason to look at all who do.
+            others = {} if name.startswith(tuple(shared)) else shared
+            if isinstance(part, dict) and not is_usable(schema_grammar({**others, **part}, where)):
+                schema, where, found = part, f"{where}.{name}", True
+                break
+    return where
+
+
+def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in ("$defs", "definitions", "properties", "patternProperties"):
+        if isinstance(named := schema.get(name), dict):
+            yield from ((f"{name}.{each}", part) for each, part in named.items())
+    for name in (*_SCHEMAS, "allOf"):
+        given = schema.get(name)
+        if isinstance(given, list):
+            yield from ((f"{name}[{i}]", part) for i, part in enumerate(given))
+        else:
+            yield name, given
 
 
 def _dumped(value: object, where: str) -> str:

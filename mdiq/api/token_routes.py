@@ -1,12 +1,13 @@
 """Texts and chats to token ids, and token ids to text, in the shapes of vLLM and of llama.cpp. They need no ring."""
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from aiohttp import web
 
+from mdiq.api.answering import Answering
 from mdiq.api.backend import Backend
 from mdiq.api.fields import check_served
 from mdiq.api.requests import ApiError, BadRequest, messages_of, template_kwargs_of, text_of, token_ids_of, too_long
@@ -19,27 +20,13 @@ _KINDS = ("prompt", "messages", "content")  # of vLLM, of vLLM, of llama.cpp
 _SPECIAL = ("add_special_tokens", "add_special")
 _REFUSED = ("tools", "with_pieces", "return_token_strs")
 
-Job = Callable[[], bytes]
-
 
 class TokenRoutes:
-    """POST /tokenize and /detokenize.
+    """POST /tokenize and /detokenize."""
 
-    body: reads the JSON of a request. in_thread: runs a job in a thread that is there for texts. check_model: refuses
-    the name of a model that is not served.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        body: Callable[[web.Request], Awaitable[object]],
-        in_thread: Callable[[Job], Awaitable[bytes]],
-        check_model: Callable[[str], None],
-    ) -> None:
+    def __init__(self, backend: Backend, answering: Answering) -> None:
         self._backend = backend
-        self._body = body
-        self._in_thread = in_thread
-        self._check_model = check_model
+        self._answering = answering
         self._num_open = 0
 
     def routes(self) -> list[web.RouteDef]:
@@ -58,13 +45,13 @@ class TokenRoutes:
             raise ApiError(429, f"{self._num_open} texts are waiting for their tokens", retry_after_s=1)
         self._num_open += 1
         try:
-            given = await self._body(request)
+            given = await self._answering.body(request)
             if not isinstance(given, dict):
                 raise BadRequest("the body is not a JSON object")
             if (model := given.get("model")) is not None:
-                self._check_model(text_of(model, "model"))
+                self._answering.check_model(text_of(model, "model"))
             # What is read of a long list, and written, takes as long as what is made of it.
-            answered = await self._in_thread(partial(_as_json, answer, given))
+            answered = await self._answering.in_thread(partial(_as_json, answer, given))
         finally:
             self._num_open -= 1
         return web.Response(body=answered, content_type="application/json")

@@ -87,11 +87,17 @@ class SamplingParams:
         for name, holds, wanted in checks:
             if not holds:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is out of range; use {wanted}")
+        if self.logit_bias:
+            self._check_biases()
+
+    def _check_biases(self) -> None:
         if len(self.logit_bias) > MAX_BIASES:
             raise ConfigError(f"logit_bias: {len(self.logit_bias)} tokens; give at most {MAX_BIASES}")
-        for token, bias in self.logit_bias:
-            if token < 0 or not -100 <= bias <= 100:
-                raise ConfigError(f"logit_bias: {token}: {bias!r} is out of range; use token ids, and -100 to 100")
+        # Choices of many answers are checked again, each: no loop of Python over a thousand biases.
+        tokens, biases = zip(*self.logit_bias, strict=True)
+        if min(tokens) < 0 or not all(map(math.isfinite, biases)) or min(biases) < -100 or max(biases) > 100:
+            wrong = next((token, bias) for token, bias in self.logit_bias if token < 0 or not -100 <= bias <= 100)
+            raise ConfigError(f"logit_bias: {wrong[0]}: {wrong[1]!r} is out of range; use token ids, and -100 to 100")
 
     @property
     def changes_logits(self) -> bool:

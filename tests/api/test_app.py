@@ -19,7 +19,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from mdiq import __version__
 from mdiq.api import streams
-from mdiq.api.app import MAX_BODY_BYTES, TEXT_THREADS, Api
+from mdiq.api.answering import TEXT_THREADS
+from mdiq.api.app import MAX_BODY_BYTES, Api
 from mdiq.api.keys import bare_keys
 from mdiq.core.logprobs import Logprobs, LogprobsWanted, TokenLogprob
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
@@ -374,13 +375,15 @@ async def test_texts_of_clients_that_have_left_take_no_thread() -> None:
         return text
 
     api = Api(FakeRing())
-    first, second, *waiting = [asyncio.create_task(api._in_thread(partial(encode, text))) for text in "abcdef"]
+    first, second, *waiting = [
+        asyncio.create_task(api._answering.in_thread(partial(encode, text))) for text in "abcdef"
+    ]
     while len(begun) < TEXT_THREADS:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     for task in (first, *waiting):
         task.cancel()
     await asyncio.gather(first, *waiting, return_exceptions=True)
-    last = asyncio.create_task(api._in_thread(partial(encode, "g")))
+    last = asyncio.create_task(api._answering.in_thread(partial(encode, "g")))
     go_on.set()
     assert (await second, await last) == ("b", "g")
     assert begun == ["a", "b", "g"]

@@ -147,16 +147,22 @@ BAD = {"type": "object", "properties": {"a": {"type": "%%"}}}
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [
-        ({"guided_json": BAD}, "guided_json", "guided_json: it cannot be used: %%"),
+        ({"guided_json": BAD}, "guided_json", "guided_json.properties.a: it cannot be used: %%"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": BAD}}},
             "response_format",
-            "response_format.json_schema.schema: it cannot be used",
+            "response_format.json_schema.schema.properties.a: it cannot be used",
         ),
         (
             {"tools": [GET, {"function": {"name": "bad", "parameters": BAD}}]},
             "tools[1].function.parameters",
-            "tools[1].function.parameters: it cannot be used",
+            "tools[1].function.parameters.properties.a: it cannot be used",
+        ),
+        ({"guided_json": {"maximum": "%%", "items": {}}}, "guided_json", "guided_json: it cannot be used"),
+        (
+            {"guided_json": {"properties": {**{f"p{i}": {} for i in range(70)}, "bad": {"type": "%%"}}}},
+            "guided_json",
+            "guided_json: it cannot be used",  # too many parts to look at
         ),
         ({"tools": [GET], "regex": "a", "tool_choice": "auto"}, "regex", "regex: beside tools"),
     ],

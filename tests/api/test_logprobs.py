@@ -6,8 +6,9 @@ import pytest
 
 from mdiq.api import logprobs
 from mdiq.api.logprobs import AnswerLogprobs, completion_logprobs
+from mdiq.api.shapes import Answer
 from mdiq.core.logprobs import TokenLogprob
-from mdiq.core.sequence import TokenEvent
+from mdiq.core.sequence import FinishReason, TokenEvent
 from mdiq.runtime.starter_service import StreamEvent
 from tests.api.test_app import CHAT, HALF, FakeRing, _chunks, _client, _error
 
@@ -162,3 +163,10 @@ def test_parts_of_a_character_stay_apart_and_count_when_it_is_whole() -> None:
 async def test_half_a_character_in_a_prompt_has_its_bytes() -> None:
     choice = await _choice({"prompt": [5, HALF], "echo": True, "logprobs": 0, "max_tokens": 1})
     assert choice["logprobs"]["tokens"] == [" 5", r"bytes:\xe2\x82", " 0"]
+
+
+@pytest.mark.parametrize(("drops_answer", "reason"), [(False, "stop"), (True, "length")])
+def test_a_token_that_is_not_shown_does_not_say_why_the_answer_ends(drops_answer: bool, reason: str) -> None:
+    answer = Answer(2, 1, drops_answer=drops_answer)
+    answer.add(StreamEvent(TokenEvent(0, 2, 2, FinishReason.STOP), "", 0.0))
+    assert answer.finish_reason == reason

@@ -279,11 +279,12 @@ def _stored(owner: str = "", *, is_kept: bool = True, is_background: bool = Fals
 async def _read(response: StoredResponse, after: int = -1, limit: int | None = None) -> list[int]:
     numbers: list[int] = []
     events = response.read(after, silence_s=20.0)
-    async for event in events:
-        assert event is not None
-        numbers.append(json.loads(event.partition(b"data: ")[2])["sequence_number"])
-        if limit is not None and len(numbers) == limit:
-            break
+    with response.reader():
+        async for event in events:
+            assert event is not None
+            numbers.append(json.loads(event.partition(b"data: ")[2])["sequence_number"])
+            if limit is not None and len(numbers) == limit:
+                break
     await events.aclose()
     return numbers
 

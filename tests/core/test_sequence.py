@@ -121,3 +121,16 @@ def test_each_choice_draws_by_a_seed_of_its_own_that_is_always_the_same() -> Non
     assert choices == [params.of_choice(i) for i in range(64)]
     assert replace(params, seed=8).of_choice(1).seed != choices[1].seed
     assert replace(params, seed=-1).of_choice(1).seed == replace(params, seed=2**64 - 1).of_choice(1).seed
+
+
+def test_how_to_sample_survives_a_journal() -> None:
+    """As JSON: an answer in a form goes on in it after a restart."""
+    params = SamplingParams(grammar='regex:"a"', shown_token_ids=(7, 8), stop=("x",), seed=3)
+    assert SamplingParams().replaced(json.loads(json.dumps(asdict(params))), "journal") == params
+    with pytest.raises(ConfigError, match="journal: grammar: 5 is not a text"):
+        SamplingParams().replaced({"grammar": 5}, "journal")
+
+
+def test_a_form_says_where_the_answer_ends() -> None:
+    with pytest.raises(ConfigError, match="ignore_eos: True is out of range"):
+        SamplingParams(grammar="regex:a", ignore_eos=True)

@@ -34,6 +34,7 @@ LONGEST_FIRST = (
     "openai",
     "same_tokens",
     "takeover",
+    "logprobs",
     "perplexity",
     "bench",
 )

@@ -98,3 +98,19 @@ def test_a_stop_text_ends_no_answer_before_its_least_length(tokenizer: Tokenizer
         ["END", "a", "END", "b"],
         ["END", "a", "END", "b", "END", "c"],
     ]
+
+
+def test_special_tokens_have_a_text_where_they_are_to_be_seen(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.plain_ids("a b"), 1, *tokenizer.plain_ids("c"), 2]
+    assert _said(tokenizer, ids) == tokenizer.decode(ids)
+    pipe = TokenizerPipe(tokenizer, SamplingParams(shown_token_ids=(1,)))
+    text = "".join([pipe.push(token) for token in ids]) + pipe.finish()
+    assert "".join(text.split()) == f"ab{tokenizer.text_of_special(1)}c"
+
+
+def test_the_stop_text_that_ended_an_answer_is_known(tokenizer: Tokenizer) -> None:
+    pipe = TokenizerPipe(tokenizer, SamplingParams(stop=("xx", "b")))
+    assert pipe.stop_text is None
+    for token in tokenizer.plain_ids("a b c"):
+        pipe.push(token)
+    assert pipe.stop_matched and pipe.stop_text == "b"

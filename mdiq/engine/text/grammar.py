@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -156,20 +157,27 @@ class _Texts:
 
     def __init__(self, tokenizer: Tokenizer, ends: list[int]) -> None:
         self.tokens = tokenizer.token_bytes()
-        self.special_token_ids = sorted({*tokenizer.special_ids, *ends})
+        self._special = {*tokenizer.special_ids, *ends}
+        self.special_token_ids = sorted(self._special)
         self.eos_token_id = ends[0]
         self.bos_token_id = None
         self._tokenizer = tokenizer
-        special = {*self.special_token_ids}
-        self._ids = {text: token for token, text in enumerate(self.tokens) if text and token not in special}
-        self._max_bytes = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
         with suppress(UnicodeDecodeError):
             ids = self._tokenizer.plain_ids(text.decode())
-            if b"".join(self.tokens[token] for token in ids) == text:
+            is_plain = not self._special & {*ids} and max(ids, default=0) < len(self.tokens)
+            if is_plain and b"".join(self.tokens[token] for token in ids) == text:
                 return ids
-        return self._greedy(text)  # it is not a whole text, or the tokenizer puts a space before it
+        return self._greedy(text)  # it is not a whole text, or the tokenizer makes something else of it
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {text: token for token, text in enumerate(self.tokens) if text and token not in self._special}
+
+    @cached_property
+    def _max_bytes(self) -> int:
+        return max(map(len, self._ids), default=0)
 
     def _greedy(self, text: bytes) -> list[int]:
         ids, at = [], 0

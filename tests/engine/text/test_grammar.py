@@ -4,12 +4,14 @@ import gc
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from mdiq.api.structure import schema_grammar, wrong_part
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.engine.text.grammar import MAX_KEPT, Grammars
 from mdiq.engine.text.tokenizer import Tokenizer
@@ -78,6 +80,13 @@ def test_other_kinds_of_grammars_are_followed(tokenizer: Tokenizer, grammar: str
     for seed in range(5):
         text = _walk(tokenizer, grammar, seed)
         assert callable(fits) and fits(text), text
+
+
+def test_the_name_of_a_special_token_may_stand_in_a_form_as_text(tokenizer: Tokenizer) -> None:
+    name = tokenizer.text_of_special(next(iter(tokenizer.eos_token_ids)))
+    for grammar in (f"choice:{json.dumps([f'a{name}b'])}", f"choice:{json.dumps([name])}"):
+        for seed in range(3):
+            assert name in _walk(tokenizer, grammar, seed)
 
 
 def test_the_end_is_allowed_only_where_the_form_is_whole(tokenizer: Tokenizer) -> None:
@@ -172,3 +181,35 @@ def test_a_tokens_bytes_are_those_of_its_text(tokenizer: Tokenizer) -> None:
     for text in ("Hello, world", "naïve café", "x  y\n\tz", "日本 🂡", '{"a": [1, 2]}'):
         joined = b"".join(ids[token] for token in tokenizer.plain_ids(text))
         assert joined.removeprefix(b" ") == text.encode()  # SentencePiece's own space
+
+
+@pytest.mark.parametrize(
+    ("schema", "where"),
+    [
+        ({"type": "foo"}, "schema"),
+        ({"properties": {"a": {"type": "string"}, "b": {"items": {"not": {}}}}}, "schema.properties.b.items"),
+        (
+            {
+                "$defs": {"ok": {"type": "null"}, "bad": {"anyOf": [{"$ref": "#/$defs/ok"}, {"type": "foo"}]}},
+                "properties": {"a": {"$ref": "#/$defs/ok"}, "b": {"$ref": "#/$defs/bad"}},
+            },
+            "schema.$defs.bad.anyOf[1]",
+        ),
+        ({"properties": {"a": {"$ref": "#/nowhere"}}}, "schema.properties.a"),
+        ({"type": "array", "minItems": 1, "items": {"enum": []}}, "schema.items"),
+    ],
+)
+def test_the_part_of_a_schema_that_cannot_be_used_is_found(
+    tokenizer: Tokenizer, schema: dict[str, Any], where: str
+) -> None:
+    grammars = Grammars(tokenizer)
+
+    def is_usable(grammar: str) -> bool:
+        try:
+            grammars.check(grammar)
+        except ConfigError:
+            return False
+        return True
+
+    assert not is_usable(schema_grammar(schema, "schema"))
+    assert wrong_part(schema, "schema", is_usable) == where

@@ -1,0 +1,242 @@
+"""From a request to the events of its answers: its place, its body, its prompts, and the ring.
+
+The routes, and the forms of answers, are for others.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from mdiq.api.admission import Admission, Places
+from mdiq.api.audit import Record
+from mdiq.api.backend import Backend
+from mdiq.api.clients import Client, Clients
+from mdiq.api.figures import Figures
+from mdiq.api.forming import formed
+from mdiq.api.logprobs import AnswerLogprobs
+from mdiq.api.requests import ApiError, Asked, BadRequest, too_long
+from mdiq.api.shapes import Answer
+from mdiq.api.streams import Events, merged
+from mdiq.errors import CapacityError, ConfigError, MdiqError
+
+LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
+MAX_LARGE_BODIES = 16  # that are read at once
+TEXT_THREADS = 2  # a short text does not wait for a long one; the other threads are the ring's
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The answers of a request that runs, and their events, which are to be added to them."""
+
+    answers: Sequence[Answer]
+    events: Events
+
+
+class Answering:
+    """Runs requests on a Backend."""
+
+    def __init__(
+        self, backend: Backend, clients: Clients, admission: Admission, figures: Figures, *, client_timeout_s: float
+    ) -> None:
+        self._backend = backend
+        self._clients = clients
+        self._admission = admission
+        self._figures = figures
+        self._client_timeout_s = client_timeout_s
+        self._large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
+        self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
+        self._text_turns = asyncio.Semaphore(TEXT_THREADS)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._texts.shutdown(wait=False, cancel_futures=True)
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError for the name of a model that is not served."""
+        if name != self._backend.model_name:
+            text = f"model {name[:80]!r} is not served here; this ring serves {self._backend.model_name!r}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+
+    async def asked(self, request: web.Request, record: Record) -> object:
+        """Return the JSON of a request for an answer, if there is a place for it.
+
+        Raises:
+            ApiError: there is none now, or the body is not JSON.
+        """
+        backend, client = self._backend, _client_of(record)
+        try:
+            if not backend.takes_requests:
+                raise ApiError(503, backend.state)
+            client.check(1, time.monotonic())
+            self._admission.check(1, backend.max_requests, time.monotonic(), **self._whose(client))
+        except ApiError:
+            await self._discard_body(request)
+            raise
+        return await self.body(request)
+
+    @asynccontextmanager
+    async def begun(self, asked: Asked, record: Record) -> AsyncIterator[Begun]:
+        """Run a request; what of it is not finished at the end is cancelled. record: notes what becomes of it.
+
+        Raises:
+            ApiError: it cannot be served, or not now.
+        """
+        backend, client = self._backend, _client_of(record)
+        if asked.model is not None:
+            self.check_model(asked.model)
+        # Requests that are still being tokenized are not running yet, and count too.
+        num_asked = asked.num_answers
+        if asked.num_choices > 1 and num_asked > backend.max_requests:
+            text = f"n: {num_asked} answers; this ring gives {backend.max_requests} at once, so ask for fewer"
+            raise BadRequest(text, "n")
+        with client.in_flight(num_asked, time.monotonic()):
+            now = time.monotonic()
+            places = self._admission.take(num_asked, backend.max_requests, now, **self._whose(client))
+            try:
+                begun = await self._begin(asked, record, places)
+                try:
+                    async with aclosing(begun.events):
+                        yield begun
+                finally:
+                    record.num_answer = sum(answer.num_tokens for answer in begun.answers)
+                    record.finish_reason = begun.answers[-1].finish_reason or "none"
+            finally:
+                self._admission.leave(places, time.monotonic())
+
+    async def _begin(self, asked: Asked, record: Record, places: Places) -> Begun:
+        backend, client = self._backend, _client_of(record)
+        asked, make_parser = await formed(asked, backend, self.in_thread)
+        prompts = await self.prompts(asked)
+        params = asked.all_params([len(prompt) for prompt in prompts], backend.context_tokens)
+        if (largest := max((token for token, _ in params[0].logit_bias), default=0)) >= backend.vocab_size:
+            raise BadRequest(f"logit_bias: {_no_token(largest, backend)}", "logit_bias")
+        choices = range(asked.num_choices)
+        # Answers to one prompt follow each other, so that all but the first find it in the KV cache.
+        wanted = [(prompt, each.of_choice(i)) for prompt, each in zip(prompts, params, strict=True) for i in choices]
+        answers = [
+            Answer(0 if number % len(choices) else len(prompt), each.max_tokens, parser=make_parser())
+            for number, (prompt, each) in enumerate(wanted)
+        ]
+        now = time.monotonic()
+        self._admission.fill(places, answers, now)
+        await self._prepare(asked, prompts, answers)
+        record.num_prompt = sum(map(len, prompts))
+        client.begin(record.num_prompt, now)
+        record.has_run = True
+        key, watched, logprobs = client.key, self._figures.watched, asked.logprobs.wanted
+        streams = [
+            watched(
+                backend.answer(*each, logprobs=logprobs, owner=key.name, share=key.share),
+                answer.num_prompt,
+                record.begun_s,
+                client,
+            )
+            for each, answer in zip(wanted, answers, strict=True)
+        ]
+        return Begun(answers, merged(streams))
+
+    def _whose(self, client: Client) -> dict[str, Any]:
+        """Return what the places of a request depend on."""
+        part = self._clients.place_share(client.key)
+        return {"num_running": self._backend.num_running, "owner": client.key.name, "part": part}
+
+    async def _discard_body(self, request: web.Request) -> None:
+        """Let a client send its body, and keep nothing of it: some do not see an answer that comes before that."""
+        with suppress(TimeoutError, web.RequestPayloadError, HttpProcessingError):
+            async with asyncio.timeout(self._client_timeout_s):
+                while await request.content.readany():
+                    pass
+
+    async def body(self, request: web.Request) -> object:
+        """Return the JSON of a request; raise ApiError if it is none."""
+        size = request.content_length
+        turn = self._large_bodies if size is None or size > LARGE_BODY_BYTES else nullcontext()
+        try:
+            async with asyncio.timeout(self._client_timeout_s), turn:
+                body = await request.read()
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {self._client_timeout_s:g} s") from None
+        except (web.RequestPayloadError, HttpProcessingError):  # their messages quote the request
+            raise BadRequest("the body is not valid HTTP") from None
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise BadRequest(f"the body is not JSON ({reason})") from None
+
+    async def _prepare(self, asked: Asked, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> None:
+        """Have answers begin with their prompts, and hold log-probabilities, where that is asked for."""
+        shown, backend = asked.logprobs, self._backend
+        # The answers to one prompt follow each other.
+        places = [i * len(prompts) // len(answers) for i in range(len(answers))]
+        try:
+            shown.check_size(sum(len(prompts[place]) for place in places))
+        except ConfigError as error:
+            raise BadRequest(str(error), "logprobs") from None
+        for answer, place in zip(answers, places, strict=True):
+            prompt = prompts[place] if shown.echo else ()
+            answer.drops_answer = shown.drops_answer
+            if shown.wanted is not None:
+                answer.logprobs = AnswerLogprobs(backend.spell, prompt, drops_answer=shown.drops_answer)
+            if shown.echo:
+                given = asked.prompts[place]
+                if not isinstance(given, str):
+                    given = await self.in_thread(partial(backend.decode, given))
+                answer.repeat(given)
+
+    async def prompts(self, asked: Asked) -> list[tuple[int, ...]]:
+        """Return the tokens of each prompt; raise BadRequest if there can be none."""
+        backend = self._backend
+        field = "messages" if asked.is_chat else "prompt"
+        try:
+            # Long texts take long, and others' tokens must not wait.
+            if asked.messages is not None:
+                tools = asked.tools.told if asked.tools else ()
+                chat_ids = partial(backend.chat_ids, asked.messages, asked.template_kwargs, tools)
+                prompts = [tuple(await self.in_thread(chat_ids))]
+            else:
+                texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
+                encoded = iter(await self.in_thread(partial(backend.encode, texts)) if texts else ())
+                prompts = [tuple(next(encoded)) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+        except CapacityError as error:
+            raise too_long(str(error), backend.context_tokens, field) from None
+        except MdiqError as error:
+            raise BadRequest(str(error), field) from None
+        if not all(prompts):
+            raise BadRequest(f"{field}: it is empty; give at least one token", field)
+        # A token id without an embedding would fail the whole Batch.
+        if (largest := max(map(max, prompts))) >= backend.vocab_size:
+            raise BadRequest(f"{field}: {_no_token(largest, backend)}", field)
+        return prompts
+
+    async def in_thread(self, job: Callable[[], T]) -> T:
+        """Run a job in a thread. One whose client has gone keeps its thread, and nothing waits there for its turn."""
+        await self._text_turns.acquire()
+        loop, running = asyncio.get_running_loop(), self._texts.submit(job)
+
+        def ended(_: object) -> None:
+            with suppress(RuntimeError):  # the service has ended meanwhile
+                loop.call_soon_threadsafe(self._text_turns.release)
+
+        running.add_done_callback(ended)
+        return await asyncio.wrap_future(running)
+
+
+def _client_of(record: Record) -> Client:
+    assert record.client is not None  # else it was refused
+    return record.client
+
+
+def _no_token(token: int, backend: Backend) -> str:
+    return f"token id {token}: the model has {backend.vocab_size} tokens only"
