@@ -14,6 +14,7 @@ FORMATS = ("text", "json_object", "json_schema")
 # Small models fill an answer with spaces if they may: this is one, or a line's end with an indentation.
 _GUIDANCE = {"whitespace_pattern": r"(\x20|\n[\x20\t]{0,20})"}
 _MIN_STEP = 1e-9  # of numbers, for the same reason: others have no last digit
+_ENDLESS_FORMATS, _MAX_FORMAT = ("time", "date-time", "duration"), 40  # characters; a second may have any fraction
 _SCHEMAS = ("items", "additionalProperties", "contains", "anyOf", "oneOf", "prefixItems")
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 MAX_PARTS = 64  # of a wrong schema that are looked at
@@ -67,7 +68,7 @@ def with_guidance(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_last_digits(schema: Any, nesting: int) -> Any:
-    """Return a schema whose numbers have a smallest step."""
+    """Return a schema whose numbers and times have a last digit."""
     if isinstance(schema, list):
         return [_with_last_digits(each, nesting + 1) for each in schema]
     if not isinstance(schema, dict) or nesting > _MAX_NESTING:
@@ -83,6 +84,8 @@ def _with_last_digits(schema: Any, nesting: int) -> Any:
     is_number = kinds == "number" or (isinstance(kinds, list) and "number" in kinds)
     if is_number and not found.keys() & {"multipleOf", "enum", "const"}:
         found["multipleOf"] = _MIN_STEP
+    if found.get("format") in _ENDLESS_FORMATS:
+        found.setdefault("maxLength", _MAX_FORMAT)
     return found
 
 

@@ -39,7 +39,8 @@ class SamplingParams:
     presence_penalty, frequency_penalty: taken from the logits of tokens of the answer, once, and for each time that the
     token is there; in [-2, 2] (OpenAI's formula; the prompt does not count).
     logit_bias: (token id, what is added to its logit) in [-100, 100], at most MAX_BIASES.
-    min_tokens: this many tokens come before an end token or a stop text can end the answer; at most max_tokens.
+    min_tokens: this many tokens come before an end token or a stop text can end the answer; at most max_tokens. Where
+    nothing but an end token can come, it ends all the same.
     stop: texts that end the answer; they are not part of it.
     stop_token_ids: tokens that end the answer, beside the model's own.
     ignore_eos: continue after the model's own end tokens.
@@ -237,7 +238,7 @@ class Sequence:
 
     @property
     def barred(self) -> Collection[int]:
-        """Tokens that cannot come next: those that would end an answer that is shorter than min_tokens."""
+        """Tokens that come next only if no other can: those that would end an answer below min_tokens."""
         params = self.params
         if len(self.generated) >= params.min_tokens:
             return ()
@@ -246,11 +247,11 @@ class Sequence:
     def append(self, token: int, *, stop_matched: bool = False) -> FinishReason | None:
         """Add a generated token and return why the Sequence ends with it, or None when it goes on."""
         self.generated.append(token)
-        if len(self.generated) > self.params.min_tokens:
-            if token in self.params.stop_token_ids or (token in self.eos_token_ids and not self.params.ignore_eos):
-                return FinishReason.STOP
-            if stop_matched:
-                return FinishReason.STOP
+        # A barred token comes where nothing else can, as at the end of what a grammar allows.
+        if token in self.params.stop_token_ids or (token in self.eos_token_ids and not self.params.ignore_eos):
+            return FinishReason.STOP
+        if stop_matched and len(self.generated) > self.params.min_tokens:
+            return FinishReason.STOP
         return FinishReason.LENGTH if len(self.generated) >= self.params.max_tokens else None
 
 

@@ -83,7 +83,7 @@ def test_nothing_is_no_form(given: dict[str, Any]) -> None:
     assert structure_of(given) is None
 
 
-def test_numbers_get_a_last_digit_wherever_a_schema_may_have_them() -> None:
+def test_numbers_and_times_get_a_last_digit_wherever_a_schema_may_have_them() -> None:
     number = {"type": "number"}
     schema = {
         "type": "object",
@@ -93,6 +93,8 @@ def test_numbers_get_a_last_digit_wherever_a_schema_may_have_them() -> None:
             "half": {"type": "number", "multipleOf": 0.5},
             "third": {"type": "number", "enum": [0.3333333333333333]},
             "whole": {"type": "integer"},
+            "at": {"type": "string", "format": "date-time"},
+            "day": {"type": "string", "format": "date"},
         },
         "$defs": {"a": {"prefixItems": [number], "additionalProperties": number}},
         "enum": [{"type": "number"}],
@@ -100,6 +102,7 @@ def test_numbers_get_a_last_digit_wherever_a_schema_may_have_them() -> None:
     step = {"multipleOf": 1e-9}
     expected = json.loads(json.dumps(schema))
     expected["properties"]["type"] |= step
+    expected["properties"]["at"]["maxLength"] = 40
     expected["properties"]["list"]["items"]["anyOf"][0] |= step
     expected["$defs"]["a"] = {"prefixItems": [number | step], "additionalProperties": number | step}
     assert _schema_of({"guided_json": schema})[1] == expected

@@ -104,11 +104,11 @@ def test_no_end_token_and_no_stop_text_ends_an_answer_before_its_least_length() 
     params = SamplingParams(max_tokens=9, min_tokens=2, stop_token_ids=(8,))
     sequence = Sequence(0, (1,), params, frozenset({9}))
     assert {*sequence.barred} == {8, 9}
-    assert sequence.append(9) is None and {*sequence.barred} == {8, 9}
+    assert sequence.append(4) is None and {*sequence.barred} == {8, 9}
     assert sequence.append(3, stop_matched=True) is None and not sequence.barred
     assert sequence.append(8) is FinishReason.STOP
     assert {*Sequence(0, (1,), replace(params, ignore_eos=True), frozenset({9})).barred} == {8}
-    assert Sequence(0, (1,), replace(params, max_tokens=2)).append(8) is None
+    assert Sequence(0, (1,), params).append(8) is FinishReason.STOP, "no other token could come"
     full = Sequence(0, (1,), SamplingParams(max_tokens=2, min_tokens=2), generated=[5])
     assert full.append(5) is FinishReason.LENGTH
 

@@ -40,10 +40,14 @@ class TwoNodes:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
     def replace_second(self) -> None:
-        """Kill the second node and start it again."""
+        """Kill the second node and start it again; return when it waits for the ring, and so for signals."""
+        before, deadline = self.log_of("second").count("waits_for_starter"), time.monotonic() + START_S
         self.second.kill()
         self.second.wait(30)
         self.second = self._start("node", "second", self._file, "--name", "second")
+        while self.log_of("second").count("waits_for_starter") == before:
+            assert self.second.poll() is None and time.monotonic() < deadline, self.log_of("second")[-3_000:]
+            time.sleep(0.2)
 
     def until_healthy(self) -> None:
         deadline = time.monotonic() + START_S

@@ -156,7 +156,7 @@ class _ChainStage:
     weights = PLAIN_WEIGHTS
     cpu = "a cpu"
 
-    def __init__(self, house: "House", options: RingOptions) -> None:
+    def __init__(self, house: "House", options: RingOptions, _: object) -> None:
         self._house = house
         self._options = options
         self.runner = self.engine = _ChainStarterRunner(house, ChainStarter(options.layers[0], is_last=False))

@@ -228,6 +228,8 @@ def test_barred_tokens_cannot_come_as_in_transformers() -> None:
     for params in ({"temperature": 1e38}, {"temperature": 1.0, "top_k": 4}, {"temperature": 1.0, "min_p": 0.01}):
         rows = [SampleRow(SamplingParams(**params), (), position, barred=barred) for position in range(200)]
         assert set(sample(LOGITS.expand(200, -1), rows)) <= {2, 3, 4}
+    alone = LOGITS.masked_fill(torch.tensor([False, True, True, True, True]), -torch.inf)  # a grammar has ended
+    assert sample(alone[None], [SampleRow(SamplingParams(temperature=1.0), (), 0, barred=barred)]) == [0]
     everything = SampleRow(SamplingParams(temperature=1.0), (), 0, barred=range(5))
     assert sample(LOGITS[None], [everything]) == sample(LOGITS[None], [replace(everything, barred=())])
 

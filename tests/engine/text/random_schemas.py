@@ -38,7 +38,7 @@ def _text(rng: random.Random) -> dict[str, Any]:
         {"minLength": 2, "maxLength": 12},
         {"pattern": r"^[A-Z][a-z]{1,6}$"},
         {"pattern": r"^\d{3}-\d{2}$"},
-        {"format": "time"},
+        {"format": "ipv4"},
         {"format": "uuid"},
     )
     return {"type": "string", **rng.choice(more)}
