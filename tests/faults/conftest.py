@@ -17,6 +17,24 @@ _MODELS: dict[str, tuple[PackagedModel, str]] = {
 }
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Play all points of a ring one after the other. pytest takes turns between rings whose points are the same."""
+    rings: list[object] = []
+
+    def ring_of(item: pytest.Item) -> int:
+        ring = (
+            item.callspec.params.get("matrix")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        if ring not in rings:
+            rings.append(ring)
+        return rings.index(ring)
+
+    items.sort(key=ring_of)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show what the nodes of a test's ring last said, if it failed: their logs go with its folder."""
