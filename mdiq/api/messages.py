@@ -162,7 +162,7 @@ class Messages(Shape):
         answer = self.answers[index]
         if is_first:
             nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
-            usage = {"input_tokens": answer.num_prompt, "output_tokens": 0}
+            usage = {**_usage(answer), "output_tokens": 0}
             return _events({"type": "message_start", "message": {**self._message(answer), **nothing, "usage": usage}})
         delta = {"type": "message_delta", "delta": _stop(answer), "usage": _usage(answer)}
         return _events(*self._end_block(), delta, {"type": "message_stop"})
@@ -212,7 +212,9 @@ def _stop(answer: Answer) -> dict[str, Any]:
 
 
 def _usage(answer: Answer) -> dict[str, int]:
-    return {"input_tokens": answer.num_prompt, "output_tokens": answer.num_tokens}
+    # Anthropic counts what was cached apart from the rest of a prompt.
+    cached = {"cache_read_input_tokens": answer.num_cached, "cache_creation_input_tokens": 0}
+    return {"input_tokens": answer.num_prompt - answer.num_cached, "output_tokens": answer.num_tokens, **cached}
 
 
 def _input(arguments: str) -> object:

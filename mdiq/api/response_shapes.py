@@ -168,7 +168,7 @@ class ResponseShape:
 def _usage(answer: Answer) -> dict[str, Any]:
     return {
         "input_tokens": answer.num_prompt,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": answer.num_cached, "cache_write_tokens": 0},
         "output_tokens": answer.num_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": answer.num_prompt + answer.num_tokens,

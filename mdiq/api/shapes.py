@@ -20,7 +20,8 @@ class Answer:
 
     num_prompt: tokens of its prompt; 0 where an earlier choice counts them. text: begins with the prompt if that is
     repeated. parser: finds the tool calls in it; None: there are no tools. logprobs: None if they are not wanted.
-    drops_answer: of the answer nothing is shown. stop_text: the stop text that has ended it.
+    drops_answer: of the answer nothing is shown. stop_text: the stop text that has ended it. num_cached: tokens of its
+    prompt that were in the KV cache; 0 where an earlier choice counts the prompt.
     """
 
     num_prompt: int
@@ -33,6 +34,7 @@ class Answer:
     logprobs: AnswerLogprobs | None = None
     drops_answer: bool = False
     stop_text: str | None = None
+    num_cached: int = 0
     _unsent: list[str | CallDelta] = field(default_factory=list)
 
     def repeat(self, prompt: str) -> None:
@@ -41,6 +43,7 @@ class Answer:
 
     def add(self, event: StreamEvent) -> None:
         step = event.step
+        self.num_cached = max(min(event.cached_tokens, self.num_prompt), self.num_cached)
         if not self.drops_answer:
             self.num_tokens += step.token is not None
             pieces: list[str | CallDelta] = [event.text] if event.text else []
@@ -85,13 +88,14 @@ def _call(piece: CallDelta) -> dict[str, Any]:
     return {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": piece.arguments}}
 
 
-def _usage(answers: Sequence[Answer]) -> dict[str, int]:
+def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
     num_prompt = sum(answer.num_prompt for answer in answers)
     num_tokens = sum(answer.num_tokens for answer in answers)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.num_cached for answer in answers)},
     }
 
 

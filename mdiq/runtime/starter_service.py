@@ -36,7 +36,7 @@ class StreamEvent:
     """What a caller gets: a step of its Sequence, its text, when, and when it entered the Ring, by the clock.
 
     prompt_logprobs: those of the prompt's tokens from the second one on, with the first token if they are wanted.
-    stop_text: the stop text that ended it.
+    stop_text: the stop text that ended it. cached_tokens: of the prompt, which were in the KV cache.
     """
 
     step: TokenEvent
@@ -45,6 +45,7 @@ class StreamEvent:
     entered_s: float | None = None
     prompt_logprobs: Logprobs | None = None
     stop_text: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -345,8 +346,9 @@ class StarterService:
             # Until now the prompt's log-probabilities might have had to be completed by a Replay.
             is_first = step.position == len(row.sequence.prompt)
             scored = row.sequence.prompt_logprobs if is_first else None
-            entered_s, stop_text = row.sequence.entered_at, stream.pipe.stop_text
-            stream.events.put_nowait(StreamEvent(step, text, self._clock(), entered_s, scored, stop_text))
+            entered_s, cached = row.sequence.entered_at, row.sequence.cached_prompt_tokens
+            stop_text = stream.pipe.stop_text
+            stream.events.put_nowait(StreamEvent(step, text, self._clock(), entered_s, scored, stop_text, cached))
 
     def _poll(self) -> None:
         gaps: list[SeqId] = []

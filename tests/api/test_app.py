@@ -28,6 +28,7 @@ from mdiq.errors import CapacityError, ConfigError, RingError
 from mdiq.runtime.starter_service import StreamEvent
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+NO_CACHE = {"prompt_tokens_details": {"cached_tokens": 0}}
 HALF = 99  # a token that is a part of a character
 Client = TestClient[web.Request, web.Application]
 
@@ -163,7 +164,7 @@ async def test_a_chat_and_a_completion_whole() -> None:
     assert chat["object"] == "chat.completion" and chat["model"] == "tiny"
     assert chat["choices"][0]["message"] == {"role": "assistant", "content": " 0 1 2"}
     assert chat["choices"][0]["finish_reason"] == "length"
-    assert chat["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert chat["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5, **NO_CACHE}
     assert completion["object"] == "text_completion" and completion["choices"][0]["text"] == " 0"
     assert chat["id"] != completion["id"]
     assert [prompt for prompt, _ in ring.asked] == [(1, 2), (5, 6)]
@@ -526,7 +527,7 @@ async def test_several_prompts_of_one_completion_are_choices_by_their_numbers(pr
         (0, " 0 1", "length"),
         (1, " 0 1", "length"),
     ]
-    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, **NO_CACHE}
     choices = [chunk["choices"][0] for chunk in chunks[:-1]]
     for i in range(2):
         own = [choice for choice in choices if choice["index"] == i]

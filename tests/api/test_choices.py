@@ -8,7 +8,10 @@ import pytest
 from aiohttp import web
 
 from mdiq.api.app import Api
-from tests.api.test_app import CHAT, FakeRing, _chunks, _client, _error
+from mdiq.api.shapes import Answer, Chat
+from mdiq.core.sequence import TokenEvent
+from mdiq.runtime.starter_service import StreamEvent
+from tests.api.test_app import CHAT, NO_CACHE, FakeRing, _chunks, _client, _error
 
 
 async def test_choices_of_a_prompt_follow_each_other() -> None:
@@ -19,7 +22,7 @@ async def test_choices_of_a_prompt_follow_each_other() -> None:
         assert [choice["index"] for choice in answer["choices"]] == [*range(6)]
         assert [prompt for prompt, _ in ring.asked] == [(1,)] * 3 + [(2,)] * 3
         # A prompt counts once, whatever is made of it.
-        assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 12, "total_tokens": 14}
+        assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 12, "total_tokens": 14, **NO_CACHE}
         seeds = [params.seed for _, params in ring.asked]
         assert seeds[:3] == seeds[3:] and len({*seeds}) == 3
         ring.asked.clear()
@@ -44,7 +47,7 @@ async def test_choices_of_a_chat_in_a_stream_have_a_role_a_text_and_an_end_each(
         assert own[0]["delta"] == {"role": "assistant", "content": ""}
         assert "".join(choice["delta"].get("content", "") for choice in own) == " 0 1 2"
         assert [choice["finish_reason"] for choice in own] == [None] * 4 + ["length"]
-    assert usage["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11}
+    assert usage["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11, **NO_CACHE}
 
 
 async def test_each_choice_takes_a_place() -> None:
@@ -86,3 +89,12 @@ async def test_a_client_that_leaves_ends_all_its_choices(stream: bool) -> None:
             await ring.closed.wait()
             ring.closed.clear()
     await runner.cleanup()
+
+
+def test_what_of_a_prompt_was_in_the_kv_cache_is_told_of_where_the_prompt_is_counted() -> None:
+    answers = [Answer(40, 9), Answer(0, 9)]
+    for answer in answers:
+        for i, cached in enumerate((32, 32, 0)):
+            answer.add(StreamEvent(TokenEvent(0, i, 40 + i), "x", 0.0, cached_tokens=cached))
+    usage = Chat("tiny").usage(answers)["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 32} and usage["prompt_tokens"] == 40

@@ -10,7 +10,7 @@ from mdiq.api.shapes import Answer
 from mdiq.core.logprobs import TokenLogprob
 from mdiq.core.sequence import FinishReason, TokenEvent
 from mdiq.runtime.starter_service import StreamEvent
-from tests.api.test_app import CHAT, HALF, FakeRing, _chunks, _client, _error
+from tests.api.test_app import CHAT, HALF, NO_CACHE, FakeRing, _chunks, _client, _error
 
 PROMPT = {"prompt": [5, 6], "max_tokens": 2}
 OF_ANSWER: dict[str, Any] = {
@@ -67,7 +67,7 @@ async def test_a_completion_repeats_its_prompt() -> None:
     choice = await _choice({**PROMPT, "echo": True, "logprobs": 1})
     assert choice["text"] == "<5><6> 0 1", "token ids are decoded"
     assert choice["logprobs"] == OF_BOTH
-    assert choice["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert choice["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4, **NO_CACHE}
     choice = await _choice({"prompt": "two words", "echo": True, "max_tokens": 1})
     assert choice["text"] == "two words 0" and choice["logprobs"] is None, "a text is given back as it came"
 
@@ -77,7 +77,7 @@ async def test_with_max_tokens_0_the_prompt_is_all_there_is() -> None:
     choice = await _choice(body)
     assert choice["text"] == "<5><6>" and choice["finish_reason"] == "length"
     assert choice["logprobs"] == {name: values[:2] for name, values in OF_BOTH.items()}
-    assert choice["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert choice["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2, **NO_CACHE}
     chunks = await _streamed(body)
     assert "".join(chunk["text"] for chunk in chunks) == "<5><6>"
     assert _joined(chunks) == choice["logprobs"]

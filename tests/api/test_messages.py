@@ -15,6 +15,8 @@ BODY = {"model": "tiny", "max_tokens": 50, "messages": [{"role": "user", "conten
 TOOL = {"name": "get", "description": "Gets.", "input_schema": {"type": "object", "properties": {"a": {}}}}
 ADD = {"name": "add", "input_schema": {"type": "object"}}
 
+NO_CACHE = {"cache_read_input_tokens": 0, "cache_creation_input_tokens": 0}
+
 
 def _events(text: str) -> list[dict[str, Any]]:
     events = []
@@ -138,7 +140,7 @@ async def test_a_whole_message() -> None:
         "content": [{"type": "text", "text": "Hello there."}],
         "stop_reason": "end_turn",
         "stop_sequence": None,
-        "usage": {"input_tokens": 3, "output_tokens": 4},
+        "usage": {"input_tokens": 3, "output_tokens": 4, **NO_CACHE},
     }
 
 
@@ -156,7 +158,7 @@ async def test_a_stream_has_blocks_that_begin_grow_and_end() -> None:
     assert events[0]["type"] == "message_start"
     start = events[0]["message"]
     assert (start["content"], start["stop_reason"]) == ([], None)
-    assert start["usage"] == {"input_tokens": 3, "output_tokens": 0}
+    assert start["usage"] == {"input_tokens": 3, "output_tokens": 0, **NO_CACHE}
     begun = [event for event in events if event["type"] == "content_block_start"]
     assert [event["content_block"]["type"] for event in begun] == ["text", "tool_use", "tool_use"]
     assert [event["index"] for event in begun] == [0, 1, 2]

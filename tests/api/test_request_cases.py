@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mdiq.core.sequence import SamplingParams
-from tests.api.test_app import FakeRing, _chunks, _client, _error
+from tests.api.test_app import NO_CACHE, FakeRing, _chunks, _client, _error
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -227,6 +227,7 @@ async def test_a_field_has_its_effect(change: dict[str, Any], effect: dict[str, 
         "prompt_tokens": len(prompt),
         "completion_tokens": params.max_tokens,
         "total_tokens": len(prompt) + params.max_tokens,
+        **NO_CACHE,
     }
 
 
