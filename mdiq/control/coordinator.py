@@ -158,8 +158,6 @@ class Coordinator:
 
     async def ask(self, node: NodeId, request: control.SendBurst | control.Fetch, kind: type[A]) -> A:
         """Have one Node do something and return its answer of this kind; raises as ``assign`` does."""
-        if node not in self._gone:
-            raise NodeDiedError(f"{node}: {_FORGOTTEN}")
         return (await self._call({node: request}, {node: (kind, request.number)}))[node]
 
     def burst_arrived(self, node: NodeId, number: int) -> "asyncio.Future[control.BurstArrived]":
@@ -358,6 +356,8 @@ class Coordinator:
 
     def _await(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
         """Return a future of the answer of this kind and number; what nobody waits for is ignored."""
+        if node not in self._gone:
+            raise NodeDiedError(f"{node}: {_FORGOTTEN}")
         future = self._answers.expect(node, kind, number)
         if self._gone[node].done():
             fail(future, self._gone[node].result())

@@ -15,6 +15,7 @@ WATCH_S = 0.4
 LATE_S = 0.5  # of the watcher; less than that hides no heartbeat
 SILENT_S = 3.0  # three heartbeats
 UNREACHED_S = 0.3  # a connection that is made anew, because another's key was revoked, is back by then
+CHANGING_S = 1.0  # the same while the Ring changes: both ends have much to do then
 
 
 class NodeWatch:
@@ -50,6 +51,7 @@ class NodeWatch:
             if (late_s := time_of() - due_s) > LATE_S:
                 log.warning("watcher_late", late_s=round(late_s, 1))
                 members.stretch(late_s)
+                self._unreached.clear()
             for node in members.present():
                 # One that has joined and has no work yet may be started anew, and nobody loses anything.
                 if members.state(node) is not NodeState.JOINING and await self._has_no_connection(node):
@@ -61,7 +63,9 @@ class NodeWatch:
         if await self._ping(node):
             self._unreached.pop(node, None)
             return False
-        patience_s = UNREACHED_S if self._members.has_served else SILENT_S  # a Ring that forms ends with a Node
+        patience_s = SILENT_S  # a Ring that forms ends with a Node
+        if self._members.has_served:
+            patience_s = UNREACHED_S if self._members.state(node) is NodeState.SERVING else CHANGING_S
         since_s = self._unreached.setdefault(node, self._clock())
         if self._clock() - since_s < patience_s:
             return False

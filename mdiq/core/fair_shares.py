@@ -4,8 +4,11 @@ An owner's count is of the prompt tokens that entered and the answer tokens that
 the virtual token counters of Sheng et al. 2024, "Fairness in Serving Large Language Models", algorithm 2.
 
 Nobody saves up turns: an owner that has nothing waiting rises with the floor, which is the lowest count of those that
-waited when a Sequence last entered (the virtual time of start-time fair queueing, Goyal et al. 1996).
+waited when a Sequence last entered (the virtual time of start-time fair queueing, Goyal et al. 1996). While nothing
+waits, turns do not matter: whoever waits first then raises the floor to the lowest count of those that are at work.
 """
+
+from collections.abc import Collection
 
 _KEPT_OWNERS = 64
 
@@ -21,9 +24,9 @@ class FairShares:
         """Return an owner's count; the lowest comes first."""
         return max(self._had.get(owner, self._floor), self._floor)
 
-    def raise_floor(self, owner: str) -> None:
-        """Note the owner with the lowest count of those that wait, before one of them enters."""
-        self._floor = self.had(owner)
+    def raise_floor(self, owners: Collection[str]) -> None:
+        """Note whose counts matter: of those that wait, before one enters; of those at work, when the first waits."""
+        self._floor = max(self._floor, min(map(self.had, owners), default=self._floor))
 
     def took(self, owner: str, share: int, num_tokens: int) -> None:
         """Count tokens of an owner."""

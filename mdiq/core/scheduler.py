@@ -155,6 +155,7 @@ class Scheduler:
         self.spec = spec
         self._next_id = self._next_turn = 0
         self._shares = FairShares()
+        self._last_owner = ""  # of a Sequence that entered
         self._owners: set[str] = set()
         self._newest_group = 0
         self.lap_s = 0.0
@@ -165,6 +166,9 @@ class Scheduler:
     def wait(self, entry: Entry) -> None:
         """Queue a Sequence: a replayed one goes before those that entered after it."""
         self._owners.add(entry.sequence.owner)
+        if entry.turn == NO_TURN and not (self.waiting and self.waiting[-1].turn == NO_TURN):
+            at_work = {other.sequence.owner for other in self.live.values()} or {self._last_owner}
+            self._shares.raise_floor(at_work)
         insort(self.waiting, entry, key=self._place)
 
     def append(self, sequence: Sequence, token: int, *, stop_matched: bool) -> FinishReason | None:
@@ -194,8 +198,7 @@ class Scheduler:
                 enters = not entry.num_preemptions and ledger.fits(entry.max_tokens + self._margin(ledger))
             if enters:
                 if entry.turn == NO_TURN:
-                    first = next(other for other in self.waiting if other.turn == NO_TURN)
-                    self._shares.raise_floor(first.sequence.owner)
+                    self._shares.raise_floor({each.sequence.owner for each in self.waiting if each.turn == NO_TURN})
                 del self.waiting[place]
                 for passed in self.waiting[:place]:
                     passed.num_passed += 1
@@ -236,6 +239,7 @@ class Scheduler:
             entry.turn = self._next_turn
             self._next_turn += 1
             sequence = entry.sequence
+            self._last_owner = sequence.owner
             self._shares.took(sequence.owner, sequence.share, entry.num_known - entry.num_shared)
 
     @property

@@ -8,7 +8,7 @@ import contextlib
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -169,7 +169,7 @@ class SocketWorkers(Workers):
         if num_hops == 1:
             return ()
         return await survey_hops(
-            starter, self, epoch, num_hops, time.monotonic, numbers=self._bursts, unreached=self.unreached
+            starter, self._surveyed(), epoch, num_hops, time.monotonic, numbers=self._bursts, unreached=self.unreached
         )
 
     async def measure_hops(self, starter: StarterService, epoch: Epoch) -> tuple[HopLink | None, ...]:
@@ -177,7 +177,10 @@ class SocketWorkers(Workers):
         num_hops = self._options.num_nodes
         if num_hops == 1:
             return ()
-        return await survey_hops(starter, self, epoch, num_hops, time.monotonic, numbers=self._bursts)
+        return await survey_hops(starter, self._surveyed(), epoch, num_hops, time.monotonic, numbers=self._bursts)
+
+    def _surveyed(self) -> "_Surveyed":
+        return _Surveyed(tuple(self._names), self._opened_coordinator)
 
     async def begin(self, epoch: Epoch, wires: Sequence[str]) -> None:
         """Have every Stage serve in a new Epoch; see Workers."""
@@ -194,14 +197,6 @@ class SocketWorkers(Workers):
     def _reconnects(self) -> set[str]:
         """Nodes whose Hop to the next one is to be connected anew."""
         return self._guard.reconnects if self._guard else set()
-
-    async def send_burst(self, stage: int, burst: control.SendBurst) -> control.BurstSent:
-        """Have a Node measure its Hop; see Coordinator."""
-        return await self._opened_coordinator.ask(self._names[stage - 1], burst, control.BurstSent)
-
-    def burst_arrived(self, stage: int, number: int) -> "asyncio.Future[control.BurstArrived]":
-        """Return a future of what a Node sees of a burst; see Coordinator."""
-        return self._opened_coordinator.burst_arrived(self._names[stage - 1], number)
 
     def unreached(self, hop: int) -> str:
         """Return what is wrong when nothing arrives over a Hop, and what to do."""
@@ -265,3 +260,19 @@ class SocketWorkers(Workers):
             standing_by=standing_by or (),
         )
         return coordinator
+
+
+@dataclass(frozen=True, slots=True)
+class _Surveyed:
+    """The Nodes whose Hops are measured, by their Stages when that began: the Ring may become another one meanwhile."""
+
+    names: tuple[NodeId, ...]
+    coordinator: Coordinator
+
+    async def send_burst(self, stage: int, burst: control.SendBurst) -> control.BurstSent:
+        """Have a Node measure its Hop; see Coordinator."""
+        return await self.coordinator.ask(self.names[stage - 1], burst, control.BurstSent)
+
+    def burst_arrived(self, stage: int, number: int) -> "asyncio.Future[control.BurstArrived]":
+        """Return a future of what a Node sees of a burst; see Coordinator."""
+        return self.coordinator.burst_arrived(self.names[stage - 1], number)

@@ -129,13 +129,19 @@ class Replanning:
             return
         split, links = _split_of(ring.options), await self._measured(ring)
         now = self._clock()
-        is_of_ring = plans is self._plans() and ring is self._keeper.formed and split == _split_of(ring.options)
-        if not links or not is_of_ring or plans is None or (profiles := plans.measured) is None:
+
+        def is_as_it_was() -> bool:
+            return plans is self._plans() and self._is_at_work(ring) and split == _split_of(ring.options)
+
+        if not links or not is_as_it_was() or plans is None or (profiles := plans.measured) is None:
             self._news.given_up(now)
             return
         profiles = profiles.with_hops(ring.options.node_names, links)
         plans.keep_load(profiles)
         best = await asyncio.to_thread(plans.best, profiles)
+        if not is_as_it_was():
+            self._news.given_up(now)
+            return
         value, present = (None if each is None else plans.value(profiles, each) for each in (best, split))
         gain = value / present if value and present else None
         is_worth_it = self._news.measured(now, hops_s, gain)
@@ -143,11 +149,15 @@ class Replanning:
             why = f"by what the links carry now: a better split: {_predicted(best, value, present)}"
             self._take_up(plans, ring, best, profiles, why)
 
+    def _is_at_work(self, ring: KeptRing) -> bool:
+        """Whether a Ring is the one that there is, and is not changing."""
+        return ring is self._keeper.formed and not ring.is_paused
+
     async def _measured(self, ring: KeptRing) -> tuple[HopLink | None, ...]:
         """Return what the Hops are like; nothing if a request came meanwhile, or the Ring has other things to do."""
         measuring = asyncio.create_task(ring.measure_hops(), name="measure hops")
         try:
-            while not measuring.done() and not self._keeper.num_running and not ring.is_paused:
+            while not measuring.done() and not self._keeper.num_running and self._is_at_work(ring):
                 await asyncio.wait({measuring}, timeout=NEEDED_S)
             return measuring.result() if measuring.done() else ()
         except MdiqError as error:  # a Node is gone: the Ring is told by others

@@ -175,7 +175,43 @@ def test_counts_at_the_floor_are_forgotten_and_mean_the_same() -> None:
     shares.took("busy", 1, 100)
     for i in range(_KEPT_OWNERS):
         shares.took(f"gone{i}", 1, 10)
-    shares.raise_floor("gone0")
+    shares.raise_floor(["gone0"])
     shares.took("new", 1, 1)
     assert len(shares._had) == 2
     assert (shares.had("busy"), shares.had("gone1"), shares.had("new")) == (100, 10, 11)
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_what_an_owner_had_while_nothing_waited_is_not_held_against_it(is_over: bool) -> None:
+    """Its Sequences entered at once, and had their tokens after that; those that come are not owed as many."""
+    asking = Asking()
+    asking.ask("comes")
+    asking.until(0, "comes")
+    for _ in range(4):
+        asking.ask("was alone", max_tokens=400)
+    for _ in range(350):
+        asking.lap()
+    if is_over:
+        asking.until(0, "was alone")
+    before = asking.had["was alone"]
+    for _ in range(100):
+        asking.ask("comes")
+        asking.ask("was alone")
+    asking.until(60, "comes")
+    assert asking.had["was alone"] - before >= 0.7 * asking.had["comes"]
+
+
+def test_what_passes_others_does_not_raise_the_floor_over_who_waits() -> None:
+    """A large Sequence waits for room, and small ones of its owner pass it; another owner has waited all the while."""
+    asking = Asking(kv_tokens=256)
+    asking.ask("a", num_prompt=100, max_tokens=60)
+    asking.lap()
+    asking.ask("a", num_prompt=200, max_tokens=10)
+    for _ in range(6):
+        asking.ask("a", num_prompt=8, max_tokens=4)
+    asking.ask("b", num_prompt=150, max_tokens=10)
+    scheduler = asking.ring._scheduler
+    before = scheduler._shares.had("b")
+    for _ in range(20):
+        asking.lap()
+    assert scheduler._shares.had("b") <= before + 160

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -352,3 +353,36 @@ def test_links_are_left_alone_as_soon_as_there_is_something_to_do() -> None:
     alone_s = 2 * (NUM_LAYERS * LAYER_S + 2 * FAR.delay_s)
     assert len(waits_s) == 3 and max(waits_s) < alone_s + 2.0
     assert split(house) == {"desk": 2, "pi1": 2, "pi2": 2}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["drain", "crash"])
+@pytest.mark.parametrize("after_s", [0.02, 0.03, 0.3, 0.6])  # a drain fetches layers for a second first
+def test_a_ring_may_lose_a_node_while_its_links_are_measured(what: str, after_s: float) -> None:
+    """The Ring has fewer Hops then than what is measured began with."""
+
+    async def act(house: House) -> None:
+        while not any(line["event"] == "measures" for line in house.log):  # noqa: ASYNC110  (it tells nobody)
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(after_s)
+        if what == "drain":
+            house.drain("pi1")
+        else:
+            await house.crash("pi1")
+        await asyncio.sleep(20.0)
+        if what == "drain":
+            house.drain("pi1", undo=True)
+        else:
+            house.start_node("pi1")
+        await asyncio.sleep(30.0)
+        assert split(house).keys() == {"desk", "pi1", "pi2"}
+        house.ask(max_tokens=2)
+
+    measured = replanning.Replanning._measured
+
+    async def noted(self: replanning.Replanning, ring: Any) -> tuple[HopLink | None, ...]:
+        replanning.log.info("measures")
+        return await measured(self, ring)
+
+    with mock.patch.object(replanning.Replanning, "_measured", noted):
+        _idle(act)

@@ -444,6 +444,9 @@ class House:
 
     async def close(self) -> None:
         """End everything in order."""
+        for task in self._beside:
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise AssertionError(f"{task.get_name()} has ended: {error!r}") from error
         for task in (*self.callers, *self._beside):
             task.cancel()
         await asyncio.gather(*self.callers, *self._beside, return_exceptions=True)
