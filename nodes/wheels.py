@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GLIBC_MINORS = range(28, 16, -1)
-"""What the wheels may ask of a device's C library: 2.28, of Debian 10, at most."""
+GLIBC_MINORS = range(31, 16, -1)
+"""What the wheels may ask of a device's C library: 2.31, of Debian 11, at most."""
 CUDA = re.compile(r"(nvidia|cuda|triton)\b")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -37,7 +37,7 @@ def resolve(machine: str, python: str, extra_index_urls: Sequence[str] = ()) -> 
     """
     command = [sys.executable, "-P", "-m", "uv", "pip", "compile", str(ROOT / "pyproject.toml"), "--no-config"]
     command += ["--quiet", "--no-header", "--no-annotate", "--only-binary", ":all:"]
-    command += ["--python-platform", f"{machine}-manylinux_2_28", "--python-version", python]
+    command += ["--python-platform", f"{machine}-manylinux_2_31", "--python-version", python]
     # As pip does: the highest version of all indexes.
     command += ["--index-strategy", "unsafe-best-match", *index_arguments(extra_index_urls)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=_environment())

@@ -6,18 +6,19 @@ The routes, and the forms of answers, are for others.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from mdiq.api.admission import Admission, Places
-from mdiq.api.audit import Record
+from mdiq.api.audit import RECORD, Record
 from mdiq.api.backend import Backend
 from mdiq.api.clients import Client, Clients
 from mdiq.api.figures import Figures
@@ -26,11 +27,16 @@ from mdiq.api.logprobs import AnswerLogprobs
 from mdiq.api.requests import ApiError, Asked, BadRequest, too_long
 from mdiq.api.shapes import Answer
 from mdiq.api.streams import Events, merged
-from mdiq.errors import CapacityError, ConfigError, MdiqError
+from mdiq.errors import CapacityError, ConfigError, MdiqError, ModelError
+
+log = structlog.get_logger()
 
 LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
 MAX_LARGE_BODIES = 16  # that are read at once
 TEXT_THREADS = 2  # a short text does not wait for a long one; the other threads are the ring's
+
+MAX_OPEN_TEXTS = 32  # requests that only count or make tokens; each may hold megabytes
+MAX_ECHO_CHARACTERS = 8 << 20  # of all answers of one request
 
 T = TypeVar("T")
 
@@ -57,10 +63,32 @@ class Answering:
         self._large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
         self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
         self._text_turns = asyncio.Semaphore(TEXT_THREADS)
+        self._open_texts: list[bytes] = []  # the digests of their keys
 
     def close(self) -> None:
         """Let go of the threads."""
         self._texts.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def open_text(self, record: Record) -> Iterator[None]:
+        """Have a request open that needs no place in the Ring, but memory and a thread.
+
+        Raises:
+            ApiError: too many are.
+        """
+        key = _client_of(record).key.digest
+        if len(self._open_texts) >= MAX_OPEN_TEXTS or self._open_texts.count(key) >= self._max_open_of_key:
+            raise ApiError(429, f"{len(self._open_texts)} texts are waiting for their tokens", retry_after_s=1)
+        self._open_texts.append(key)
+        try:
+            yield
+        finally:
+            self._open_texts.remove(key)
+
+    @property
+    def _max_open_of_key(self) -> int:
+        """A quarter of them is for others, where there are others."""
+        return MAX_OPEN_TEXTS * 3 // 4 if self._clients.has_keys else MAX_OPEN_TEXTS
 
     def check_model(self, name: str) -> None:
         """Raise ApiError for the name of a model that is not served."""
@@ -161,7 +189,8 @@ class Answering:
     async def body(self, request: web.Request) -> object:
         """Return the JSON of a request; raise ApiError if it is none."""
         size = request.content_length
-        turn = self._large_bodies if size is None or size > LARGE_BODY_BYTES else nullcontext()
+        is_large = size is None or size > LARGE_BODY_BYTES or "Content-Encoding" in request.headers
+        turn = self._large_bodies if is_large else nullcontext()
         try:
             async with asyncio.timeout(self._client_timeout_s), turn:
                 body = await request.read()
@@ -169,6 +198,7 @@ class Answering:
             raise ApiError(408, f"the body did not come within {self._client_timeout_s:g} s") from None
         except (web.RequestPayloadError, HttpProcessingError):  # their messages quote the request
             raise BadRequest("the body is not valid HTTP") from None
+        request[RECORD].num_bytes = len(body)
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -184,6 +214,7 @@ class Answering:
             shown.check_size(sum(len(prompts[place]) for place in places))
         except ConfigError as error:
             raise BadRequest(str(error), "logprobs") from None
+        num_echoed = 0
         for answer, place in zip(answers, places, strict=True):
             prompt = prompts[place] if shown.echo else ()
             answer.drops_answer = shown.drops_answer
@@ -193,6 +224,12 @@ class Answering:
                 given = asked.prompts[place]
                 if not isinstance(given, str):
                     given = await self.in_thread(partial(backend.decode, given))
+                num_echoed += len(given)
+                if num_echoed > MAX_ECHO_CHARACTERS:
+                    text = (
+                        f"echo: all answers together repeat more than {MAX_ECHO_CHARACTERS} characters; ask for fewer"
+                    )
+                    raise BadRequest(text, "echo")
                 answer.repeat(given)
 
     async def prompts(self, asked: Asked) -> list[tuple[int, ...]]:
@@ -211,6 +248,10 @@ class Answering:
                 prompts = [tuple(next(encoded)) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
         except CapacityError as error:
             raise too_long(str(error), backend.context_tokens, field) from None
+        except ModelError as error:  # it names files of this machine
+            log.warning("template_failed", error=str(error))
+            text = f"{field}: the model's chat template cannot render them; the service's log says why"
+            raise BadRequest(text, field) from None
         except MdiqError as error:
             raise BadRequest(str(error), field) from None
         if not all(prompts):

@@ -4,6 +4,7 @@ A client that disconnects cancels its Sequence: aiohttp cancels its handler, whi
 connection of one that does not read its answer is ended by server.py.
 """
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -35,6 +36,7 @@ log = structlog.get_logger()
 
 MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 _PUBLIC = ("/health", "/ready")
+_ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-fA-F:]+\])(:[0-9]+)?")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -113,6 +115,7 @@ class Api:
             if request.method == "OPTIONS" and self._origin(request):
                 return web.Response(status=204)  # browsers ask without the key
             request[RECORD].client = self._clients.find(request.headers)
+            self._check_origin(request)
             if request.path not in _PUBLIC:
                 if request[RECORD].client is None:
                     raise ApiError(401, "a key of this ring's API is missing or wrong; send Authorization: Bearer KEY")
@@ -141,6 +144,19 @@ class Api:
         """Return the request's origin if its web pages may call the API."""
         origin = request.headers.get("Origin")
         return origin if {origin, "*"} & {*self._cors_origins} else None
+
+    def _check_origin(self, request: web.Request) -> None:
+        """Refuse web pages that may not use the API: a browser sends what they ask for all the same.
+
+        A page of this very address may, unless it has a name: any page can have one that leads here.
+        """
+        given = request.headers.get("Origin")
+        if given is None or self._origin(request) is not None:
+            return
+        place = given.partition("://")[2]
+        if place != request.host or not _ADDRESS.fullmatch(place):
+            text = "web pages of this origin may not use this API; api.cors_origins names those that may"
+            raise ApiError(403, text, code="origin_not_allowed")
 
     async def _allow_origin(self, request: web.Request, response: web.StreamResponse) -> None:
         if origin := self._origin(request):
@@ -198,10 +214,11 @@ class Api:
 
     async def _count_tokens(self, request: web.Request) -> web.Response:
         answering = self._answering
-        asked = parse_messages(await answering.body(request), is_count=True)
-        if asked.model is not None:
-            answering.check_model(asked.model)
-        (prompt,) = await answering.prompts(asked)
+        with answering.open_text(request[RECORD]):
+            asked = parse_messages(await answering.body(request), is_count=True)
+            if asked.model is not None:
+                answering.check_model(asked.model)
+            (prompt,) = await answering.prompts(asked)
         return web.json_response({"input_tokens": len(prompt)})
 
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
@@ -216,10 +233,10 @@ class Api:
             async for event in begun.events:
                 if event is not None:
                     answers[event[0]].add(event[1])
-        if asked.logprobs.wanted is None:
-            return web.json_response(out.whole(answers))
-        text = await answering.in_thread(partial(out.whole_text, answers))
-        return web.json_response(text=text)
+            if asked.logprobs.wanted is None and not asked.logprobs.echo:
+                return web.json_response(out.whole(answers))
+            text = await answering.in_thread(partial(out.whole_text, answers))
+            return web.json_response(text=text)
 
 
 def _no_route(request: web.Request, error: web.HTTPException) -> str:

@@ -39,6 +39,7 @@ class Record:
     address: str
     client: Client | None = None
     has_run: bool = False
+    num_bytes: int = 0  # of its body
     num_prompt: int = 0
     num_answer: int = 0
     finish_reason: str = "none"

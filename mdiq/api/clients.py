@@ -106,12 +106,25 @@ class Clients:
 
     def replace(self, keys: Sequence[ApiKey]) -> None:
         """Take over the keys of a file that was read again; what runs goes on."""
-        before = self._clients
+        keys_now = keys or (NO_KEY,)
+        before = {client.key.digest: client for client in self._clients.values()}
+        # A named key may be another one now; the name of a bare one may be that of another.
+        renewed = {
+            client.key.name: client
+            for client in self._clients.values()
+            if not client.key.is_bare and client.key.digest not in {key.digest for key in keys_now}
+        }
         self._keys = keys
         self._clients = {}
-        for key in keys or (NO_KEY,):
-            client = self._clients[key.name] = before.get(key.name) or Client(key)
+        for key in keys_now:
+            known = before.get(key.digest) or (None if key.is_bare else renewed.get(key.name))
+            client = self._clients[key.name] = known or Client(key)
             client.change(key)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients need one."""
+        return bool(self._keys)
 
     def find(self, headers: Mapping[str, str]) -> Client | None:
         """Return who asks with these headers: Authorization: Bearer KEY, or x-api-key: KEY."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from mdiq.api.backend import Backend
 from mdiq.api.requests import Asked, BadRequest
-from mdiq.api.structure import schema_grammar, wrong_part
+from mdiq.api.structure import MAX_PARTS, schema_grammar, wrong_part
 from mdiq.api.tool_calls import CallParser, form_of
 from mdiq.api.tools import marks_of
 from mdiq.errors import ConfigError
@@ -64,7 +64,7 @@ def _refusal(asked: Asked, backend: Backend, error: ConfigError) -> BadRequest:
         is_schema = kind == "json_schema" and len(text) < MAX_SEARCHED
         where = wrong_part(json.loads(text), structure.where, is_usable) if is_schema else structure.where
         return BadRequest(f"{where}: {own}", structure.where.partition(".")[0])
-    for tool in asked.tools.tools if asked.tools else ():
+    for tool in asked.tools.tools[:MAX_PARTS] if asked.tools else ():  # others' texts wait meanwhile
         own_text = schema_grammar(tool.parameters, tool.where)
         if (own := trouble(own_text)) is not None:
             where = wrong_part(tool.parameters, tool.where, is_usable) if len(own_text) < MAX_SEARCHED else tool.where

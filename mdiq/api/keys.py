@@ -32,7 +32,8 @@ class ApiKey:
     """A key and what its clients may do.
 
     name: as logs and metrics show it. digest: SHA-256 of the key. max_requests: in flight, each prompt counted;
-    tokens_per_minute: of prompts and answers; None: no limit. share: of the ring while others wait too.
+    tokens_per_minute: of prompts and answers; None: no limit. share: of the ring while others wait too. is_bare: its
+    name is its place in the file.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ApiKey:
     max_requests: int | None = None
     tokens_per_minute: int | None = None
     share: int = 1
+    is_bare: bool = False
 
 
 NO_KEY = ApiKey("", b"")
@@ -48,7 +50,7 @@ NO_KEY = ApiKey("", b"")
 
 def bare_keys(keys: Iterable[str]) -> list[ApiKey]:
     """Return keys without names of their own; they are called key1, key2, ..."""
-    return [ApiKey(f"key{i}", _digest(key.encode())) for i, key in enumerate(keys, 1)]
+    return [ApiKey(f"key{i}", _digest(key.encode()), is_bare=True) for i, key in enumerate(keys, 1)]
 
 
 def find_key(keys: Sequence[ApiKey], sent: bytes) -> ApiKey | None:
@@ -134,7 +136,7 @@ def _keys_of(text: str, where: str) -> Iterator[tuple[int, ApiKey]]:
             told = f"a key of {len(line)} characters; take at least {MIN_CHARACTERS}, without spaces"
             raise ConfigError(f"{where}:{number}: {told}")
         num_bare += 1
-        yield number, ApiKey(f"key{num_bare}", _digest(line.encode()))
+        yield number, ApiKey(f"key{num_bare}", _digest(line.encode()), is_bare=True)
 
 
 def _named(line: str, where: str) -> ApiKey:
@@ -151,7 +153,13 @@ def _named(line: str, where: str) -> ApiKey:
         if not value.isdecimal() or not 1 <= int(value[:20]) <= _LIMITS[limit]:
             raise ConfigError(f"{where}: {limit}: write a whole number from 1 to {_LIMITS[limit]}")
         limits[limit] = int(value)
-    return ApiKey(name, bytes.fromhex(found[1]), **limits)
+    return ApiKey(
+        name,
+        bytes.fromhex(found[1]),
+        limits.get("max_requests"),
+        limits.get("tokens_per_minute"),
+        limits.get("share", 1),
+    )
 
 
 def _check_name(name: str, where: str) -> None:

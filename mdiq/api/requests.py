@@ -20,7 +20,11 @@ MAX_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OF_CHATS = ("tools", "tool_choice")
-_TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+_TEMPLATE_NAMES = frozenset(
+    # What templates are given beside, and what they can call: another value would break them.
+    "messages tools documents add_generation_prompt bos_token eos_token namespace range dict lipsum cycler joiner "
+    "raise_exception strftime_now".split()
+)
 _INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
 _TOO_LONG = "context_length_exceeded"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mdiq.api.fields import NUM_CHOICES
 from mdiq.api.requests import Asked, BadRequest, parse
 
 MAX_METADATA = 16
@@ -17,7 +18,11 @@ _OWN = frozenset(
     "reasoning include truncation conversation prompt max_tool_calls service_tier safety_identifier prompt_cache_key "
     "prompt_cache_retention user context_management".split()
 )
-_OF_CHATS = ("messages", "response_format", "max_tokens", "max_completion_tokens", "n", "logprobs", "top_logprobs")
+_OF_CHATS = (
+    *("messages", "response_format", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
+    *(*NUM_CHOICES, "best_of"),
+)
+_OF_TOOLS = ("type", "name", "description", "parameters", "strict")
 _NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 
 
@@ -99,6 +104,8 @@ def _check_own(body: Mapping[str, Any]) -> None:
     # Reasoning is a part of the text here, and there are no calls of built-in tools to tell more of.
     if not isinstance(include, list) or "message.output_text.logprobs" in include:
         raise BadRequest("include: log probabilities are given by /v1/chat/completions", "include")
+    if (user := body.get("user")) is not None and (not isinstance(user, str) or len(user) > MAX_METADATA_CHARACTERS):
+        raise BadRequest(f"user: not a text of at most {MAX_METADATA_CHARACTERS} characters", "user")
     metadata = body.get("metadata") or {}
     if not isinstance(metadata, dict) or len(metadata) > MAX_METADATA:
         raise BadRequest(f"metadata: not an object of at most {MAX_METADATA} texts", "metadata")
@@ -238,12 +245,12 @@ def _shown(body: Mapping[str, Any]) -> Mapping[str, Any]:
         "metadata": body.get("metadata") or {},
         "parallel_tool_calls": True if parallel is None else parallel,
         "previous_response_id": body.get("previous_response_id"),
-        "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})},
+        "reasoning": {"effort": (body.get("reasoning") or {}).get("effort"), "summary": None},
         "store": body.get("store") is not False,
         "temperature": 1.0 if body.get("temperature") is None else body["temperature"],
-        "text": {"format": {"type": "text"}, **(body.get("text") or {})},
+        "text": {"format": (body.get("text") or {}).get("format") or {"type": "text"}},
         "tool_choice": "auto" if choice is None else choice,
-        "tools": body.get("tools") or [],
+        "tools": [{name: tool[name] for name in _OF_TOOLS if name in tool} for tool in body.get("tools") or []],
         "top_p": 1.0 if body.get("top_p") is None else body["top_p"],
         "truncation": "disabled",
         "user": body.get("user"),

@@ -1,5 +1,6 @@
 """A response of /v1/responses as it grows: OpenAI's object and its numbered events. No sockets."""
 
+import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -163,6 +164,32 @@ class ResponseShape:
             done = {"name": item["name"], "arguments": item["arguments"]}
             events = [self._event("response.function_call_arguments.done", **place, **done)]
         return [*events, self._event("response.output_item.done", output_index=index, item=dict(item))]
+
+
+def items_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages of a chat as items of an input, each with an id that is always the same."""
+    items: list[dict[str, Any]] = []
+    for message in messages:
+        role, content = message["role"], message.get("content") or ""
+        if role == "tool":
+            output = {"type": "function_call_output", "call_id": message.get("tool_call_id", ""), "output": content}
+            items.append({**output, "status": "completed"})
+            continue
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+        if content:
+            part = {"type": "input_text", "text": content}
+            if role == "assistant":
+                part = {"type": "output_text", "text": content, "annotations": []}
+            items.append({"type": "message", "role": role, "content": [part], "status": "completed"})
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            arguments = function["arguments"]
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            found = {"call_id": call.get("id", ""), "name": function["name"], "arguments": arguments}
+            items.append({"type": "function_call", **found, "status": "completed"})
+    return [{"id": f"item_{i}", **item} for i, item in enumerate(items)]
 
 
 def _usage(answer: Answer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ to its end if it runs in the background. What has ended is kept for KEEP_S, and 
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,18 +17,21 @@ from mdiq.api.response_shapes import Event, ResponseShape
 KEEP_S = 3_600.0
 MAX_KEPT = 1_000
 MAX_BYTES = 64 << 20
+MAX_CONVERSATION_BYTES = 2 << 20
+"""Of an input with all that comes before it, as JSON: what one request may have at once, too."""
 ALONE_S = 180.0
 """How long a response that nobody reads goes on, unless it runs in the background."""
 
 
 def as_sse(event: Event) -> bytes:
     """Return an event as a server-sent one."""
-    return b"event: " + str(event["type"]).encode() + b"\ndata: " + json.dumps(event).encode() + b"\n\n"
+    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode(errors="replace")
 
 
 @dataclass(eq=False)
 class StoredResponse:
-    """One response. owner: whose key asked for it. input: messages that it answers.
+    """One response. owner: whose key asked for it. input: messages that it answers, those of responses before it too;
+    input_bytes: what they hold.
 
     is_kept: False: it ends with its reader, and cannot be asked for again.
     """
@@ -37,14 +41,23 @@ class StoredResponse:
     input: Sequence[Mapping[str, Any]]
     is_background: bool
     is_kept: bool
+    input_bytes: int = 0
     ended_s: float | None = None
-    num_bytes: int = 0
+    num_bytes: int = field(init=False)
     task: "asyncio.Task[None] | None" = None
     is_wanted: bool = True  # nobody has cancelled it
     _events: list[bytes] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _num_readers: int = 0
     _leaving: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
+        self.num_bytes = self.input_bytes
+
+    @property
+    def conversation_bytes(self) -> int:
+        """What a response that goes on from this one begins with, as JSON."""
+        return self.input_bytes + len(json.dumps(self.shape.messages))
 
     def note(self, events: Sequence[Event]) -> None:
         """Add events, and wake who reads."""
@@ -142,16 +155,22 @@ class ResponseStore:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _tidy(self) -> None:
-        """Let go of what has ended long ago, and of the oldest where there are too many."""
+        """Let go of what has ended long ago; where there are too many, of the oldest of the owner that has the most."""
         now = self._clock()
-        ended = sorted(
-            (each.ended_s, number, each)
-            for number, each in enumerate(self._responses.values())
-            if each.ended_s is not None
-        )
-        num_left, num_bytes = len(self._responses), sum(each.num_bytes for each in self._responses.values())
-        for ended_s, _, each in ended:
-            if now - ended_s < KEEP_S and num_left <= MAX_KEPT and num_bytes <= MAX_BYTES:
-                return
+        for each in [it for it in self._responses.values() if it.ended_s is not None and now - it.ended_s >= KEEP_S]:
             del self._responses[each.shape.id]
-            num_left, num_bytes = num_left - 1, num_bytes - each.num_bytes
+        while (too_many := len(self._responses) > MAX_KEPT) or self.num_bytes > MAX_BYTES:
+            held: Counter[str] = Counter()
+            for each in self._responses.values():
+                held[each.owner] += 1 if too_many else each.num_bytes
+            ended = [each for each in self._responses.values() if each.ended_s is not None]
+            if not ended:
+                return
+            most = max(held[each.owner] for each in ended)
+            oldest = min((each for each in ended if held[each.owner] == most), key=lambda it: it.ended_s or 0.0)
+            del self._responses[oldest.shape.id]
+
+    @property
+    def num_bytes(self) -> int:
+        """What all of them hold."""
+        return sum(each.num_bytes for each in self._responses.values())

@@ -11,18 +11,18 @@ from aiohttp import web
 
 from mdiq.api import streams
 from mdiq.api.answering import Answering
-from mdiq.api.audit import RECORD, Record
+from mdiq.api.audit import LEFT, RECORD, Record
 from mdiq.api.backend import Backend
 from mdiq.api.requests import ApiError, BadRequest, broke
 from mdiq.api.response_requests import AskedResponse, parse_response, previous_of, renamed
-from mdiq.api.response_shapes import ResponseShape
-from mdiq.api.response_store import ResponseStore, StoredResponse
+from mdiq.api.response_shapes import ResponseShape, items_of
+from mdiq.api.response_store import MAX_CONVERSATION_BYTES, ResponseStore, StoredResponse
 from mdiq.errors import MdiqError
 
 log = structlog.get_logger()
 
 PATH = "/v1/responses"
-MAX_INPUT_ITEMS = 100  # of one page, as OpenAI's
+MAX_INPUT_ITEMS, USUAL_INPUT_ITEMS = 100, 20  # of one page, as OpenAI's
 
 
 class ResponseRoutes:
@@ -53,22 +53,21 @@ class ResponseRoutes:
         body = await self._answering.asked(request, record)
         previous = previous_of(body)
         history: Sequence[Any] = ()
+        input_bytes = record.num_bytes
         if previous is not None:
             before = self._found(request, previous, "previous_response_id")
             if before.shape.status not in ("completed", "incomplete"):
                 text = f"previous_response_id: that response is {before.shape.status}; wait for its end"
                 raise BadRequest(text, "previous_response_id")
             history = [*before.input, *before.shape.messages]
+            input_bytes += before.conversation_bytes
+            if input_bytes > MAX_CONVERSATION_BYTES:
+                text = f"it is more than {MAX_CONVERSATION_BYTES} bytes with what comes before it; begin anew"
+                raise BadRequest(f"previous_response_id: {text}", "previous_response_id")
         asked = parse_response(body, history)
         shape = ResponseShape(self._backend.model_name, asked.shown)
-        response = StoredResponse(
-            shape,
-            _owner(request),
-            asked.messages,
-            asked.is_background,
-            asked.is_stored,
-            num_bytes=request.content_length or 0,
-        )
+        messages, owner = asked.messages, _owner(request)
+        response = StoredResponse(shape, owner, messages, asked.is_background, asked.is_stored, input_bytes)
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         begun.add_done_callback(lambda it: it.cancelled() or it.exception())  # its client may have gone
         # The log has a line for the answer, when it has ended, beside that of the request.
@@ -111,11 +110,13 @@ class ResponseRoutes:
                         response.note(shape.add([piece for piece, _ in answer.parts()]))
             response.note(shape.end(answer))
         except asyncio.CancelledError:
-            status = 499
+            status = LEFT
+            begun.cancel()
             response.note(shape.cancel())
         except Exception as error:  # of one response; whoever waits for it is told
             if not begun.done():
                 response.is_kept = False
+                status = error.status if isinstance(error, ApiError) else 503 if isinstance(error, MdiqError) else 500
                 begun.set_exception(renamed(error) if isinstance(error, BadRequest) else error)
                 return
             status = 503
@@ -143,21 +144,27 @@ class ResponseRoutes:
 
     async def _cancel(self, request: web.Request) -> web.Response:
         response = self._found(request, request.match_info["id"])
-        if not response.is_background:
-            raise BadRequest("background: this response does not run in the background; close its stream", "background")
         response.cancel()
         if response.task is not None:
             await asyncio.wait({response.task})
         return web.json_response(response.shape.whole())
 
     async def _input_items(self, request: web.Request) -> web.Response:
-        response = self._found(request, request.match_info["id"])
-        items = [
-            {"id": f"item_{i}", "type": "message", "role": message["role"], "content": _parts(message)}
-            for i, message in enumerate(response.input[:MAX_INPUT_ITEMS])
-        ]
+        response, query = self._found(request, request.match_info["id"]), request.query
+        items = items_of(response.input)
+        if query.get("order", "desc") != "asc":
+            items.reverse()
+        ids = [item["id"] for item in items]
+        if (after := query.get("after")) is not None:
+            if after not in ids:
+                raise BadRequest("after: no such item", "after")
+            items = items[ids.index(after) + 1 :]
+        limit = query.get("limit", str(USUAL_INPUT_ITEMS))
+        if not limit.isdecimal() or not 1 <= int(limit[:4]) <= MAX_INPUT_ITEMS:
+            raise BadRequest(f"limit: not a number from 1 to {MAX_INPUT_ITEMS}", "limit")
+        more = len(items) > int(limit)
+        items = items[: int(limit)]
         first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
-        more = len(response.input) > len(items)
         return web.json_response(
             {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": more}
         )
@@ -182,11 +189,4 @@ class ResponseRoutes:
 
 def _owner(request: web.Request) -> str:
     client = request[RECORD].client
-    return "" if client is None else client.key.name
-
-
-def _parts(message: Any) -> list[dict[str, Any]]:
-    kind = "output_text" if message["role"] == "assistant" else "input_text"
-    content = message.get("content") or ""
-    texts = [content] if isinstance(content, str) else [part["text"] for part in content]
-    return [{"type": kind, "text": text} for text in texts]
+    return "" if client is None else client.key.digest.hex()  # a name may be another key's after a reload

@@ -17,7 +17,7 @@ _MIN_STEP = 1e-9  # of numbers, for the same reason: others have no last digit
 _ENDLESS_FORMATS, _MAX_FORMAT = ("time", "date-time", "duration"), 40  # characters; a second may have any fraction
 _SCHEMAS = ("items", "additionalProperties", "contains", "anyOf", "oneOf", "prefixItems")
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
-MAX_PARTS = 64  # of a wrong schema that are looked at
+MAX_PARTS = 8  # of a wrong schema that are looked at
 _MAX_NESTING = 200  # llguidance refuses such schemas
 _NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 

@@ -8,12 +8,12 @@ from typing import Any
 from aiohttp import web
 
 from mdiq.api.answering import Answering
+from mdiq.api.audit import RECORD
 from mdiq.api.backend import Backend
 from mdiq.api.fields import check_served
-from mdiq.api.requests import ApiError, BadRequest, messages_of, template_kwargs_of, text_of, token_ids_of, too_long
-from mdiq.errors import ConfigError
+from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of, text_of, token_ids_of, too_long
+from mdiq.errors import MdiqError, ModelError
 
-MAX_OPEN = 32  # requests whose bodies are kept; each may hold megabytes
 MAX_CHARACTERS_PER_TOKEN = 8
 """Of what the ring holds: longer texts are not counted, since others' texts wait meanwhile, a second for 300,000."""
 _KINDS = ("prompt", "messages", "content")  # of vLLM, of vLLM, of llama.cpp
@@ -27,7 +27,6 @@ class TokenRoutes:
     def __init__(self, backend: Backend, answering: Answering) -> None:
         self._backend = backend
         self._answering = answering
-        self._num_open = 0
 
     def routes(self) -> list[web.RouteDef]:
         return [web.post("/tokenize", self._tokenize), web.post("/detokenize", self._detokenize)]
@@ -41,10 +40,7 @@ class TokenRoutes:
     async def _answer(
         self, request: web.Request, answer: Callable[[Mapping[str, Any]], Mapping[str, object]]
     ) -> web.Response:
-        if self._num_open >= MAX_OPEN:
-            raise ApiError(429, f"{self._num_open} texts are waiting for their tokens", retry_after_s=1)
-        self._num_open += 1
-        try:
+        with self._answering.open_text(request[RECORD]):
             given = await self._answering.body(request)
             if not isinstance(given, dict):
                 raise BadRequest("the body is not a JSON object")
@@ -52,8 +48,6 @@ class TokenRoutes:
                 self._answering.check_model(text_of(model, "model"))
             # What is read of a long list, and written, takes as long as what is made of it.
             answered = await self._answering.in_thread(partial(_as_json, answer, given))
-        finally:
-            self._num_open -= 1
         return web.Response(body=answered, content_type="application/json")
 
     def _tokens(self, given: Mapping[str, Any]) -> Mapping[str, object]:
@@ -70,14 +64,16 @@ class TokenRoutes:
         (kind,) = kinds
         try:
             tokens = self._ids(kind, given)
-        except ConfigError as error:
+        except ModelError:  # it names files of this machine
+            raise BadRequest(f"{kind}: the model's chat template cannot render them", kind) from None
+        except MdiqError as error:
             raise BadRequest(str(error), kind) from None
         return {"count": len(tokens), "max_model_len": self._backend.context_tokens, "tokens": tokens}
 
     def _ids(self, kind: str, given: Mapping[str, Any]) -> list[int]:
         if kind == "messages":
             messages, template_kwargs = messages_of(given["messages"]), template_kwargs_of(given)
-            self._check_length(kind, sum(len(message["content"]) for message in messages))
+            self._check_length(kind, len(json.dumps(messages, ensure_ascii=False)))
             return [*self._backend.chat_ids(messages, template_kwargs, is_bounded=False)]
         text = text_of(given[kind], kind)
         self._check_length(kind, len(text))

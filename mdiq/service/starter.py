@@ -237,8 +237,6 @@ class _RingBackend:
     ) -> AsyncGenerator[StreamEvent, None]:
         params, eos = self._tokenizer.with_special_stops(params), self._tokenizer.eos_token_ids
         sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=eos, owner=owner, share=share)
-        if params.grammar:
-            self._grammars.begin(sequence)
         sequence.logprobs = logprobs
         return self._keeper.stream(sequence)
 

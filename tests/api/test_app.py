@@ -18,13 +18,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from mdiq import __version__
-from mdiq.api import streams
+from mdiq.api import answering, streams
 from mdiq.api.answering import TEXT_THREADS
 from mdiq.api.app import MAX_BODY_BYTES, Api
 from mdiq.api.keys import bare_keys
 from mdiq.core.logprobs import Logprobs, LogprobsWanted, TokenLogprob
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
-from mdiq.errors import CapacityError, ConfigError, RingError
+from mdiq.errors import CapacityError, ConfigError, ModelError, RingError
 from mdiq.runtime.starter_service import StreamEvent
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
@@ -495,9 +495,22 @@ async def test_web_pages_of_allowed_origins_may_ask(allowed: str) -> None:
 @pytest.mark.parametrize("allowed", [[], ["https://other.example.org"]])
 async def test_web_pages_of_other_origins_may_not_ask(allowed: list[str]) -> None:
     async with _client(FakeRing(), "a-key", cors_origins=allowed) as client:
-        response = await client.options("/v1/models", headers={"Origin": "https://chat.example.org"})
-        assert response.status == 401
-        assert "Access-Control-Allow-Origin" not in response.headers
+        for origin in (
+            "https://chat.example.org",
+            "null",
+            f"http://rebound.example.org:{client.port}",
+            "http://127.0.0.1:1",
+        ):
+            headers = {"Origin": origin, "Authorization": "Bearer a-key"}
+            for response in (
+                await client.options("/v1/models", headers=headers),
+                await client.post("/v1/chat/completions", json=CHAT, headers=headers),
+                await client.get("/status.json", headers={**headers, "Host": origin.partition("://")[2] or "null"}),
+            ):
+                assert response.status == 403 or "127.0.0.1" in origin and response.url.path == "/status.json"
+                assert "Access-Control-Allow-Origin" not in response.headers
+        same = {"Origin": f"http://127.0.0.1:{client.port}", "Authorization": "Bearer a-key"}
+        assert (await client.get("/v1/models", headers=same)).status == 200
 
 
 async def test_a_prompt_that_the_ring_can_never_hold_is_told_in_the_same_words() -> None:
@@ -578,3 +591,33 @@ async def test_an_address_that_is_not_there_is_told_the_one_that_is(path: str) -
         error = await _error(response)
     assert response.status == 404
     assert f"POST {path}: " in error["message"] and "/v1/chat/completions" in error["message"].partition(": ")[2]
+
+
+async def test_what_a_request_repeats_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "MAX_ECHO_CHARACTERS", 100)
+    async with _client(FakeRing()) as client:
+        body = {"prompt": "a " * 20, "echo": True, "max_tokens": 1, "n": 2}
+        assert (await client.post("/v1/completions", json=body)).status == 200
+        response = await client.post("/v1/completions", json={**body, "n": 3})
+        assert response.status == 400 and (await _error(response))["param"] == "echo"
+
+
+async def test_a_template_that_fails_names_no_file_of_this_machine() -> None:
+    class Broken(FakeRing):
+        def chat_ids(self, *_: Any, **__: Any) -> list[int]:
+            raise ModelError("/srv/models/secret.json: chat_template: it fails")
+
+    async with _client(Broken()) as client:
+        for path in ("/v1/chat/completions", "/v1/responses", "/tokenize"):
+            body = {"input": "Hi"} if path == "/v1/responses" else {"messages": CHAT["messages"]}
+            response = await client.post(path, json=body)
+            assert response.status == 400
+            assert "/srv" not in await response.text()
+
+
+@pytest.mark.parametrize("name", ["namespace", "range", "raise_exception", "messages"])
+async def test_what_a_template_calls_is_not_taken_from_a_request(name: str) -> None:
+    async with _client(FakeRing()) as client:
+        body = {**CHAT, "chat_template_kwargs": {name: 1}}
+        response = await client.post("/v1/chat/completions", json=body)
+        assert response.status == 400 and (await _error(response))["param"] == "chat_template_kwargs"

@@ -1,6 +1,7 @@
 """Limits of keys: as values, and over HTTP before a ring that only pretends."""
 
 import asyncio
+import hashlib
 from typing import Any
 
 import aiohttp
@@ -234,3 +235,25 @@ async def test_a_request_whose_client_leaves_has_a_line_too() -> None:
                     await asyncio.sleep(0.01)
     [line] = _lines(logged)
     assert (line["event"], line["status"], line["tokens"], line["finish_reason"]) == ("request_ended", 499, 1, "none")
+
+
+def test_a_bare_key_keeps_what_it_has_when_lines_before_it_go_and_no_other_key_gets_it() -> None:
+    first, second, third = bare_keys(["a" * 20, "b" * 20, "c" * 20])
+    clients = Clients([first, second])
+    held = [clients.find({"x-api-key": letter * 20}) for letter in "ab"]
+    assert held[0] is not None and held[1] is not None
+    held[1].num_requests = 7
+    clients.replace(bare_keys(["b" * 20, "c" * 20]))
+    assert clients.find({"x-api-key": "b" * 20}) is held[1] and held[1].key.name == "key1"
+    new = clients.find({"x-api-key": "c" * 20})
+    assert new is not None and new.num_requests == 0 and new not in held
+    clients.replace(bare_keys(["c" * 20]))
+    assert clients.find({"x-api-key": "c" * 20}) is new and clients.find({"x-api-key": "a" * 20}) is None
+
+
+def test_a_named_key_that_is_another_one_now_keeps_its_counts() -> None:
+    clients = Clients([ApiKey("office", hashlib.sha256(b"one").digest())])
+    client = clients.find({"x-api-key": "one"})
+    assert client is not None
+    clients.replace([ApiKey("office", hashlib.sha256(b"two").digest())])
+    assert clients.find({"x-api-key": "two"}) is client and clients.find({"x-api-key": "one"}) is None

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest import mock
 
 import aiohttp
 import openai
@@ -12,7 +14,7 @@ import pytest
 from aiohttp import web
 from openai import AsyncOpenAI
 
-from mdiq.api import response_store
+from mdiq.api import response_store, responses
 from mdiq.api.app import Api
 from mdiq.api.keys import bare_keys
 from mdiq.errors import CapacityError, RingError
@@ -73,8 +75,10 @@ async def test_a_whole_response_and_the_next_one_that_goes_on_from_it() -> None:
         found = await client.responses.retrieve(first.id)
         assert found.model_dump() == first.model_dump()
         second = await client.responses.create(input="And?", previous_response_id=first.id, max_output_tokens=1)
-        items = await client.responses.input_items.list(second.id)
-        assert [item.content[0].text for item in items.data] == ["Hi", " 0 1 2", "And?"]  # type: ignore[union-attr]
+        for order, limit in (("asc", 1), ("asc", 20), ("desc", 2)):
+            pages = client.responses.input_items.list(second.id, order=order, limit=limit)  # type: ignore[arg-type]
+            texts = [item.content[0].text async for item in pages]  # type: ignore[union-attr]
+            assert texts == ["Hi", " 0 1 2", "And?"][:: 1 if order == "asc" else -1]
     told = [[(m["role"], m["content"]) for m in messages] for messages, _ in ring.told]
     assert told == [
         [("system", "Be kind."), ("user", "Hi")],
@@ -206,8 +210,18 @@ async def test_a_response_in_the_background_can_be_cancelled_and_any_be_deleted(
         await _until(lambda: not ring.num_running)
         ring.may_go_on.set()
         kept = await client.responses.create(input="Hi", max_output_tokens=1)
-        with pytest.raises(openai.BadRequestError):
-            await client.responses.cancel(kept.id)
+        assert (await client.responses.cancel(kept.id)).status == "incomplete", "it has ended"
+
+
+async def test_a_stream_that_its_client_has_left_can_be_cancelled() -> None:
+    ring = HeldRing()
+    async with _client(ring) as client:
+        stream = await client.responses.create(input="Hi", stream=True)
+        event = await anext(aiter(stream))
+        assert event.type == "response.created"
+        await stream.close()
+        assert (await client.responses.cancel(event.response.id)).status == "cancelled"
+        assert not ring.num_running
 
 
 async def test_responses_are_found_with_the_key_that_asked_for_them_alone() -> None:
@@ -289,3 +303,41 @@ async def test_numbers_of_events_that_are_none_are_refused() -> None:
             async with session.get(one, params={"stream": "true", "starting_after": number}) as response:
                 assert response.status == 400
                 assert (await response.json())["error"]["param"] == "starting_after"
+
+
+async def test_a_conversation_is_no_longer_than_one_request_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a template does not show counts too: ids of calls, for one."""
+    monkeypatch.setattr(responses, "MAX_CONVERSATION_BYTES", 3_000)
+    async with _client(FakeRing()) as client:
+        item: Any = {"type": "function_call_output", "call_id": "c" * 1_200, "output": "a"}
+        first = await client.responses.create(input=[item], max_output_tokens=1)
+        second = await client.responses.create(input=[item], previous_response_id=first.id, max_output_tokens=1)
+        with pytest.raises(openai.BadRequestError) as refusal:
+            await client.responses.create(input=[item], previous_response_id=second.id, max_output_tokens=1)
+        assert refusal.value.param == "previous_response_id"
+
+
+@pytest.mark.parametrize("how", ["chunked", "deflate"])
+async def test_the_size_of_an_input_is_what_it_holds_however_it_came(how: str) -> None:
+    body = json.dumps({"input": "Hi", "max_output_tokens": 1, "metadata": {"a": "b" * 400}}).encode()
+    async with _served(FakeRing()) as url, aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
+
+        async def in_pieces() -> AsyncIterator[bytes]:
+            yield body
+
+        data: Any = in_pieces() if how == "chunked" else zlib.compress(body)
+        headers = {} if how == "chunked" else {"Content-Encoding": "deflate"}
+        kept: list[response_store.StoredResponse] = []
+        add = response_store.ResponseStore.add
+        with mock.patch.object(response_store.ResponseStore, "add", lambda self, it: (kept.append(it), add(self, it))):
+            async with session.post(f"{url}/responses", data=data, headers=headers) as response:
+                assert response.status == 200
+        assert kept[0].input_bytes == len(body)
+
+
+async def test_choices_have_no_place_here_under_any_name() -> None:
+    async with _client(FakeRing()) as client:
+        for name in ("n", "n_cmpl", "num_return_sequences", "best_of"):
+            with pytest.raises(openai.BadRequestError) as refusal:
+                await client.responses.create(input="Hi", extra_body={name: 2})
+            assert refusal.value.param == name

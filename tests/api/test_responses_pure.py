@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from mdiq.api import response_store
 from mdiq.api.requests import BadRequest
 from mdiq.api.response_requests import parse_response, previous_of
-from mdiq.api.response_shapes import Event, ResponseShape
+from mdiq.api.response_shapes import Event, ResponseShape, items_of
 from mdiq.api.response_store import KEEP_S, MAX_KEPT, ResponseStore, StoredResponse
 from mdiq.api.shapes import Answer
 from mdiq.api.tool_calls import CallDelta
@@ -376,3 +376,45 @@ def test_too_many_or_too_large_ones_are_let_go_of_the_oldest_first(
     assert found == [False, True]
     store.forget(all_of_them[-1])
     assert store.find(all_of_them[-1].shape.id, "") is None
+
+
+def test_where_there_are_too_many_who_has_the_most_loses_the_oldest(
+    now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(response_store, "MAX_BYTES", 1_000)
+    store = ResponseStore(lambda: now[0])
+    held: list[StoredResponse] = []
+    for owner, num_bytes in (("few", 100), ("many", 300), ("many", 300), ("many", 200)):
+        response = _stored(owner)
+        response.num_bytes = num_bytes
+        held.append(response)
+        now[0] += 1
+        store.add(response)
+        store.ended(response)
+    more = _stored("many")  # it runs, and counts
+    more.num_bytes = 400
+    store.add(more)
+    found = [store.find(response.shape.id, response.owner) is not None for response in held]
+    assert found == [True, False, True, True] and store.find(more.shape.id, "many") is more
+
+
+def test_items_of_an_input_are_those_of_a_chat() -> None:
+    given = [
+        {"role": "user", "content": "Hi"},
+        {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "3"},
+        {"role": "assistant", "content": "Done."},
+    ]
+    items = items_of(parse_response({"input": given}).chat.messages or ())
+    assert [item["type"] for item in items] == ["message", "function_call", "function_call_output", "message"]
+    assert items[1] == {
+        "id": "item_1",
+        "type": "function_call",
+        "call_id": "c1",
+        "name": "add",
+        "arguments": '{"a": 1}',
+        "status": "completed",
+    }
+    assert items[2]["output"] == "3" and items[3]["content"][0]["type"] == "output_text"
+    again = parse_response({"input": items}).chat.messages
+    assert again == parse_response({"input": given}).chat.messages

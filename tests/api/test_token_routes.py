@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mdiq.api.token_routes import MAX_CHARACTERS_PER_TOKEN, MAX_OPEN
+from mdiq.api.answering import MAX_OPEN_TEXTS
+from mdiq.api.token_routes import MAX_CHARACTERS_PER_TOKEN
 from tests.api.test_app import FakeRing, _client, _error
 
 CHAT = [{"role": "user", "content": "aa b"}]
@@ -99,14 +100,16 @@ async def test_texts_are_converted_in_the_threads_for_them_and_no_more_are_kept_
             return "a"
 
     async with _client(Slow()) as client:
-        asked = [asyncio.create_task(client.post("/detokenize", json={"tokens": [1]})) for _ in range(MAX_OPEN + 3)]
+        asked = [
+            asyncio.create_task(client.post("/detokenize", json={"tokens": [1]})) for _ in range(MAX_OPEN_TEXTS + 3)
+        ]
         refused = 0
         for response in asyncio.as_completed(asked):
             if (await response).status == 429:
                 refused += 1
             if refused == 3:
                 go_on.set()
-        assert sorted(task.result().status for task in asked) == [200] * MAX_OPEN + [429] * 3
+        assert sorted(task.result().status for task in asked) == [200] * MAX_OPEN_TEXTS + [429] * 3
         assert (await client.post("/detokenize", json={"tokens": [1]})).status == 200
     assert names == {"texts"}
 

@@ -83,7 +83,10 @@ class Grammars:
         """
         followed = self._followed.get(sequence)
         if followed is None:
-            self.begin(sequence)
+            try:
+                self.begin(sequence)
+            except ConfigError as error:  # it was compiled when it was asked for
+                raise EngineError(f"the answer's form: {error}") from None
             followed = self._followed[sequence]
         return followed.allowed(sequence.generated, num_tokens)
 
