@@ -153,6 +153,8 @@ class Api:
         given = request.headers.get("Origin")
         if given is None or self._origin(request) is not None:
             return
+        if self._clients.has_keys and request[RECORD].client is not None:
+            return  # no browser sends a key by itself
         place = given.partition("://")[2]
         if place != request.host or not _ADDRESS.fullmatch(place):
             text = "web pages of this origin may not use this API; api.cors_origins names those that may"

@@ -69,4 +69,4 @@ def _refusal(asked: Asked, backend: Backend, error: ConfigError) -> BadRequest:
         if (own := trouble(own_text)) is not None:
             where = wrong_part(tool.parameters, tool.where, is_usable) if len(own_text) < MAX_SEARCHED else tool.where
             return BadRequest(f"{where}: {own}", tool.where)
-    return BadRequest(f"tools: together, {error}", "tools")
+    return BadRequest(f"tools: all together, or one after the first {MAX_PARTS}: {error}", "tools")

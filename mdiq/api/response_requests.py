@@ -250,8 +250,13 @@ def _shown(body: Mapping[str, Any]) -> Mapping[str, Any]:
         "temperature": 1.0 if body.get("temperature") is None else body["temperature"],
         "text": {"format": (body.get("text") or {}).get("format") or {"type": "text"}},
         "tool_choice": "auto" if choice is None else choice,
-        "tools": [{name: tool[name] for name in _OF_TOOLS if name in tool} for tool in body.get("tools") or []],
+        "tools": [_shown_tool(tool) for tool in body.get("tools") or []],
         "top_p": 1.0 if body.get("top_p") is None else body["top_p"],
         "truncation": "disabled",
         "user": body.get("user"),
     }
+
+
+def _shown_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    whole = {**tool, **(tool.get("function") or {})}  # some write it as chats do
+    return {name: whole[name] for name in _OF_TOOLS if name in whole}

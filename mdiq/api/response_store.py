@@ -22,16 +22,21 @@ MAX_CONVERSATION_BYTES = 2 << 20
 ALONE_S = 180.0
 """How long a response that nobody reads goes on, unless it runs in the background."""
 
+_LINE_ENDS = "\x85\u2028\u2029"
+
 
 def as_sse(event: Event) -> bytes:
     """Return an event as a server-sent one."""
-    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode(errors="replace")
+    data = json.dumps(event, ensure_ascii=False)
+    for sign in _LINE_ENDS:  # some clients end a line there
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    return f"event: {event['type']}\ndata: {data}\n\n".encode(errors="replace")
 
 
 @dataclass(eq=False)
 class StoredResponse:
-    """One response. owner: whose key asked for it. input: messages that it answers, those of responses before it too;
-    input_bytes: what they hold.
+    """One response. owner: whose key asked for it. input: messages that it answers, those of responses before it too.
+    input_bytes: of these messages; body_bytes: of the request.
 
     is_kept: False: it ends with its reader, and cannot be asked for again.
     """
@@ -42,6 +47,7 @@ class StoredResponse:
     is_background: bool
     is_kept: bool
     input_bytes: int = 0
+    body_bytes: int = 0
     ended_s: float | None = None
     num_bytes: int = field(init=False)
     task: "asyncio.Task[None] | None" = None
@@ -52,12 +58,12 @@ class StoredResponse:
     _leaving: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
-        self.num_bytes = self.input_bytes
+        self.num_bytes = self.input_bytes + self.body_bytes
 
     @property
     def conversation_bytes(self) -> int:
         """What a response that goes on from this one begins with, as JSON."""
-        return self.input_bytes + len(json.dumps(self.shape.messages))
+        return self.input_bytes + bytes_of(self.shape.messages)
 
     def note(self, events: Sequence[Event]) -> None:
         """Add events, and wake who reads."""
@@ -117,6 +123,11 @@ class StoredResponse:
             self._leaving = asyncio.get_running_loop().call_later(ALONE_S, self.cancel)
 
 
+def bytes_of(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return what messages hold, as JSON."""
+    return len(json.dumps(messages, ensure_ascii=False).encode(errors="replace"))
+
+
 class ResponseStore:
     """All of them. clock: seconds, monotonic."""
 
@@ -163,12 +174,11 @@ class ResponseStore:
             held: Counter[str] = Counter()
             for each in self._responses.values():
                 held[each.owner] += 1 if too_many else each.num_bytes
-            ended = [each for each in self._responses.values() if each.ended_s is not None]
-            if not ended:
+            most = max(held.values())
+            ended = [it for it in self._responses.values() if it.ended_s is not None and held[it.owner] == most]
+            if not ended:  # what runs is bounded by the places that there are
                 return
-            most = max(held[each.owner] for each in ended)
-            oldest = min((each for each in ended if held[each.owner] == most), key=lambda it: it.ended_s or 0.0)
-            del self._responses[oldest.shape.id]
+            del self._responses[min(ended, key=lambda it: it.ended_s or 0.0).shape.id]
 
     @property
     def num_bytes(self) -> int:

@@ -16,7 +16,7 @@ from mdiq.api.backend import Backend
 from mdiq.api.requests import ApiError, BadRequest, broke
 from mdiq.api.response_requests import AskedResponse, parse_response, previous_of, renamed
 from mdiq.api.response_shapes import ResponseShape, items_of
-from mdiq.api.response_store import MAX_CONVERSATION_BYTES, ResponseStore, StoredResponse
+from mdiq.api.response_store import MAX_CONVERSATION_BYTES, ResponseStore, StoredResponse, bytes_of
 from mdiq.errors import MdiqError
 
 log = structlog.get_logger()
@@ -53,21 +53,24 @@ class ResponseRoutes:
         body = await self._answering.asked(request, record)
         previous = previous_of(body)
         history: Sequence[Any] = ()
-        input_bytes = record.num_bytes
+        input_bytes = 0
         if previous is not None:
             before = self._found(request, previous, "previous_response_id")
             if before.shape.status not in ("completed", "incomplete"):
                 text = f"previous_response_id: that response is {before.shape.status}; wait for its end"
                 raise BadRequest(text, "previous_response_id")
             history = [*before.input, *before.shape.messages]
-            input_bytes += before.conversation_bytes
-            if input_bytes > MAX_CONVERSATION_BYTES:
-                text = f"it is more than {MAX_CONVERSATION_BYTES} bytes with what comes before it; begin anew"
-                raise BadRequest(f"previous_response_id: {text}", "previous_response_id")
+            input_bytes = before.conversation_bytes
         asked = parse_response(body, history)
+        input_bytes += bytes_of(asked.messages[len(history) :])
+        if history and input_bytes > MAX_CONVERSATION_BYTES:
+            text = f"it is more than {MAX_CONVERSATION_BYTES} bytes with what comes before it; begin anew"
+            raise BadRequest(f"previous_response_id: {text}", "previous_response_id")
         shape = ResponseShape(self._backend.model_name, asked.shown)
         messages, owner = asked.messages, _owner(request)
-        response = StoredResponse(shape, owner, messages, asked.is_background, asked.is_stored, input_bytes)
+        response = StoredResponse(
+            shape, owner, messages, asked.is_background, asked.is_stored, input_bytes, record.num_bytes
+        )
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         begun.add_done_callback(lambda it: it.cancelled() or it.exception())  # its client may have gone
         # The log has a line for the answer, when it has ended, beside that of the request.
@@ -160,10 +163,11 @@ class ResponseRoutes:
                 raise BadRequest("after: no such item", "after")
             items = items[ids.index(after) + 1 :]
         limit = query.get("limit", str(USUAL_INPUT_ITEMS))
-        if not limit.isdecimal() or not 1 <= int(limit[:4]) <= MAX_INPUT_ITEMS:
+        number = int(limit) if limit.isdecimal() and len(limit) <= 3 else 0
+        if not 1 <= number <= MAX_INPUT_ITEMS:
             raise BadRequest(f"limit: not a number from 1 to {MAX_INPUT_ITEMS}", "limit")
-        more = len(items) > int(limit)
-        items = items[: int(limit)]
+        more = len(items) > number
+        items = items[:number]
         first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
         return web.json_response(
             {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": more}

@@ -332,7 +332,7 @@ async def test_the_size_of_an_input_is_what_it_holds_however_it_came(how: str) -
         with mock.patch.object(response_store.ResponseStore, "add", lambda self, it: (kept.append(it), add(self, it))):
             async with session.post(f"{url}/responses", data=data, headers=headers) as response:
                 assert response.status == 200
-        assert kept[0].input_bytes == len(body)
+        assert kept[0].body_bytes == len(body)
 
 
 async def test_choices_have_no_place_here_under_any_name() -> None:

@@ -398,6 +398,27 @@ def test_where_there_are_too_many_who_has_the_most_loses_the_oldest(
     assert found == [True, False, True, True] and store.find(more.shape.id, "many") is more
 
 
+def test_what_runs_is_no_reason_to_let_go_of_what_others_have(
+    now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(response_store, "MAX_BYTES", 1_000)
+    store = ResponseStore(lambda: now[0])
+    mine, running = _stored("few"), _stored("many")
+    store.add(mine)
+    store.ended(mine)
+    mine.num_bytes, running.num_bytes = 100, 5_000
+    store.add(running)
+    assert store.find(mine.shape.id, "few") is mine and store.find(running.shape.id, "many") is running
+
+
+def test_no_client_sees_the_end_of_a_line_within_an_event() -> None:
+    shape = _shape(instructions="a\u2028b\x85c\u2029d")
+    for event in [*shape.begin(), *shape.add(["x\u2028y ä"])]:
+        lines = response_store.as_sse(event).decode().splitlines()
+        assert len(lines) == 3 and not lines[2]
+        assert json.loads(lines[1].removeprefix("data: ")) == event
+
+
 def test_items_of_an_input_are_those_of_a_chat() -> None:
     given = [
         {"role": "user", "content": "Hi"},

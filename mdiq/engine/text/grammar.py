@@ -21,7 +21,7 @@ from mdiq.core.sequence import Sequence
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, EngineError
 
-MAX_KEPT = 64  # compiled grammars; most clients send the same few
+MAX_KEPT = 512  # compiled grammars; most clients send the same few
 MAX_ERROR_CHARACTERS = 200
 # The other limits are those of llguidance: they bound a compilation to some 0.1 s, and a mask to some 20 ms.
 _LIMITS = LLParserLimits(verbose_errors=False)
