@@ -19,6 +19,8 @@ CALM_S = 240.0
 CALM_S = 240.0
 MOMENT_S = 45.0  # the moment of a kill comes within it
 WHOLE_S = 45.0
+RETURNS_S = 14.0
+"""A Ring takes a node in again twice as late each time: from the second time on, forming it anew is sooner."""
 POLL_S = 0.002
 
 DOES_NOT_SHOW = [
@@ -194,7 +196,7 @@ class Matrix:
         for name in lab.names:
             lab.start(name)
         try:
-            return serving_of(lab.until_whole(WHOLE_S))
+            return serving_of(lab.until_whole(WHOLE_S if self.arrangement == RESTART else RETURNS_S))
         except TimeoutError:
             played.is_formed_anew = True
             lab.restart(STARTER)
