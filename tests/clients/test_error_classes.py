@@ -13,6 +13,7 @@ import pytest
 from aiohttp.test_utils import TestServer
 
 from mdiq.api.app import Api
+from mdiq.api.keys import bare_keys
 from mdiq.errors import RingError
 from tests.api.test_app import FakeRing
 
@@ -34,7 +35,7 @@ CASES: tuple[tuple[dict[str, Any], str, dict[str, Any], str, str], ...] = (
 
 @asynccontextmanager
 async def _served(ring: FakeRing) -> AsyncIterator[str]:
-    async with TestServer(Api(ring, [KEY]).application()) as server:
+    async with TestServer(Api(ring, bare_keys([KEY])).application()) as server:
         yield str(server.make_url("/v1"))
 
 
