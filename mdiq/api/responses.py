@@ -117,12 +117,11 @@ class ResponseRoutes:
             begun.cancel()
             response.note(shape.cancel())
         except Exception as error:  # of one response; whoever waits for it is told
+            status = error.status if isinstance(error, ApiError) else 503 if isinstance(error, MdiqError) else 500
             if not begun.done():
                 response.is_kept = False
-                status = error.status if isinstance(error, ApiError) else 503 if isinstance(error, MdiqError) else 500
                 begun.set_exception(renamed(error) if isinstance(error, BadRequest) else error)
                 return
-            status = 503
             if not isinstance(error, MdiqError):
                 log.exception("request_broke", path=PATH)
             response.note(shape.fail(error if isinstance(error, MdiqError) else str(broke())))
