@@ -1,5 +1,9 @@
-"""Fault schedules of a whole service in virtual time: keeper, Coordinator, Agents and Nodes as they are."""
+"""Fault schedules of a whole service in virtual time: keeper, Coordinator, Agents and Nodes as they are.
 
+MDIQ_SEEDS: how many seeds each of the first two tests plays, a multiple of 50.
+"""
+
+import os
 from collections import Counter
 
 import pytest
@@ -7,7 +11,7 @@ import pytest
 from tests.virtual.house import Answer
 from tests.virtual.schedule import HOP_KINDS, KINDS, MAX_FAULT_S, OUTAGES, Schedule, run, smallest
 
-NUM_SEEDS = 100
+NUM_SEEDS = int(os.environ.get("MDIQ_SEEDS", "100"))
 SEEDS_A_TEST = 50
 NUM_HOP_SEEDS = 50
 
