@@ -1,6 +1,6 @@
 """What a Stage has computed, in figures that say how long it should have taken."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from mdiq.core.frame import Batch
 
@@ -10,6 +10,7 @@ class Work:
     """The forwards of a Stage since it began to serve: Batches of single tokens, and Batches of prompts.
 
     forward_s: seconds that all of them took; the Starter's head is not part of it.
+    handling_s: CPU seconds of the event loop meanwhile: Frames, and on the Starter also requests and their answers.
     """
 
     forward_s: float = 0.0
@@ -17,10 +18,16 @@ class Work:
     decode_segments: int = 0
     prompt_batches: int = 0
     prompt_tokens: int = 0
+    handling_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.forward_s, self.decode_batches, self.decode_segments, self.prompt_batches, self.prompt_tokens) < 0:
+        if min(astuple(self)) < 0:
             raise ValueError("it has figures below 0")
+
+    @property
+    def num_forwards(self) -> int:
+        """All Batches."""
+        return self.decode_batches + self.prompt_batches
 
     def plus(self, batch: Batch, time_s: float) -> "Work":
         """Return this and a forward of one more Batch, which took so long."""
@@ -33,17 +40,12 @@ class Work:
             self.decode_segments + is_decode * len(batch.segments),
             self.prompt_batches + (not is_decode),
             self.prompt_tokens + (not is_decode) * batch.num_tokens,
+            self.handling_s,
         )
 
     def since(self, before: "Work") -> "Work | None":
         """Return what was computed after ``before``; None if the Stage has begun to count anew in between."""
         try:
-            return Work(
-                self.forward_s - before.forward_s,
-                self.decode_batches - before.decode_batches,
-                self.decode_segments - before.decode_segments,
-                self.prompt_batches - before.prompt_batches,
-                self.prompt_tokens - before.prompt_tokens,
-            )
+            return Work(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
         except ValueError:
             return None

@@ -91,6 +91,11 @@ class Profiles:
         seen = {name: replace(node, under_load=factors.get(name, node.under_load)) for name, node in self.nodes.items()}
         return replace(self, nodes=seen)
 
+    def with_handling(self, handling_s: Mapping[str, float]) -> "Profiles":
+        """Return these Profiles with the seconds that a forward's Frames and requests take on some Nodes."""
+        nodes = {name: replace(n, forward_s=handling_s.get(name, n.forward_s)) for name, n in self.nodes.items()}
+        return replace(self, nodes=nodes)
+
     def with_hops(self, names: Sequence[str], hops: Sequence[HopLink | None]) -> "Profiles":
         """Return these Profiles with what the Hops of a Ring of these Nodes are like now; None: not known."""
         links = dict(self.links.hops)
@@ -192,6 +197,7 @@ def _refined(now: NodeProfile, before: NodeProfile | None) -> NodeProfile:
         layer_decode=halfway(now.layer_decode, before.layer_decode),
         layer_prompt=halfway(now.layer_prompt, before.layer_prompt),
         head=halfway(now.head, before.head) if now.head is not None and before.head is not None else now.head,
+        forward_s=before.forward_s,
     )
     return replace(refined, under_load=_still_under_load(refined, before))
 
@@ -222,6 +228,7 @@ def to_json(profiles: Profiles) -> str:
                 "process_bytes": node.process_bytes,
                 "cpu": node.cpu,
                 "under_load": node.under_load,
+                "forward_s": node.forward_s,
                 "layer_decode": node.layer_decode.points,
                 "layer_prompt": node.layer_prompt.points,
                 "head": node.head.points if node.head else None,
@@ -255,6 +262,7 @@ def from_json(text: str) -> Profiles | None:
                 process_bytes=_whole(node["process_bytes"]),
                 cpu=str(node.get("cpu", "")),
                 under_load=_factor(node.get("under_load")),
+                forward_s=_seconds(node.get("forward_s", 0.0)),
             )
             for node in value["nodes"]
         ]

@@ -59,6 +59,10 @@ class Curve:
         """Return the same sizes with so many times the seconds."""
         return Curve(tuple((size, factor * time_s) for size, time_s in self.points))
 
+    def plus(self, time_s: float) -> "Curve":
+        """Return the same sizes with so many seconds more for each."""
+        return Curve(tuple((size, known_s + time_s) for size, known_s in self.points))
+
     def seconds(self, size: float) -> float:
         """Return the seconds that ``size`` takes."""
         if size <= self.points[0][0] or len(self.points) == 1:

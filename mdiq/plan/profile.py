@@ -54,7 +54,8 @@ class NodeProfile:
     layer_decode, layer_prompt: seconds of a Layer by Segments of one token, and by tokens of a prompt.
     head: seconds of embedding and head by rows; the Starter needs it.
     context_s: additional seconds of a Layer for each Segment and token of its context.
-    forward_s: fixed seconds of a forward: Frames, dispatch.
+    forward_s: seconds of a forward for its Frames and, on the Starter, for requests; see handling.py. 0 before it has
+    been seen to serve.
     is_spare: it holds nothing until it takes over from another Node. cpu: its kind of processor, empty if unknown.
     under_load: how many times as long its Layers take while it serves, beside the other Nodes of its Ring; see
     drift.py. None if it has not been seen to serve.
@@ -85,15 +86,16 @@ class NodeProfile:
         )
 
     def work_s(self, work: Work, num_layers: int) -> float:
-        """Return the seconds that forwards of so many Layers take by what the Node has measured alone."""
+        """Return the seconds that forwards of so many Layers take by what the Node has measured alone.
+
+        That is Work's forward_s: handling is not part of it.
+        """
         decode_s = prompt_s = 0.0
         if work.decode_batches:
             decode_s = self.layer_decode.seconds(work.decode_segments / work.decode_batches)
         if work.prompt_batches:
             prompt_s = self.layer_prompt.seconds(work.prompt_tokens / work.prompt_batches)
-        num_forwards = work.decode_batches + work.prompt_batches
-        layers_s = num_layers * (work.decode_batches * decode_s + work.prompt_batches * prompt_s)
-        return layers_s + num_forwards * self.forward_s
+        return num_layers * (work.decode_batches * decode_s + work.prompt_batches * prompt_s)
 
     def layer_s(self, size: int, context_tokens: int) -> float:
         """Return the seconds of a Layer for ``size`` Segments of one token."""

@@ -2,12 +2,14 @@
 
 import asyncio
 from functools import partial
+from typing import NoReturn
 
 import structlog
 
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.types import FIRST_EPOCH, Epoch, RingSpec
 from mdiq.core.wire_formats import AUTO, USUAL
+from mdiq.plan.handling import Handling
 from mdiq.plan.measured import MeasuredRing
 from mdiq.plan.micro_batches import MicroBatches
 from mdiq.plan.pace import paced
@@ -21,6 +23,7 @@ from mdiq.runtime.workers import Workers
 
 log = structlog.get_logger()
 
+LOOK_S = 2.0  # at what forwards cost the event loops
 LOOPBACK_HOP_S = 2e-4  # until the first probe is back: a frame over loopback, both event loops included
 
 
@@ -41,6 +44,7 @@ class Epochs:
         self._links: tuple[HopLink | None, ...] = ()
         self._wires: tuple[str, ...] = ()
         self._micro_batches: MicroBatches | None = None
+        self._handling = Handling()
         self.spec = ring.stage.spec(ring.others)
         self._served = options, self.spec.kv_tokens
         self.bytes_before = (0, 0)
@@ -96,10 +100,23 @@ class Epochs:
         """Plan the pace anew, for Hops that take so long together; return what the ring protocol is to know of it."""
         # In a thread: 30 to 120 ms on a desktop machine.
         ring = self._ring
-        planned = await asyncio.to_thread(paced, self.spec, ring.costs, hops_s, self.options.pace)
+        handling_s = self._handling.seconds
+        names = self.options.node_names
+        costs = [cost.with_handling(handling_s.get(name, 0.0)) for name, cost in zip(names, ring.costs, strict=True)]
+        planned = await asyncio.to_thread(paced, self.spec, costs, hops_s, self.options.pace)
         if ring is self._ring:  # else it is another Ring by now
             self.spec, self._micro_batches = planned
         return self.spec
+
+    async def watch_handling(self, service: StarterService) -> NoReturn:
+        """Have the pace planned anew when forwards are found to cost the event loops more, or less, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            works = {figures.name: figures.work for figures in self._workers.figures()}
+            works[self.options.node_names[0]] = self._worker.work
+            if self._handling.observe(self._worker.clock(), works):
+                log.info("handling_measured", seconds={n: round(s, 6) for n, s in self._handling.seconds.items()})
+                service.renew_pace()
 
     def pace(self, service: StarterService) -> PaceFigures:
         """Return the pace of the most Sequences that were in the Ring at once, as it is planned now."""

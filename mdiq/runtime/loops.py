@@ -5,10 +5,11 @@ runs in one worker thread per Node, and nothing spins: every loop sleeps on a so
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -106,11 +107,20 @@ class Worker:
     """The one thread that computes, with its meter, and with the clock and tracer of its Node.
 
     initialize: called once in the thread, for settings that torch keeps per thread.
+    loop_clock: returns the CPU seconds of the event loop's thread; called there.
     """
 
-    def __init__(self, clock: Clock, tracer: Tracer, initialize: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        tracer: Tracer,
+        initialize: Callable[[], None] = lambda: None,
+        *,
+        loop_clock: Clock = time.thread_time,
+    ) -> None:
         self.clock = clock
         self.tracer = tracer
+        self._loop_clock, self._loop_since_s = loop_clock, loop_clock()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="mdiq-compute", initializer=initialize)
         self._work_since: float | None = None
         self._jobs: set[Future[Any]] = set()  # queued or running, also those that nobody waits for any more
@@ -127,6 +137,11 @@ class Worker:
     def last_progress_s(self) -> float:
         """When, by the clock, a job last ended or told of its progress."""
         return self._last_progress_s
+
+    @property
+    def work(self) -> Work:
+        """The forwards since the meter was reset, and what the event loop has taken since then."""
+        return replace(self.meter.work, handling_s=max(self._loop_clock() - self._loop_since_s, 0.0))
 
     def note_progress(self) -> None:
         """Say that a job goes on: a watchdog does not take it for a stuck one then. From any thread."""
@@ -181,6 +196,7 @@ class Worker:
     def reset_meter(self) -> None:
         """Begin to count time anew. Refused Frames stay: a stranger's come at any time."""
         self.meter = Meter(dropped=self.meter.dropped)
+        self._loop_since_s = self._loop_clock()
         self._work_since = None
 
     async def aclose(self) -> None:

@@ -230,7 +230,7 @@ class RingHost:
             bytes_in=workers.source.bytes_in - bytes_in if workers.source else 0,
             bytes_out=workers.sink.bytes_out - bytes_out if workers.sink else 0,
             dropped=dict(meter.dropped),
-            work=meter.work,
+            work=self._worker.work,
         )
         return [own, *workers.figures()]
 
@@ -301,6 +301,7 @@ class RingHost:
             tolerance_s = self._options.outages.tolerance_s
             self._ahead = ahead = FetchAhead(ring, self._workers)
             self._loops.run(ahead.run(), "fetch ahead")
+            self._loops.run(epochs.watch_handling(service), "handling")
             self._recovery = Recovery(
                 ring, self._workers, service, ahead, tolerance_s=tolerance_s, give_up=self._give_up
             )

@@ -213,5 +213,5 @@ class StageHost:
             queue_depth=self._stage.num_waiting,
             probe=self._stage.newest_probe,
             inflow=links.source.inflow if links else 0,
-            work=meter.work,
+            work=self._worker.work if self._owns_process else meter.work,
         )

@@ -263,6 +263,11 @@ class StarterService:
             self._new_hops_s = hops_s
             self._is_pace_old.set()
 
+    def renew_pace(self) -> None:
+        """Have the pace planned anew, once it is known how long the Hops take."""
+        if self._new_hops_s:
+            self._is_pace_old.set()
+
     async def _renew_pace(self, plan_pace: Callable[[float], Awaitable[RingSpec]]) -> NoReturn:
         """Plan anew when the Hops take longer or less: not while a probe is received, since planning takes long."""
         while True:

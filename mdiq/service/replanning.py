@@ -12,6 +12,7 @@ from mdiq.core.hop_survey import HopLink
 from mdiq.core.work import Work
 from mdiq.errors import MdiqError
 from mdiq.plan.drift import BetterPlan, Drift, Factors, NamedSplit, load_text
+from mdiq.plan.handling import Handling
 from mdiq.plan.link_news import IDLE_S, LinkNews
 from mdiq.plan.measured import Profiles
 from mdiq.runtime.loops import Clock
@@ -66,6 +67,7 @@ class Replanning:
         self._plans = plans
         self._clock = clock
         self._drift = Drift()
+        self._handling = Handling()
         self._news, self._idle_since_s = LinkNews(), math.inf
         self._ring: KeptRing | None = None
         self._formed: NamedSplit | None = None  # the split with which the Ring was formed
@@ -87,10 +89,13 @@ class Replanning:
         if ring is not self._ring:
             self._ring, self._formed, self._taken = ring, split, None
             self._drift.forget()
+            self._handling = Handling()
             self._news, self._idle_since_s = LinkNews(), math.inf
         works = {figures.name: figures.work for figures in ring.figures()}
         if works.keys() != split.keys() or profiles.unknown(list(split)):
             return
+        self._handling.observe(self._clock(), works)
+        profiles = profiles.with_handling(self._handling.seconds)
 
         def work_s(name: str, work: Work) -> float:
             return profiles.nodes[name].work_s(work, split[name])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mdiq.core.ring_settings import RingSettings
 from mdiq.core.types import LayerRange, NodeId
 from mdiq.errors import CapacityError, MdiqError, NodeDiedError, PlanError
+from mdiq.plan.handling import is_news
 from mdiq.plan.measured import MeasuredRing, Profiles
 from mdiq.plan.pace import PaceSettings
 from mdiq.plan.plan import Plan, plan_split
@@ -307,7 +308,8 @@ def _split_of(plan: Plan) -> dict[str, int]:
 def _has_news(before: Profiles, now: Profiles) -> bool:
     """Whether there is something else to write of a Node or a link: no need to write each minute."""
     return before.links != now.links or any(
-        node.under_load is not None
+        is_news(node.forward_s, before.nodes[name].forward_s)
+        or node.under_load is not None
         and ((old := before.nodes[name].under_load) is None or abs(node.under_load / old - 1) > NEWS)
         for name, node in now.nodes.items()
     )

@@ -28,6 +28,8 @@ def test_what_came_after_is_the_difference_and_none_where_the_count_began_anew()
     assert before.since(before) == Work()
     assert Work(3.0, 4, 6, 8, 4).since(before) is None
     assert Work(0.5, 4, 6, 8, 10).since(before) is None
+    assert Work(handling_s=0.75).since(Work(handling_s=0.25)) == Work(handling_s=0.5)
+    assert Work(handling_s=0.25).since(Work(handling_s=0.75)) is None
 
 
 def test_figures_below_zero_are_refused() -> None:

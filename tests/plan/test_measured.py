@@ -223,6 +223,17 @@ def test_what_load_has_shown_is_kept_and_planned_with() -> None:
     assert [node.layer_decode.seconds(1) for node in planned] == pytest.approx([0.001, 0.0019])
 
 
+def test_what_forwards_cost_the_event_loops_is_kept_and_planned_with_also_when_layers_are_measured_again() -> None:
+    measured = profiles_of(_ring(), "int8")
+    assert measured is not None
+    kept = from_json(to_json(measured.with_handling({"desk": 0.002})))
+    assert kept is not None
+    for profiles in (kept, profiles_of(_ring(), "int8", kept)):
+        assert profiles is not None
+        planned = profiles.of(["desk", "pi1"], {})
+        assert planned is not None and [node.forward_s for node in planned] == [0.002, 0.0]
+
+
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan, "much"])
 def test_a_file_with_a_factor_that_is_none_is_as_good_as_none(factor: object) -> None:
     profiles = profiles_of(_ring(), "int8")

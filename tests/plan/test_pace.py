@@ -62,3 +62,14 @@ def test_costs_that_were_measured_as_nothing_or_flat_still_give_a_pace() -> None
     assert pace(stage=cost(((64, 0.0),)), hops_s=0.1).num_chunks == 3
     flat = StageCost(Curve(DECODE), Curve(((16, 0.1), (64, 0.1))))
     assert pace(stage=flat).pass_tokens == 256
+
+
+def test_handling_is_a_part_of_every_forward_and_favors_larger_batches() -> None:
+    spec, without = paced(RingSpec(2, 1_000, 500), [cost(), cost()], 0.0, PaceSettings(max_live=8))
+    handled, with_it = paced(
+        RingSpec(2, 1_000, 500), [cost().with_handling(0.02), cost()], 0.0, PaceSettings(max_live=8)
+    )
+    assert cost().with_handling(0.02).decode.seconds(1) == pytest.approx(DECODE[0][1] + 0.02)
+    assert cost().with_handling(0.02).prompt.seconds(64) == pytest.approx(0.060)
+    assert with_it.rates[7] < without.rates[7]
+    assert handled.cap(8) > spec.cap(8)

@@ -164,3 +164,12 @@ def test_the_largest_ring_is_split_with_little_work(kind: str, goal: Goal) -> No
         n <= profile.max_layers(model, goal.kv_tokens, is_starter=not i)
         for i, (n, profile) in enumerate(zip(split, nodes, strict=True))
     )
+
+
+def test_a_starter_whose_event_loop_takes_its_time_gets_fewer_layers() -> None:
+    nodes = [node("desk"), node("pi1")]
+    goal = Goal(num_users=8, kv_tokens=1)
+    before = best_split(MODEL, nodes, Links(), goal)
+    after = best_split(MODEL, [replace(nodes[0], forward_s=0.02), nodes[1]], Links(), goal)
+    assert before is not None and after is not None
+    assert 0 < after[0] < before[0]

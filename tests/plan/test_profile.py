@@ -25,10 +25,8 @@ def test_a_stage_takes_its_layers_its_head_and_what_a_forward_takes() -> None:
 
 def test_work_takes_what_its_batches_take_on_average() -> None:
     pi1 = node("pi1")
-    assert pi1.work_s(Work(9.0, 10, 40), 3) == pytest.approx(10 * (3 * 0.0035 + 0.0005))
-    assert pi1.work_s(Work(9.0, 10, 40, 2, 128), 3) == pytest.approx(
-        10 * (3 * 0.0035 + 0.0005) + 2 * (3 * 0.026 + 0.0005)
-    )
+    assert pi1.work_s(Work(9.0, 10, 40), 3) == pytest.approx(10 * 3 * 0.0035)
+    assert pi1.work_s(Work(9.0, 10, 40, 2, 128), 3) == pytest.approx(10 * 3 * 0.0035 + 2 * 3 * 0.026)
     assert pi1.work_s(Work(), 3) == 0.0
 
 

@@ -102,6 +102,10 @@ def test_factors_are_written_when_they_are_news_and_not_after_they_were_forgotte
     for factor, kept in ((1.5, 1.5), (1.53, 1.5), (1.56, 1.5), (1.59, 1.59), (1.4, 1.4)):
         rings.keep_load(_measured(rings).under_load({"pi2": factor}))
         assert written() == kept
+    for handling_s, kept in ((0.002, 0.002), (0.0021, 0.002), (0.004, 0.004)):
+        rings.keep_load(_measured(rings).with_handling({"desk": handling_s}))
+        profiles = read_profiles(loaded)
+        assert profiles is not None and profiles.nodes["desk"].forward_s == kept
     seen = _measured(rings).with_hops(["desk", "pi1", "pi2"], [HopLink(0.25, 1e4), None, None])
     rings.keep_load(seen)
     profiles = read_profiles(loaded)

@@ -63,7 +63,7 @@ class _VirtualWorker(Worker):
     """A Worker without a thread: jobs take JOB_S, long ones LONG_JOB_S, and forwards what the House says."""
 
     def __init__(self, house: "House", clock: Clock, tracer: Tracer) -> None:
-        super().__init__(clock, tracer)
+        super().__init__(clock, tracer, loop_clock=lambda: 0.0)
         self._house = house
         self._next_job_s = JOB_S
 
