@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
 import structlog
 import torch
 
@@ -26,7 +25,7 @@ from mdiq.engine.measure import SUSTAINED_S, measure_cost, measure_head
 from mdiq.engine.memory import peak_bytes, reset_peak, rss_bytes
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
 from mdiq.engine.model.logprobs import token_logprobs
-from mdiq.engine.model.sampler import SampleRow, sample
+from mdiq.engine.model.sampler import Form, SampleRow, sample
 from mdiq.engine.runner import StageRunner
 from mdiq.engine.text.grammar import Grammars
 from mdiq.errors import EngineError
@@ -248,13 +247,13 @@ class TorchStarter:
                 sequence.num_tokens,
                 sequence.generated,
                 sequence.barred,
-                self._allowed(sequence, logits.shape[1]) if sequence.params.grammar else None,
+                self._form(sequence, logits.shape[1]) if sequence.params.grammar else None,
             )
             for sequence in sequences
         ]
         return sample(logits, sample_rows)
 
-    def _allowed(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
+    def _form(self, sequence: Sequence, num_tokens: int) -> Form:
         if self._grammars is None:
             raise EngineError("this ring has no tokenizer to follow a grammar with")
-        return self._grammars.allowed(sequence, num_tokens)
+        return self._grammars.form(sequence, num_tokens)

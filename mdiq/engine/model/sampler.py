@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,22 @@ MIN_TEMPERATURE = 1e-30
 _BLOCK = 128  # weights that are summed together before one of them is looked for
 
 
+class Form(Protocol):
+    """What may come next in an answer that has to have a form."""
+
+    def takes(self, token: int) -> bool:
+        """Return whether it is known that this token may come. Takes a hundredth of the time of ``allowed``."""
+        ...
+
+    def allowed(self) -> np.ndarray:
+        """Return which tokens may come: [vocab_size], bool.
+
+        Raises:
+            EngineError: nothing may.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SampleRow:
     """How one row of logits becomes a token.
@@ -24,7 +41,7 @@ class SampleRow:
     history: the Sequence's tokens so far; read by the repetition penalty only.
     position: the new token's position.
     answer: the tokens of the answer so far; read by the penalties for presence and frequency only.
-    barred: tokens that cannot be chosen. allowed: which tokens may come, [vocab_size], bool; None: all.
+    barred: tokens that cannot be chosen. form: of the answer; None: any token may come.
     """
 
     params: SamplingParams
@@ -32,7 +49,7 @@ class SampleRow:
     position: int
     answer: Sequence[int] = ()
     barred: Collection[int] = ()
-    allowed: np.ndarray | None = None
+    form: Form | None = None
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -48,8 +65,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         raise EngineError("the logits are not numbers; the weights are damaged, or bf16 overflowed: try --dtype f32")
     for i, row in enumerate(rows):
         logits_of_row = values[i]  # the model's stay as they are: log-probabilities are those of the model
-        if row.allowed is not None:
-            logits_of_row = np.where(row.allowed, values[i], -np.inf)
+        if row.form is not None:
+            # Most of the time a model follows the form by itself: then the best token is the best of those allowed.
+            if row.params.temperature == 0 and (best := _best(logits_of_row, tokens[i], row)) is not None:
+                tokens[i] = best
+                continue
+            logits_of_row = np.where(row.form.allowed(), values[i], -np.inf)
             tokens[i] = int(logits_of_row.argmax())
             if not np.isfinite(logits_of_row[tokens[i]]):
                 raise EngineError("no token that the answer's form allows is likely at all; ask for another form")
@@ -62,6 +83,15 @@ def uniform(seed: int, position: int) -> float:
     """Return the draw in [0, 1) that belongs to (seed, position): 53 bits of BLAKE2b."""
     key = (seed % 2**64).to_bytes(8, "little") + position.to_bytes(8, "little")
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) / 2**53
+
+
+def _best(logits: np.ndarray, best: int, row: SampleRow) -> int | None:
+    """Return the greedy token of a row with a form if the form takes it. best: the id of its largest logit."""
+    if row.params.changes_logits or row.barred:
+        logits = changed(logits, row.params, row.history, row.answer, row.barred)
+        best = int(logits.argmax())
+    assert row.form is not None  # the caller has looked
+    return best if np.isfinite(logits[best]) and row.form.takes(best) else None
 
 
 def _sample_row(logits: np.ndarray, best: int, row: SampleRow) -> int:

@@ -75,11 +75,13 @@ class Grammars:
         self._followed[sequence] = followed = _Followed(self._matcher(sequence.params.grammar))
         followed.go_on(sequence.generated)
 
-    def allowed(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
-        """Return which token ids below num_tokens may come next in a Sequence with a grammar: [num_tokens], bool.
+    def form(self, sequence: Sequence, num_tokens: int) -> "Form":
+        """Return what may come next in a Sequence with a grammar, of the token ids below num_tokens.
+
+        It holds until the Sequence has its next token.
 
         Raises:
-            EngineError: the grammar is too complex to go on from here, or the Sequence has left it.
+            EngineError: the grammar cannot be compiled.
         """
         followed = self._followed.get(sequence)
         if followed is None:
@@ -88,7 +90,8 @@ class Grammars:
             except ConfigError as error:  # it was compiled when it was asked for
                 raise EngineError(f"the answer's form: {error}") from None
             followed = self._followed[sequence]
-        return followed.allowed(sequence.generated, num_tokens)
+        followed.go_on(sequence.generated)
+        return Form(followed.matcher, num_tokens, num_known=self._tokenizer.vocab_size)
 
     def _matcher(self, grammar: str) -> LLMatcher:
         """Return a matcher at the beginning of a grammar, for one Sequence."""
@@ -110,15 +113,39 @@ class _Followed:
     """A matcher, and how many tokens of its Sequence it has taken."""
 
     def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self._num_taken = 0
 
     def go_on(self, tokens: list[int]) -> None:
-        self._matcher.consume_tokens(tokens[self._num_taken :])
+        self.matcher.consume_tokens(tokens[self._num_taken :])
         self._num_taken = len(tokens)
 
-    def allowed(self, tokens: list[int], num_tokens: int) -> np.ndarray:
-        self.go_on(tokens)
+
+class Form:
+    """What may come next at one place of an answer; see sampler.Form.
+
+    num_tokens: ids of the model. num_known: those of its tokenizer, which may be fewer.
+    """
+
+    def __init__(self, matcher: LLMatcher, num_tokens: int, *, num_known: int) -> None:
+        self._matcher = matcher
+        self._num_tokens, self._num_known = num_tokens, num_known
+
+    def takes(self, token: int) -> bool:
+        """Return whether it is known that this token may come; of some end tokens only ``allowed`` knows it."""
+        if token >= self._num_known:
+            return False
+        # Where only one text can follow, the mask holds the first token that the tokenizer makes of it, and no other.
+        forced = self._matcher.compute_ff_tokens()
+        return token == forced[0] if forced else self._matcher.validate_tokens([token]) == 1
+
+    def allowed(self) -> np.ndarray:
+        """Return which tokens may come: [num_tokens], bool.
+
+        Raises:
+            EngineError: the grammar is too complex to go on from here, or the Sequence has left it.
+        """
+        num_tokens = self._num_tokens
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise EngineError(f"the answer's form: {_line(self._matcher.get_error())}; ask for a simpler form")

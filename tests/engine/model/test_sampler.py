@@ -243,16 +243,59 @@ def test_what_one_request_wants_of_its_logits_changes_no_other_row() -> None:
     assert sample(logits, [plain, SampleRow(wanted, (), 0, (4,)), plain]) == [0, 4, 0]
 
 
-class TestAllowedTokens:
+class Mask:
+    """A Form that knows its tokens; num_asked: how often it was asked for all of them."""
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self._mask = mask
+        self.num_asked = 0
+
+    def takes(self, token: int) -> bool:
+        return bool(self._mask[token])
+
+    def allowed(self) -> np.ndarray:
+        self.num_asked += 1
+        return self._mask
+
+
+class TestForms:
     ALLOWED = np.array([False, True, False, True, True])
 
     def test_the_best_that_is_allowed_is_taken(self) -> None:
         logits = torch.stack([LOGITS, LOGITS])
-        rows = [SampleRow(SamplingParams(), (), 0, allowed=self.ALLOWED), SampleRow(SamplingParams(), (), 0)]
+        rows = [SampleRow(SamplingParams(), (), 0, form=Mask(self.ALLOWED)), SampleRow(SamplingParams(), (), 0)]
         assert sample(logits, rows) == [1, 0]
 
+    def test_all_tokens_are_asked_for_only_where_the_best_is_not_allowed_or_one_is_drawn(self) -> None:
+        for best, params, num_asked in (
+            (1, SamplingParams(), 0),
+            (0, SamplingParams(), 1),
+            (1, SamplingParams(temperature=1.0), 1),
+            (0, SamplingParams(logit_bias=((3, 100.0),)), 0),
+            (1, SamplingParams(logit_bias=((0, 100.0),)), 1),
+        ):
+            logits, form = LOGITS.clone(), Mask(self.ALLOWED)
+            logits[best] = 20.0
+            token = sample(logits[None], [SampleRow(params, (), 0, form=form)])[0]
+            assert self.ALLOWED[token] and form.num_asked == num_asked
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_greedy_tokens_are_those_of_a_model_that_has_only_the_allowed_ones(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        logits = torch.from_numpy(rng.integers(-4, 5, 200).astype(np.float32))  # with many that are equal
+        mask = rng.random(200) < rng.choice([0.02, 0.5, 0.98])
+        mask[rng.integers(200)] = True
+        history, answer = tuple(rng.integers(0, 200, 50).tolist()), tuple(rng.integers(0, 200, 20).tolist())
+        wishes = [{}, {"repetition_penalty": 1.7}, {"presence_penalty": 1.5, "logit_bias": ((5, 2.0), (9, -3.0))}]
+        for wish in wishes:
+            params = SamplingParams(**wish)
+            barred = [int(token) for token in rng.integers(0, 200, 3)]
+            only = torch.where(torch.from_numpy(mask), logits, -torch.inf)
+            expected = sample(only[None].clone(), [SampleRow(params, history, 0, answer, barred)])
+            assert sample(logits[None].clone(), [SampleRow(params, history, 0, answer, barred, Mask(mask))]) == expected
+
     def test_draws_are_those_of_a_model_that_has_only_these_tokens(self) -> None:
-        rows = [SampleRow(SamplingParams(temperature=1.0), (), i, allowed=self.ALLOWED) for i in range(4_000)]
+        rows = [SampleRow(SamplingParams(temperature=1.0), (), i, form=Mask(self.ALLOWED)) for i in range(4_000)]
         counts = Counter(sample(LOGITS.repeat(4_000, 1), rows))
         shares = torch.softmax(LOGITS[torch.from_numpy(self.ALLOWED)], 0).tolist()
         assert counts.keys() == {1, 3, 4}
@@ -280,27 +323,27 @@ class TestAllowedTokens:
         mask = np.zeros(1_000, bool)
         mask[allowed] = True
         history = tuple(range(0, 1_000, 3))
-        rows = [SampleRow(SamplingParams(**params), history, i, allowed=mask) for i in range(50)]
+        rows = [SampleRow(SamplingParams(**params), history, i, form=Mask(mask)) for i in range(50)]
         assert {*sample(logits.repeat(50, 1), rows)} <= {*allowed}
 
     def test_weights_that_are_no_numbers_are_seen_where_they_are_not_allowed_too(self) -> None:
         logits = LOGITS.clone()
         logits[0] = float("nan")
         with pytest.raises(EngineError, match="not numbers"):
-            sample(logits[None], [SampleRow(SamplingParams(), (), 0, allowed=self.ALLOWED)])
+            sample(logits[None], [SampleRow(SamplingParams(), (), 0, form=Mask(self.ALLOWED))])
 
     def test_a_form_without_a_likely_token_is_an_error(self) -> None:
         logits = LOGITS.clone()
         logits[[1, 3, 4]] = -torch.inf
         for mask in (self.ALLOWED, np.zeros(5, bool)):
             with pytest.raises(EngineError, match="no token that the answer's form allows"):
-                sample(logits[None].clone(), [SampleRow(SamplingParams(), (), 0, allowed=mask)])
+                sample(logits[None].clone(), [SampleRow(SamplingParams(), (), 0, form=Mask(mask))])
 
     def test_what_is_not_allowed_stays_so_whatever_else_a_request_wants(self) -> None:
         """Where only tokens that cannot come yet are allowed, the form decides. The model's logits stay as they are."""
         logits = LOGITS[None].clone()
         params = SamplingParams(repetition_penalty=1e30, logit_bias=((0, 100.0),), presence_penalty=2.0)
-        row = SampleRow(params, (0, 1, 2, 3, 4), 0, (0, 1), barred=(1, 3, 4), allowed=self.ALLOWED)
+        row = SampleRow(params, (0, 1, 2, 3, 4), 0, (0, 1), barred=(1, 3, 4), form=Mask(self.ALLOWED))
         for each in (row, replace(row, params=replace(params, temperature=2.0))):
             assert sample(logits, [each])[0] in (1, 3, 4)
         assert torch.equal(logits[0], LOGITS)

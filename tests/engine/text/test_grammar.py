@@ -37,7 +37,11 @@ def _sequence(grammar: str) -> Sequence:
 
 
 def _allowed(grammars: Grammars, tokenizer: Tokenizer, sequence: Sequence) -> list[int]:
-    mask = grammars.allowed(sequence, tokenizer.vocab_size + MORE)
+    form = grammars.form(sequence, tokenizer.vocab_size + MORE)
+    mask = form.allowed()
+    taken = {token for token in range(len(mask)) if form.takes(token)}
+    found = {int(token) for token in np.flatnonzero(mask)}
+    assert taken <= found and found - taken <= tokenizer.eos_token_ids
     assert mask.shape == (tokenizer.vocab_size + MORE,) and not mask[tokenizer.vocab_size :].any()
     return [int(token) for token in np.flatnonzero(mask)]
 
@@ -154,14 +158,14 @@ def test_tokens_that_leave_the_form_are_an_error_of_their_sequence(tokenizer: To
     grammars, sequence = Grammars(tokenizer), _sequence("regex:[a-z]{100}")
     sequence.generated.append(tokenizer.plain_ids("7")[-1])
     with pytest.raises(EngineError, match="the answer's form"):
-        grammars.allowed(sequence, tokenizer.vocab_size)
+        grammars.form(sequence, tokenizer.vocab_size).allowed()
 
 
 def test_states_go_with_their_sequences_and_few_grammars_are_kept(tokenizer: Tokenizer) -> None:
     grammars = Grammars(tokenizer)
     sequences = [_sequence(f"regex:a{{{i}}}") for i in range(1, MAX_KEPT + 10)]
     for sequence in sequences:
-        grammars.allowed(sequence, tokenizer.vocab_size)
+        grammars.form(sequence, tokenizer.vocab_size).allowed()
     assert len(grammars._compiled) == MAX_KEPT and len(grammars._followed) == len(sequences)
     sequences.clear()
     del sequence
