@@ -170,6 +170,15 @@ def plan(
             min=1, max=256, help="Users at once, with throughput. [default: as the topology says]", show_default=False
         ),
     ] = None,
+    min_starter_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Layers that stay on the Starter. [default: as the topology says]",
+            show_default=False,
+        ),
+    ] = None,
     forget: Annotated[
         bool, typer.Option("--forget", help="Forget what the nodes measured; they measure again before the next ring.")
     ] = False,
@@ -181,7 +190,16 @@ def plan(
 
     if forget:
         raise typer.Exit(execute_forget(topology))
-    raise typer.Exit(execute(topology, objective=objective, users=users, with_more=explain, as_json=as_json))
+    raise typer.Exit(
+        execute(
+            topology,
+            objective=objective,
+            users=users,
+            min_starter_layers=min_starter_layers,
+            with_more=explain,
+            as_json=as_json,
+        )
+    )
 
 
 app.command("serve")(command(ServeOptions, "mdiq.cli.serve"))

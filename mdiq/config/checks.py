@@ -26,6 +26,7 @@ def find_problems(topology: Topology, *, without_keys: bool = False) -> list[Pro
         *_addresses(nodes),
         *_ports(topology, nodes),
         *_layers(nodes),
+        *_trusted(topology, nodes),
         *_hops(topology),
         *_keys(topology, nodes, without_keys),
         *_api(topology),
@@ -154,6 +155,19 @@ def _layers(nodes: _Numbered) -> Iterator[Problem]:
                 )
             yield Problem(_at(i, "layers"), text, (_at(last, "layers"), *everywhere))
         stop, before, last = layers.stop, f"{node.name}'s {layers}", i
+
+
+def _trusted(topology: Topology, nodes: _Numbered) -> Iterator[Problem]:
+    """Layers by hand against the Layers that are to stay on the Starter."""
+    wanted = topology.ring.min_starter_layers
+    for i, node in nodes:
+        if node.is_starter and node.layers is not None and len(node.layers) < wanted:
+            text = (
+                f"{len(node.layers)} layers by hand, and ring.min_starter_layers ({OTHER_PLACE}) keeps {wanted} on "
+                f"{node.name}; write 0-{wanted - 1} or more, or auto everywhere"
+            )
+            others = (("ring", "min_starter_layers"), _at(i, "name"), _at(i, "role"))
+            yield Problem(_at(i, "layers"), text, others)
 
 
 def _hops(topology: Topology) -> Iterator[Problem]:

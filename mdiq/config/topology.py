@@ -217,6 +217,9 @@ class RingWishes(_Section):
     )
     max_live: Count = _key(None, "Requests in the ring at once; auto: what fills it.", written=AUTO)
     prefix_reuse: bool = _key(True, "Use the KV cache of an earlier request that began with the same tokens.")
+    min_starter_layers: Annotated[int, Field(ge=1, le=1024)] = _key(
+        1, "The first so many layers always stay on the Starter, with embedding and head; see docs/privacy.md."
+    )
 
 
 def _some_nodes(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
