@@ -5,6 +5,7 @@ from difflib import get_close_matches
 
 from mdiq.config.addresses import is_loopback, is_wildcard, machine_of
 from mdiq.config.findings import OTHER_PLACE, Loc, Problem
+from mdiq.config.privacy_checks import privacy_problems, privacy_warnings
 from mdiq.config.topology import Node, Topology
 from mdiq.config.units import shown, size_text
 from mdiq.core.wire_formats import AUTO, SMALL, USUAL, rounds
@@ -26,7 +27,7 @@ def find_problems(topology: Topology, *, without_keys: bool = False) -> list[Pro
         *_addresses(nodes),
         *_ports(topology, nodes),
         *_layers(nodes),
-        *_trusted(topology, nodes),
+        *privacy_problems(topology),
         *_hops(topology),
         *_keys(topology, nodes, without_keys),
         *_api(topology),
@@ -41,6 +42,7 @@ def find_warnings(topology: Topology) -> list[Problem]:
         *_narrow(topology, nodes),
         *_shared_machines(nodes),
         *_slow(topology),
+        *privacy_warnings(topology),
         *_open_api(topology),
     ]
 
@@ -155,19 +157,6 @@ def _layers(nodes: _Numbered) -> Iterator[Problem]:
                 )
             yield Problem(_at(i, "layers"), text, (_at(last, "layers"), *everywhere))
         stop, before, last = layers.stop, f"{node.name}'s {layers}", i
-
-
-def _trusted(topology: Topology, nodes: _Numbered) -> Iterator[Problem]:
-    """Layers by hand against the Layers that are to stay on the Starter."""
-    wanted = topology.ring.min_starter_layers
-    for i, node in nodes:
-        if node.is_starter and node.layers is not None and len(node.layers) < wanted:
-            text = (
-                f"{len(node.layers)} layers by hand, and ring.min_starter_layers ({OTHER_PLACE}) keeps {wanted} on "
-                f"{node.name}; write 0-{wanted - 1} or more, or auto everywhere"
-            )
-            others = (("ring", "min_starter_layers"), _at(i, "name"), _at(i, "role"))
-            yield Problem(_at(i, "layers"), text, others)
 
 
 def _hops(topology: Topology) -> Iterator[Problem]:

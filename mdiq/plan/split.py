@@ -11,7 +11,7 @@ def check_split(split: Sequence[int], num_layers: int, *, min_first: int = 1) ->
     """Return the LayerRanges of Stages with ``split[i]`` layers each.
 
     Raises:
-        PlanError: they do not cover the model exactly, or a Stage has no layer, or the first has less than ``min_first``.
+        PlanError: they do not cover the model exactly, or a Stage has no layer, or the first too few.
     """
     where = f"--layers {','.join(map(str, split))}"
     if not split or min(split) < 1:
@@ -34,7 +34,8 @@ def split_layers(
     """Return LayerRanges that give every Stage the same work, on Nodes of one kind.
 
     head_layers: the head's cost, in Layers; it is charged to the Starter, which still has at least one Layer.
-    min_first: Layers that the Starter has at least. The other Stages differ by at most one Layer, and the later ones get the remainder.
+    min_first: Layers that the Starter has at least. The other Stages differ by at most one Layer, and the later ones
+    get the remainder.
 
     Raises:
         PlanError: there are more nodes than layers, or no nodes; or too few layers are left for the other nodes.

@@ -255,6 +255,7 @@ class TopologyRings:
                     for node in self._loaded.topology.nodes
                     if node.name in left_out or (node.spare and node.name not in self._unfit)
                 ],
+                with_noise=True,
             ),
         )
         # A survey serves nobody: what it sends is its own.
