@@ -16,6 +16,7 @@ import typer
 import mdiq
 from mdiq.cache import NO_SPACE
 from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Topology, command
+from mdiq.cli.privacy import PrivacyOptions
 from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions, ServeOptions
 from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
@@ -43,7 +44,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-for name, options in (("run", RunOptions), ("perplexity", PerplexityOptions), ("bench", BenchOptions)):
+for name, options in (
+    ("run", RunOptions),
+    ("perplexity", PerplexityOptions),
+    ("privacy", PrivacyOptions),
+    ("bench", BenchOptions),
+):
     app.command(name)(command(options, f"mdiq.cli.{name}"))
 
 
