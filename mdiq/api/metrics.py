@@ -71,6 +71,8 @@ class RingCollector(Collector):
                 if step in pause:
                     steps.add_metric([step.removesuffix("_s")], pause[step])
             yield steps
+        if "noise" in status:
+            yield from _noise(status["noise"])
         for key, text in _KV:
             if key in status:
                 yield GaugeMetricFamily(f"mdiq_{key}", text, status[key])
@@ -84,6 +86,16 @@ class RingCollector(Collector):
             # Nodes that stand by come last.
             hops = [{**hop, "sender": status["nodes"][i]["name"]} for i, hop in enumerate(status.get("hops", []))]
             yield from _family(GaugeMetricFamily(name, text, labels=["sender"]), "sender", key, hops)
+
+
+def _noise(noise: Mapping[str, Any]) -> Iterator[Metric]:
+    yield CounterMetricFamily("mdiq_noise_rows_total", "Rows of activations sent with noise.", noise["rows_sent"])
+    text = "Rows of the request that sent the most, with those of its cached prefix."
+    yield GaugeMetricFamily("mdiq_noise_worst_request_rows", text, noise["worst_request_rows"])
+    worst = GaugeMetricFamily(
+        "mdiq_noise_worst_request_epsilon", "Epsilon of that request, from a node on.", labels=["node"]
+    )
+    yield from _family(worst, "receiver", "worst_request_epsilon", noise["hops"])
 
 
 def _family(

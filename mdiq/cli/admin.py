@@ -54,6 +54,8 @@ def _print(found: Mapping[str, Any]) -> None:
         console.print(
             f"last pause, {pause['ago_s']:.0f} s ago: {pause['reason']}; {steps}", highlight=False, markup=False
         )
+    if "noise" in found:
+        _print_noise(console, found["noise"])
     table = Table("node", "state", "layers", "memory", "weights", "busy", "hop out of it")
     hops = found.get("hops", [])
     for i, node in enumerate(found["nodes"]):
@@ -68,6 +70,18 @@ def _print(found: Mapping[str, Any]) -> None:
             _hop(hops[i]) if i < len(hops) else "",
         )
     console.print(table)
+
+
+def _print_noise(console: Console, noise: Mapping[str, Any]) -> None:
+    for hop in noise["hops"]:
+        console.print(
+            f"noise from {hop['receiver']} on: epsilon {hop['epsilon']:g}, delta {hop['delta']:g} for each row; "
+            f"{noise['rows_sent']:,} rows sent; the request with the most, {noise['worst_request_rows']:,}: epsilon "
+            f"{hop['worst_request_epsilon']:,.4g}",
+            highlight=False,
+            markup=False,
+        )
+    console.print("answers differ from run to run, and a replay spends again", highlight=False)
 
 
 def _refused(reasons: Mapping[str, int]) -> str:

@@ -16,6 +16,7 @@ import typer
 import mdiq
 from mdiq.cache import NO_SPACE
 from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Topology, command
+from mdiq.cli.privacy import PrivacyOptions
 from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions, ServeOptions
 from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
@@ -43,7 +44,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-for name, options in (("run", RunOptions), ("perplexity", PerplexityOptions), ("bench", BenchOptions)):
+for name, options in (
+    ("run", RunOptions),
+    ("perplexity", PerplexityOptions),
+    ("privacy", PrivacyOptions),
+    ("bench", BenchOptions),
+):
     app.command(name)(command(options, f"mdiq.cli.{name}"))
 
 
@@ -170,6 +176,15 @@ def plan(
             min=1, max=256, help="Users at once, with throughput. [default: as the topology says]", show_default=False
         ),
     ] = None,
+    min_starter_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Layers that stay on the Starter. [default: as the topology says]",
+            show_default=False,
+        ),
+    ] = None,
     forget: Annotated[
         bool, typer.Option("--forget", help="Forget what the nodes measured; they measure again before the next ring.")
     ] = False,
@@ -181,7 +196,16 @@ def plan(
 
     if forget:
         raise typer.Exit(execute_forget(topology))
-    raise typer.Exit(execute(topology, objective=objective, users=users, with_more=explain, as_json=as_json))
+    raise typer.Exit(
+        execute(
+            topology,
+            objective=objective,
+            users=users,
+            min_starter_layers=min_starter_layers,
+            with_more=explain,
+            as_json=as_json,
+        )
+    )
 
 
 app.command("serve")(command(ServeOptions, "mdiq.cli.serve"))

@@ -1,7 +1,7 @@
 """`mdiq plan`: what the planner makes of a topology, as a table that one can argue with."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import typer
@@ -33,8 +33,18 @@ def forget(file: Path) -> int:
     return 0
 
 
-def plan(file: Path, *, objective: Objective | None, users: int | None, with_more: bool, as_json: bool) -> int:
-    """Print the plan; return the exit code. objective, users: as the topology says, where they are None.
+def plan(
+    file: Path,
+    *,
+    objective: Objective | None,
+    users: int | None,
+    min_starter_layers: int | None = None,
+    with_more: bool,
+    as_json: bool,
+) -> int:
+    """Print the plan; return the exit code.
+
+    objective, users, min_starter_layers: as the topology says, where they are None.
 
     Raises:
         ConfigError: nothing has been measured yet.
@@ -53,6 +63,8 @@ def plan(file: Path, *, objective: Objective | None, users: int | None, with_mor
     found = profiles.of(names, {node.name: node.memory_bytes for node in nodes})
     assert found is not None  # all are known
     goal = goal_of(loaded.topology, objective, users)
+    if min_starter_layers is not None:
+        goal = replace(goal, min_starter_layers=min_starter_layers)
     split = tuple(len(node.layers) for node in nodes if node.layers is not None)
     if split:  # by hand for all nodes, or for none
         typer.echo(f"by hand {','.join(map(str, split))}: ", nl=False, err=as_json)

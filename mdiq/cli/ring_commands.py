@@ -28,6 +28,10 @@ class RunOptions:
             help="Layers of each node by hand: 10,12,8. [default: even work; the head counts as layers of the Starter]"
         ),
     ] = None
+    min_starter_layers: Annotated[
+        int,
+        typer.Option(min=1, max=1024, help="Layers that stay on the Starter, from the first on; see docs/privacy.md."),
+    ] = 1
     topology: Annotated[
         Path | None, typer.Option(help="Run on the nodes of this topology file, which wins over other flags.")
     ] = None

@@ -114,9 +114,9 @@ def local_ring(
 
     return RingOptions(
         model=model,
-        layers=split_layers(config.num_layers, split, config.head_layers)
+        layers=split_layers(config.num_layers, split, config.head_layers, min_first=options.min_starter_layers)
         if isinstance(split, int)
-        else check_split(split, config.num_layers),
+        else check_split(split, config.num_layers, min_first=options.min_starter_layers),
         weights=options.held,
         wires=wires,
         threads=threads,

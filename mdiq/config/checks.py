@@ -5,6 +5,7 @@ from difflib import get_close_matches
 
 from mdiq.config.addresses import is_loopback, is_wildcard, machine_of
 from mdiq.config.findings import OTHER_PLACE, Loc, Problem
+from mdiq.config.privacy_checks import privacy_problems, privacy_warnings
 from mdiq.config.topology import Node, Topology
 from mdiq.config.units import shown, size_text
 from mdiq.core.wire_formats import AUTO, SMALL, USUAL, rounds
@@ -26,6 +27,7 @@ def find_problems(topology: Topology, *, without_keys: bool = False) -> list[Pro
         *_addresses(nodes),
         *_ports(topology, nodes),
         *_layers(nodes),
+        *privacy_problems(topology),
         *_hops(topology),
         *_keys(topology, nodes, without_keys),
         *_api(topology),
@@ -40,6 +42,7 @@ def find_warnings(topology: Topology) -> list[Problem]:
         *_narrow(topology, nodes),
         *_shared_machines(nodes),
         *_slow(topology),
+        *privacy_warnings(topology),
         *_open_api(topology),
     ]
 

@@ -188,7 +188,7 @@ class _Repair:
         return values
 
     def _value(self, loc: Loc, value: object) -> object:
-        if without_indices(loc) not in SECTIONS:
+        if without_indices(loc) not in SECTIONS or value is None:
             return value
         if isinstance(value, tuple):
             return tuple(self.section((*loc, i), item) for i, item in enumerate(value))
@@ -204,6 +204,9 @@ class _Repair:
             "from": "made-up",
             "to": "made-up",
             "wire": "auto",
+            "epsilon": 1.0,
+            "delta": 1e-6,
+            "clip": 1.0,
         }
         key = loc[-1]
         if key == "model":

@@ -14,6 +14,7 @@ from mdiq.config.topology import (
     Links,
     ModelChoice,
     Node,
+    Noise,
     RingWishes,
     Security,
     Topology,
@@ -24,6 +25,7 @@ SECTIONS: dict[Loc, type[BaseModel]] = {
     (): Topology,
     ("model",): ModelChoice,
     ("nodes",): Node,
+    ("nodes", "noise"): Noise,
     ("links",): Links,
     ("links", "hops"): HopWire,
     ("security",): Security,
@@ -122,7 +124,7 @@ def _no_section(loc: Loc, value: object) -> str:
     if isinstance(value, str) and ":" in value and " " not in value.partition(":")[2][:1]:
         key, _, rest = value.partition(":")
         return f"the blank after the colon is missing; write {shown(key)}: {shown(rest)}"
-    if loc and loc[0] == "nodes":
+    if without_indices(loc) == ("nodes",):
         return f"{noun_of(value)} stands where a node should; begin it with `- name: ...` and its other keys below that"
     return f"{noun_of(value)} stands where keys should; {example}"
 

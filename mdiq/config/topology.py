@@ -14,13 +14,16 @@ from mdiq.config.values import (
     Address,
     Count,
     DecodeWait,
+    Delta,
     Device,
+    Epsilon,
     FilePath,
     Host,
     Layers,
     ModelName,
     ModelPath,
     Name,
+    Norm,
     Origin,
     Port,
     PublicKey,
@@ -42,11 +45,18 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
-def _key(default: Any, description: str, *, written: Any = None, example: Any = None, **more: Any) -> Any:
-    """Return a field. written: its default as the file writes it, where that is not the value itself."""
+def _key(
+    default: Any, description: str, *, written: Any = None, example: Any = None, values: str = "", **more: Any
+) -> Any:
+    """Return a field. written: its default as the file writes it, where that is not the value itself.
+
+    values: what may stand there, where its type does not say it.
+    """
     extra: dict[str, Any] = {} if written is None else {"default": written}
     if example is not None:
         extra["examples"] = [example]
+    if values:
+        extra["x-values"] = values
     return Field(default, description=description, json_schema_extra=extra or None, **more)
 
 
@@ -70,6 +80,16 @@ class ModelChoice(_Section):
         "The same tokens on any number of nodes, alone and among other requests; or the fastest kernels and hops.",
     )
     dtype: DtypeName = _key("f32", "Number format of activations, KV cache and plain weights.")
+
+
+class Noise(_Section):
+    """Noise on the rows that a node sees: clipped to a norm, and differentially private."""
+
+    epsilon: Epsilon = _key(..., "Epsilon of each row; the smaller, the more noise.", example=8)
+    delta: Delta = _key(..., "Delta of each row, and of the totals that `mdiq status` shows.", example="1e-6")
+    clip: Norm = _key(
+        ..., "L2 norm to which rows are scaled down that exceed it; `mdiq privacy` shows usual ones.", example=100
+    )
 
 
 class Node(_Section):
@@ -103,6 +123,12 @@ class Node(_Section):
         "auto",
         "Layers of other nodes that this one keeps on its disk, so that it takes over at once: those of all workers if "
         "it is spare, else those of its neighbours; or none.",
+    )
+    noise: Noise | None = _key(
+        None,
+        "Noise on what this node sees of the users' texts, which spoils answers; workers only. See docs/privacy.md.",
+        example="{epsilon: 8, delta: 1e-6, clip: 100}",
+        values="`null`, or keys, see below",
     )
     public_key: PublicKey = _key(
         None, "Public key of the node, from `mdiq keys`; not a secret. Needed beyond loopback."
@@ -217,6 +243,9 @@ class RingWishes(_Section):
     )
     max_live: Count = _key(None, "Requests in the ring at once; auto: what fills it.", written=AUTO)
     prefix_reuse: bool = _key(True, "Use the KV cache of an earlier request that began with the same tokens.")
+    min_starter_layers: Annotated[int, Field(ge=1, le=1024)] = _key(
+        1, "The first so many layers always stay on the Starter, with embedding and head; see docs/privacy.md."
+    )
 
 
 def _some_nodes(nodes: tuple[Node, ...]) -> tuple[Node, ...]:

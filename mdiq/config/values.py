@@ -60,6 +60,28 @@ def _rate(value: object) -> float | None:
     return None if value is None else units.parse_rate(value)
 
 
+def _between(low: float, high: float, example: str) -> BeforeValidator:
+    """Return the reader of a number from ``low`` to ``high``; YAML takes 1e-5 for a text."""
+
+    def read(value: object) -> float:
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                raise ValueError
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"{shown(value)} is not a number; write for example {example}") from None
+        if not low <= number <= high:
+            raise ValueError(f"{shown(value)} is out of range; write {low:g} to {high:g}, for example {example}")
+        return number
+
+    return BeforeValidator(read)
+
+
+def _number_schema(low: float, high: float) -> WithJsonSchema:
+    schema = {"type": "number", "minimum": low, "maximum": high}
+    return WithJsonSchema(schema | {"x-values": f"{low:g} to {high:g}"})
+
+
 def _time(low: str, high: str, example: str) -> BeforeValidator:
     """Return the reader of a time from ``low`` to ``high``."""
 
@@ -174,3 +196,6 @@ DecodeWait = Annotated[
 ]
 Silence = Annotated[float, _time("2s", "60s", "5s"), text_schema(units.TIME_PATTERN, "a time: `5s`; 2s to 60s")]
 Timeout = Annotated[float, _time("1s", "3600s", "60s"), text_schema(units.TIME_PATTERN, "a time: `60s`; 1s to 3600s")]
+Epsilon = Annotated[float, _between(0.01, 1e6, "8"), _number_schema(0.01, 1e6)]
+Delta = Annotated[float, _between(1e-12, 0.1, "1e-6"), _number_schema(1e-12, 0.1)]
+Norm = Annotated[float, _between(1e-6, 1e9, "100"), _number_schema(1e-6, 1e9)]

@@ -58,6 +58,7 @@ class Books:
         self._ledger = KvLedger(spec.kv_tokens, spec.kv_block_tokens)
         self._prefixes = PrefixIndex(spec.kv_block_tokens, prefix_tokens)
         self.releasing.clear()
+        self._scheduler.exposure.new_epoch()
         for entry in list(self._scheduler.live.values()):
             self._leave_ring(entry)
             self._scheduler.wait(entry)
@@ -225,6 +226,7 @@ class Books:
             self.begin_again(child)
 
     def _release(self, seq_id: SeqId) -> None:
+        self._scheduler.exposure.forget(seq_id)
         self.releasing[seq_id] = None
         self._ledger.leave(seq_id)
 

@@ -7,12 +7,13 @@ from typing import get_args
 from mdiq import errors
 from mdiq.core.codec import MAX_ITEMS as MAX_ITEMS
 from mdiq.core.codec import MAX_TEXT, Codec
+from mdiq.core.noise import RowNoise
 from mdiq.core.types import WeightSettings
 from mdiq.core.wire import MIN_KEY_BYTES
 from mdiq.core.wire_formats import WIRE_FORMATS
 from mdiq.core.work import Work
 
-VERSION = 2
+VERSION = 3
 MAX_BYTES = 2**20
 MAX_BLOB = 64
 """Bytes of a key."""
@@ -43,6 +44,7 @@ class Assign:
     trace: collect Spans.
     previous: the Node before this one, whose key alone may send Frames; empty where nodes have no keys.
     measures: measure what a forward costs. Not on the way of a recovery, which other Nodes wait for.
+    noise_clip, noise_sigma: of the rows that leave this Stage, see core/noise.py; 0: they get no noise.
     """
 
     epoch: int
@@ -61,8 +63,16 @@ class Assign:
     trace: bool
     previous: str = ""
     measures: bool = True
+    noise_clip: float = 0.0
+    noise_sigma: float = 0.0
+
+    @property
+    def noise(self) -> RowNoise | None:
+        """What the rows that leave this Stage get."""
+        return RowNoise(self.noise_clip, self.noise_sigma) if self.noise_clip or self.noise_sigma else None
 
     def __post_init__(self) -> None:
+        _ = self.noise  # raises ValueError if there cannot be such noise
         key_bytes = min(len(self.receive_key), len(self.send_key))
         if self.epoch < 1 or not self.layer_start < self.layer_stop or key_bytes < MIN_KEY_BYTES:
             raise ValueError("it needs an epoch of at least 1, a layer, and keys of at least 16 bytes")

@@ -48,19 +48,18 @@ class RingProtocol:
     counts: what was ignored or mended, for the metrics: stale, unknown, duplicates, replays, overdue, restarts,
     preemptions, recoveries (pauses that have ended).
     prefill: what became of prompts, Replays included: prefill_tokens were computed, prefix_tokens found in the cache,
-    by prefix_hits Sequences.
+    by prefix_hits Sequences. exposure: counts the rows that were sent.
     decode_gap_s: the longest time between two tokens of a Sequence while a prompt was in the Ring.
     peak_live: the largest number of Sequences that were in the Ring at once. resumed: those that were in it when the
     newest pause ended, by index.
     """
 
     def __init__(self, settings: RingSettings | None = None) -> None:
-        self._settings = settings or RingSettings()
+        self._settings = settings = settings or RingSettings()
         self._scheduler = Scheduler(
-            chunk_tokens=self._settings.chunk_tokens,
-            prefill_tokens=self._settings.prefill_tokens,
-            spec=RingSpec(1, 1, 1),
+            chunk_tokens=settings.chunk_tokens, prefill_tokens=settings.prefill_tokens, spec=RingSpec(1, 1, 1)
         )
+        self.exposure = self._scheduler.exposure
         self.counts: Counter[str] = Counter()
         self._books = Books(self._scheduler, self.counts)
         self._spec: RingSpec | None = None
@@ -159,6 +158,7 @@ class RingProtocol:
         """Begin all figures anew: what came before was a rehearsal."""
         self.counts.clear()
         self.prefill.clear()
+        self.exposure.clear()
         self.decode_gap_s, self.peak_live = 0.0, 0
 
     def heard(self, now: float) -> None:

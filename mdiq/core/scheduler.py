@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import sqrt
 
+from mdiq.core.exposure import Exposure
 from mdiq.core.fair_shares import FairShares
 from mdiq.core.frame import Segment
 from mdiq.core.kv_ledger import KvLedger
@@ -146,6 +147,7 @@ class Scheduler:
     prefill_tokens: maximum prompt tokens in flight, over all Sequences (one chunk may exceed it alone).
     spec: the Plan's figures for the Ring; it may be replaced at any time.
     lap_s: how long the newest decode Lap took; 0 before the first.
+    exposure: counts the rows that are sent.
     look_again_at: when waiting decode Sequences are sent without waiting for those in flight; None when none waits.
     """
 
@@ -160,6 +162,7 @@ class Scheduler:
         self._newest_group = 0
         self.lap_s = 0.0
         self.look_again_at: float | None = None
+        self.exposure = Exposure()
         self.waiting: list[Entry] = []
         self.live: dict[SeqId, Entry] = {}
 
@@ -322,9 +325,11 @@ class Scheduler:
         """Whether its first Segment, or more than its newest token, is in flight or still to be sent."""
         return not entry.has_entered or entry.sequence.num_tokens - entry.num_back > 1
 
-    @staticmethod
-    def _send(seq_id: SeqId, entry: Entry, length: int) -> Segment:
+    def _send(self, seq_id: SeqId, entry: Entry, length: int) -> Segment:
         start, parent = entry.num_sent, None if entry.has_entered else entry.parent
+        if not entry.has_entered:
+            self.exposure.enters(seq_id, entry.sequence, parent, entry.num_shared)
+        self.exposure.sent(entry.sequence, length)
         entry.num_sent += length
         wants_rows = entry.sequence.wants_rows(start, start + length)
         return Segment(seq_id, start, length, entry.num_unsent == 0, parent, wants_rows)

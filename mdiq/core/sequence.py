@@ -197,6 +197,7 @@ class Sequence:
     prompt_logprobs: those of the prompt's tokens from the second one on, as far as they are known. They are history
     like the answer: a Replay adds what is lacking.
     entered_at: when its first Segment was sent; None before that.
+    num_rows_sent, num_passes: see exposure.py.
     """
 
     index: int
@@ -213,6 +214,8 @@ class Sequence:
     owner: str = ""
     share: int = 1
     entered_at: float | None = None
+    num_rows_sent: int = 0
+    num_passes: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from mdiq.cache import cache_directory
 from mdiq.core.frame import Batch, Payload, TokenIds
+from mdiq.core.noise import RowNoise
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange, SeqId, WeightSettings
 from mdiq.core.wire import WireLimits
 from mdiq.engine.device import choose_device, choose_dtype, free_bytes, is_out_of_memory
@@ -18,6 +19,7 @@ from mdiq.engine.model.kv_cache import BLOCK_TOKENS, KvCache
 from mdiq.engine.model.layers import PlacedSegment
 from mdiq.engine.model.stage_model import StageModel
 from mdiq.engine.model_config import ModelConfig
+from mdiq.engine.noise import noisy
 from mdiq.engine.tensors import TensorRows, to_tensor, to_wire
 from mdiq.errors import CapacityError, ConfigError, EngineError, ModelError, SequenceError
 
@@ -47,6 +49,7 @@ class StageRunner:
         self._dtype = dtype
         self._device = device
         self._wire = wire
+        self.noise: RowNoise | None = None  # of the Hop out of this Stage
         self.config: ModelConfig = model.config
 
     @classmethod
@@ -138,9 +141,10 @@ class StageRunner:
     @property
     def shape(self) -> str:
         """Text with all that the time of a forward depends on, without the machine and the program."""
+        noise = ", noise" if self.noise is not None else ""
         return (
             f"{len(self._cache.keys)} layers, {self.weight_bytes} bytes, first {self.owns_embedding}, "
-            f"last {self._is_last}, {self._dtype}, {self._device}, {self._wire}, {self.config.text}"
+            f"last {self._is_last}, {self._dtype}, {self._device}, {self._wire}{noise}, {self.config.text}"
         )
 
     @property
@@ -213,6 +217,8 @@ class StageRunner:
         try:
             with torch.inference_mode():
                 hidden = self._forward(batch)
+                if self.noise is not None:
+                    hidden = noisy(hidden, self.noise)
                 # Here and not in the send loop, to keep computation out of the event loop's thread.
                 return TensorRows(hidden) if self._wire is None else to_wire(hidden, self._wire)
         except (RuntimeError, IndexError) as error:

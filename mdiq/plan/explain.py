@@ -47,6 +47,8 @@ class WhatIf:
 class Explanation:
     """The figures of a Plan and of its alternatives.
 
+    free_rate: of the best Plan that may take Layers from the Starter, by the goal's objective; None if
+    min_starter_layers asks for nothing.
     num_needed: minimum number of Nodes under the memory limits, with the Starter. held: Layers that each could hold.
     splits: other splits of the Layers. one_more: with a second device of a Node's kind. without: with one Node less.
     """
@@ -58,6 +60,7 @@ class Explanation:
     splits: tuple[WhatIf, ...]
     one_more: tuple[WhatIf, ...]
     without: tuple[WhatIf, ...]
+    free_rate: float | None = None
 
 
 def explain(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal: Goal) -> Explanation:
@@ -69,6 +72,7 @@ def explain(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal:
     plan = make_plan(model, nodes, links, goal)
     usable = [node for i, node in enumerate(nodes) if not (i and node.is_spare)]
     held = held_layers(model, usable, goal.kv_tokens)
+    free = find_split(model, usable, links, replace(goal, min_starter_layers=1))
     return Explanation(
         plan=plan,
         rows=tuple(_rows(plan)),
@@ -81,6 +85,7 @@ def explain(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal:
             for node in usable[1:]
             if plan.layers(node.name)
         ),
+        free_rate=None if goal.min_starter_layers == 1 or free is None else free[1],
     )
 
 
@@ -110,7 +115,9 @@ def _splits(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, goal:
     for name, split in fixed:
         full_name = f"{name} {','.join(map(str, split))}"
         too_small = [f"{node.name} holds {most}" for node, n, most in zip(nodes, split, held, strict=True) if n > most]
-        if too_small:
+        if split[0] < goal.min_starter_layers:
+            yield WhatIf(full_name, None, f"less than {count_layers(goal.min_starter_layers)} on {nodes[0].name}")
+        elif too_small:
             yield WhatIf(full_name, None, f"does not fit: {', '.join(too_small)} at most")
         else:
             yield WhatIf(full_name, plan_split(model, nodes, links, goal, split).value)
@@ -156,6 +163,7 @@ def render(explanation: Explanation, *, with_more: bool = True) -> str:
         f"{plan.rate_one:.1f} for one alone; long prompts at {plan.prompt_rate:.0f} tokens/s",
         f"limited by   {_limit(plan)}",
         f"KV cache     {_kv(plan)}",
+        *_trusted(explanation),
         *_memory(explanation),
         *(f"left out     {left_out.node}: {reason(plan, left_out)}" for left_out in plan.left_out),
     ]
@@ -209,6 +217,20 @@ def _kv(plan: Plan) -> str:
     if plan.kv_tokens == plan.goal.max_kv_tokens:
         return f"{text}, as many as are wanted"
     return f"{text}; the memory of {least.node} is full first"
+
+
+def _trusted(explanation: Explanation) -> Iterator[str]:
+    """Say what it costs that the first Layers stay on the Starter."""
+    free, plan = explanation.free_rate, explanation.plan
+    if free is None:
+        return
+    starter = plan.stages[0]
+    stay = f"trusted      the first {count_layers(plan.goal.min_starter_layers)} stay on {starter.node}"
+    if abs(plan.value / free - 1) < _SAME:
+        yield f"{stay}, which costs nothing: the best plan has {len(starter.layers)} there anyway"
+    else:
+        cost = f"{100 * (plan.value / free - 1):+.0f} %"
+        yield f"{stay}: {plan.value:.1f} tokens/s with that, {free:.1f} without, {cost}"
 
 
 def _memory(explanation: Explanation) -> Iterator[str]:

@@ -48,6 +48,7 @@ class Goal:
     num_users: Sequences that are live at once; a Plan for latency is computed for one, whatever this says.
     kv_tokens: minimum KV capacity; max_kv_tokens: maximum, None for all the room that there is.
     context_tokens: context of a Sequence for which the times are predicted.
+    min_starter_layers: the first so many Layers stay on the Starter.
     """
 
     objective: Objective = Objective.THROUGHPUT
@@ -55,10 +56,13 @@ class Goal:
     kv_tokens: int = 2_048
     max_kv_tokens: int | None = None
     context_tokens: int = 0
+    min_starter_layers: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_users <= MAX_LIVE or self.kv_tokens < 1 or self.context_tokens < 0:
             raise ValueError(f"{self}: it needs 1 to {MAX_LIVE} users and at least 1 token of KV capacity")
+        if self.min_starter_layers < 1:
+            raise ValueError(f"{self}: the Starter has at least 1 layer")
 
 
 def best_split(
@@ -87,7 +91,12 @@ def find_split(
         for size in {size for way in _ways(goal) for size in (way.size, way.largest)}
     }
     most = [node.max_layers(model, goal.kv_tokens, is_starter=not i) for i, node in enumerate(nodes)]
-    searches = [_Search(model, nodes, links, way, layer_s, most, all_nodes=all_nodes) for way in _ways(goal)]
+    if most[0] < goal.min_starter_layers:
+        return None
+    searches = [
+        _Search(model, nodes, links, way, layer_s, most, all_nodes=all_nodes, min_first=goal.min_starter_layers)
+        for way in _ways(goal)
+    ]
     best: tuple[Split, float] | None = None
     if most[0] == model.num_layers and not (all_nodes and len(nodes) > 1):
         # The first Grouping is a single micro-batch, the only one of a Starter alone.
@@ -147,7 +156,9 @@ class _Search:
         most: Sequence[int],
         *,
         all_nodes: bool,
+        min_first: int,
     ) -> None:
+        self._min_first = min_first  # Layers of the Starter
         self._num_layers = model.num_layers
         self._way = way
         self.is_single = way.num_batches == 1
@@ -174,7 +185,7 @@ class _Search:
         self._bounds: list[float] = []
         relaxed = self._filled(list(most))
         self.min_lap_s = sum(n * self._lap_layer[i] for i, n in enumerate(relaxed or ())) + self._lap_fixed[0]
-        self.min_busy_s = self._busy_fixed[0] + self._busy_layer[0] if relaxed else _NEVER
+        self.min_busy_s = self._busy_fixed[0] + min_first * self._busy_layer[0] if relaxed else _NEVER
 
     @cached_property
     def _min_hops(self) -> list[float]:
@@ -217,7 +228,8 @@ class _Search:
     def min_lap(self, max_busy_s: float) -> float:
         """Return a lower bound of the Lap if no Stage or line is busy for longer than ``max_busy_s``.
 
-        A Node's own part is spread over the Layers that it can have, as if it came with each of them.
+        A Node's own part is spread over the Layers that it can have, as if it came with each of them. Layers that the
+        Starter must have are left free to go elsewhere: that only lowers the bound.
         """
         if self._all_nodes:
             return 0.0
@@ -254,7 +266,7 @@ class _Search:
 
     def _filled(self, caps: Sequence[int]) -> Split | None:
         """Return the fastest split without the Hops, or None when there is no room for the Layers."""
-        least = [1] * len(caps) if self._all_nodes else [1, *[0] * (len(caps) - 1)]
+        least = [self._min_first, *[int(self._all_nodes)] * (len(caps) - 1)]
         left = self._num_layers - sum(least)
         if left < 0 or any(cap < n for cap, n in zip(caps, least, strict=True)):
             return None
@@ -282,11 +294,14 @@ class _Search:
         rest = [*accumulate(reversed(caps))][::-1] + [0]  # Layers that the Nodes from i on can take
         # entered[i][l]: the minimum time in which the Nodes before i have run l Layers and the rows are at Node i.
         entered = {0: [0.0] + [_NEVER] * num_layers}
-        done = {0: self._run(0, caps[0], entered[0], 0, 0)}
+        if caps[0] < self._min_first:
+            return None
+        alone_s = self._run(0, caps[0], entered[0], 0, 0)
+        done = {0: [_NEVER] * self._min_first + alone_s[self._min_first :]}
         before = caps[0]
         for i in range(1, len(caps)):
             # Fewer Layers than low leave too many to the later Nodes, and more than high do not fit before this one.
-            low, high = max(num_layers - rest[i], 1), min(before, num_layers - 1)
+            low, high = max(num_layers - rest[i], self._min_first), min(before, num_layers - 1)
             if caps[i] and low <= high:
                 times_s = [_NEVER] * (high - low + 1)
                 # Many Hops are alike; min() over many rows is faster than one row after the other.

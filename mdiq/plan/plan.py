@@ -166,6 +166,11 @@ def plan_split(model: ModelShape, nodes: Sequence[NodeProfile], links: Links, go
             f"layers {','.join(map(str, split))}: {len(usable)} nodes and {model.num_layers} layers need one number "
             f"for each node, {model.num_layers} together, and at least 1 for the starter"
         )
+    if split[0] < goal.min_starter_layers:
+        raise PlanError(
+            f"layers {','.join(map(str, split))}: the first {goal.min_starter_layers} are to stay on {usable[0].name} "
+            f"(min_starter_layers), which has {split[0]}; give it {goal.min_starter_layers} or more"
+        )
     for i, (node, num_layers) in enumerate(zip(usable, split, strict=True)):
         room_bytes = node.room_bytes(model, is_starter=not i)
         need_bytes = num_layers * (model.layer_bytes + goal.kv_tokens * model.kv_bytes)

@@ -38,6 +38,7 @@ def check_room(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal, spar
             f"{format_bytes(model.ends_bytes)} and one layer with {kv} {format_bytes(layer_bytes)}, and it may take "
             f"{format_bytes(starter.memory_bytes)}; raise its memory or make a larger node the starter"
         )
+    _check_trusted(model, starter, goal)
     missing = model.num_layers - sum(held_layers(model, nodes, goal.kv_tokens))
     if missing > 0:
         held = ", ".join(
@@ -48,6 +49,31 @@ def check_room(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal, spar
             f"plan: {model.num_layers} layers of {format_bytes(layer_bytes)} each with {kv} do not fit; the nodes hold "
             f"{held}; {count_layers(missing)} or {format_bytes(missing * layer_bytes)} too many: "
             + ", or ".join(_advice(model, nodes, goal, spares, missing * layer_bytes))
+        )
+
+
+def _check_trusted(model: ModelShape, starter: NodeProfile, goal: Goal) -> None:
+    """Check that the Starter can hold the Layers that are to stay there."""
+    wanted = goal.min_starter_layers
+    if wanted > model.num_layers:
+        raise PlanError(
+            f"min_starter_layers: {wanted} layers are to stay on {starter.name}, and the model has "
+            f"{model.num_layers}; write {model.num_layers} or less"
+        )
+    held = starter.max_layers(model, goal.kv_tokens, is_starter=True)
+    if held < wanted:
+        kv = f"{goal.kv_tokens:,} tokens of KV cache"
+        missing_bytes = (wanted - held) * (model.layer_bytes + goal.kv_tokens * model.kv_bytes)
+        smaller = [
+            each.weights
+            for each in model.smaller
+            if starter.max_layers(each, goal.kv_tokens, is_starter=True) >= wanted
+        ]
+        raise PlanError(
+            f"min_starter_layers: {wanted} layers with {kv} are to stay on {starter.name}, and its "
+            f"{format_bytes(starter.memory_bytes)} hold {held}; give it {format_bytes(missing_bytes)} more, or make a "
+            f"larger node the starter, or write min_starter_layers: {held}"
+            + "".join(f", or use weights {weights}" for weights in smaller)
         )
 
 

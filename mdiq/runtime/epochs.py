@@ -176,7 +176,8 @@ class Epochs:
         from mdiq.runtime.rehearsal import NUM_TOKENS, rehearse
 
         options, stage, first = self.options, self._ring.stage, self._first_wires
-        if not self._links or AUTO not in options.wanted_wires:
+        # Noise would drown what i8 costs: two rehearsals would differ by it alone.
+        if not self._links or AUTO not in options.wanted_wires or any(options.noises):
             return first
         config = stage.runner.config
         packing = await self._worker.run_uncounted(partial(measure_packing, config.hidden_size))
@@ -203,6 +204,8 @@ class Epochs:
         self._wires = wires
         if options.weights.exact and options.rounds(wires):
             log.warning("wire_is_not_exact", wires=wires, text="hops round activations: other tokens than on one node")
+        if any(options.noises):
+            log.warning("noise_is_not_exact", text="hops carry noise: no answer comes out the same way twice")
         await workers.connect()
         runner = self._ring.stage.runner
         if (links := workers.links(runner.wire_limits)) != service.links:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mdiq.control.standby import StandingBy as StandingBy
+from mdiq.core.noise import NoisePromise, RowNoise, noise_of_hops
 from mdiq.core.ring_settings import RingSettings
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.core.wire_formats import AUTO, USUAL, rounds
@@ -22,6 +23,7 @@ class RemoteNode:
     data_endpoint: where it takes Frames. public_key: of CURVE, in Z85; None in plain text.
     memory_share: the part of its machine's free memory that it may plan with. memory_bytes: most that it may take.
     keeps_standby_layers: it has Layers of others on its disk, to take over at once.
+    noise: what is promised of the rows that this Node sees; known at the Starter alone.
     """
 
     name: str
@@ -31,6 +33,7 @@ class RemoteNode:
     memory_share: float = 1.0
     memory_bytes: int | None = None
     keeps_standby_layers: bool = True
+    noise: NoisePromise | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,18 @@ class RingOptions:
             return ()
         wires = (self.wires[i % len(self.wires)] for i in range(self.num_nodes))
         return tuple(self.weights.dtype if self.weights.exact and wire == AUTO else wire for wire in wires)
+
+    @property
+    def noises(self) -> tuple[NoisePromise | None, ...]:
+        """The promise for which each Hop gets noise, the Hop out of the Starter first; None: it gets none."""
+        if self.remote is None or self.num_nodes == 1:
+            return (None,) * self.num_nodes
+        return noise_of_hops([node.noise for node in self.remote.nodes])
+
+    def row_noise(self, stage: int) -> RowNoise | None:
+        """Return the noise of the Hop out of a Stage."""
+        promise = self.noises[stage]
+        return None if promise is None else promise.row
 
     def rounds(self, wires: Sequence[str]) -> bool:
         """Tell whether Hops of these formats change activations: another number of Nodes may give other tokens."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mdiq.control.standby import left_out_text
+from mdiq.core.exposure import Exposure
 from mdiq.core.hop_survey import HopLink
 from mdiq.core.sequence import Sequence
 from mdiq.errors import CapacityError, ConfigError, MdiqError
+from mdiq.plan.privacy import total_epsilon
 from mdiq.runtime.loops import Worker
 from mdiq.runtime.options import HopFigures, NodeFigures, PaceFigures, RingOptions
 from mdiq.runtime.recovery_times import RecoveryTimes
@@ -234,7 +236,7 @@ class RingView:
         if self.formed is None:
             return {}
         hops, pace = self.formed.hops(), self.formed.pace()
-        return {
+        return _about_noise(self.options, self.formed.service.ring.exposure) | {
             "serving_s": round(now - self.serving_since_s, 1),
             "hops": [{"wire": hop.wire, "delay_s": hop.delay_s, "bytes_per_s": hop.bytes_per_s} for hop in hops],
             "counts": dict(self.formed.service.ring.counts),
@@ -253,6 +255,28 @@ class RingView:
                 "predicted_tokens_per_s": round(pace.predicted_tokens_per_s, 3),
             },
         }
+
+
+def _about_noise(options: RingOptions, exposure: Exposure) -> dict[str, Any]:
+    """Return what each noisy Hop has told by now; nothing where there is none."""
+    hops = [
+        {
+            "sender": sender,
+            "receiver": receiver,
+            "epsilon": promise.epsilon,
+            "delta": promise.delta,
+            "clip": promise.row.clip,
+            "sigma": promise.row.sigma,
+            "worst_request_epsilon": round(total_epsilon(promise, exposure.max_rows), 3),
+        }
+        for sender, receiver, promise in zip(
+            options.node_names, (*options.node_names[1:], options.node_names[0]), options.noises, strict=True
+        )
+        if promise is not None
+    ]
+    if not hops:
+        return {}
+    return {"noise": {"rows_sent": exposure.num_rows, "worst_request_rows": exposure.max_rows, "hops": hops}}
 
 
 def _shown(figures: NodeFigures, since_s: float) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class StageHost:
         runner = before or loaded
         assert runner is not None  # a first load returns one
         self._loaded_for, self._memory = assign, memory
+        runner.noise = assign.noise
         measure = partial(measure_cost, min_s=SUSTAINED_S) if self._is_rationed else kept_cost
         cost: StageCost | None = None
         if assign.measures:

@@ -89,6 +89,7 @@ class StarterStage:
                 memory_bytes=options.remote.nodes[0].memory_bytes if options.remote else None,
                 progress=progress,
             )
+        self.runner.noise = options.row_noise(0)
         self.engine = TorchStarter(self.runner, self._grammars)
         self._held = options.layers[0], options.num_nodes == 1
 
@@ -99,6 +100,7 @@ class StarterStage:
             MdiqError: see StageRunner.reshape.
         """
         self._options, wanted = options, (options.layers[0], options.num_nodes == 1)
+        self.runner.noise = options.row_noise(0)
         if wanted == self._held:
             return
         assert options.remote is not None  # only such a Ring changes

@@ -236,6 +236,7 @@ class Workers(ABC):
     def _assignment(self, i: int, next_endpoint: str) -> control.Assign:
         """Return what Stage ``i`` is to do in a Ring on this machine."""
         options, layers, names = self._options, self._options.layers[i], self._options.node_names
+        noise = options.row_noise(i)
         return control.Assign(
             epoch=1,
             layer_start=layers.start,
@@ -251,6 +252,8 @@ class Workers(ABC):
             receive_key=hop_key(self._ring_key, names[i]),
             send_key=hop_key(self._ring_key, names[(i + 1) % len(names)]),
             trace=options.trace,
+            noise_clip=noise.clip if noise else 0.0,
+            noise_sigma=noise.sigma if noise else 0.0,
         )
 
     def _lost(self, node: NodeId, error: MdiqError) -> None:

@@ -101,7 +101,7 @@ def goal_of(topology: Topology, objective: Objective | None = None, users: int |
     if objective is None:  # users alone ask for a plan for several
         objective = Objective(wishes.objective) if users is None else Objective.THROUGHPUT
     num_users = 1 if objective is Objective.LATENCY else users or wishes.users
-    return Goal(objective, num_users, kv_tokens=wishes.kv_tokens)
+    return Goal(objective, num_users, kv_tokens=wishes.kv_tokens, min_starter_layers=wishes.min_starter_layers)
 
 
 def without(loaded: LoadedTopology, names: Collection[str]) -> LoadedTopology:

@@ -256,9 +256,12 @@ class TopologyRings:
                     for node in self._loaded.topology.nodes
                     if node.name in left_out or (node.spare and node.name not in self._unfit)
                 ],
+                with_noise=True,
             ),
         )
-        layers = self._layers(planned, topology)
+        # A survey serves nobody: what it sends is its own.
+        min_first = 1 if is_survey else topology.ring.min_starter_layers
+        layers = self._layers(planned, topology, min_first)
         if is_survey:
             layers = tuple(LayerRange(r.start, min(r.start + SURVEY_LAYERS, r.stop)) for r in layers)
         return RingOptions(
@@ -275,7 +278,7 @@ class TopologyRings:
             is_survey=is_survey,
         )
 
-    def _layers(self, planned: tuple[int, ...] | None, topology: "Topology") -> tuple[LayerRange, ...]:
+    def _layers(self, planned: tuple[int, ...] | None, topology: "Topology", min_first: int) -> tuple[LayerRange, ...]:
         num_layers, num_nodes = self._config.num_layers, len(topology.ring_nodes)
         if split := planned or [len(node.layers) for node in topology.ring_nodes if node.layers is not None]:
             return check_split(split, num_layers)
@@ -284,7 +287,7 @@ class TopologyRings:
                 f"{self._loaded.file}: {num_nodes} nodes and a model of {num_layers} layers; every node of the ring "
                 "needs one: make some of them spares"
             )
-        return split_layers(num_layers, num_nodes, self._config.head_layers)
+        return split_layers(num_layers, num_nodes, self._config.head_layers, min_first=min_first)
 
 
 def _value_of(loaded: "LoadedTopology", profiles: Profiles, split: Mapping[str, int]) -> float | None:

@@ -10,6 +10,7 @@ from mdiq.config.load import LoadedTopology
 from mdiq.config.topology import Node, Topology
 from mdiq.core.types import WeightSettings
 from mdiq.errors import ConfigError
+from mdiq.plan.privacy import promised
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingPeers
 from mdiq.runtime.placement import usable_threads
 from mdiq.transport.keys import private_of, public_of
@@ -94,7 +95,7 @@ def remote_ring(loaded: LoadedTopology, join_wait_s: float) -> RemoteRing:
     starter = topology.starter
     limit = topology.links.transfer_limit_bit_per_s
     return RemoteRing(
-        nodes=remote_nodes(topology, topology.ring_nodes),
+        nodes=remote_nodes(topology, topology.ring_nodes, with_noise=True),
         control_endpoint=starter.control_endpoint,
         weights_endpoint=starter.weights_endpoint,
         secret=secret_of(loaded, starter),
@@ -137,8 +138,12 @@ def peers_of(loaded: LoadedTopology, name: str) -> RingPeers:
     )
 
 
-def remote_nodes(topology: Topology, nodes: Iterable[Node]) -> tuple[RemoteNode, ...]:
-    """Return nodes of a topology as the others of its Ring know them."""
+def remote_nodes(topology: Topology, nodes: Iterable[Node], *, with_noise: bool = False) -> tuple[RemoteNode, ...]:
+    """Return nodes of a topology as the others of its Ring know them; ``with_noise`` as the Starter does.
+
+    Raises:
+        ConfigError: there is noise, and no package to compute it.
+    """
     shares = _nodes_by_machine(topology)
     return tuple(
         RemoteNode(
@@ -149,6 +154,9 @@ def remote_nodes(topology: Topology, nodes: Iterable[Node]) -> tuple[RemoteNode,
             memory_share=1 / shares[machine_of(node.address)],
             memory_bytes=node.memory_bytes,
             keeps_standby_layers=node.standby_layers == "auto",
+            noise=promised(node.noise.epsilon, node.noise.delta, node.noise.clip)
+            if with_noise and node.noise is not None
+            else None,
         )
         for node in nodes
     )

@@ -169,3 +169,12 @@ def test_figures_are_read_when_they_are_asked_for_and_two_services_share_nothing
     serving[0] = False
     assert [registry.get_sample_value("mdiq_serving") for registry in registries] == [0, 1]
     assert REGISTRY.get_sample_value("mdiq_serving") is None
+
+
+def test_noise_is_counted_where_there_is_some() -> None:
+    hops = [{"receiver": "pi-1", "worst_request_epsilon": 34.055}]
+    noise = {"rows_sent": 12, "worst_request_rows": 10, "hops": hops}
+    registry = metrics_registry(lambda: {**STATUS, "noise": noise})
+    assert registry.get_sample_value("mdiq_noise_rows_total") == 12
+    assert registry.get_sample_value("mdiq_noise_worst_request_rows") == 10
+    assert registry.get_sample_value("mdiq_noise_worst_request_epsilon", {"node": "pi-1"}) == 34.055

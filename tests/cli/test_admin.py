@@ -55,3 +55,19 @@ def test_the_status_shows_the_newest_pause_and_what_a_spare_has_on_its_disk(
     shown = capsys.readouterr().out
     assert "last pause, 61 s ago: pi2: gone; unheard of for 0.7 s, went on after 1.5 s" in shown
     assert "stands by: it is a spare; on its disk: layers 4-6, 9-9" in shown
+
+
+def test_the_status_tells_what_noise_has_been_spent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hop = {"receiver": "pi2", "epsilon": 8.0, "delta": 1e-6, "worst_request_epsilon": 34.055}
+    noise = {"rows_sent": 12_345, "worst_request_rows": 10, "hops": [hop]}
+    monkeypatch.setattr(admin, "ask", lambda *_: {**STATUS, "noise": noise})
+    monkeypatch.setenv("COLUMNS", "200")
+    admin.status(Path("t.yaml"), as_json=False)
+    shown = capsys.readouterr().out
+    assert (
+        "noise from pi2 on: epsilon 8, delta 1e-06 for each row; 12,345 rows sent; the request with the most, 10: "
+        "epsilon 34.05" in shown
+    )
+    assert "answers differ from run to run, and a replay spends again" in shown

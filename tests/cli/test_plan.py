@@ -60,3 +60,16 @@ def test_mdiq_plan_compares_layers_by_hand_with_its_own(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["plan", str(by_hand.file)])
     assert shown.exit_code == 0, shown.exception
     assert "by hand 10,10,10: " in shown.output
+
+
+def test_mdiq_plan_tells_what_trusted_layers_cost(tmp_path: Path) -> None:
+    loaded = topology(tmp_path)
+    keep_profiles(loaded, measured_ring(desk=0.006, pi1=0.001, pi2=0.001))
+    free = json.loads(CliRunner().invoke(app, ["plan", str(loaded.file), "--json"]).stdout)
+    flag = ["--min-starter-layers", "20"]
+    kept = json.loads(CliRunner().invoke(app, ["plan", str(loaded.file), "--json", *flag]).stdout)
+    assert free["free_rate"] is None and kept["free_rate"] == pytest.approx(free["plan"]["rate"])
+    assert kept["plan"]["rate"] < 0.9 * kept["free_rate"]
+    loaded.file.write_text(loaded.file.read_text() + "ring: {min_starter_layers: 20}\n")
+    shown = CliRunner().invoke(app, ["plan", str(loaded.file)]).stdout
+    assert "trusted      the first 20 layers stay on desk: " in shown

@@ -22,6 +22,7 @@ _SECTIONS = (
     ("The file itself", "Topology"),
     ("`model`", "ModelChoice"),
     ("`nodes`: each of them", "Node"),
+    ("`nodes.noise`", "Noise"),
     ("`links`", "Links"),
     ("`links.hops`: each of them", "HopWire"),
     ("`security`", "Security"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mdiq.core import control
 from mdiq.core.codec import MAX_TEXT
+from mdiq.core.noise import RowNoise
 from mdiq.core.types import PLAIN_WEIGHTS
 from mdiq.core.wire import TAG_BYTES, make_tag
 from mdiq.core.work import Work
@@ -209,7 +210,7 @@ def test_what_is_not_plain_msgpack_is_refused_though_the_tag_is_right(body: byte
 
 def test_bytes_of_another_version_are_refused_with_both_versions_named() -> None:
     data = control.encode(control.Drain(), KEY)
-    with pytest.raises(RemoteProtocolError, match="version 9 came and this is version 2"):
+    with pytest.raises(RemoteProtocolError, match="version 9 came and this is version 3"):
         control.decode(b"\x09" + data[1:], KEY)
 
 
@@ -297,3 +298,13 @@ def test_costs_that_are_no_curve_are_refused(points: tuple[tuple[int, float], ..
 def test_what_would_flood_a_hop_or_make_no_sense_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(RemoteProtocolError, match=f"{values['type']}: .*{message}"):
         control.decode(_message(values), KEY)
+
+
+def test_noise_travels_with_an_assignment_and_noise_that_cannot_be_is_refused() -> None:
+    noisy = replace(ASSIGN, noise_clip=2.0, noise_sigma=0.5)
+    decoded = control.decode(control.encode(noisy, KEY), KEY)
+    assert isinstance(decoded, control.Assign) and decoded.noise == RowNoise(2.0, 0.5)
+    assert ASSIGN.noise is None
+    for clip, sigma in ((1.0, 0.0), (0.0, 1.0), (1.0, -1.0)):
+        with pytest.raises(ValueError, match="must be above 0"):
+            replace(ASSIGN, noise_clip=clip, noise_sigma=sigma)

@@ -71,7 +71,7 @@ def test_what_json_shows_has_the_keys_that_programs_read() -> None:
     """`mdiq plan --explain --json` writes an Explanation as it is: a key that goes breaks somebody's program."""
     explanation = explain(MODEL, *CASES["unlike"])
     shown = asdict(explanation)
-    assert list(shown) == ["plan", "rows", "num_needed", "held", "splits", "one_more", "without"]
+    assert list(shown) == ["plan", "rows", "num_needed", "held", "splits", "one_more", "without", "free_rate"]
     figures = ["max_layers", "share", "batch_s", "busy", "weight_bytes", "kv_bytes", "free_bytes"]
     assert all(list(row) == ["node", "layers", *figures] for row in shown["rows"])
     assert [row["free_bytes"] for row in shown["rows"]] == [stage.free_bytes for stage in explanation.plan.stages]
@@ -106,3 +106,30 @@ def test_a_node_that_cannot_be_spared_says_what_would_not_fit() -> None:
 def test_a_model_that_does_not_fit_is_refused() -> None:
     with pytest.raises(PlanError, match="too many"):
         explain(MODEL, [node("desk", memory_mib=600)], Links(), USERS)
+
+
+def test_what_trusted_layers_cost_is_told_beside_the_free_plan() -> None:
+    nodes, links, goal = CASES["unlike"]
+    free = explain(MODEL, nodes, links, goal)
+    assert free.free_rate is None and "trusted" not in render(free)
+    more = len(free.plan.stages[0].layers) + 8
+    kept = explain(MODEL, nodes, links, replace(goal, min_starter_layers=more))
+    assert kept.free_rate == free.plan.value > kept.plan.value
+    assert len(kept.plan.stages[0].layers) >= more
+    (line,) = (line for line in render(kept).splitlines() if line.startswith("trusted"))
+    cost = 100 * (kept.plan.value / free.plan.value - 1)
+    assert line == (
+        f"trusted      the first {more} layers stay on desk: {kept.plan.value:.1f} tokens/s with that, "
+        f"{free.plan.value:.1f} without, {cost:+.0f} %"
+    )
+    anyway = render(explain(MODEL, nodes, links, replace(goal, min_starter_layers=2)))
+    assert "the first 2 layers stay on desk, which costs nothing: the best plan has " in anyway
+
+
+def test_a_split_that_takes_trusted_layers_away_has_no_rate() -> None:
+    nodes, links, goal = CASES["equal"]
+    explanation = explain(MODEL, nodes, links, replace(goal, min_starter_layers=12))
+    assert [what_if.rate for what_if in explanation.splits] == [None, None]
+    assert explanation.splits[0].why == "less than 12 layers on desk"
+    with pytest.raises(PlanError, match=r"10,11,11: the first 12 are to stay on desk .* give it 12 or more"):
+        plan_split(MODEL, nodes, links, replace(goal, min_starter_layers=12), (10, 11, 11))

@@ -53,7 +53,7 @@ def all_splits(model: ModelShape, nodes: Sequence[NodeProfile], goal: Goal) -> I
     """Yield every split that the memory permits."""
     most = [n.max_layers(model, goal.kv_tokens, is_starter=not i) for i, n in enumerate(nodes)]
     for split in itertools.product(*(range(cap + 1) for cap in most)):
-        if split[0] and sum(split) == model.num_layers:
+        if split[0] >= goal.min_starter_layers and sum(split) == model.num_layers:
             yield split
 
 
@@ -78,12 +78,20 @@ def rate(split: Split, model: ModelShape, nodes: Sequence[NodeProfile], links: L
     num_users=st.sampled_from([1, 2, 3, 5, 7, 8]),
     kv_tokens=st.sampled_from([1, 4]),
     all_nodes=st.booleans(),
+    min_starter_layers=st.sampled_from([1, 1, 2, 3, 5, 9]),
 )
 def test_no_split_that_the_memory_permits_is_better(
-    seed: int, num_nodes: int, num_layers: int, objective: Objective, num_users: int, kv_tokens: int, all_nodes: bool
+    seed: int,
+    num_nodes: int,
+    num_layers: int,
+    objective: Objective,
+    num_users: int,
+    kv_tokens: int,
+    all_nodes: bool,
+    min_starter_layers: int,
 ) -> None:
     model, nodes, links = make_case(random.Random(seed), num_nodes, num_layers, (50, 200, 1_000))
-    goal = Goal(objective, num_users, kv_tokens, context_tokens=seed % 200)
+    goal = Goal(objective, num_users, kv_tokens, context_tokens=seed % 200, min_starter_layers=min_starter_layers)
     allowed = [split for split in all_splits(model, nodes, goal) if all(split) or not all_nodes]
     best = best_split(model, nodes, links, goal, all_nodes=all_nodes)
     if not allowed:
@@ -138,6 +146,8 @@ def test_costs_that_were_measured_as_nothing_still_give_a_split() -> None:
 
 @pytest.mark.parametrize("wishes", [{"num_users": 0}, {"num_users": 999}, {"kv_tokens": 0}, {"context_tokens": -1}])
 def test_a_goal_that_cannot_be_is_refused(wishes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1 layer"):
+        Goal(min_starter_layers=0)
     with pytest.raises(ValueError, match="1 to 256 users"):
         Goal(**wishes)  # type: ignore[arg-type]
 

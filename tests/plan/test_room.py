@@ -60,3 +60,20 @@ def test_the_least_number_of_nodes_is_that_of_the_largest() -> None:
 def test_sizes_are_written_as_operators_write_them() -> None:
     assert [format_bytes(n << 20) for n in (812, 1_023, 1_536)] == ["812 MiB", "1023 MiB", "1.5 GiB"]
     assert [count_layers(n) for n in (1, 2)] == ["1 layer", "2 layers"]
+
+
+def test_trusted_layers_that_the_starter_cannot_hold_say_what_to_do() -> None:
+    def refusal(memory_mib: int, min_starter_layers: int) -> str:
+        with pytest.raises(PlanError) as caught:
+            nodes = [node("desk", memory_mib=memory_mib), node("pi1")]
+            check_room(MODEL, nodes, Goal(min_starter_layers=min_starter_layers))
+        return str(caught.value)
+
+    assert refusal(480 + 5 * 56, 8) == (
+        "min_starter_layers: 8 layers with 2,048 tokens of KV cache are to stay on desk, and its 760 MiB hold 5; give "
+        "it 168 MiB more, or make a larger node the starter, or write min_starter_layers: 5, or use weights int4"
+    )
+    assert refusal(4_096, 33) == (
+        "min_starter_layers: 33 layers are to stay on desk, and the model has 32; write 32 or less"
+    )
+    check_room(MODEL, [node("desk", memory_mib=480 + 8 * 56), node("pi1")], Goal(min_starter_layers=8))

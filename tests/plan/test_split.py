@@ -59,3 +59,15 @@ def test_the_head_is_charged_to_the_starter() -> None:
     assert [len(layers) for layers in split_layers(30, 5, 8.0)] == [1, 7, 7, 7, 8]
     assert [len(layers) for layers in split_layers(30, 1, 8.0)] == [30]
     assert [len(layers) for layers in split_layers(3, 3, 8.0)] == [1, 1, 1]
+
+
+def test_the_starter_keeps_the_layers_that_are_to_stay_there() -> None:
+    assert [len(layers) for layers in split_layers(30, 3, min_first=16)] == [16, 7, 7]
+    assert split_layers(30, 3, min_first=10) == split_layers(30, 3)
+    with pytest.raises(PlanError, match=r"29 layers on the starter leave 1 of 30 for 2 other nodes.* write 28 or less"):
+        split_layers(30, 3, min_first=29)
+    with pytest.raises(PlanError, match="31 layers on the starter leave 0 of 30"):
+        split_layers(30, 1, min_first=31)
+    assert check_split([12, 18], 30, min_first=12)
+    with pytest.raises(PlanError, match="--layers 11,19: 12 layers are to stay on the starter"):
+        check_split([11, 19], 30, min_first=12)

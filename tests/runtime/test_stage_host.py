@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mdiq.core import control
+from mdiq.core.noise import RowNoise
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange
 from mdiq.core.wire import WireLimits
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS
@@ -32,6 +33,7 @@ class Loads:
     kv_capacity_tokens = 0
     weight_bytes = kv_bytes_per_token = kv_tokens_in_use = 1
     wire_limits = WireLimits(1_024, 64, 1_024)
+    noise: RowNoise | None = None
 
     def load(self, _: object, layers: LayerRange, *, kv_tokens: int | None, **__: Any) -> "Loads":
         self.done.append(f"loads {layers}")
@@ -130,3 +132,17 @@ async def test_a_burst_of_an_epoch_that_is_over_is_answered_and_not_sent(loads: 
     assert going.bytes_out == going.bytes_in > 0
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
+
+
+async def test_a_stage_has_the_noise_of_its_newest_assignment_also_if_nothing_is_loaded(
+    loads: Loads, worker: Worker
+) -> None:
+    host = StageHost(worker)
+    for changes, noise in (
+        ({"noise_clip": 2.0, "noise_sigma": 0.5}, RowNoise(2.0, 0.5)),
+        ({"noise_clip": 2.0, "noise_sigma": 9.0}, RowNoise(2.0, 9.0)),
+        ({}, None),
+    ):
+        await host.load(part(**changes), Path())
+        assert loads.noise == noise
+    assert loads.done == ["loads 2-3", "forgets", "forgets"]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdiq.core.noise import NoisePromise, RowNoise
 from mdiq.core.types import LayerRange
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions, StandingBy
 from mdiq.runtime.takeover import (
@@ -210,3 +211,29 @@ def test_a_node_may_have_more_or_less_memory_without_a_ring_formed_anew() -> Non
     nodes = tuple(replace(each, memory_bytes=1 << 30, memory_share=0.5) for each in RING.remote.nodes)
     other = replace(ring({"desk": 6, "pi1": 3, "pi2": 3}, ("pi3", "pi4")), remote=replace(RING.remote, nodes=nodes))
     assert is_like(RING, other)
+
+
+def test_what_is_promised_of_a_node_is_kept_in_every_ring_that_goes_on() -> None:
+    promise = NoisePromise(8.0, 1e-6, RowNoise(10.0, 30.0))
+
+    def with_noise(options: RingOptions, *names: str) -> RingOptions:
+        assert options.remote is not None
+        nodes = tuple(replace(n, noise=promise if n.name in names else None) for n in options.remote.nodes)
+        spares = tuple(replace(n, noise=promise if n.name in names else None) for n in options.remote.spares)
+        return replace(options, remote=replace(options.remote, nodes=nodes, spares=spares))
+
+    def noisy_hops(options: RingOptions | None) -> list[str]:
+        assert options is not None
+        rows = [options.row_noise(i) for i in range(options.num_nodes)]
+        assert {*rows} <= {promise.row, None}
+        return [name for name, row in zip(options.node_names, rows, strict=True) if row is not None]
+
+    wide = with_noise(ring({"desk": 6, "pi1": 4, "pi2": 2, "pi3": 2}, ("pi4",)), "pi2", "pi3", "pi4")
+    able = dict.fromkeys(wide.node_names, ANY)
+    assert noisy_hops(wide) == ["pi1"], "pi2 hands on what is noisy already"
+    assert noisy_hops(with_survivors(wide, ["pi1"], able)) == ["desk"]
+    assert noisy_hops(with_survivors(wide, ["pi2"], able)) == ["pi1"]
+    assert noisy_hops(with_survivors(wide, ["pi2", "pi3"], able)) == []
+    assert noisy_hops(with_spares(wide, ["pi1"], ["pi4"])) == ["desk"]
+    assert noisy_hops(with_survivors(wide, ["pi1", "pi2", "pi3"], able)) == []
+    assert not is_like(wide, with_noise(wide, "pi3", "pi4")), "another promise is another Ring"

@@ -329,3 +329,19 @@ def test_a_ring_of_more_nodes_than_layers_is_refused_in_words(tmp_path: Path) ->
             rings.options()
     finally:
         _Config.num_layers = LAYERS
+
+
+def test_layers_that_are_to_stay_on_the_starter_stay_there_in_every_ring_that_serves(tmp_path: Path) -> None:
+    loaded = topology(tmp_path)
+    loaded.file.write_text(loaded.file.read_text() + "ring: {min_starter_layers: 20}\n")
+    kept = load_topology(loaded.file)
+    even = _rings(kept, [], even_split=True).options()
+    assert [len(layers) for layers in even.layers] == [20, 5, 5]
+    rings = _rings(kept, [])
+    assert rings.options().is_survey  # of a few layers each, which serves nobody
+    rings.keep(replace(measured_ring(desk=0.02, pi1=0.001, pi2=0.001), num_layers=LAYERS), is_survey=True)
+    planned = rings.options()
+    assert len(planned.layers[0]) == 20 and sum(map(len, planned.layers)) == LAYERS
+    loaded.file.write_text(loaded.file.read_text().replace("min_starter_layers: 20", "min_starter_layers: 31"))
+    with pytest.raises(PlanError, match="min_starter_layers: 31 layers are to stay on desk, and the model has 30"):
+        planned_ring(load_topology(loaded.file), read_profiles(kept), LAYERS)

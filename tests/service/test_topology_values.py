@@ -91,3 +91,20 @@ def test_a_key_that_is_not_the_files_is_refused(loaded: LoadedTopology) -> None:
     (keys / "pi1.key").write_bytes((keys / "desk.key").read_bytes())
     with pytest.raises(ConfigError, match="pi1: its private key is not the one of public_key"):
         peers_of(loaded, "pi1")
+
+
+def test_the_starter_knows_the_noise_of_each_node_and_the_workers_need_not(tmp_path: Path) -> None:
+    file = tmp_path / "topology.yaml"
+    file.write_text("""version: 1
+model: {path: smollm2-135m-instruct}
+nodes:
+- {name: desk, role: starter, address: 127.0.0.1}
+- {name: pi1, address: 127.0.0.1, data_port: 7403}
+- {name: pi2, address: 127.0.0.1, data_port: 7404, noise: {epsilon: 1, delta: 1e-5, clip: 0.5}}
+""")
+    loaded = load_topology(file)
+    noises = [node.noise for node in remote_ring(loaded, 7.0).nodes]
+    assert noises[:2] == [None, None] and noises[2] is not None
+    assert (noises[2].epsilon, noises[2].delta, noises[2].row.clip) == (1.0, 1e-5, 0.5)
+    assert noises[2].row.sigma == pytest.approx(3.730632, rel=1e-5)
+    assert [node.noise for node in peers_of(loaded, "pi1").nodes] == [None] * 3

@@ -1,0 +1,1 @@
+"""Measurements and pictures for the person who decides. Flags and tables are cli/'s."""
