@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 HEADER = "x-request-id"
 LEFT = 499  # status in the log of a request whose client did not wait; nginx has the same
-QUIET = ("/health", "/ready", "/metrics")  # they are asked for every few seconds
+QUIET = ("/health", "/ready", "/metrics", "/status.json")  # they are asked for every few seconds
 _ID = re.compile(r"[!-~]{1,64}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

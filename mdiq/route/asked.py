@@ -26,7 +26,8 @@ class Asked:
 
     data: its body as servers get it. num_prompts: answers that it wants. is_repeatable: the same body gives the same
     tokens again, where the servers do. wants_usage: its client wants the counts of tokens at the end of a stream;
-    servers always give them. is_stored: its answer can be asked for again, of the server that gave it.
+    servers always give them. is_stored: its answer can be asked for again, of the server that gave it. previous: the
+    response that it goes on from. is_answer: False: only tokens are counted.
     """
 
     path: str
@@ -39,10 +40,11 @@ class Asked:
     wants_usage: bool = True
     is_stored: bool = False
     previous: str | None = None
+    is_answer: bool = True
 
     def dialect(self) -> Dialect:
         """Return what the events of its stream mean."""
-        return _DIALECTS[self.path]()
+        return _DIALECTS.get(self.path, Dialect)()
 
 
 def asked_of(path: str, body: object, draw_seed: Callable[[], int]) -> Asked:
@@ -87,3 +89,15 @@ def _num_prompts(body: Mapping[str, Any]) -> int:
     prompt = body.get("prompt")
     is_many = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     return len(prompt) if is_many and isinstance(prompt, list) else 1
+
+
+def whole_of(path: str, body: object) -> Asked:
+    """Return a request that needs no ring, such as the tokens of a text.
+
+    Raises:
+        BadRequest: the body is not an object.
+    """
+    if not isinstance(body, dict):
+        raise BadRequest("the body is not a JSON object")
+    model = body.get("model")
+    return Asked(path, json.dumps(body).encode(), model if isinstance(model, str) else None, 1, is_answer=False)

@@ -7,7 +7,7 @@ unless that has much more to do than the others; else to the one with the least 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mdiq.route.servers import Server
+from mdiq.route.servers import Server, State
 
 SLACK = 0.5
 """How much more load a server may have, in requests for each of its places, and still get what it has computed."""
@@ -18,18 +18,20 @@ class Wanted:
     """What a request needs.
 
     model: None: there is one model only. blocks: of its beginning that each server has computed. same_tokens: the
-    server must give the same tokens as another; min_context_tokens: and hold as much.
+    server must give the same tokens as another; min_context_tokens: and hold as much. only: it must be one of these,
+    which may be drained: they have what it goes on from; None: any.
     """
 
     model: str | None = None
     blocks: Mapping[str, int] = field(default_factory=dict)
     same_tokens: str | None = None
     min_context_tokens: int = 0
+    only: frozenset[str] | None = None
 
 
 def choose(servers: Iterable[Server], wanted: Wanted, tried: Collection[str] = ()) -> Server | None:
     """Return the best server that was not tried, or None."""
-    usable = [each for each in servers if each.takes_requests and each.name not in tried and _suits(each, wanted)]
+    usable = [each for each in servers if each.name not in tried and _suits(each, wanted)]
     usable = [each for each in usable if each.has_room] or usable  # one without room may have some by now
     if not usable:
         return None
@@ -37,12 +39,13 @@ def choose(servers: Iterable[Server], wanted: Wanted, tried: Collection[str] = (
     near = [each for each in usable if wanted.blocks.get(each.name) and each.load <= lowest + SLACK]
     if near:
         return max(near, key=lambda each: (wanted.blocks[each.name], -each.load))
-    return min(usable, key=lambda each: (each.load, each.num_begun, each.name))
+    return min(usable, key=lambda each: (each.load, each.had, each.name))
 
 
 def _suits(server: Server, wanted: Wanted) -> bool:
     report = server.report
-    if report is None:
+    takes_it = server.takes_requests if wanted.only is None else server.state is State.SERVES
+    if report is None or not takes_it or (wanted.only is not None and server.name not in wanted.only):
         return False
     return (
         wanted.model in (None, report.model)

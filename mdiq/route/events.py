@@ -158,3 +158,16 @@ def counts_of(usage: object, *names: str) -> tuple[int, int] | None:
         return None
     first, second = (usage.get(name) for name in names)
     return (first, second) if isinstance(first, int) and isinstance(second, int) else None
+
+
+def reason_of(value: Mapping[str, Any]) -> str:
+    """Return why an answer has ended, of an event or of a whole answer; "none" if it does not say."""
+    choices, delta, response = value.get("choices"), value.get("delta"), value.get("response", value)
+    choice = choices[-1] if isinstance(choices, list) and choices else None
+    found = [
+        choice.get("finish_reason") if isinstance(choice, dict) else None,
+        delta.get("stop_reason") if isinstance(delta, dict) else None,
+        value.get("stop_reason"),
+        response.get("status") if isinstance(response, dict) and "output" in response else None,
+    ]
+    return next((reason[:40] for reason in found if isinstance(reason, str)), "none")

@@ -115,8 +115,17 @@ class Server:
 
     @property
     def load(self) -> float:
-        """Prompts for each that it computes at once, with one more."""
-        return (self.num_all + 1) / (self.report.num_places if self.report is not None else 1)
+        """Prompts for each that it computes at once."""
+        return self.num_all / self._num_places
+
+    @property
+    def had(self) -> float:
+        """All prompts that it has had, for each that it computes at once."""
+        return self.num_begun / self._num_places
+
+    @property
+    def _num_places(self) -> int:
+        return self.report.num_places if self.report is not None else 1
 
     @property
     def has_room(self) -> bool:

@@ -12,7 +12,7 @@ Values in, values out.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -80,6 +80,11 @@ class Splice:
     def can_go_on(self) -> bool:
         """Whether another server's stream could be compared with this one."""
         return all(len(lane.ids) < MAX_IDS for lane in self._sent.values())
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The ids that the client knows of an answer with one lane, in their order; they grow with it."""
+        return self._sent.setdefault(0, Lane()).ids
 
     def begin(self) -> None:
         """Begin with the stream of another server, or of the first one."""
