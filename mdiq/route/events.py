@@ -99,6 +99,10 @@ class Dialect:
             return str(error.get("message"))[:300]
         return None
 
+    def is_closing(self, value: Mapping[str, Any]) -> bool:
+        """Whether the event may only say that the answer breaks off here: the next one tells."""
+        return False
+
     def usage(self, value: Mapping[str, Any]) -> tuple[int, int] | None:
         """Return tokens of prompt and answer, if the event tells all of them."""
         return counts_of(value.get("usage"), "prompt_tokens", "completion_tokens")
@@ -141,6 +145,9 @@ class ResponsesDialect(Dialect):
         response = value.get("response") if value.get("type") == "response.failed" else None
         error = response.get("error") if isinstance(response, dict) else None
         return str(error.get("message"))[:300] if isinstance(error, dict) else None
+
+    def is_closing(self, value: Mapping[str, Any]) -> bool:
+        return str(value.get("type")).endswith(".done")
 
     def usage(self, value: Mapping[str, Any]) -> tuple[int, int] | None:
         response = value.get("response")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -175,7 +176,7 @@ class Link:
         self.look_soon()
         if isinstance(error, aiohttp.ClientConnectorError):
             cause = error.os_error
-            why = f"nobody answers at {self.url} ({cause.strerror or type(cause).__name__})"
+            why = f"nobody answers at {self.url} ({os.strerror(cause.errno) if cause.errno else type(cause).__name__})"
             return BrokenError(f"{self.server.name}: {why}", is_refused=True)
         return BrokenError(f"{self.server.name}: the connection broke ({type(error).__name__})")
 

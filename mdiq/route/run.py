@@ -87,6 +87,7 @@ class Run:
         self._mark: str | None = None  # of the first server that sent something, with its room
         self._room = 0
         self._until_s = self._kept_open_s = 0.0
+        self._held: list[Event] = []
         self._num_before = 0  # events that the client had when this server was asked
 
     async def answer(self) -> web.StreamResponse:
@@ -192,6 +193,7 @@ class Run:
     async def _stream(self, link: Link, response: ClientResponse) -> web.StreamResponse:
         reader = EventReader()
         self._splice.begin()
+        self._held = []
         self._num_before = self._splice.num_events
         if not self._num_before and (report := link.server.report) is not None:
             self._mark, self._room = report.same_tokens, report.context_tokens
@@ -212,6 +214,15 @@ class Run:
             return False
         if event.value is not None and (why := self._dialect.failure(event.value)) is not None:
             raise BrokenError(f"{link.server.name}: {why}", event=event.raw)
+        if event.value is not None and self._dialect.is_closing(event.value):
+            self._held.append(event)
+            return False
+        held, self._held = self._held, []
+        for each in held:
+            await self._pass(link, each)
+        return await self._pass(link, event)
+
+    async def _pass(self, link: Link, event: Event) -> bool:
         if not self._out.prepared:
             await self._out.prepare(self._request)  # before the event is noted as sent
         before = self._splice.num_events
@@ -324,6 +335,8 @@ class Run:
             raise ApiError(503, text)
         is_first = self._num_breaks == 1 and self._broken is not None and len(self._servers) == 1
         event = self._broken.event if is_first and self._broken is not None else b""
+        for held in self._held if event else ():
+            await self._out.write(held.raw)
         await self._out.write(event or self._dialect.error(text, self._splice.num_events))
         await self._out.write_eof()
         return self._out
