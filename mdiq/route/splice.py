@@ -69,6 +69,7 @@ class Splice:
         self._sent: dict[int, Lane] = {}
         self._now: dict[int, Lane] = {}
         self._times: dict[str, object] = {}
+        self._head_id: str | None = None  # of events of all lanes
         self.names: dict[str, str] = {}
 
     @property
@@ -126,6 +127,10 @@ class Splice:
                 sent.ids[an_id] = i
             elif known[i] != an_id:
                 self.names[an_id] = known[i]
+        if isinstance(head := event.value.get("id"), str):
+            self._head_id = self._head_id or head
+            if head != self._head_id:
+                self.names[head] = self._head_id
         sent.num_events, sent.digest = now.num_events, now.digest
         is_first = not self._times
         for name, when in times_of(event.value).items():
