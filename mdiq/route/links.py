@@ -174,6 +174,10 @@ class Link:
 
     def _broken(self, error: Exception) -> BrokenError:
         self.look_soon()
+        if isinstance(error, aiohttp.ClientSSLError):
+            wrong = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
+            why = getattr(wrong, "verify_message", None) or getattr(wrong, "reason", None) or "no TLS"
+            return BrokenError(f"{self.server.name}: its certificate is refused ({why}); see ca_file", is_refused=True)
         if isinstance(error, aiohttp.ClientConnectorError):
             cause = error.os_error
             why = f"nobody answers at {self.url} ({os.strerror(cause.errno) if cause.errno else type(cause).__name__})"

@@ -103,8 +103,7 @@ class Run:
                 raise
             return await self._give_up(str(error))
         finally:
-            if self._record.has_run:
-                log.info("request_routed", request_id=self._record.request_id, servers=self._servers)
+            self._record.more["servers"] = self._servers
 
     async def _answer(self) -> web.StreamResponse:
         while True:

@@ -194,16 +194,17 @@ def test_requests_are_answered_as_if_no_ring_had_been_killed(door: Door) -> None
         async with aiohttp.ClientSession(timeout=timeout) as session:
             copy = door.servers["copy"].url
             calm = [await _ask(session, copy, kind) for kind in range(len(KINDS))]
-            places = asyncio.Semaphore(AT_ONCE)
+            places, is_time = asyncio.Semaphore(AT_ONCE), asyncio.Event()
 
             async def one(number: int) -> None:
                 async with places:
                     found[number] = await _ask(session, door.router.url, number % len(KINDS))
+                if len(found) >= NUM_REQUESTS // 4:
+                    is_time.set()
 
             async def killer() -> None:
-                while len(found) < NUM_REQUESTS // 4:
-                    await asyncio.sleep(0.05)
-                while await asyncio.to_thread(door.running, "ring-a") < 3:
+                await is_time.wait()
+                while await asyncio.to_thread(door.running, "ring-a") < 3:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 killed_at.append(len(found))
                 await asyncio.to_thread(door.servers["ring-a"].kill)
