@@ -17,7 +17,9 @@ def _imported(*command: str) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["bench", "--help"], ["serve", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["run", "--help"], ["bench", "--help"], ["serve", "--help"], ["route", "--help"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     imported = _imported("-m", "mdiq", *words)
     assert "mdiq.cli.main" in imported

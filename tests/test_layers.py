@@ -35,6 +35,7 @@ MAY_USE = {
         "cache",
         "errors",
     },
+    "route": {"route", "api", "config", "runtime.admin", "runtime.lifecycle", "errors"},
     "testbed": {"testbed", "runtime.cpu_quota", "transport.keys", "config", "errors"},
     "bench": {"bench", "testbed", "runtime", "engine", "transport", "telemetry.logging", "core", "cache", "errors"},
     "report": {"report", "bench", "engine", "plan", "core", "cache", "errors"},
@@ -42,6 +43,7 @@ MAY_USE = {
     "cli": {
         "cli",
         "service",
+        "route",
         "api",
         "bench",
         "report",
@@ -69,6 +71,7 @@ MAY_NOT_USE = {
     "transport": {"torch", "pickle"},
     "control": {"torch", "pickle"},
     "api": {"torch", "zmq", "pickle"},
+    "route": {"torch", "zmq", "pickle"},
 }
 EVERYWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 
@@ -174,6 +177,7 @@ def test_what_catches_every_error_is_at_the_edge_of_a_request_a_process_or_a_lib
         "bench/peer_llama_cpp.py",  # a process of another interpreter
         "engine/text/chat_template.py",  # a template can raise anything
         "engine/text/gguf_tokenizer.py",  # `tokenizers` raises plain Exceptions
+        "route/app.py",  # one request
         "runtime/admin.py",  # one question
         "runtime/head.py",  # rows of some requests
         "transport/curve.py",  # a gate that fails must say so in words

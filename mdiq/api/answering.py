@@ -4,22 +4,21 @@ The routes, and the forms of answers, are for others.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from mdiq.api.admission import Admission, Places
-from mdiq.api.audit import RECORD, Record
+from mdiq.api.audit import Record
 from mdiq.api.backend import Backend
+from mdiq.api.bodies import Bodies
 from mdiq.api.clients import Client, Clients
 from mdiq.api.figures import Figures
 from mdiq.api.forming import formed
@@ -31,8 +30,6 @@ from mdiq.errors import CapacityError, ConfigError, MdiqError, ModelError
 
 log = structlog.get_logger()
 
-LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
-MAX_LARGE_BODIES = 16  # that are read at once
 TEXT_THREADS = 2  # a short text does not wait for a long one; the other threads are the ring's
 
 MAX_OPEN_TEXTS = 32  # requests that only count or make tokens; each may hold megabytes
@@ -59,8 +56,7 @@ class Answering:
         self._clients = clients
         self._admission = admission
         self._figures = figures
-        self._client_timeout_s = client_timeout_s
-        self._large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
+        self._bodies = Bodies(client_timeout_s)
         self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
         self._text_turns = asyncio.Semaphore(TEXT_THREADS)
         self._open_texts: list[bytes] = []  # the digests of their keys
@@ -109,7 +105,7 @@ class Answering:
             client.check(1, time.monotonic())
             self._admission.check(1, backend.max_requests, time.monotonic(), **self._whose(client))
         except ApiError:
-            await self._discard_body(request)
+            await self._bodies.discard(request)
             raise
         return await self.body(request)
 
@@ -179,31 +175,9 @@ class Answering:
         part = self._clients.place_share(client.key)
         return {"num_running": self._backend.num_running, "owner": client.key.name, "part": part}
 
-    async def _discard_body(self, request: web.Request) -> None:
-        """Let a client send its body, and keep nothing of it: some do not see an answer that comes before that."""
-        with suppress(TimeoutError, web.RequestPayloadError, HttpProcessingError):
-            async with asyncio.timeout(self._client_timeout_s):
-                while await request.content.readany():
-                    pass
-
     async def body(self, request: web.Request) -> object:
         """Return the JSON of a request; raise ApiError if it is none."""
-        size = request.content_length
-        is_large = size is None or size > LARGE_BODY_BYTES or "Content-Encoding" in request.headers
-        turn = self._large_bodies if is_large else nullcontext()
-        try:
-            async with asyncio.timeout(self._client_timeout_s), turn:
-                body = await request.read()
-        except TimeoutError:
-            raise ApiError(408, f"the body did not come within {self._client_timeout_s:g} s") from None
-        except (web.RequestPayloadError, HttpProcessingError):  # their messages quote the request
-            raise BadRequest("the body is not valid HTTP") from None
-        request[RECORD].num_bytes = len(body)
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-            raise BadRequest(f"the body is not JSON ({reason})") from None
+        return await self._bodies.json_of(request)
 
     async def _prepare(self, asked: Asked, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> None:
         """Have answers begin with their prompts, and hold log-probabilities, where that is asked for."""

@@ -4,7 +4,6 @@ A client that disconnects cancels its Sequence: aiohttp cancels its handler, whi
 connection of one that does not read its answer is ended by server.py.
 """
 
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from mdiq.api.figures import Figures
 from mdiq.api.keys import ApiKey
 from mdiq.api.messages import PATH, Messages, errors_in_their_form, parse_messages
 from mdiq.api.metrics import metrics_registry
+from mdiq.api.origins import Origins
 from mdiq.api.requests import ApiError, broke, parse, too_long
 from mdiq.api.responses import ResponseRoutes
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
@@ -36,7 +36,6 @@ log = structlog.get_logger()
 
 MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 _PUBLIC = ("/health", "/ready")
-_ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-fA-F:]+\])(:[0-9]+)?")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -57,7 +56,7 @@ class Api:
         client_timeout_s: float = CLIENT_TIMEOUT_S,
     ) -> None:
         self._backend = backend
-        self._cors_origins = cors_origins
+        self._origins = Origins(cors_origins)
         self._clients = Clients(keys)
         self._created = int(time.time())
         self._admission = Admission()
@@ -84,7 +83,7 @@ class Api:
         """Return it with its routes."""
         middlewares = [audited, errors_in_their_form, self._errors]
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
-        app.on_response_prepare.extend([self._allow_origin, add_request_id])
+        app.on_response_prepare.extend([self._origins.allow, add_request_id])
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
@@ -112,10 +111,11 @@ class Api:
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if request.method == "OPTIONS" and self._origin(request):
+            if request.method == "OPTIONS" and self._origins.allowed(request):
                 return web.Response(status=204)  # browsers ask without the key
             request[RECORD].client = self._clients.find(request.headers)
-            self._check_origin(request)
+            has_key = self._clients.has_keys and request[RECORD].client is not None
+            self._origins.check(request, has_key=has_key)
             if request.path not in _PUBLIC:
                 if request[RECORD].client is None:
                     raise ApiError(401, "a key of this ring's API is missing or wrong; send Authorization: Bearer KEY")
@@ -139,36 +139,6 @@ class Api:
         if request.method == "POST":
             self._admission.refused[error.reason] += 1
         return error_response(error)
-
-    def _origin(self, request: web.Request) -> str | None:
-        """Return the request's origin if its web pages may call the API."""
-        origin = request.headers.get("Origin")
-        return origin if {origin, "*"} & {*self._cors_origins} else None
-
-    def _check_origin(self, request: web.Request) -> None:
-        """Refuse web pages that may not use the API: a browser sends what they ask for all the same.
-
-        A page of this very address may, unless it has a name: any page can have one that leads here.
-        """
-        given = request.headers.get("Origin")
-        if given is None or self._origin(request) is not None:
-            return
-        if self._clients.has_keys and request[RECORD].client is not None:
-            return  # no browser sends a key by itself
-        place = given.partition("://")[2]
-        if place != request.host or not _ADDRESS.fullmatch(place):
-            text = "web pages of this origin may not use this API; api.cors_origins names those that may"
-            raise ApiError(403, text, code="origin_not_allowed")
-
-    async def _allow_origin(self, request: web.Request, response: web.StreamResponse) -> None:
-        if origin := self._origin(request):
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Vary"] = "Origin"
-            if request.method == "OPTIONS":
-                asked = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
-                response.headers["Access-Control-Allow-Headers"] = asked
-                response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
-                response.headers["Access-Control-Max-Age"] = "600"
 
     async def _health(self, _: web.Request) -> web.Response:
         if self._backend.is_serving:

@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from aiohttp import web
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 HEADER = "x-request-id"
 LEFT = 499  # status in the log of a request whose client did not wait; nginx has the same
-QUIET = ("/health", "/ready", "/metrics")  # they are asked for every few seconds
+QUIET = ("/health", "/ready", "/metrics", "/status.json")  # they are asked for every few seconds
 _ID = re.compile(r"[!-~]{1,64}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -30,7 +30,7 @@ class Record:
     """What the log says of one request.
 
     request_id: the client's own, if it is short and printable. begun_s: when its head had come. path: of the route;
-    what leads nowhere may be content. client: who asks; None before its key is known.
+    what leads nowhere may be content. client: who asks; None before its key is known. more: further fields of its line.
     """
 
     request_id: str
@@ -43,6 +43,7 @@ class Record:
     num_prompt: int = 0
     num_answer: int = 0
     finish_reason: str = "none"
+    more: dict[str, object] = field(default_factory=dict)
 
     def log(self, status: int, now: float) -> None:
         """Write the line."""
@@ -59,6 +60,7 @@ class Record:
             status=status,
             seconds=round(now - self.begun_s, 3),
             **(tokens if self.has_run else {}),
+            **self.more,
         )
 
 

@@ -12,7 +12,7 @@ from mdiq.api.shapes import Answer, Shape
 from mdiq.api.tool_calls import CallDelta
 
 PATH = "/v1/messages"
-_SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream")
+_SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stream")
 _NOT_SERVED = ("container", "mcp_servers", "context_management")
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _KINDS = {

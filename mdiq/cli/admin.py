@@ -1,4 +1,4 @@
-"""`mdiq status`, `mdiq drain`, `mdiq reload`: an operator talks to the `mdiq serve` of a topology on this machine."""
+"""`mdiq status`, `mdiq drain`, `mdiq reload`: an operator talks to an `mdiq serve` or `mdiq route` of this machine."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mdiq.cli.route import print_status
 from mdiq.plan.drift import SHOWN
 from mdiq.runtime.admin import ask
 from mdiq.runtime.recovery_times import STEPS
@@ -19,6 +20,8 @@ def status(topology: Path, *, as_json: bool) -> int:
     found = ask(topology, {"do": "status"})
     if as_json:
         typer.echo(json.dumps(found))
+    elif "servers" in found:
+        print_status(found)
     else:
         _print(found)
     return 0 if found["is_serving"] else 1

@@ -212,6 +212,17 @@ app.command("serve")(command(ServeOptions, "mdiq.cli.serve"))
 
 
 @app.command()
+def route(
+    file: Annotated[Path, typer.Argument(help="The routes file: the servers, and the address.")],
+    log_level: Annotated[LogLevelName, typer.Option(help="Minimum severity of log lines.")] = "info",
+) -> None:
+    """Serve one address for several rings and copies, each an mdiq serve; requests are spread over them."""
+    from mdiq.cli.route import execute
+
+    execute(file, log_level)
+
+
+@app.command()
 def status(topology: Topology, as_json: Json = False) -> None:
     """Show the ring that mdiq serve keeps up on this machine; exit with 1 while it does not serve."""
     from mdiq.cli.admin import status as execute

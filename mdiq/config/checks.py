@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from mdiq.config.addresses import is_loopback, is_wildcard, machine_of
 from mdiq.config.findings import OTHER_PLACE, Loc, Problem
 from mdiq.config.privacy_checks import privacy_problems, privacy_warnings
-from mdiq.config.topology import Node, Topology
+from mdiq.config.topology import Listening, Node, Topology
 from mdiq.config.units import shown, size_text
 from mdiq.core.wire_formats import AUTO, SMALL, USUAL, rounds
 
@@ -240,7 +240,11 @@ def _keys(topology: Topology, nodes: _Numbered, without_keys: bool) -> Iterator[
 
 
 def _api(topology: Topology) -> Iterator[Problem]:
-    api = topology.api
+    yield from listening_problems(topology.api)
+
+
+def listening_problems(api: Listening) -> Iterator[Problem]:
+    """Yield what is wrong between the values of an HTTP API's section."""
     if not is_loopback(api.host) and api.keys_file is None:
         text = (
             f"{api.host} lets other machines ask, and there are no API keys; set api.keys_file to a file of keys "

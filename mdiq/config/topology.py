@@ -178,8 +178,8 @@ class Security(_Section):
     insecure: bool = _key(False, "Send everything in plain text, without keys, even beyond loopback.")
 
 
-class Api(_Section):
-    """The HTTP API, on the Starter's machine."""
+class Listening(_Section):
+    """Where an HTTP API listens, and who may ask."""
 
     host: Host = _key(
         "127.0.0.1", "Address on which the API listens; 0.0.0.0: all interfaces. Beyond loopback it needs keys_file."
@@ -204,6 +204,11 @@ class Api(_Section):
         alias="client_timeout",
         written="60s",
     )
+
+
+class Api(Listening):
+    """The HTTP API, on the Starter's machine."""
+
     max_waiting: Count = _key(
         None,
         "Requests that may wait for their turn in the ring, more are refused; auto: twice max_live, at least 64.",

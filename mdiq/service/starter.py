@@ -34,6 +34,7 @@ from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
 from mdiq.runtime.starter_service import StreamEvent
 from mdiq.service.api_files import ApiFiles
 from mdiq.service.replanning import Replanning, with_load
+from mdiq.service.same_tokens import SameTokens
 from mdiq.service.text_pipe import TokenizerPipe
 from mdiq.service.topology_rings import TopologyRings
 from mdiq.service.topology_values import model_of
@@ -62,6 +63,7 @@ class _Topologies:
         self._model = model
         self._config = config
         self._threads = threads
+        self.cpus: frozenset[str] = frozenset()  # kinds of the last Ring's
 
     def read(self) -> Form:
         """Raises ConfigError when the file cannot be used, or changes what only a restart can change."""
@@ -99,7 +101,9 @@ class _Topologies:
     async def keep_measured(self, ring: RingHost) -> None:
         """Keep what the Nodes of a Ring measured: see TopologyRings."""
         assert self._rings is not None  # a Ring has been formed
-        self._rings.keep(await ring.measured(), is_survey=ring.is_survey)
+        measured = await ring.measured()
+        self.cpus = frozenset(stage.cpu for stage in measured.stages)
+        self._rings.keep(measured, is_survey=ring.is_survey)
 
     def note_failure(self, options: RingOptions, error: MdiqError) -> None:
         """Learn from a Ring that could not be formed: see TopologyRings."""
@@ -116,6 +120,7 @@ class _LocalRing:
     """A ring of processes of this machine, which is what it is: nothing of it is measured or planned again."""
 
     rings = None
+    cpus: frozenset[str] = frozenset()
 
     def __init__(self, options: RingOptions) -> None:
         self._options = options
@@ -152,8 +157,10 @@ class _RingBackend:
         model_name: str,
         max_waiting: int | None,
         under_load: Callable[[], Factors],
+        same_tokens: Callable[[], str | None],
     ) -> None:
         self._keeper = keeper
+        self._same_tokens = same_tokens
         self._under_load = under_load
         self._max_waiting = max_waiting
         self._tokenizer = tokenizer
@@ -241,7 +248,9 @@ class _RingBackend:
         return self._keeper.stream(sequence)
 
     def status(self) -> Mapping[str, Any]:
-        return with_load(self._keeper.status(), self._under_load())
+        serves = {"model": self.model_name, "context_tokens": self.context_tokens, "max_requests": self.max_requests}
+        status = with_load(self._keeper.status(), self._under_load())
+        return status | {"serves": {**serves, "same_tokens": self._same_tokens()}}
 
 
 class TopologyService:
@@ -261,8 +270,10 @@ class TopologyService:
     ) -> None:
         """Find the model, and read what of it the service needs before a Ring is up."""
         model = find_model(model_of(loaded), progress=lambda text: notifier.starting(text))
+        self._tokenizer = Tokenizer.load(model)
         with open_checkpoint(model) as checkpoint:
             self._config = checkpoint.config
+            self._same = SameTokens(checkpoint, self._tokenizer)
         self._topologies: _Topologies | _LocalRing
         if local_ring is not None:
             self._topologies = _LocalRing(local_ring(model, self._config))
@@ -270,7 +281,6 @@ class TopologyService:
             self._topologies = _Topologies(loaded, model, self._config, threads, even_split=even_split)
         named = loaded.topology.model
         self._model_name = named.name or name_of(named.path)  # as clients name it
-        self._tokenizer = Tokenizer.load(model)
         self._grammars = Grammars(self._tokenizer)
         if self._tokenizer.eos_token_ids:
             self._grammars.prepare()  # later it would hold up the ring
@@ -283,6 +293,7 @@ class TopologyService:
         """Serve until a signal comes."""
 
         def open_ring(options: RingOptions, on_loading: Callable[[str, int, int], None]) -> RingHost:
+            self._same.options = options
             return RingHost(options, make_pipe=self._pipe, on_loading=on_loading, grammars=self._grammars)
 
         self._keeper = keeper = RingKeeper(
@@ -302,6 +313,7 @@ class TopologyService:
             self._model_name,
             wanted.max_waiting,
             self._under_load,
+            lambda: self._same.mark(self._topologies.cpus),
         )
         self._api = Api(
             backend, self._api_files.keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s

@@ -5,6 +5,7 @@ engine/text/chat_template.py.
 """
 
 import codecs
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -159,6 +160,14 @@ class Tokenizer:
         """Return the special token of this text; None if it has none, or one that is a part of answers."""
         token = self._backend.token_to_id(text)
         return token if token in self.special_ids else None
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint: equal ones make the same tokens of texts and chats, and the same texts of tokens."""
+        parts = self._parts
+        others = (parts.prefix, parts.suffix, sorted(self.eos_token_ids), sorted(parts.special_texts.items()))
+        text = f"{parts.backend.to_str()}\0{others}\0{parts.chat_template}"
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
     @property
     def chat_template(self) -> str | None:

@@ -1,0 +1,48 @@
+"""The bodies of requests, bounded in time, and in memory where many large ones come at once."""
+
+import asyncio
+import json
+from contextlib import nullcontext, suppress
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from mdiq.api.audit import RECORD
+from mdiq.api.requests import ApiError, BadRequest
+
+LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
+MAX_LARGE_BODIES = 16  # that are read at once
+
+
+class Bodies:
+    """Reads them. client_timeout_s: maximum wait for one."""
+
+    def __init__(self, client_timeout_s: float) -> None:
+        self._client_timeout_s = client_timeout_s
+        self._large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
+
+    async def json_of(self, request: web.Request) -> object:
+        """Return the JSON of a request; raise ApiError if it is none."""
+        size = request.content_length
+        is_large = size is None or size > LARGE_BODY_BYTES or "Content-Encoding" in request.headers
+        turn = self._large_bodies if is_large else nullcontext()
+        try:
+            async with asyncio.timeout(self._client_timeout_s), turn:
+                body = await request.read()
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {self._client_timeout_s:g} s") from None
+        except (web.RequestPayloadError, HttpProcessingError):  # their messages quote the request
+            raise BadRequest("the body is not valid HTTP") from None
+        request[RECORD].num_bytes = len(body)
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise BadRequest(f"the body is not JSON ({reason})") from None
+
+    async def discard(self, request: web.Request) -> None:
+        """Let a client send its body, and keep nothing of it: some do not see an answer that comes before that."""
+        with suppress(TimeoutError, web.RequestPayloadError, HttpProcessingError):
+            async with asyncio.timeout(self._client_timeout_s):
+                while await request.content.readany():
+                    pass

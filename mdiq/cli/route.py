@@ -1,0 +1,43 @@
+"""`mdiq route`: one address for several rings and copies."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from mdiq.cli.options import LogLevelName
+from mdiq.cli.signals import run_service
+from mdiq.config.routes import load_routes
+from mdiq.runtime.lifecycle import Notifier
+from mdiq.telemetry import logging
+
+
+def execute(file: Path, log_level: LogLevelName) -> NoReturn:
+    """Route until a signal comes; end the process then."""
+    logging.configure(log_level, node="router")
+    loaded = load_routes(file)
+    from mdiq.route.service import RouteService
+
+    run_service(RouteService(loaded, Notifier.from_environment()).run())
+
+
+def print_status(found: Mapping[str, Any]) -> None:
+    """Show the servers of a router."""
+    console = Console()
+    requests = found["requests"]
+    console.print(f"requests: {requests['running']} open, at most {requests['max']}", highlight=False)
+    table = Table("server", "state", "model", "running", "places", "address")
+    for server in found["servers"]:
+        state = f"{server['state']}{', drained' if server['drained'] else ''}"
+        text = "" if server["state"] == "serves" else f": {server['text']}"
+        table.add_row(
+            server["name"],
+            state + text,
+            server["model"] or "",
+            str(server["running"]),
+            "" if server["places"] is None else str(server["places"]),
+            server["url"],
+        )
+    console.print(table)

@@ -1,0 +1,215 @@
+"""The connections to one server: requests to it, and what is heard of it. What is asked, and why, is for others."""
+
+import asyncio
+import json
+import os
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import NoReturn
+
+import aiohttp
+import structlog
+
+from mdiq.route.servers import Server, State, report_of
+
+log = structlog.get_logger()
+
+LOOK_S = 1.0
+"""Between two looks at a server."""
+CONNECT_S = 3.0
+MAX_STATUS_BYTES = 4 << 20
+MAX_WHOLE_BYTES = 32 << 20
+"""Of an answer that is not a stream."""
+_READ_BYTES = 64 * 1024
+
+
+class BrokenError(Exception):
+    """A server has not given its answer: nobody listens there, the connection has broken, or it is gone.
+
+    is_refused: nobody listens there, so it has not got the request. event: the last one of a stream, which says why.
+    """
+
+    def __init__(self, text: str, *, is_refused: bool = False, event: bytes = b"") -> None:
+        super().__init__(text)
+        self.is_refused, self.event = is_refused, event
+
+
+class Link:
+    """One server. on_news: called when its state has changed."""
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        key: str | None,
+        tls: ssl.SSLContext | None,
+        silence_s: float,
+        on_news: Callable[[Server, State], None],
+    ) -> None:
+        self.server = Server(name, silence_s)
+        self.url, self._tls = url, tls
+        self.key = key
+        self._on_news = on_news
+        self._hurry = asyncio.Event()
+        self._scopes: set[asyncio.Timeout] = set()
+        self._session: aiohttp.ClientSession | None = None
+
+    async def watch(self) -> NoReturn:
+        """Look at the server again and again."""
+        while True:
+            before = self.server.state
+            await self._look()
+            if self.server.state is not before:
+                log.info("server_changed", server=self.server.name, state=self.server.state, text=self.server.text)
+                if self.server.state is State.GONE:
+                    self._end_all()
+                self._on_news(self.server, before)
+            self._hurry.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._hurry.wait()
+
+    def look_soon(self) -> None:
+        """Look at the server now: something went wrong with it."""
+        self._hurry.set()
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    @asynccontextmanager
+    async def ask(
+        self, method: str, path: str, *, data: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Ask the server; its connection is closed at the end, unless all of the answer was read.
+
+        Raises:
+            BrokenError: it is not answered, or the server is gone meanwhile.
+        """
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._scopes.add(scope)
+                try:
+                    response = await self._begin(method, path, data, headers)
+                    try:
+                        yield response
+                    finally:
+                        response.close()
+                finally:
+                    self._scopes.discard(scope)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise BrokenError(f"{self.server.name}: {self.server.text}") from None
+
+    async def _begin(
+        self, method: str, path: str, data: bytes | None, headers: Mapping[str, str] | None
+    ) -> aiohttp.ClientResponse:
+        own = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        kind = {} if data is None else {"Content-Type": "application/json"}
+        try:
+            return await self._client().request(
+                method, self.url + path, data=data, headers={**(headers or {}), **own, **kind}, allow_redirects=False
+            )
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise self._broken(error) from None
+
+    async def chunks(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        """Yield an answer as it comes.
+
+        Raises:
+            BrokenError: it breaks off.
+        """
+        while True:
+            try:
+                data = await response.content.read(_READ_BYTES)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise self._broken(error) from None
+            if not data:
+                return
+            self.server.heard(time.monotonic())
+            yield data
+
+    async def whole(self, response: aiohttp.ClientResponse, max_bytes: int = MAX_WHOLE_BYTES) -> bytes:
+        """Return an answer that is not a stream.
+
+        Raises:
+            BrokenError: it breaks off, or is too large.
+        """
+        body = bytearray()
+        async for data in self.chunks(response):
+            body += data
+            if len(body) > max_bytes:
+                raise BrokenError(f"{self.server.name}: its answer has more than {max_bytes} bytes")
+        return bytes(body)
+
+    async def _look(self) -> None:
+        server = self.server
+        since_s = 0.0 if server.heard_s is None else time.monotonic() - server.heard_s
+        wait_s = server.silence_s if server.state is State.GONE else max(server.silence_s - since_s, 0.1)
+        try:
+            async with asyncio.timeout(wait_s), self.ask("GET", "/status.json") as response:
+                body = await self.whole(response, MAX_STATUS_BYTES)
+            self._told(response.status, body)
+        except BrokenError as error:
+            if error.is_refused:
+                server.refused(str(error))
+        except TimeoutError:
+            pass
+        server.look(time.monotonic())
+
+    def _told(self, status: int, body: bytes) -> None:
+        now = time.monotonic()
+        if status in (401, 403):
+            self.server.locked(now)
+            return
+        try:
+            self.server.reported(report_of(json.loads(body) if status == 200 else None), now)
+        except (ValueError, RecursionError) as error:
+            why = str(error) if status == 200 else f"it answers its status with {status}"
+            self.server.misunderstood(why, now)
+
+    def _broken(self, error: Exception) -> BrokenError:
+        self.look_soon()
+        if isinstance(error, aiohttp.ClientSSLError):
+            wrong = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
+            why = getattr(wrong, "verify_message", None) or getattr(wrong, "reason", None) or "no TLS"
+            return BrokenError(f"{self.server.name}: its certificate is refused ({why}); see ca_file", is_refused=True)
+        if isinstance(error, aiohttp.ClientConnectorError):
+            cause = error.os_error
+            why = f"nobody answers at {self.url} ({os.strerror(cause.errno) if cause.errno else type(cause).__name__})"
+            return BrokenError(f"{self.server.name}: {why}", is_refused=True)
+        return BrokenError(f"{self.server.name}: the connection broke ({type(error).__name__})")
+
+    def _end_all(self) -> None:
+        """End all that waits for this server: it is gone."""
+        now = asyncio.get_running_loop().time()
+        for scope in self._scopes:
+            scope.reschedule(now)
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, ssl=self._tls if self._tls is not None else True)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                timeout=timeout,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=_READ_BYTES,
+                auto_decompress=False,
+                skip_auto_headers=["User-Agent"],
+            )
+        return self._session
+
+
+def key_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers with a client's own key, for servers that are to get that."""
+    return {name: headers[name] for name in ("Authorization", "x-api-key") if name in headers}
+
+
+def is_stream(response: aiohttp.ClientResponse) -> bool:
+    """Return whether an answer is a stream of events."""
+    return response.content_type == "text/event-stream"

@@ -1,0 +1,88 @@
+"""Which server has which stored response, and under which id there. Pure: time is an argument.
+
+A response that its server took with it can be made again: servers that give the same tokens make the same one of the
+same request. So the request is kept as long as the response, within a bound.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+KEEP_S = 3_600.0
+"""As long as `mdiq serve` keeps one; see api/response_store.py."""
+MAX_KEPT = 10_000
+MAX_BYTES = 64 << 20
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A stored response.
+
+    id: as its client knows it; id_there: as its server does. owner: whose key asked for it. body: of the request, with
+    its seed; empty: it cannot be made again. previous: the response that it goes on from. same_tokens: of the server
+    that made it first. ids: all in its stream, in the order in which its client saw them. names: ids there -> those
+    ids, where they differ.
+    """
+
+    id: str
+    owner: str
+    server: str
+    body: bytes = b""
+    previous: str | None = None
+    same_tokens: str | None = None
+    id_there: str = ""
+    ids: Collection[str] = ()
+    names: dict[str, str] = field(default_factory=dict)
+    kept_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.id_there = self.id_there or self.id
+
+    def moved(self, server: str, id_there: str, names: Mapping[str, str]) -> None:
+        """Note that another server has made it again. names: ids there of responses before it -> their own."""
+        self.server, self.id_there = server, id_there
+        self.names = {**names, id_there: self.id}
+
+
+class Sessions:
+    """The newest of them."""
+
+    def __init__(self, max_kept: int = MAX_KEPT, max_bytes: int = MAX_BYTES) -> None:
+        self._max_kept, self._max_bytes = max_kept, max_bytes
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def add(self, session: Session, now: float) -> None:
+        """Keep a session; the oldest make room, or lose their requests first."""
+        self.forget(session.id)
+        session.kept_s = now
+        self._sessions[session.id] = session
+        self._num_bytes += len(session.body)
+        while self._sessions and (len(self._sessions) > self._max_kept or self._is_old(now)):
+            self.forget(next(iter(self._sessions)))
+        for each in self._sessions.values():
+            if self._num_bytes <= self._max_bytes:
+                break
+            self._num_bytes -= len(each.body)
+            each.body = b""
+
+    def find(self, response_id: str, owner: str) -> Session | None:
+        """Return the session of a response of this owner, or None."""
+        found = self._sessions.get(response_id)
+        return found if found is not None and found.owner == owner else None
+
+    def is_others(self, response_id: str, owner: str) -> bool:
+        """Return whether a response is known, and another's."""
+        found = self._sessions.get(response_id)
+        return found is not None and found.owner != owner
+
+    def forget(self, response_id: str) -> None:
+        """Forget a session; one that is unknown is ignored."""
+        if (found := self._sessions.pop(response_id, None)) is not None:
+            self._num_bytes -= len(found.body)
+
+    def _is_old(self, now: float) -> bool:
+        return now - next(iter(self._sessions.values())).kept_s >= KEEP_S
