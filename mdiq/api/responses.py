@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 PATH = "/v1/responses"
 MAX_INPUT_ITEMS, USUAL_INPUT_ITEMS = 100, 20  # of one page, as OpenAI's
+_PREVIOUS = "previous_response_id"
 
 
 class ResponseRoutes:
@@ -55,17 +56,17 @@ class ResponseRoutes:
         history: Sequence[Any] = ()
         input_bytes = 0
         if previous is not None:
-            before = self._found(request, previous, "previous_response_id")
+            before = self._found(request, previous, _PREVIOUS)
             if before.shape.status not in ("completed", "incomplete"):
-                text = f"previous_response_id: that response is {before.shape.status}; wait for its end"
-                raise BadRequest(text, "previous_response_id")
+                text = f"{_PREVIOUS}: that response is {before.shape.status}; wait for its end"
+                raise BadRequest(text, _PREVIOUS)
             history = [*before.input, *before.shape.messages]
             input_bytes = before.conversation_bytes
         asked = parse_response(body, history)
         input_bytes += bytes_of(asked.messages[len(history) :])
         if history and input_bytes > MAX_CONVERSATION_BYTES:
             text = f"it is more than {MAX_CONVERSATION_BYTES} bytes with what comes before it; begin anew"
-            raise BadRequest(f"previous_response_id: {text}", "previous_response_id")
+            raise BadRequest(f"{_PREVIOUS}: {text}", _PREVIOUS)
         shape = ResponseShape(self._backend.model_name, asked.shown)
         messages, owner = asked.messages, _owner(request)
         response = StoredResponse(
@@ -176,7 +177,9 @@ class ResponseRoutes:
         found = self._store.find(response_id, _owner(request))
         if found is None:
             text = f"{param}: no response {response_id[:80]!r} is kept here; one that is stored is kept for an hour"
-            raise ApiError(404, text, param=param)
+            if param == _PREVIOUS:  # with OpenAI's status and code: clients know by them to send the whole chat again
+                raise BadRequest(text, param, code="previous_response_not_found")
+            raise ApiError(404, text, param=param, code=None)
         return found
 
     async def _send(self, request: web.Request, response: StoredResponse, after: int = -1) -> web.StreamResponse:

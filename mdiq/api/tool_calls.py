@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mdiq.errors import ConfigError
 
@@ -127,7 +128,7 @@ class CallParser:
         self._lead = ""  # the mark, and what followed it
         self._raw = ""  # an object
         self._nesting = _Nesting()
-        self._has_content = self._has_mark = self._block_has_call = False
+        self._has_content = self._has_mark = self._block_has_call = self._is_doubled = False
         self.num_calls = 0
 
     def push(self, text: str) -> list[str | CallDelta]:
@@ -175,7 +176,7 @@ class CallParser:
 
     def _between(self, char: str) -> None:
         if char == "{":
-            self._raw, self._nesting, self._take = "", _Nesting(), self._header
+            self._raw, self._nesting, self._take, self._is_doubled = "", _Nesting(), self._header, False
             self._header(char)
         elif char in self._form.between:
             self._lead += char
@@ -190,6 +191,10 @@ class CallParser:
                 self._take(each)
 
     def _header(self, char: str) -> None:
+        if char == self._raw == "{":  # JSON never has two; the templates of Qwen 2.5 Coder show calls with them
+            self._lead += char
+            self._is_doubled = True
+            return
         self._whole(char)
         if self._take == self._header and char == ":" and self._nesting.depth == 1 and not self._nesting.in_string:
             found = _HEADER.fullmatch(self._raw) if len(self._raw) < _MAX_HEADER else None
@@ -261,7 +266,14 @@ class CallParser:
         if not self._is_many:
             self._take = self._rest
         else:
-            self._take = self._text if self._form.end else self._between
+            then = self._text if self._form.end else self._between
+            self._take = partial(self._brace, then) if self._is_doubled else then
+
+    def _brace(self, then: Callable[[str], None], char: str) -> None:
+        """Leave out the second closing brace of an object that began with two."""
+        self._take = then
+        if char != "}":
+            then(char)
 
     def _shown_lead(self) -> str:
         # Where it may be left out, the mark is a special token, which says nothing to a reader.

@@ -233,10 +233,13 @@ async def test_responses_are_found_with_the_key_that_asked_for_them_alone() -> N
                 client.responses.retrieve(mine.id),
                 client.responses.delete(mine.id),
                 client.responses.cancel(mine.id),
-                client.responses.create(input="And?", previous_response_id=mine.id),
             ):
-                with pytest.raises(openai.NotFoundError):
+                with pytest.raises(openai.NotFoundError) as gone:
                     await asking
+                assert (gone.value.param, gone.value.code) == ("response_id", None), "there is such a path"
+            with pytest.raises(openai.BadRequestError) as refusal:
+                await client.responses.create(input="And?", previous_response_id=mine.id)
+            assert refusal.value.code == "previous_response_not_found"
 
 
 @pytest.mark.parametrize(

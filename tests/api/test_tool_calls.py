@@ -55,6 +55,18 @@ ANSWERS: list[tuple[ToolForm, str, Found]] = [
         ("", [("get", "{}"), ("add", "{}")]),
     ),
     (HERMES, '<tools>{"name": "get", "arguments": {}}</tools>', ("", [("get", "{}")])),
+    # As the templates of Qwen 2.5 Coder show a call: with two braces.
+    (HERMES, '{{"name": "get", "arguments": {"a": 1}}}', ("", [("get", '{"a": 1}')])),
+    (HERMES, '{{"name": "get", "arguments": {"a": 1}}', ("", [("get", '{"a": 1}')])),
+    (HERMES, '<tool_call>\n{{"arguments": {}, "name": "get"}}\n</tool_call> ok', (" ok", [("get", "{}")])),
+    (
+        HERMES,
+        '{{"name": "get", "arguments": {}}}\n{{"name": "add", "arguments": {}}}',
+        ("", [("get", "{}"), ("add", "{}")]),
+    ),
+    (HERMES, '{{"name": "Bob", "arguments": {}}}', ('{{"name": "Bob", "arguments": {}}}', [])),
+    (HERMES, "{{ name }} is filled in", ("{{ name }} is filled in", [])),
+    (HERMES, "{{", ("{{", [])),
     (HERMES, '{"name": "Bob", "arguments": {}}', ('{"name": "Bob", "arguments": {}}', [])),
     (HERMES, '```json\n{"city": {"name": "get"}}\n```', ('```json\n{"city": {"name": "get"}}\n```', [])),
     (HERMES, "```python\nget()\n```", ("```python\nget()\n```", [])),

@@ -20,7 +20,9 @@ START_S = 200.0
 
 
 class TwoNodes:
-    """A ring and its API. folder: its files; api: its address."""
+    """A ring and its API. folder: its files; api: its address; key: one of its keys, if it wants any."""
+
+    key = ""
 
     def __init__(self, folder: Path, file: Path, api: str) -> None:
         self._file = file
@@ -35,7 +37,8 @@ class TwoNodes:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def metric(self, name: str) -> float:
-        with urllib.request.urlopen(f"{self.api}/metrics", timeout=30) as response:
+        request = urllib.request.Request(f"{self.api}/metrics", headers={"Authorization": f"Bearer {self.key}"})
+        with urllib.request.urlopen(request, timeout=30) as response:
             lines = response.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
@@ -88,8 +91,8 @@ def two_nodes(folder: Path, model: Mapping[str, Any], num_layers: int, **more: A
             {**starter, **both, "layers": f"0-{half - 1}"},
             {"name": "second", "data_port": other_data, **both, "layers": f"{half}-{num_layers - 1}"},
         ],
-        "api": {"port": api},
         **more,
+        "api": {"port": api, **more.get("api", {})},
     }
     file = folder / "topology.yaml"
     file.write_text(yaml.safe_dump(topology))
