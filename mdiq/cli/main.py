@@ -16,7 +16,7 @@ import typer
 import mdiq
 from mdiq.cache import NO_SPACE
 from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Topology, command
-from mdiq.cli.report_commands import EvaluateOptions
+from mdiq.cli.report_commands import EvaluateOptions, ReportOptions
 from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions, ServeOptions
 from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
@@ -47,6 +47,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 for name, options in (("run", RunOptions), ("perplexity", PerplexityOptions), ("bench", BenchOptions)):
     app.command(name)(command(options, f"mdiq.cli.{name}"))
 app.command("evaluate")(command(EvaluateOptions, "mdiq.cli.evaluate"))
+app.command("report")(command(ReportOptions, "mdiq.cli.report"))
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdiq.bench.workload import Load
-from mdiq.report.measure import BYTES_TOKENS, HopBytes, LoadRun, MeasurableRing, Meter
+from mdiq.report.measure import BYTES_TOKENS, HopBytes, LoadRun, MeasurableRing, Meter, count_bytes
 from mdiq.report.receipt import Receipt
 
 if TYPE_CHECKING:
@@ -201,15 +201,16 @@ class Evaluator:
         )
 
     async def _wire(self, subject: Subject, wires: Sequence[str]) -> tuple[HopBytes, ...]:
-        found: list[HopBytes] = []
-        for wire in wires:
-            self.progress(f"{subject.name}: bytes on a hop of {wire}")
-            async with self.open_ring(subject.path, WIRE_NODES, wire) as ring:
-                meter = self._meter(ring, subject, WIRE_NODES)
-                for has_kv_cache in (True, False) if self.uncached_tokens else (True,):
-                    for length in self.lengths:
-                        found.append(await meter.hop_bytes(wire, length, self.seed, has_kv_cache=has_kv_cache))
-        return tuple(found)
+        return await count_bytes(
+            lambda wire: self.open_ring(subject.path, WIRE_NODES, wire),
+            subject.config.vocab_size,
+            wires,
+            self.lengths,
+            self.seed,
+            lap_s=self.lap_s,
+            has_uncached=self.uncached_tokens > 0,
+            progress=lambda text: self.progress(f"{subject.name}: {text}"),
+        )
 
     def _meter(self, ring: MeasurableRing, subject: Subject, nodes: int) -> Meter:
         return Meter(ring, subject.config.vocab_size, self.rest_s if nodes > 1 else 0.0, self.lap_s)

@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +69,12 @@ class Meter:
         self._ring, self._vocab_size, self._rest_s = ring, vocab_size, rest_s
         self._quiet_s = _QUIET_S + 2 * lap_s
         self._indices = itertools.count()
+
+    def next_index(self, count: int) -> int:
+        """Return the first of so many indices that nothing else in the ring has."""
+        first = next(self._indices)
+        self._indices = itertools.count(first + count)
+        return first
 
     async def warm_up(self, users: int, prompt_tokens: int, seed: int) -> None:
         """Run a short Load of another seed, so that memory of the largest one is taken."""
@@ -149,6 +156,33 @@ class Meter:
         return TokenSequence(next(self._indices), prompt, SamplingParams(num_tokens, ignore_eos=True))
 
     async def _run(self, load: Load) -> list[UserTimes]:
-        first = next(self._indices)
-        self._indices = itertools.count(first + load.users)
-        return await run_load(self._ring, load, self._vocab_size, first)
+        return await run_load(self._ring, load, self._vocab_size, self.next_index(load.users))
+
+
+async def count_bytes(
+    open_ring: Callable[[str], AbstractAsyncContextManager[MeasurableRing]],
+    vocab_size: int,
+    wires: Sequence[str],
+    lengths: Sequence[int],
+    seed: int,
+    *,
+    lap_s: float,
+    has_uncached: bool,
+    progress: Callable[[str], None],
+) -> tuple[HopBytes, ...]:
+    """Count the bytes of a token in each format, at each length, on a ring of its own.
+
+    open_ring: called with a format. lap_s: see Meter. has_uncached: count them without a KV cache as well.
+
+    Raises:
+        MdiqError: a ring failed.
+    """
+    found: list[HopBytes] = []
+    for wire in wires:
+        progress(f"bytes on a hop of {wire}")
+        async with open_ring(wire) as ring:
+            meter = Meter(ring, vocab_size, 0.0, lap_s)
+            for has_kv_cache in (True, False) if has_uncached else (True,):
+                for length in lengths:
+                    found.append(await meter.hop_bytes(wire, length, seed, has_kv_cache=has_kv_cache))
+    return tuple(found)
