@@ -10,10 +10,11 @@ from mdiq.bench.workload import ApartCell, Cell
 
 @dataclass(frozen=True, slots=True)
 class UserTimes:
-    """When one user asked, and when each token of the answer came: seconds on one clock."""
+    """When one user asked, and when each token came: seconds on one clock. answer: the tokens, where they are kept."""
 
     submitted_s: float
     tokens_s: tuple[float, ...]
+    answer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,21 +198,27 @@ async def run_load(ring: LoadedRing, load: Load, vocab_size: int, first_index: i
         for user, prompt in enumerate(load.prompts(vocab_size))
     ]
     async with asyncio.TaskGroup() as tasks:
-        asked = [tasks.create_task(_ask(ring, sequence), name=f"user-{sequence.index}") for sequence in sequences]
+        asked = [tasks.create_task(ask(ring, sequence), name=f"user-{sequence.index}") for sequence in sequences]
     return [task.result() for task in asked]
 
 
-async def _ask(ring: LoadedRing, sequence: TokenSequence) -> UserTimes:
+async def ask(ring: LoadedRing, sequence: TokenSequence) -> UserTimes:
+    """Run a Sequence to its end; return when its tokens came, and which.
+
+    Raises:
+        MdiqError: the ring failed it, or fewer tokens came than it wanted.
+    """
     submitted_s = time.monotonic()
-    tokens_s = []
+    tokens_s, answer = [], []
     async for event in ring.stream(sequence):
         if event.step.token is not None:
             tokens_s.append(event.at_s)
+            answer.append(event.step.token)
         if event.step.error is not None:
             raise event.step.error
     if len(tokens_s) != sequence.params.max_tokens:
         raise RingError(f"user {sequence.index}: {len(tokens_s)} of {sequence.params.max_tokens} tokens came")
-    return UserTimes(submitted_s, tuple(tokens_s))
+    return UserTimes(submitted_s, tuple(tokens_s), tuple(answer))
 
 
 def node_shares(

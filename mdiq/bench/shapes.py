@@ -6,7 +6,7 @@ activations stay finite: each matrix keeps the size of what it multiplies. There
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -28,7 +28,7 @@ _TYPES = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_0}
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a model of the llama family."""
+    """The sizes of a model. is_gpt2: of GPT-2's family (LayerNorm, learned positions, no gate); otherwise Llama's."""
 
     num_layers: int
     hidden_size: int
@@ -40,6 +40,7 @@ class Shape:
     is_tied: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    is_gpt2: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -51,7 +52,18 @@ SHAPES = {
     "smollm2-135m": Shape(30, 576, 9, 3, 1536, 49_152, 8_192, is_tied=True, rope_theta=100_000.0),
     "tinyllama-1.1b": Shape(22, 2048, 32, 4, 5632, 32_000, 2_048),
     "llama-3.2-1b": Shape(16, 2048, 32, 8, 8192, 128_256, 131_072, is_tied=True, rope_theta=500_000.0),
+    "tiny-gpt2": Shape(4, 64, 4, 4, 256, 320, 512, is_gpt2=True),
+    # The defaults of transformers' GPT2Config; a test compares.
+    "gpt2": Shape(12, 768, 12, 12, 3072, 50_257, 1_024, is_tied=True, is_gpt2=True),
 }
+MHA = "-mha"
+"""A name that ends so is the shape before it with full multi-head attention: as many KV heads as query heads."""
+
+
+def find_shape(name: str) -> Shape | None:
+    """Return the Shape of a name of SHAPES, or of one with MHA at its end; None if there is none."""
+    shape = SHAPES.get(name.removesuffix(MHA))
+    return shape if shape is None or not name.endswith(MHA) else replace(shape, num_kv_heads=shape.num_heads)
 
 
 def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambda _: None) -> Path:
@@ -63,11 +75,12 @@ def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambd
         ConfigError: there is no such shape or format, or the cache cannot be written.
         CapacityError: there is no room for it.
     """
-    if name not in SHAPES:
-        raise ConfigError(f"--shape {name}: no such shape; known are {', '.join(SHAPES)}")
+    shape = find_shape(name)
+    if shape is None:
+        raise ConfigError(f"--shape {name}: no such shape; known are {', '.join(SHAPES)}, and each with {MHA}")
     if bits not in _TYPES:
         raise ConfigError(f"--bits {bits}: a shape is written with 8 or 4 bits")
-    shape, kind = SHAPES[name], _TYPES[bits]
+    kind = _TYPES[bits]
     directory = cache_directory() / "shapes"
     path = directory / f"{name}-{kind.name.lower()}-v{FILE_VERSION}.gguf"
     keep(path)
@@ -96,6 +109,9 @@ def shape_file(name: str, bits: int = 8, progress: Callable[[str], None] = lambd
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and [rows, columns] of every tensor, in the file's order; norms have one dimension."""
+    if shape.is_gpt2:
+        yield from _gpt2_tensors(shape)
+        return
     hidden, kv_size = shape.hidden_size, shape.num_kv_heads * shape.head_dim
     yield "token_embd.weight", (shape.vocab_size, hidden)
     for i in range(shape.num_layers):
@@ -113,6 +129,27 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "output.weight", (shape.vocab_size, hidden)
 
 
+def _gpt2_tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden = shape.hidden_size
+    yield "token_embd.weight", (shape.vocab_size, hidden)
+    yield "position_embd.weight", (shape.context_tokens, hidden)
+    for i in range(shape.num_layers):
+        for name, rows, columns in (
+            ("attn_norm", hidden, 0),
+            ("attn_qkv", 3 * hidden, hidden),
+            ("attn_output", hidden, hidden),
+            ("ffn_norm", hidden, 0),
+            ("ffn_up", shape.mlp_size, hidden),
+            ("ffn_down", hidden, shape.mlp_size),
+        ):
+            yield f"blk.{i}.{name}.weight", (rows, columns) if columns else (rows,)
+            yield f"blk.{i}.{name}.bias", (rows,)
+    yield "output_norm.weight", (hidden,)
+    yield "output_norm.bias", (hidden,)
+    if not shape.is_tied:
+        yield "output.weight", (shape.vocab_size, hidden)
+
+
 def _num_bytes(size: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
     if len(size) == 1:
         return 4 * size[0]
@@ -121,7 +158,7 @@ def _num_bytes(size: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
 
 
 def _write(path: Path, name: str, shape: Shape, kind: gguf.GGMLQuantizationType) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "gpt2" if shape.is_gpt2 else "llama")
     writer.add_name(f"{name}, random weights")
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -131,9 +168,12 @@ def _write(path: Path, name: str, shape: Shape, kind: gguf.GGMLQuantizationType)
     writer.add_feed_forward_length(shape.mlp_size)
     writer.add_head_count(shape.num_heads)
     writer.add_head_count_kv(shape.num_kv_heads)
-    writer.add_layer_norm_rms_eps(shape.norm_eps)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(shape.rope_theta)
+    if shape.is_gpt2:
+        writer.add_layer_norm_eps(shape.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(shape.norm_eps)
+        writer.add_rope_dimension_count(shape.head_dim)
+        writer.add_rope_freq_base(shape.rope_theta)
     # llama.cpp then asks for no vocabulary; the size is all that it has to know.
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(shape.vocab_size)
@@ -145,8 +185,11 @@ def _write(path: Path, name: str, shape: Shape, kind: gguf.GGMLQuantizationType)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     rng = np.random.default_rng(SEED)
-    for _, size in tensors:  # one at a time: memory for the largest one is enough
-        writer.write_tensor_data(np.ones(size, np.float32) if len(size) == 1 else _random_matrix(rng, size, kind))
+    for tensor, size in tensors:  # one at a time: memory for the largest one is enough
+        if len(size) == 1:
+            writer.write_tensor_data(np.full(size, tensor.endswith(".weight"), np.float32))  # a norm, or a bias
+        else:
+            writer.write_tensor_data(_random_matrix(rng, size, kind))
     writer.close()
 
 

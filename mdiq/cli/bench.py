@@ -1,7 +1,6 @@
 """`mdiq bench`: a grid of loads on local rings, and on a peer beside them; tables, JSON and plots."""
 
 import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdiq.bench.figures import LoadFigures
+from mdiq.bench.machine import machine
 from mdiq.bench.plots import check_plots, draw
 from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, Report, make_report
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
@@ -65,7 +65,7 @@ def execute(options: BenchOptions) -> int:
     kept = "weights exact wire dtype device pin answer_tokens repeats seed peer".split()
     settings: dict[str, object] = {"model": model.name, "threads_per_node": threads, "cpu_per_node": options.cpu}
     settings |= {name: getattr(options, name) for name in kept}
-    report = make_report(measured, machine=_machine(), settings=settings)
+    report = make_report(measured, machine=machine(), settings=settings)
     print_report(Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH), report)
     if options.json_file is not None:
         _write(options.json_file, report)
@@ -229,23 +229,6 @@ def _kv_tokens(cells: Sequence[Cell], nodes: int, answer_tokens: int) -> int:
     users = max(cell.users for cell in of_ring)
     longest = max(cell.prompt_tokens for cell in of_ring) + max(answer_tokens, WARM_UP_TOKENS)
     return users * -(-longest // KV_STEP) * KV_STEP
-
-
-def _machine() -> dict[str, str | int]:
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return {
-        "cpu": name,
-        "cores": os.cpu_count() or 1,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
 
 
 def _write(path: Path, report: Report) -> None:

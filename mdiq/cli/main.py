@@ -17,6 +17,7 @@ import mdiq
 from mdiq.cache import NO_SPACE
 from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Topology, command
 from mdiq.cli.privacy import PrivacyOptions
+from mdiq.cli.report_commands import EvaluateOptions, ReportOptions
 from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions, ServeOptions
 from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
@@ -51,6 +52,8 @@ for name, options in (
     ("bench", BenchOptions),
 ):
     app.command(name)(command(options, f"mdiq.cli.{name}"))
+app.command("evaluate")(command(EvaluateOptions, "mdiq.cli.evaluate"))
+app.command("report")(command(ReportOptions, "mdiq.cli.report"))
 
 
 @app.command()

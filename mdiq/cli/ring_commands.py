@@ -203,7 +203,7 @@ class BenchOptions:
         str | None,
         typer.Option(
             help="Random weights of this shape instead, written to the cache once: "
-            "tiny, smollm2-135m, tinyllama-1.1b, llama-3.2-1b."
+            "tiny, smollm2-135m, tinyllama-1.1b, llama-3.2-1b, tiny-gpt2, gpt2; -mha after it: without GQA."
         ),
     ] = None
     bits: Annotated[int, typer.Option(help="Bits of a shape's weights in its file: 8 (Q8_0) or 4 (Q4_0).")] = 8

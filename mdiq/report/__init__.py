@@ -1,1 +1,1 @@
-"""Measurements and pictures for the person who decides. Flags and tables are cli/'s."""
+"""For the person who decides: trials of a ring, the paper's evaluation, and the pages that show them."""

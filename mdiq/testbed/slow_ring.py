@@ -16,7 +16,7 @@ class SlowRing:
 
     def __init__(self, link: LinkShape | None = None, cpu: float | None = None) -> None:
         self._link, self._cpu = link, cpu
-        self._quotas: list[CpuQuota] = []
+        self._quotas: dict[str, CpuQuota] = {}
         self._relays: RelayProcess | None = None
 
     async def slow_hops(self, endpoints: Sequence[str]) -> list[str]:
@@ -27,18 +27,19 @@ class SlowRing:
         return self._relays.endpoints
 
     def slow_node(self, name: str, pid: int) -> None:
-        """Limit the CPU time of a Node's process.
+        """Limit the CPU time of a Node's process; one that is started again has the limit of the one before.
 
         Raises:
             ConfigError: this machine does not let this process do so.
         """
         if self._cpu is not None:
-            self._quotas.append(CpuQuota.create(name, self._cpu))
-            self._quotas[-1].add(pid)
+            if name not in self._quotas:
+                self._quotas[name] = CpuQuota.create(name, self._cpu)
+            self._quotas[name].add(pid)
 
     async def aclose(self) -> None:
         """Remove all of it; the processes have ended, but for this one."""
         while self._quotas:
-            self._quotas.pop().close()
+            self._quotas.popitem()[1].close()
         if self._relays is not None:
             await self._relays.aclose()

@@ -2,9 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import GPT2Config
 
 from mdiq.bench.shapes import SHAPES, shape_file
 from mdiq.core.types import LayerRange
+from mdiq.engine.families import GPT2
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.gguf_file import GgufFile
 from mdiq.engine.runner import StageRunner
@@ -78,3 +80,29 @@ def test_what_does_not_exist_is_refused_by_name(cache: Path) -> None:
     (cache / "shapes").write_text("a file in the way")
     with pytest.raises(ConfigError, match="set MDIQ_CACHE"):
         shape_file("tiny")
+
+
+def test_the_shape_of_gpt2_is_that_of_transformers() -> None:
+    wanted, shape = GPT2Config(), SHAPES["gpt2"]
+    assert (shape.num_layers, shape.hidden_size, shape.num_heads) == (wanted.n_layer, wanted.n_embd, wanted.n_head)
+    assert (shape.vocab_size, shape.context_tokens) == (wanted.vocab_size, wanted.n_positions)
+    assert (shape.mlp_size, shape.norm_eps) == (4 * wanted.n_embd, wanted.layer_norm_epsilon)
+    assert shape.is_tied is wanted.tie_word_embeddings
+    assert shape.num_kv_heads == shape.num_heads, "GPT-2 has no grouped queries"
+
+
+def test_a_ring_of_gpt2s_family_answers_as_one_stage_does() -> None:
+    path = shape_file("tiny-gpt2")
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.config.family is GPT2
+        assert (checkpoint.config.mlp_size, checkpoint.config.is_tied) == (256, False)
+    alone, split = (Chain.load(path, layers).generate({0: [5, 6, 7]}, 8)[0] for layers in ([4], [1, 3]))
+    assert alone == split
+    assert len(set(alone)) > 1
+
+
+def test_full_multi_head_attention_has_as_many_kv_heads_as_query_heads() -> None:
+    with open_checkpoint(shape_file("tiny-mha")) as full, open_checkpoint(shape_file("tiny")) as grouped:
+        assert (full.config.num_heads, full.config.num_kv_heads) == (4, 4)
+        assert full.config.hidden_size == grouped.config.hidden_size
+        assert full.config.kv_bytes_per_token(1, 4) == 2 * grouped.config.kv_bytes_per_token(1, 4)

@@ -27,6 +27,7 @@ DRAIN = "integration/test_serve.py::test_a_drained_node_leaves_the_others_its_la
 PLAN = "cli/test_plan.py::test_mdiq_plan_says_what_to_do_first_and_then_shows_the_plan"
 GOAL = "cli/test_plan.py::test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given"
 LINKS = "integration/test_bench.py::test_two_nodes_are_measured_over_slow_links"
+EVALUATION = "integration/test_evaluate.py::test_the_papers_tables_come_from_one_command"
 RUN_ELSEWHERE = {
     "mdiq node topology.yaml --name": RING,
     "mdiq run --topology topology.yaml": RING,
@@ -46,6 +47,7 @@ RUN_ELSEWHERE = {
     "mdiq bench --shape tinyllama-1.1b --nodes 1,2,3 --users-per-node 4 --cpu 0.5": (
         "integration/test_bench.py::test_nodes_run_under_a_quota_and_leave_nothing_behind"
     ),
+    "mdiq evaluate": EVALUATION,
     "mdiq perplexity": "integration/test_perplexity.py::test_packed_weights_keep_the_bounds",
 }
 """Beginning of a command -> the test that runs it; the longest beginning counts.

@@ -1,0 +1,76 @@
+"""Charts as PNG files, for slides. Needs matplotlib, an optional extra; labels are those of the English page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdiq.report.page import Chart
+from mdiq.report.svg import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DPI = 160
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def draw(charts: Sequence[Chart], folder: Path, prefix: str) -> list[Path]:
+    """Write a file for each chart, and return them; ``can_draw`` is true. prefix: their names begin with it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    files = []
+    for chart in charts:
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        (_lines if chart.kind == "line" else _bars)(chart, axes)
+        axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="small", frameon=False)
+        files.append(folder / f"{prefix}{chart.name}.png")
+        figure.savefig(files[-1], dpi=DPI)
+    return files
+
+
+def _lines(chart: Chart, axes: "Axes") -> None:
+    for i, series in enumerate(chart.series):
+        axes.plot(
+            [float(point.x) for point in series.points],
+            [point.y for point in series.points],
+            color=COLORS[i % len(COLORS)],
+            linestyle="--" if series.is_predicted else "-",
+            marker="osD^"[i % 4] if len(series.points) <= 30 else "",
+            label=series.name,
+        )
+    places = sorted({float(point.x) for series in chart.series for point in series.points})
+    if len(places) <= 8:
+        axes.set_xticks(places)
+    for mark in chart.marks:
+        axes.axvline(mark.at, color=COLORS[4], linestyle=":", label=mark.text)
+
+
+def _bars(chart: Chart, axes: "Axes") -> None:
+    names = list(dict.fromkeys(str(point.x) for series in chart.series for point in series.points))
+    below = dict.fromkeys(names, 0.0)
+    is_stacked = chart.kind == "stacked"
+    width = 0.6 if is_stacked else 0.8 / max(len(chart.series), 1)
+    for i, series in enumerate(chart.series):
+        color = COLORS[i % len(COLORS)]
+        places = [names.index(str(p.x)) + (0.0 if is_stacked else width * (i + 0.5) - 0.4) for p in series.points]
+        bottoms = [below[str(point.x)] if is_stacked else 0.0 for point in series.points]
+        look = {"fill": False, "edgecolor": color, "linestyle": "--"} if series.is_predicted else {"color": color}
+        axes.bar(places, [p.y for p in series.points], width, bottom=bottoms, label=series.name, **look)
+        for point in series.points:
+            below[str(point.x)] += point.y
+    axes.set_xticks(range(len(names)), names)

@@ -1,0 +1,44 @@
+"""The part of every page that says where its figures come from."""
+
+from collections.abc import Iterator
+
+from mdiq.report.page import Block, Document, Heading, Paragraph, Table, Text, Value, Words
+
+
+def receipt_blocks(document: Document, words: Words) -> Iterator[Block]:
+    """Yield the receipt: machine, command, commit, settings."""
+    yield Heading(words.say("Receipt", "計測の記録"))
+    rows: list[tuple[Text, ...]] = [
+        (words.say("command", "コマンド"), (Value("/receipt/command"),)),
+        (words.say("made at", "作成日時"), (Value("/receipt/made_at"),)),
+        (words.say("version of mdiq", "mdiqの版"), (Value("/receipt/mdiq"),)),
+        (words.say("commit", "コミット"), _commit(document, words)),
+    ]
+    rows += [((name,), (Value(f"/receipt/machine/{name}"),)) for name in document["receipt"]["machine"]]
+    rows += [((name,), _setting(name, value)) for name, value in document["settings"].items()]
+    yield Table((words.say("what", "項目"), words.say("value", "値")), tuple(rows))
+    yield Paragraph(
+        words.say(
+            "Each figure of this page is a place in the JSON beside it (also inside this file), with the raw counts.",
+            "この資料の数値はすべて、付属のJSON（このファイルにも内蔵）の値であり、生の計数もそこにある。",
+        ),
+        "note",
+    )
+
+
+def _commit(document: Document, words: Words) -> Text:
+    receipt = document["receipt"]
+    if not receipt["commit"]:
+        return words.say("not known: the sources are not a Git checkout", "不明（ソースがGitの作業コピーではない）")
+    changed = words.say(", with changes", "（変更あり）") if receipt["is_changed"] else ()
+    return (Value("/receipt/commit"), *changed)
+
+
+def _setting(name: str, value: object) -> Text:
+    if not isinstance(value, list):
+        return (Value(f"/settings/{name}", 0 if isinstance(value, int) else 3),)
+    pieces: list[Value | str] = []
+    for i in range(len(value)):
+        pieces += [", "] if i else []
+        pieces.append(Value(f"/settings/{name}/{i}"))
+    return tuple(pieces)

@@ -1,0 +1,129 @@
+"""A trial as one JSON document: what was measured, what follows from it, and by which rules. Pure."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mdiq.report.cost import Cost, Prices, cost_of
+from mdiq.report.evaluate import ModelAbout
+from mdiq.report.gates import GateName
+from mdiq.report.receipt import Receipt
+from mdiq.report.rules import Facts, Recommendation, recommend
+from mdiq.report.trial import StageRun, TrialRun
+
+VERSION = 1
+SHARES = (0.1, 0.3, 1.0)
+"""Parts of the time in which the ring answers, for the table of costs beside the user's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """device_bytes: memory of a device; is_given: by the user, else it is this machine's. one_device_bytes: that the
+    whole model took on one device. num_copies: devices that could hold one each; 0: it does not fit."""
+
+    device_bytes: int
+    is_given: bool
+    one_device_bytes: int
+    num_copies: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """A whole copy on each device instead of the ring: what one reached with its part of the users, times devices."""
+
+    devices: int
+    users_each: int
+    tokens_per_s: float
+    over_ring: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """KV cache of one token in bytes: as it is, and computed for as many KV heads as query heads."""
+
+    kv_bytes_per_token: int
+    full_kv_bytes_per_token: int
+    ratio: float
+
+
+def trial_document(
+    receipt: Receipt,
+    settings: Mapping[str, Any],
+    about: ModelAbout,
+    run: TrialRun,
+    prices: Prices,
+    device_bytes: int,
+    *,
+    is_device_given: bool,
+    num_devices: int,
+) -> dict[str, Any]:
+    """Return the document, without anything that JSON does not know."""
+    last = run.stages[-1]
+    rate = last.many.figures.decode_tokens_per_s
+    one_device_bytes = max(share.rss_bytes for share in run.alone.devices)
+    copies = copies_of(run.alone, num_devices, rate)
+    costs = tuple(_cost(prices, last, share) for share in SHARES)
+    cost = _cost(prices, last, prices.load_share)
+    best_gain = max((gain for gain in run.outlook.gains if gain is not None), default=None) if run.outlook else None
+    facts = Facts(
+        passed=tuple(stage.passes for stage in run.stages),
+        num_stages=run.num_stages,
+        answers_equal=all(stage.equal == stage.many.users for stage in run.stages),
+        recovered=_recovered(run),
+        one_device_bytes=one_device_bytes,
+        device_bytes=device_bytes,
+        copies_tokens_per_s=copies.tokens_per_s,
+        ring_tokens_per_s=rate,
+        cost_per_million=cost.per_million,
+        price_per_million=prices.per_million_tokens,
+        one_more_gain=best_gain,
+        num_left_out=len(run.outlook.left_out) if run.outlook else 0,
+    )
+    recommendation: Recommendation = recommend(facts)
+    fits = one_device_bytes <= device_bytes
+    full = about.kv_bytes_per_token * about.num_heads // about.num_kv_heads
+    document = {
+        "kind": "trial",
+        "version": VERSION,
+        "receipt": asdict(receipt),
+        "settings": dict(settings),
+        "model": asdict(about),
+        "memory": asdict(Memory(device_bytes, is_device_given, one_device_bytes, num_devices if fits else 0)),
+        "alone": asdict(run.alone),
+        "stages": [asdict(stage) for stage in run.stages],
+        "num_stages": run.num_stages,
+        "wire": [asdict(entry) for entry in run.wire],
+        "attention": asdict(Attention(about.kv_bytes_per_token, full, full / about.kv_bytes_per_token)),
+        "outlook": None if run.outlook is None else asdict(run.outlook),
+        "why_no_outlook": run.why_no_outlook,
+        "copies": asdict(copies),
+        "prices": asdict(prices),
+        "cost": asdict(cost),
+        "copies_cost": asdict(_cost(prices, last, prices.load_share, copies)),
+        "costs": [asdict(each) for each in costs],
+        "facts": asdict(facts),
+        "recommendation": asdict(recommendation),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(document))
+    return plain
+
+
+def copies_of(alone: StageRun, num_devices: int, ring_tokens_per_s: float) -> Copies:
+    """Return what whole copies would reach, from what the model reached on one device."""
+    part = alone.part or alone.many
+    rate = num_devices * part.figures.decode_tokens_per_s
+    return Copies(num_devices, part.users, rate, rate / ring_tokens_per_s if ring_tokens_per_s else None)
+
+
+def _recovered(run: TrialRun) -> bool | None:
+    of_drills = [gate.passes for stage in run.stages for gate in stage.gates if gate.name is GateName.RECOVERY_ANSWERS]
+    return all(of_drills) if of_drills else None
+
+
+def _cost(prices: Prices, stage: StageRun, share: float, copies: Copies | None = None) -> Cost:
+    """Return the cost of a stage's ring, or of copies on as many devices as there are."""
+    at_share = replace(prices, load_share=share)
+    if copies is not None:
+        return cost_of(at_share, copies.devices, copies.tokens_per_s)
+    return cost_of(at_share, stage.nodes, stage.many.figures.decode_tokens_per_s, stage.energy.watts)

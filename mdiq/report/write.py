@@ -1,0 +1,64 @@
+"""Writes a document and its pages into a folder: JSON, CSV, and HTML and Markdown in each language, with pictures."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mdiq.errors import ConfigError
+from mdiq.report import png, svg
+from mdiq.report.html import html
+from mdiq.report.markdown import csv_text, markdown
+from mdiq.report.page import Document, Language, Page
+
+MakePage = Callable[[Document, Language], Page]
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder; better before an hour of measuring than after it.
+
+    Raises:
+        ConfigError: it cannot be made, or not be written in.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".mdiq-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _refused(folder, error) from None
+
+
+def write(
+    document: Document, make_page: MakePage, languages: Sequence[Language], folder: Path, name: str
+) -> list[Path]:
+    """Write NAME.json, NAME.csv, NAME.LANGUAGE.html and .md, and pictures; return the files.
+
+    Pictures are SVG in each language and, if matplotlib is installed, PNG with the English labels.
+
+    Raises:
+        ConfigError: the folder cannot be written in.
+    """
+    texts = {
+        f"{name}.json": json.dumps(document, indent=1, ensure_ascii=False) + "\n",
+        f"{name}.csv": csv_text(document),
+    }
+    for language in languages:
+        page = make_page(document, language)
+        texts[f"{name}.{language}.html"] = html(page, document)
+        texts[f"{name}.{language}.md"] = markdown(page, document, f"{name}-{language}-")
+        for chart in page.charts:
+            texts[f"{name}-{language}-{chart.name}.svg"] = svg.draw(chart, document)
+    try:
+        files = []
+        for file, text in texts.items():
+            files.append(folder / file)
+            files[-1].write_text(text, encoding="utf-8")
+        if png.can_draw():
+            files += png.draw(make_page(document, "en").charts, folder, f"{name}-")
+    except OSError as error:
+        raise _refused(folder, error) from None
+    return files
+
+
+def _refused(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--out {folder}: {error.strerror or error}; name a folder to write in")
