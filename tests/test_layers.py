@@ -37,12 +37,25 @@ MAY_USE = {
     },
     "testbed": {"testbed", "runtime.cpu_quota", "transport.keys", "config", "errors"},
     "bench": {"bench", "testbed", "runtime", "engine", "transport", "telemetry.logging", "core", "cache", "errors"},
+    "report": {
+        "report",
+        "bench",
+        "testbed",
+        "config",
+        "runtime",
+        "engine",
+        "plan",
+        "core",
+        "cache",
+        "errors",
+    },
     "nodes": {"cli", "config", "errors"},
     "cli": {
         "cli",
         "service",
         "api",
         "bench",
+        "report",
         "testbed",
         "config",
         "runtime",
@@ -143,10 +156,10 @@ def test_only_benches_and_tests_use_equipment() -> None:
     users = {
         str(module.relative_to(PACKAGE))
         for module in MODULES
-        if _room(module) not in ("bench", "testbed")
+        if _room(module) not in ("bench", "report", "testbed")
         and any(".".join(name.split(".")[:2]) in rooms for name in _imports(module.read_text(encoding="utf-8")))
     }
-    assert users == {"cli/bench.py"}
+    assert users == {"cli/bench.py", "cli/simulate.py"}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
@@ -202,6 +215,8 @@ def test_every_room_has_its_place() -> None:
         ("transport", "from mdiq.testbed.relay import Relay"),
         ("testbed", "from mdiq.runtime.ring_host import RingHost"),
         ("bench", "from mdiq.cli.main import app"),
+        ("bench", "from mdiq.report.catalogue import Device"),
+        ("report", "from mdiq.cli.simulate import execute"),
         ("service", "from mdiq.cli.signals import run_service"),
         ("runtime", "from mdiq.service.topology_rings import TopologyRings"),
         ("api", "from mdiq.service.starter import TopologyService"),

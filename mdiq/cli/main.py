@@ -17,6 +17,7 @@ import mdiq
 from mdiq.cache import NO_SPACE
 from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Topology, command
 from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions, ServeOptions
+from mdiq.cli.simulate_options import SimulateOptions
 from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
 from mdiq.plan.partition import Objective
@@ -43,7 +44,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-for name, options in (("run", RunOptions), ("perplexity", PerplexityOptions), ("bench", BenchOptions)):
+for name, options in (
+    ("run", RunOptions),
+    ("perplexity", PerplexityOptions),
+    ("bench", BenchOptions),
+    ("simulate", SimulateOptions),
+):
     app.command(name)(command(options, f"mdiq.cli.{name}"))
 
 
