@@ -38,7 +38,19 @@ MAY_USE = {
     "route": {"route", "api", "config", "runtime.admin", "runtime.lifecycle", "errors"},
     "testbed": {"testbed", "runtime.cpu_quota", "transport.keys", "config", "errors"},
     "bench": {"bench", "testbed", "runtime", "engine", "transport", "telemetry.logging", "core", "cache", "errors"},
-    "report": {"report", "bench", "testbed", "runtime", "engine", "transport", "plan", "core", "cache", "errors"},
+    "report": {
+        "report",
+        "bench",
+        "testbed",
+        "config",
+        "runtime",
+        "engine",
+        "transport",
+        "plan",
+        "core",
+        "cache",
+        "errors",
+    },
     "nodes": {"cli", "config", "errors"},
     "cli": {
         "cli",
@@ -151,7 +163,7 @@ def test_only_benches_and_tests_use_equipment() -> None:
         if _room(module) not in ("bench", "report", "testbed")
         and any(".".join(name.split(".")[:2]) in rooms for name in _imports(module.read_text(encoding="utf-8")))
     }
-    assert users == {"cli/bench.py", "cli/evaluate.py", "cli/privacy.py"}
+    assert users == {"cli/bench.py", "cli/evaluate.py", "cli/privacy.py", "cli/simulate.py"}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
@@ -208,6 +220,7 @@ def test_every_room_has_its_place() -> None:
         ("transport", "from mdiq.testbed.relay import Relay"),
         ("testbed", "from mdiq.runtime.ring_host import RingHost"),
         ("bench", "from mdiq.cli.main import app"),
+        ("bench", "from mdiq.report.catalogue import Device"),
         ("report", "from mdiq.cli.main import app"),
         ("engine", "from mdiq.report.privacy import measure"),
         ("service", "from mdiq.cli.signals import run_service"),

@@ -10,7 +10,7 @@ import pytest
 import mdiq
 
 HOUSE = Path(mdiq.__file__).parent
-ROOMS = "api bench cli config control core engine plan route service telemetry testbed transport".split()
+ROOMS = "api bench cli config control core engine plan report route service telemetry testbed transport".split()
 NAMES = re.compile(r"_{0,2}(most|least)_", re.IGNORECASE)
 TEXTS = re.compile(r"\bbehind\b|\btold \(")
 KEPT = {"most_live", "most_nats"}  # a field of the status and one of a log line: programs read them

@@ -19,6 +19,7 @@ from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Topology, comman
 from mdiq.cli.privacy import PrivacyOptions
 from mdiq.cli.report_commands import EvaluateOptions, ReportOptions
 from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions, ServeOptions
+from mdiq.cli.simulate_options import SimulateOptions
 from mdiq.core.types import USUAL_WEIGHTS
 from mdiq.errors import MdiqError
 from mdiq.plan.partition import Objective
@@ -50,6 +51,7 @@ for name, options in (
     ("perplexity", PerplexityOptions),
     ("privacy", PrivacyOptions),
     ("bench", BenchOptions),
+    ("simulate", SimulateOptions),
 ):
     app.command(name)(command(options, f"mdiq.cli.{name}"))
 app.command("evaluate")(command(EvaluateOptions, "mdiq.cli.evaluate"))

@@ -278,7 +278,8 @@ class Scheduler:
             if has_budget and not entry.has_entered:
                 enter(entry)
             while has_budget and entry.num_unsent and self._is_prefill(entry):
-                length = min(self._chunk(entry), most, entry.num_unsent)
+                alone = chunk_alone(self.spec, entry.sequence.num_tokens - entry.num_shared)
+                length = min(alone, most, entry.num_unsent)
                 has_budget = length <= budget or budget == max_in_flight
                 if has_budget:
                     budget -= length
@@ -311,15 +312,6 @@ class Scheduler:
         self._newest_group += -(-len(ready) // cap)
         return ready
 
-    def _chunk(self, entry: Entry) -> int:
-        """Return the chunk length at which a prompt is fastest when it has the Ring to itself."""
-        num_tokens = entry.sequence.num_tokens - entry.num_shared
-        if self.spec.num_stages == 1:
-            return num_tokens
-        best = sqrt(self.spec.pass_tokens * num_tokens / (self.spec.num_stages - 1))
-        num_chunks = max(round(num_tokens / max(best, CHUNK_STEP)), 1)
-        return -(-num_tokens // num_chunks // CHUNK_STEP) * CHUNK_STEP
-
     @staticmethod
     def _is_prefill(entry: Entry) -> bool:
         """Whether its first Segment, or more than its newest token, is in flight or still to be sent."""
@@ -333,3 +325,12 @@ class Scheduler:
         entry.num_sent += length
         wants_rows = entry.sequence.wants_rows(start, start + length)
         return Segment(seq_id, start, length, entry.num_unsent == 0, parent, wants_rows)
+
+
+def chunk_alone(spec: RingSpec, num_tokens: int) -> int:
+    """Return the chunk length at which a prompt is fastest when it has the Ring to itself."""
+    if spec.num_stages == 1:
+        return num_tokens
+    best = sqrt(spec.pass_tokens * num_tokens / (spec.num_stages - 1))
+    num_chunks = max(round(num_tokens / max(best, CHUNK_STEP)), 1)
+    return -(-num_tokens // num_chunks // CHUNK_STEP) * CHUNK_STEP

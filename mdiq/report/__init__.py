@@ -1,1 +1,1 @@
-"""For the person who decides: trials of a ring, the paper's evaluation, and the pages that show them."""
+"""What a person who decides reads: trial, evaluation, what a ring of other devices would do, privacy."""

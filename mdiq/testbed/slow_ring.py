@@ -1,6 +1,6 @@
 """Rings on this machine that run as slowly as devices and their network do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mdiq.testbed.cpu_quota import CpuQuota
 from mdiq.testbed.link_shape import LinkShape
@@ -11,11 +11,18 @@ class SlowRing:
     """Slows one Ring down; see runtime/options.py's Slowdown.
 
     link: what every Hop between processes is like; None leaves it as it is.
-    cpu: CPU time of each Node in cores, where control groups allow it; None sets no limit.
+    cpu: CPU time of each Node in cores, or by its name, where control groups allow it; None sets no limit.
+    comes_first: they get it before other processes of a busy machine do.
     """
 
-    def __init__(self, link: LinkShape | None = None, cpu: float | None = None) -> None:
-        self._link, self._cpu = link, cpu
+    def __init__(
+        self,
+        link: LinkShape | None = None,
+        cpu: float | Mapping[str, float] | None = None,
+        *,
+        comes_first: bool = False,
+    ) -> None:
+        self._link, self._cpu, self._comes_first = link, cpu, comes_first
         self._quotas: dict[str, CpuQuota] = {}
         self._relays: RelayProcess | None = None
 
@@ -32,9 +39,10 @@ class SlowRing:
         Raises:
             ConfigError: this machine does not let this process do so.
         """
-        if self._cpu is not None:
+        cpu = self._cpu.get(name) if isinstance(self._cpu, Mapping) else self._cpu
+        if cpu is not None:
             if name not in self._quotas:
-                self._quotas[name] = CpuQuota.create(name, self._cpu)
+                self._quotas[name] = CpuQuota.create(name, cpu, comes_first=self._comes_first)
             self._quotas[name].add(pid)
 
     async def aclose(self) -> None:
