@@ -44,6 +44,7 @@ def execute(options: EvaluateOptions) -> int:
     wires = parse_wire_list(options.wires)
     link = check_circumstances(options.link, options.cpu)
     check_folder(options.out)
+    receipt = make_receipt(sys.argv[1:])
     threads = options.threads or max(usable_threads() // options.nodes, 1)
     set_threads(threads)
     console = Console(stderr=True)
@@ -68,7 +69,7 @@ def execute(options: EvaluateOptions) -> int:
         "seed": options.seed,
         "example_tokens": EXAMPLE_TOKENS,
     }
-    document = Evaluation(make_receipt(sys.argv[1:]), settings, models).as_document()
+    document = Evaluation(receipt, settings, models).as_document()
     for file in write(document, evaluation_page, languages_of(options.language), options.out, "evaluation"):
         typer.echo(str(file))
     return 0

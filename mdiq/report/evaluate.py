@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdiq.bench.workload import Load
+from mdiq.engine.memory import return_free_memory
 from mdiq.report.measure import BYTES_TOKENS, HopBytes, LoadRun, MeasurableRing, Meter, count_bytes
 from mdiq.report.receipt import Receipt
 
@@ -165,6 +166,7 @@ class Evaluator:
 
     async def _ring(self, subject: Subject, nodes: int, alone: tuple[int, ...]) -> RingRun:
         self.progress(f"{subject.name}: {nodes} nodes")
+        return_free_memory(collect=True)  # the Starter of the ring before was in this process
         async with self.open_ring(subject.path, nodes, self.usual_wire) as ring:
             meter = self._meter(ring, subject, nodes)
             await meter.warm_up(nodes, self.prompt_tokens, self.seed)

@@ -50,6 +50,7 @@ RUN_ELSEWHERE = {
     ),
     "mdiq evaluate": EVALUATION,
     "mdiq report": REPORT,
+    "mdiq report --api": "integration/test_report.py::test_a_running_ring_is_measured_through_its_api",
     "mdiq perplexity": "integration/test_perplexity.py::test_packed_weights_keep_the_bounds",
 }
 """Beginning of a command -> the test that runs it; the longest beginning counts.

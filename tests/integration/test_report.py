@@ -3,14 +3,18 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from mdiq.report.page import LANGUAGES, look_up
 from mdiq.report.trial_page import trial_page
+from tests.integration.tiny_model import HIDDEN_SIZE, NUM_LAYERS, write_tiny_model
 from tests.report.tracing import assert_traces_back
 
 pytestmark = pytest.mark.integration
@@ -64,3 +68,51 @@ def test_a_trial_of_two_nodes_becomes_a_report_in_both_languages(tmp_path: Path)
         for chart in page.charts:
             assert (out / f"report-{language}-{chart.name}.svg").read_text().startswith("<svg")
             assert (out / f"report-{chart.name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(300)
+def test_a_running_ring_is_measured_through_its_api(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "MDIQ_CACHE": str(tmp_path / "cache")}
+    serve = ["serve", "--model", str(model), "--nodes", "2", "--threads", "1", "--port", str(port)]
+    python = (sys.executable, "-P", "-m", "mdiq")
+    with (tmp_path / "log").open("wb") as log:
+        service = subprocess.Popen([*python, *serve, "--kv-tokens", "4096"], stdout=log, stderr=log, env=environment)
+    try:
+        until_ready(service, f"http://127.0.0.1:{port}/ready", tmp_path / "log")
+        command = ["report", "--api", f"http://127.0.0.1:{port}", "--users", "2", "--answer-tokens", "40"]
+        done = subprocess.run(
+            [*python, *command, "--language", "en", "--out", str(tmp_path / "pages")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    finally:
+        service.terminate()
+        service.wait(60)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "pages" / "report.json").read_text())
+    (stage,) = document["stages"]
+    assert (stage["name"], stage["nodes"], sum(stage["split"]), stage["equal"]) == ("now", 2, NUM_LAYERS, 2)
+    assert stage["passes"] and document["recommendation"]["verdict"] == "ring"
+    assert stage["drill"] is None and document["copies"] is None
+    assert all(device["rss_bytes"] > 0 and device["bytes_per_token"] > HIDDEN_SIZE for device in stage["devices"])
+    page = trial_page(document, "en")
+    assert_traces_back((tmp_path / "pages" / "report.en.html").read_text(), page, document)
+    assert not list((tmp_path / "pages").glob("*.ja.*"))
+
+
+def until_ready(service: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    end_s = time.monotonic() + 100
+    while time.monotonic() < end_s:
+        assert service.poll() is None, log.read_text()[-3_000:]
+        try:
+            urllib.request.urlopen(url, timeout=10).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3_000:])

@@ -15,7 +15,9 @@ from mdiq.report.trial import Energy, Outlook, Predicted, StageRun, TrialRun
 from mdiq.report.trial_document import trial_document
 from mdiq.runtime.options import HopFigures
 
-RECEIPT = Receipt("2026-01-02T03:04:05+00:00", "mdiq <report>", "9.8.7", "abc123", True, {"cpu": "a & b", "cores": 2})
+RECEIPT = Receipt(
+    "2026-01-02T03:04:05+00:00", "mdiq <report>", "9.8.7", "abc123", True, {"cpu": "a & b", "cores": 2}, 1.5
+)
 MIB = 1 << 20
 
 
