@@ -18,7 +18,7 @@ from mdiq.control.agent import HEARTBEAT_S
 from mdiq.core.ring_settings import RingSettings
 from mdiq.core.wire_formats import AUTO, WIRE_FORMATS
 from mdiq.errors import ConfigError
-from mdiq.report.evaluate import EXAMPLE_TOKENS, WIRE_NODES, Evaluation, Evaluator, Subject, kv_tokens
+from mdiq.report.evaluate import EXAMPLE_TOKENS, WIRE_NODES, Evaluation, Evaluator, Subject, kv_tokens, longest_text
 from mdiq.report.evaluation_page import evaluation_page
 from mdiq.report.page import LANGUAGES, Language
 from mdiq.report.receipt import make_receipt
@@ -49,7 +49,7 @@ def execute(options: EvaluateOptions) -> int:
     set_threads(threads)
     console = Console(stderr=True)
     names = tuple(dict.fromkeys(options.model or USUAL_MODELS))
-    longest = max(options.prompt_tokens + options.answer_tokens, *lengths)
+    longest = longest_text(options.prompt_tokens, options.answer_tokens, lengths)
     subjects = [_subject(name, options, console, longest) for name in names]
     with console.status("starting") as status:
         evaluator = _evaluator(options, lengths, wires, threads, longest, link, status.update)
@@ -114,9 +114,9 @@ def _subject(name: str, options: EvaluateOptions, console: Console, longest: int
     path = find_model(name, progress) if shape is None else shape_file(name, options.bits, progress)
     config = read_config(path)
     split_layers(config.num_layers, options.nodes, config.head_layers)  # refuses more nodes than layers
-    if longest + 1 > config.context_tokens:
+    if longest > config.context_tokens:
         raise ConfigError(
-            f"--answer-tokens, --lengths: the longest text has {longest + 1} tokens; "
+            f"--answer-tokens, --lengths: the longest text has {longest} tokens; "
             f"the context of {name} has {config.context_tokens}"
         )
     if config.vocab_size <= FIRST_TOKEN:

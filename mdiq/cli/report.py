@@ -26,7 +26,7 @@ from mdiq.errors import ConfigError
 from mdiq.plan.partition import Split
 from mdiq.report.cost import Prices
 from mdiq.report.drill import kill_child
-from mdiq.report.evaluate import Subject, about, kv_tokens
+from mdiq.report.evaluate import Subject, about, kv_tokens, longest_text
 from mdiq.report.gates import Limits
 from mdiq.report.receipt import Receipt, make_receipt
 from mdiq.report.trial import Trial
@@ -61,7 +61,7 @@ def execute(options: ReportOptions) -> int:
     threads = options.threads or max(usable_threads() // options.nodes, 1)
     set_threads(threads)
     console = Console(stderr=True)
-    longest = max(options.prompt_tokens + options.answer_tokens, *lengths)
+    longest = longest_text(options.prompt_tokens, options.answer_tokens, lengths)
     subject = _subject(options, console, longest)
     with console.status("starting") as status:
         trial = _trial(options, subject, lengths, wires, threads, longest, link, device_bytes, status.update)
@@ -158,10 +158,10 @@ def _subject(options: ReportOptions, console: Console, longest: int) -> Subject:
     path = shape_file(options.shape, options.bits, progress) if options.shape else find_model(options.model, progress)
     config = read_config(path)
     split_layers(config.num_layers, options.nodes, config.head_layers)  # refuses more nodes than layers
-    if longest + 1 > config.context_tokens:
+    if longest > config.context_tokens:
         raise ConfigError(
-            f"--answer-tokens, --lengths: the longest text has {longest + 1} tokens; "
-            f"the context of {path.name} has {config.context_tokens}"
+            f"--answer-tokens, --lengths: the longest text has {longest} tokens; "
+            f"the context of {options.shape or path.name} has {config.context_tokens}"
         )
     if config.vocab_size <= FIRST_TOKEN:
         raise ConfigError(f"{path.name}: its vocabulary of {config.vocab_size} tokens is too small for a load")

@@ -64,7 +64,7 @@ class EvaluateOptions:
     cpu: Cpu = None
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0
     language: Pages = PageLanguage.BOTH
-    log_level: Level = "warning"
+    log_level: Level = "error"
 
     @property
     def held(self) -> WeightSettings:
