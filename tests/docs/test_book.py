@@ -28,6 +28,7 @@ PLAN = "cli/test_plan.py::test_mdiq_plan_says_what_to_do_first_and_then_shows_th
 GOAL = "cli/test_plan.py::test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given"
 LINKS = "integration/test_bench.py::test_two_nodes_are_measured_over_slow_links"
 EVALUATION = "integration/test_evaluate.py::test_the_papers_tables_come_from_one_command"
+REPORT = "integration/test_report.py::test_a_trial_of_two_nodes_becomes_a_report_in_both_languages"
 RUN_ELSEWHERE = {
     "mdiq node topology.yaml --name": RING,
     "mdiq run --topology topology.yaml": RING,
@@ -48,6 +49,8 @@ RUN_ELSEWHERE = {
         "integration/test_bench.py::test_nodes_run_under_a_quota_and_leave_nothing_behind"
     ),
     "mdiq evaluate": EVALUATION,
+    "mdiq report": REPORT,
+    "mdiq report --api": "integration/test_report.py::test_a_running_ring_is_measured_through_its_api",
     "mdiq perplexity": "integration/test_perplexity.py::test_packed_weights_keep_the_bounds",
 }
 """Beginning of a command -> the test that runs it; the longest beginning counts.
