@@ -50,12 +50,14 @@ class Figure:
 class MeasuredLayers:
     """The time of a model's Layers on a device, as it measured them itself, and of the head.
 
+    layer_params, head_params: how many weights a Layer and the head have: models with as many take as long.
     decode, prompt: seconds of a Layer by Segments of one token, and by tokens of a prompt. head: by rows.
     """
 
     model: str
     weights: str
-    layer_bytes: int
+    layer_params: int
+    head_params: int
     decode: Curve
     prompt: Curve
     head: Curve
@@ -264,10 +266,11 @@ class _Positive(_Figure):
 class _Layers(_Part):
     model: _Text
     weights: _Text
-    layer_bytes: _Count
-    decode_s: _Points
-    prompt_s: _Points
-    head_s: _Points
+    layer_params: _Count
+    head_params: _Count
+    decode_ms: _Points
+    prompt_ms: _Points
+    head_ms: _Points
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "_Layers":
@@ -275,8 +278,8 @@ class _Layers(_Part):
         return self
 
     def layers(self) -> MeasuredLayers:
-        curves = (Curve(points) for points in (self.decode_s, self.prompt_s, self.head_s))
-        return MeasuredLayers(self.model, self.weights, self.layer_bytes, *curves)
+        curves = (Curve(points).scaled(1e-3) for points in (self.decode_ms, self.prompt_ms, self.head_ms))
+        return MeasuredLayers(self.model, self.weights, self.layer_params, self.head_params, *curves)
 
 
 class _Device(_Part):
