@@ -26,6 +26,8 @@ RING = (
 DRAIN = "integration/test_serve.py::test_a_drained_node_leaves_the_others_its_layers_and_comes_back"
 PLAN = "cli/test_plan.py::test_mdiq_plan_says_what_to_do_first_and_then_shows_the_plan"
 GOAL = "cli/test_plan.py::test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given"
+SIMULATE = "cli/test_simulate.py::test_the_pages_commands_predict_rings"
+MINE = "integration/test_simulate.py::test_a_machine_that_has_measured_itself_can_be_simulated"
 LINKS = "integration/test_bench.py::test_two_nodes_are_measured_over_slow_links"
 RUN_ELSEWHERE = {
     "mdiq node topology.yaml --name": RING,
@@ -46,6 +48,11 @@ RUN_ELSEWHERE = {
     "mdiq bench --shape tinyllama-1.1b --nodes 1,2,3 --users-per-node 4 --cpu 0.5": (
         "integration/test_bench.py::test_nodes_run_under_a_quota_and_leave_nothing_behind"
     ),
+    "mdiq simulate --devices": SIMULATE,
+    "mdiq simulate --list": "cli/test_simulate.py::test_kinds_are_listed",
+    "mdiq simulate --measure": MINE,
+    "mdiq simulate --catalogue": MINE,
+    "mdiq simulate --check": "integration/test_simulate.py::test_five_rings_are_measured_beside_their_predictions",
     "mdiq perplexity": "integration/test_perplexity.py::test_packed_weights_keep_the_bounds",
 }
 """Beginning of a command -> the test that runs it; the longest beginning counts.
@@ -95,7 +102,7 @@ def test_the_test_that_runs_a_command_exists_and_has_its_words(test: str) -> Non
 
 @pytest.mark.parametrize("command", sorted({command for _, command in _COMMANDS if command.startswith("mdiq ")}))
 def test_mdiq_takes_the_command(command: str) -> None:
-    name, *arguments = shlex.split(command)
+    name, *arguments = shlex.split(command.partition(" > ")[0])
     taker = typer.main.get_command(app)
     while hasattr(taker, "commands"):
         name, *arguments = arguments
