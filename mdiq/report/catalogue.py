@@ -206,6 +206,9 @@ def read_catalogue(file: Path) -> Catalogue:
             data = opened.read(MAX_BYTES + 1)  # more is refused
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; `mdiq simulate --measure` writes a catalogue") from None
+    if not data.strip() or len(data) > MAX_BYTES:
+        wrong = f"larger than {MAX_BYTES // 1024} KiB" if data.strip() else "empty"
+        raise ConfigError(f"{file}: the file is {wrong}; `mdiq simulate --measure` writes a catalogue")
     document = read_document(data)
     if document.findings:
         raise ConfigError("\n".join(finding.render(str(file)) for finding in document.findings))
@@ -216,7 +219,8 @@ def read_catalogue(file: Path) -> Catalogue:
         for each in error.errors():
             # Of a value the line is known, of one that is missing the line of what should have it.
             loc = tuple(part for part in each["loc"] if not (isinstance(part, str) and part.startswith("function-")))
-            lines.append(f"{file}:{document.line_of(loc)} {path_of(loc)}: {_message(each)}")
+            place = f" {path_of(loc)}" if loc else ""
+            lines.append(f"{file}:{document.line_of(loc)}{place}: {_message(each)}")
         raise ConfigError("\n".join(lines)) from None
     return read.catalogue()
 
@@ -227,6 +231,8 @@ def _message(error: Any) -> str:
         return "it is missing; an entry of mdiq/report/catalogue.yaml shows all keys"
     if error["type"] == "extra_forbidden":
         return "no such key; an entry of mdiq/report/catalogue.yaml shows all keys"
+    if error["type"] in ("model_type", "dict_type"):
+        return "keys with values are expected here; mdiq/report/catalogue.yaml shows them"
     return text[:1].lower() + text[1:]
 
 

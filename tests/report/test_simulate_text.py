@@ -70,6 +70,11 @@ def test_copies_and_rings_are_named() -> None:
     assert "one device alone" in render(simulate(question(BOX), OWN), OWN)
 
 
+def test_users_that_wait_for_a_place_are_said() -> None:
+    assert "44 wait for a place" in render(simulate(question(BOX, users=300), OWN), OWN)
+    assert "wait for a place" not in render(simulate(question(BOX, users=256), OWN), OWN)
+
+
 def test_watts_that_are_not_known_are_not_made_up() -> None:
     text = render(simulate(question(replace(BOX, idle_w=None)), OWN), OWN)
     assert "power         not known" in text
