@@ -26,6 +26,8 @@ RING = (
 DRAIN = "integration/test_serve.py::test_a_drained_node_leaves_the_others_its_layers_and_comes_back"
 PLAN = "cli/test_plan.py::test_mdiq_plan_says_what_to_do_first_and_then_shows_the_plan"
 GOAL = "cli/test_plan.py::test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given"
+SIMULATE = "cli/test_simulate.py::test_the_pages_commands_predict_rings"
+MINE = "integration/test_simulate.py::test_a_machine_that_has_measured_itself_can_be_simulated"
 LINKS = "integration/test_bench.py::test_two_nodes_are_measured_over_slow_links"
 EVALUATION = "integration/test_evaluate.py::test_the_papers_tables_come_from_one_command"
 REPORT = "integration/test_report.py::test_a_trial_of_two_nodes_becomes_a_report_in_both_languages"
@@ -51,6 +53,11 @@ RUN_ELSEWHERE = {
     "mdiq evaluate": EVALUATION,
     "mdiq report": REPORT,
     "mdiq report --api": "integration/test_report.py::test_a_running_ring_is_measured_through_its_api",
+    "mdiq simulate --devices": SIMULATE,
+    "mdiq simulate --list": "cli/test_simulate.py::test_kinds_are_listed",
+    "mdiq simulate --measure": MINE,
+    "mdiq simulate --catalogue": MINE,
+    "mdiq simulate --check": "integration/test_simulate.py::test_five_rings_are_measured_beside_their_predictions",
     "mdiq perplexity": "integration/test_perplexity.py::test_packed_weights_keep_the_bounds",
 }
 """Beginning of a command -> the test that runs it; the longest beginning counts.
@@ -100,7 +107,7 @@ def test_the_test_that_runs_a_command_exists_and_has_its_words(test: str) -> Non
 
 @pytest.mark.parametrize("command", sorted({command for _, command in _COMMANDS if command.startswith("mdiq ")}))
 def test_mdiq_takes_the_command(command: str) -> None:
-    name, *arguments = shlex.split(command)
+    name, *arguments = shlex.split(command.partition(" > ")[0])
     taker = typer.main.get_command(app)
     while hasattr(taker, "commands"):
         name, *arguments = arguments
