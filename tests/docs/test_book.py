@@ -24,6 +24,7 @@ RING = (
     "integration/test_topology_ring.py::test_three_nodes_answer_as_three_local_ones_and_a_second_run_transfers_nothing"
 )
 DRAIN = "integration/test_serve.py::test_a_drained_node_leaves_the_others_its_layers_and_comes_back"
+ROUTER = "route/test_service.py::test_an_operator_sees_drains_and_reads_again_from_the_command_line"
 PLAN = "cli/test_plan.py::test_mdiq_plan_says_what_to_do_first_and_then_shows_the_plan"
 GOAL = "cli/test_plan.py::test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given"
 SIMULATE = "cli/test_simulate.py::test_the_pages_commands_predict_rings"
@@ -41,6 +42,10 @@ RUN_ELSEWHERE = {
         "integration/test_serve.py::test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing"
     ),
     "curl http://127.0.0.1:8080/": "integration/test_serve.py::test_the_pages_requests_are_answered",
+    "mdiq route routes.yaml": "integration/test_route.py::test_requests_are_answered_as_if_no_ring_had_been_killed",
+    "mdiq status routes.yaml": ROUTER,
+    "mdiq drain routes.yaml ring-a": ROUTER,
+    "mdiq reload routes.yaml": ROUTER,
     "mdiq plan topology.yaml": PLAN,
     "mdiq plan topology.yaml --objective": GOAL,
     "mdiq plan topology.yaml --forget": "cli/test_plan.py::test_figures_are_forgotten_on_demand",
