@@ -109,6 +109,10 @@ class Admission:
     ) -> Places:
         """Give a request its places, or refuse it as ``check`` does."""
         self.check(num_prompts, max_prompts, now, num_running=num_running, owner=owner, part=part)
+        return self.take_again(num_prompts, now, owner=owner)
+
+    def take_again(self, num_prompts: int, now: float, *, owner: str = "") -> Places:
+        """Give a request that an earlier process has taken its places again."""
         self._measure(now)
         places = Places(num_prompts, owner)
         self._taken[places] = None

@@ -6,7 +6,7 @@ The routes, and the forms of answers, are for others.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,12 +22,15 @@ from mdiq.api.audit import RECORD, Record
 from mdiq.api.backend import Backend
 from mdiq.api.clients import Client, Clients
 from mdiq.api.figures import Figures
-from mdiq.api.forming import formed
+from mdiq.api.forming import formed, parser_of
+from mdiq.api.lasting import KeptResponse, LastingAnswer
 from mdiq.api.logprobs import AnswerLogprobs
 from mdiq.api.requests import ApiError, Asked, BadRequest, too_long
 from mdiq.api.shapes import Answer
 from mdiq.api.streams import Events, merged
+from mdiq.core.sequence import SamplingParams
 from mdiq.errors import CapacityError, ConfigError, MdiqError, ModelError
+from mdiq.runtime.starter_service import StreamEvent
 
 log = structlog.get_logger()
 
@@ -43,10 +46,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The answers of a request that runs, and their events, which are to be added to them."""
+    """The answers of a request that runs, and their events, which are to be added to them. lasting: see ``begun``."""
 
     answers: Sequence[Answer]
     events: Events
+    lasting: LastingAnswer | None = None
 
 
 class Answering:
@@ -114,8 +118,10 @@ class Answering:
         return await self.body(request)
 
     @asynccontextmanager
-    async def begun(self, asked: Asked, record: Record) -> AsyncIterator[Begun]:
+    async def begun(self, asked: Asked, record: Record, *, lasts: bool = False) -> AsyncIterator[Begun]:
         """Run a request; what of it is not finished at the end is cancelled. record: notes what becomes of it.
+
+        lasts: its one answer goes on over other rings, and other processes.
 
         Raises:
             ApiError: it cannot be served, or not now.
@@ -132,17 +138,69 @@ class Answering:
             now = time.monotonic()
             places = self._admission.take(num_asked, backend.max_requests, now, **self._whose(client))
             try:
-                begun = await self._begin(asked, record, places)
-                try:
-                    async with aclosing(begun.events):
-                        yield begun
-                finally:
-                    record.num_answer = sum(answer.num_tokens for answer in begun.answers)
-                    record.finish_reason = begun.answers[-1].finish_reason or "none"
+                begun = await self._begin(asked, record, places, lasts=lasts)
+                async with self._recorded(begun, record):
+                    yield begun
             finally:
                 self._admission.leave(places, time.monotonic())
 
-    async def _begin(self, asked: Asked, record: Record, places: Places) -> Begun:
+    @asynccontextmanager
+    async def resumed(self, kept: KeptResponse, record: Record, tries: Callable[[], Any]) -> AsyncIterator[Begun]:
+        """Go on with a response of an earlier process; it has a place, whoever has one besides. See ``begun``.
+
+        tries: awaited before a ring computes it.
+
+        Raises:
+            ApiError: it cannot be served.
+        """
+        backend, client = self._backend, _client_of(record)
+        prompt, params = kept.prompt, kept.params
+        if params.grammar:
+            await self.in_thread(partial(backend.check_grammar, params.grammar))
+        answer = Answer(len(prompt), params.max_tokens, parser=parser_of(kept.about.get("tools"), backend))
+        with client.in_flight(1, time.monotonic(), is_checked=False):
+            places = self._admission.take_again(1, time.monotonic(), owner=client.key.name)
+            try:
+                places.answers = [answer]
+                record.num_prompt, record.has_run = len(prompt), True
+                lasting = self._lasting(prompt, params, record, kept.tokens)
+                begun = Begun([answer], merged([lasting.events(tries)]), lasting)
+                async with self._recorded(begun, record):
+                    yield begun
+            finally:
+                self._admission.leave(places, time.monotonic())
+
+    @asynccontextmanager
+    async def _recorded(self, begun: Begun, record: Record) -> AsyncIterator[None]:
+        """End a request at the end, and note what it was."""
+        try:
+            async with aclosing(begun.events):
+                yield
+        finally:
+            record.num_answer = sum(answer.num_tokens for answer in begun.answers)
+            record.finish_reason = begun.answers[-1].finish_reason or "none"
+
+    def _lasting(
+        self, prompt: tuple[int, ...], params: SamplingParams, record: Record, tokens: Sequence[int] = ()
+    ) -> LastingAnswer:
+        client = _client_of(record)
+
+        def watch(events: AsyncGenerator[StreamEvent, None]) -> AsyncGenerator[StreamEvent, None]:
+            return self._figures.watched(events, 0, record.begun_s, client)
+
+        key = client.key
+        return LastingAnswer(
+            self._backend,
+            prompt,
+            params,
+            tokens,
+            owner=key.name,
+            share=key.share,
+            in_thread=self.in_thread,
+            watch=watch,
+        )
+
+    async def _begin(self, asked: Asked, record: Record, places: Places, *, lasts: bool) -> Begun:
         backend, client = self._backend, _client_of(record)
         asked, make_parser = await formed(asked, backend, self.in_thread)
         prompts = await self.prompts(asked)
@@ -162,6 +220,11 @@ class Answering:
         record.num_prompt = sum(map(len, prompts))
         client.begin(record.num_prompt, now)
         record.has_run = True
+        if lasts:
+            ((prompt, params_of_it),) = wanted
+            self._figures.took(len(prompt))
+            lasting = self._lasting(prompt, params_of_it, record)
+            return Begun(answers, merged([lasting.events()]), lasting)
         key, watched, logprobs = client.key, self._figures.watched, asked.logprobs.wanted
         streams = [
             watched(

@@ -22,6 +22,7 @@ from mdiq.api.backend import Backend
 from mdiq.api.clients import Clients
 from mdiq.api.figures import Figures
 from mdiq.api.keys import ApiKey
+from mdiq.api.lasting import KeptResponse, ResponseJournal
 from mdiq.api.messages import PATH, Messages, errors_in_their_form, parse_messages
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import ApiError, broke, parse, too_long
@@ -45,7 +46,8 @@ class Api:
     """The application.
 
     keys: every request but /health and /ready must carry one of them; if empty, none is needed. cors_origins: web pages
-    of these origins may call the API from a browser; "*": of all.
+    of these origins may call the API from a browser; "*": of all. journal: keeps what outlives the
+    service.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Api:
         *,
         cors_origins: Sequence[str] = (),
         client_timeout_s: float = CLIENT_TIMEOUT_S,
+        journal: ResponseJournal | None = None,
     ) -> None:
         self._backend = backend
         self._cors_origins = cors_origins
@@ -64,13 +67,19 @@ class Api:
         self._registry = metrics_registry(self.status)
         figures = Figures(self._registry)
         self._answering = Answering(backend, self._clients, self._admission, figures, client_timeout_s=client_timeout_s)
-        self._responses = ResponseRoutes(backend, self._answering)
+        self._journal = journal
+        self._responses = ResponseRoutes(backend, self._answering, self._clients, journal)
 
     def status(self) -> Mapping[str, Any]:
         """Return what `mdiq status --json` shows."""
         status = self._backend.status()
         requests = {**status["requests"], **self._admission.counts()}
-        return {**status, "requests": requests, "keys": self._clients.counts()}
+        journal = None if self._journal is None else self._journal.status()
+        return {**status, "requests": requests, "keys": self._clients.counts(), "journal": journal}
+
+    def take_up(self, found: Sequence[KeptResponse]) -> None:
+        """Have the responses of an earlier process here; they go on when the ring serves."""
+        self._responses.take_up(found)
 
     def replace_keys(self, keys: Sequence[ApiKey]) -> None:
         """Take over the keys of a file that was read again; requests that run go on."""
