@@ -6,9 +6,9 @@ The routes, and the forms of answers, are for others.
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -73,16 +73,18 @@ class Answering:
         """Let go of the threads."""
         self._texts.shutdown(wait=False, cancel_futures=True)
 
-    @contextmanager
-    def open_text(self, record: Record) -> Iterator[None]:
+    @asynccontextmanager
+    async def open_text(self, request: web.Request) -> AsyncIterator[None]:
         """Have a request open that needs no place in the Ring, but memory and a thread.
 
         Raises:
             ApiError: too many are.
         """
-        key = _client_of(record).key.digest
+        key = _client_of(request[RECORD]).key.digest
         if len(self._open_texts) >= MAX_OPEN_TEXTS or self._open_texts.count(key) >= self._max_open_of_key:
-            raise ApiError(429, f"{len(self._open_texts)} texts are waiting for their tokens", retry_after_s=1)
+            waiting = len(self._open_texts)
+            await self._discard_body(request)
+            raise ApiError(429, f"{waiting} texts are waiting for their tokens", retry_after_s=1)
         self._open_texts.append(key)
         try:
             yield

@@ -225,7 +225,7 @@ class Api:
 
     async def _count_tokens(self, request: web.Request) -> web.Response:
         answering = self._answering
-        with answering.open_text(request[RECORD]):
+        async with answering.open_text(request):
             asked = parse_messages(await answering.body(request), is_count=True)
             if asked.model is not None:
                 answering.check_model(asked.model)
