@@ -17,7 +17,7 @@ import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from mdiq.api.admission import Admission, Places
+from mdiq.api.admission import Admission, Asker, Places
 from mdiq.api.audit import RECORD, Record
 from mdiq.api.backend import Backend
 from mdiq.api.clients import Client, Clients
@@ -113,7 +113,8 @@ class Answering:
             if not backend.takes_requests:
                 raise ApiError(503, backend.state)
             client.check(1, time.monotonic())
-            self._admission.check(1, backend.max_requests, time.monotonic(), **self._whose(client))
+            running, asker = backend.num_running, self._asker(client)
+            self._admission.check(1, backend.max_requests, time.monotonic(), num_running=running, asker=asker)
         except ApiError:
             await self._discard_body(request)
             raise
@@ -138,7 +139,8 @@ class Answering:
             raise BadRequest(text, "n")
         with client.in_flight(num_asked, time.monotonic()):
             now = time.monotonic()
-            places = self._admission.take(num_asked, backend.max_requests, now, **self._whose(client))
+            running, asker = backend.num_running, self._asker(client)
+            places = self._admission.take(num_asked, backend.max_requests, now, num_running=running, asker=asker)
             try:
                 begun = await self._begin(asked, record, places, lasts=lasts)
                 async with self._recorded(begun, record):
@@ -161,7 +163,7 @@ class Answering:
             await self.in_thread(partial(backend.check_grammar, params.grammar))
         answer = Answer(len(prompt), params.max_tokens, parser=parser_of(kept.about.get("tools"), backend))
         with client.in_flight(1, time.monotonic(), is_checked=False):
-            places = self._admission.take_again(1, time.monotonic(), owner=client.key.name)
+            places = self._admission.take_again(1, time.monotonic(), owner=client.key.owner)
             try:
                 places.answers = [answer]
                 record.num_prompt, record.has_run = len(prompt), True
@@ -196,7 +198,7 @@ class Answering:
             prompt,
             params,
             tokens,
-            owner=key.name,
+            owner=key.owner,
             share=key.share,
             in_thread=self.in_thread,
             watch=watch,
@@ -230,7 +232,7 @@ class Answering:
         key, watched, logprobs = client.key, self._figures.watched, asked.logprobs.wanted
         streams = [
             watched(
-                backend.answer(*each, logprobs=logprobs, owner=key.name, share=key.share),
+                backend.answer(*each, logprobs=logprobs, owner=key.owner, share=key.share),
                 answer.num_prompt,
                 record.begun_s,
                 client,
@@ -239,10 +241,8 @@ class Answering:
         ]
         return Begun(answers, merged(streams))
 
-    def _whose(self, client: Client) -> dict[str, Any]:
-        """Return what the places of a request depend on."""
-        part = self._clients.place_share(client.key)
-        return {"num_running": self._backend.num_running, "owner": client.key.name, "part": part}
+    def _asker(self, client: Client) -> Asker:
+        return Asker(client.key.owner, self._clients.place_share(client.key))
 
     async def _discard_body(self, request: web.Request) -> None:
         """Let a client send its body, and keep nothing of it: some do not see an answer that comes before that."""

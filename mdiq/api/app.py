@@ -25,7 +25,7 @@ from mdiq.api.keys import ApiKey
 from mdiq.api.lasting import KeptResponse, ResponseJournal
 from mdiq.api.messages import PATH, Messages, errors_in_their_form, parse_messages
 from mdiq.api.metrics import metrics_registry
-from mdiq.api.requests import ApiError, broke, parse, too_long
+from mdiq.api.requests import MAX_BODY_BYTES, ApiError, broke, parse, too_long
 from mdiq.api.responses import ResponseRoutes
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
 from mdiq.api.shapes import Chat, Completion, Shape
@@ -35,7 +35,6 @@ from mdiq.errors import CapacityError, MdiqError
 
 log = structlog.get_logger()
 
-MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 _PUBLIC = ("/health", "/ready")
 _ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-fA-F:]+\])(:[0-9]+)?")
 

@@ -17,8 +17,6 @@ from mdiq.api.response_shapes import Event, ResponseShape
 KEEP_S = 3_600.0
 MAX_KEPT = 1_000
 MAX_BYTES = 64 << 20
-MAX_CONVERSATION_BYTES = 2 << 20
-"""Of an input with all that comes before it, as JSON: what one request may have at once, too."""
 ALONE_S = 180.0
 """How long a response that nobody reads goes on, unless it runs in the background."""
 

@@ -17,12 +17,11 @@ from mdiq.api.backend import Backend
 from mdiq.api.clients import Clients
 from mdiq.api.forming import tools_about
 from mdiq.api.lasting import Ending, KeptResponse, LastingAnswer, ResponseJournal
-from mdiq.api.requests import ApiError, BadRequest, broke
+from mdiq.api.requests import MAX_BODY_BYTES, ApiError, BadRequest, broke
 from mdiq.api.response_requests import AskedResponse, parse_response, previous_of, renamed
 from mdiq.api.response_shapes import Event, ResponseShape, items_of, new_id
 from mdiq.api.response_store import (
     KEEP_S,
-    MAX_CONVERSATION_BYTES,
     ResponseStore,
     StoredResponse,
     as_sse,
@@ -80,8 +79,8 @@ class ResponseRoutes:
             input_bytes = before.conversation_bytes
         asked = parse_response(body, history)
         input_bytes += bytes_of(asked.messages[len(history) :])
-        if history and input_bytes > MAX_CONVERSATION_BYTES:
-            text = f"it is more than {MAX_CONVERSATION_BYTES} bytes with what comes before it; begin anew"
+        if history and input_bytes > MAX_BODY_BYTES:  # all of it together is what one request may have at once
+            text = f"it is more than {MAX_BODY_BYTES} bytes with what comes before it; begin anew"
             raise BadRequest(f"previous_response_id: {text}", "previous_response_id")
         shape = ResponseShape(self._backend.model_name, asked.shown)
         messages, owner = asked.messages, _owner(request)
