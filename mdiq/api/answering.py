@@ -270,6 +270,10 @@ class Answering:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
             raise BadRequest(f"the body is not JSON ({reason})") from None
 
+    async def parsed(self, num_bytes: int, parse: Callable[[], T]) -> T:
+        """Return what a parser makes of a body of this size: in a thread if it is large, else others' tokens wait."""
+        return await self.in_thread(parse) if num_bytes > LARGE_BODY_BYTES else parse()
+
     async def _prepare(self, asked: Asked, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> None:
         """Have answers begin with their prompts, and hold log-probabilities, where that is asked for."""
         shown, backend = asked.logprobs, self._backend

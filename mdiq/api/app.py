@@ -225,7 +225,8 @@ class Api:
     async def _count_tokens(self, request: web.Request) -> web.Response:
         answering = self._answering
         async with answering.open_text(request):
-            asked = parse_messages(await answering.body(request), is_count=True)
+            body = await answering.body(request)
+            asked = await answering.parsed(request[RECORD].num_bytes, partial(parse_messages, body, is_count=True))
             if asked.model is not None:
                 answering.check_model(asked.model)
             (prompt,) = await answering.prompts(asked)
@@ -234,7 +235,8 @@ class Api:
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
         answering, record = self._answering, request[RECORD]
         body = await answering.asked(request, record)
-        asked = parse_messages(body) if shape is Messages else parse(body, is_chat=shape is Chat)
+        parser = partial(parse_messages, body) if shape is Messages else partial(parse, body, is_chat=shape is Chat)
+        asked = await answering.parsed(record.num_bytes, parser)
         async with answering.begun(asked, record) as begun:
             out = shape(self._backend.model_name)
             out.answers = answers = begun.answers

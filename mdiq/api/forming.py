@@ -32,7 +32,8 @@ async def formed(asked: Asked, backend: Backend, in_thread: InThread) -> tuple[A
         except ConfigError as error:
             raise BadRequest(f"tools: {error}", "tools") from None
         try:
-            grammar = use.grammar(form, asked.structure, backend.special_id)
+            # The schemas of many tools take long.
+            grammar = await in_thread(partial(use.grammar, form, asked.structure, backend.special_id))
         except ConfigError as error:
             raise BadRequest(str(error), str(error).partition(":")[0]) from None
         marks = marks_of(form, backend.special_id)

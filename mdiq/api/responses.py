@@ -77,7 +77,8 @@ class ResponseRoutes:
                 raise BadRequest(text, "previous_response_id")
             history = [*before.input, *before.shape.messages]
             input_bytes = before.conversation_bytes
-        asked = parse_response(body, history)
+        num_bytes = record.num_bytes + input_bytes
+        asked = await self._answering.parsed(num_bytes, partial(parse_response, body, history))
         input_bytes += bytes_of(asked.messages[len(history) :])
         if history and input_bytes > MAX_BODY_BYTES:  # all of it together is what one request may have at once
             text = f"it is more than {MAX_BODY_BYTES} bytes with what comes before it; begin anew"
