@@ -28,7 +28,7 @@ _GAIN = 1 / 8  # of a new answer's length in the mean
 class Places:
     """The places of one request. answers: one for each prompt; none before its texts have become tokens.
 
-    owner: name of the key that it came with.
+    owner: see ApiKey.owner.
     """
 
     num_prompts: int
@@ -45,6 +45,17 @@ class Places:
         if not self.answers:
             return self.num_prompts * mean_tokens
         return sum(max(min(mean_tokens, each.max_tokens) - each.num_tokens, 0.0) for each in self.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks. owner: see ApiKey.owner. part: what of the places is its own."""
+
+    owner: str = ""
+    part: float = 1.0
+
+
+_ANYONE = Asker()
 
 
 class Admission:
@@ -74,12 +85,9 @@ class Admission:
         now: float,
         *,
         num_running: int = 0,
-        owner: str = "",
-        part: float = 1.0,
+        asker: Asker = _ANYONE,
     ) -> None:
         """Refuse a request if there is no place for its prompts. num_running: those that the ring knows of.
-
-        part: what of the places is its owner's own.
 
         Raises:
             BadRequest: there can never be one.
@@ -92,9 +100,9 @@ class Admission:
         num_wanted = num_taken + num_prompts
         if num_wanted > max_prompts:
             raise self._busy(f"{num_taken} requests are running or waiting", now)
-        num_held = sum(places.num_prompts for places in self._taken if places.owner == owner)
-        is_over = num_held and num_held + num_prompts > part * max_prompts
-        if part < 1 and num_wanted > OPEN_PART * max_prompts and is_over:
+        num_held = sum(places.num_prompts for places in self._taken if places.owner == asker.owner)
+        is_over = num_held and num_held + num_prompts > asker.part * max_prompts
+        if asker.part < 1 and num_wanted > OPEN_PART * max_prompts and is_over:
             raise self._busy(f"{num_held} requests of this key are running or waiting", now)
 
     def take(
@@ -104,11 +112,14 @@ class Admission:
         now: float,
         *,
         num_running: int = 0,
-        owner: str = "",
-        part: float = 1.0,
+        asker: Asker = _ANYONE,
     ) -> Places:
         """Give a request its places, or refuse it as ``check`` does."""
-        self.check(num_prompts, max_prompts, now, num_running=num_running, owner=owner, part=part)
+        self.check(num_prompts, max_prompts, now, num_running=num_running, asker=asker)
+        return self.take_again(num_prompts, now, owner=asker.owner)
+
+    def take_again(self, num_prompts: int, now: float, *, owner: str) -> Places:
+        """Give a request that an earlier process has taken its places again."""
         self._measure(now)
         places = Places(num_prompts, owner)
         self._taken[places] = None

@@ -5,9 +5,9 @@ The routes, and the forms of answers, are for others.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,18 +15,21 @@ from typing import Any, TypeVar
 import structlog
 from aiohttp import web
 
-from mdiq.api.admission import Admission, Places
-from mdiq.api.audit import Record
+from mdiq.api.admission import Admission, Asker, Places
+from mdiq.api.audit import RECORD, Record
 from mdiq.api.backend import Backend
-from mdiq.api.bodies import Bodies
+from mdiq.api.bodies import LARGE_BODY_BYTES, Bodies
 from mdiq.api.clients import Client, Clients
 from mdiq.api.figures import Figures
-from mdiq.api.forming import formed
+from mdiq.api.forming import formed, parser_of
+from mdiq.api.lasting import KeptResponse, LastingAnswer
 from mdiq.api.logprobs import AnswerLogprobs
 from mdiq.api.requests import ApiError, Asked, BadRequest, too_long
 from mdiq.api.shapes import Answer
 from mdiq.api.streams import Events, merged
+from mdiq.core.sequence import SamplingParams
 from mdiq.errors import CapacityError, ConfigError, MdiqError, ModelError
+from mdiq.runtime.starter_service import StreamEvent
 
 log = structlog.get_logger()
 
@@ -40,10 +43,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The answers of a request that runs, and their events, which are to be added to them."""
+    """The answers of a request that runs, and their events, which are to be added to them. lasting: see ``begun``."""
 
     answers: Sequence[Answer]
     events: Events
+    lasting: LastingAnswer | None = None
 
 
 class Answering:
@@ -65,16 +69,18 @@ class Answering:
         """Let go of the threads."""
         self._texts.shutdown(wait=False, cancel_futures=True)
 
-    @contextmanager
-    def open_text(self, record: Record) -> Iterator[None]:
+    @asynccontextmanager
+    async def open_text(self, request: web.Request) -> AsyncIterator[None]:
         """Have a request open that needs no place in the Ring, but memory and a thread.
 
         Raises:
             ApiError: too many are.
         """
-        key = _client_of(record).key.digest
+        key = _client_of(request[RECORD]).key.digest
         if len(self._open_texts) >= MAX_OPEN_TEXTS or self._open_texts.count(key) >= self._max_open_of_key:
-            raise ApiError(429, f"{len(self._open_texts)} texts are waiting for their tokens", retry_after_s=1)
+            waiting = len(self._open_texts)
+            await self._bodies.discard(request)
+            raise ApiError(429, f"{waiting} texts are waiting for their tokens", retry_after_s=1)
         self._open_texts.append(key)
         try:
             yield
@@ -103,15 +109,18 @@ class Answering:
             if not backend.takes_requests:
                 raise ApiError(503, backend.state)
             client.check(1, time.monotonic())
-            self._admission.check(1, backend.max_requests, time.monotonic(), **self._whose(client))
+            running, asker = backend.num_running, self._asker(client)
+            self._admission.check(1, backend.max_requests, time.monotonic(), num_running=running, asker=asker)
         except ApiError:
             await self._bodies.discard(request)
             raise
         return await self.body(request)
 
     @asynccontextmanager
-    async def begun(self, asked: Asked, record: Record) -> AsyncIterator[Begun]:
+    async def begun(self, asked: Asked, record: Record, *, lasts: bool = False) -> AsyncIterator[Begun]:
         """Run a request; what of it is not finished at the end is cancelled. record: notes what becomes of it.
+
+        lasts: its one answer goes on over other rings, and other processes.
 
         Raises:
             ApiError: it cannot be served, or not now.
@@ -126,19 +135,72 @@ class Answering:
             raise BadRequest(text, "n")
         with client.in_flight(num_asked, time.monotonic()):
             now = time.monotonic()
-            places = self._admission.take(num_asked, backend.max_requests, now, **self._whose(client))
+            running, asker = backend.num_running, self._asker(client)
+            places = self._admission.take(num_asked, backend.max_requests, now, num_running=running, asker=asker)
             try:
-                begun = await self._begin(asked, record, places)
-                try:
-                    async with aclosing(begun.events):
-                        yield begun
-                finally:
-                    record.num_answer = sum(answer.num_tokens for answer in begun.answers)
-                    record.finish_reason = begun.answers[-1].finish_reason or "none"
+                begun = await self._begin(asked, record, places, lasts=lasts)
+                async with self._recorded(begun, record):
+                    yield begun
             finally:
                 self._admission.leave(places, time.monotonic())
 
-    async def _begin(self, asked: Asked, record: Record, places: Places) -> Begun:
+    @asynccontextmanager
+    async def resumed(self, kept: KeptResponse, record: Record, tries: Callable[[], Any]) -> AsyncIterator[Begun]:
+        """Go on with a response of an earlier process; it has a place, whoever has one besides. See ``begun``.
+
+        tries: awaited before a ring computes it.
+
+        Raises:
+            ApiError: it cannot be served.
+        """
+        backend, client = self._backend, _client_of(record)
+        prompt, params = kept.prompt, kept.params
+        if params.grammar:
+            await self.in_thread(partial(backend.check_grammar, params.grammar))
+        answer = Answer(len(prompt), params.max_tokens, parser=parser_of(kept.about.get("tools"), backend))
+        with client.in_flight(1, time.monotonic(), is_checked=False):
+            places = self._admission.take_again(1, time.monotonic(), owner=client.key.owner)
+            try:
+                places.answers = [answer]
+                record.num_prompt, record.has_run = len(prompt), True
+                lasting = self._lasting(prompt, params, record, kept.tokens)
+                begun = Begun([answer], merged([lasting.events(tries)]), lasting)
+                async with self._recorded(begun, record):
+                    yield begun
+            finally:
+                self._admission.leave(places, time.monotonic())
+
+    @asynccontextmanager
+    async def _recorded(self, begun: Begun, record: Record) -> AsyncIterator[None]:
+        """End a request at the end, and note what it was."""
+        try:
+            async with aclosing(begun.events):
+                yield
+        finally:
+            record.num_answer = sum(answer.num_tokens for answer in begun.answers)
+            record.finish_reason = begun.answers[-1].finish_reason or "none"
+
+    def _lasting(
+        self, prompt: tuple[int, ...], params: SamplingParams, record: Record, tokens: Sequence[int] = ()
+    ) -> LastingAnswer:
+        client = _client_of(record)
+
+        def watch(events: AsyncGenerator[StreamEvent, None]) -> AsyncGenerator[StreamEvent, None]:
+            return self._figures.watched(events, 0, record.begun_s, client)
+
+        key = client.key
+        return LastingAnswer(
+            self._backend,
+            prompt,
+            params,
+            tokens,
+            owner=key.owner,
+            share=key.share,
+            in_thread=self.in_thread,
+            watch=watch,
+        )
+
+    async def _begin(self, asked: Asked, record: Record, places: Places, *, lasts: bool) -> Begun:
         backend, client = self._backend, _client_of(record)
         asked, make_parser = await formed(asked, backend, self.in_thread)
         prompts = await self.prompts(asked)
@@ -158,10 +220,15 @@ class Answering:
         record.num_prompt = sum(map(len, prompts))
         client.begin(record.num_prompt, now)
         record.has_run = True
+        if lasts:
+            ((prompt, params_of_it),) = wanted
+            self._figures.took(len(prompt))
+            lasting = self._lasting(prompt, params_of_it, record)
+            return Begun(answers, merged([lasting.events()]), lasting)
         key, watched, logprobs = client.key, self._figures.watched, asked.logprobs.wanted
         streams = [
             watched(
-                backend.answer(*each, logprobs=logprobs, owner=key.name, share=key.share),
+                backend.answer(*each, logprobs=logprobs, owner=key.owner, share=key.share),
                 answer.num_prompt,
                 record.begun_s,
                 client,
@@ -170,14 +237,16 @@ class Answering:
         ]
         return Begun(answers, merged(streams))
 
-    def _whose(self, client: Client) -> dict[str, Any]:
-        """Return what the places of a request depend on."""
-        part = self._clients.place_share(client.key)
-        return {"num_running": self._backend.num_running, "owner": client.key.name, "part": part}
+    def _asker(self, client: Client) -> Asker:
+        return Asker(client.key.owner, self._clients.place_share(client.key))
 
     async def body(self, request: web.Request) -> object:
         """Return the JSON of a request; raise ApiError if it is none."""
         return await self._bodies.json_of(request)
+
+    async def parsed(self, num_bytes: int, parse: Callable[[], T]) -> T:
+        """Return what a parser makes of a body of this size: in a thread if it is large, else others' tokens wait."""
+        return await self.in_thread(parse) if num_bytes > LARGE_BODY_BYTES else parse()
 
     async def _prepare(self, asked: Asked, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> None:
         """Have answers begin with their prompts, and hold log-probabilities, where that is asked for."""

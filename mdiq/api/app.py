@@ -21,10 +21,11 @@ from mdiq.api.backend import Backend
 from mdiq.api.clients import Clients
 from mdiq.api.figures import Figures
 from mdiq.api.keys import ApiKey
+from mdiq.api.lasting import KeptResponse, ResponseJournal
 from mdiq.api.messages import PATH, Messages, errors_in_their_form, parse_messages
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.origins import Origins
-from mdiq.api.requests import ApiError, broke, parse, too_long
+from mdiq.api.requests import MAX_BODY_BYTES, ApiError, broke, parse, too_long
 from mdiq.api.responses import ResponseRoutes
 from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
 from mdiq.api.shapes import Chat, Completion, Shape
@@ -34,7 +35,6 @@ from mdiq.errors import CapacityError, MdiqError
 
 log = structlog.get_logger()
 
-MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 _PUBLIC = ("/health", "/ready")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -44,7 +44,8 @@ class Api:
     """The application.
 
     keys: every request but /health and /ready must carry one of them; if empty, none is needed. cors_origins: web pages
-    of these origins may call the API from a browser; "*": of all.
+    of these origins may call the API from a browser; "*": of all. journal: keeps what outlives the
+    service.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Api:
         *,
         cors_origins: Sequence[str] = (),
         client_timeout_s: float = CLIENT_TIMEOUT_S,
+        journal: ResponseJournal | None = None,
     ) -> None:
         self._backend = backend
         self._origins = Origins(cors_origins)
@@ -63,13 +65,19 @@ class Api:
         self._registry = metrics_registry(self.status)
         figures = Figures(self._registry)
         self._answering = Answering(backend, self._clients, self._admission, figures, client_timeout_s=client_timeout_s)
-        self._responses = ResponseRoutes(backend, self._answering)
+        self._journal = journal
+        self._responses = ResponseRoutes(backend, self._answering, self._clients, journal)
 
     def status(self) -> Mapping[str, Any]:
         """Return what `mdiq status --json` shows."""
         status = self._backend.status()
         requests = {**status["requests"], **self._admission.counts()}
-        return {**status, "requests": requests, "keys": self._clients.counts()}
+        journal = None if self._journal is None else self._journal.status()
+        return {**status, "requests": requests, "keys": self._clients.counts(), "journal": journal}
+
+    def take_up(self, found: Sequence[KeptResponse]) -> None:
+        """Have the responses of an earlier process here; they go on when the ring serves."""
+        self._responses.take_up(found)
 
     def replace_keys(self, keys: Sequence[ApiKey]) -> None:
         """Take over the keys of a file that was read again; requests that run go on."""
@@ -186,8 +194,9 @@ class Api:
 
     async def _count_tokens(self, request: web.Request) -> web.Response:
         answering = self._answering
-        with answering.open_text(request[RECORD]):
-            asked = parse_messages(await answering.body(request), is_count=True)
+        async with answering.open_text(request):
+            body = await answering.body(request)
+            asked = await answering.parsed(request[RECORD].num_bytes, partial(parse_messages, body, is_count=True))
             if asked.model is not None:
                 answering.check_model(asked.model)
             (prompt,) = await answering.prompts(asked)
@@ -196,7 +205,8 @@ class Api:
     async def _answer(self, request: web.Request, shape: type[Shape]) -> web.StreamResponse:
         answering, record = self._answering, request[RECORD]
         body = await answering.asked(request, record)
-        asked = parse_messages(body) if shape is Messages else parse(body, is_chat=shape is Chat)
+        parser = partial(parse_messages, body) if shape is Messages else partial(parse, body, is_chat=shape is Chat)
+        asked = await answering.parsed(record.num_bytes, parser)
         async with answering.begun(asked, record) as begun:
             out = shape(self._backend.model_name)
             out.answers = answers = begun.answers

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from mdiq.core.logprobs import LogprobsWanted
 from mdiq.core.sequence import SamplingParams
+from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.runtime.starter_service import StreamEvent
 
 
@@ -123,6 +124,23 @@ class Backend(Protocol):
             CapacityError: it can never fit.
             RingError: no ring serves now.
         """
+        ...
+
+    def resumed(
+        self, prompt: tuple[int, ...], params: SamplingParams, tokens: Sequence[int]
+    ) -> tuple[TokenSequence, Sequence[StreamEvent]]:
+        """Return a Sequence that has these tokens already, and their events, as ``answer`` gives them. In a thread.
+
+        It has a finish_reason if it ends with them.
+        """
+        ...
+
+    def go_on(self, sequence: TokenSequence, *, owner: str = "", share: int = 1) -> AsyncGenerator[StreamEvent, None]:
+        """Run a Sequence of ``resumed``; yield the events after those. See ``answer``."""
+        ...
+
+    async def until_takes_requests(self) -> None:
+        """Wait until ``takes_requests``."""
         ...
 
     def status(self) -> Mapping[str, Any]:

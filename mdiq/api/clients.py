@@ -58,9 +58,10 @@ class Client:
         self._check_tokens(1, now)
 
     @contextmanager
-    def in_flight(self, num_prompts: int, now: float) -> Iterator[None]:
-        """Have a request in flight, or refuse it as ``check`` does."""
-        self.check(num_prompts, now)
+    def in_flight(self, num_prompts: int, now: float, *, is_checked: bool = True) -> Iterator[None]:
+        """Have a request in flight, or refuse it as ``check`` does. is_checked: False for one that was taken before."""
+        if is_checked:
+            self.check(num_prompts, now)
         self.num_running += num_prompts
         try:
             yield
@@ -143,6 +144,13 @@ class Clients:
             if key is not None:
                 return self._clients[key.name]
         return None
+
+    def of_digest(self, digest: bytes, name: str) -> Client:
+        """Return the client that asked for something in an earlier process. Its key may be gone: it had that name."""
+        for client in self._clients.values():
+            if client.key.digest == digest:
+                return client
+        return Client(ApiKey(name, digest))
 
     def place_share(self, key: ApiKey) -> float:
         """Return the part of all places that is a key's own."""

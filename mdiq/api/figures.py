@@ -35,6 +35,12 @@ class Figures:
         self._num_prompt = counter("mdiq_prompt_tokens_total", "Tokens of prompts that were taken.")
         self._num_answer = counter("mdiq_answer_tokens_total", "Tokens of answers.")
 
+    def took(self, num_prompt: int) -> None:
+        """Count a prompt by its tokens; 0 for one that was counted."""
+        if num_prompt:
+            self._prompt.observe(num_prompt)
+            self._num_prompt.inc(num_prompt)
+
     async def watched(
         self, events: AsyncGenerator[StreamEvent, None], num_prompt: int, asked_s: float, client: Client
     ) -> AsyncGenerator[StreamEvent, None]:
@@ -45,9 +51,7 @@ class Figures:
         begun_s = self._clock()
         token_s: float | None = None
         num_answer = 0
-        if num_prompt:
-            self._prompt.observe(num_prompt)
-        self._num_prompt.inc(num_prompt)
+        self.took(num_prompt)
         async with aclosing(events):
             async for event in events:
                 step = event.step

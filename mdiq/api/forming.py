@@ -1,7 +1,7 @@
 """The form of an answer, for one backend: the request's own and that of its tools become one grammar, and a parser."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,8 @@ async def formed(asked: Asked, backend: Backend, in_thread: InThread) -> tuple[A
         except ConfigError as error:
             raise BadRequest(f"tools: {error}", "tools") from None
         try:
-            grammar = use.grammar(form, asked.structure, backend.special_id)
+            # The schemas of many tools take long.
+            grammar = await in_thread(partial(use.grammar, form, asked.structure, backend.special_id))
         except ConfigError as error:
             raise BadRequest(str(error), str(error).partition(":")[0]) from None
         marks = marks_of(form, backend.special_id)
@@ -44,6 +45,25 @@ async def formed(asked: Asked, backend: Backend, in_thread: InThread) -> tuple[A
         except ConfigError as error:
             raise await in_thread(partial(_refusal, asked, backend, error)) from None
     return asked, make_parser
+
+
+def tools_about(parser: CallParser | None) -> dict[str, Any] | None:
+    """Return as JSON what ``parser_of`` makes the same parser from."""
+    if parser is None:
+        return None
+    return {"names": sorted(parser.names), "is_many": parser.is_many, "key": parser.key.hex()}
+
+
+def parser_of(about: Mapping[str, Any] | None, backend: Backend) -> CallParser | None:
+    """Return the parser of a response of an earlier process; see ``tools_about``.
+
+    Raises:
+        ConfigError: the model calls no tools.
+    """
+    if about is None:
+        return None
+    form, key = form_of(backend.chat_template), bytes.fromhex(about["key"])
+    return CallParser(form, about["names"], is_many=about["is_many"], key=key)
 
 
 def _refusal(asked: Asked, backend: Backend, error: ConfigError) -> BadRequest:

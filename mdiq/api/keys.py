@@ -43,6 +43,11 @@ class ApiKey:
     share: int = 1
     is_bare: bool = False
 
+    @property
+    def owner(self) -> str:
+        """Whose its requests are. The name of a bare key is another one's when a line of the file goes."""
+        return self.digest.hex() if self.is_bare else self.name
+
 
 NO_KEY = ApiKey("", b"")
 """Of clients of an API that needs no key."""

@@ -14,6 +14,7 @@ from mdiq.api.tools import ToolUse, tools_of
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import ConfigError
 
+MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 MAX_STOPS = 16  # each costs time at every token
 MAX_PROMPTS = 64
 MAX_ERROR_CHARACTERS = 300

@@ -1,9 +1,11 @@
 """A response of /v1/responses as it grows: OpenAI's object and its numbered events. No sockets."""
 
+import copy
 import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 from mdiq.api.shapes import Answer
@@ -19,16 +21,22 @@ def new_id(prefix: str) -> str:
 
 
 class ResponseShape:
-    """One response. shown: fields of its request that it repeats; messages: its answer, as messages of a chat."""
+    """One response. shown: fields of its request that it repeats; messages: its answer, as messages of a chat.
 
-    def __init__(self, model: str, shown: Mapping[str, Any]) -> None:
-        self.id = new_id("resp")
+    response_id, created_at: of one that another process has begun. Its events follow from these and from its tokens, so
+    they are the same there.
+    """
+
+    def __init__(
+        self, model: str, shown: Mapping[str, Any], *, response_id: str | None = None, created_at: int | None = None
+    ) -> None:
+        self.id = response_id or new_id("resp")
         self.messages: list[Mapping[str, Any]] = []
         self._output: list[dict[str, Any]] = []
         self._fields = {
             "id": self.id,
             "object": "response",
-            "created_at": int(time.time()),
+            "created_at": int(time.time()) if created_at is None else created_at,
             "status": "queued" if shown.get("background") else "in_progress",
             "completed_at": None,
             "error": None,
@@ -39,6 +47,30 @@ class ResponseShape:
         }
         self._num_events = 0
         self._is_open = False  # the newest item
+
+    @classmethod
+    def ended(cls, whole: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> "ResponseShape":
+        """Return one that has ended, from its object and its answer."""
+        shape = cls("", {}, response_id=whole["id"])
+        shape._fields = {name: value for name, value in whole.items() if name != "output"}
+        shape._output = [dict(item) for item in whole["output"]]
+        shape.messages = [*messages]
+        return shape
+
+    def forked(self) -> "ResponseShape":
+        """Return a copy, which goes its own way."""
+        fork = copy.copy(self)
+        fork._fields, fork._output = {**self._fields}, copy.deepcopy(self._output)
+        return fork
+
+    @property
+    def created_at(self) -> int:
+        """Unix time."""
+        return int(self._fields["created_at"])
+
+    @property
+    def model(self) -> str:
+        return str(self._fields["model"])
 
     @property
     def status(self) -> str:
@@ -119,7 +151,7 @@ class ResponseShape:
         if piece.name is not None:
             events = self._close("completed")
             item = {
-                "id": new_id("fc"),
+                "id": self._item_id("fc"),
                 "type": "function_call",
                 "status": "in_progress",
                 "call_id": piece.id,
@@ -134,12 +166,22 @@ class ResponseShape:
         return events
 
     def _open_message(self) -> list[Event]:
-        item = {"id": new_id("msg"), "type": "message", "status": "in_progress", "role": "assistant", "content": []}
+        item = {
+            "id": self._item_id("msg"),
+            "type": "message",
+            "status": "in_progress",
+            "role": "assistant",
+            "content": [],
+        }
         added = self._add_item(item)
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         place = {"item_id": item["id"], "output_index": len(self._output) - 1, "content_index": 0}
         self._output[-1]["content"] = [part]
         return [added, self._event("response.content_part.added", **place, part=dict(part))]
+
+    def _item_id(self, prefix: str) -> str:
+        """Return the id of the next item, which is always the same one."""
+        return f"{prefix}_{blake2b(f'{self.id} {len(self._output)}'.encode(), digest_size=24).hexdigest()}"
 
     def _add_item(self, item: dict[str, Any]) -> Event:
         self._output.append(dict(item))

@@ -17,8 +17,6 @@ from mdiq.api.response_shapes import Event, ResponseShape
 KEEP_S = 3_600.0
 MAX_KEPT = 1_000
 MAX_BYTES = 64 << 20
-MAX_CONVERSATION_BYTES = 2 << 20
-"""Of an input with all that comes before it, as JSON: what one request may have at once, too."""
 ALONE_S = 180.0
 """How long a response that nobody reads goes on, unless it runs in the background."""
 
@@ -38,7 +36,7 @@ class StoredResponse:
     """One response. owner: whose key asked for it. input: messages that it answers, those of responses before it too.
     input_bytes: of these messages; body_bytes: of the request.
 
-    is_kept: False: it ends with its reader, and cannot be asked for again.
+    is_kept: False: it ends with its reader, and cannot be asked for again. is_journalled: it outlives the service.
     """
 
     shape: ResponseShape
@@ -52,6 +50,7 @@ class StoredResponse:
     num_bytes: int = field(init=False)
     task: "asyncio.Task[None] | None" = None
     is_wanted: bool = True  # nobody has cancelled it
+    is_journalled: bool = False
     _events: list[bytes] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _num_readers: int = 0
@@ -65,12 +64,19 @@ class StoredResponse:
         """What a response that goes on from this one begins with, as JSON."""
         return self.input_bytes + bytes_of(self.shape.messages)
 
+    @property
+    def events(self) -> list[bytes]:
+        """A copy of its events so far, as they are sent."""
+        return [*self._events]
+
     def note(self, events: Sequence[Event]) -> None:
         """Add events, and wake who reads."""
-        for event in events:
-            data = as_sse(event)
-            self._events.append(data)
-            self.num_bytes += len(data)
+        self.note_sent([as_sse(event) for event in events])
+
+    def note_sent(self, events: Sequence[bytes]) -> None:
+        """Add events as they are sent, and wake who reads."""
+        self._events += events
+        self.num_bytes += sum(map(len, events))
         news, self._news = self._news, asyncio.Event()
         news.set()
 
@@ -129,20 +135,20 @@ def bytes_of(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 class ResponseStore:
-    """All of them. clock: seconds, monotonic."""
+    """All of them. clock: seconds, monotonic. on_gone: called with each that is let go of, but those forgotten."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], on_gone: Callable[[StoredResponse], None] = lambda _: None) -> None:
+        self._clock, self._on_gone = clock, on_gone
         self._responses: dict[str, StoredResponse] = {}
 
     def add(self, response: StoredResponse) -> None:
         """Keep a response."""
-        self._tidy()
+        self.tidy()
         self._responses[response.shape.id] = response
 
     def find(self, response_id: str, owner: str) -> StoredResponse | None:
         """Return a response of this owner, or None."""
-        self._tidy()
+        self.tidy()
         found = self._responses.get(response_id)
         return found if found is not None and found.owner == owner and found.is_kept else None
 
@@ -151,12 +157,12 @@ class ResponseStore:
         response.cancel()
         self._responses.pop(response.shape.id, None)
 
-    def ended(self, response: StoredResponse) -> None:
-        """Note that a response has ended."""
-        response.ended_s = self._clock()
+    def ended(self, response: StoredResponse, ago_s: float = 0.0) -> None:
+        """Note that a response has ended, so long ago."""
+        response.ended_s = self._clock() - ago_s
         if not response.is_kept:
             self._responses.pop(response.shape.id, None)
-        self._tidy()
+        self.tidy()
 
     async def aclose(self) -> None:
         """End all that run."""
@@ -165,11 +171,11 @@ class ResponseStore:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """Let go of what has ended long ago; where there are too many, of the oldest of the owner that has the most."""
         now = self._clock()
         for each in [it for it in self._responses.values() if it.ended_s is not None and now - it.ended_s >= KEEP_S]:
-            del self._responses[each.shape.id]
+            self._let_go(each)
         while (too_many := len(self._responses) > MAX_KEPT) or self.num_bytes > MAX_BYTES:
             held: Counter[str] = Counter()
             for each in self._responses.values():
@@ -178,7 +184,11 @@ class ResponseStore:
             ended = [it for it in self._responses.values() if it.ended_s is not None and held[it.owner] == most]
             if not ended:  # what runs is bounded by the places that there are
                 return
-            del self._responses[min(ended, key=lambda it: it.ended_s or 0.0).shape.id]
+            self._let_go(min(ended, key=lambda it: it.ended_s or 0.0))
+
+    def _let_go(self, response: StoredResponse) -> None:
+        del self._responses[response.shape.id]
+        self._on_gone(response)
 
     @property
     def num_bytes(self) -> int:

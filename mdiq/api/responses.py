@@ -2,26 +2,38 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import structlog
 from aiohttp import web
 
 from mdiq.api import streams
-from mdiq.api.answering import Answering
+from mdiq.api.answering import Answering, Begun
 from mdiq.api.audit import LEFT, RECORD, Record
 from mdiq.api.backend import Backend
-from mdiq.api.requests import ApiError, BadRequest, broke
+from mdiq.api.clients import Clients
+from mdiq.api.forming import tools_about
+from mdiq.api.lasting import Ending, KeptResponse, LastingAnswer, ResponseJournal
+from mdiq.api.requests import MAX_BODY_BYTES, ApiError, BadRequest, broke
 from mdiq.api.response_requests import AskedResponse, parse_response, previous_of, renamed
-from mdiq.api.response_shapes import ResponseShape, items_of
-from mdiq.api.response_store import MAX_CONVERSATION_BYTES, ResponseStore, StoredResponse, bytes_of
-from mdiq.errors import MdiqError
+from mdiq.api.response_shapes import Event, ResponseShape, items_of, new_id
+from mdiq.api.response_store import (
+    KEEP_S,
+    ResponseStore,
+    StoredResponse,
+    as_sse,
+    bytes_of,
+)
+from mdiq.api.shapes import Answer
+from mdiq.errors import MdiqError, RingError
 
 log = structlog.get_logger()
 
 PATH = "/v1/responses"
+MAX_AT_ONCE = 64  # events of one response before others have their turn
 MAX_INPUT_ITEMS, USUAL_INPUT_ITEMS = 100, 20  # of one page, as OpenAI's
 _PREVIOUS = "previous_response_id"
 
@@ -29,10 +41,14 @@ _PREVIOUS = "previous_response_id"
 class ResponseRoutes:
     """Creates responses, and finds those that are kept."""
 
-    def __init__(self, backend: Backend, answering: Answering) -> None:
+    def __init__(
+        self, backend: Backend, answering: Answering, clients: Clients, journal: ResponseJournal | None = None
+    ) -> None:
         self._backend = backend
         self._answering = answering
-        self._store = ResponseStore(time.monotonic)
+        self._clients = clients
+        self._journal = journal
+        self._store = ResponseStore(time.monotonic, self._gone)
 
     def routes(self) -> list[web.RouteDef]:
         """Return them."""
@@ -46,7 +62,7 @@ class ResponseRoutes:
         ]
 
     async def aclose(self) -> None:
-        """End all that run."""
+        """End all that run; those that the journal has go on in the next process."""
         await self._store.aclose()
 
     async def _create(self, request: web.Request) -> web.StreamResponse:
@@ -62,10 +78,11 @@ class ResponseRoutes:
                 raise BadRequest(text, _PREVIOUS)
             history = [*before.input, *before.shape.messages]
             input_bytes = before.conversation_bytes
-        asked = parse_response(body, history)
+        num_bytes = record.num_bytes + input_bytes
+        asked = await self._answering.parsed(num_bytes, partial(parse_response, body, history))
         input_bytes += bytes_of(asked.messages[len(history) :])
-        if history and input_bytes > MAX_CONVERSATION_BYTES:
-            text = f"it is more than {MAX_CONVERSATION_BYTES} bytes with what comes before it; begin anew"
+        if history and input_bytes > MAX_BODY_BYTES:  # all of it together is what one request may have at once
+            text = f"it is more than {MAX_BODY_BYTES} bytes with what comes before it; begin anew"
             raise BadRequest(f"{_PREVIOUS}: {text}", _PREVIOUS)
         shape = ResponseShape(self._backend.model_name, asked.shown)
         messages, owner = asked.messages, _owner(request)
@@ -76,7 +93,8 @@ class ResponseRoutes:
         begun.add_done_callback(lambda it: it.cancelled() or it.exception())  # its client may have gone
         # The log has a line for the answer, when it has ended, beside that of the request.
         own = Record(record.request_id, record.begun_s, record.path, record.address, record.client)
-        response.task = asyncio.create_task(self._run(response, asked, own, begun), name="response")
+        make = partial(self._begin, response, asked, own, begun)
+        response.task = asyncio.create_task(self._run(response, make, own, begun), name="response")
         self._store.add(response)
         try:
             await asyncio.shield(begun)
@@ -93,43 +111,148 @@ class ResponseRoutes:
                 raise
             if shape.status == "failed":
                 raise ApiError(503, str(shape.whole()["error"]["message"]))
-        return web.json_response(shape.whole())
+        return web.json_response(response.shape.whole())
+
+    def take_up(self, found: Sequence[KeptResponse]) -> None:
+        """Have the responses of an earlier process here; those that have not ended go on when the ring serves."""
+        now, now_s = time.time(), time.monotonic()
+        for kept in found:
+            about, ending = kept.about, kept.ending
+            if ending is not None:
+                shape = ResponseShape.ended(ending.whole, ending.messages)
+            else:
+                shape = ResponseShape(
+                    about["model"], about["shown"], response_id=kept.id, created_at=about["created_at"]
+                )
+            sizes = about["input_bytes"], about["body_bytes"]
+            response = StoredResponse(shape, about["owner"], about["input"], True, True, *sizes, is_journalled=True)
+            self._store.add(response)
+            if ending is not None:
+                response.note_sent(ending.events)
+                self._ended(response, max(now - ending.at_s, 0.0))  # the clock may have been set
+                continue
+            client = self._clients.of_digest(bytes.fromhex(about["owner"]), about["key"])
+            own = Record(new_id("req"), now_s, PATH, "", client)
+            make = partial(self._go_on, response, kept, own)
+            response.task = asyncio.create_task(self._run(response, make, own), name="response")
 
     async def _run(
-        self, response: StoredResponse, asked: AskedResponse, record: Record, begun: "asyncio.Future[None]"
+        self,
+        response: StoredResponse,
+        make: Callable[[], Awaitable[None]],
+        record: Record,
+        begun: "asyncio.Future[None] | None" = None,
     ) -> None:
         """Make an answer. begun: done when it has its place in the Ring, or with why it cannot have one."""
-        shape, status = response.shape, 200
+        status = 200
         try:
-            async with self._answering.begun(asked.chat, record) as running:
-                response.note(shape.begin())
-                (answer,) = running.answers
-                if response.is_background:
-                    begun.set_result(None)
-                async for event in running.events:
-                    if not begun.done():  # until now an error gets an HTTP status, as those of chats
-                        begun.set_result(None)
-                    if event is not None:
-                        answer.add(event[1])
-                        response.note(shape.add([piece for piece, _ in answer.parts()]))
-            response.note(shape.end(answer))
+            await make()
         except asyncio.CancelledError:
             status = LEFT
-            begun.cancel()
-            response.note(shape.cancel())
+            if begun is not None:
+                begun.cancel()
+            if response.is_wanted and response.is_journalled:
+                return  # the service ends, and the next one goes on with it
+            await self._end(response, ResponseShape.cancel)
         except Exception as error:  # of one response; whoever waits for it is told
             status = error.status if isinstance(error, ApiError) else 503 if isinstance(error, MdiqError) else 500
-            if not begun.done():
+            if begun is not None and not begun.done():
                 response.is_kept = False
                 begun.set_exception(renamed(error) if isinstance(error, BadRequest) else error)
                 return
-            if not isinstance(error, MdiqError):
+            if not isinstance(error, MdiqError | ApiError):
                 log.exception("request_broke", path=PATH)
-            response.note(shape.fail(error if isinstance(error, MdiqError) else str(broke())))
+            said = str(error if isinstance(error, MdiqError | ApiError) else broke())
+            await self._end(response, lambda shape: shape.fail(said))
         finally:
-            self._store.ended(response)
+            if response.shape.is_ended or not response.is_journalled:
+                self._ended(response)
             if record.has_run:
                 record.log(status, time.monotonic())
+
+    async def _begin(
+        self, response: StoredResponse, asked: AskedResponse, record: Record, begun: "asyncio.Future[None]"
+    ) -> None:
+        lasts = response.is_background and self._journal is not None
+        async with self._answering.begun(asked.chat, record, lasts=lasts) as running:
+            if running.lasting is not None:
+                await self._accept(response, asked, running.lasting, running.answers[0], record)
+            response.note(response.shape.begin())
+            if response.is_background:
+                begun.set_result(None)
+            await self._follow(response, running, begun)
+
+    async def _go_on(self, response: StoredResponse, kept: KeptResponse, record: Record) -> None:
+        assert self._journal is not None  # it comes from there
+        response.note(response.shape.begin())
+        if kept.obstacle:
+            raise RingError(kept.obstacle)
+        async with self._answering.resumed(kept, record, partial(self._journal.tries, kept.id)) as running:
+            assert running.lasting is not None  # all that are kept are
+            self._journal.follow(kept.id, running.lasting.tokens)
+            await self._follow(response, running)
+
+    async def _accept(
+        self, response: StoredResponse, asked: AskedResponse, lasting: LastingAnswer, answer: Answer, record: Record
+    ) -> None:
+        """Have a response kept before its client knows of it."""
+        assert self._journal is not None and record.client is not None  # else it does not last
+        shape = response.shape
+        about = {
+            "owner": response.owner,
+            "key": record.client.key.name,
+            "model": shape.model,
+            "created_at": shape.created_at,
+            "shown": asked.shown,
+            "input": response.input,
+            "input_bytes": response.input_bytes,
+            "body_bytes": response.body_bytes,
+            "tools": tools_about(answer.parser),
+        }
+        response.is_journalled = True  # also if its client leaves meanwhile
+        try:
+            kept = KeptResponse(shape.id, about, lasting.prompt, lasting.params)
+            await self._journal.accept(kept, lasting.tokens)
+        except MdiqError:  # it names files of this machine
+            response.is_journalled = False
+            text = "background: the service cannot write its journal now, and could lose the response; its log says why"
+            raise ApiError(503, f"{text}. Ask again later, or without background", param="background") from None
+
+    async def _follow(
+        self, response: StoredResponse, running: Begun, begun: "asyncio.Future[None] | None" = None
+    ) -> None:
+        (answer,) = running.answers
+        num_events = 0
+        async for event in running.events:
+            if begun is not None and not begun.done():  # until now an error gets an HTTP status, as those of chats
+                begun.set_result(None)
+            if event is not None:
+                answer.add(event[1])
+                response.note(response.shape.add([piece for piece, _ in answer.parts()]))
+            num_events += 1
+            if num_events % MAX_AT_ONCE == 0:
+                await asyncio.sleep(0)  # those that are known already come all at once
+        await self._end(response, lambda shape: shape.end(answer))
+
+    async def _end(self, response: StoredResponse, end: Callable[[ResponseShape], list[Event]]) -> None:
+        """End a response. One that outlives the service is not seen to have ended before that is kept."""
+        if self._journal is None or not response.is_journalled:
+            response.note(end(response.shape))
+            return
+        events = end(shape := response.shape.forked())
+        sent = [*response.events, *map(as_sse, events)]
+        await self._journal.end(shape.id, Ending(time.time(), shape.whole(), shape.messages, sent))
+        response.shape = shape
+        response.note(events)
+
+    def _ended(self, response: StoredResponse, ago_s: float = 0.0) -> None:
+        self._store.ended(response, ago_s)
+        # Also where nobody asks any more: what is kept of it goes from the disk too.
+        asyncio.get_running_loop().call_later(max(KEEP_S - ago_s, 0.0) + 1.0, self._store.tidy)
+
+    def _gone(self, response: StoredResponse) -> None:
+        if self._journal is not None and response.is_journalled:
+            self._journal.forget_soon(response.shape.id)
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         response = self._found(request, request.match_info["id"])
@@ -143,6 +266,10 @@ class ResponseRoutes:
     async def _delete(self, request: web.Request) -> web.Response:
         response = self._found(request, request.match_info["id"])
         self._store.forget(response)
+        if self._journal is not None and response.is_journalled:
+            if response.task is not None:
+                await asyncio.wait({response.task})  # it says how it has ended before it is forgotten
+            await self._journal.forget(response.shape.id)
         return web.json_response({"id": response.shape.id, "object": "response", "deleted": True})
 
     async def _cancel(self, request: web.Request) -> web.Response:

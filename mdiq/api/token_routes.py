@@ -8,7 +8,6 @@ from typing import Any
 from aiohttp import web
 
 from mdiq.api.answering import Answering
-from mdiq.api.audit import RECORD
 from mdiq.api.backend import Backend
 from mdiq.api.fields import check_served
 from mdiq.api.requests import BadRequest, messages_of, template_kwargs_of, text_of, token_ids_of, too_long
@@ -40,7 +39,7 @@ class TokenRoutes:
     async def _answer(
         self, request: web.Request, answer: Callable[[Mapping[str, Any]], Mapping[str, object]]
     ) -> web.Response:
-        with self._answering.open_text(request[RECORD]):
+        async with self._answering.open_text(request):
             given = await self._answering.body(request)
             if not isinstance(given, dict):
                 raise BadRequest("the body is not a JSON object")

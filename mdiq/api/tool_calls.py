@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 
 from mdiq.errors import ConfigError
 
@@ -117,11 +118,15 @@ class CallParser:
     """Divides the text of one answer into content and calls.
 
     names: of the tools; without the mark of the form, a call has one of them. is_many: False: what follows the first
-    call is left out. Text that only looks like a call stays content. num_calls: that have begun.
+    call is left out. Text that only looks like a call stays content. num_calls: that have begun. key: the ids of calls
+    follow from it; random unless one is given.
     """
 
-    def __init__(self, form: ToolForm, names: Collection[str], *, is_many: bool = True) -> None:
-        self._form, self._names, self._is_many = form, frozenset(names), is_many
+    def __init__(
+        self, form: ToolForm, names: Collection[str], *, is_many: bool = True, key: bytes | None = None
+    ) -> None:
+        self.names, self.is_many, self.key = frozenset(names), is_many, key or secrets.token_bytes(16)
+        self._form = form
         self._take: Callable[[str], None] = self._text
         self._out: list[str | CallDelta] = []
         self._held = ""  # text that may be the beginning of a mark
@@ -251,7 +256,7 @@ class CallParser:
         self._take = self._text
 
     def _is_known(self, name: object) -> bool:
-        return isinstance(name, str) and (name in self._names or self._has_mark)
+        return isinstance(name, str) and (name in self.names or self._has_mark)
 
     def _is_cut_short(self, char: str) -> bool:
         """End a call at the end mark where JSON cannot have it: a bracket is missing."""
@@ -263,7 +268,7 @@ class CallParser:
 
     def _ended(self) -> None:
         self._block_has_call, self._lead = True, ""
-        if not self._is_many:
+        if not self.is_many:
             self._take = self._rest
         else:
             then = self._text if self._form.end else self._between
@@ -290,7 +295,7 @@ class CallParser:
 
     def _begin(self, name: object, arguments: str) -> None:
         length = self._form.id_length
-        made = secrets.token_hex(length // 2 + 1)[:length]
+        made = blake2b(f"{self.num_calls}".encode(), key=self.key, digest_size=16).hexdigest()[:length]
         call_id = made if length < 24 else f"call_{made}"
         self._out.append(CallDelta(self.num_calls, call_id, str(name), arguments))
         self.num_calls += 1

@@ -50,6 +50,9 @@ def _print(found: Mapping[str, Any]) -> None:
         f"rings formed: {found['rings_formed']}",
         highlight=False,
     )
+    if (journal := found.get("journal")) and not journal["is_written"]:
+        text = "the journal cannot be written, so nothing is taken in the background; the log says why"
+        console.print(text, highlight=False, markup=False)
     if found["last_error"]:
         console.print(f"last error: {found['last_error']}", highlight=False, markup=False)
     for pause in found.get("pauses", [])[-1:]:

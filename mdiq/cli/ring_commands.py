@@ -170,6 +170,9 @@ class ServeOptions:
     keys_file: Annotated[
         Path | None, typer.Option(help="File of API keys, which clients must send; needed beyond loopback.")
     ] = None
+    journal: Annotated[
+        Path | None, typer.Option(help="File that keeps responses in the background over a restart. [default: none]")
+    ] = None
     log_level: Level = "info"
 
 

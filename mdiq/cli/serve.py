@@ -77,6 +77,7 @@ def _local_topology(options: ServeOptions) -> LoadedTopology:
         "model": {"path": str(Path(model).absolute()) if Path(model).exists() else model},
         "nodes": [{"name": "node-0", "address": "127.0.0.1", "role": "starter"}],
         "api": api,
+        "journal": None if options.journal is None else str(options.journal.absolute()),
     }
     file = Path(f"mdiq serve --port {port}")
     report = check_bytes(yaml.safe_dump(whole).encode(), file)

@@ -57,7 +57,7 @@ def topology_text(answers: Answers) -> str:
     lines += ["", "links:", *_section(sections["Links"], {})]
     lines += ["", "security:", *_section(sections["Security"], {"insecure": answers.insecure})]
     lines += ["", "api:", *_section(sections["Api"], {}), "", "ring:", *_section(sections["RingWishes"], {})]
-    lines += ["", *_comment(schema["properties"]["journal"]["description"], 0), "journal: null"]
+    lines += ["", *_comment(schema["properties"]["journal"]["description"], 0), "journal: auto"]
     return "\n".join(lines) + "\n"
 
 

@@ -275,7 +275,9 @@ class Topology(_Section):
     api: Api = _key(Api(), "The HTTP API, on the Starter's machine.")
     ring: RingWishes = _key(RingWishes(), "What the ring is planned for.")
     journal: FilePath | None = _key(
-        None, "File that keeps accepted requests over a restart of the Starter; not written yet. Relative to this file."
+        AUTO,
+        "File that keeps responses in the background over a restart of the Starter, relative to this one; auto: "
+        "`journal` in the service's $STATE_DIRECTORY, and none where there is no such folder; null: none.",
     )
 
     @property

@@ -14,14 +14,13 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from mdiq import __version__
-from mdiq.api.app import MAX_BODY_BYTES
 from mdiq.api.audit import RECORD, add_request_id, audited
 from mdiq.api.bodies import Bodies
 from mdiq.api.clients import Client, Clients
 from mdiq.api.keys import ApiKey
 from mdiq.api.messages import errors_in_their_form
 from mdiq.api.origins import Origins
-from mdiq.api.requests import ApiError, broke
+from mdiq.api.requests import MAX_BODY_BYTES, ApiError, broke
 from mdiq.api.server import CLIENT_TIMEOUT_S, RETRY_AFTER_S, error_response, let_in
 from mdiq.errors import MdiqError
 from mdiq.route.asked import CHATS, COMPLETIONS, MESSAGES, RESPONSES, Asked, asked_of, whole_of

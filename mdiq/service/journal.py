@@ -4,6 +4,8 @@ Theory. A Sequence follows from its prompt, how it is sampled, and the tokens so
 cache. What is lost with a process is what came after the last ``write``: it is computed again, with the same tokens. So
 a Journal that is old, or that could not be written for a while, costs time and not an answer.
 
+Notes are what else another process needs to know of a request. They stay when it has ended, until it is forgotten.
+
 A Journal is an sqlite3 file in WAL mode. Each ``write`` is one transaction, and is on the disk when it returns. One
 process has it at a time, and no other file beside it but its WAL: locking_mode EXCLUSIVE needs no shared memory.
 """
@@ -20,16 +22,20 @@ from types import TracebackType
 from mdiq.core.sequence import SamplingParams
 from mdiq.errors import CapacityError, ConfigError, MdiqError
 
-VERSION = 1
-"""Of the tables; another one is refused."""
+VERSION = 2
+"""Of the tables. A newer one is refused; one of version 1 has no notes yet, and gets them."""
 _APPLICATION_ID = int.from_bytes(b"mdiq", "big")
+_NOTES = (
+    "CREATE TABLE notes (key TEXT, name TEXT, value BLOB NOT NULL, PRIMARY KEY (key, name)) WITHOUT ROWID",
+    f"PRAGMA user_version = {VERSION}",
+)
 _TABLES = (
     "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE requests (key TEXT PRIMARY KEY, prompt BLOB NOT NULL, params TEXT NOT NULL) WITHOUT ROWID",
     # Pieces: a long answer is not written again for each of its tokens.
     "CREATE TABLE tokens (key TEXT, start INTEGER, ids BLOB NOT NULL, PRIMARY KEY (key, start)) WITHOUT ROWID",
     f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {VERSION}",
+    *_NOTES,
 )
 _AFRESH = "delete it to go on without: finished answers stay, and the others begin anew"
 
@@ -47,37 +53,51 @@ class Begun:
 class Changes:
     """What a ``write`` notes, by the requests' keys.
 
-    begun: new requests; their tokens do not count. tokens: those from a place in the answer on. ended: to be forgotten.
+    begun: new requests; their tokens do not count. tokens: those from a place in the answer on. notes: by name. ended:
+    these need no prompt and no tokens any more. forgotten: nothing is kept of these.
     """
 
     begun: Mapping[str, Begun] = field(default_factory=dict)
     tokens: Mapping[str, tuple[int, Sequence[int]]] = field(default_factory=dict)
     ended: Collection[str] = ()
+    notes: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+    forgotten: Collection[str] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.begun or self.tokens or self.ended)
+        return bool(self.begun or self.tokens or self.ended or self.notes or self.forgotten)
+
+
+class UnreadableJournalError(ConfigError):
+    """A Journal is damaged, or of a newer version: a process can go on without it only. reason: which of them."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}; {_AFRESH}")
+        self.reason = reason
 
 
 class Journal:
-    """One open Journal. Any thread may use it, one at a time."""
+    """One open Journal. Any thread may use it, one at a time. setting: what names its file, for messages."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, setting: str = "--out") -> None:
         """Open a Journal, or make one.
 
         Raises:
-            ConfigError: it cannot be made there, another process has it, or it is damaged or of another version.
+            UnreadableJournalError: it is damaged, or of a newer version.
+            ConfigError: it cannot be made there, or another process has it.
             CapacityError: the disk is full.
         """
         self.path = path
-        with contextlib.ExitStack() as opened, _in_words(path):
+        self._setting = setting
+        with contextlib.ExitStack() as opened, self._in_words():
             self._link = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
             opened.callback(self._link.close)
             self._link.execute("PRAGMA locking_mode = EXCLUSIVE")
-            is_new = self._check()
+            lacking = self._check()
             self._link.execute("PRAGMA journal_mode = WAL")
             self._link.execute("PRAGMA synchronous = FULL")
+            self._link.execute("PRAGMA secure_delete = ON")  # forgotten prompts do not stay in unused pages
             with self._transaction():  # takes the lock
-                for statement in _TABLES if is_new else ():
+                for statement in lacking:
                     self._link.execute(statement)
             opened.pop_all()
 
@@ -96,17 +116,12 @@ class Journal:
             ConfigError: something differs; the message names it.
             CapacityError: the disk is full.
         """
-        with _in_words(self.path):
+        with self._in_words():
             known = dict(self._link.execute("SELECT name, value FROM about"))
-            differing = [
-                f"{name} is {value}, and was {known[name]}"
-                for name, value in about.items()
-                if known.get(name, value) != value
-            ]
-            if differing:
+            if differing := differences(known, about):
                 raise ConfigError(
-                    f"{self.path}: answers have begun with something else: {'; '.join(differing)}. Go on with what it "
-                    "was, or give another --out"
+                    f"{self.path}: answers have begun with something else: {differing}. Go on with what it was, or "
+                    f"give another {self._setting}"
                 )
             with self._transaction():
                 self._link.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", about.items())
@@ -117,16 +132,16 @@ class Journal:
         Raises:
             CapacityError: the disk is full.
         """
-        with _in_words(self.path), self._transaction():
+        with self._in_words(), self._transaction():
             self._link.execute("DELETE FROM about")
 
     def begun(self) -> dict[str, Begun]:
         """Return the requests that have begun, by their keys.
 
         Raises:
-            ConfigError: it is damaged.
+            UnreadableJournalError: it is damaged.
         """
-        with _in_words(self.path):
+        with self._in_words():
             tokens: dict[str, list[int]] = {}
             for key, start, ids in self._link.execute("SELECT key, start, ids FROM tokens ORDER BY key, start"):
                 its = tokens.setdefault(key, [])
@@ -138,6 +153,18 @@ class Journal:
                 for key, prompt, params in self._link.execute("SELECT key, prompt, params FROM requests")
             }
 
+    def notes(self) -> dict[str, dict[str, bytes]]:
+        """Return the notes of all requests, by key and name, those of requests that have ended too.
+
+        Raises:
+            UnreadableJournalError: it is damaged.
+        """
+        with self._in_words():
+            found: dict[str, dict[str, bytes]] = {}
+            for key, name, value in self._link.execute("SELECT key, name, value FROM notes"):
+                found.setdefault(key, {})[name] = value
+            return found
+
     def write(self, changes: Changes) -> None:
         """Bring changes to the disk, all or none. The same changes may be written again.
 
@@ -146,13 +173,17 @@ class Journal:
         """
         rows = [(key, _blob(begun.prompt), json.dumps(asdict(begun.params))) for key, begun in changes.begun.items()]
         pieces = [(key, start, _blob(ids)) for key, (start, ids) in changes.tokens.items()]
-        ended = [(key,) for key in changes.ended]
-        with _in_words(self.path), self._transaction():
+        notes = [(key, name, value) for key, its in changes.notes.items() for name, value in its.items()]
+        forgotten = [(key,) for key in changes.forgotten]
+        ended = [*((key,) for key in changes.ended), *forgotten]
+        with self._in_words(), self._transaction():
             # A write that failed may have reached the disk all the same, and come again with more tokens.
             self._link.executemany("INSERT OR REPLACE INTO requests VALUES (?, ?, ?)", rows)
             self._link.executemany("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?)", pieces)
             self._link.executemany("DELETE FROM tokens WHERE key = ?", ended)
             self._link.executemany("DELETE FROM requests WHERE key = ?", ended)
+            self._link.executemany("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", notes)
+            self._link.executemany("DELETE FROM notes WHERE key = ?", forgotten)
 
     def close(self) -> None:
         """Give the Journal free; it stays on the disk."""
@@ -165,24 +196,23 @@ class Journal:
         for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
             path.unlink(missing_ok=True)
 
-    def _check(self) -> bool:
-        """See that it is a Journal of this version; return whether it is empty as yet."""
+    def _check(self) -> Sequence[str]:
+        """See that it is a Journal of this version; return the statements that make of it what it lacks."""
         (application_id,) = self._link.execute("PRAGMA application_id").fetchone()
         (version,) = self._link.execute("PRAGMA user_version").fetchone()
         (num_tables,) = self._link.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if not num_tables and not application_id:
-            return True
+            return _TABLES
         if application_id != _APPLICATION_ID:
-            raise ConfigError(f"{self.path}: it is not a journal of mdiq; move it away, or give another --out")
-        if version != VERSION:
-            raise ConfigError(
-                f"{self.path}: a journal of version {version}, and this mdiq reads {VERSION}; go on with the mdiq that "
-                f"wrote it, or {_AFRESH}"
-            )
+            text = f"it is not a journal of mdiq; move it away, or give another {self._setting}"
+            raise ConfigError(f"{self.path}: {text}")
+        if version not in (1, VERSION):
+            text = f"a journal of version {version}, and this mdiq reads {VERSION}"
+            raise UnreadableJournalError(self.path, f"{text}; the mdiq that wrote it can go on with it")
         (found,) = self._link.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise sqlite3.DatabaseError(found)
-        return False
+        return _NOTES if version == 1 else ()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -197,28 +227,33 @@ class Journal:
         with contextlib.suppress(sqlite3.Error):  # sqlite has done so itself, after some errors
             self._link.execute("ROLLBACK")
 
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Raise errors of sqlite3 as ones that say what to do."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._error_of(error) from error
 
-@contextlib.contextmanager
-def _in_words(path: Path) -> Iterator[None]:
-    """Raise errors of sqlite3 as ones that say what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _error_of(path, error) from error
+    def _error_of(self, error: sqlite3.Error) -> MdiqError:
+        path, setting = self.path, self._setting
+        match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF:  # the rest of it is detail
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                return ConfigError(f"{path}: another process has it; wait for that run, or give another {setting}")
+            case sqlite3.SQLITE_FULL:
+                return CapacityError(f"{path}: no space left on its disk; free some")
+            case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
+                return ConfigError(f"{path}: {error}; {setting} must be in a folder that can be written")
+            case sqlite3.SQLITE_IOERR:
+                return CapacityError(f"{path}: {error}; see that its disk works and has space left")
+            case _:
+                return UnreadableJournalError(path, f"it is damaged ({error})")
 
 
-def _error_of(path: Path, error: sqlite3.Error) -> MdiqError:
-    match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF:  # the rest of it is detail
-        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return ConfigError(f"{path}: another process has it; wait for that run, or give another --out")
-        case sqlite3.SQLITE_FULL:
-            return CapacityError(f"{path}: no space left on its disk; free some")
-        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
-            return ConfigError(f"{path}: {error}; --out must be in a folder that can be written")
-        case sqlite3.SQLITE_IOERR:
-            return CapacityError(f"{path}: {error}; see that its disk works and has space left")
-        case _:
-            return ConfigError(f"{path}: it is damaged ({error}); {_AFRESH}")
+def differences(known: Mapping[str, str], about: Mapping[str, str]) -> str:
+    """Return in words what is not as it was; empty if all is."""
+    changed = {name: value for name, value in about.items() if known.get(name, value) != value}
+    return "; ".join(f"{name} is {value}, and was {known[name]}" for name, value in changed.items())
 
 
 def _blob(ids: Sequence[int]) -> bytes:

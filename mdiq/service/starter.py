@@ -2,10 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from itertools import count
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,12 +11,10 @@ from typing import Any, NoReturn
 import structlog
 from aiohttp import web
 
-from mdiq.api.admission import max_prompts
 from mdiq.api.app import Api
 from mdiq.api.server import ApiRunner, TlsSite
 from mdiq.config.load import LoadedTopology, load_topology
-from mdiq.core.logprobs import LogprobsWanted
-from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.core.sequence import Sequence
 from mdiq.engine.formats.checkpoint import open_checkpoint
 from mdiq.engine.formats.model_source import find_model
 from mdiq.engine.model_config import ModelConfig
@@ -31,9 +27,10 @@ from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.ring_host import RingHost
 from mdiq.runtime.ring_keeper import Form, KeeperState, RingKeeper
-from mdiq.runtime.starter_service import StreamEvent
 from mdiq.service.api_files import ApiFiles
-from mdiq.service.replanning import Replanning, with_load
+from mdiq.service.replanning import Replanning
+from mdiq.service.response_journal import ServiceJournal, journal_file
+from mdiq.service.ring_backend import RingBackend
 from mdiq.service.same_tokens import SameTokens
 from mdiq.service.text_pipe import TokenizerPipe
 from mdiq.service.topology_rings import TopologyRings
@@ -70,7 +67,7 @@ class _Topologies:
         file = self._first.file
         loaded = load_topology(file)
         old, new = self._first.topology, loaded.topology
-        for what in ("model.path", "model.name", "api"):
+        for what in ("model.path", "model.name", "api", "journal"):
             value_of = attrgetter(what)
             if value_of(old) != value_of(new):
                 raise ConfigError(f"{file}: {what}: a reload does not change it; restart mdiq serve")
@@ -145,114 +142,6 @@ class _LocalRing:
         """It never changes."""
 
 
-class _RingBackend:
-    """What the API sees: the ring that is up, and the tokenizer."""
-
-    def __init__(
-        self,
-        keeper: RingKeeper,
-        tokenizer: Tokenizer,
-        grammars: Grammars,
-        config: ModelConfig,
-        model_name: str,
-        max_waiting: int | None,
-        under_load: Callable[[], Factors],
-        same_tokens: Callable[[], str | None],
-    ) -> None:
-        self._keeper = keeper
-        self._same_tokens = same_tokens
-        self._under_load = under_load
-        self._max_waiting = max_waiting
-        self._tokenizer = tokenizer
-        self._grammars = grammars
-        self._numbers = count()
-        self.model_name = model_name
-        # A tokenizer may know tokens that the model has no embedding of.
-        self.vocab_size = config.vocab_size
-        self._model_tokens = config.context_tokens
-
-    @property
-    def context_tokens(self) -> int:
-        return self._keeper.context_tokens or self._model_tokens
-
-    @property
-    def takes_requests(self) -> bool:
-        return self._keeper.takes_requests
-
-    @property
-    def is_serving(self) -> bool:
-        return self._keeper.state.is_serving
-
-    @property
-    def state(self) -> str:
-        return self._keeper.describe()
-
-    @property
-    def num_running(self) -> int:
-        return self._keeper.num_running
-
-    @property
-    def max_requests(self) -> int:
-        return max_prompts(self._keeper.max_live, self._max_waiting)
-
-    def encode(self, texts: AbstractSequence[str]) -> list[list[int]]:
-        for text in texts:
-            self._tokenizer.check_fits(text, self.context_tokens)
-        return [self._tokenizer.encode(text) for text in texts]
-
-    def text_ids(self, text: str, *, has_special: bool) -> list[int]:
-        return self._tokenizer.encode(text, has_special=has_special)
-
-    def text_of(self, tokens: AbstractSequence[int]) -> str:
-        return self._tokenizer.decode(tokens, has_special=True)
-
-    def chat_ids(
-        self,
-        messages: AbstractSequence[Mapping[str, Any]],
-        template_kwargs: Mapping[str, str | int | float | bool],
-        tools: AbstractSequence[Mapping[str, Any]] = (),
-        *,
-        is_bounded: bool = True,
-    ) -> list[int]:
-        room = self.context_tokens if is_bounded else None
-        return self._tokenizer.chat_ids(messages, template_kwargs, tools=tools, room=room)
-
-    def check_grammar(self, grammar: str) -> None:
-        self._grammars.check(grammar)
-
-    @property
-    def chat_template(self) -> str | None:
-        return self._tokenizer.chat_template
-
-    def special_id(self, text: str) -> int | None:
-        return self._tokenizer.special_id(text)
-
-    def decode(self, tokens: AbstractSequence[int]) -> str:
-        return self._tokenizer.decode(tokens)
-
-    def spell(self, token: int) -> tuple[bytes, bool]:
-        return self._tokenizer.spell(token)
-
-    def answer(
-        self,
-        prompt: tuple[int, ...],
-        params: SamplingParams,
-        *,
-        logprobs: LogprobsWanted | None = None,
-        owner: str = "",
-        share: int = 1,
-    ) -> AsyncGenerator[StreamEvent, None]:
-        params, eos = self._tokenizer.with_special_stops(params), self._tokenizer.eos_token_ids
-        sequence = Sequence(next(self._numbers), prompt, params, eos_token_ids=eos, owner=owner, share=share)
-        sequence.logprobs = logprobs
-        return self._keeper.stream(sequence)
-
-    def status(self) -> Mapping[str, Any]:
-        serves = {"model": self.model_name, "context_tokens": self.context_tokens, "max_requests": self.max_requests}
-        status = with_load(self._keeper.status(), self._under_load())
-        return status | {"serves": {**serves, "same_tokens": self._same_tokens()}}
-
-
 class TopologyService:
     """The parts of a Starter's service and their order of starting and ending.
 
@@ -274,6 +163,8 @@ class TopologyService:
         with open_checkpoint(model) as checkpoint:
             self._config = checkpoint.config
             self._same = SameTokens(checkpoint, self._tokenizer)
+            self._journal_file = journal_file(loaded)
+            self._digest = checkpoint.digest[:32] if self._journal_file is not None else ""
         self._topologies: _Topologies | _LocalRing
         if local_ring is not None:
             self._topologies = _LocalRing(local_ring(model, self._config))
@@ -285,7 +176,7 @@ class TopologyService:
         if self._tokenizer.eos_token_ids:
             self._grammars.prepare()  # later it would hold up the ring
         self._notifier = notifier
-        self._file = loaded.file
+        self._file, self._topology = loaded.file, loaded.topology
         self._wanted_api = loaded.topology.api  # a reload does not change it
         self._api_files = ApiFiles(loaded)
 
@@ -305,7 +196,7 @@ class TopologyService:
             on_not_changed=self._topologies.note_not_changed,
         )
         wanted = self._wanted_api
-        backend = _RingBackend(
+        self._backend = backend = RingBackend(
             keeper,
             self._tokenizer,
             self._grammars,
@@ -315,12 +206,17 @@ class TopologyService:
             self._under_load,
             lambda: self._same.mark(self._topologies.cpus),
         )
+        journal = self._journal(keeper.wanted)
         self._api = Api(
-            backend, self._api_files.keys, cors_origins=wanted.cors_origins, client_timeout_s=wanted.client_timeout_s
+            backend,
+            self._api_files.keys,
+            cors_origins=wanted.cors_origins,
+            client_timeout_s=wanted.client_timeout_s,
+            journal=journal,
         )
         replanning = Replanning(keeper, lambda: self._topologies.rings)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
-        async with AdminServer(socket_path(self._file), commands), self._listening():
+        async with AdminServer(socket_path(self._file), commands), self._keeping(journal) as writing, self._listening():
             watchdog = watchdog_loops(self._notifier, keeper.has_work, keeper.last_progress_s)
             await serve_until_signal(
                 keeper.run(),
@@ -328,7 +224,7 @@ class TopologyService:
                 drain=keeper.finish,
                 drain_s=STOP_S,
                 reload=self._reload,
-                beside={"telling": self._keep_telling(), "replanning": replanning.run()} | watchdog,
+                beside={"telling": self._keep_telling(), "replanning": replanning.run()} | writing | watchdog,
             )
         self._notifier.stopping("ends")
 
@@ -353,10 +249,36 @@ class TopologyService:
         finally:
             await runner.cleanup()
 
+    def _journal(self, options: RingOptions) -> ServiceJournal | None:
+        if self._journal_file is None:
+            return None
+        topology, weights = self._topology, options.weights
+        about = {
+            "the model (by SHA-256)": self._digest,
+            "weights": weights.format,
+            "dtype": weights.dtype,
+            "mode": "exact" if weights.exact else "fast",
+            "wire": ",".join(sorted({topology.wire_of(*hop) for hop in topology.hops})),
+        }
+        return ServiceJournal(self._journal_file, about, setting="journal")
+
+    @asynccontextmanager
+    async def _keeping(self, journal: ServiceJournal | None) -> AsyncIterator[dict[str, Coroutine[Any, Any, NoReturn]]]:
+        """Have the responses of an earlier process before anyone asks; yield the loop that writes them."""
+        if journal is None:
+            yield {}
+            return
+        self._api.take_up(await journal.open())
+        try:
+            yield {"journal": journal.run(self._api.take_up)}
+        finally:
+            await journal.aclose()
+
     def _pipe(self, sequence: Sequence) -> TokenizerPipe:
-        return TokenizerPipe(self._tokenizer, sequence.params)
+        return self._backend.pipe(sequence)
 
     def _tell(self, state: KeeperState) -> None:
+        self._backend.note_state()
         if state.is_serving:
             self._notifier.ready(state.text)
         else:

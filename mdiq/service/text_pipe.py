@@ -1,9 +1,9 @@
 """Tokens of a Sequence become the text that its caller sees."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.core.sequence import SamplingParams, Sequence, TokenEvent
 from mdiq.core.stop_text import StopText
 from mdiq.runtime.text_pipe import text_of
 
@@ -43,15 +43,21 @@ class TokenizerPipe:
         return self._stop_text.push(self._stream.finish(drops_half=True)) + self._stop_text.finish()
 
 
-def go_on(sequence: Sequence, pipe: TokenizerPipe, tokens: Iterable[int]) -> str:
-    """Bring a Sequence and its pipe to where these tokens of an earlier ring lead; return their text.
+def steps(sequence: Sequence, pipe: TokenizerPipe, tokens: Iterable[int]) -> Iterator[tuple[TokenEvent, str]]:
+    """Bring a Sequence and its pipe to where these tokens of an earlier ring lead; yield each step and its text.
 
     The Sequence has a finish_reason afterwards if it ends with them.
     """
-    text = ""
     for token in tokens:
-        text += text_of(pipe, sequence, token)
-        sequence.finish_reason = sequence.append(token, stop_matched=pipe.stop_matched)
-        if sequence.finish_reason is not None:
-            return text + pipe.finish()
-    return text
+        text, position = text_of(pipe, sequence, token), sequence.num_tokens
+        sequence.finish_reason = reason = sequence.append(token, stop_matched=pipe.stop_matched)
+        if reason is not None:
+            text += pipe.finish()
+        yield TokenEvent(sequence.index, token, position, reason), text
+        if reason is not None:
+            return
+
+
+def go_on(sequence: Sequence, pipe: TokenizerPipe, tokens: Iterable[int]) -> str:
+    """Take these tokens as ``steps`` does; return their text."""
+    return "".join(text for _, text in steps(sequence, pipe, tokens))

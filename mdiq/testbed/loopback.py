@@ -28,6 +28,7 @@ import psutil
 import yaml
 
 from mdiq.config.load import load_topology
+from mdiq.config.units import AUTO
 from mdiq.errors import ConfigError, RingError
 from mdiq.testbed.networks import SPACE, Link, Namespaces, NoNamespacesError, Plain
 from mdiq.transport.keys import make_keys
@@ -212,7 +213,7 @@ class LoopbackRing:
             data["model"]["path"] = str(model.resolve())
         files = [(data.get("api"), key) for key in ("keys_file", "tls_cert", "tls_key")]
         for section, key in (*files, (data, "journal")):
-            if section and section.get(key):
+            if section and section.get(key, AUTO) not in (None, AUTO):
                 section[key] = str(loaded.path(section[key]).resolve())
         security = data.setdefault("security", {})
         keys = loaded.path(topology.security.keys).resolve()

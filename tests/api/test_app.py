@@ -20,8 +20,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from mdiq import __version__
 from mdiq.api import answering, streams
 from mdiq.api.answering import TEXT_THREADS
-from mdiq.api.app import MAX_BODY_BYTES, Api
+from mdiq.api.app import Api
 from mdiq.api.keys import bare_keys
+from mdiq.api.requests import MAX_BODY_BYTES
 from mdiq.core.logprobs import Logprobs, LogprobsWanted, TokenLogprob
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import CapacityError, ConfigError, ModelError, RingError

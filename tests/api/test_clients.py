@@ -9,7 +9,7 @@ import pytest
 import structlog
 from aiohttp.test_utils import TestClient, TestServer
 
-from mdiq.api.admission import Admission
+from mdiq.api.admission import Admission, Asker
 from mdiq.api.app import Api
 from mdiq.api.clients import Client, Clients
 from mdiq.api.keys import ApiKey, bare_keys, line_of, parse_keys
@@ -83,26 +83,26 @@ def test_no_key_fills_all_places_before_the_others() -> None:
     assert part == 0.5
     admission = Admission()
     for _ in range(6):
-        admission.take(1, 8, 0.0, owner="office", part=part)
+        admission.take(1, 8, 0.0, asker=Asker("office", part))
     with pytest.raises(ApiError, match="6 requests of this key") as refused:
-        admission.take(1, 8, 0.0, owner="office", part=part)
+        admission.take(1, 8, 0.0, asker=Asker("office", part))
     assert (refused.value.status, refused.value.reason) == (429, "busy")
-    places = [admission.take(1, 8, 0.0, owner="lab", part=part) for _ in range(2)]
+    places = [admission.take(1, 8, 0.0, asker=Asker("lab", part)) for _ in range(2)]
     with pytest.raises(ApiError, match="8 requests are running"):
-        admission.take(1, 8, 0.0, owner="lab", part=part)
+        admission.take(1, 8, 0.0, asker=Asker("lab", part))
     for each in places:
         admission.leave(each, 1.0)
-    admission.take(2, 8, 0.0, owner="lab", part=0.01)  # one that holds none may always ask
+    admission.take(2, 8, 0.0, asker=Asker("lab", 0.01))  # one that holds none may always ask
 
 
 def test_a_key_that_holds_nothing_may_ask_with_many_prompts() -> None:
-    Admission().take(8, 8, 0.0, owner="office", part=0.01)
+    Admission().take(8, 8, 0.0, asker=Asker("office", 0.01))
 
 
 def test_one_key_alone_has_all_places() -> None:
     clients, admission = Clients(bare_keys([OFFICE])), Admission()
     for _ in range(8):
-        admission.take(1, 8, 0.0, owner="key1", part=clients.place_share(bare_keys([OFFICE])[0]))
+        admission.take(1, 8, 0.0, asker=Asker("key1", clients.place_share(bare_keys([OFFICE])[0])))
 
 
 async def _ask(client: Any, key: str | None = OFFICE, **more: Any) -> aiohttp.ClientResponse:
@@ -257,3 +257,26 @@ def test_a_named_key_that_is_another_one_now_keeps_its_counts() -> None:
     assert client is not None
     clients.replace([ApiKey("office", hashlib.sha256(b"two").digest())])
     assert clients.find({"x-api-key": "two"}) is client and clients.find({"x-api-key": "one"}) is None
+
+
+async def test_a_key_without_a_name_inherits_nothing_of_the_one_whose_line_is_gone() -> None:
+    go_on, third = asyncio.Event(), "key-of-a-third-room"
+    ring = FakeRing(before=lambda _: go_on.wait())
+    api = Api(ring, bare_keys([OFFICE, LAB, third]))
+    async with TestClient(TestServer(api.application()), timeout=aiohttp.ClientTimeout(40)) as client:
+        asked = [asyncio.create_task(_ask(client)) for _ in range(6)]
+        while ring.num_running < 6:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        api.replace_keys(bare_keys([LAB, third]))  # that of the laboratory is called key1 now
+        asked.append(asyncio.create_task(_ask(client, LAB)))
+        while ring.num_running < 7 and not asked[-1].done():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        go_on.set()
+        assert [(await task).status for task in asked] == [200] * 7
+    owners = [owner for owner, _ in ring.owners]
+    assert len({*owners[:6]}) == 1 and owners[6] != owners[0]
+
+
+def test_a_key_with_a_name_is_the_same_owner_when_it_is_another_key() -> None:
+    named = [ApiKey("office", digest) for digest in (b"a" * 32, b"b" * 32)]
+    assert named[0].owner == named[1].owner == "office"

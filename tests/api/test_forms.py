@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mdiq.api import structure, tools
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import ConfigError
 from mdiq.runtime.starter_service import StreamEvent
@@ -55,6 +56,33 @@ class WritingRing(FakeRing):
         for i, piece in enumerate(pieces):
             reason = self.reason if i == len(pieces) - 1 else None
             yield StreamEvent(TokenEvent(0, i, 3 + i, reason), piece, 0.0, stop_text=self.stop_text if reason else None)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "messages"])
+async def test_a_large_body_is_read_in_a_thread_so_that_nobodys_tokens_wait_for_its_schema(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    with_guidance = structure.with_guidance
+
+    def watched(schema: Mapping[str, Any]) -> dict[str, Any]:
+        names.append(threading.current_thread().name.rpartition("_")[0])
+        return with_guidance(schema)
+
+    for module in (structure, tools):
+        monkeypatch.setattr(module, "with_guidance", watched)
+    schema = {"type": "object", "properties": {"a": {"enum": ["x" * 70_000]}}}
+    form = {"type": "json_schema", "name": "x", "schema": schema}
+    given: dict[str, dict[str, Any]] = {
+        "chat/completions": {"messages": HI, "json_schema": schema, "tools": [GET]},
+        "completions": {"prompt": "Hi", "json_schema": schema},
+        "responses": {"input": "Hi", "text": {"format": form}},
+        "messages": {"model": "tiny", "messages": HI, "max_tokens": 5, "output_config": {"format": form}},
+    }
+    async with _client(WritingRing(text="{}")) as client:
+        response = await client.post(f"/v1/{path}", json=given[path])
+        assert response.status == 200, await response.text()
+    assert {*names} == {"texts"}
 
 
 async def _chat(ring: WritingRing, **fields: Any) -> dict[str, Any]:

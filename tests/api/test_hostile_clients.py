@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from mdiq.api.app import MAX_BODY_BYTES, Api
+from mdiq.api.app import Api
 from mdiq.api.keys import bare_keys
+from mdiq.api.requests import MAX_BODY_BYTES
 from mdiq.api.server import ApiRunner
 from mdiq.telemetry.logging import UNLIMITED
 from tests.api.test_app import FakeRing

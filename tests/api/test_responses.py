@@ -310,7 +310,7 @@ async def test_numbers_of_events_that_are_none_are_refused() -> None:
 
 async def test_a_conversation_is_no_longer_than_one_request_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a template does not show counts too: ids of calls, for one."""
-    monkeypatch.setattr(responses, "MAX_CONVERSATION_BYTES", 3_000)
+    monkeypatch.setattr(responses, "MAX_BODY_BYTES", 3_000)
     async with _client(FakeRing()) as client:
         item: Any = {"type": "function_call_output", "call_id": "c" * 1_200, "output": "a"}
         first = await client.responses.create(input=[item], max_output_tokens=1)

@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 
+from mdiq.api import answering
 from mdiq.api.answering import MAX_OPEN_TEXTS
 from mdiq.api.token_routes import MAX_CHARACTERS_PER_TOKEN
 from tests.api.test_app import FakeRing, _client, _error
@@ -112,6 +113,23 @@ async def test_texts_are_converted_in_the_threads_for_them_and_no_more_are_kept_
         assert sorted(task.result().status for task in asked) == [200] * MAX_OPEN_TEXTS + [429] * 3
         assert (await client.post("/detokenize", json={"tokens": [1]})).status == 200
     assert names == {"texts"}
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/v1/messages/count_tokens"])
+async def test_one_that_is_refused_may_send_its_body_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some clients do not see an answer that comes before that, but a connection that breaks."""
+    monkeypatch.setattr(answering, "MAX_OPEN_TEXTS", 0)
+    sent: list[bytes] = []
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            sent.append(b"x" * 70_000)
+            yield sent[-1]
+            await asyncio.sleep(0.02)
+
+    async with _client(FakeRing()) as client:
+        response = await client.post(path, data=body())
+        assert (response.status, len(sent)) == (429, 3)
 
 
 async def test_both_need_the_key() -> None:

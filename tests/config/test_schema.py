@@ -68,7 +68,7 @@ def test_the_default_that_is_shown_is_the_one_that_holds() -> None:
         "version": 1,
         "model": sections["model"] | {"path": "m"},
         "nodes": [sections["node"] | starter],
-        "journal": None,
+        "journal": "auto",
         **{key: sections[key] for key in ("links", "security", "api", "ring")},
     }
     loaded = [check_bytes(yaml.safe_dump(value).encode(), Path("t.yaml")).topology for value in (short, full)]

@@ -46,7 +46,7 @@ def test_what_the_file_leaves_out_has_its_default() -> None:
     assert (value.api.host, value.api.port, value.api.keys_file) == ("127.0.0.1", 8080, None)
     assert (value.ring.decode_wait_s, value.ring.silence_s, value.ring.outage_tolerance_s) == (0.2, 5.0, 60.0)
     assert (value.ring.max_live, value.ring.prefix_reuse) == (None, True)
-    assert value.journal is None
+    assert value.journal == "auto"
 
 
 def test_the_ring_has_the_nodes_in_order_without_the_spare_ones() -> None:

@@ -214,3 +214,36 @@ def test_nothing_is_left_of_one_that_is_removed(path: Path, tmp_path: Path) -> N
         journal.write(STEPS[0])
         journal.remove()
     assert [*tmp_path.iterdir()] == []
+
+
+def test_notes_stay_after_the_end_of_a_request_until_it_is_forgotten(path: Path, tmp_path: Path) -> None:
+    with Journal(path) as journal:
+        journal.write(Changes(begun=STEPS[0].begun, notes={"0": {"a": b"1", "b": b"2"}, "1": {"a": b"3"}}))
+        journal.write(Changes(ended=["0"], notes={"0": {"b": b"4"}}))
+        dead = _after_kill(path, tmp_path / "dead")
+        journal.write(Changes(forgotten=["0"]))
+        assert journal.notes() == {"1": {"a": b"3"}}
+        journal.write(Changes(begun=STEPS[0].begun, tokens={"0": (0, (1,))}, notes={"0": {"a": b"1"}}, forgotten=["0"]))
+        assert journal.notes() == {"1": {"a": b"3"}} and journal.begun() == {}
+    with Journal(dead) as again:
+        assert again.notes() == {"0": {"a": b"1", "b": b"4"}, "1": {"a": b"3"}} and again.begun() == {}
+
+
+def test_one_of_version_1_goes_on(path: Path) -> None:
+    with Journal(path) as journal:
+        journal.write(STEPS[0])
+    for statement in ("DROP TABLE notes", "PRAGMA user_version = 1"):
+        _execute(path, statement)
+    for _ in range(2):
+        with Journal(path) as journal:
+            assert (journal.begun(), journal.notes()) == (STATES[1], {})
+            journal.write(Changes(notes={"0": {"a": b"1"}}))
+            journal.write(Changes(forgotten=["1"]))
+            assert journal.notes() == {"0": {"a": b"1"}}
+            journal.write(Changes(begun=STEPS[0].begun, tokens=STEPS[0].tokens, forgotten=[]))
+            journal._link.execute("DELETE FROM notes")
+
+
+def test_messages_name_the_setting_that_the_file_comes_from(path: Path) -> None:
+    with Journal(path, setting="journal"), pytest.raises(ConfigError, match="or give another journal$"):
+        Journal(path, setting="journal")

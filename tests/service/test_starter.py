@@ -6,7 +6,8 @@ from typing import Any, cast
 import pytest
 
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.service.starter import _RingBackend, name_of
+from mdiq.service.ring_backend import RingBackend
+from mdiq.service.starter import name_of
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_a_sequence_has_the_name_and_the_share_of_its_key() -> None:
     keeper = SimpleNamespace(stream=asked.append)
     tokenizer = SimpleNamespace(with_special_stops=lambda params: params, eos_token_ids=frozenset([2]))
     config = SimpleNamespace(vocab_size=9, context_tokens=8)
-    backend = _RingBackend(*cast(Any, (keeper, tokenizer, None, config, "m", None, dict, str)))
+    backend = RingBackend(*cast(Any, (keeper, tokenizer, None, config, "m", None, dict, str)))
     backend.answer((1,), SamplingParams(), owner="office", share=3)
     backend.answer((1,), SamplingParams())
     assert [(each.owner, each.share) for each in asked] == [("office", 3), ("", 1)]
