@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mdiq.core.known_models import DEFAULT_MODEL, QWEN_CODER_0_5B, PackagedModel
+from mdiq.core.known_models import DEFAULT_MODEL, QWEN_CODER_0_5B, QWEN_CODER_1_5B, PackagedModel
 from tests.faults.lab import Lab
 from tests.real_models import fetched
 
-SMALL, HALF_B = "smollm2", "0.5b"
+SMALL, HALF_B, ONE_AND_A_HALF_B = "smollm2", "0.5b", "1.5b"
 _MODELS: dict[str, tuple[PackagedModel, str]] = {
     SMALL: (DEFAULT_MODEL, "MDIQ_TEST_MODEL_SMALL"),
     HALF_B: (QWEN_CODER_0_5B, "MDIQ_TEST_MODEL_05B"),
+    ONE_AND_A_HALF_B: (QWEN_CODER_1_5B, "MDIQ_TEST_MODEL_15B"),
 }
 
 

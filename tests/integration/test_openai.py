@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +17,7 @@ import openai
 import pytest
 
 from mdiq.core.known_models import QWEN_CODER_0_5B
+from tests.docs.book import ROOT, text_of
 from tests.integration.conftest import mdiq_command
 from tests.real_models import fetched
 
@@ -226,6 +229,18 @@ def test_choices_with_penalties_are_the_same_when_a_node_dies_meanwhile(served: 
                 texts[choice.index] += choice.delta.content or ""
     assert texts == calm
     assert served.ask("/status.json")[1]["pauses"][-1]["sequences"] == 3
+
+
+def test_the_program_of_the_page_prints_an_answer(served: Served) -> None:
+    (program,) = re.findall(r"^```python\n(.*?)^```$", text_of(ROOT / "docs" / "api.md"), re.MULTILINE | re.DOTALL)
+    there = f"http://127.0.0.1:{PORT}/v1"
+    by_environment = program.replace('base_url="http://127.0.0.1:8080/v1", api_key="none"', "")
+    for text in (program.replace("http://127.0.0.1:8080/v1", there), by_environment):
+        assert text != program
+        environment = {**os.environ, "OPENAI_BASE_URL": there, "OPENAI_API_KEY": "none"}
+        command = [sys.executable, "-W", "ignore", "-c", text]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and len(done.stdout.split()) > 10, done.stderr[-2_000:]
 
 
 def test_the_status_is_that_of_the_command_line(served: Served) -> None:

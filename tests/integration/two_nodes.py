@@ -24,11 +24,11 @@ class TwoNodes:
 
     key = ""
 
-    def __init__(self, folder: Path, file: Path, api: str) -> None:
+    def __init__(self, folder: Path, file: Path, api: str, cache: Path) -> None:
         self._file = file
         self.folder = folder
         self.api = api
-        environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "MDIQ_CACHE": str(folder / "cache")}
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "MDIQ_CACHE": str(cache)}
         self._environment = environment
         self.second = self._start("node", "second", file, "--name", "second")
         self.starter = self._start("serve", "serve", file)
@@ -78,8 +78,13 @@ class TwoNodes:
 
 
 @contextmanager
-def two_nodes(folder: Path, model: Mapping[str, Any], num_layers: int, **more: Any) -> Iterator[TwoNodes]:
-    """Give a ring that serves. model, more: parts of the topology; each node has half of the layers."""
+def two_nodes(
+    folder: Path, model: Mapping[str, Any], num_layers: int, *, cache: Path | None = None, **more: Any
+) -> Iterator[TwoNodes]:
+    """Give a ring that serves. model, more: parts of the topology; each node has half of the layers.
+
+    cache: where both nodes keep packed weights; None: in a folder of their own.
+    """
     data, other_data, control, weights, api = _free_ports(5)
     starter = {"name": "desk", "role": "starter", "data_port": data, "control_port": control, "weights_port": weights}
     both = {"address": "127.0.0.1", "threads": 1}
@@ -96,7 +101,7 @@ def two_nodes(folder: Path, model: Mapping[str, Any], num_layers: int, **more: A
     }
     file = folder / "topology.yaml"
     file.write_text(yaml.safe_dump(topology))
-    ring = TwoNodes(folder, file, f"http://127.0.0.1:{api}")
+    ring = TwoNodes(folder, file, f"http://127.0.0.1:{api}", cache or folder / "cache")
     try:
         ring.until_healthy()
         yield ring
