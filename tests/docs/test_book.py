@@ -46,6 +46,10 @@ RUN_ELSEWHERE = {
     "mdiq bench --shape tinyllama-1.1b --nodes 1,2,3 --users-per-node 4 --cpu 0.5": (
         "integration/test_bench.py::test_nodes_run_under_a_quota_and_leave_nothing_behind"
     ),
+    "mdiq plan topology.yaml --min-starter-layers": "cli/test_plan.py::test_mdiq_plan_tells_what_trusted_layers_cost",
+    "mdiq privacy smollm2-135m-instruct": (
+        "integration/test_privacy.py::test_the_first_hop_tells_most_tokens_and_noise_hides_them"
+    ),
     "mdiq perplexity": "integration/test_perplexity.py::test_packed_weights_keep_the_bounds",
 }
 """Beginning of a command -> the test that runs it; the longest beginning counts.
