@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -75,8 +76,17 @@ class TwoNodes:
 
 
 @contextmanager
-def two_nodes(folder: Path, model: Mapping[str, Any], num_layers: int, **more: Any) -> Iterator[TwoNodes]:
-    """Give a ring that serves. model, more: parts of the topology; each node has half of the layers."""
+def two_nodes(
+    folder: Path,
+    model: Mapping[str, Any],
+    num_layers: int,
+    second: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
+) -> Iterator[TwoNodes]:
+    """Give a ring that serves. model, more: parts of the topology; each node has half of the layers.
+
+    second: more keys of the second node.
+    """
     data, other_data, control, weights, api = _free_ports(5)
     starter = {"name": "desk", "role": "starter", "data_port": data, "control_port": control, "weights_port": weights}
     both = {"address": "127.0.0.1", "threads": 1}
@@ -86,7 +96,7 @@ def two_nodes(folder: Path, model: Mapping[str, Any], num_layers: int, **more: A
         "model": dict(model),
         "nodes": [
             {**starter, **both, "layers": f"0-{half - 1}"},
-            {"name": "second", "data_port": other_data, **both, "layers": f"{half}-{num_layers - 1}"},
+            {"name": "second", "data_port": other_data, **both, "layers": f"{half}-{num_layers - 1}", **second},
         ],
         "api": {"port": api},
         **more,
