@@ -93,9 +93,9 @@ def _noise(noise: Mapping[str, Any]) -> Iterator[Metric]:
     text = "Rows of the request that sent the most, with those of its cached prefix."
     yield GaugeMetricFamily("mdiq_noise_worst_request_rows", text, noise["worst_request_rows"])
     worst = GaugeMetricFamily(
-        "mdiq_noise_worst_request_epsilon", "Epsilon of that request, from a node on.", labels=["node"]
+        "mdiq_noise_worst_request_epsilon", "Epsilon of that request, by the promise of a node.", labels=["node"]
     )
-    yield from _family(worst, "receiver", "worst_request_epsilon", noise["hops"])
+    yield from _family(worst, "name", "worst_request_epsilon", noise["nodes"])
 
 
 def _family(

@@ -79,15 +79,19 @@ def _print(found: Mapping[str, Any]) -> None:
 
 
 def _print_noise(console: Console, noise: Mapping[str, Any]) -> None:
-    for hop in noise["hops"]:
+    console.print(
+        f"noise on {', '.join(noise['hops']) or 'no hop of this ring'}; answers differ from run to run, and a replay "
+        f"spends again; {noise['rows_sent']:,} rows sent, at most {noise['worst_request_rows']:,} of one request",
+        highlight=False,
+        markup=False,
+    )
+    for node in noise["nodes"]:
         console.print(
-            f"noise from {hop['receiver']} on: epsilon {hop['epsilon']:g}, delta {hop['delta']:g} for each row; "
-            f"{noise['rows_sent']:,} rows sent; the request with the most, {noise['worst_request_rows']:,}: epsilon "
-            f"{hop['worst_request_epsilon']:,.4g}",
+            f"  {node['name']} is promised epsilon {node['epsilon']:g} for each row, delta {node['delta']:g}; that "
+            f"request: epsilon {node['worst_request_epsilon']:,.4g}",
             highlight=False,
             markup=False,
         )
-    console.print("answers differ from run to run, and a replay spends again", highlight=False)
 
 
 def _refused(reasons: Mapping[str, int]) -> str:

@@ -201,7 +201,7 @@ class _Builder:
 
     def _number(self, raw: str, kind: str, loc: Loc) -> object:
         if kind == "float":
-            if re.fullmatch(r"[-+]?\d+\.\d*", raw):
+            if re.fullmatch(r"[-+]?\d+\.\d*(e[-+]\d+)?", raw):  # 1e-6 without a point is a text in YAML
                 return float(raw)
             return self._refuse(
                 loc,

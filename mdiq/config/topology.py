@@ -128,7 +128,7 @@ class Node(_Section):
         None,
         "Noise on what this node sees of the users' texts, which spoils answers; workers only. See docs/privacy.md.",
         example="{epsilon: 8, delta: 1e-6, clip: 100}",
-        values="`null`, or keys, see below",
+        values="`null`, or keys: `{epsilon: 8, delta: 1e-6, clip: 100}`",
     )
     public_key: PublicKey = _key(
         None, "Public key of the node, from `mdiq keys`; not a secret. Needed beyond loopback."

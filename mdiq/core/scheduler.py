@@ -319,9 +319,10 @@ class Scheduler:
 
     def _send(self, seq_id: SeqId, entry: Entry, length: int) -> Segment:
         start, parent = entry.num_sent, None if entry.has_entered else entry.parent
-        if not entry.has_entered:
-            self.exposure.enters(seq_id, entry.sequence, parent, entry.num_shared)
-        self.exposure.sent(entry.sequence, length)
+        if self.spec.num_stages > 1:  # else nothing leaves the Starter
+            if not entry.has_entered:
+                self.exposure.enters(seq_id, entry.sequence, parent, entry.num_shared)
+            self.exposure.sent(entry.sequence, length)
         entry.num_sent += length
         wants_rows = entry.sequence.wants_rows(start, start + length)
         return Segment(seq_id, start, length, entry.num_unsent == 0, parent, wants_rows)

@@ -258,25 +258,33 @@ class RingView:
 
 
 def _about_noise(options: RingOptions, exposure: Exposure) -> dict[str, Any]:
-    """Return what each noisy Hop has told by now; nothing where there is none."""
-    hops = [
+    """Return what the Nodes with a promise may have learnt by now, those that are lost or stand by too.
+
+    A promise holds for every row that its Node sees, in whatever Ring: so totals follow from it alone.
+    """
+    known = (*options.remote.nodes, *options.remote.spares) if options.remote else ()
+    nodes = [
         {
-            "sender": sender,
-            "receiver": receiver,
+            "name": node.name,
             "epsilon": promise.epsilon,
             "delta": promise.delta,
             "clip": promise.row.clip,
             "sigma": promise.row.sigma,
             "worst_request_epsilon": round(total_epsilon(promise, exposure.max_rows), 3),
         }
-        for sender, receiver, promise in zip(
-            options.node_names, (*options.node_names[1:], options.node_names[0]), options.noises, strict=True
-        )
+        for node in known
+        if (promise := node.noise) is not None
+    ]
+    if not nodes:
+        return {}
+    followers = (*options.node_names[1:], options.node_names[0])
+    hops = [
+        f"{sender} > {receiver}"
+        for sender, receiver, promise in zip(options.node_names, followers, options.noises, strict=True)
         if promise is not None
     ]
-    if not hops:
-        return {}
-    return {"noise": {"rows_sent": exposure.num_rows, "worst_request_rows": exposure.max_rows, "hops": hops}}
+    counts = {"rows_sent": exposure.num_rows, "worst_request_rows": exposure.max_rows}
+    return {"noise": {**counts, "hops": hops, "nodes": nodes}}
 
 
 def _shown(figures: NodeFigures, since_s: float) -> dict[str, Any]:

@@ -172,8 +172,8 @@ def test_figures_are_read_when_they_are_asked_for_and_two_services_share_nothing
 
 
 def test_noise_is_counted_where_there_is_some() -> None:
-    hops = [{"receiver": "pi-1", "worst_request_epsilon": 34.055}]
-    noise = {"rows_sent": 12, "worst_request_rows": 10, "hops": hops}
+    nodes = [{"name": "pi-1", "worst_request_epsilon": 34.055}]
+    noise = {"rows_sent": 12, "worst_request_rows": 10, "hops": [], "nodes": nodes}
     registry = metrics_registry(lambda: {**STATUS, "noise": noise})
     assert registry.get_sample_value("mdiq_noise_rows_total") == 12
     assert registry.get_sample_value("mdiq_noise_worst_request_rows") == 10

@@ -60,14 +60,16 @@ def test_the_status_shows_the_newest_pause_and_what_a_spare_has_on_its_disk(
 def test_the_status_tells_what_noise_has_been_spent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hop = {"receiver": "pi2", "epsilon": 8.0, "delta": 1e-6, "worst_request_epsilon": 34.055}
-    noise = {"rows_sent": 12_345, "worst_request_rows": 10, "hops": [hop]}
+    node = {"name": "pi2", "epsilon": 8.0, "delta": 1e-6, "worst_request_epsilon": 34.055}
+    noise = {"rows_sent": 12_345, "worst_request_rows": 10, "hops": ["pi1 > pi2"], "nodes": [node]}
     monkeypatch.setattr(admin, "ask", lambda *_: {**STATUS, "noise": noise})
     monkeypatch.setenv("COLUMNS", "200")
     admin.status(Path("t.yaml"), as_json=False)
     shown = capsys.readouterr().out
     assert (
-        "noise from pi2 on: epsilon 8, delta 1e-06 for each row; 12,345 rows sent; the request with the most, 10: "
-        "epsilon 34.05" in shown
+        "noise on pi1 > pi2; answers differ from run to run, and a replay spends again; 12,345 rows sent, at most 10 "
+        "of one request\n  pi2 is promised epsilon 8 for each row, delta 1e-06; that request: epsilon 34.05\n" in shown
     )
-    assert "answers differ from run to run, and a replay spends again" in shown
+    noise["hops"] = []
+    admin.status(Path("t.yaml"), as_json=False)
+    assert "noise on no hop of this ring; " in capsys.readouterr().out

@@ -1,11 +1,13 @@
 """A Topology as values: what follows from it, and what is wrong between them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from mdiq.config.checks import find_problems
+from mdiq.config.load import check_bytes
 from mdiq.config.topology import MAX_NODES, Topology
 from mdiq.core.types import LayerRange
 
@@ -126,3 +128,18 @@ def test_what_clients_of_the_api_meet_can_be_set() -> None:
 def test_what_clients_of_the_api_meet_is_checked(section: str, values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         topology(STARTER, WORKER, **{section: values})
+
+
+@pytest.mark.parametrize("written", ["1e-6", "1.0e-6", "1.0e-06", "0.000001"])
+def test_a_small_number_may_be_written_as_people_and_programs_do(written: str) -> None:
+    noise = f"{{epsilon: 8, delta: {written}, clip: 2.5}}"
+    text = f"""version: 1
+model: {{path: m}}
+nodes:
+- {{name: desk, role: starter, address: 127.0.0.1}}
+- {{name: pi1, address: 127.0.0.1, data_port: 7403, noise: {noise}}}
+"""
+    report = check_bytes(text.encode(), Path("t.yaml"))
+    assert report.topology is not None, report.lines()
+    found = report.topology.nodes[1].noise
+    assert found is not None and (found.epsilon, found.delta, found.clip) == (8.0, 1e-6, 2.5)

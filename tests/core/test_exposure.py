@@ -1,5 +1,7 @@
 """How many rows of a Sequence have left the Starter, replays and cached prefixes included."""
 
+from dataclasses import replace
+
 from mdiq.core.frame import Frame, FrameKind, TokenIds
 from mdiq.core.ring import RingProtocol
 from mdiq.core.ring_actions import HeadRow, Inject
@@ -98,3 +100,15 @@ def test_the_counts_of_a_rehearsal_are_forgotten_and_ids_that_are_gone_too() -> 
     ring.drop_prefixes()
     _lap(ring)
     assert ring.is_quiet and not ring.exposure._passes
+
+
+def test_a_starter_alone_sends_nothing() -> None:
+    ring, sequence = _ring(), _sequence(0, num_prompt=7)
+    ring.submit(sequence, now=0.0)
+    assert _lap(ring) == 7
+    ring.begin_epoch(Epoch(2), replace(SPEC, num_stages=1))
+    while ring.num_unfinished:
+        _lap(ring)
+    assert _finish(ring, other := _sequence(1, num_prompt=9)) > 0
+    assert (sequence.num_rows_sent, other.num_rows_sent) == (7, 0)
+    assert (ring.exposure.num_rows, ring.exposure.max_rows) == (7, 7)

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -79,11 +80,17 @@ class TwoNodes:
 
 @contextmanager
 def two_nodes(
-    folder: Path, model: Mapping[str, Any], num_layers: int, *, cache: Path | None = None, **more: Any
+    folder: Path,
+    model: Mapping[str, Any],
+    num_layers: int,
+    second: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    cache: Path | None = None,
+    **more: Any,
 ) -> Iterator[TwoNodes]:
     """Give a ring that serves. model, more: parts of the topology; each node has half of the layers.
 
-    cache: where both nodes keep packed weights; None: in a folder of their own.
+    second: more keys of the second node. cache: where both nodes keep packed weights; None: in a folder of their own.
     """
     data, other_data, control, weights, api = _free_ports(5)
     starter = {"name": "desk", "role": "starter", "data_port": data, "control_port": control, "weights_port": weights}
@@ -94,7 +101,7 @@ def two_nodes(
         "model": dict(model),
         "nodes": [
             {**starter, **both, "layers": f"0-{half - 1}"},
-            {"name": "second", "data_port": other_data, **both, "layers": f"{half}-{num_layers - 1}"},
+            {"name": "second", "data_port": other_data, **both, "layers": f"{half}-{num_layers - 1}", **second},
         ],
         **more,
         "api": {"port": api, **more.get("api", {})},

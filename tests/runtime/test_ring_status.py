@@ -28,13 +28,24 @@ def test_the_status_tells_the_total_of_the_request_that_sent_the_most_rows() -> 
     exposure.sent(Sequence(1, (1, 2)), 1_000)
     found = _about_noise(ring, exposure)["noise"]
     assert (found["rows_sent"], found["worst_request_rows"]) == (1_010, 1_000)
-    (hop,) = found["hops"]
-    assert (hop["sender"], hop["receiver"], hop["epsilon"], hop["delta"]) == ("pi1", "pi2", 0.5, 1e-6)
-    assert (hop["clip"], hop["sigma"]) == (3.0, promise.row.sigma)
-    assert hop["worst_request_epsilon"] == pytest.approx(total_epsilon(promise, 1_000), abs=1e-3)
+    assert found["hops"] == ["pi1 > pi2"]
+    (node,) = found["nodes"]
+    assert (node["name"], node["epsilon"], node["delta"]) == ("pi2", 0.5, 1e-6)
+    assert (node["clip"], node["sigma"]) == (3.0, promise.row.sigma)
+    assert node["worst_request_epsilon"] == pytest.approx(total_epsilon(promise, 1_000), abs=1e-3)
+
+
+def test_what_a_lost_node_has_learnt_is_still_told() -> None:
+    lost = replace(NODES[2], noise=promised(0.5, 1e-6, clip=3.0))
+    remote = _ring(NODES[0], NODES[1]).remote
+    assert remote is not None
+    ring = replace(_ring(NODES[0], NODES[1]), remote=replace(remote, spares=(lost,)))
+    exposure = Exposure()
+    exposure.sent(Sequence(0, (1, 2)), 10)
+    found = _about_noise(ring, exposure)["noise"]
+    assert found["hops"] == [] and found["rows_sent"] == 10
+    assert [node["name"] for node in found["nodes"]] == ["pi2"]
 
 
 def test_a_ring_without_noise_tells_nothing_of_it() -> None:
     assert _about_noise(_ring(*NODES), Exposure()) == {}
-    alone = replace(NODES[0], noise=promised(0.5, 1e-6, clip=3.0))
-    assert _about_noise(_ring(alone), Exposure()) == {}, "there are no hops"
