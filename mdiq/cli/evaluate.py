@@ -20,9 +20,10 @@ from mdiq.core.wire_formats import AUTO, WIRE_FORMATS
 from mdiq.errors import ConfigError
 from mdiq.report.evaluate import EXAMPLE_TOKENS, WIRE_NODES, Evaluation, Evaluator, Subject, kv_tokens, longest_text
 from mdiq.report.evaluation_page import evaluation_page
-from mdiq.report.page import LANGUAGES, Language
+from mdiq.report.page import LANGUAGES, Document, Language
+from mdiq.report.png import can_draw
 from mdiq.report.receipt import make_receipt
-from mdiq.report.write import check_folder, write
+from mdiq.report.write import MakePage, check_folder, write
 from mdiq.runtime.options import Outages, RingOptions
 from mdiq.runtime.placement import set_threads, usable_cores, usable_threads
 from mdiq.telemetry import logging
@@ -70,8 +71,7 @@ def execute(options: EvaluateOptions) -> int:
         "example_tokens": EXAMPLE_TOKENS,
     }
     document = Evaluation(receipt, settings, models).as_document()
-    for file in write(document, evaluation_page, languages_of(options.language), options.out, "evaluation"):
-        typer.echo(str(file))
+    write_pages(document, evaluation_page, options.language, options.out, "evaluation")
     return 0
 
 
@@ -95,6 +95,14 @@ def parse_wire_list(text: str) -> tuple[str, ...]:
         if wire not in WIRE_FORMATS:
             raise ConfigError(f"--wires {text}: {wire!r} is not a format; use some of {', '.join(WIRE_FORMATS)}")
     return wires
+
+
+def write_pages(document: Document, make_page: MakePage, language: PageLanguage, folder: Path, name: str) -> None:
+    """Write a document and its pages, and say which files there are."""
+    for file in write(document, make_page, languages_of(language), folder, name):
+        typer.echo(str(file))
+    if not can_draw():
+        typer.echo("no PNG files: matplotlib is not installed; run: pip install 'mdiq[plot]'", err=True)
 
 
 def languages_of(language: PageLanguage) -> tuple[Language, ...]:

@@ -9,12 +9,11 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import psutil
-import typer
 from rich.console import Console
 
 from mdiq.bench.shapes import shape_file
 from mdiq.bench.workload import FIRST_TOKEN, Load
-from mdiq.cli.evaluate import REST_S, check_circumstances, languages_of, parse_wire_list
+from mdiq.cli.evaluate import REST_S, check_circumstances, parse_wire_list, write_pages
 from mdiq.cli.flags import parse_numbers, parse_wires
 from mdiq.cli.report_commands import ReportOptions
 from mdiq.cli.signals import run_until_signal
@@ -32,7 +31,7 @@ from mdiq.report.receipt import Receipt, make_receipt
 from mdiq.report.trial import Trial
 from mdiq.report.trial_document import running_document, trial_document
 from mdiq.report.trial_page import trial_page
-from mdiq.report.write import check_folder, write
+from mdiq.report.write import check_folder
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import set_threads, usable_threads
 from mdiq.telemetry import logging
@@ -76,8 +75,7 @@ def execute(options: ReportOptions) -> int:
         is_device_given=device_bytes is not None,
         num_devices=options.nodes,
     )
-    for file in write(document, trial_page, languages_of(options.language), options.out, "report"):
-        typer.echo(str(file))
+    write_pages(document, trial_page, options.language, options.out, "report")
     return 0
 
 
@@ -102,8 +100,7 @@ def _running(options: ReportOptions, url: str, prices: Prices, receipt: Receipt)
     kept = "users prompt_tokens answer_tokens seed".split()
     settings = {name: getattr(options, name) for name in kept} | {"is_local": False, "url": url}
     document = running_document(receipt, settings, model, stage, prices)
-    for file in write(document, trial_page, languages_of(options.language), options.out, "report"):
-        typer.echo(str(file))
+    write_pages(document, trial_page, options.language, options.out, "report")
     return 0
 
 

@@ -4,6 +4,7 @@ Throughput and memory against Nodes, generation time against tokens with and wit
 against as many as there are Nodes, and the bytes that a token costs on the wire.
 """
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -167,7 +168,7 @@ class Evaluator:
 
     async def _ring(self, subject: Subject, nodes: int, alone: tuple[int, ...]) -> RingRun:
         self.progress(f"{subject.name}: {nodes} nodes")
-        return_free_memory(collect=True)  # the Starter of the ring before was in this process
+        await asyncio.to_thread(return_free_memory, collect=True)  # the Starter of the ring before was in this process
         async with self.open_ring(subject.path, nodes, self.usual_wire) as ring:
             meter = self._meter(ring, subject, nodes)
             await meter.warm_up(nodes, self.prompt_tokens, self.seed)

@@ -19,7 +19,7 @@ from mdiq.report.page import (
     Words,
     look_up,
 )
-from mdiq.report.receipt_page import receipt_blocks
+from mdiq.report.receipt_page import busy_warning, receipt_blocks
 
 MIB = float(1 << 20)
 KIB = float(1 << 10)
@@ -28,7 +28,7 @@ KIB = float(1 << 10)
 def evaluation_page(document: Document, language: Language) -> Page:
     """Return the page of Evaluation.as_document()."""
     words = Words(language)
-    blocks: list[Block] = [Paragraph(_what_is_measured(words), "note")]
+    blocks: list[Block] = [Paragraph(_what_is_measured(words), "note"), *busy_warning(document, words)]
     for i, model in enumerate(document["models"]):
         blocks += _Model(document, words, i, model).blocks()
     blocks += receipt_blocks(document, words)

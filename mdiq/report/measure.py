@@ -181,7 +181,7 @@ async def count_bytes(
     found: list[HopBytes] = []
     for wire in wires:
         progress(f"bytes on a hop of {wire}")
-        return_free_memory(collect=True)
+        await asyncio.to_thread(return_free_memory, collect=True)
         async with open_ring(wire) as ring:
             meter = Meter(ring, vocab_size, 0.0, lap_s)
             for has_kv_cache in (True, False) if has_uncached else (True,):

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 from mdiq.report.page import Block, Document, Heading, Paragraph, Table, Text, Value, Words
 
+_BUSY = 0.5
+"""More load than this for each core may change figures."""
+
 
 def receipt_blocks(document: Document, words: Words) -> Iterator[Block]:
     """Yield the receipt: machine, command, commit, settings."""
@@ -18,15 +21,6 @@ def receipt_blocks(document: Document, words: Words) -> Iterator[Block]:
     rows += [((name,), (Value(f"/receipt/machine/{name}"),)) for name in document["receipt"]["machine"]]
     rows += [((name,), _setting(name, value)) for name, value in document["settings"].items()]
     yield Table((words.say("what", "項目"), words.say("value", "値")), tuple(rows))
-    if document["receipt"]["load_average"] > 0.5 * document["receipt"]["machine"]["cores"]:
-        yield Paragraph(
-            words.say(
-                "Other programs kept this machine busy before the measurement: speeds may be too low, and predictions "
-                "off.",
-                "計測前から他のプログラムがこの機械を使っていた。速度は低めに、予測は不正確に出ている可能性がある。",
-            ),
-            "bad",
-        )
     yield Paragraph(
         words.say(
             "Each figure of this page is a place in the JSON beside it (also inside this file), with the raw counts.",
@@ -34,6 +28,22 @@ def receipt_blocks(document: Document, words: Words) -> Iterator[Block]:
         ),
         "note",
     )
+
+
+def busy_warning(document: Document, words: Words) -> Iterator[Block]:
+    """Yield a warning where other programs had kept the machine busy."""
+    if document["receipt"]["load_average"] > _BUSY * document["receipt"]["machine"]["cores"]:
+        yield Paragraph(
+            words.say(
+                "Other programs kept this machine busy before the measurement (load average {load} on {cores} cores): "
+                "speeds may be too low, and predictions off.",
+                "計測前から他のプログラムがこの機械を使っていた（{cores}コアで負荷平均{load}）。"
+                "速度は低めに、予測は不正確に出ている可能性がある。",
+                load=Value("/receipt/load_average", 1),
+                cores=Value("/receipt/machine/cores"),
+            ),
+            "bad",
+        )
 
 
 def _commit(document: Document, words: Words) -> Text:

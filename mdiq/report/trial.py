@@ -4,6 +4,7 @@ Before the stages the whole model runs on one Node: what the stages' answers mus
 After each stage gates say whether the next one begins; a stage ends with a recovery drill.
 """
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -62,7 +63,8 @@ class Energy:
 class StageRun:
     """A stage. name: "alone", "few", "tuned" or "all".
 
-    is_planned: the split is the planner's; otherwise even. predicted: by the Plan before the stage ran; for an even
+    is_planned: the split is the planner's; otherwise even, since nothing was measured before, or since by the plan the
+    devices' memory does not hold the model. predicted: by the Plan before the stage ran; for an even
     split from what its Nodes measured when they started. kv_bytes: of each Node when its KV cache is full.
     part: users of the load that one of several copies would have; of "alone" only.
     """
@@ -156,10 +158,11 @@ class Trial:
         even = self._even(self.few)
         names = ("few", "tuned", "all")
         for name in names:
-            split, predicted = even, None
+            split, predicted, is_planned = even, None, False
             if profiles is not None:
-                split, predicted = self._planned(profiles, self.few if name == "tuned" else self.nodes)
+                split, predicted, is_planned = self._planned(profiles, self.few if name == "tuned" else self.nodes)
             stage, measured = await self._stage(name, split, alone, stages[-1] if stages else None, predicted)
+            stage = replace(stage, is_planned=is_planned)
             stages.append(stage)
             profiles = profiles_of(measured, self.weights, profiles)
             if not stage.passes and not self.keeps_going:
@@ -191,12 +194,11 @@ class Trial:
     ) -> tuple[StageRun, MeasuredRing]:
         nodes = len(split)
         self.progress(f"{name}: a ring of {nodes} starts")
-        return_free_memory(collect=True)  # the Starter of the ring before was in this process
+        await asyncio.to_thread(return_free_memory, collect=True)  # the Starter of the ring before was in this process
         async with self.open_ring(split, None) as ring:
             meter = Meter(ring, self.vocab_size, self.rest_s if nodes > 1 else 0.0, self.lap_s)
             await meter.warm_up(self.users, self.prompt_tokens, self.seed)
             measured = await ring.measured()
-            is_planned = predicted is not None
             predicted = predicted or _predicted(measured, self.users)
             self.progress(f"{name}: one user")
             one = await meter.load(self._load(1))
@@ -224,7 +226,7 @@ class Trial:
                 name=name,
                 nodes=nodes,
                 split=split,
-                is_planned=is_planned,
+                is_planned=False,
                 one=one,
                 many=many,
                 part=part,
@@ -270,20 +272,18 @@ class Trial:
     def _goal(self) -> Goal:
         return Goal(num_users=self.users, kv_tokens=self.kv_tokens)
 
-    def _planned(self, profiles: Profiles, nodes: int) -> tuple[Split, Predicted]:
-        """Return the planner's split over so many Nodes, and its prediction.
+    def _planned(self, profiles: Profiles, nodes: int) -> tuple[Split, Predicted, bool]:
+        """Return the split over so many Nodes, its prediction, and whether the planner made it.
 
-        Where the devices' memory does not hold the model, it is planned without that limit: a gate will say so.
+        Where the devices' memory does not hold the model by the plan, the split is even: a gate looks at the memory.
         """
         profiled, links = devices(profiles, nodes)
         roomy = [replace(node, memory_bytes=_NO_LIMIT_BYTES) for node in profiled]
-        for limited in (roomy,) if self.device_bytes is None else (self._limited(profiled), roomy):
-            split = best_split(profiles.model, limited, links, self._goal(), all_nodes=True)
-            if split is not None:
-                break
-        assert split is not None  # there is room, and a Layer for each Node
+        limited = roomy if self.device_bytes is None else self._limited(profiled)
+        planned = best_split(profiles.model, limited, links, self._goal(), all_nodes=True)
+        split = planned or self._even(nodes)
         plan = plan_split(profiles.model, roomy, links, self._goal(), split)
-        return split, _as_predicted(plan.rate_one, plan.rate, self.users)
+        return split, _as_predicted(plan.rate_one, plan.rate, self.users), planned is not None
 
     def _limited(self, profiled: Sequence[NodeProfile]) -> list[NodeProfile]:
         """Return these Nodes with the memory of a device.

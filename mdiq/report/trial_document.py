@@ -9,7 +9,7 @@ from mdiq.report.cost import Cost, Prices, cost_of
 from mdiq.report.evaluate import ModelAbout
 from mdiq.report.gates import GateName
 from mdiq.report.receipt import Receipt
-from mdiq.report.rules import Facts, Recommendation, recommend
+from mdiq.report.rules import ROOM, Facts, Recommendation, recommend
 from mdiq.report.trial import StageRun, TrialRun
 
 VERSION = 1
@@ -19,8 +19,11 @@ SHARES = (0.1, 0.3, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """device_bytes: memory of a device; is_given: by the user, else it is this machine's. one_device_bytes: that the
-    whole model took on one device. num_copies: devices that could hold one each; 0: it does not fit."""
+    """Memory of devices.
+
+    device_bytes: of one; is_given: by the user, else it is this machine's. one_device_bytes: that the whole model took
+    on one device. num_copies: devices that hold one each with room to spare.
+    """
 
     device_bytes: int
     is_given: bool
@@ -81,7 +84,7 @@ def trial_document(
         num_left_out=len(run.outlook.left_out) if run.outlook else 0,
     )
     recommendation: Recommendation = recommend(facts)
-    fits = one_device_bytes <= device_bytes
+    fits = one_device_bytes * ROOM <= device_bytes
     full = about.kv_bytes_per_token * about.num_heads // about.num_kv_heads
     document = {
         "kind": "trial",

@@ -22,7 +22,7 @@ from mdiq.report.page import (
     Words,
     look_up,
 )
-from mdiq.report.receipt_page import receipt_blocks
+from mdiq.report.receipt_page import busy_warning, receipt_blocks
 from mdiq.report.trial_advice import Advice
 from mdiq.report.trial_sections import MIB, PERCENT, Sections, stage_name
 
@@ -34,6 +34,7 @@ def trial_page(document: Document, language: Language) -> Page:
     blocks: list[Block] = [
         *_summary(document, words),
         *_what(document, words),
+        *busy_warning(document, words),
         *_stages(document, words),
         *sections.memory(),
         *sections.wire(),

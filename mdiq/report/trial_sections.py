@@ -29,13 +29,11 @@ def stage_name(words: Words, at: str, stage: dict[str, Any]) -> Text:
     nodes = Value(f"{at}/nodes")
     if stage["name"] == "alone":
         return words.say("one device, the whole model", "一台に全モデル")
-    if stage["name"] == "few":
-        return words.say("few: {n} devices, even split", "少数：{n}台、均等配分", n=nodes)
-    if stage["name"] == "tuned":
-        return words.say("tuned: {n} devices, planned split", "調整：{n}台、計画配分", n=nodes)
-    if stage["name"] == "all":
-        return words.say("all: {n} devices, planned split", "全体：{n}台、計画配分", n=nodes)
-    return words.say("as it stands: {n} devices", "現状：{n}台", n=nodes)
+    if stage["name"] == "now":
+        return words.say("as it stands: {n} devices", "現状：{n}台", n=nodes)
+    phase = _phase(words, stage)
+    split = words.word("planned split", "計画配分") if stage["is_planned"] else words.word("even split", "均等配分")
+    return words.say(f"{phase}: {{n}} devices, {split}", f"{phase}：{{n}}台、{split}", n=nodes)
 
 
 class Sections:
@@ -52,9 +50,10 @@ class Sections:
         n = stage["nodes"]
         if n == 1:
             return words.word("1 device", "一台")
-        if stage["name"] == "few":
-            return words.word(f"{n} devices, even", f"{n}台、均等")
-        return words.word(f"{n} devices, planned", f"{n}台、計画") if stage["is_planned"] else f"{n}"
+        if stage["name"] == "now":
+            return words.word(f"{n} devices", f"{n}台")
+        phase = _phase(words, stage)
+        return words.word(f"{phase}: {n} devices", f"{phase}：{n}台")
 
     def memory(self) -> Iterator[Block]:
         words = self._words
@@ -270,3 +269,12 @@ class Sections:
 
     def _number(self, value: Value) -> float:
         return float(look_up(self._document, value.pointer)) / value.scale
+
+
+def _phase(words: Words, stage: dict[str, Any]) -> str:
+    phases = {
+        "few": words.word("few", "少数"),
+        "tuned": words.word("tuned", "調整"),
+        "all": words.word("all", "全体"),
+    }
+    return phases[stage["name"]]

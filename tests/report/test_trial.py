@@ -33,7 +33,7 @@ def measured(split: Split) -> MeasuredRing:
     return MeasuredRing(
         num_layers=LAYERS,
         stages=tuple(
-            MeasuredStage(f"node-{i}", n, cost(n, is_starter=not i), 1000 * n, 64 * n, 10_000, 10_000)
+            MeasuredStage(f"node-{i}", n, cost(n, is_starter=not i), 1000 * n, 64 * n, 5_000 + 1000 * n, 10_000)
             for i, n in enumerate(split)
         ),
         head=Curve(((1, HEAD_S), (2, 2 * HEAD_S))),
@@ -142,6 +142,27 @@ async def test_more_nodes_must_bring_something() -> None:
     assert [gate.name for gate in run.stages[-1].gates if not gate.passes] == [GateName.GAIN]
     run = await make_trial(limits, [], [], nodes=2).run()
     assert stages_of(run)[-1] == ("all", 2, True, True), "as many nodes as before are to bring nothing"
+
+
+# A Node takes 5,000 bytes without weights, and a Layer 1,000 with 64 for each of 32 tokens of KV cache.
+HOLDS_3, HOLDS_4 = (5_000 + layers * (1_000 + 32 * 64) + 10 for layers in (3, 4))
+
+
+async def test_planned_splits_keep_to_the_memory_of_a_device() -> None:
+    run = await make_trial(EASY, [], [], device_bytes=HOLDS_4).run()
+    assert [(stage.split, stage.is_planned) for stage in run.stages][:2] == [((3, 5), False), ((4, 4), True)]
+    assert run.outlook is not None and run.outlook.num_needed == 2
+    assert all(gate.passes for gate in run.stages[0].gates if gate.name is GateName.MEMORY), "a FakeRing takes 100"
+
+
+async def test_where_few_devices_do_not_hold_the_model_by_the_plan_the_split_stays_even() -> None:
+    run = await make_trial(EASY, [], [], device_bytes=HOLDS_3).run()
+    assert [(stage.split, stage.is_planned) for stage in run.stages][:2] == [((3, 5), False), ((3, 5), False)]
+    last = run.stages[-1]
+    assert last.is_planned and max(last.split) == 3 and len(last.split) == 3
+    run = await make_trial(EASY, [], [], device_bytes=99).run()
+    assert [gate.name for gate in run.stages[0].gates if not gate.passes] == [GateName.MEMORY]
+    assert run.outlook is None and "memory" in run.why_no_outlook
 
 
 async def test_predictions_follow_from_what_the_nodes_measured() -> None:
