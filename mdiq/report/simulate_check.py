@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from mdiq.bench.figures import LoadFigures, load_figures
+from mdiq.bench.figures import UserTimes, load_figures
 from mdiq.bench.runner import WARM_UP_TOKENS, run_load
 from mdiq.bench.workload import Load
 from mdiq.core.ring_settings import RingSettings
@@ -36,8 +36,8 @@ from mdiq.testbed.slow_ring import SlowRing
 
 BOUND = 0.2
 """Largest error of the rate that a prediction may have."""
-PROMPT_TOKENS = 32
-ANSWER_TOKENS = 64
+PROMPT_TOKENS = 16
+ANSWER_TOKENS = 96
 _SEED = 3
 _ANY_LINK = LinkKind("loopback", "loopback", Figure(1e9, Mark.GIVEN), Figure(LOOPBACK_HOP_S, Mark.GIVEN))
 _UNLIMITED = 1e12  # bytes per second: of a link without a limit
@@ -153,6 +153,17 @@ def predict(machine: Machine, case: Case) -> Forecast:
     return Forecast(found[0], plan.rate, plan.rate_one, first_token_s(plan, PROMPT_TOKENS))
 
 
+def rate_of_all(users: Sequence[UserTimes]) -> float:
+    """Return the tokens per second from the last user's first token to the first user's last one: while all decode.
+
+    Where there is no such time, the prompts took too long: it is then the rate after the last first token.
+    """
+    start_s, end_s = max(user.tokens_s[0] for user in users), min(user.tokens_s[-1] for user in users)
+    if end_s <= start_s:
+        return load_figures(users).decode_tokens_per_s
+    return sum(start_s < at_s <= end_s for user in users for at_s in user.tokens_s) / (end_s - start_s)
+
+
 async def check(
     machine: Machine, model: Path, cases: Sequence[Case], progress: Callable[[str], object] = lambda _: None
 ) -> list[Result]:
@@ -187,20 +198,20 @@ async def _measure(machine: Machine, model: Path, case: Case, forecast: Forecast
     index = 0
     async with RingHost(options) as ring:
 
-        async def load(users: int, answer_tokens: int, seed: int) -> LoadFigures:
+        async def load(users: int, answer_tokens: int, seed: int) -> list[UserTimes]:
             nonlocal index
             load = Load(users, PROMPT_TOKENS, answer_tokens, seed)
-            figures = load_figures(await run_load(ring, load, vocab_size, index))
+            times = await run_load(ring, load, vocab_size, index)
             index += users
-            return figures
+            return times
 
         await load(case.users, WARM_UP_TOKENS, _SEED)
         together = [await load(case.users, ANSWER_TOKENS, _SEED + i) for i in (1, 2)]
-        alone = await load(1, ANSWER_TOKENS, _SEED + 3)
+        alone = load_figures(await load(1, ANSWER_TOKENS, _SEED + 3))
     return Result(
         case,
         forecast,
-        statistics.mean(figures.decode_tokens_per_s for figures in together),
+        statistics.mean(map(rate_of_all, together)),
         alone.decode_tokens_per_s,
         alone.ttft_median_s,
     )

@@ -204,6 +204,10 @@ class RelayProcess:
             undo.pop_all()
         return relays
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     async def aclose(self) -> None:
         """End the process."""
         with contextlib.suppress(ProcessLookupError):

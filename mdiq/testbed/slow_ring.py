@@ -6,13 +6,15 @@ from mdiq.testbed.cpu_quota import CpuQuota
 from mdiq.testbed.link_shape import LinkShape
 from mdiq.testbed.relay import RelayProcess
 
+_RELAYS_CPU = 1.0  # more than they take
+
 
 class SlowRing:
     """Slows one Ring down; see runtime/options.py's Slowdown.
 
     link: what every Hop between processes is like; None leaves it as it is.
     cpu: CPU time of each Node in cores, or by its name, where control groups allow it; None sets no limit.
-    comes_first: they get it before other processes of a busy machine do.
+    comes_first: they get it before other processes of a busy machine do; and so does what makes the links slow.
     """
 
     def __init__(
@@ -31,6 +33,8 @@ class SlowRing:
         if self._link is None:
             return [*endpoints]
         self._relays = await RelayProcess.start(self._link, [*endpoints])
+        if self._comes_first:
+            self._limit("relays", self._relays.pid, _RELAYS_CPU)
         return self._relays.endpoints
 
     def slow_node(self, name: str, pid: int) -> None:
@@ -41,13 +45,16 @@ class SlowRing:
         """
         cpu = self._cpu.get(name) if isinstance(self._cpu, Mapping) else self._cpu
         if cpu is not None:
-            if name not in self._quotas:
-                self._quotas[name] = CpuQuota.create(name, cpu, comes_first=self._comes_first)
-            self._quotas[name].add(pid)
+            self._limit(name, pid, cpu)
 
     async def aclose(self) -> None:
         """Remove all of it; the processes have ended, but for this one."""
-        while self._quotas:
-            self._quotas.popitem()[1].close()
         if self._relays is not None:
             await self._relays.aclose()
+        while self._quotas:
+            self._quotas.popitem()[1].close()
+
+    def _limit(self, name: str, pid: int, cpu: float) -> None:
+        if name not in self._quotas:
+            self._quotas[name] = CpuQuota.create(name, cpu, comes_first=self._comes_first)
+        self._quotas[name].add(pid)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mdiq.bench.figures import UserTimes
 from mdiq.plan.micro_batches import Curve
 from mdiq.report.catalogue import Figure, Mark, MeasuredLayers, read_catalogue
-from mdiq.report.simulate_check import Case, Result, cases, check_json, check_text, frozen_s, predict
+from mdiq.report.simulate_check import Case, Result, cases, check_json, check_text, frozen_s, predict, rate_of_all
 from mdiq.report.simulate_measure import Machine, as_yaml, fixed_s
 from mdiq.report.simulate_overhead import Overhead, Spent, fitted, with_overhead
 from mdiq.testbed.link_shape import LinkShape
@@ -127,6 +128,14 @@ def test_a_node_with_half_a_core_takes_twice_as_long_and_links_add_their_delay()
 def test_unlike_nodes_get_layers_by_their_speed() -> None:
     layers = predict(MACHINE, Case("unlike", 2, 16, (0.75, 0.25))).layers
     assert layers[0] > 2 * layers[1]
+
+
+def test_the_rate_counts_only_while_all_users_decode() -> None:
+    # From 3 s on both have tokens, and at 5 s the first one ends: 2 and 4 tokens.
+    early, late = UserTimes(0.0, (1.0, 2.0, 3.0, 4.0, 5.0)), UserTimes(0.0, (3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0))
+    assert rate_of_all([early, late]) == 3.0
+    # Users one after the other: tokens after 9 s, over the time to the last one.
+    assert rate_of_all([UserTimes(0.0, (1.0, 2.0)), UserTimes(0.0, (9.0, 9.5, 10.0))]) == 2.0
 
 
 def test_a_check_says_how_far_off_it_was() -> None:

@@ -9,6 +9,7 @@ from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import Hierarchy
 from mdiq.testbed import cpu_quota
 from mdiq.testbed.cpu_quota import CpuQuota, check_quota
+from mdiq.testbed.link_shape import LinkShape
 from mdiq.testbed.slow_ring import SlowRing
 
 
@@ -121,3 +122,17 @@ def test_a_process_that_has_ended_is_left_out() -> None:
         assert (quota.folder / "cgroup.procs").read_text() == ""
     finally:
         quota.close()
+
+
+async def test_the_relays_of_a_ring_that_comes_first_come_first_too(root: Path) -> None:
+    (root / "own" / "cgroup.subtree_control").write_text("cpu")
+    ring = SlowRing(LinkShape(delay_s=0.001), comes_first=True)
+    try:
+        assert len(await ring.slow_hops(["tcp://127.0.0.1:9"])) == 1
+        (group,) = (root / "own").glob("mdiq-bench-*-relays")
+        assert (group / "cpu.weight").read_text() == "10000" and int((group / "cgroup.procs").read_text()) > 0
+        for file in group.iterdir():  # a real group goes with its files
+            file.unlink()
+    finally:
+        await ring.aclose()
+    assert not group.exists()
