@@ -27,7 +27,8 @@ from mdiq.route.splice import Lane, Splice, renamed
 
 log = structlog.get_logger()
 
-MAX_BREAKS = 3
+MAX_BREAKS = 5
+NEWS_S = 1.0
 _DIALECT = ResponsesDialect()
 
 
@@ -155,6 +156,7 @@ class Stored:
             except BrokenError as error:
                 log.warning("stored_broken_off", server=link.server.name, why=str(error))
                 why = str(error)
+                await self._pool.news(NEWS_S)  # whether the server is gone is looked at now
             except ApiError as error:
                 if not reading.out.prepared:
                     raise

@@ -474,6 +474,27 @@ async def test_a_stream_that_is_read_again_after_its_server_has_died_has_all_eve
         assert _plain(begun + _events(await response.text())) == _plain(calm)
 
 
+async def test_a_response_in_the_background_is_made_again_when_its_server_dies() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second) as router:
+        body = {**BODIES["/v1/responses"], **SEEDED}
+        calm = await (await router.client.post("/v1/responses", json=body)).json()
+        router.pool.links["second"].server.is_drained = True
+        reached, first.model.before = _holding(6)
+        made = await (await router.client.post("/v1/responses", json={**body, "background": True})).json()
+        assert made["status"] == "in_progress" or made["status"] == "queued"
+        await reached.wait()
+        router.pool.links["second"].server.is_drained = False
+        await first.kill()
+        while True:
+            got = await router.client.get(f"/v1/responses/{made['id']}")
+            found = await got.json()
+            assert got.status == 200 and found["id"] == made["id"], found
+            if found["status"] == "incomplete":
+                break
+        assert found["output"][0]["content"] == calm["output"][0]["content"]
+
+
 async def test_the_status_and_the_metrics_say_how_the_servers_are() -> None:
     first, second = FakeServer("first"), FakeServer("second")
     async with routed(first, second) as router:
