@@ -175,7 +175,7 @@ class Run:
     # Answers
 
     async def _whole(self, link: Link, response: ClientResponse) -> web.Response:
-        body = await link.whole(response)
+        body = await self._pool.whole(link, response)
         self._note_first()
         self._note_failover("again")
         kind = "output_tokens" if "messages" in self._asked.path else "completion_tokens"
@@ -269,7 +269,7 @@ class Run:
 
     async def _refusal_of(self, link: Link, response: ClientResponse) -> Refusal:
         headers = {name: response.headers[name] for name in PASSED if name in response.headers}
-        return Refusal(response.status, await link.whole(response, 1 << 20), headers)
+        return Refusal(response.status, await link.short(response), headers)
 
     def _not_now(self, link: Link, refusal: Refusal) -> web.StreamResponse | None:
         """Return a refusal that another server would give too; note any other."""

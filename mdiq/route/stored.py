@@ -152,7 +152,7 @@ class Stored:
                 async with link.ask(request.method, reading.path, headers=_headers(link, request)) as response:
                     if is_stream(response):
                         return await reading.stream(link, response)
-                    return _whole(response, await link.whole(response), session.names)
+                    return _whole(response, await self._pool.whole(link, response), session.names)
             except BrokenError as error:
                 log.warning("stored_broken_off", server=link.server.name, why=str(error))
                 why = str(error)
@@ -174,7 +174,7 @@ class Stored:
                 async with link.ask(request.method, reading.path, headers=_headers(link, request)) as response:
                     if is_stream(response):
                         return await reading.stream(link, response)
-                    body = await link.whole(response)
+                    body = await self._pool.whole(link, response)
                     if response.status != 404:
                         return _whole(response, body, {})
             except BrokenError:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mdiq.api.keys import bare_keys
-from mdiq.route import links, run
+from mdiq.route import links, pool, run
 from mdiq.route.servers import State
 from tests.route.fake_server import FakeServer, Router, routed
 
@@ -518,6 +518,21 @@ async def test_what_is_not_a_request_is_refused_here() -> None:
         assert response.status == 404 and (await response.json())["error"]["code"] == "unknown_url"
         error = await (await router.client.post("/v1/messages", data=b"[1]")).json()
         assert error["type"] == "error"
+
+
+async def test_what_is_held_of_answers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = FakeServer("only")
+    async with routed(only) as router:
+        assert (await router.client.post("/v1/completions", json=BODIES["/v1/completions"])).status == 200
+        monkeypatch.setattr(pool, "MAX_WHOLE_BYTES", 20)
+        response = await router.client.post("/v1/completions", json=BODIES["/v1/completions"])
+        assert response.status == 503 and "more than 20 bytes" in (await response.json())["error"]["message"]
+        monkeypatch.setattr(pool, "MAX_HELD_BYTES", 10)
+        response = await router.client.post("/v1/completions", json=BODIES["/v1/completions"])
+        assert response.status == 503 and "holds too much" in (await response.json())["error"]["message"]
+        assert (
+            await router.client.post("/v1/completions", json={**BODIES["/v1/completions"], "stream": True})
+        ).status == 200
 
 
 async def test_tokens_are_counted_at_any_server() -> None:
