@@ -178,11 +178,10 @@ class Run:
         body = await self._pool.whole(link, response)
         self._note_first()
         self._note_failover("again")
-        kind = "output_tokens" if "messages" in self._asked.path else "completion_tokens"
         if body[:1] == b"{":
             value = await asyncio.to_thread(_loaded, body) if len(body) > 1 << 16 else _loaded(body)
             usage, self._record.finish_reason = value.get("usage"), reason_of(value)
-            for names in (("prompt_tokens", kind), ("input_tokens", "output_tokens")):
+            for names in (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens")):
                 if (counts := counts_of(usage, *names)) is not None:
                     self._note_usage(counts)
             if self._asked.is_stored:

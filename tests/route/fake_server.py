@@ -107,7 +107,7 @@ class FakeServer:
             return  # it is dead already
         self._reset(server)
         await self._runner.cleanup()
-        while any(getattr(each.get_coro(), "__name__", "") == "_accept_connection2" for each in asyncio.all_tasks()):
+        while any(getattr(each.get_coro(), "__name__", "") == "_accept_connection2" for each in asyncio.all_tasks()):  # noqa: ASYNC110
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         self._reset(server)  # connections that were just being accepted

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mdiq.api.keys import bare_keys
+from mdiq.errors import RingError
 from mdiq.route import links, pool, run
 from mdiq.route.servers import State
 from tests.route.fake_server import FakeServer, Router, routed
@@ -244,8 +245,6 @@ async def test_a_request_that_is_wrong_is_refused_once() -> None:
 
 
 async def test_an_error_of_a_ring_in_a_stream_is_a_reason_to_go_on_elsewhere() -> None:
-    from mdiq.errors import RingError
-
     first, second = FakeServer("first"), FakeServer("second")
 
     def before(i: int) -> Any:
@@ -254,7 +253,6 @@ async def test_an_error_of_a_ring_in_a_stream_is_a_reason_to_go_on_elsewhere() -
         return None
 
     async with routed(first, second) as router:
-        calm = await _stream(router, "/v1/responses")
         for path in BODIES:
             calm = await _stream(router, path)
             router.pool.links["second"].server.is_drained = True
