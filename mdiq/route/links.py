@@ -20,8 +20,7 @@ LOOK_S = 1.0
 """Between two looks at a server."""
 CONNECT_S = 3.0
 MAX_STATUS_BYTES = 4 << 20
-MAX_WHOLE_BYTES = 32 << 20
-"""Of an answer that is not a stream."""
+MAX_SHORT_BYTES = 1 << 20
 _READ_BYTES = 64 * 1024
 
 
@@ -133,8 +132,8 @@ class Link:
             self.server.heard(time.monotonic())
             yield data
 
-    async def whole(self, response: aiohttp.ClientResponse, max_bytes: int = MAX_WHOLE_BYTES) -> bytes:
-        """Return an answer that is not a stream.
+    async def short(self, response: aiohttp.ClientResponse, max_bytes: int = MAX_SHORT_BYTES) -> bytes:
+        """Return an answer that is short: a status, or a refusal.
 
         Raises:
             BrokenError: it breaks off, or is too large.
@@ -152,7 +151,7 @@ class Link:
         wait_s = server.silence_s if server.state is State.GONE else max(server.silence_s - since_s, 0.1)
         try:
             async with asyncio.timeout(wait_s), self.ask("GET", "/status.json") as response:
-                body = await self.whole(response, MAX_STATUS_BYTES)
+                body = await self.short(response, MAX_STATUS_BYTES)
             self._told(response.status, body)
         except BrokenError as error:
             if error.is_refused:

@@ -5,12 +5,19 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from aiohttp import ClientResponse
+
 from mdiq.api.requests import ApiError
 from mdiq.route.choice import Wanted, choose, models_of
 from mdiq.route.figures import RouteFigures
-from mdiq.route.links import Link
+from mdiq.route.links import BrokenError, Link
 from mdiq.route.prefixes import Prefixes
 from mdiq.route.servers import Server, State
+
+MAX_WHOLE_BYTES = 32 << 20
+"""Of an answer that is not a stream."""
+MAX_HELD_BYTES = 512 << 20
+"""Of answers that are not streams, all together: they are held until they are complete."""
 
 
 class Pool:
@@ -22,6 +29,7 @@ class Pool:
         self.prefixes = Prefixes()
         self.figures = RouteFigures(lambda: self.servers)
         self._news = asyncio.Event()
+        self._num_held = 0
 
     @property
     def servers(self) -> Iterator[Server]:
@@ -87,6 +95,26 @@ class Pool:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._news.wait()
+
+    async def whole(self, link: Link, response: ClientResponse) -> bytes:
+        """Return an answer that is not a stream.
+
+        Raises:
+            ApiError: too much is held of such answers already.
+            BrokenError: it breaks off, or is too large.
+        """
+        body = bytearray()
+        try:
+            async for data in link.chunks(response):
+                body += data
+                self._num_held += len(data)
+                if self._num_held > MAX_HELD_BYTES:
+                    raise ApiError(503, "this router holds too much of other answers; ask again")
+                if len(body) > MAX_WHOLE_BYTES:
+                    raise BrokenError(f"{link.server.name}: its answer has more than {MAX_WHOLE_BYTES} bytes")
+            return bytes(body)
+        finally:
+            self._num_held -= len(body)
 
     def status(self) -> list[Mapping[str, Any]]:
         """Return what the status shows of each server."""

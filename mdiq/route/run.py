@@ -175,14 +175,13 @@ class Run:
     # Answers
 
     async def _whole(self, link: Link, response: ClientResponse) -> web.Response:
-        body = await link.whole(response)
+        body = await self._pool.whole(link, response)
         self._note_first()
         self._note_failover("again")
-        kind = "output_tokens" if "messages" in self._asked.path else "completion_tokens"
         if body[:1] == b"{":
             value = await asyncio.to_thread(_loaded, body) if len(body) > 1 << 16 else _loaded(body)
             usage, self._record.finish_reason = value.get("usage"), reason_of(value)
-            for names in (("prompt_tokens", kind), ("input_tokens", "output_tokens")):
+            for names in (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens")):
                 if (counts := counts_of(usage, *names)) is not None:
                     self._note_usage(counts)
             if self._asked.is_stored:
@@ -269,7 +268,7 @@ class Run:
 
     async def _refusal_of(self, link: Link, response: ClientResponse) -> Refusal:
         headers = {name: response.headers[name] for name in PASSED if name in response.headers}
-        return Refusal(response.status, await link.whole(response, 1 << 20), headers)
+        return Refusal(response.status, await link.short(response), headers)
 
     def _not_now(self, link: Link, refusal: Refusal) -> web.StreamResponse | None:
         """Return a refusal that another server would give too; note any other."""

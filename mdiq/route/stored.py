@@ -27,7 +27,8 @@ from mdiq.route.splice import Lane, Splice, renamed
 
 log = structlog.get_logger()
 
-MAX_BREAKS = 3
+MAX_BREAKS = 5
+NEWS_S = 1.0
 _DIALECT = ResponsesDialect()
 
 
@@ -151,10 +152,11 @@ class Stored:
                 async with link.ask(request.method, reading.path, headers=_headers(link, request)) as response:
                     if is_stream(response):
                         return await reading.stream(link, response)
-                    return _whole(response, await link.whole(response), session.names)
+                    return _whole(response, await self._pool.whole(link, response), session.names)
             except BrokenError as error:
                 log.warning("stored_broken_off", server=link.server.name, why=str(error))
                 why = str(error)
+                await self._pool.news(NEWS_S)  # whether the server is gone is looked at now
             except ApiError as error:
                 if not reading.out.prepared:
                     raise
@@ -172,7 +174,7 @@ class Stored:
                 async with link.ask(request.method, reading.path, headers=_headers(link, request)) as response:
                     if is_stream(response):
                         return await reading.stream(link, response)
-                    body = await link.whole(response)
+                    body = await self._pool.whole(link, response)
                     if response.status != 404:
                         return _whole(response, body, {})
             except BrokenError:

@@ -107,9 +107,10 @@ class FakeServer:
             return  # it is dead already
         self._reset(server)
         await self._runner.cleanup()
-        for _ in range(5):  # connections that were just being accepted
+        while any(getattr(each.get_coro(), "__name__", "") == "_accept_connection2" for each in asyncio.all_tasks()):  # noqa: ASYNC110
             await asyncio.sleep(0)
-            self._reset(server)
+        await asyncio.sleep(0)
+        self._reset(server)  # connections that were just being accepted
 
     @staticmethod
     def _reset(server: "web.Server[Any]") -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mdiq.api.keys import bare_keys
-from mdiq.route import links, run
+from mdiq.errors import RingError
+from mdiq.route import links, pool, run
 from mdiq.route.servers import State
 from tests.route.fake_server import FakeServer, Router, routed
 
@@ -244,8 +245,6 @@ async def test_a_request_that_is_wrong_is_refused_once() -> None:
 
 
 async def test_an_error_of_a_ring_in_a_stream_is_a_reason_to_go_on_elsewhere() -> None:
-    from mdiq.errors import RingError
-
     first, second = FakeServer("first"), FakeServer("second")
 
     def before(i: int) -> Any:
@@ -254,7 +253,6 @@ async def test_an_error_of_a_ring_in_a_stream_is_a_reason_to_go_on_elsewhere() -
         return None
 
     async with routed(first, second) as router:
-        calm = await _stream(router, "/v1/responses")
         for path in BODIES:
             calm = await _stream(router, path)
             router.pool.links["second"].server.is_drained = True
@@ -474,6 +472,27 @@ async def test_a_stream_that_is_read_again_after_its_server_has_died_has_all_eve
         assert _plain(begun + _events(await response.text())) == _plain(calm)
 
 
+async def test_a_response_in_the_background_is_made_again_when_its_server_dies() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second) as router:
+        body = {**BODIES["/v1/responses"], **SEEDED}
+        calm = await (await router.client.post("/v1/responses", json=body)).json()
+        router.pool.links["second"].server.is_drained = True
+        reached, first.model.before = _holding(6)
+        made = await (await router.client.post("/v1/responses", json={**body, "background": True})).json()
+        assert made["status"] == "in_progress" or made["status"] == "queued"
+        await reached.wait()
+        router.pool.links["second"].server.is_drained = False
+        await first.kill()
+        while True:
+            got = await router.client.get(f"/v1/responses/{made['id']}")
+            found = await got.json()
+            assert got.status == 200 and found["id"] == made["id"], found
+            if found["status"] == "incomplete":
+                break
+        assert found["output"][0]["content"] == calm["output"][0]["content"]
+
+
 async def test_the_status_and_the_metrics_say_how_the_servers_are() -> None:
     first, second = FakeServer("first"), FakeServer("second")
     async with routed(first, second) as router:
@@ -497,6 +516,21 @@ async def test_what_is_not_a_request_is_refused_here() -> None:
         assert response.status == 404 and (await response.json())["error"]["code"] == "unknown_url"
         error = await (await router.client.post("/v1/messages", data=b"[1]")).json()
         assert error["type"] == "error"
+
+
+async def test_what_is_held_of_answers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = FakeServer("only")
+    async with routed(only) as router:
+        assert (await router.client.post("/v1/completions", json=BODIES["/v1/completions"])).status == 200
+        monkeypatch.setattr(pool, "MAX_WHOLE_BYTES", 20)
+        response = await router.client.post("/v1/completions", json=BODIES["/v1/completions"])
+        assert response.status == 503 and "more than 20 bytes" in (await response.json())["error"]["message"]
+        monkeypatch.setattr(pool, "MAX_HELD_BYTES", 10)
+        response = await router.client.post("/v1/completions", json=BODIES["/v1/completions"])
+        assert response.status == 503 and "holds too much" in (await response.json())["error"]["message"]
+        assert (
+            await router.client.post("/v1/completions", json={**BODIES["/v1/completions"], "stream": True})
+        ).status == 200
 
 
 async def test_tokens_are_counted_at_any_server() -> None:
