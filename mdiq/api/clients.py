@@ -83,6 +83,13 @@ class Client:
         self.num_answer += num_tokens
         self._take(num_tokens, now)
 
+    def told(self, num_prompt: int, num_answer: int, now: float) -> None:
+        """Count a request that another server has answered, with all its tokens."""
+        self.num_requests += 1
+        self.num_prompt += num_prompt
+        self._take(num_prompt, now)
+        self.got(num_answer, now)
+
     def _take(self, num_tokens: int, now: float) -> None:
         if self._bucket is not None:
             self._bucket.take(num_tokens, now)

@@ -18,7 +18,7 @@ from mdiq.control.agent import HEARTBEAT_S
 from mdiq.core.ring_settings import RingSettings
 from mdiq.core.wire_formats import AUTO, WIRE_FORMATS
 from mdiq.errors import ConfigError
-from mdiq.report.evaluate import EXAMPLE_TOKENS, WIRE_NODES, Evaluation, Evaluator, Subject, kv_tokens
+from mdiq.report.evaluate import EXAMPLE_TOKENS, WIRE_NODES, Evaluation, Evaluator, Subject, kv_tokens, longest_text
 from mdiq.report.evaluation_page import evaluation_page
 from mdiq.report.page import LANGUAGES, Language
 from mdiq.report.receipt import make_receipt
@@ -44,11 +44,12 @@ def execute(options: EvaluateOptions) -> int:
     wires = parse_wire_list(options.wires)
     link = check_circumstances(options.link, options.cpu)
     check_folder(options.out)
+    receipt = make_receipt(sys.argv[1:])
     threads = options.threads or max(usable_threads() // options.nodes, 1)
     set_threads(threads)
     console = Console(stderr=True)
     names = tuple(dict.fromkeys(options.model or USUAL_MODELS))
-    longest = max(options.prompt_tokens + options.answer_tokens, *lengths)
+    longest = longest_text(options.prompt_tokens, options.answer_tokens, lengths)
     subjects = [_subject(name, options, console, longest) for name in names]
     with console.status("starting") as status:
         evaluator = _evaluator(options, lengths, wires, threads, longest, link, status.update)
@@ -68,7 +69,7 @@ def execute(options: EvaluateOptions) -> int:
         "seed": options.seed,
         "example_tokens": EXAMPLE_TOKENS,
     }
-    document = Evaluation(make_receipt(sys.argv[1:]), settings, models).as_document()
+    document = Evaluation(receipt, settings, models).as_document()
     for file in write(document, evaluation_page, languages_of(options.language), options.out, "evaluation"):
         typer.echo(str(file))
     return 0
@@ -113,9 +114,9 @@ def _subject(name: str, options: EvaluateOptions, console: Console, longest: int
     path = find_model(name, progress) if shape is None else shape_file(name, options.bits, progress)
     config = read_config(path)
     split_layers(config.num_layers, options.nodes, config.head_layers)  # refuses more nodes than layers
-    if longest + 1 > config.context_tokens:
+    if longest > config.context_tokens:
         raise ConfigError(
-            f"--answer-tokens, --lengths: the longest text has {longest + 1} tokens; "
+            f"--answer-tokens, --lengths: the longest text has {longest} tokens; "
             f"the context of {name} has {config.context_tokens}"
         )
     if config.vocab_size <= FIRST_TOKEN:

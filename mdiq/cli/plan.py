@@ -10,6 +10,8 @@ from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
 from mdiq.plan.drift import SHOWN, load_text
 from mdiq.plan.explain import explain, render
+from mdiq.plan.layouts import layouts
+from mdiq.plan.layouts import text as layouts_text
 from mdiq.plan.partition import Objective
 from mdiq.plan.plan import plan_split
 from mdiq.service.planned import goal_of, profiles_path, read_profiles
@@ -72,10 +74,15 @@ def plan(
         typer.echo(f"{rate:.1f} tokens/s predicted; the planner's own way follows", err=as_json)
     explanation = explain(profiles.model, found, profiles.links, goal)
     factors = {name: factor for name in names if (factor := profiles.nodes[name].under_load) is not None}
+    usable = [node for i, node in enumerate(found) if not (i and node.is_spare)]
+    divided = layouts(profiles.model, usable, profiles.links, goal) if with_more else []
     if as_json:
-        typer.echo(json.dumps({**asdict(explanation), "under_load": factors}, default=str))
+        more = {"layouts": [asdict(layout) for layout in divided]} if with_more else {}
+        typer.echo(json.dumps({**asdict(explanation), "under_load": factors, **more}, default=str))
     else:
         typer.echo(render(explanation, with_more=with_more), nl=False)
+        if text := layouts_text(divided, explanation.plan.value):
+            typer.echo(f"\n{text}", nl=False)
         if text := load_text(factors, SHOWN):
             typer.echo(f"under load   {text} as measured alone; the plan counts on it")
     return 0

@@ -1,6 +1,7 @@
 """`mdiq report`: a staged trial on local rings, from flags to pages."""
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 
 from mdiq.bench.shapes import shape_file
-from mdiq.bench.workload import FIRST_TOKEN
+from mdiq.bench.workload import FIRST_TOKEN, Load
 from mdiq.cli.evaluate import REST_S, check_circumstances, languages_of, parse_wire_list
 from mdiq.cli.flags import parse_numbers, parse_wires
 from mdiq.cli.report_commands import ReportOptions
@@ -25,11 +26,11 @@ from mdiq.errors import ConfigError
 from mdiq.plan.partition import Split
 from mdiq.report.cost import Prices
 from mdiq.report.drill import kill_child
-from mdiq.report.evaluate import Subject, about, kv_tokens
+from mdiq.report.evaluate import Subject, about, kv_tokens, longest_text
 from mdiq.report.gates import Limits
-from mdiq.report.receipt import make_receipt
+from mdiq.report.receipt import Receipt, make_receipt
 from mdiq.report.trial import Trial
-from mdiq.report.trial_document import trial_document
+from mdiq.report.trial_document import running_document, trial_document
 from mdiq.report.trial_page import trial_page
 from mdiq.report.write import check_folder, write
 from mdiq.runtime.options import RingOptions
@@ -54,16 +55,19 @@ def execute(options: ReportOptions) -> int:
     device_bytes = _device_bytes(options.device_memory)
     prices = _prices(options)
     check_folder(options.out)
+    receipt = make_receipt(sys.argv[1:])
+    if options.api is not None:
+        return _running(options, options.api, prices, receipt)
     threads = options.threads or max(usable_threads() // options.nodes, 1)
     set_threads(threads)
     console = Console(stderr=True)
-    longest = max(options.prompt_tokens + options.answer_tokens, *lengths)
+    longest = longest_text(options.prompt_tokens, options.answer_tokens, lengths)
     subject = _subject(options, console, longest)
     with console.status("starting") as status:
         trial = _trial(options, subject, lengths, wires, threads, longest, link, device_bytes, status.update)
         run = run_until_signal(trial.run())
     document = trial_document(
-        make_receipt(sys.argv[1:]),
+        receipt,
         _settings(options, threads, link, lengths, wires),
         about(subject, WIRE_FORMATS[options.dtype].element_bytes),
         run,
@@ -75,6 +79,40 @@ def execute(options: ReportOptions) -> int:
     for file in write(document, trial_page, languages_of(options.language), options.out, "report"):
         typer.echo(str(file))
     return 0
+
+
+def _running(options: ReportOptions, url: str, prices: Prices, receipt: Receipt) -> int:
+    """Measure a ring that runs, and write; return the exit code."""
+    from mdiq.report.running import RunningRing  # it needs aiohttp
+
+    local = {
+        "--model": options.model,
+        "--shape": options.shape,
+        "--link": options.link,
+        "--cpu": options.cpu,
+        "--device-memory": options.device_memory,
+    }
+    if given := [flag for flag, value in local.items() if value is not None]:
+        raise ConfigError(f"{given[0]}: it is for rings on this machine; leave it out, or --api")
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--api {url}: write the address with http:// or https://, as in http://127.0.0.1:8080")
+    load = Load(options.users, options.prompt_tokens, options.answer_tokens, options.seed)
+    ring = RunningRing(url, os.environ.get("MDIQ_API_KEY"))
+    model, stage = run_until_signal(ring.measure(load, _limits(options), REST_S))
+    kept = "users prompt_tokens answer_tokens seed".split()
+    settings = {name: getattr(options, name) for name in kept} | {"is_local": False, "url": url}
+    document = running_document(receipt, settings, model, stage, prices)
+    for file in write(document, trial_page, languages_of(options.language), options.out, "report"):
+        typer.echo(str(file))
+    return 0
+
+
+def _limits(options: ReportOptions) -> Limits:
+    return Limits(
+        min_tokens_per_s=options.min_tokens_per_s,
+        max_token_s=options.max_token_ms / 1_000,
+        max_recovery_s=options.max_recovery,
+    )
 
 
 def _device_bytes(text: str | None) -> int | None:
@@ -120,10 +158,10 @@ def _subject(options: ReportOptions, console: Console, longest: int) -> Subject:
     path = shape_file(options.shape, options.bits, progress) if options.shape else find_model(options.model, progress)
     config = read_config(path)
     split_layers(config.num_layers, options.nodes, config.head_layers)  # refuses more nodes than layers
-    if longest + 1 > config.context_tokens:
+    if longest > config.context_tokens:
         raise ConfigError(
-            f"--answer-tokens, --lengths: the longest text has {longest + 1} tokens; "
-            f"the context of {path.name} has {config.context_tokens}"
+            f"--answer-tokens, --lengths: the longest text has {longest} tokens; "
+            f"the context of {options.shape or path.name} has {config.context_tokens}"
         )
     if config.vocab_size <= FIRST_TOKEN:
         raise ConfigError(f"{path.name}: its vocabulary of {config.vocab_size} tokens is too small for a load")
@@ -176,11 +214,7 @@ def _trial(
         seed=options.seed,
         kv_tokens=capacity,
         device_bytes=device_bytes,
-        limits=Limits(
-            min_tokens_per_s=options.min_tokens_per_s,
-            max_token_s=options.max_token_ms / 1_000,
-            max_recovery_s=options.max_recovery,
-        ),
+        limits=_limits(options),
         keeps_going=options.keep_going,
         wires=wires,
         lengths=lengths,

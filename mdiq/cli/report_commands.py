@@ -64,7 +64,7 @@ class EvaluateOptions:
     cpu: Cpu = None
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0
     language: Pages = PageLanguage.BOTH
-    log_level: Level = "warning"
+    log_level: Level = "error"
 
     @property
     def held(self) -> WeightSettings:
@@ -76,6 +76,13 @@ class ReportOptions:
     """Try a ring of local nodes in stages, and write a report for the person who decides."""
 
     out: Annotated[Path, typer.Option(help="Folder for the report, its pictures, JSON and CSV.")] = Path("report")
+    api: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure the running ring at this address of its API instead, as it stands: http://127.0.0.1:8080. "
+            "Its key is read from MDIQ_API_KEY."
+        ),
+    ] = None
     model: Model = None
     shape: Annotated[
         str | None, typer.Option(help="Random weights of a shape of mdiq bench instead, to measure speed alone.")

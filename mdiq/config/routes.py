@@ -107,7 +107,9 @@ def load_routes(file: Path) -> LoadedRoutes:
         with file.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise TopologyError([f"{file}: {error.strerror}; configs/routes.yaml is an example of such a file"]) from None
+        raise TopologyError(
+            [f"{file}: {error.strerror}; configs/routes/two-rings-and-a-copy.yaml is an example of such a file"]
+        ) from None
     routes, findings = check_routes(data)
     if routes is None:
         raise TopologyError([finding.render(str(file)) for finding in findings])
@@ -163,7 +165,7 @@ def _message(loc: Loc, details: ErrorDetails) -> str:
     properties: dict[str, Any] = section.model_json_schema()["properties"] if section else {}
     match details["type"]:
         case "missing":
-            return "it is missing; compare with configs/routes.yaml"
+            return "it is missing; compare with configs/routes/two-rings-and-a-copy.yaml"
         case "extra_forbidden":
             close = get_close_matches(str(loc[-1]).lower(), properties, n=1)
             advice = f"did you mean {close[0]}?" if close else f"use one of {', '.join(properties)}"

@@ -50,12 +50,14 @@ class Figure:
 class MeasuredLayers:
     """The time of a model's Layers on a device, as it measured them itself, and of the head.
 
+    layer_params, head_params: how many weights a Layer and the head have: models with as many take as long.
     decode, prompt: seconds of a Layer by Segments of one token, and by tokens of a prompt. head: by rows.
     """
 
     model: str
     weights: str
-    layer_bytes: int
+    layer_params: int
+    head_params: int
     decode: Curve
     prompt: Curve
     head: Curve
@@ -204,6 +206,9 @@ def read_catalogue(file: Path) -> Catalogue:
             data = opened.read(MAX_BYTES + 1)  # more is refused
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; `mdiq simulate --measure` writes a catalogue") from None
+    if not data.strip() or len(data) > MAX_BYTES:
+        wrong = f"larger than {MAX_BYTES // 1024} KiB" if data.strip() else "empty"
+        raise ConfigError(f"{file}: the file is {wrong}; `mdiq simulate --measure` writes a catalogue")
     document = read_document(data)
     if document.findings:
         raise ConfigError("\n".join(finding.render(str(file)) for finding in document.findings))
@@ -214,7 +219,8 @@ def read_catalogue(file: Path) -> Catalogue:
         for each in error.errors():
             # Of a value the line is known, of one that is missing the line of what should have it.
             loc = tuple(part for part in each["loc"] if not (isinstance(part, str) and part.startswith("function-")))
-            lines.append(f"{file}:{document.line_of(loc)} {path_of(loc)}: {_message(each)}")
+            place = f" {path_of(loc)}" if loc else ""
+            lines.append(f"{file}:{document.line_of(loc)}{place}: {_message(each)}")
         raise ConfigError("\n".join(lines)) from None
     return read.catalogue()
 
@@ -225,6 +231,8 @@ def _message(error: Any) -> str:
         return "it is missing; an entry of mdiq/report/catalogue.yaml shows all keys"
     if error["type"] == "extra_forbidden":
         return "no such key; an entry of mdiq/report/catalogue.yaml shows all keys"
+    if error["type"] in ("model_type", "dict_type"):
+        return "keys with values are expected here; mdiq/report/catalogue.yaml shows them"
     return text[:1].lower() + text[1:]
 
 
@@ -264,10 +272,11 @@ class _Positive(_Figure):
 class _Layers(_Part):
     model: _Text
     weights: _Text
-    layer_bytes: _Count
-    decode_s: _Points
-    prompt_s: _Points
-    head_s: _Points
+    layer_params: _Count
+    head_params: _Count
+    decode_ms: _Points
+    prompt_ms: _Points
+    head_ms: _Points
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "_Layers":
@@ -275,8 +284,8 @@ class _Layers(_Part):
         return self
 
     def layers(self) -> MeasuredLayers:
-        curves = (Curve(points) for points in (self.decode_s, self.prompt_s, self.head_s))
-        return MeasuredLayers(self.model, self.weights, self.layer_bytes, *curves)
+        curves = (Curve(points).scaled(1e-3) for points in (self.decode_ms, self.prompt_ms, self.head_ms))
+        return MeasuredLayers(self.model, self.weights, self.layer_params, self.head_params, *curves)
 
 
 class _Device(_Part):

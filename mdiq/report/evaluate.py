@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mdiq.bench.runner import WARM_UP_TOKENS
 from mdiq.bench.workload import Load
+from mdiq.engine.memory import return_free_memory
 from mdiq.report.measure import BYTES_TOKENS, HopBytes, LoadRun, MeasurableRing, Meter, count_bytes
 from mdiq.report.receipt import Receipt
 
@@ -165,6 +167,7 @@ class Evaluator:
 
     async def _ring(self, subject: Subject, nodes: int, alone: tuple[int, ...]) -> RingRun:
         self.progress(f"{subject.name}: {nodes} nodes")
+        return_free_memory(collect=True)  # the Starter of the ring before was in this process
         async with self.open_ring(subject.path, nodes, self.usual_wire) as ring:
             meter = self._meter(ring, subject, nodes)
             await meter.warm_up(nodes, self.prompt_tokens, self.seed)
@@ -237,9 +240,14 @@ def about(subject: Subject, item_bytes: int) -> ModelAbout:
     )
 
 
+def longest_text(prompt_tokens: int, answer_tokens: int, lengths: Sequence[int]) -> int:
+    """Return the tokens of the longest Sequence: of a load, or of one whose bytes are counted; see Meter.hop_bytes."""
+    return max(prompt_tokens + max(answer_tokens, WARM_UP_TOKENS), max(lengths) + 1 + BYTES_TOKENS)
+
+
 def kv_tokens(users: int, longest: int, step: int = 32) -> int:
     """Return the KV capacity for so many Sequences of so many tokens each. step: of a KvBlock."""
-    return users * -(-(longest + BYTES_TOKENS) // step) * step
+    return users * -(-longest // step) * step
 
 
 def _ratio(value: float, base: float) -> float | None:

@@ -12,6 +12,7 @@ class GateName(StrEnum):
     PREDICTION = "prediction"  # tokens/s of all users over what was predicted
     THROUGHPUT = "throughput"  # tokens/s of all users
     GAIN = "gain"  # tokens/s of all users over those of the stage before
+    MEMORY = "memory"  # bytes of the largest process, where the user says what a device holds
     LATENCY = "latency"  # seconds between two tokens of a user, 95th percentile
     RECOVERY_ANSWERS = "recovery answers"  # share of users with the same tokens although a node was killed
     RECOVERY = "recovery"  # seconds from the loss until every request had gone on
@@ -45,7 +46,8 @@ class Shown:
     """What a stage has shown.
 
     equal, recovered: users whose tokens were right, of ``users``; recovered None: there was no drill.
-    before: tokens/s of the stage before; None at the first. recovery_s: None: not all requests went on.
+    before: tokens/s of the stage before; None at the first. device_bytes: memory of a device; None: not given.
+    recovery_s: None: not all requests went on.
     """
 
     users: int
@@ -55,6 +57,8 @@ class Shown:
     token_p95_s: float
     before: float | None = None
     min_gain: float | None = None
+    rss_bytes: int = 0
+    device_bytes: int | None = None
     recovered: int | None = None
     recovery_s: float | None = None
 
@@ -68,6 +72,8 @@ def gates(shown: Shown, limits: Limits) -> tuple[Gate, ...]:
     found.append(_at_least(GateName.THROUGHPUT, shown.tokens_per_s, limits.min_tokens_per_s))
     if shown.before and shown.min_gain is not None:
         found.append(_at_least(GateName.GAIN, shown.tokens_per_s / shown.before, shown.min_gain))
+    if shown.device_bytes is not None:
+        found.append(_at_most(GateName.MEMORY, shown.rss_bytes, shown.device_bytes))
     found.append(_at_most(GateName.LATENCY, shown.token_p95_s, limits.max_token_s))
     if shown.recovered is not None:
         found.append(_at_least(GateName.RECOVERY_ANSWERS, shown.recovered / shown.users, 1.0))

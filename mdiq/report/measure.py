@@ -13,6 +13,7 @@ from mdiq.bench.runner import WARM_UP_TOKENS, LoadedRing, NodeShare, ask, node_s
 from mdiq.bench.workload import Load
 from mdiq.core.sequence import SamplingParams
 from mdiq.core.sequence import Sequence as TokenSequence
+from mdiq.engine.memory import return_free_memory
 from mdiq.plan.measured import MeasuredRing
 
 _QUIET_S = 0.1
@@ -180,6 +181,7 @@ async def count_bytes(
     found: list[HopBytes] = []
     for wire in wires:
         progress(f"bytes on a hop of {wire}")
+        return_free_memory(collect=True)
         async with open_ring(wire) as ring:
             meter = Meter(ring, vocab_size, 0.0, lap_s)
             for has_kv_cache in (True, False) if has_uncached else (True,):

@@ -1,5 +1,6 @@
 """Where figures come from: when, on which machine, by which command and which state of the sources."""
 
+import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,10 @@ _GIT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """commit: of the sources, empty if they are not a Git checkout; is_changed: they differ from it."""
+    """commit: of the sources, empty if they are not a Git checkout; is_changed: they differ from it.
+
+    load_average: of the minute before, by other programs as well; over the number of cores, figures are too low.
+    """
 
     made_at: str
     command: str
@@ -23,10 +27,11 @@ class Receipt:
     commit: str
     is_changed: bool
     machine: Mapping[str, str | int]
+    load_average: float
 
 
 def make_receipt(arguments: Sequence[str]) -> Receipt:
-    """Return the Receipt of figures that are made now, by ``mdiq`` with these arguments."""
+    """Return the Receipt of figures that will be made now, by ``mdiq`` with these arguments."""
     sources = Path(mdiq.__file__).parent
     commit = _git(sources, "rev-parse", "HEAD")
     return Receipt(
@@ -36,6 +41,7 @@ def make_receipt(arguments: Sequence[str]) -> Receipt:
         commit=commit,
         is_changed=bool(commit and _git(sources, "status", "--porcelain", "--", ".")),
         machine=machine(),
+        load_average=os.getloadavg()[0],
     )
 
 

@@ -14,9 +14,19 @@ def receipt_blocks(document: Document, words: Words) -> Iterator[Block]:
         (words.say("version of mdiq", "mdiqの版"), (Value("/receipt/mdiq"),)),
         (words.say("commit", "コミット"), _commit(document, words)),
     ]
+    rows.append((words.say("load average before", "計測前の負荷平均"), (Value("/receipt/load_average", 1),)))
     rows += [((name,), (Value(f"/receipt/machine/{name}"),)) for name in document["receipt"]["machine"]]
     rows += [((name,), _setting(name, value)) for name, value in document["settings"].items()]
     yield Table((words.say("what", "項目"), words.say("value", "値")), tuple(rows))
+    if document["receipt"]["load_average"] > 0.5 * document["receipt"]["machine"]["cores"]:
+        yield Paragraph(
+            words.say(
+                "Other programs kept this machine busy before the measurement: speeds may be too low, and predictions "
+                "off.",
+                "計測前から他のプログラムがこの機械を使っていた。速度は低めに、予測は不正確に出ている可能性がある。",
+            ),
+            "bad",
+        )
     yield Paragraph(
         words.say(
             "Each figure of this page is a place in the JSON beside it (also inside this file), with the raw counts.",

@@ -53,7 +53,8 @@ class Facts:
     passed: of the stages that ran, in order; num_stages: that were planned. answers_equal: of all that ran.
     recovered: the drills ended with the same answers in time; None: there was none.
     one_device_bytes: that the whole model took on one device; device_bytes: memory of a device.
-    copies_tokens_per_s: of a whole copy on each device, together. ring_tokens_per_s: of the last stage.
+    copies_tokens_per_s: of a whole copy on each device, together. These are None where no device had the whole model.
+    ring_tokens_per_s: of the last stage.
     cost_per_million, price_per_million: None: not known. one_more_gain: what the planner expects of one more device.
     num_left_out: devices that the planner would leave out.
     """
@@ -62,9 +63,9 @@ class Facts:
     num_stages: int
     answers_equal: bool
     recovered: bool | None
-    one_device_bytes: int
-    device_bytes: int
-    copies_tokens_per_s: float
+    one_device_bytes: int | None
+    device_bytes: int | None
+    copies_tokens_per_s: float | None
     ring_tokens_per_s: float
     cost_per_million: float | None = None
     price_per_million: float | None = None
@@ -89,13 +90,15 @@ def recommend(facts: Facts) -> Recommendation:
         if not passed:
             break
         num_passed += 1
-    fits = facts.one_device_bytes * ROOM <= facts.device_bytes
-    copies_win = facts.copies_tokens_per_s >= facts.ring_tokens_per_s
+    are_copies_right: bool | None = None
+    if facts.one_device_bytes is not None and facts.device_bytes is not None and facts.copies_tokens_per_s is not None:
+        fits = facts.one_device_bytes * ROOM <= facts.device_bytes
+        are_copies_right = fits and facts.copies_tokens_per_s >= facts.ring_tokens_per_s
     is_whole = num_passed == facts.num_stages
     rules = (
         Rule(RuleName.ANSWERS, not facts.answers_equal, Verdict.STOP),
         Rule(RuleName.RECOVERY, None if facts.recovered is None else not facts.recovered, Verdict.STOP),
-        Rule(RuleName.FITS, fits and copies_win, Verdict.COPIES, facts.copies_tokens_per_s, facts.ring_tokens_per_s),
+        Rule(RuleName.FITS, are_copies_right, Verdict.COPIES, facts.copies_tokens_per_s, facts.ring_tokens_per_s),
         Rule(RuleName.ALL, is_whole, Verdict.RING, num_passed, facts.num_stages),
         Rule(RuleName.SOME, 0 < num_passed < facts.num_stages, Verdict.STAY, num_passed, facts.num_stages),
         Rule(RuleName.NONE, num_passed == 0, Verdict.STOP, num_passed, facts.num_stages),

@@ -89,7 +89,8 @@ def measure_machine(
     layers = MeasuredLayers(
         shape.name,
         chosen,
-        round(layer_bytes),
+        shape.layer_params,
+        shape.head_params,
         _per_layer(cost.decode, half, forward_s),
         _per_layer(cost.prompt, half, forward_s),
         head,
@@ -138,10 +139,11 @@ def as_yaml(machine: Machine) -> str:
             {
                 "model": layers.model,
                 "weights": layers.weights,
-                "layer_bytes": layers.layer_bytes,
-                "decode_s": _points(layers.decode),
-                "prompt_s": _points(layers.prompt),
-                "head_s": _points(layers.head),
+                "layer_params": layers.layer_params,
+                "head_params": layers.head_params,
+                "decode_ms": _points(layers.decode),
+                "prompt_ms": _points(layers.prompt),
+                "head_ms": _points(layers.head),
             }
             for layers in device.layers
         ],
@@ -160,8 +162,13 @@ def _per_layer(curve: Curve, num_layers: int, forward_s: float) -> Curve:
 
 
 def _entry(figure: Figure, factor: float) -> dict[str, object]:
-    return {"value": float(f"{figure.value * factor:.6g}"), "mark": str(figure.mark), "source": figure.source}
+    return {"value": _plain(figure.value * factor), "mark": str(figure.mark), "source": figure.source}
 
 
 def _points(curve: Curve) -> list[list[float]]:
-    return [[size, float(f"{time_s:.6g}")] for size, time_s in curve.points]
+    return [[size, _plain(1e3 * time_s)] for size, time_s in curve.points]
+
+
+def _plain(value: float) -> float:
+    """Return a number that YAML does not write with an exponent, which read_document would refuse."""
+    return float(f"{value:.6g}") if value >= 1e-3 else round(value, 4)

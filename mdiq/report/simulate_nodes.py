@@ -27,7 +27,6 @@ _PROMPT_SIZES = (16, 64, 192, 256)
 _PROMPT_ROWS = 256  # of the largest Batch: a chunk of a prompt
 MEASURED_CONTEXT = 96
 """Tokens of context in front of each measured token: engine/measure.py."""
-_LIKE = 0.03  # Layers whose bytes differ by less are of one size
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +96,10 @@ def node_profile(name: str, device: Device, shape: Shape, held: Held) -> NodePro
 
 
 def measured_layers(device: Device, shape: Shape, held: Held) -> MeasuredLayers | None:
-    """Return what the device has measured itself of Layers of this size, or None."""
-    layer_bytes = shape.layer_params * held.layer_bits / 8
+    """Return what the device has measured itself of Layers and a head of these sizes, or None."""
+    sizes = (held.weights, shape.layer_params, shape.head_params)
     return next(
-        (
-            layers
-            for layers in device.layers
-            if layers.weights == held.weights and abs(layers.layer_bytes / layer_bytes - 1) < _LIKE
-        ),
+        (layers for layers in device.layers if (layers.weights, layers.layer_params, layers.head_params) == sizes),
         None,
     )
 

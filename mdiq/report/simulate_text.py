@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from mdiq.plan.micro_batches import MAX_LIVE
 from mdiq.plan.room import count_layers, format_bytes
 from mdiq.report.catalogue import Catalogue, Figure, weakest
 from mdiq.report.simulate import Simulation, sources, upload_s
@@ -118,6 +119,8 @@ def _body(simulation: Simulation, layout: Layout, catalogue: Catalogue) -> Itera
     yield f"layout        {_layout(layout)}"
     if layout.num_rings > 1:
         yield f"              the figures of a ring are those of one with {_users(ring.users)}"
+    if ring.users > MAX_LIVE:
+        yield f"              a ring takes {MAX_LIVE} users at once; {ring.users - MAX_LIVE} wait for a place"
     yield ""
     yield from _stages(simulation)
     yield ""
@@ -137,6 +140,8 @@ def _body(simulation: Simulation, layout: Layout, catalogue: Catalogue) -> Itera
     )
     first = f"{figures['first_token_s'].value:.1f} s for a prompt of {question.prompt_tokens} tokens alone in the ring"
     yield line("first token", first, "first_token_s")
+    prompts = f"{figures['prompt_rate_tokens_per_s'].value:,.0f} tokens/s of long prompts while nothing is decoded"
+    yield line("prompts", prompts, "prompt_rate_tokens_per_s")
     yield line(
         "network",
         f"{figures['network_bytes_per_token'].value:,.0f} bytes a token, on {len(ring.plan.hops)} hops together",

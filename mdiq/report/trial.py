@@ -13,6 +13,7 @@ from typing import Protocol
 from mdiq.bench.runner import NodeShare
 from mdiq.bench.workload import Load
 from mdiq.core.types import NodeId
+from mdiq.engine.memory import return_free_memory
 from mdiq.errors import PlanError
 from mdiq.plan.explain import WhatIf, explain
 from mdiq.plan.measured import MeasuredRing, Profiles, profiles_of
@@ -190,6 +191,7 @@ class Trial:
     ) -> tuple[StageRun, MeasuredRing]:
         nodes = len(split)
         self.progress(f"{name}: a ring of {nodes} starts")
+        return_free_memory(collect=True)  # the Starter of the ring before was in this process
         async with self.open_ring(split, None) as ring:
             meter = Meter(ring, self.vocab_size, self.rest_s if nodes > 1 else 0.0, self.lap_s)
             await meter.warm_up(self.users, self.prompt_tokens, self.seed)
@@ -253,6 +255,8 @@ class Trial:
             token_p95_s=stage.many.figures.itl_p95_s,
             before=None if before is None else before.many.figures.decode_tokens_per_s,
             min_gain=min_gain,
+            rss_bytes=max(share.rss_bytes for share in stage.devices),
+            device_bytes=self.device_bytes,
             recovered=None if stage.drill is None else stage.drill.equal,
             recovery_s=None if stage.drill is None else stage.drill.recovered_s,
         )
@@ -267,18 +271,33 @@ class Trial:
         return Goal(num_users=self.users, kv_tokens=self.kv_tokens)
 
     def _planned(self, profiles: Profiles, nodes: int) -> tuple[Split, Predicted]:
-        """Return the planner's split over so many Nodes, and its prediction; memory is this machine's."""
+        """Return the planner's split over so many Nodes, and its prediction.
+
+        Where the devices' memory does not hold the model, it is planned without that limit: a gate will say so.
+        """
         profiled, links = devices(profiles, nodes)
         roomy = [replace(node, memory_bytes=_NO_LIMIT_BYTES) for node in profiled]
-        split = best_split(profiles.model, roomy, links, self._goal(), all_nodes=True)
+        for limited in (roomy,) if self.device_bytes is None else (self._limited(profiled), roomy):
+            split = best_split(profiles.model, limited, links, self._goal(), all_nodes=True)
+            if split is not None:
+                break
         assert split is not None  # there is room, and a Layer for each Node
         plan = plan_split(profiles.model, roomy, links, self._goal(), split)
         return split, _as_predicted(plan.rate_one, plan.rate, self.users)
 
+    def _limited(self, profiled: Sequence[NodeProfile]) -> list[NodeProfile]:
+        """Return these Nodes with the memory of a device.
+
+        The first one is the process that measures, too: each counts with what the last one takes without weights.
+        """
+        assert self.device_bytes is not None  # it is asked for then alone
+        process_bytes = profiled[-1].process_bytes
+        return [replace(node, memory_bytes=self.device_bytes, process_bytes=process_bytes) for node in profiled]
+
     def _outlook(self, profiles: Profiles) -> Outlook:
         profiled, links = devices(profiles, self.nodes)
         if self.device_bytes is not None:
-            profiled = [replace(node, memory_bytes=self.device_bytes) for node in profiled]
+            profiled = self._limited(profiled)
         found = explain(profiles.model, profiled, links, self._goal())
         value = found.plan.value
         return Outlook(

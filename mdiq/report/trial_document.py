@@ -109,6 +109,49 @@ def trial_document(
     return plain
 
 
+def running_document(
+    receipt: Receipt, settings: Mapping[str, Any], model: str, stage: StageRun, prices: Prices
+) -> dict[str, Any]:
+    """Return the document of a ring that was measured as it stands: one stage, and nothing to compare it with."""
+    cost = _cost(prices, stage, prices.load_share)
+    facts = Facts(
+        passed=(stage.passes,),
+        num_stages=1,
+        answers_equal=stage.equal == stage.many.users,
+        recovered=None,
+        one_device_bytes=None,
+        device_bytes=None,
+        copies_tokens_per_s=None,
+        ring_tokens_per_s=stage.many.figures.decode_tokens_per_s,
+        cost_per_million=cost.per_million,
+        price_per_million=prices.per_million_tokens,
+    )
+    document = {
+        "kind": "trial",
+        "version": VERSION,
+        "receipt": asdict(receipt),
+        "settings": dict(settings),
+        "model": {"name": model, "is_random": False},
+        "memory": {"device_bytes": None, "is_given": False, "one_device_bytes": None, "num_copies": 0},
+        "alone": None,
+        "stages": [asdict(stage)],
+        "num_stages": 1,
+        "wire": [],
+        "attention": None,
+        "outlook": None,
+        "why_no_outlook": "",
+        "copies": None,
+        "prices": asdict(prices),
+        "cost": asdict(cost),
+        "copies_cost": None,
+        "costs": [asdict(_cost(prices, stage, share)) for share in SHARES],
+        "facts": asdict(facts),
+        "recommendation": asdict(recommend(facts)),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(document))
+    return plain
+
+
 def copies_of(alone: StageRun, num_devices: int, ring_tokens_per_s: float) -> Copies:
     """Return what whole copies would reach, from what the model reached on one device."""
     part = alone.part or alone.many

@@ -24,7 +24,7 @@ from mdiq.report.page import (
 )
 from mdiq.report.receipt_page import receipt_blocks
 from mdiq.report.trial_advice import Advice
-from mdiq.report.trial_sections import PERCENT, Sections, stage_name
+from mdiq.report.trial_sections import MIB, PERCENT, Sections, stage_name
 
 
 def trial_page(document: Document, language: Language) -> Page:
@@ -56,7 +56,6 @@ def trial_page(document: Document, language: Language) -> Page:
 
 def _verdict(document: Document, words: Words) -> Paragraph:
     verdict, by = document["recommendation"]["verdict"], document["recommendation"]["by"]
-    devices = Value("/copies/devices")
     kind: Kind = "bad" if verdict == "stop" else "good" if verdict == "ring" else "note"
     if verdict == "copies":
         return Paragraph(
@@ -65,7 +64,7 @@ def _verdict(document: Document, words: Words) -> Paragraph:
                 "reaches {copies} tokens/s where the ring reached {ring}.",
                 "この用途にリングは適さない。モデルは一台に収まり、{n}台それぞれに全体のコピーを置けば毎秒{copies}トークンとなる"
                 "（リングは{ring}）。",
-                n=devices,
+                n=Value("/copies/devices"),
                 copies=Value("/copies/tokens_per_s", 1),
                 ring=Value("/facts/ring_tokens_per_s", 1),
             ),
@@ -84,6 +83,17 @@ def _verdict(document: Document, words: Words) -> Paragraph:
             words.say(
                 "Stay with the ring of {n} devices ({rate} tokens/s): a later stage did not pass its gates.",
                 "{n}台のリング（毎秒{rate}トークン）にとどまる。その後の段階は関門を通らなかった。",
+                **values,
+            ),
+            kind,
+        )
+    if document["alone"] is None:
+        return Paragraph(
+            words.say(
+                "The ring of {n} devices passed every gate as it stands: {rate} tokens/s. Whether whole copies of the "
+                "model would be better was not measured.",
+                "{n}台のリングは現状で全関門を通過した：毎秒{rate}トークン。"
+                "モデル全体のコピーの方が良いかどうかは計測していない。",
                 **values,
             ),
             kind,
@@ -113,16 +123,6 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
             (Value(f"{last}/one/figures/decode_tokens_per_s", 1),),
         ),
         (
-            words.say(
-                "tokens/s of one device with the whole model, all users", "一台に全モデルを置いた場合の速度（全利用者）"
-            ),
-            (Value("/alone/many/figures/decode_tokens_per_s", 1),),
-        ),
-        (
-            words.say("tokens/s of whole copies on all devices", "全デバイスにコピーを置いた場合の速度"),
-            (Value("/copies/tokens_per_s", 1),),
-        ),
-        (
             words.say("seconds between two tokens of a user", "次のトークンまでの秒数（中央値）"),
             (Value(f"{last}/many/figures/itl_median_s", 3),),
         ),
@@ -131,6 +131,20 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
             (Value(f"{last}/equal"), " / ", Value(f"{last}/many/users")),
         ),
     ]
+    if document["alone"] is not None:
+        rows += [
+            (
+                words.say(
+                    "tokens/s of one device with the whole model, all users",
+                    "一台に全モデルを置いた場合の速度（全利用者）",
+                ),
+                (Value("/alone/many/figures/decode_tokens_per_s", 1),),
+            ),
+            (
+                words.say("tokens/s of whole copies on all devices", "全デバイスにコピーを置いた場合の速度"),
+                (Value("/copies/tokens_per_s", 1),),
+            ),
+        ]
     if document["stages"][-1]["drill"] is not None:
         rows.append(
             (
@@ -151,6 +165,23 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
 
 def _what(document: Document, words: Words) -> Iterator[Block]:
     yield Heading(words.say("What was measured", "計測の対象"))
+    if document["alone"] is None:
+        yield Paragraph(
+            words.say(
+                "{model} on the running ring of {n} devices at {url}. {users} users ask at once with prompts of "
+                "{prompt} random tokens, and get {answer} tokens each, greedy; each was asked alone before. Rates are "
+                "those of decoding.",
+                "{url}で稼働中の{n}台のリング上の{model}。{users}人の利用者が同時に{prompt}トークンの乱数プロンプトを送り、"
+                "それぞれ{answer}トークンを貪欲法で受け取る（事前に一人ずつも計測）。速度はデコード中の値。",
+                model=Value("/model/name"),
+                n=Value("/stages/0/nodes"),
+                url=Value("/settings/url"),
+                users=Value("/settings/users"),
+                prompt=Value("/settings/prompt_tokens"),
+                answer=Value("/settings/answer_tokens"),
+            )
+        )
+        return
     link = (
         words.say("Every hop was slowed: {link}. ", "各ホップの条件：{link}。", link=Value("/settings/link"))
         if document["settings"]["link"]
@@ -198,7 +229,7 @@ def _what(document: Document, words: Words) -> Iterator[Block]:
 
 def _stages(document: Document, words: Words) -> Iterator[Block]:
     yield Heading(words.say("The stages", "段階"))
-    places = [("/alone", document["alone"])]
+    places = [("/alone", document["alone"])] if document["alone"] is not None else []
     places += [(f"/stages/{i}", stage) for i, stage in enumerate(document["stages"])]
     head = (
         words.say("stage", "段階"),
@@ -313,6 +344,7 @@ def _gates(document: Document, words: Words) -> Table:
         "prediction": words.say("measured over predicted", "計測／予測"),
         "throughput": words.say("tokens/s", "トークン/秒"),
         "gain": words.say("tokens/s over those of the stage before", "前の段階との速度比"),
+        "memory": words.say("memory of the largest device, MiB", "最大のデバイスのメモリ（MiB）"),
         "latency": words.say("next token, s (p95)", "次のトークン（秒、p95）"),
         "recovery answers": words.say("equal answers in the drill", "訓練での回答の一致"),
         "recovery": words.say("seconds until all went on in the drill", "訓練で全要求が再開するまでの秒数"),
@@ -321,8 +353,11 @@ def _gates(document: Document, words: Words) -> Table:
     for i, stage in enumerate(document["stages"]):
         for j, gate in enumerate(stage["gates"]):
             at = f"/stages/{i}/gates/{j}"
-            is_share = gate["name"] in ("answers", "recovery answers")
-            scale, digits, unit = (PERCENT, 0, " %") if is_share else (1.0, 2, "")
+            scale, digits, unit = 1.0, 2, ""
+            if gate["name"] in ("answers", "recovery answers"):
+                scale, digits, unit = PERCENT, 0, " %"
+            elif gate["name"] == "memory":
+                scale, digits = MIB, 0
             bound = words.say("at least ", "下限 ") if gate["is_minimum"] else words.say("at most ", "上限 ")
             rows.append(
                 (

@@ -263,9 +263,7 @@ class Run:
         record, now = self._record, time.monotonic()
         record.num_prompt, record.num_answer = counts
         if record.client is not None:
-            record.client.num_requests += 1
-            record.client.num_prompt += counts[0]
-            record.client.got(counts[1], now)
+            record.client.told(*counts, now)
 
     # What is no answer
 

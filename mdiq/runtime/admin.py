@@ -140,8 +140,9 @@ def _places(topology: Path, environ: Mapping[str, str]) -> Iterator[Path]:
     name = f"serve-{hashlib.sha256(str(topology.resolve()).encode()).hexdigest()[:12]}.sock"
     if folder := environ.get("RUNTIME_DIRECTORY"):  # systemd's, of the unit
         yield Path(folder.partition(":")[0]) / name
-    if os.access("/run/mdiq", os.X_OK):
-        yield Path("/run/mdiq") / name
+    for folder in ("/run/mdiq", "/run/mdiq-route"):  # of the units of a Starter and of a router
+        if os.access(folder, os.X_OK):
+            yield Path(folder) / name
     if folder := environ.get("XDG_RUNTIME_DIR"):
         yield Path(folder) / "mdiq" / name
     yield Path(f"/tmp/mdiq-{os.getuid()}") / name

@@ -232,3 +232,8 @@ async def test_an_error_in_a_stream_is_an_event() -> None:
     ring = WritingRing(reason=FinishReason.ERROR)
     events = await _post(ring, stream=True)
     assert events[-1]["type"] == "error" and events[-1]["error"]["type"] == "overloaded_error"
+
+
+def test_a_seed_makes_a_message_that_can_be_asked_for_again() -> None:
+    body = {"model": "m", "max_tokens": 3, "messages": [{"role": "user", "content": "Hi"}], "seed": 7}
+    assert parse_messages(body).params(1, 64).seed == 7

@@ -7,15 +7,15 @@ import pytest
 from mdiq.config.routes import MAX_SERVERS, check_routes, load_routes
 from mdiq.errors import TopologyError
 
-ROOT = Path(__file__).parent.parent.parent
+SAMPLE = Path(__file__).parent.parent.parent / "configs" / "routes" / "two-rings-and-a-copy.yaml"
 GOOD = "version: 1\nservers:\n- {name: a, url: 'http://10.0.0.1:8080'}\n"
 
 
 def test_the_sample_is_read_and_has_every_key() -> None:
-    routes = load_routes(ROOT / "configs" / "routes.yaml").routes
+    routes = load_routes(SAMPLE).routes
     assert [server.name for server in routes.servers] == ["ring-a", "ring-b", "desk"]
     assert (routes.max_requests, routes.silence_s, routes.outage_tolerance_s) == (1_024, 5.0, 60.0)
-    text = (ROOT / "configs" / "routes.yaml").read_text()
+    text = (SAMPLE).read_text()
     keys = [field.alias or name for name, field in type(routes).model_fields.items()]
     keys += list(type(routes.servers[0]).model_fields)
     assert [key for key in keys if f"{key}:" not in text] == []
@@ -60,5 +60,5 @@ def test_a_mistake_is_named_with_its_line(text: str, line: int, message: str) ->
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TopologyError, match="configs/routes.yaml is an example"):
+    with pytest.raises(TopologyError, match="configs/routes/two-rings-and-a-copy.yaml is an example"):
         load_routes(tmp_path / "none.yaml")

@@ -34,10 +34,14 @@ RING = (
     "integration/test_topology_ring.py::test_three_nodes_answer_as_three_local_ones_and_a_second_run_transfers_nothing"
 )
 DRAIN = "integration/test_serve.py::test_a_drained_node_leaves_the_others_its_layers_and_comes_back"
+ROUTER = "route/test_service.py::test_an_operator_sees_drains_and_reads_again_from_the_command_line"
 PLAN = "cli/test_plan.py::test_mdiq_plan_says_what_to_do_first_and_then_shows_the_plan"
 GOAL = "cli/test_plan.py::test_mdiq_plan_takes_goal_and_users_from_the_topology_unless_they_are_given"
+SIMULATE = "cli/test_simulate.py::test_the_pages_commands_predict_rings"
+MINE = "integration/test_simulate.py::test_a_machine_that_has_measured_itself_can_be_simulated"
 LINKS = "integration/test_bench.py::test_two_nodes_are_measured_over_slow_links"
 EVALUATION = "integration/test_evaluate.py::test_the_papers_tables_come_from_one_command"
+REPORT = "integration/test_report.py::test_a_trial_of_two_nodes_becomes_a_report_in_both_languages"
 RUN_ELSEWHERE = {
     "mdiq node topology.yaml --name": RING,
     "mdiq run --topology topology.yaml": RING,
@@ -48,6 +52,10 @@ RUN_ELSEWHERE = {
         "integration/test_serve.py::test_a_revoked_key_ends_its_connections_and_a_broken_file_changes_nothing"
     ),
     "curl http://127.0.0.1:8080/": "integration/test_serve.py::test_the_pages_requests_are_answered",
+    "mdiq route routes.yaml": "integration/test_route.py::test_requests_are_answered_as_if_no_ring_had_been_killed",
+    "mdiq status routes.yaml": ROUTER,
+    "mdiq drain routes.yaml ring-a": ROUTER,
+    "mdiq reload routes.yaml": ROUTER,
     "mdiq plan topology.yaml": PLAN,
     "mdiq plan topology.yaml --objective": GOAL,
     "mdiq plan topology.yaml --forget": "cli/test_plan.py::test_figures_are_forgotten_on_demand",
@@ -58,6 +66,13 @@ RUN_ELSEWHERE = {
         "integration/test_bench.py::test_nodes_run_under_a_quota_and_leave_nothing_behind"
     ),
     "mdiq evaluate": EVALUATION,
+    "mdiq report": REPORT,
+    "mdiq report --api": "integration/test_report.py::test_a_running_ring_is_measured_through_its_api",
+    "mdiq simulate --devices": SIMULATE,
+    "mdiq simulate --list": "cli/test_simulate.py::test_kinds_are_listed",
+    "mdiq simulate --measure": MINE,
+    "mdiq simulate --catalogue": MINE,
+    "mdiq simulate --check": "integration/test_simulate.py::test_five_rings_are_measured_beside_their_predictions",
     "mdiq perplexity": "integration/test_perplexity.py::test_packed_weights_keep_the_bounds",
 }
 """Beginning of a command -> the test that runs it; the longest beginning counts.
@@ -107,7 +122,7 @@ def test_the_test_that_runs_a_command_exists_and_has_its_words(test: str) -> Non
 
 @pytest.mark.parametrize("command", sorted({command for _, command in _COMMANDS if command.startswith("mdiq ")}))
 def test_mdiq_takes_the_command(command: str) -> None:
-    name, *arguments = shlex.split(command)
+    name, *arguments = shlex.split(command.partition(" > ")[0])
     taker = typer.main.get_command(app)
     while hasattr(taker, "commands"):
         name, *arguments = arguments

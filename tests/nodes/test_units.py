@@ -12,8 +12,9 @@ from mdiq.errors import ConfigError
 NODES = Path(__file__).parent.parent.parent / "nodes"
 UNITS = sorted((NODES / "systemd").glob("*.service"))
 TIMERS = sorted((NODES / "systemd").glob("*.timer"))
-DIFFERENT = ("Description=", "EnvironmentFile=", "ExecStart=", "Also=")
-"""Settings that may differ between the units of a node and of the Starter."""
+DIFFERENT = ("Description=", "EnvironmentFile=", "ExecStart=", "Also=", "WantedBy=", "LoadCredential=")
+DIFFERENT += ("RuntimeDirectory=",)
+"""Settings that may differ between the units of a node, of the Starter and of a router."""
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 
@@ -31,8 +32,9 @@ def _with_programs(folder: Path) -> list[Path]:
     return copies
 
 
-def test_there_is_a_unit_and_a_timer_for_each_role() -> None:
-    assert [unit.stem for unit in UNITS] == [timer.stem for timer in TIMERS] == ["mdiq-node", "mdiq-starter"]
+def test_there_is_a_unit_and_a_timer_for_each_role_and_a_unit_for_a_router() -> None:
+    assert [timer.stem for timer in TIMERS] == ["mdiq-node", "mdiq-starter"]
+    assert [unit.stem for unit in UNITS] == ["mdiq-node", "mdiq-route", "mdiq-starter"]
 
 
 @needs_systemd
@@ -71,9 +73,9 @@ def test_a_unit_without_its_sandbox_is_over_that_limit(tmp_path: Path) -> None:
     assert done.returncode != 0
 
 
-def test_node_and_starter_live_in_the_same_sandbox() -> None:
-    node, starter = ([line for line in _settings(unit) if not line.startswith(DIFFERENT)] for unit in UNITS)
-    assert node == starter
+def test_all_live_in_the_same_sandbox() -> None:
+    node, router, starter = ([line for line in _settings(unit) if not line.startswith(DIFFERENT)] for unit in UNITS)
+    assert node == starter == router
 
 
 def test_the_readme_explains_every_setting_of_the_units() -> None:
@@ -89,7 +91,7 @@ def test_a_bad_configuration_is_not_tried_again(unit: Path) -> None:
     assert f"RestartPreventExitStatus={ConfigError.exit_code}" in _settings(unit)
 
 
-@pytest.mark.parametrize("unit", ["mdiq-node.service", "mdiq-starter.service"])
+@pytest.mark.parametrize("unit", ["mdiq-node.service", "mdiq-starter.service", "mdiq-route.service"])
 def test_a_thousand_connections_of_strangers_do_not_take_all_descriptors(unit: str) -> None:
     lines = (Path(__file__).parents[2] / "nodes" / "systemd" / unit).read_text(encoding="utf-8").splitlines()
     assert "LimitNOFILE=65536" in lines

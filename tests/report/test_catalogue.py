@@ -1,5 +1,6 @@
 """The catalogue: the package's own, and what is said of a file that is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_wrong_entry_is_named_by_its_line(tmp_path: Path, old: str, new: str, 
     file.write_text(ENTRY.replace(old, new))
     with pytest.raises(ConfigError) as caught:
         read_catalogue(file)
-    assert str(caught.value).startswith(f"{file}:{line} ") and words in str(caught.value)
+    assert re.match(rf"{re.escape(str(file))}:{line}[ :]", str(caught.value)) and words in str(caught.value)
 
 
 def test_experts_that_are_more_than_there_are_are_refused(tmp_path: Path) -> None:
@@ -122,12 +123,28 @@ def test_experts_that_are_more_than_there_are_are_refused(tmp_path: Path) -> Non
         read_catalogue(file)
 
 
-@pytest.mark.parametrize("text", ["", "{", "a: *b", "- 1"])
+@pytest.mark.parametrize(("text", "words"), [("\n", "empty"), ("a: b\n" * 100_000, "larger than 256 KiB")])
+def test_a_file_that_is_empty_or_too_large_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"{words}.*--measure"):
+        read_catalogue(file)
+
+
+@pytest.mark.parametrize("text", ["{", "a: *b", "- 1"])
 def test_what_is_no_catalogue_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"mine\.yaml"):
         read_catalogue(file)
+
+
+def test_a_text_in_place_of_a_catalogue_says_what_is_expected(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("root is here\n")
+    with pytest.raises(ConfigError) as caught:
+        read_catalogue(file)
+    assert str(caught.value) == f"{file}:1: keys with values are expected here; mdiq/report/catalogue.yaml shows them"
 
 
 def test_a_file_that_is_not_there_says_what_writes_one(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ GOOD = Shown(
     token_p95_s=0.4,
     before=7.0,
     min_gain=1.05,
+    rss_bytes=900,
+    device_bytes=1000,
     recovered=4,
     recovery_s=12.0,
 )
@@ -26,6 +28,7 @@ def test_a_good_stage_passes_every_gate() -> None:
         GateName.PREDICTION: 0.8,
         GateName.THROUGHPUT: 8.0,
         GateName.GAIN: 8 / 7,
+        GateName.MEMORY: 900,
         GateName.LATENCY: 0.4,
         GateName.RECOVERY_ANSWERS: 1.0,
         GateName.RECOVERY: 12.0,
@@ -38,6 +41,7 @@ def test_a_good_stage_passes_every_gate() -> None:
         ({"equal": 3}, GateName.ANSWERS),
         ({"predicted_tokens_per_s": 14.0}, GateName.PREDICTION),  # 8 / 14 = 0.57
         ({"before": 7.7}, GateName.GAIN),  # 1.039
+        ({"rss_bytes": 1001}, GateName.MEMORY),
         ({"token_p95_s": 1.1}, GateName.LATENCY),
         ({"recovered": 3}, GateName.RECOVERY_ANSWERS),
         ({"recovery_s": 61.0}, GateName.RECOVERY),
@@ -56,5 +60,5 @@ def test_the_users_own_minimum_counts() -> None:
 
 
 def test_a_first_stage_without_a_drill_has_fewer_gates() -> None:
-    found = gates(replace(GOOD, before=None, recovered=None, predicted_tokens_per_s=None), Limits())
+    found = gates(replace(GOOD, before=None, recovered=None, predicted_tokens_per_s=None, device_bytes=None), Limits())
     assert [gate.name for gate in found] == [GateName.ANSWERS, GateName.THROUGHPUT, GateName.LATENCY]

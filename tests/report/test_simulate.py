@@ -175,7 +175,7 @@ def test_marks_are_those_of_the_weakest_figure() -> None:
 
 def test_a_device_that_has_measured_such_layers_takes_its_own_times() -> None:
     layers = MeasuredLayers(
-        "m", "bytes", 99_000_000, Curve(((1, 0.02), (8, 0.04))), Curve(((16, 0.1),)), Curve(((1, 0.3),))
+        "m", "bytes", 99_000_000, 10_000_000, Curve(((1, 0.02), (8, 0.04))), Curve(((16, 0.1),)), Curve(((1, 0.3),))
     )
 
     def measured(figure: Figure) -> Figure:
@@ -198,7 +198,9 @@ def test_a_device_that_has_measured_such_layers_takes_its_own_times() -> None:
 
 
 def test_a_part_of_a_core_takes_as_much_longer() -> None:
-    layers = MeasuredLayers("m", "bytes", 99_000_000, Curve(((1, 0.02),)), Curve(((16, 0.1),)), Curve(((1, 0.3),)))
+    layers = MeasuredLayers(
+        "m", "bytes", 99_000_000, 10_000_000, Curve(((1, 0.02),)), Curve(((16, 0.1),)), Curve(((1, 0.3),))
+    )
     half = under_quota(replace(BOX, layers=(layers,), forward_s=cited(0.001)), 0.5)
     assert (half.read_bytes_per_s.value, half.forward_s.value) == (5e9, 0.002)
     assert half.layers[0].decode.points == ((1, 0.04),) and half.layers[0].head.points == ((1, 0.6),)

@@ -186,7 +186,7 @@ async def test_a_server_with_a_certificate_of_ones_own_is_reached_and_a_false_on
             assert second.asked == [] and "certificate" in state["text"].lower()
 
 
-async def test_mdiq_status_shows_the_servers(tmp_path: Path) -> None:
+async def test_an_operator_sees_drains_and_reads_again_from_the_command_line(tmp_path: Path) -> None:
     first, file = FakeServer("first"), tmp_path / "routes.yaml"
     async with _started(first):
         _write(file, first)
@@ -196,6 +196,8 @@ async def test_mdiq_status_shows_the_servers(tmp_path: Path) -> None:
             assert shown.exit_code == 0 and "first" in shown.output and "serves" in shown.output
             told = await asyncio.to_thread(CliRunner().invoke, app, ["drain", str(file), "first"])
             assert "first is drained" in told.output
+            told = await asyncio.to_thread(CliRunner().invoke, app, ["reload", str(file)])
+            assert "1 servers; new or changed: none" in told.output
             shown = await asyncio.to_thread(CliRunner().invoke, app, ["status", str(file), "--json"])
             assert shown.exit_code == 1 and '"drained": true' in shown.output
 

@@ -9,6 +9,7 @@ from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import Hierarchy
 from mdiq.testbed import cpu_quota
 from mdiq.testbed.cpu_quota import CpuQuota, check_quota
+from mdiq.testbed.slow_ring import SlowRing
 
 
 @pytest.fixture
@@ -45,6 +46,28 @@ def test_version_1_gets_period_and_quota(tmp_path: Path, monkeypatch: pytest.Mon
     folder = CpuQuota.create("node-1", 1.5).folder
     assert (folder / "cpu.cfs_period_us").read_text() == "20000"
     assert (folder / "cpu.cfs_quota_us").read_text() == "30000"
+
+
+def test_a_quota_may_come_before_other_processes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "own" / "cgroup.subtree_control").write_text("cpu")
+    assert (CpuQuota.create("node-1", 0.5, comes_first=True).folder / "cpu.weight").read_text() == "10000"
+    assert not (CpuQuota.create("node-2", 0.5).folder / "cpu.weight").exists()
+    monkeypatch.setattr(cpu_quota, "hierarchies", lambda: [Hierarchy(root, root, is_version_2=False)])
+    assert (CpuQuota.create("node-1", 0.5, comes_first=True).folder / "cpu.shares").read_text() == "262144"
+    assert not (CpuQuota.create("node-2", 0.5).folder / "cpu.shares").exists()
+
+
+def test_nodes_of_a_slow_ring_may_have_unlike_quotas(root: Path) -> None:
+    (root / "own" / "cgroup.subtree_control").write_text("cpu")
+    ring = SlowRing(cpu={"node-0": 0.5, "node-2": 0.25})
+    for number in range(3):
+        ring.slow_node(f"node-{number}", 70 + number)
+    groups = {folder.name.rpartition("-node-")[2]: folder for folder in (root / "own").glob("mdiq-bench-*")}
+    assert {name: (folder / "cpu.max").read_text() for name, folder in groups.items()} == {
+        "0": "10000 20000",
+        "2": "5000 20000",
+    }
+    assert (groups["2"] / "cgroup.procs").read_text() == "72"
 
 
 def test_groups_of_processes_that_are_gone_are_swept(root: Path) -> None:

@@ -1,0 +1,146 @@
+"""A ring's API that only keeps books, and the report that comes out."""
+
+import json
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from mdiq.bench.workload import Load
+from mdiq.errors import ConfigError, RemoteProtocolError, RingError
+from mdiq.report.gates import GateName, Limits
+from mdiq.report.html import html
+from mdiq.report.page import LANGUAGES
+from mdiq.report.running import RunningRing
+from mdiq.report.trial_document import running_document
+from mdiq.report.trial_page import trial_page
+from tests.report.fakes import PRICES, RECEIPT
+from tests.report.tracing import assert_traces_back
+
+LOAD = Load(2, 3, 4)
+KEY = "k"
+
+
+class Api:
+    """Answers each prompt with its number and so many pieces; two Nodes, which send 100 bytes for each request."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+        self.changes_when_busy = False
+        self.num_lacking = 0
+        self.serving_s = 100.0
+        self.status: Any = None
+
+    def application(self) -> web.Application:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/v1/models", self._models),
+                web.get("/status.json", self._status),
+                web.post("/v1/completions", self._complete),
+            ]
+        )
+        return app
+
+    async def _models(self, request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != f"Bearer {KEY}":
+            return web.json_response({}, status=401)
+        return web.json_response({"data": [{"id": "tiny"}]})
+
+    async def _status(self, _: web.Request) -> web.Response:
+        if self.status is not None:
+            return web.json_response(self.status)
+        self.serving_s += 10.0
+        node = {"state": "serves", "rss_bytes": 1000, "weight_bytes": 500, "bytes_out": 100 * len(self.asked)}
+        # Busy for 50 s before, and for all of the last 10 s.
+        busy = (50.0 + max(self.serving_s - 110.0, 0.0)) / self.serving_s
+        nodes = [
+            {"name": "pi0", "layers": [0, 2], "busy_share": busy, **node},
+            {"name": "pi1", "layers": [2, 6], "busy_share": 0.5, **node},
+            {"name": "spare", "state": "missing", "layers": []},
+        ]
+        hops = [{"wire": "f32", "delay_s": 0.01, "bytes_per_s": None}] * 2
+        return web.json_response({"nodes": nodes, "hops": hops, "serving_s": self.serving_s})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        assert body["ignore_eos"] and body["temperature"] == 0 and body["stream"]
+        self.asked.append(body["prompt"])
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        word = str(sum(body["prompt"])) + ("!" if self.changes_when_busy and len(self.asked) > LOAD.users else "")
+        for i in range(body["max_tokens"] // 2):  # a piece is two tokens
+            await self._send(response, {"choices": [{"text": f"{word} {i}"}]})
+        used = body["max_tokens"] - self.num_lacking
+        await self._send(response, {"choices": [], "usage": {"completion_tokens": used}})
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    @staticmethod
+    async def _send(response: web.StreamResponse, value: object) -> None:
+        await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+
+async def measured(api: Api, key: str | None = KEY) -> Any:
+    async with TestServer(api.application()) as server:
+        return await RunningRing(str(server.make_url("/")), key).measure(LOAD, Limits(), 0.0)
+
+
+async def test_users_are_asked_alone_and_then_at_once() -> None:
+    api = Api()
+    model, stage = await measured(api)
+    prompts = [list(prompt) for prompt in LOAD.prompts(256)]
+    assert api.asked[:2] == prompts
+    assert sorted(api.asked[2:]) == sorted(prompts)
+    assert (model, stage.name, stage.nodes, stage.split) == ("tiny", "now", 2, (2, 4))
+    assert (stage.equal, stage.passes) == (2, True)
+    first, last = stage.devices
+    assert (first.name, first.layers, last.layers) == ("pi0", "0-1", "2-5")
+    assert first.busy_share == pytest.approx(1.0)
+    assert last.busy_share == pytest.approx(0.5)
+    # 200 bytes for two users: 3 + 4 - 1 rows each pass the first hop, 4 the last one.
+    assert (first.bytes_per_token, last.bytes_per_token) == (200 / 12, 200 / 8)
+    assert [gate.name for gate in stage.gates] == [GateName.ANSWERS, GateName.THROUGHPUT, GateName.LATENCY]
+
+
+async def test_a_rate_counts_tokens_and_not_pieces_of_text() -> None:
+    _, stage = await measured(Api())
+    figures = stage.many.figures
+    # 8 tokens came in 4 pieces.
+    assert figures.total_tokens_per_s == pytest.approx(8 / stage.many.seconds)
+
+
+async def test_answers_that_change_in_company_do_not_pass() -> None:
+    api = Api()
+    api.changes_when_busy = True
+    _, stage = await measured(api)
+    assert (stage.equal, stage.passes) == (0, False)
+
+
+async def test_the_report_of_a_running_ring_traces_back_and_claims_no_more_than_was_measured() -> None:
+    model, stage = await measured(Api())
+    settings = {"users": 2, "prompt_tokens": 3, "answer_tokens": 4, "is_local": False, "url": "http://pi0:8080"}
+    document = running_document(RECEIPT, settings, model, stage, PRICES)
+    for language in LANGUAGES:
+        page = trial_page(document, language)
+        text = html(page, document)
+        assert assert_traces_back(text, page, document) > 50
+    english = html(trial_page(document, "en"), document)
+    assert "Whether whole copies of the model would be better was not measured." in english
+    assert "no device was killed" in english
+
+
+async def test_what_is_no_ring_is_an_error_of_one_line() -> None:
+    with pytest.raises(ConfigError, match="the key is missing or wrong; set MDIQ_API_KEY"):
+        await measured(Api(), None)
+    with pytest.raises(ConfigError, match="--api http://127.0.0.1:9: .*give the address"):
+        await RunningRing("http://127.0.0.1:9").measure(LOAD, Limits(), 0.0)
+    api = Api()
+    for api.status in ([], {"nodes": 3}, {"nodes": [], "hops": []}):
+        with pytest.raises(RemoteProtocolError, match="not what mdiq's API answers"):
+            await measured(api)
+    api = Api()
+    api.num_lacking = 1
+    with pytest.raises(RingError, match="3 of 4 tokens came"):
+        await measured(api)

@@ -1,0 +1,86 @@
+from dataclasses import replace
+
+import pytest
+
+from mdiq.report.cost import Prices
+from mdiq.report.html import html
+from mdiq.report.markdown import markdown
+from mdiq.report.page import LANGUAGES, Language
+from mdiq.report.trial_page import trial_page
+from tests.report.fakes import MIB, stage, trial, trial_run
+from tests.report.tracing import assert_traces_back, values_of
+
+
+def english(document: dict[str, object]) -> str:
+    return markdown(trial_page(document, "en"), document, "")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_figure_of_the_report_is_in_the_document(language: Language) -> None:
+    for document in (
+        trial(),
+        trial(device_bytes=1000 * MIB),
+        trial(trial_run(stage("few", 2, 10.0, passes=False, equal=1))),
+        trial(trial_run(stage("few", 2, 10.0, passes=False, error="node-1: gone"))),
+        trial(replace(trial_run(), outlook=None, why_no_outlook="3 layers do not fit"), prices=Prices()),
+    ):
+        page = trial_page(document, language)
+        assert assert_traces_back(html(page, document), page, document) > 100
+
+
+def test_both_languages_show_the_same_figures() -> None:
+    document = trial()
+    en, ja = (sorted(v.pointer for v in values_of(trial_page(document, language))) for language in LANGUAGES)
+    assert en == ja
+
+
+def test_a_model_too_large_for_one_device_gets_a_ring() -> None:
+    text = english(trial())
+    assert "**Go on with all 3 devices in one ring: 15.0 tokens/s" in text
+    assert "The whole model took 0.29 GiB on one device. A device has 0.10 GiB (as given)." in text  # 300 and 100 MiB
+
+
+def test_the_report_says_when_the_ring_is_the_wrong_answer() -> None:
+    # A device of 1000 MiB holds the model's 300; three copies with a user each reach 3 * 6 tokens/s.
+    text = english(trial(device_bytes=1000 * MIB))
+    assert "**A ring is the wrong answer here: the model fits one device." in text
+    assert "A whole copy on each of the 3 devices reaches 18.0 tokens/s where the ring reached 15.0." in text
+
+
+def test_a_stage_that_failed_is_not_recommended() -> None:
+    failed = trial_run(stage("few", 2, 10.0), stage("tuned", 2, 12.0), stage("all", 3, 9.0, passes=False))
+    assert "**Stay with the ring of 2 devices (12.0 tokens/s): a later stage" in english(trial(failed))
+    wrong = english(trial(trial_run(stage("few", 2, 10.0, passes=False, equal=1))))
+    assert "**Do not go on as it is: answers differed from those of one device.**" in wrong
+    assert "The trial ended before its last stage" in wrong
+    assert "| few: 2 devices, even split | equal answers | 50 % | at least 100 % | NOT PASSED |" in wrong
+
+
+def test_a_request_that_was_lost_is_shown() -> None:
+    lost = english(trial(trial_run(stage("few", 2, 10.0, passes=False, error="node-1: gone"))))
+    assert "A request failed: node-1: gone" in lost
+    assert "| few: 2 devices, even split | node-1 | 1.50 | 1.75 | – | – | – | – | 3.50 | 0 / 2 |" in lost
+
+
+def test_tables_have_the_right_figures() -> None:
+    text = english(trial())
+    assert (
+        "| all: 3 devices, planned split | 4, 4, 4 | 15.00 | 18.75 | 7.50 | 7.50 | 0.133 | 0.200 | 0.50 | 2 / 2 |"
+        in text
+    )
+    assert "| all: 3 devices, planned split | node-1 | 1.50 | 1.75 | 2.00 | 3.00 | 3.50 | 4.00 | 3.50 | 2 / 2 |" in text
+    assert "| out of node-0 | f32 | 20.0 | 10 |" in text
+    assert "| one more like node-0 | 20.00 | 1.25 |" in text
+    assert "| one more like node-1 | 3 layers would not fit | – |" in text
+    assert "planner would leave out: node-2" in text
+    assert "| full multi-head (computed) | 8 | 4.0 |" in text
+    # 30 W at 15 tokens/s: a million takes 18.52 h, 0.5556 kWh; devices 300 / 17520 h * 18.52 h.
+    assert "| the ring | 100 % | 0.56 | 0.17 JPY | 0.32 JPY | 0.48 JPY | 126 |" in text
+    assert "Energy: 30.0 W for all devices together (as given for each device), 2.00 J for a token." in text
+
+
+def test_what_was_not_measured_and_not_given_is_said() -> None:
+    text = english(trial(prices=Prices()))
+    assert "Energy: not measured." in text
+    assert "Cost: no prices were given." in text
+    assert "cost of a million tokens" not in text
