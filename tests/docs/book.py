@@ -46,6 +46,11 @@ def _lines(block: str) -> list[str]:
     return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines if line.strip()]
 
 
+def named_commands_of(text: str) -> list[list[str]]:
+    """Return the words after `mdiq` of each command that stands in a page's sentences and tables."""
+    return [words.split() for words in re.findall(r"`mdiq\s+([^`]+)`", without_blocks(text))]
+
+
 def anchors_of(text: str) -> set[str]:
     """Return the anchors of a page's headings, as GitHub makes them."""
     found: set[str] = set()

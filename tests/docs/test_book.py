@@ -13,7 +13,17 @@ import typer
 from typer.testing import CliRunner
 
 from mdiq.cli.main import app
-from tests.docs.book import PAGES, README, ROOT, anchors_of, commands_of, links_of, name_of, text_of
+from tests.docs.book import (
+    PAGES,
+    README,
+    ROOT,
+    anchors_of,
+    commands_of,
+    links_of,
+    name_of,
+    named_commands_of,
+    text_of,
+)
 from tests.docs.generated import PAGE, command_line_page
 
 RUN_HERE = re.compile(r"mdiq (init|keys|api-key|check|cache) |tar ")
@@ -122,6 +132,60 @@ def test_mdiq_takes_the_command(command: str) -> None:
         name, *arguments = arguments
         taker = taker.commands[name]
     taker.make_context(name, arguments)
+
+
+def _is_command(words: list[str]) -> bool:
+    """Tell whether mdiq has a command and the options that come with it; values and ellipses count for nothing."""
+    taker = typer.main.get_command(app)
+    while hasattr(taker, "commands") and words and not words[0].startswith("--"):
+        name, *words = words
+        if name not in taker.commands:
+            return False
+        taker = taker.commands[name]
+    options = {option for parameter in taker.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return {word.partition("=")[0] for word in words if word.startswith("--")} <= options | {"--help"}
+
+
+@pytest.mark.parametrize(
+    "sentence", ["run `mdiq reprot`", "`mdiq plan topology.yaml\n--explian` says", "`mdiq --fast`"]
+)
+def test_a_command_that_mdiq_lacks_is_found(sentence: str) -> None:
+    [words] = named_commands_of(sentence)
+    assert not _is_command(words)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_commands_that_sentences_name_exist(page: Path) -> None:
+    assert [words for words in named_commands_of(text_of(page)) if not _is_command(words)] == []
+
+
+def test_what_is_said_of_other_systems_has_a_source() -> None:
+    text = text_of(ROOT / "docs" / "comparison.md")
+    sources = dict(re.findall(r"^\[([\w-]+)\]: (https://\S+)$", text, re.MULTILINE))
+    assert set(re.findall(r"\]\[([\w-]+)\]", text)) == set(sources)
+    rows = [
+        row.strip("|").split("|")
+        for row in re.findall(r"^\| .*\|$", text.partition("## What is split")[2], re.MULTILINE)
+    ]
+    cells = [
+        (row[0].strip(), cell.strip()) for row in rows for cell in row[1:] if row[0].strip() not in ("system", "mdiq")
+    ]
+    assert len(cells) > 100, "it reads too little"
+    assert [cell for cell in cells if not re.search(r"\]\[[\w-]+\]|^not found", cell[1])] == []
+
+
+def test_the_summaries_say_the_same_in_both_languages() -> None:
+    english, japanese = (text_of(ROOT / "docs" / f"summary{tongue}.md") for tongue in ("", "-ja"))
+    pages = {link for link in links_of(english) if not link.startswith("summary")}
+    assert pages == {link for link in links_of(japanese) if not link.startswith("summary")}
+    for pattern in (r"^## |^\| |^- ", r"`mdiq \w+`"):
+        counts = [
+            len(re.findall(pattern, re.sub(r"`mdiq\s+", "`mdiq ", text), re.MULTILINE)) for text in (english, japanese)
+        ]
+        assert counts[0] == counts[1] > 0
+    japanese = japanese.replace("100万", "")  # a million
+    figures = [set(re.findall(r"\d[\d,.]*\d", text)) for text in (english, japanese)]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize("page", sorted({page for page, command in _COMMANDS if RUN_HERE.match(command)}), ids=name_of)
