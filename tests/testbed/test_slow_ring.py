@@ -13,7 +13,7 @@ class FakeQuota:
         self.pids: list[int] = []
 
     @classmethod
-    def create(cls, name: str, cpu: float) -> "FakeQuota":
+    def create(cls, name: str, cpu: float, *, comes_first: bool) -> "FakeQuota":
         assert name not in cls.made, "the folder is there already"
         cls.made[name] = cls()
         return cls.made[name]
