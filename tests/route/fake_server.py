@@ -25,6 +25,7 @@ from tests.api.test_app import FakeRing
 
 Client = TestClient[web.Request, web.Application]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+ACCEPTING = "_accept_connection2"  # asyncio's, of a connection that is not a protocol's yet
 
 
 class FakeModel(FakeRing):
@@ -97,20 +98,26 @@ class FakeServer:
         app.middlewares.insert(0, self._faults)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=self.tls)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        loop = asyncio.get_running_loop()
+        assert self._runner.server is not None  # it is set up
+        where = ("127.0.0.1", self.port)
+        self._listener = await loop.create_server(self._runner.server, *where, reuse_address=True, ssl=self.tls)
+        self.port = self._listener.sockets[0].getsockname()[1]
 
     async def kill(self) -> None:
         """Die as by kill -9: every connection is reset, and nobody listens."""
         if (server := self._runner.server) is None:
             return  # it is dead already
+        for listening in self._listener.sockets:
+            asyncio.get_running_loop().remove_reader(listening.fileno())
         self._reset(server)
-        await self._runner.cleanup()
-        while any(getattr(each.get_coro(), "__name__", "") == "_accept_connection2" for each in asyncio.all_tasks()):  # noqa: ASYNC110
+        # asyncio would leave connections open that are just being accepted when their listener closes.
+        while any(getattr(each.get_coro(), "__name__", "") == ACCEPTING for each in asyncio.all_tasks()):  # noqa: ASYNC110
             await asyncio.sleep(0)
         await asyncio.sleep(0)
-        self._reset(server)  # connections that were just being accepted
+        self._reset(server)
+        self._listener.close()
+        await self._runner.cleanup()
 
     @staticmethod
     def _reset(server: "web.Server[Any]") -> None:
