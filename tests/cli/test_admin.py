@@ -55,3 +55,14 @@ def test_the_status_shows_the_newest_pause_and_what_a_spare_has_on_its_disk(
     shown = capsys.readouterr().out
     assert "last pause, 61 s ago: pi2: gone; unheard of for 0.7 s, went on after 1.5 s" in shown
     assert "stands by: it is a spare; on its disk: layers 4-6, 9-9" in shown
+
+
+@pytest.mark.parametrize(
+    ("journal", "says_so"), [(None, False), ({"is_written": True}, False), ({"is_written": False}, True)]
+)
+def test_the_status_says_when_the_journal_cannot_be_written(
+    journal: object, says_so: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(admin, "ask", lambda *_: {**STATUS, "journal": journal})
+    admin.status(Path("t.yaml"), as_json=False)
+    assert ("the journal cannot be written" in capsys.readouterr().out) == says_so
