@@ -73,7 +73,7 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
     given = request.headers.get(HEADER, "")
     resource = request.match_info.route.resource
     record = request[RECORD] = Record(
-        given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}",
+        given if _ID.fullmatch(given) else new_request_id(),
         time.monotonic(),
         resource.canonical if resource is not None else "none",
         request.remote or "",
@@ -85,6 +85,11 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response
     finally:
         record.log(status, time.monotonic())
+
+
+def new_request_id() -> str:
+    """Return the id of a request whose client gave none."""
+    return f"req-{secrets.token_hex(12)}"
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:

@@ -12,14 +12,14 @@ from aiohttp import web
 
 from mdiq.api import streams
 from mdiq.api.answering import Answering, Begun
-from mdiq.api.audit import LEFT, RECORD, Record
+from mdiq.api.audit import LEFT, RECORD, Record, new_request_id
 from mdiq.api.backend import Backend
 from mdiq.api.clients import Clients
 from mdiq.api.forming import tools_about
 from mdiq.api.lasting import Ending, KeptResponse, LastingAnswer, ResponseJournal
 from mdiq.api.requests import MAX_BODY_BYTES, ApiError, BadRequest, broke
 from mdiq.api.response_requests import AskedResponse, parse_response, previous_of, renamed
-from mdiq.api.response_shapes import Event, ResponseShape, items_of, new_id
+from mdiq.api.response_shapes import Event, ResponseShape, items_of
 from mdiq.api.response_store import (
     KEEP_S,
     ResponseStore,
@@ -132,7 +132,7 @@ class ResponseRoutes:
                 self._ended(response, max(now - ending.at_s, 0.0))  # the clock may have been set
                 continue
             client = self._clients.of_digest(bytes.fromhex(about["owner"]), about["key"])
-            own = Record(new_id("req"), now_s, PATH, "", client)
+            own = Record(new_request_id(), now_s, PATH, "", client)
             make = partial(self._go_on, response, kept, own)
             response.task = asyncio.create_task(self._run(response, make, own), name="response")
 
@@ -158,6 +158,8 @@ class ResponseRoutes:
             status = error.status if isinstance(error, ApiError) else 503 if isinstance(error, MdiqError) else 500
             if begun is not None and not begun.done():
                 response.is_kept = False
+                self._gone(response)  # its client does not know it
+                response.is_journalled = False
                 begun.set_exception(renamed(error) if isinstance(error, BadRequest) else error)
                 return
             if not isinstance(error, MdiqError | ApiError):
@@ -247,8 +249,8 @@ class ResponseRoutes:
 
     def _ended(self, response: StoredResponse, ago_s: float = 0.0) -> None:
         self._store.ended(response, ago_s)
-        # Also where nobody asks any more: what is kept of it goes from the disk too.
-        asyncio.get_running_loop().call_later(max(KEEP_S - ago_s, 0.0) + 1.0, self._store.tidy)
+        if response.is_journalled:  # it goes from the disk too, also where nobody asks any more
+            asyncio.get_running_loop().call_later(max(KEEP_S - ago_s, 0.0) + 1.0, self._store.tidy)
 
     def _gone(self, response: StoredResponse) -> None:
         if self._journal is not None and response.is_journalled:

@@ -154,15 +154,15 @@ class ServiceJournal:
     async def accept(self, kept: KeptResponse, tokens: Sequence[int]) -> None:
         if self._journal is None or self._is_stuck or len(self._changes) > MAX_CHANGES:
             raise self._trouble or self._too_slow()
+        request = {"about": kept.about, "depends_on": self._about, "at_s": time.time()}
+        try:
+            note = (await asyncio.to_thread(json.dumps, request)).encode()
+        except (ValueError, RecursionError) as wrong:
+            log.warning("response_not_kept", error=type(wrong).__name__)
+            raise ConfigError("the request is nested too deeply to be kept") from None
+        changes = Changes(begun={kept.id: Begun(kept.prompt, kept.params)}, notes={kept.id: {"request": note}})
         self._known.add(kept.id)
-        at_s = time.time()
-
-        def make() -> Changes:
-            request = {"about": kept.about, "depends_on": self._about, "at_s": at_s}
-            notes = {kept.id: {"request": json.dumps(request).encode()}}
-            return Changes(begun={kept.id: Begun(kept.prompt, kept.params)}, notes=notes)
-
-        change = self._add(kept.id, make, is_new=True)
+        change = self._add(kept.id, lambda: changes, is_new=True)
         try:
             async with asyncio.timeout(WAIT_S):
                 await change.written
@@ -189,7 +189,11 @@ class ServiceJournal:
         self._running.pop(response_id, None)
 
         def make() -> Changes:
-            return Changes(ended=[response_id], notes={response_id: {"ending": _ending_blob(ending)}})
+            try:
+                blob = _ending_blob(ending)
+            except (ValueError, RecursionError):  # what a client has nested too deeply is at most computed again
+                return Changes()
+            return Changes(ended=[response_id], notes={response_id: {"ending": blob}})
 
         await self._until_written(self._add(response_id, make))
 
@@ -326,6 +330,9 @@ class ServiceJournal:
                 num_starts = int(starts["num"]) if starts and starts["tokens"] == len(its.tokens) else 0
                 obstacle = self._obstacle(request["depends_on"], num_starts)
                 kept = KeptResponse(key, request["about"], its.prompt, its.params, its.tokens, obstacle=obstacle)
+            except RecursionError:  # one request is no reason to lose the others
+                log.warning("response_not_kept", error="RecursionError")
+                continue
             except (LookupError, TypeError, ValueError, zlib.error) as error:
                 reason = f"it is damaged (response {key[:60]}: {type(error).__name__})"
                 raise UnreadableJournalError(self._file, reason) from None

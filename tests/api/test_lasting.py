@@ -18,6 +18,7 @@ from mdiq.api import response_store, responses
 from mdiq.api.app import Api
 from mdiq.api.keys import bare_keys
 from mdiq.api.lasting import MAX_TRIES
+from mdiq.api.response_shapes import ResponseShape
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.errors import CapacityError, MdiqError, RingError, RingStalledError
@@ -288,6 +289,20 @@ async def test_a_journal_that_cannot_be_written_refuses_the_background_alone(
     async with _service(dead, LastingRing()) as service, service.client() as client:
         for each in (before, after):
             assert (await client.responses.retrieve(each.id)).output_text == SHORT
+
+
+async def test_a_response_that_breaks_before_its_client_knows_it_is_not_kept(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _service(file, ring := LastingRing(text=SHORT)) as service, service.client() as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(ResponseShape, "begin", lambda _: 1 // 0)
+            with pytest.raises(openai.InternalServerError) as refusal:
+                await client.responses.create(input="Hi", background=True)
+        assert refusal.value.status_code == 500
+        await _until(lambda: service.api.status()["journal"] == {"is_written": True, "responses": 0})
+    async with _service(file, ring) as service:
+        assert not ring.asked
 
 
 async def test_what_was_cancelled_or_deleted_stays_so_and_both_work_on_what_goes_on(file: Path) -> None:

@@ -73,3 +73,14 @@ def test_the_status_tells_what_noise_has_been_spent(
     noise["hops"] = []
     admin.status(Path("t.yaml"), as_json=False)
     assert "noise on no hop of this ring; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("journal", "says_so"), [(None, False), ({"is_written": True}, False), ({"is_written": False}, True)]
+)
+def test_the_status_says_when_the_journal_cannot_be_written(
+    journal: object, says_so: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(admin, "ask", lambda *_: {**STATUS, "journal": journal})
+    admin.status(Path("t.yaml"), as_json=False)
+    assert ("the journal cannot be written" in capsys.readouterr().out) == says_so

@@ -17,6 +17,7 @@ from mdiq.errors import MdiqError
         ("x.yaml --nodes 3", "--nodes: x.yaml says that; write it there, or serve without a topology"),
         ("x.yaml --port 80", "--port: x.yaml says that"),
         ("x.yaml --keys-file k", "--keys-file: x.yaml says that"),
+        ("x.yaml --journal j", "--journal: x.yaml says that"),
         ("x.yaml --fast", "--exact: x.yaml says that"),
         ("x.yaml", "x.yaml: no such file"),
         ("--even-split", "--even-split: it is for the auto layers of a topology"),
@@ -38,5 +39,8 @@ def test_a_ring_without_a_topology_has_its_model_and_api_from_the_flags(tmp_path
     assert (loaded.topology.api.host, loaded.topology.api.port) == ("0.0.0.0", 9_000)
     assert loaded.topology.model.path == str(tmp_path)
     assert loaded.path(str(loaded.topology.api.keys_file)) == Path("keys").absolute()
+    assert loaded.topology.journal is None
+    kept = _local_topology(ServeOptions(journal=Path("kept")))
+    assert kept.path(str(kept.topology.journal)) == Path("kept").absolute()
     usual = _local_topology(ServeOptions()).topology
     assert (usual.api.host, usual.api.port, usual.model.path) == ("127.0.0.1", 8_080, "smollm2-135m-instruct")

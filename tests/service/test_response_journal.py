@@ -18,7 +18,7 @@ import pytest
 from mdiq.api.lasting import Ending, KeptResponse
 from mdiq.config.load import load_topology
 from mdiq.core.sequence import SamplingParams
-from mdiq.errors import CapacityError, MdiqError
+from mdiq.errors import CapacityError, ConfigError, MdiqError
 from mdiq.service import response_journal
 from mdiq.service.journal import VERSION, Changes, Journal
 from mdiq.service.response_journal import MAX_STARTS, ServiceJournal, journal_file
@@ -357,6 +357,27 @@ def test_the_file_is_where_the_topology_says_or_in_the_services_state(tmp_path: 
     assert file("", STATE_DIRECTORY="/var/lib/mdiq") == Path("/var/lib/mdiq/journal")
     assert file("journal: auto", STATE_DIRECTORY="/var/lib/a:/var/lib/b") == Path("/var/lib/a/journal")
     assert file("") is None and file("", STATE_DIRECTORY="") is None
+
+
+def _nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+async def test_a_request_that_is_nested_too_deeply_harms_nobody_else(path: Path) -> None:
+    deep = replace(KEPT, id="resp_deep", about={**REQUEST, "shown": _nested(100_000)})
+    async with _running(path) as (journal, _):
+        with pytest.raises(ConfigError, match="nested too deeply"):
+            await journal.accept(deep, [])
+        await journal.accept(KEPT, [])
+        await journal.accept(replace(KEPT, id="resp_2"), [])
+        await journal.end("resp_2", replace(ENDING, whole=_nested(100_000)))
+        assert journal.status() == {"is_written": True, "responses": 2}
+    value = json.dumps({"about": REQUEST, "at_s": 0}).replace("5", "[" * 100_000 + "]" * 100_000)
+    _execute(path, f"INSERT INTO notes VALUES ('resp_3', 'request', CAST('{value}' AS BLOB))")
+    assert [kept.id for kept in await _found(path)] == ["resp_1", "resp_2"]
 
 
 async def test_what_is_kept_of_a_request_is_json(path: Path) -> None:
