@@ -191,6 +191,8 @@ def _show(seen: Seen, memory: Memory) -> None:
         f"{seen.num_whole} answers, {seen.num_left} left; first token: median {statistics.median(first_s):.2f} s, "
         f"95 % within {at_95:.2f} s, longest {first_s[-1]:.2f} s"
     )
+    # The system gives a process its KV cache page by page, as blocks are used for the first time: until all have been,
+    # memory grows. What a leak adds comes on top, and does not end.
     later = np.array(memory[len(memory) // 2 :])
     for name, column in (("Starter", 1), ("second node", 2)):
         slope = np.polyfit(later[:, 0], later[:, column], 1)[0] * 60 / 2**20 if len(later) > 2 else float("nan")
