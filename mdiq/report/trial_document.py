@@ -66,8 +66,6 @@ def trial_document(
     rate = last.many.figures.decode_tokens_per_s
     one_device_bytes = max(share.rss_bytes for share in run.alone.devices)
     copies = copies_of(run.alone, num_devices, rate)
-    costs = tuple(_cost(prices, last, share) for share in SHARES)
-    cost = _cost(prices, last, prices.load_share)
     best_gain = max((gain for gain in run.outlook.gains if gain is not None), default=None) if run.outlook else None
     facts = Facts(
         passed=tuple(stage.passes for stage in run.stages),
@@ -78,11 +76,15 @@ def trial_document(
         device_bytes=device_bytes,
         copies_tokens_per_s=copies.tokens_per_s,
         ring_tokens_per_s=rate,
-        cost_per_million=cost.per_million,
         price_per_million=prices.per_million_tokens,
         one_more_gain=best_gain,
         num_left_out=len(run.outlook.left_out) if run.outlook else 0,
     )
+    stage = recommend(facts).stage  # costs are advice: they do not change it
+    costed = last if stage is None else run.stages[stage]
+    costs = tuple(_cost(prices, costed, share) for share in SHARES)
+    cost = _cost(prices, costed, prices.load_share)
+    facts = replace(facts, cost_per_million=cost.per_million)
     recommendation: Recommendation = recommend(facts)
     fits = one_device_bytes * ROOM <= device_bytes
     full = about.kv_bytes_per_token * about.num_heads // about.num_kv_heads
@@ -103,7 +105,7 @@ def trial_document(
         "copies": asdict(copies),
         "prices": asdict(prices),
         "cost": asdict(cost),
-        "copies_cost": asdict(_cost(prices, last, prices.load_share, copies)),
+        "copies_cost": asdict(_cost(prices, costed, prices.load_share, copies)),
         "costs": [asdict(each) for each in costs],
         "facts": asdict(facts),
         "recommendation": asdict(recommendation),

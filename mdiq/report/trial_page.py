@@ -146,6 +146,14 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
                 (Value("/copies/tokens_per_s", 1),),
             ),
         ]
+    stage = document["recommendation"]["stage"]
+    if stage is not None and stage != len(document["stages"]) - 1:
+        rows.append(
+            (
+                words.say("tokens/s of the recommended ring, all users", "推奨するリングの速度（全利用者）"),
+                (Value(f"/stages/{stage}/many/figures/decode_tokens_per_s", 1),),
+            )
+        )
     if document["stages"][-1]["drill"] is not None:
         rows.append(
             (

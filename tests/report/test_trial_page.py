@@ -49,7 +49,12 @@ def test_the_report_says_when_the_ring_is_the_wrong_answer() -> None:
 
 def test_a_stage_that_failed_is_not_recommended() -> None:
     failed = trial_run(stage("few", 2, 10.0), stage("tuned", 2, 12.0), stage("all", 3, 9.0, passes=False))
-    assert "**Stay with the ring of 2 devices (12.0 tokens/s): a later stage" in english(trial(failed))
+    stay = english(trial(failed))
+    assert "**Stay with the ring of 2 devices (12.0 tokens/s): a later stage" in stay
+    assert "| tokens/s of the recommended ring, all users | 12.0 |" in stay
+    # Costs are those of the two devices: 20 W at 12 tokens/s.
+    assert "Energy: 20.0 W for all devices together (as given for each device), 1.67 J for a token." in stay
+    assert "| the ring of 2 devices | 100 % |" in stay
     wrong = english(trial(trial_run(stage("few", 2, 10.0, passes=False, equal=1))))
     assert "**Do not go on as it is: answers differed from those of one device.**" in wrong
     assert "The trial ended before its last stage" in wrong
@@ -75,7 +80,7 @@ def test_tables_have_the_right_figures() -> None:
     assert "planner would leave out: node-2" in text
     assert "| full multi-head (computed) | 8 | 4.0 |" in text
     # 30 W at 15 tokens/s: a million takes 18.52 h, 0.5556 kWh; devices 300 / 17520 h * 18.52 h.
-    assert "| the ring | 100 % | 0.56 | 0.17 JPY | 0.32 JPY | 0.48 JPY | 126 |" in text
+    assert "| the ring of 3 devices | 100 % | 0.56 | 0.17 JPY | 0.32 JPY | 0.48 JPY | 126 |" in text
     assert "Energy: 30.0 W for all devices together (as given for each device), 2.00 J for a token." in text
 
 
