@@ -164,7 +164,8 @@ async def test_a_run_that_is_killed_between_any_two_steps_is_finished_with_each_
         assert _answers(out) == calm
         num_resumed += sum(json.loads(line).get("resumed_tokens", 0) for line in out.read_text().splitlines())
         assert [file.name for file in out.parent.iterdir()] == ["out.jsonl"]
-    assert len(deaths.left) > 10 and num_resumed > 0, "too little was killed to say anything"
+    # At least one state of the journal, and three of a results file; a busy machine writes more at once.
+    assert len(deaths.left) >= 4 and num_resumed > 0, "too little was killed to say anything"
 
 
 async def test_an_answer_whose_tokens_were_all_there_is_not_computed_again(
