@@ -214,9 +214,10 @@ class Advice:
                     "訓練はプロセスの停止であり、数秒で再起動する。電源断からの復旧はより長くかかる。",
                 ),
                 words.say(
-                    "Memory of the first device includes the program that measures. What copies would reach is what "
-                    "one reached alone, times devices.",
-                    "最初のデバイスのメモリには計測プログラムも含まれる。コピーの速度は、一台での計測値に台数を掛けた値である。",
+                    "Memory of the first device includes the program that measures. What copies would reach is "
+                    "computed from what one reached with its part of the users.",
+                    "最初のデバイスのメモリには計測プログラムも含まれる。"
+                    "コピーの速度は、一台に利用者の一部を割り当てた計測値から算出した。",
                 ),
             ]
         else:

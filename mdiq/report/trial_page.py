@@ -74,7 +74,10 @@ def _verdict(document: Document, words: Words) -> Paragraph:
     if verdict == "stop":
         reason = {
             "answers": words.word("answers differed from those of one device", "回答が一台での回答と異なった"),
-            "recovery": words.word("requests were lost when a device failed", "デバイス故障時に要求が失われた"),
+            "recovery": words.word(
+                "requests were lost or answered differently when a device failed",
+                "デバイス故障時に、要求が失われたか回答が変わった",
+            ),
         }.get(by, words.word("the first stage did not pass its gates", "最初の段階が関門を通らなかった"))
         return Paragraph(words.say(f"Do not go on as it is: {reason}.", f"このままでは進めない：{reason}。"), kind)
     at = f"/stages/{document['recommendation']['stage']}"
@@ -163,9 +166,10 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
                 (Value(f"{last}/drill/recovered_s", 1),),
             )
         )
+    cost = "/copies_cost" if document["recommendation"]["verdict"] == "copies" else "/cost"
     for pointer, en, ja, digits, unit in (
-        ("/cost/per_million", "cost of a million tokens", "百万トークンの費用", 2, currency),
-        ("/cost/payback_days", "days until the devices have paid for themselves", "投資回収までの日数", 0, ""),
+        (f"{cost}/per_million", "cost of a million tokens", "百万トークンの費用", 2, currency),
+        (f"{cost}/payback_days", "days until the devices have paid for themselves", "投資回収までの日数", 0, ""),
     ):
         if look_up(document, pointer) is not None:
             rows.append((words.say(en, ja), (Value(pointer, digits, unit=unit),)))
