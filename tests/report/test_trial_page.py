@@ -8,7 +8,7 @@ from mdiq.report.markdown import markdown
 from mdiq.report.page import LANGUAGES, Language
 from mdiq.report.trial_document import copies_of
 from mdiq.report.trial_page import trial_page
-from tests.report.fakes import MIB, load_run, stage, trial, trial_run
+from tests.report.fakes import MIB, PRICES, load_run, stage, trial, trial_run
 from tests.report.tracing import assert_traces_back, values_of
 
 
@@ -123,3 +123,11 @@ def test_what_was_not_measured_and_not_given_is_said() -> None:
     assert "Energy: not measured." in text
     assert "Cost: no prices were given." in text
     assert "cost of a million tokens" not in text
+
+
+def test_devices_whose_power_alone_costs_more_never_pay_back() -> None:
+    never = "The ring never pays back at this rate"
+    assert never not in english(trial())
+    # 30 W at 0.3 for 15 tokens/s cost 0.17 for a million.
+    assert never in english(trial(prices=replace(PRICES, per_million_tokens=0.1)))
+    assert never not in english(trial(prices=Prices(per_million_tokens=0.1))), "nothing is known of the ring's cost"
