@@ -128,6 +128,9 @@ def _prices(options: ReportOptions) -> Prices:
         "--power-price": options.power_price,
         "--price-per-million-tokens": options.price_per_million_tokens,
         "--lifetime-years": options.lifetime_years,
+        "--min-tokens-per-s": options.min_tokens_per_s,
+        "--max-token-ms": options.max_token_ms,
+        "--max-recovery": options.max_recovery,
     }
     for flag, number in numbers.items():
         if number is not None and not math.isfinite(number):

@@ -27,6 +27,7 @@ def run_until_signal(main: Coroutine[Any, Any, T]) -> T:
 
         def on_signal(number: int) -> None:
             if received:
+                _show_cursor()
                 os._exit(128 + number)
             received.append(number)
             task.cancel()
@@ -39,6 +40,7 @@ def run_until_signal(main: Coroutine[Any, Any, T]) -> T:
         with _one_error():
             return asyncio.run(with_handlers())
     except asyncio.CancelledError:
+        _show_cursor()
         sys.stderr.write("mdiq: interrupted\n")
         sys.stderr.flush()
         sys.stdout.flush()
@@ -54,6 +56,14 @@ def run_service(main: Coroutine[Any, Any, None]) -> NoReturn:
     sys.stdout.flush()
     # A forward that still runs in the worker thread cannot be stopped; waiting for it could take long.
     os._exit(0)
+
+
+def _show_cursor() -> None:
+    """Show a terminal's cursor, which a line of progress hides; os._exit does not end that line."""
+    terminal = sys.__stderr__  # that line puts something else in the place of sys.stderr
+    if terminal is not None and terminal.isatty():
+        terminal.write("\r\x1b[2K\x1b[?25h")
+        terminal.flush()
 
 
 @contextlib.contextmanager

@@ -66,7 +66,9 @@ class SimulateOptions:
         typer.Option("--check", help="Measure five rings on this machine, and print predicted and measured figures."),
     ] = False
     cpu: Annotated[
-        float, typer.Option(min=0.3, max=64, help="Cores that the nodes of a ring of --check take together.")
+        # A Node of --check has one thread, and half of these cores at most: more than 2 would not limit it.
+        float,
+        typer.Option(min=0.3, max=2, help="Cores that the nodes of a ring of --check take together."),
     ] = 1.5
     exact: Exact = True
     threads: Annotated[

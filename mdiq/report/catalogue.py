@@ -4,7 +4,6 @@ The package's own is catalogue.yaml; a file of the user's adds to it, and wins w
 input: its errors name the line.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,6 +20,7 @@ from mdiq.plan.micro_batches import Curve
 VERSION = 1
 OWN = Path(__file__).with_name("catalogue.yaml")
 _MIB = 1 << 20
+_MAX_LAYERS = 1_024
 
 
 class Mark(StrEnum):
@@ -243,7 +243,8 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-_Number = Annotated[float, Field(ge=0, lt=math.inf, strict=True)]
+_MIN, _MAX = 1e-9, 1e12  # beyond them no figure is one of a device, and what follows from it is no number
+_Number = Annotated[float, Field(ge=0, le=_MAX, strict=True)]
 _Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 _Text = Annotated[str, Field(min_length=1, max_length=400, strict=True)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", strict=True)]
@@ -266,7 +267,7 @@ class _Figure(_Part):
 
 
 class _Positive(_Figure):
-    value: Annotated[float, Field(gt=0, lt=math.inf, strict=True)]
+    value: Annotated[float, Field(ge=_MIN, le=_MAX, strict=True)]
 
 
 class _Layers(_Part):
@@ -325,7 +326,7 @@ class _Link(_Part):
 
 
 class _Shape(_Part):
-    num_layers: _Count
+    num_layers: Annotated[int, Field(ge=1, le=_MAX_LAYERS, strict=True)]
     hidden_size: _Count
     num_heads: _Count
     num_kv_heads: _Count

@@ -23,10 +23,8 @@ class Reading:
 
 def read_energy(powercap: Path = POWERCAP, power_supply: Path = POWER_SUPPLY) -> Reading:
     """Return what the machine says now."""
-    # intel-rapl:0 is a package; intel-rapl:0:0 is a part of it. AMD's processors have the same names.
-    packages = sorted(path for path in _folders(powercap) if path.name.count(":") == 1 and "rapl" in path.name)
     counters = []
-    for package in packages:
+    for package in filter(_is_package, _folders(powercap)):
         now, most = _number(package / "energy_uj"), _number(package / "max_energy_range_uj")
         if now is not None:
             counters.append((now * _MICRO, (most or 0.0) * _MICRO))
@@ -38,7 +36,7 @@ def read_energy(powercap: Path = POWERCAP, power_supply: Path = POWER_SUPPLY) ->
             current, voltage = _number(supply / "current_now"), _number(supply / "voltage_now")
             power = None if current is None or voltage is None else current * voltage * _MICRO
         if power and _text(supply / "status") == "Discharging":
-            return Reading("battery", watts=power * _MICRO)
+            return Reading("battery", watts=abs(power) * _MICRO)  # some drivers say that it is negative
     return Reading()
 
 
@@ -50,11 +48,24 @@ def joules(before: Reading, after: Reading, seconds: float) -> float | None:
         return (before.watts + after.watts) / 2 * seconds
     if len(before.counters) != len(after.counters):
         return None
-    return sum(_grown(old, new, most) for (old, _), (new, most) in zip(before.counters, after.counters, strict=True))
+    pairs = list(zip(before.counters, after.counters, strict=True))
+    if any(new + most < old for (old, _), (new, most) in pairs):
+        return None  # it began again, and it is not known where
+    return sum(_grown(old, new, most) for (old, _), (new, most) in pairs)
 
 
 def _grown(old: float, new: float, most: float) -> float:
     return new - old if new >= old else new - old + most
+
+
+def _is_package(folder: Path) -> bool:
+    """Return whether these are the counters of a processor package; AMD's processors have the same names.
+
+    intel-rapl:0:0 is a part of one. intel-rapl-mmio:0 is a package a second time, and "psys" is the whole machine with
+    its packages: with them, energy would count twice.
+    """
+    kind, _, number = folder.name.partition(":")
+    return kind == "intel-rapl" and number.isdecimal() and _text(folder / "name").startswith("package")
 
 
 def _folders(folder: Path) -> Sequence[Path]:

@@ -50,7 +50,7 @@ def _what_is_measured(words: Words) -> Text:
     return words.say(
         "Each ring ran on one machine, with a process for each device. Users ask with prompts of {prompt} random "
         "tokens and get {answer} tokens, greedy. Rates are those of decoding, after each user's first token.",
-        "各リングは一台の機械の上で、デバイスごとに一つのプロセスで動かした。利用者は{prompt}トークンの乱数プロンプトを送り、"
+        "各リングは一台のマシンの上で、デバイスごとに一つのプロセスで動かした。利用者は{prompt}トークンの乱数プロンプトを送り、"
         "{answer}トークンの回答を貪欲法で受け取る。速度は各利用者の最初のトークン以降（デコード）の値である。",
         prompt=Value("/settings/prompt_tokens"),
         answer=Value("/settings/answer_tokens"),
@@ -64,7 +64,7 @@ def _not_shown(words: Words) -> Paragraph:
             "nothing is said about the quality of answers. Models with random weights show speed, memory and bytes, "
             "which do not depend on the weights' values; their texts mean nothing. Memory of the first device includes "
             "the program that measures.",
-            "同じ機械の上のプロセスはメモリ帯域とキャッシュを共有するが、実際のデバイスは共有しない。プロンプトは乱数なので、"
+            "同じマシンの上のプロセスはメモリ帯域とキャッシュを共有するが、実際のデバイスは共有しない。プロンプトは乱数なので、"
             "回答の品質については何も示さない。乱数の重みを持つモデルは速度・メモリ・通信量のみを示し（これらは重みの値によらない）、"
             "その文章に意味はない。最初のデバイスのメモリには計測プログラム自身も含まれる。",
         )
@@ -249,7 +249,9 @@ class _Model:
 
     def _attention(self) -> Iterator[Block]:
         words, model = self._words, self._model
-        yield Heading(words.say("KV memory: GQA and full multi-head attention", "KVメモリ：GQAと全ヘッド注意"), 3)
+        yield Heading(
+            words.say("KV memory: GQA and full multi-head attention", "KVメモリ：GQAとマルチヘッド注意（MHA）"), 3
+        )
         kinds = [(model["about"], "about", "wire")]
         kinds += [] if model["full"] is None else [(model["full"], "full", "full_wire")]
         head = (
@@ -262,7 +264,7 @@ class _Model:
         rows = []
         for about, at, wire in kinds:
             is_grouped = about["num_kv_heads"] < about["num_heads"]
-            name = words.say("GQA", "GQA") if is_grouped else words.say("full multi-head", "全ヘッド")
+            name = words.say("GQA", "GQA") if is_grouped else words.say("full multi-head", "マルチヘッド")
             rows.append(
                 (
                     name,
@@ -333,15 +335,15 @@ def wire_text(words: Words, *, has_both: bool) -> Text:
     """Return what the bytes mean."""
     cached = words.say(
         "With a KV cache a token costs the same however long the text is: one row of activations on each hop. ",
-        "KVキャッシュがあれば、文の長さによらずトークンあたりの通信量は一定で、各ホップを活性値の一行が通るだけである。",
+        "KVキャッシュがあれば、文の長さによらずトークンあたりの通信量は一定で、各ホップを通るのは一トークン分の活性値だけである。",
     )
     if not has_both:
         return cached
     return cached + words.say(
         "Without one, every hop but the last carries a row for each token so far, so the bytes grow with the length. "
         "The last hop carries only the row that gives the token, either way.",
-        "なければ、最後以外の各ホップをそれまでの全トークンの行が通るため、通信量は長さとともに増える。"
-        "最後のホップは、どちらの場合もトークンを生む一行だけを運ぶ。",
+        "なければ、最後以外の各ホップをそれまでの全トークン分の活性値が通るため、通信量は長さとともに増える。"
+        "最後のホップは、どちらの場合も次のトークンを決める一トークン分だけを運ぶ。",
     )
 
 

@@ -15,6 +15,7 @@ from mdiq.core.sequence import SamplingParams
 from mdiq.core.sequence import Sequence as TokenSequence
 from mdiq.engine.memory import return_free_memory
 from mdiq.plan.measured import MeasuredRing
+from mdiq.report.energy import joules, read_energy
 
 _QUIET_S = 0.1
 BYTES_TOKENS = 8
@@ -31,7 +32,10 @@ class MeasurableRing(LoadedRing, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadRun:
-    """One Load on one ring. seconds: from the first question to the last token. answers: the users' tokens."""
+    """One Load on one ring. seconds: from the first question to the last token. answers: the users' tokens.
+
+    energy_source, joules: what the machine told of these seconds; empty and None where it tells nothing.
+    """
 
     users: int
     prompt_tokens: int
@@ -40,6 +44,8 @@ class LoadRun:
     figures: LoadFigures
     nodes: tuple[NodeShare, ...]
     answers: tuple[tuple[int, ...], ...]
+    energy_source: str = ""
+    joules: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +94,22 @@ class Meter:
         Raises:
             MdiqError: the ring failed a user.
         """
-        before = self._ring.figures()
+        before, energy_before = self._ring.figures(), read_energy()
         users = await self._run(load)
+        energy_after = read_energy()  # before the rest, in which next to nothing is done
+        seconds = max(user.tokens_s[-1] for user in users) - min(user.submitted_s for user in users)
+        found = joules(energy_before, energy_after, seconds)
         await asyncio.sleep(self._rest_s)
         return LoadRun(
             users=load.users,
             prompt_tokens=load.prompt_tokens,
             answer_tokens=load.answer_tokens,
-            seconds=max(user.tokens_s[-1] for user in users) - min(user.submitted_s for user in users),
+            seconds=seconds,
             figures=load_figures(users),
             nodes=node_shares(before, self._ring.figures(), load, users),
             answers=tuple(user.answer for user in users),
+            energy_source="" if found is None else energy_before.source,
+            joules=found,
         )
 
     async def generate(self, prompt: Sequence[int], num_tokens: int, *, has_kv_cache: bool = True) -> UserTimes:

@@ -73,4 +73,4 @@ def _bars(chart: Chart, axes: "Axes") -> None:
         axes.bar(places, [p.y for p in series.points], width, bottom=bottoms, label=series.name, **look)
         for point in series.points:
             below[str(point.x)] += point.y
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [name.replace("$", r"\$") for name in names])  # no name is a formula

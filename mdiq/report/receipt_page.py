@@ -37,7 +37,7 @@ def busy_warning(document: Document, words: Words) -> Iterator[Block]:
             words.say(
                 "Other programs kept this machine busy before the measurement (load average {load} on {cores} cores): "
                 "speeds may be too low, and predictions off.",
-                "計測前から他のプログラムがこの機械を使っていた（{cores}コアで負荷平均{load}）。"
+                "計測前から他のプログラムがこのマシンを使っていた（{cores}コアで負荷平均{load}）。"
                 "速度は低めに、予測は不正確に出ている可能性がある。",
                 load=Value("/receipt/load_average", 1),
                 cores=Value("/receipt/machine/cores"),

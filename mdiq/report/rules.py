@@ -1,5 +1,6 @@
 """The recommendation of a trial: stated rules, in order; the first one with a verdict that holds decides. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -54,7 +55,8 @@ class Facts:
     recovered: the drills ended with the same answers in time; None: there was none.
     one_device_bytes: that the whole model took on one device; device_bytes: memory of a device.
     copies_tokens_per_s: of a whole copy on each device, together. These are None where no device had the whole model.
-    ring_tokens_per_s: of the last stage.
+    ring_tokens_per_s: of the ring that would be used if copies were not: of the last stage that passed, or of the last
+    one if none did.
     cost_per_million, price_per_million: None: not known. one_more_gain: what the planner expects of one more device.
     num_left_out: devices that the planner would leave out.
     """
@@ -83,13 +85,14 @@ class Recommendation:
     rules: tuple[Rule, ...]
 
 
+def count_passed(passed: Sequence[bool]) -> int:
+    """Return how many stages passed before the first one that did not."""
+    return next((i for i, passes in enumerate(passed) if not passes), len(passed))
+
+
 def recommend(facts: Facts) -> Recommendation:
     """Return what follows from the facts."""
-    num_passed = 0
-    for passed in facts.passed:
-        if not passed:
-            break
-        num_passed += 1
+    num_passed = count_passed(facts.passed)
     are_copies_right: bool | None = None
     if facts.one_device_bytes is not None and facts.device_bytes is not None and facts.copies_tokens_per_s is not None:
         fits = facts.one_device_bytes * ROOM <= facts.device_bytes

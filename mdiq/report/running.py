@@ -5,6 +5,7 @@ Users are asked alone first and then all at once; the texts must be the same. Wh
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import aiohttp
 from mdiq.bench.figures import LoadFigures, UserTimes, load_figures
 from mdiq.bench.runner import NodeShare
 from mdiq.bench.workload import Load
-from mdiq.errors import ConfigError, RemoteProtocolError, RingError
+from mdiq.errors import ConfigError, RemoteProtocolError, RingError, first_of
 from mdiq.report.gates import Limits, Shown, all_pass, gates
 from mdiq.report.measure import LoadRun
 from mdiq.report.trial import Energy, StageRun
@@ -24,7 +25,11 @@ from mdiq.runtime.options import HopFigures
 VOCAB_SIZE = 256
 """Prompts are drawn from the first tokens: the API does not tell how many there are, and every model has these."""
 MAX_ANSWER_BYTES = 4 << 20
+MAX_TOKEN_BYTES = 4 << 10
+"""What a token's event may take on the way, beside MAX_ANSWER_BYTES for all of the answer."""
 SILENCE_S = 120.0
+_MAX_NAME, _MAX_COUNT = 200, 1 << 62
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +55,56 @@ class RunningRing:
             ConfigError: nothing answers there, or the key is wrong. RemoteProtocolError: it is no API of mdiq.
             RingError: the ring failed a user.
         """
+        try:
+            return await self._measured(load, limits, rest_s)
+        except (aiohttp.ClientError, ExceptionGroup, *_MALFORMED) as error:
+            raise self._named(first_of(error)) from None
+
+    async def _measured(self, load: Load, limits: Limits, rest_s: float) -> tuple[str, StageRun]:
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=SILENCE_S)
-        try:
-            async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-                models = await self._get(session, "/v1/models")
-                model = str(models["data"][0]["id"])
-                prompts = load.prompts(VOCAB_SIZE)
-                alone = [await self._ask(session, model, prompt, load.answer_tokens) for prompt in prompts]
-                await asyncio.sleep(rest_s)
-                before = await self._get(session, "/status.json")
-                async with asyncio.TaskGroup() as tasks:
-                    asked = [
-                        tasks.create_task(self._ask(session, model, prompt, load.answer_tokens)) for prompt in prompts
-                    ]
-                many = [task.result() for task in asked]
-                await asyncio.sleep(rest_s)
-                after = await self._get(session, "/status.json")
-            return model, stage_of(load, alone, many, before, after, limits)
-        except aiohttp.ClientError as error:
-            raise ConfigError(f"--api {self.url}: {error}; give the address of a ring's API") from None
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise RemoteProtocolError(f"{self.url}: not what mdiq's API answers ({error!r:.80})") from None
+        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+            models = await self._get(session, "/v1/models")
+            model = str(models["data"][0]["id"])
+            prompts = load.prompts(VOCAB_SIZE)
+            alone = [await self._ask(session, model, prompt, load.answer_tokens) for prompt in prompts]
+            await asyncio.sleep(rest_s)
+            before = await self._status(session)
+            async with asyncio.TaskGroup() as tasks:
+                asked = [tasks.create_task(self._ask(session, model, prompt, load.answer_tokens)) for prompt in prompts]
+            many = [task.result() for task in asked]
+            await asyncio.sleep(rest_s)
+            after = await self._status(session)
+        stage = stage_of(load, alone, many, before, after, limits)
+        if not stage.many.figures.decode_tokens_per_s:
+            raise RingError(
+                f"{self.url}: each answer came in one piece, so there is no rate; give more --answer-tokens, "
+                "or the address of the ring itself if a proxy that holds streams back is before it"
+            )
+        return _name(model), stage
+
+    def _named(self, error: BaseException) -> BaseException:
+        """Return the error that a user sees in place of this one."""
+        if isinstance(error, aiohttp.ClientError):
+            return ConfigError(f"--api {self.url}: {error}; give the address of a ring's API")
+        if isinstance(error, _MALFORMED):
+            return RemoteProtocolError(f"{self.url}: not what mdiq's API answers ({error!r:.80})")
+        return error
+
+    async def _status(self, session: aiohttp.ClientSession) -> dict[str, Any]:
+        status = await self._get(session, "/status.json")
+        if "serving_s" not in status and isinstance(status.get("state"), str):
+            raise RingError(f"{self.url}: the ring does not serve now ({status['state']!r:.80}); measure again later")
+        return status
 
     async def _get(self, session: aiohttp.ClientSession, path: str) -> dict[str, Any]:
         async with session.get(self.url.rstrip("/") + path) as response:
-            self._check(response)
-            body = await response.content.read(MAX_ANSWER_BYTES)
+            await self._check(response)
+            body = bytearray()  # a single read() ends with the first packet
+            async for piece in response.content.iter_any():
+                body += piece
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise ValueError(f"{path} without an end")
             value = json.loads(body)
             if not isinstance(value, dict):
                 raise TypeError(path)
@@ -96,10 +124,13 @@ class RunningRing:
         }
         submitted_s = time.monotonic()
         times_s: list[float] = []
-        text, used = "", 0
+        text, used, received = "", 0, 0
         async with session.post(self.url.rstrip("/") + "/v1/completions", json=body) as response:
-            self._check(response)
+            await self._check(response)
             async for line in response.content:
+                received += len(line)
+                if received > MAX_ANSWER_BYTES + num_tokens * MAX_TOKEN_BYTES:
+                    raise ValueError("an answer without an end")
                 if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                     continue
                 chunk = json.loads(line[len(b"data: ") :])
@@ -110,17 +141,21 @@ class RunningRing:
                     text += piece
                 if chunk.get("usage"):
                     used = int(chunk["usage"]["completion_tokens"])
-                if len(text) > MAX_ANSWER_BYTES:
-                    raise ValueError("an answer without an end")
-        if not times_s or used != num_tokens:
+        if used != num_tokens:
             raise RingError(f"{self.url}: {used} of {num_tokens} tokens came")
+        if not times_s:
+            raise RingError(f"{self.url}: {used} tokens came, but no text; give another --seed or more --answer-tokens")
         return Answer(UserTimes(submitted_s, tuple(times_s)), text, used)
 
-    def _check(self, response: aiohttp.ClientResponse) -> None:
+    async def _check(self, response: aiohttp.ClientResponse) -> None:
         if response.status in (401, 403):
             raise ConfigError(f"--api {self.url}: the key is missing or wrong; set MDIQ_API_KEY to one of the ring's")
+        if response.status == 429:
+            raise RingError(f"{self.url}: 429, the ring or the key allows fewer requests; give fewer --users")
         if response.status != 200:
-            raise RingError(f"{self.url}: {response.status} {response.reason}; see mdiq status on its Starter")
+            said = await response.content.read(_MAX_NAME)
+            why = f" ({said!r})" if said else ""
+            raise RingError(f"{self.url}: {response.status} {response.reason}{why}; see mdiq status on its Starter")
 
 
 def stage_of(
@@ -134,16 +169,19 @@ def stage_of(
     """Return the stage that answers and two statuses of the ring, before and after the Load, show.
 
     Raises:
-        KeyError, TypeError, ValueError: they are not statuses of a ring that serves.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: they are not statuses of a ring that serves.
+        RingError: the ring changed between them.
     """
     nodes = [node for node in after["nodes"] if node.get("state") == "serves"]
+    if not nodes:
+        raise ValueError("no node serves")
     shares = _shares(before, after, nodes, load)
     equal = sum(mine.text == its.text for mine, its in zip(many, alone, strict=True))
     one_run, many_run = _run(load, alone[:1], shares), _run(load, many, shares)
     stage = StageRun(
         name="now",
         nodes=len(nodes),
-        split=tuple(int(node["layers"][1]) - int(node["layers"][0]) for node in nodes),
+        split=tuple(_count(node["layers"][1]) - _count(node["layers"][0]) for node in nodes),
         is_planned=False,
         one=one_run,
         many=many_run,
@@ -153,7 +191,7 @@ def stage_of(
         devices=shares,
         kv_bytes=(),
         hops=tuple(
-            HopFigures(str(hop["wire"]), _number(hop["delay_s"]), _number(hop["bytes_per_s"])) for hop in after["hops"]
+            HopFigures(_name(hop["wire"]), _known(hop["delay_s"]), _known(hop["bytes_per_s"])) for hop in after["hops"]
         ),
         energy=Energy("", None, None, None),
     )
@@ -188,29 +226,51 @@ def _run(load: Load, answers: Sequence[Answer], shares: tuple[NodeShare, ...]) -
 def _shares(
     before: Mapping[str, Any], after: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]], load: Load
 ) -> tuple[NodeShare, ...]:
-    """Return what each Node did between two statuses: its busy share is of all the time since the ring serves."""
-    earlier = {node["name"]: node for node in before["nodes"]}
-    begun_s, ended_s = float(before["serving_s"]), float(after["serving_s"])
+    """Return what each Node did between two statuses."""
+    earlier = {node["name"]: node for node in before["nodes"] if node.get("state") == "serves"}
+    seconds = _number(after["serving_s"]) - _number(before["serving_s"])
+    is_same = before.get("rings_formed") == after.get("rings_formed")
+    if not is_same or seconds < 0 or {node["name"] for node in nodes} != set(earlier):
+        raise RingError("the ring lost a node or formed anew while it was measured; measure again")
     shares = []
     for i, node in enumerate(nodes):
         start = earlier[node["name"]]
-        busy_s = float(node["busy_share"]) * ended_s - float(start["busy_share"]) * begun_s
+        busy_s = _number(node["busy_s"]) - _number(start["busy_s"])
         is_last = i == len(nodes) - 1
         rows = load.users * (load.answer_tokens if is_last else load.prompt_tokens + load.answer_tokens - 1)
         first, stop = node["layers"]
         shares.append(
             NodeShare(
-                name=str(node["name"]),
-                layers=f"{int(first)}-{int(stop) - 1}",
-                rss_bytes=int(node["rss_bytes"]),
-                weight_bytes=int(node["weight_bytes"]),
-                busy_share=min(max(busy_s / (ended_s - begun_s), 0.0), 1.0) if ended_s > begun_s else 0.0,
+                name=_name(node["name"]),
+                layers=f"{_count(first)}-{_count(stop) - 1}",
+                rss_bytes=_count(node["rss_bytes"]),
+                weight_bytes=_count(node["weight_bytes"]),
+                busy_share=min(max(busy_s / seconds, 0.0), 1.0) if seconds > 0 else 0.0,
                 waiting_share=0.0,
-                bytes_per_token=(int(node["bytes_out"]) - int(start["bytes_out"])) / rows,
+                bytes_per_token=max(_count(node["bytes_out"]) - _count(start["bytes_out"]), 0) / rows,
             )
         )
     return tuple(shares)
 
 
-def _number(value: object) -> float | None:
-    return None if value is None else float(str(value))
+def _name(text: object) -> str:
+    """Return a name from the network, as it may stand in a page: a line of text, of a bounded length."""
+    return "".join(sign if sign.isprintable() else "?" for sign in str(text)[:_MAX_NAME])
+
+
+def _count(value: object) -> int:
+    count = int(str(value))
+    if not 0 <= count <= _MAX_COUNT:
+        raise ValueError(f"{value!r:.40} is out of range")
+    return count
+
+
+def _number(value: object) -> float:
+    number = float(str(value))
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{value!r:.40} is out of range")
+    return number
+
+
+def _known(value: object) -> float | None:
+    return None if value is None else _number(value)

@@ -24,7 +24,6 @@ from mdiq.plan.plan import plan_split
 from mdiq.plan.profile import HopProfile, Links, NodeProfile
 from mdiq.plan.split import split_layers
 from mdiq.report.drill import Drill, Kill, RecoverableRing, drill
-from mdiq.report.energy import joules, read_energy
 from mdiq.report.gates import Gate, Limits, Shown, all_pass, gates
 from mdiq.report.measure import HopBytes, LoadRun, MeasurableRing, Meter, count_bytes
 from mdiq.runtime.options import HopFigures
@@ -206,9 +205,7 @@ class Trial:
             if alone is None:
                 part = await meter.load(self._load(math.ceil(self.users / self.nodes)))
             self.progress(f"{name}: {self.users} users")
-            energy_before = read_energy()
             many = one if self.users == 1 else await meter.load(self._load(self.users))
-            energy = _energy(joules(energy_before, read_energy(), many.seconds), energy_before.source, many)
             expected = many if alone is None else alone.many
             found = None
             if nodes > 1:
@@ -235,7 +232,7 @@ class Trial:
                 devices=many.nodes,
                 kv_bytes=tuple(self.kv_tokens * stage.kv_bytes_per_token for stage in measured.stages),
                 hops=tuple(ring.hops()),
-                energy=energy,
+                energy=_energy(many),
                 drill=found,
             )
         if alone is None:
@@ -342,7 +339,8 @@ def _as_predicted(one: float, many: float, users: int) -> Predicted:
     return Predicted(one, many, users / many)
 
 
-def _energy(found: float | None, source: str, run: LoadRun) -> Energy:
-    if found is None:
+def _energy(run: LoadRun) -> Energy:
+    found = run.joules
+    if found is None or run.seconds <= 0:
         return Energy("", None, None, None)
-    return Energy(source, found, found / run.seconds, found / (run.users * run.answer_tokens))
+    return Energy(run.energy_source, found, found / run.seconds, found / (run.users * run.answer_tokens))

@@ -19,7 +19,7 @@ class Advice:
             yield Paragraph(
                 words.say(
                     "Energy: not measured. This machine does not tell it, and no wattage was given (--watts).",
-                    "電力：計測していない。この機械からは得られず、指定もない（--watts）。",
+                    "電力：計測していない。このマシンからは得られず、指定もない（--watts）。",
                 ),
                 "note",
             )
@@ -27,7 +27,7 @@ class Advice:
             source = (
                 words.say("as given for each device", "デバイスごとの指定値から")
                 if document["prices"]["watts"] is not None
-                else words.say("measured on this machine", "この機械での計測値")
+                else words.say("measured on this machine", "このマシンでの計測値")
             )
             yield Paragraph(
                 words.say(
@@ -78,9 +78,14 @@ class Advice:
             text += words.say(
                 "Elsewhere a million tokens cost {price}. Days to pay back assume that all tokens would be "
                 "bought there.",
-                "他社の価格は百万トークンあたり{price}。回収日数は、全トークンをそこで買う場合との比較である。",
+                "外部サービスの価格は百万トークンあたり{price}。回収日数は、全トークンをそこで買う場合との比較である。",
                 price=Value("/prices/per_million_tokens", 2, unit=unit),
             )
+            if document["cost"]["per_million"] is not None and document["cost"]["payback_days"] is None:
+                text += words.say(
+                    " The ring never pays back at this rate: its power alone costs as much.",
+                    "この稼働率では、電力費だけで外部サービスの価格以上となり、投資は回収できない。",
+                )
         yield Paragraph(text)
 
     def outlook(self) -> Iterator[Block]:
@@ -115,7 +120,7 @@ class Advice:
                 names.append(Value(f"/outlook/left_out/{i}"))
             yield Paragraph(
                 words.say(
-                    "For these users the planner would leave out: ", "この利用者数では、計画器が使わないデバイス："
+                    "For these users the planner would leave out: ", "この利用者数では、プランナーが使わないデバイス："
                 )
                 + tuple(names)
             )
@@ -127,7 +132,7 @@ class Advice:
         yield Paragraph(
             words.say(
                 "The planner says: the model needs at least {n} of these devices. The ring is limited by ",
-                "計画器によれば、このモデルには最低{n}台が必要である。リングの速度を決めているのは",
+                "プランナーによれば、このモデルには最低{n}台が必要である。リングの速度を決めているのは",
                 n=Value("/outlook/num_needed"),
             )
             + limits[outlook["limited_by"]]
@@ -164,11 +169,11 @@ class Advice:
             "none": words.say("No stage passed: stop.", "通過した段階がない：中止。"),
             "price": words.say(
                 "Advice: a million tokens cost as much as elsewhere, or more.",
-                "助言：百万トークンの費用が他社の価格以上である。",
+                "助言：百万トークンの費用が外部サービスの価格以上である。",
             ),
-            "one more": words.say("Advice: one more device is worth it.", "助言：もう一台増やす価値がある。"),
+            "one more": words.say("Advice: one more device is worth it.", "助言：もう一台追加する価値がある。"),
             "left out": words.say(
-                "Advice: the planner would leave devices out.", "助言：計画器は使わないデバイスがある。"
+                "Advice: the planner would leave devices out.", "助言：プランナーは一部のデバイスを使わない。"
             ),
         }
         answers = {
@@ -206,7 +211,7 @@ class Advice:
                 words.say(
                     "All node processes shared one machine, its memory bus and caches. Devices do not share them, and "
                     "may be slower or faster than this machine. Slow hops were made by a relay.",
-                    "全ノードは一台の機械のメモリ帯域とキャッシュを共有した。実機は共有せず、この機械より遅いことも速いこともある。"
+                    "全ノードは一台のマシンのメモリ帯域とキャッシュを共有した。実機は共有せず、このマシンより遅いことも速いこともある。"
                     "遅いホップは中継プログラムで作った。",
                 ),
                 words.say(
@@ -214,9 +219,10 @@ class Advice:
                     "訓練はプロセスの停止であり、数秒で再起動する。電源断からの復旧はより長くかかる。",
                 ),
                 words.say(
-                    "Memory of the first device includes the program that measures. What copies would reach is what "
-                    "one reached alone, times devices.",
-                    "最初のデバイスのメモリには計測プログラムも含まれる。コピーの速度は、一台での計測値に台数を掛けた値である。",
+                    "Memory of the first device includes the program that measures. What copies would reach is "
+                    "computed from what one reached with its part of the users.",
+                    "最初のデバイスのメモリには計測プログラムも含まれる。"
+                    "コピーの速度は、一台に利用者の一部を割り当てた計測値から算出した。",
                 ),
             ]
         else:
@@ -230,7 +236,7 @@ class Advice:
         items.append(
             words.say(
                 "Costs leave out work, rooms, cooling and network; power is what was given or what one machine told.",
-                "費用に人件費・場所・冷房・回線は含まない。電力は指定値または一台の機械の計測値である。",
+                "費用に人件費・場所・冷房・回線は含まない。電力は指定値または一台のマシンの計測値である。",
             )
         )
         yield Bullets(tuple(items))

@@ -9,7 +9,7 @@ from mdiq.report.cost import Cost, Prices, cost_of
 from mdiq.report.evaluate import ModelAbout
 from mdiq.report.gates import GateName
 from mdiq.report.receipt import Receipt
-from mdiq.report.rules import ROOM, Facts, Recommendation, recommend
+from mdiq.report.rules import ROOM, Facts, Recommendation, Verdict, count_passed, recommend
 from mdiq.report.trial import StageRun, TrialRun
 
 VERSION = 1
@@ -33,7 +33,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """A whole copy on each device instead of the ring: what one reached with its part of the users, times devices."""
+    """A whole copy on each device instead of the ring, for the same users. users_each: of the copies with most."""
 
     devices: int
     users_each: int
@@ -62,13 +62,14 @@ def trial_document(
     num_devices: int,
 ) -> dict[str, Any]:
     """Return the document, without anything that JSON does not know."""
-    last = run.stages[-1]
-    rate = last.many.figures.decode_tokens_per_s
+    passed = tuple(stage.passes for stage in run.stages)
+    ring = run.stages[count_passed(passed) - 1]  # the last one that ran if none passed
+    rate = ring.many.figures.decode_tokens_per_s
     one_device_bytes = max(share.rss_bytes for share in run.alone.devices)
     copies = copies_of(run.alone, num_devices, rate)
     best_gain = max((gain for gain in run.outlook.gains if gain is not None), default=None) if run.outlook else None
     facts = Facts(
-        passed=tuple(stage.passes for stage in run.stages),
+        passed=passed,
         num_stages=run.num_stages,
         answers_equal=all(stage.equal == stage.many.users for stage in run.stages),
         recovered=_recovered(run),
@@ -80,11 +81,11 @@ def trial_document(
         one_more_gain=best_gain,
         num_left_out=len(run.outlook.left_out) if run.outlook else 0,
     )
-    stage = recommend(facts).stage  # costs are advice: they do not change it
-    costed = last if stage is None else run.stages[stage]
-    costs = tuple(_cost(prices, costed, share) for share in SHARES)
-    cost = _cost(prices, costed, prices.load_share)
-    facts = replace(facts, cost_per_million=cost.per_million)
+    costs = tuple(_cost(prices, ring, share) for share in SHARES)
+    cost, copies_cost = (_cost(prices, ring, prices.load_share, each) for each in (None, copies))
+    # Costs are advice: they do not change the verdict.
+    advised = copies_cost if recommend(facts).verdict is Verdict.COPIES else cost
+    facts = replace(facts, cost_per_million=advised.per_million)
     recommendation: Recommendation = recommend(facts)
     fits = one_device_bytes * ROOM <= device_bytes
     full = about.kv_bytes_per_token * about.num_heads // about.num_kv_heads
@@ -105,7 +106,7 @@ def trial_document(
         "copies": asdict(copies),
         "prices": asdict(prices),
         "cost": asdict(cost),
-        "copies_cost": asdict(_cost(prices, costed, prices.load_share, copies)),
+        "copies_cost": asdict(copies_cost),
         "costs": [asdict(each) for each in costs],
         "facts": asdict(facts),
         "recommendation": asdict(recommendation),
@@ -158,9 +159,19 @@ def running_document(
 
 
 def copies_of(alone: StageRun, num_devices: int, ring_tokens_per_s: float) -> Copies:
-    """Return what whole copies would reach, from what the model reached on one device."""
-    part = alone.part or alone.many
-    rate = num_devices * part.figures.decode_tokens_per_s
+    """Return what whole copies would reach with the ring's users, from what the model reached on one device.
+
+    Users are spread evenly: some copies have one user less than ``part``, and where there are more devices than users
+    some have none. With one user less, the rate lies on the line from one user to the users of ``part``.
+    """
+    part, one = alone.part or alone.many, alone.one.figures.decode_tokens_per_s
+    fewer, num_full = divmod(alone.many.users, num_devices)
+    fullest = part.figures.decode_tokens_per_s
+    rate = num_full * fullest
+    if fewer == part.users:
+        rate = num_devices * fullest
+    elif fewer:
+        rate += (num_devices - num_full) * (one + (fullest - one) * (fewer - 1) / (part.users - 1))
     return Copies(num_devices, part.users, rate, rate / ring_tokens_per_s if ring_tokens_per_s else None)
 
 

@@ -74,9 +74,14 @@ def _verdict(document: Document, words: Words) -> Paragraph:
     if verdict == "stop":
         reason = {
             "answers": words.word("answers differed from those of one device", "回答が一台での回答と異なった"),
-            "recovery": words.word("requests were lost when a device failed", "デバイス故障時に要求が失われた"),
+            "recovery": words.word(
+                "requests were lost or answered differently when a device failed",
+                "デバイス故障時に、要求が失われたか回答が変わった",
+            ),
         }.get(by, words.word("the first stage did not pass its gates", "最初の段階が関門を通らなかった"))
-        return Paragraph(words.say(f"Do not go on as it is: {reason}.", f"このままでは進めない：{reason}。"), kind)
+        return Paragraph(
+            words.say(f"Do not go on as it is: {reason}.", f"現状のままでは進められない：{reason}。"), kind
+        )
     at = f"/stages/{document['recommendation']['stage']}"
     values = {"n": Value(f"{at}/nodes"), "rate": Value(f"{at}/many/figures/decode_tokens_per_s", 1)}
     if verdict == "stay":
@@ -137,7 +142,7 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
             (
                 words.say(
                     "tokens/s of one device with the whole model, all users",
-                    "一台に全モデルを置いた場合の速度（全利用者）",
+                    "一台にモデル全体を置いた場合の速度（全利用者）",
                 ),
                 (Value("/alone/many/figures/decode_tokens_per_s", 1),),
             ),
@@ -163,9 +168,10 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
                 (Value(f"{last}/drill/recovered_s", 1),),
             )
         )
+    cost = "/copies_cost" if document["recommendation"]["verdict"] == "copies" else "/cost"
     for pointer, en, ja, digits, unit in (
-        ("/cost/per_million", "cost of a million tokens", "百万トークンの費用", 2, currency),
-        ("/cost/payback_days", "days until the devices have paid for themselves", "投資回収までの日数", 0, ""),
+        (f"{cost}/per_million", "cost of a million tokens", "百万トークンの費用", 2, currency),
+        (f"{cost}/payback_days", "days until the devices have paid for themselves", "投資回収までの日数", 0, ""),
     ):
         if look_up(document, pointer) is not None:
             rows.append((words.say(en, ja), (Value(pointer, digits, unit=unit),)))
@@ -210,7 +216,7 @@ def _what(document: Document, words: Words) -> Iterator[Block]:
             "{model}: {layers} layers, hidden size {hidden}, {heads} query heads and {kv} KV heads. Up to {nodes} node "
             "processes on one machine. {users} users ask at once with prompts of {prompt} random tokens, and get "
             "{answer} tokens each, greedy. Rates are those of decoding. ",
-            "{model}：{layers}層、隠れ次元{hidden}、クエリヘッド{heads}、KVヘッド{kv}。一台の機械の上の最大{nodes}個のノードプロセス。"
+            "{model}：{layers}層、隠れ次元{hidden}、クエリヘッド{heads}、KVヘッド{kv}。一台のマシンの上の最大{nodes}個のノードプロセス。"
             "{users}人の利用者が同時に{prompt}トークンの乱数プロンプトを送り、それぞれ{answer}トークンを貪欲法で受け取る。"
             "速度はデコード中の値。",
             model=Value("/model/name"),

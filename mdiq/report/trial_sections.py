@@ -28,7 +28,7 @@ def stage_name(words: Words, at: str, stage: dict[str, Any]) -> Text:
     """Return a stage's name, with its number of devices."""
     nodes = Value(f"{at}/nodes")
     if stage["name"] == "alone":
-        return words.say("one device, the whole model", "一台に全モデル")
+        return words.say("one device, the whole model", "一台にモデル全体")
     if stage["name"] == "now":
         return words.say("as it stands: {n} devices", "現状：{n}台", n=nodes)
     phase = _phase(words, stage)
@@ -89,12 +89,12 @@ class Sections:
         given = (
             words.say("as given", "指定値")
             if memory["is_given"]
-            else words.say("this machine's, none was given", "指定がないためこの機械の値")
+            else words.say("this machine's, none was given", "指定がないためこのマシンの値")
         )
         yield Paragraph(
             words.say(
                 "The whole model took {one} GiB on one device. A device has {device} GiB (",
-                "全モデルは一台で{one} GiBを使った。一台のメモリは{device} GiB（",
+                "モデル全体は一台で{one} GiBを使った。一台のメモリは{device} GiB（",
                 one=Value("/memory/one_device_bytes", 2, GIB),
                 device=Value("/memory/device_bytes", 2, GIB),
             )
@@ -111,7 +111,7 @@ class Sections:
             yield Paragraph(wire_text(words, has_both=True))
         if not document["attention"]:
             return
-        yield Heading(words.say("GQA and full multi-head attention", "GQAと全ヘッド注意"), 3)
+        yield Heading(words.say("GQA and full multi-head attention", "GQAとマルチヘッド注意（MHA）"), 3)
         head = (
             words.say("attention", "注意機構"),
             words.say("KV heads", "KVヘッド"),
@@ -124,7 +124,7 @@ class Sections:
                 (Value("/attention/kv_bytes_per_token", 1, KIB),),
             ),
             (
-                words.say("full multi-head (computed)", "全ヘッド（計算値）"),
+                words.say("full multi-head (computed)", "マルチヘッド（計算値）"),
                 (Value("/model/num_heads"),),
                 (Value("/attention/full_kv_bytes_per_token", 1, KIB),),
             ),
@@ -141,7 +141,7 @@ class Sections:
             words.say("busy", "計算中"),
             words.say("work waited", "待ち"),
             words.say("memory, MiB", "メモリ（MiB）"),
-            words.say("bytes per row on its hop", "ホップの一行あたりのバイト"),
+            words.say("bytes per row on its hop", "ホップの通信量（一トークン分あたりバイト）"),
         )
         count = range(len(self._stage["devices"]))
         rows = tuple(
@@ -209,7 +209,7 @@ class Sections:
         )
         head = (
             words.say("stage", "段階"),
-            words.say("killed", "停止したもの"),
+            words.say("killed", "停止したデバイス"),
             words.say("after, s", "停止時刻（秒）"),
             words.say("noticed, s", "検知（秒）"),
             words.say("ring found, s after", "リング確定（検知から秒）"),

@@ -52,7 +52,7 @@ def write(
         files = []
         for file, text in texts.items():
             files.append(folder / file)
-            files[-1].write_text(text, encoding="utf-8")
+            files[-1].write_text(text, encoding="utf-8", errors="replace")  # a name may not be Unicode
         if png.can_draw():
             files += png.draw(make_page(document, "en").charts, folder, f"{name}-")
     except OSError as error:

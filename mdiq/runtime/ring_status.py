@@ -292,6 +292,7 @@ def _shown(figures: NodeFigures, since_s: float) -> dict[str, Any]:
     return {
         "rss_bytes": figures.rss_bytes,
         "weight_bytes": figures.weight_bytes,
+        "busy_s": round(figures.busy_s, 3),
         "busy_share": round(min(figures.busy_s / since_s, 1.0), 4) if since_s > 0 else 0.0,
         "bytes_in": figures.bytes_in,
         "bytes_out": figures.bytes_out,

@@ -40,6 +40,8 @@ def refused(*arguments: str) -> str:
         (["--cpu", "0.01"], "--cpu 0.01: give 0.05 to"),
         (["--device-memory", "4GB"], "--device-memory: 4GB is not how a size is written here; write 4G"),
         (["--watts", "inf"], "--watts inf: give a finite number"),
+        (["--min-tokens-per-s", "inf"], "--min-tokens-per-s inf: give a finite number"),
+        (["--max-token-ms", "inf"], "--max-token-ms inf: give a finite number"),
         (["--api", "http://127.0.0.1:9", "--cpu", "0.5"], "--cpu: it is for rings on this machine"),
         (["--api", "pi0:8080"], "--api pi0:8080: write the address with http://"),
         (["--api", "http://127.0.0.1:9"], "give the address of a ring's API"),

@@ -97,7 +97,8 @@ def test_the_weakest_mark_counts() -> None:
     ("old", "new", "line", "words"),
     [
         ("value: 10, mark: measured, source: by hand", "value: 10, mark: cited, source: a book", 6, "https://"),
-        ("value: 10, mark: measured", "value: 0, mark: measured", 6, "greater than 0"),
+        ("value: 10, mark: measured", "value: 0, mark: measured", 6, "greater than or equal to 0.000000001"),
+        ("value: 10, mark: measured", "value: 1.0e+300, mark: measured", 6, "less than or equal to 1000000000000"),
         ("value: 10, mark: measured", "value: ten, mark: measured", 6, "number"),
         ("mark: measured, source: free", "mark: guessed, source: free", 5, "'measured', 'given', 'cited' or"),
         (", source: free", "", 5, "missing"),

@@ -1,5 +1,6 @@
 """A ring's API that only keeps books, and the report that comes out."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -31,6 +32,11 @@ class Api:
         self.num_lacking = 0
         self.serving_s = 100.0
         self.status: Any = None
+        self.statuses: list[Any] = []
+        self.status_code = 200
+        self.name = "tiny"
+        self.pieces: list[bytes] = []
+        self.word = "{word} {i}"
 
     def application(self) -> web.Application:
         app = web.Application()
@@ -46,32 +52,49 @@ class Api:
     async def _models(self, request: web.Request) -> web.Response:
         if request.headers.get("Authorization") != f"Bearer {KEY}":
             return web.json_response({}, status=401)
-        return web.json_response({"data": [{"id": "tiny"}]})
+        return web.json_response({"data": [{"id": self.name}]})
 
-    async def _status(self, _: web.Request) -> web.Response:
+    async def _status(self, request: web.Request) -> web.StreamResponse:
         if self.status is not None:
             return web.json_response(self.status)
+        status = self._usual()
+        if self.statuses:
+            status |= self.statuses.pop(0)
+        # In packets, as over a slow link.
+        text = json.dumps(status).encode()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for i in range(0, len(text), 100):
+            await response.write(text[i : i + 100])
+            await asyncio.sleep(0)
+        return response
+
+    def _usual(self) -> dict[str, Any]:
         self.serving_s += 10.0
         node = {"state": "serves", "rss_bytes": 1000, "weight_bytes": 500, "bytes_out": 100 * len(self.asked)}
         # Busy for 50 s before, and for all of the last 10 s.
-        busy = (50.0 + max(self.serving_s - 110.0, 0.0)) / self.serving_s
+        busy_s = 50.0 + max(self.serving_s - 110.0, 0.0)
         nodes = [
-            {"name": "pi0", "layers": [0, 2], "busy_share": busy, **node},
-            {"name": "pi1", "layers": [2, 6], "busy_share": 0.5, **node},
+            {"name": "pi0", "layers": [0, 2], "busy_s": busy_s, "busy_share": 0.1, **node},
+            {"name": "pi1", "layers": [2, 6], "busy_s": 0.5 * self.serving_s, "busy_share": 0.5, **node},
             {"name": "spare", "state": "missing", "layers": []},
         ]
         hops = [{"wire": "f32", "delay_s": 0.01, "bytes_per_s": None}] * 2
-        return web.json_response({"nodes": nodes, "hops": hops, "serving_s": self.serving_s})
+        return {"nodes": nodes, "hops": hops, "serving_s": self.serving_s, "state": "serves"}
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         assert body["ignore_eos"] and body["temperature"] == 0 and body["stream"]
         self.asked.append(body["prompt"])
+        if self.status_code != 200 and len(self.asked) > LOAD.users:
+            return web.json_response({"error": {"message": "no room"}}, status=self.status_code)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        for piece in self.pieces:
+            await response.write(piece)
         word = str(sum(body["prompt"])) + ("!" if self.changes_when_busy and len(self.asked) > LOAD.users else "")
         for i in range(body["max_tokens"] // 2):  # a piece is two tokens
-            await self._send(response, {"choices": [{"text": f"{word} {i}"}]})
+            await self._send(response, {"choices": [{"text": self.word.format(word=word, i=i)}]})
         used = body["max_tokens"] - self.num_lacking
         await self._send(response, {"choices": [], "usage": {"completion_tokens": used}})
         await response.write(b"data: [DONE]\n\n")
@@ -144,3 +167,62 @@ async def test_what_is_no_ring_is_an_error_of_one_line() -> None:
     api.num_lacking = 1
     with pytest.raises(RingError, match="3 of 4 tokens came"):
         await measured(api)
+
+
+async def test_a_ring_that_is_full_once_all_ask_is_an_error_of_one_line() -> None:
+    api = Api()
+    api.status_code = 503
+    with pytest.raises(RingError, match="503 Service Unavailable .*no room"):
+        await measured(api)
+    api = Api()
+    api.status_code = 429
+    with pytest.raises(RingError, match="give fewer --users"):
+        await measured(api)
+
+
+async def test_a_ring_that_changes_while_it_is_measured_is_not_reported() -> None:
+    for changes in ({"nodes": [{"state": "serves", "name": "pi9", "layers": [0, 6]}]}, {"rings_formed": 2}):
+        api = Api()
+        api.statuses = [{}, changes]
+        with pytest.raises(RingError, match="measure again"):
+            await measured(api)
+    api = Api()
+    api.status = {"state": "waiting for pi1", "nodes": []}
+    with pytest.raises(RingError, match="does not serve now .*waiting for pi1"):
+        await measured(api)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nodes": []},
+        {"nodes": ["pi0"]},
+        {"serving_s": float("nan")},
+        {"hops": [{"wire": "f32", "delay_s": float("inf"), "bytes_per_s": None}]},
+        {"nodes": [{"state": "serves", "name": "pi0", "layers": [0, 10**400], "busy_s": 1}]},
+    ],
+)
+async def test_a_status_with_impossible_figures_is_refused(changes: dict[str, Any]) -> None:
+    api = Api()
+    api.statuses = [changes, changes]
+    with pytest.raises(RemoteProtocolError, match="not what mdiq's API answers"):
+        await measured(api)
+
+
+async def test_an_answer_without_an_end_or_a_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdiq.report.running.MAX_ANSWER_BYTES", 10_000)
+    api = Api()
+    api.pieces = [b": waits\n\n" * 500] * 10
+    with pytest.raises(RemoteProtocolError, match="an answer without an end"):
+        await measured(api)
+    api = Api()
+    api.word = ""
+    with pytest.raises(RingError, match="4 tokens came, but no text"):
+        await measured(api)
+
+
+async def test_a_name_from_the_network_is_one_line_that_can_be_written() -> None:
+    api = Api()
+    api.name = "m\n# \ud800" + 500 * "x"
+    model, _ = await measured(api)
+    assert model == "m?# ?" + 195 * "x"

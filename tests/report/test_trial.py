@@ -14,6 +14,7 @@ from mdiq.plan.micro_batches import Curve
 from mdiq.plan.pace import StageCost
 from mdiq.plan.partition import Split
 from mdiq.report.drill import drill, kill_child
+from mdiq.report.energy import Reading
 from mdiq.report.gates import GateName, Limits
 from mdiq.report.trial import StageRun, Trial, devices
 from mdiq.runtime.recovery_times import RecoveryTimes
@@ -203,3 +204,27 @@ async def test_a_drill_in_which_an_answer_changes_counts_it() -> None:
 def test_a_node_that_is_no_process_here_cannot_be_killed() -> None:
     with pytest.raises(RingError, match="node-77: no process"):
         kill_child("node-77")
+
+
+@pytest.mark.parametrize("users", [1, 2])
+async def test_energy_is_that_of_the_load_and_not_of_the_rest_after_it(
+    users: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent: list[float] = [0.0]
+    stream = TriedFake.stream
+
+    async def spends(self: TriedFake, *args: Any) -> Any:
+        spent[0] += 100.0
+        async for event in stream(self, *args):
+            yield event
+
+    async def rests(seconds: float) -> None:
+        spent[0] += 7.0
+
+    monkeypatch.setattr(TriedFake, "stream", spends)
+    monkeypatch.setattr("mdiq.report.measure.asyncio.sleep", rests)
+    monkeypatch.setattr("mdiq.report.measure.read_energy", lambda: Reading("rapl", ((spent[0], 1e9),)))
+    run = await make_trial(EASY, [], [], users=users).run()
+    for stage in (run.alone, *run.stages):
+        assert (stage.energy.source, stage.energy.joules) == ("rapl", 100.0 * users)
+        assert stage.energy.joules_per_token == pytest.approx(100.0 / 6)

@@ -6,8 +6,9 @@ from mdiq.report.cost import Prices
 from mdiq.report.html import html
 from mdiq.report.markdown import markdown
 from mdiq.report.page import LANGUAGES, Language
+from mdiq.report.trial_document import copies_of
 from mdiq.report.trial_page import trial_page
-from tests.report.fakes import MIB, stage, trial, trial_run
+from tests.report.fakes import MIB, PRICES, load_run, stage, trial, trial_run
 from tests.report.tracing import assert_traces_back, values_of
 
 
@@ -41,10 +42,43 @@ def test_a_model_too_large_for_one_device_gets_a_ring() -> None:
 
 
 def test_the_report_says_when_the_ring_is_the_wrong_answer() -> None:
-    # A device of 1000 MiB holds the model's 300; three copies with a user each reach 3 * 6 tokens/s.
-    text = english(trial(device_bytes=1000 * MIB))
+    # A device of 1000 MiB holds the model's 300; two of three copies have a user, and reach 2 * 6 tokens/s.
+    slow = trial_run(stage("few", 2, 6.0), stage("tuned", 2, 9.0), stage("all", 3, 10.0))
+    document = trial(slow, device_bytes=1000 * MIB)
+    text = english(document)
     assert "**A ring is the wrong answer here: the model fits one device." in text
-    assert "A whole copy on each of the 3 devices reaches 18.0 tokens/s where the ring reached 15.0." in text
+    assert "A whole copy on each of the 3 devices reaches 12.0 tokens/s where the ring reached 10.0." in text
+    # Three devices of 100 over 2 years, and 30 W at 0.3, for 12 tokens/s: 0.3964 and 0.2083 for a million.
+    assert "| cost of a million tokens | 0.60 JPY |" in text
+    assert document["facts"]["cost_per_million"] == pytest.approx(0.60470, abs=1e-5)
+
+
+def test_copies_must_not_be_slower_than_the_ring_that_passed() -> None:
+    # Two copies with a user each: 12 tokens/s; the last stage is slower, but does not pass either.
+    last_fails = trial_run(stage("few", 2, 10.0), stage("tuned", 2, 14.0), stage("all", 3, 9.0, passes=False))
+    text = english(trial(last_fails, device_bytes=1000 * MIB))
+    assert "**Stay with the ring of 2 devices (14.0 tokens/s)" in text
+
+
+@pytest.mark.parametrize(
+    ("users", "devices", "part_users", "rate"),
+    [
+        (1, 3, 1, 6.0),  # one of the copies has a user
+        (2, 3, 1, 12.0),
+        (3, 3, 1, 18.0),
+        (4, 3, 2, 8.0 + 2 * 6.0),
+        (8, 4, 2, 4 * 8.0),
+        (8, 3, 3, 2 * 8.0 + 7.0),  # two users lie between one and three
+    ],
+)
+def test_copies_have_the_rings_users_and_no_more(users: int, devices: int, part_users: int, rate: float) -> None:
+    alone = replace(
+        stage("alone", 1, 8.0),
+        one=load_run(1, 1, 6.0),
+        part=load_run(1, part_users, 6.0 if part_users == 1 else 8.0),
+        many=load_run(1, users, 8.0),
+    )
+    assert copies_of(alone, devices, 10.0).tokens_per_s == pytest.approx(rate)
 
 
 def test_a_stage_that_failed_is_not_recommended() -> None:
@@ -89,3 +123,11 @@ def test_what_was_not_measured_and_not_given_is_said() -> None:
     assert "Energy: not measured." in text
     assert "Cost: no prices were given." in text
     assert "cost of a million tokens" not in text
+
+
+def test_devices_whose_power_alone_costs_more_never_pay_back() -> None:
+    never = "The ring never pays back at this rate"
+    assert never not in english(trial())
+    # 30 W at 0.3 for 15 tokens/s cost 0.17 for a million.
+    assert never in english(trial(prices=replace(PRICES, per_million_tokens=0.1)))
+    assert never not in english(trial(prices=Prices(per_million_tokens=0.1))), "nothing is known of the ring's cost"

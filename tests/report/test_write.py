@@ -40,3 +40,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         check_folder(tmp_path / "file" / "pages")
     with pytest.raises(ConfigError, match="--out .*name a folder to write in"):
         write(trial(), trial_page, ("en",), tmp_path / "nowhere", "report")
+
+
+def test_a_name_that_is_not_unicode_or_looks_like_a_formula_loses_no_measurement(tmp_path: Path) -> None:
+    document = trial()
+    document["model"]["name"] = "m\udcff"
+    document["stages"][-1]["devices"][0]["name"] = "$a^{$"
+    files = write(document, trial_page, ("en",), tmp_path, "report")
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["model"]["name"] == "m?"
+    assert not png.can_draw() or tmp_path / "report-busy.png" in files
