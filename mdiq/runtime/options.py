@@ -189,6 +189,12 @@ class RingOptions:
             return (None,) * self.num_nodes
         return noise_of_hops([node.noise for node in self.remote.nodes])
 
+    @property
+    def may_have_noise(self) -> bool:
+        """Whether a Hop has noise, or may get some when a spare takes over: no answer comes out the same way twice."""
+        known = (*self.remote.nodes, *self.remote.spares) if self.remote else ()
+        return any(node.noise is not None for node in known)
+
     def row_noise(self, stage: int) -> RowNoise | None:
         """Return the noise of the Hop out of a Stage."""
         promise = self.noises[stage]

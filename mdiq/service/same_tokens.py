@@ -36,7 +36,7 @@ class SameTokens:
         packed = self._packed if weights.format == "auto" else weights.format
         kinds = {kind_of(device), *(cpu for cpu in cpus if cpu)}
         is_exact = weights.exact and weights.dtype == "f32" and packed != "plain" and device.type == "cpu"
-        if not is_exact or len(kinds) > 1 or options.rounds(options.wanted_wires):
+        if not is_exact or len(kinds) > 1 or options.rounds(options.wanted_wires) or options.may_have_noise:
             return None
         program = f"mdiq {mdiq.__version__} {engine_digest()} torch {torch.__version__}"
         text = "|".join((self._model, self._tokenizer, packed, weights.dtype, *kinds, program))
