@@ -191,9 +191,17 @@ class RingOptions:
 
     @property
     def may_have_noise(self) -> bool:
-        """Whether a Hop has noise, or may get some when a spare takes over: no answer comes out the same way twice."""
-        known = (*self.remote.nodes, *self.remote.spares) if self.remote else ()
-        return any(node.noise is not None for node in known)
+        """Whether a Hop has noise, or gets some when a Node takes over: no answer comes out the same way twice then."""
+        return bool(self.promises)
+
+    @property
+    def promises(self) -> dict[str, NoisePromise]:
+        """What is promised of the rows that Nodes see, by their names: also of those that see none now."""
+        remote = self.remote
+        known: tuple[RemoteNode | StandingBy, ...] = ()
+        if remote is not None:
+            known = (*remote.nodes, *remote.spares, *remote.standing_by)
+        return {node.name: node.noise for node in known if node.noise is not None}
 
     def row_noise(self, stage: int) -> RowNoise | None:
         """Return the noise of the Hop out of a Stage."""
