@@ -22,12 +22,17 @@ ONE = RingOptions(Path("m"), (LayerRange(0, 4),))
 
 
 def _mark(
-    options: RingOptions | None = ONE, cpus: tuple[str, ...] = (), *, model: str = "m", words: str = "t"
+    options: RingOptions | None = ONE,
+    cpus: tuple[str, ...] = (),
+    *,
+    model: str = "m",
+    words: str = "t",
+    wanted: RingOptions | None = None,
 ) -> str | None:
     checkpoint = SimpleNamespace(digest=model, layer_kinds=set)
     same = SameTokens(cast(Any, checkpoint), cast(Any, SimpleNamespace(digest=words)))
     same.options = options
-    return same.mark(cpus)
+    return same.mark(cpus, wanted)
 
 
 def test_how_the_layers_are_split_is_no_part_of_the_mark() -> None:
@@ -67,6 +72,8 @@ def test_a_ring_with_noise_has_no_mark_nor_one_that_may_get_some() -> None:
 
     assert _mark(ring(desk, pi1)) == _mark()
     assert _mark(ring(desk, noisy)) is None
+    assert _mark(ring(desk, pi1), wanted=ring(desk, noisy)) is None, "it was let in since then"
+    assert _mark(ring(desk, pi1), wanted=ring(desk)) == _mark()
     assert _mark(ring(desk, pi1, spares=(replace(noisy, name="pi2"),))) is None
 
 
