@@ -89,7 +89,9 @@ class RingCollector(Collector):
 
 
 def _noise(noise: Mapping[str, Any]) -> Iterator[Metric]:
-    yield CounterMetricFamily("mdiq_noise_rows_total", "Rows of activations sent with noise.", noise["rows_sent"])
+    yield CounterMetricFamily(
+        "mdiq_noise_rows_total", "Rows of activations that left the Starter, on a ring with noise.", noise["rows_sent"]
+    )
     text = "Rows of the request that sent the most, with those of its cached prefix."
     yield GaugeMetricFamily("mdiq_noise_worst_request_rows", text, noise["worst_request_rows"])
     worst = GaugeMetricFamily(

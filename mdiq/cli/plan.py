@@ -75,7 +75,8 @@ def plan(
     explanation = explain(profiles.model, found, profiles.links, goal)
     factors = {name: factor for name in names if (factor := profiles.nodes[name].under_load) is not None}
     usable = [node for i, node in enumerate(found) if not (i and node.is_spare)]
-    divided = layouts(profiles.model, usable, profiles.links, goal) if with_more else []
+    trusts_all = goal.min_starter_layers == 1 and all(node.noise is None for node in nodes)
+    divided = layouts(profiles.model, usable, profiles.links, goal) if with_more and trusts_all else []
     if as_json:
         more = {"layouts": [asdict(layout) for layout in divided]} if with_more else {}
         typer.echo(json.dumps({**asdict(explanation), "under_load": factors, **more}, default=str))
@@ -83,6 +84,8 @@ def plan(
         typer.echo(render(explanation, with_more=with_more), nl=False)
         if text := layouts_text(divided, explanation.plan.value):
             typer.echo(f"\n{text}", nl=False)
+        if with_more and not trusts_all and len(usable) > 1:
+            typer.echo("\nseveral rings or copies are not compared: each has a starter, which sees whole prompts")
         if text := load_text(factors, SHOWN):
             typer.echo(f"under load   {text} as measured alone; the plan counts on it")
     return 0

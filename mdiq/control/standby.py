@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mdiq.core import control
+from mdiq.core.noise import NoisePromise
 
 
 @dataclass(frozen=True, slots=True)
 class StandingBy:
     """A Node that has no Layers now, and why: the topology, the plan or an operator wants it so.
 
-    is_left_out: it is the plan.
+    is_left_out: it is the plan. noise: what is promised of the rows that it has seen, if it was in a Ring.
     """
 
     name: str
     public_key: str | None
     reason: str
     is_left_out: bool = False
+    noise: NoisePromise | None = None
 
     @property
     def message(self) -> control.StandBy:

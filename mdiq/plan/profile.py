@@ -86,16 +86,19 @@ class NodeProfile:
         )
 
     def work_s(self, work: Work, num_layers: int) -> float:
-        """Return the seconds that forwards of so many Layers take by what the Node has measured alone.
+        """Return the seconds that forwards of so many Layers should have taken, by what the Node has measured alone.
 
-        That is Work's forward_s: handling is not part of it.
+        Handling takes time from forwards that it runs beside, and the planner counts it by itself. So where they took
+        longer than alone, as much of that as handling explains is no part of the Node's factor; see drift.py.
         """
         decode_s = prompt_s = 0.0
         if work.decode_batches:
             decode_s = self.layer_decode.seconds(work.decode_segments / work.decode_batches)
         if work.prompt_batches:
             prompt_s = self.layer_prompt.seconds(work.prompt_tokens / work.prompt_batches)
-        return num_layers * (work.decode_batches * decode_s + work.prompt_batches * prompt_s)
+        alone_s = num_layers * (work.decode_batches * decode_s + work.prompt_batches * prompt_s)
+        taken_s = min(max(work.forward_s - alone_s, 0.0), work.num_forwards * self.forward_s)
+        return alone_s * work.forward_s / (work.forward_s - taken_s) if taken_s else alone_s
 
     def layer_s(self, size: int, context_tokens: int) -> float:
         """Return the seconds of a Layer for ``size`` Segments of one token."""

@@ -189,6 +189,20 @@ class RingOptions:
             return (None,) * self.num_nodes
         return noise_of_hops([node.noise for node in self.remote.nodes])
 
+    @property
+    def may_have_noise(self) -> bool:
+        """Whether a Hop has noise, or gets some when a Node takes over: no answer comes out the same way twice then."""
+        return bool(self.promises)
+
+    @property
+    def promises(self) -> dict[str, NoisePromise]:
+        """What is promised of the rows that Nodes see, by their names: also of those that see none now."""
+        remote = self.remote
+        known: tuple[RemoteNode | StandingBy, ...] = ()
+        if remote is not None:
+            known = (*remote.nodes, *remote.spares, *remote.standing_by)
+        return {node.name: node.noise for node in known if node.noise is not None}
+
     def row_noise(self, stage: int) -> RowNoise | None:
         """Return the noise of the Hop out of a Stage."""
         promise = self.noises[stage]

@@ -258,22 +258,20 @@ class RingView:
 
 
 def _about_noise(options: RingOptions, exposure: Exposure) -> dict[str, Any]:
-    """Return what the Nodes with a promise may have learnt by now, those that are lost or stand by too.
+    """Return what the Nodes with a promise may have learnt by now, also those that are lost, drained or stand by.
 
     A promise holds for every row that its Node sees, in whatever Ring: so totals follow from it alone.
     """
-    known = (*options.remote.nodes, *options.remote.spares) if options.remote else ()
     nodes = [
         {
-            "name": node.name,
+            "name": name,
             "epsilon": promise.epsilon,
             "delta": promise.delta,
             "clip": promise.row.clip,
             "sigma": promise.row.sigma,
             "worst_request_epsilon": round(total_epsilon(promise, exposure.max_rows), 3),
         }
-        for node in known
-        if (promise := node.noise) is not None
+        for name, promise in options.promises.items()
     ]
     if not nodes:
         return {}

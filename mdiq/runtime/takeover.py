@@ -93,7 +93,10 @@ def with_newcomers(options: RingOptions, planned: RingOptions) -> RingOptions:
             nodes=_with_keys(remote.nodes, wanted),
             standing_by=(
                 *wanted.standing_by,
-                *(StandingBy(node.name, node.public_key, "the ring takes it in when all are here") for node in new),
+                *(
+                    StandingBy(node.name, node.public_key, "the ring takes it in when all are here", noise=node.noise)
+                    for node in new
+                ),
             ),
             spares=(*wanted.spares, *new),
         ),
@@ -144,7 +147,9 @@ def is_like(one: RingOptions, other: RingOptions) -> bool:
     if old is None or new is None or old.nodes[0].public_key != new.nodes[0].public_key:
         return False
     known = {node.name: _as_reached(node) for node in (*old.nodes, *old.spares)}
-    is_same_node = all(known.get(node.name, _as_reached(node)) == _as_reached(node) for node in new.nodes)
+    now = {node.name for node in old.nodes}
+    wanted = (*new.nodes, *(node for node in new.spares if node.name in now))  # a spare may have taken over
+    is_same_node = all(known.get(node.name, _as_reached(node)) == _as_reached(node) for node in wanted)
     remote = replace(new, nodes=old.nodes, standing_by=old.standing_by, spares=old.spares)
     return is_same_node and replace(other, layers=one.layers, wires=one.wires, remote=remote) == one
 
@@ -201,7 +206,7 @@ def _without_members(options: RingOptions) -> RingOptions:
 
 
 def _set_aside(node: RemoteNode, by: str) -> StandingBy:
-    return StandingBy(node.name, node.public_key, f"it was lost, and {by} took over")
+    return StandingBy(node.name, node.public_key, f"it was lost, and {by} took over", noise=node.noise)
 
 
 def _remote(options: RingOptions) -> RemoteRing:

@@ -23,10 +23,11 @@ class SameTokens:
         self._packed = chosen_format("auto", checkpoint, torch.device("cpu"))
         self.options: RingOptions | None = None
 
-    def mark(self, cpus: Collection[str] = ()) -> str | None:
+    def mark(self, cpus: Collection[str] = (), wanted: RingOptions | None = None) -> str | None:
         """Return the mark of the Ring, or None where equal rings may differ in a token; see docs/design/exact.md.
 
-        cpus: kinds of the processors of its nodes, those that are known. How the layers are split is no part of it.
+        cpus: kinds of the processors of its nodes, those that are known. wanted: what the Ring has become since it was
+        formed, or is to become. How the layers are split is no part of the mark.
         """
         options = self.options
         if options is None:
@@ -36,7 +37,8 @@ class SameTokens:
         packed = self._packed if weights.format == "auto" else weights.format
         kinds = {kind_of(device), *(cpu for cpu in cpus if cpu)}
         is_exact = weights.exact and weights.dtype == "f32" and packed != "plain" and device.type == "cpu"
-        if not is_exact or len(kinds) > 1 or options.rounds(options.wanted_wires):
+        may_have_noise = options.may_have_noise or (wanted is not None and wanted.may_have_noise)
+        if not is_exact or len(kinds) > 1 or options.rounds(options.wanted_wires) or may_have_noise:
             return None
         program = f"mdiq {mdiq.__version__} {engine_digest()} torch {torch.__version__}"
         text = "|".join((self._model, self._tokenizer, packed, weights.dtype, *kinds, program))

@@ -204,7 +204,7 @@ class TopologyService:
             self._model_name,
             wanted.max_waiting,
             self._under_load,
-            lambda: self._same.mark(self._topologies.cpus),
+            lambda: self._same.mark(self._topologies.cpus, keeper.wanted),
         )
         journal = self._journal(keeper.wanted)
         self._api = Api(

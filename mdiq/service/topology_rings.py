@@ -243,11 +243,12 @@ class TopologyRings:
         is_survey: bool = False,
     ) -> RingOptions:
         topology = loaded.topology
+        without_work = remote_nodes(self._loaded.topology, map(self._loaded.topology.node, idle), with_noise=True)
         remote = replace(
             remote_ring(loaded, self._join_wait_s),
             standing_by=tuple(
-                StandingBy(name, self._loaded.topology.node(name).public_key, reason, name in left_out)
-                for name, reason in idle.items()
+                StandingBy(node.name, node.public_key, idle[node.name], node.name in left_out, node.noise)
+                for node in without_work
             ),
             spares=remote_nodes(
                 self._loaded.topology,

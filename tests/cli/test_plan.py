@@ -74,3 +74,17 @@ def test_mdiq_plan_tells_what_trusted_layers_cost(tmp_path: Path) -> None:
     loaded.file.write_text(loaded.file.read_text() + "ring: {min_starter_layers: 20}\n")
     shown = CliRunner().invoke(app, ["plan", str(loaded.file)]).stdout
     assert "trusted      the first 20 layers stay on desk: " in shown
+
+
+@pytest.mark.parametrize(
+    ("pi1", "flags"), [("", ["--min-starter-layers", "2"]), (", noise: {epsilon: 8, delta: 1e-6, clip: 40}", [])]
+)
+def test_nodes_that_are_not_trusted_are_not_proposed_as_starters(tmp_path: Path, pi1: str, flags: list[str]) -> None:
+    keep_profiles(topology(tmp_path), measured_ring(desk=0.001, pi1=0.001, pi2=0.001, delay_s=0.1))
+    assert "copy of pi1" in CliRunner().invoke(app, ["plan", str(topology(tmp_path).file), "--explain"]).stdout
+    file = topology(tmp_path, pi1).file
+    keep_profiles(topology(tmp_path, pi1), measured_ring(desk=0.001, pi1=0.001, pi2=0.001, delay_s=0.1))
+    shown = CliRunner().invoke(app, ["plan", str(file), "--explain", *flags]).stdout
+    assert "copy of" not in shown and "each has a starter, which sees whole prompts" in shown
+    as_json = CliRunner().invoke(app, ["plan", str(file), "--explain", "--json", *flags]).stdout
+    assert json.loads(as_json)["layouts"] == []

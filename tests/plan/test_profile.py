@@ -24,10 +24,22 @@ def test_a_stage_takes_its_layers_its_head_and_what_a_forward_takes() -> None:
 
 
 def test_work_takes_what_its_batches_take_on_average() -> None:
-    pi1 = node("pi1")
+    pi1 = replace(node("pi1"), forward_s=0.0)
     assert pi1.work_s(Work(9.0, 10, 40), 3) == pytest.approx(10 * 3 * 0.0035)
     assert pi1.work_s(Work(9.0, 10, 40, 2, 128), 3) == pytest.approx(10 * 3 * 0.0035 + 2 * 3 * 0.026)
     assert pi1.work_s(Work(), 3) == 0.0
+
+
+def test_what_handling_takes_from_forwards_is_counted_once() -> None:
+    alone_s, desk = 10 * 3 * 0.0035, replace(node("desk"), forward_s=0.002)
+
+    def factor(forwards_s: float) -> float:
+        return forwards_s / desk.work_s(Work(forwards_s, 10, 40), 3)
+
+    assert factor(alone_s) == pytest.approx(1.0), "it came between forwards"
+    assert factor(alone_s + 0.015) == factor(alone_s + 10 * 0.002) == pytest.approx(1.0), "it ran beside some, or all"
+    assert factor(2 * alone_s + 10 * 0.002) == pytest.approx(2.0)
+    assert factor(alone_s / 2) == pytest.approx(0.5)
 
 
 def test_under_load_everything_takes_as_many_times_as_long() -> None:

@@ -157,6 +157,18 @@ def test_a_ring_is_like_another_that_differs_in_nodes_and_layers_alone() -> None
     assert not is_like(RING, replace(other, remote=replace(other.remote, nodes=moved)))
 
 
+def test_a_spare_that_has_taken_over_is_not_alike_when_something_is_promised_of_it() -> None:
+    before, after = (
+        ring({"desk": 6, "pi1": 6}, ("pi3",)),
+        with_spares(ring({"desk": 6, "pi1": 6}, ("pi3",)), ["pi1"], ["pi3"]),
+    )
+    assert before.remote is not None
+    spare = replace(before.remote.spares[0], noise=NoisePromise(8.0, 1e-6, RowNoise(10.0, 30.0)))
+    planned = replace(before, remote=replace(before.remote, spares=(spare,)))
+    assert is_like(after, before) and not is_like(after, planned), "the hop to it has no noise yet"
+    assert is_like(before, planned), "it sees nothing yet"
+
+
 def test_nodes_with_another_key_are_told_and_the_starter_keeps_its_own() -> None:
     new = with_keys(RING, "desk", "pi1", "pi3")
     assert {*rekeyed(RING, new)} == {"desk", "pi1", "pi3"} and rekeyed(RING, RING) == []

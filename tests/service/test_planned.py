@@ -55,6 +55,14 @@ def test_a_node_that_only_slows_the_ring_down_is_left_out_and_it_is_said(tmp_pat
     assert idle.name == "pi2" and idle.is_left_out and re.search(r": \d+ % slower with it$", idle.reason)
 
 
+def test_what_was_promised_of_a_node_that_is_drained_is_still_known(tmp_path: Path) -> None:
+    loaded = topology(tmp_path, ", noise: {epsilon: 8, delta: 1e-6, clip: 40}")
+    keep_profiles(loaded, measured_ring(desk=0.001, pi1=0.001, pi2=0.001))
+    options = _rings(loaded, []).options(frozenset(["pi1"]))
+    assert options.node_names == ("desk", "pi2") and not any(options.noises)
+    assert [*options.promises] == ["pi1"] and options.may_have_noise
+
+
 def test_a_plan_over_different_kinds_of_cpu_says_so_in_exact_mode(tmp_path: Path) -> None:
     loaded = topology(tmp_path)
     ring = measured_ring(desk=0.001, pi1=0.001, pi2=0.001)

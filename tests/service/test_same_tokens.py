@@ -10,23 +10,29 @@ import torch
 from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 
+from mdiq.core.noise import NoisePromise, RowNoise
 from mdiq.core.types import LayerRange, WeightSettings
 from mdiq.engine.device import kind_of
 from mdiq.engine.text.gguf_tokenizer import TokenizerParts
 from mdiq.engine.text.tokenizer import Tokenizer
-from mdiq.runtime.options import RingOptions
+from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions
 from mdiq.service.same_tokens import SameTokens
 
 ONE = RingOptions(Path("m"), (LayerRange(0, 4),))
 
 
 def _mark(
-    options: RingOptions | None = ONE, cpus: tuple[str, ...] = (), *, model: str = "m", words: str = "t"
+    options: RingOptions | None = ONE,
+    cpus: tuple[str, ...] = (),
+    *,
+    model: str = "m",
+    words: str = "t",
+    wanted: RingOptions | None = None,
 ) -> str | None:
     checkpoint = SimpleNamespace(digest=model, layer_kinds=set)
     same = SameTokens(cast(Any, checkpoint), cast(Any, SimpleNamespace(digest=words)))
     same.options = options
-    return same.mark(cpus)
+    return same.mark(cpus, wanted)
 
 
 def test_how_the_layers_are_split_is_no_part_of_the_mark() -> None:
@@ -54,6 +60,21 @@ def test_what_decides_tokens_changes_the_mark() -> None:
 )
 def test_rings_that_may_differ_in_a_token_have_no_mark(options: RingOptions | None) -> None:
     assert _mark(options) is None
+
+
+def test_a_ring_with_noise_has_no_mark_nor_one_that_may_get_some() -> None:
+    desk, pi1 = (RemoteNode(name, f"tcp://{name}:7002", None) for name in ("desk", "pi1"))
+    noisy = replace(pi1, noise=NoisePromise(8.0, 1e-6, RowNoise(40.0, 20.0)))
+
+    def ring(*nodes: RemoteNode, spares: tuple[RemoteNode, ...] = ()) -> RingOptions:
+        layers = (LayerRange(0, 2), LayerRange(2, 4))
+        return replace(ONE, layers=layers, remote=RemoteRing(nodes, "tcp://c", "tcp://w", spares=spares))
+
+    assert _mark(ring(desk, pi1)) == _mark()
+    assert _mark(ring(desk, noisy)) is None
+    assert _mark(ring(desk, pi1), wanted=ring(desk, noisy)) is None, "it was let in since then"
+    assert _mark(ring(desk, pi1), wanted=ring(desk)) == _mark()
+    assert _mark(ring(desk, pi1, spares=(replace(noisy, name="pi2"),))) is None
 
 
 def test_a_ring_of_unlike_processors_has_no_mark() -> None:

@@ -133,7 +133,8 @@ class Form:
 
     def takes(self, token: int) -> bool:
         """Return whether it is known that this token may come; of some end tokens only ``allowed`` knows it."""
-        if token >= self._num_known:
+        # One that has left its form, or is at its end, would take an end token for ever.
+        if token >= self._num_known or self._matcher.is_stopped():
             return False
         # Where only one text can follow, the mask holds the first token that the tokenizer makes of it, and no other.
         forced = self._matcher.compute_ff_tokens()

@@ -157,8 +157,18 @@ def test_what_is_no_grammar_is_refused_in_a_line_that_says_why(tokenizer: Tokeni
 def test_tokens_that_leave_the_form_are_an_error_of_their_sequence(tokenizer: Tokenizer) -> None:
     grammars, sequence = Grammars(tokenizer), _sequence("regex:[a-z]{100}")
     sequence.generated.append(tokenizer.plain_ids("7")[-1])
+    form = grammars.form(sequence, tokenizer.vocab_size)
+    # The end neither: the answer would seem to have its form.
+    assert not [token for token in range(tokenizer.vocab_size) if form.takes(token)]
     with pytest.raises(EngineError, match="the answer's form"):
-        grammars.form(sequence, tokenizer.vocab_size).allowed()
+        form.allowed()
+
+
+def test_nothing_comes_after_the_end(tokenizer: Tokenizer) -> None:
+    grammars, sequence = Grammars(tokenizer), _sequence("regex:a?")
+    sequence.generated.append(min(tokenizer.eos_token_ids))
+    form = grammars.form(sequence, tokenizer.vocab_size)
+    assert not [token for token in range(tokenizer.vocab_size) if form.takes(token)]
 
 
 def test_states_go_with_their_sequences_and_few_grammars_are_kept(tokenizer: Tokenizer) -> None:
