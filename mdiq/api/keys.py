@@ -129,6 +129,15 @@ def parse_keys(text: str, where: str) -> list[ApiKey]:
     return keys
 
 
+def line_with(name: str, text: str, where: str) -> int | None:
+    """Return the number of the line that has this name in a file's text, or None; it may hold no key yet.
+
+    Raises:
+        ConfigError: a line before that one cannot be; ``where`` is what messages call the text.
+    """
+    return next((number for number, key in _keys_of(text, where) if key.name == name), None)
+
+
 def _keys_of(text: str, where: str) -> Iterator[tuple[int, ApiKey]]:
     num_bare = 0
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
@@ -146,7 +155,7 @@ def _keys_of(text: str, where: str) -> Iterator[tuple[int, ApiKey]]:
 
 def _named(line: str, where: str) -> ApiKey:
     name, digest, *words = line.split()
-    _check_name(name, where)
+    _check_name(name, where, "; a key by itself is without spaces")
     if (found := _HASH.fullmatch(digest)) is None:
         text = "sha256: and 64 hex digits come after the name; mdiq api-key writes such a line. A key by itself is "
         raise ConfigError(f"{where}: {text}without spaces")
@@ -167,10 +176,10 @@ def _named(line: str, where: str) -> ApiKey:
     )
 
 
-def _check_name(name: str, where: str) -> None:
+def _check_name(name: str, where: str, advice: str = "") -> None:
     if not NAME.fullmatch(name):
-        text = "a name has up to 32 letters, digits, dots, dashes and underscores; a key by itself is without spaces"
-        raise ConfigError(f"{where}: {text}")
+        text = "a name has up to 32 letters, digits, dots, dashes and underscores, and begins with a letter or digit"
+        raise ConfigError(f"{where}: {text}{advice}")
 
 
 def _digest(key: bytes) -> bytes:

@@ -16,6 +16,7 @@ from mdiq.cli.options import HeldAs, Json
 from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS
 from mdiq.core.types import USUAL_WEIGHTS, WeightSettings
 from mdiq.errors import ConfigError
+from mdiq.plan.privacy import promised
 from mdiq.runtime.placement import set_threads, usable_threads
 
 if TYPE_CHECKING:  # torch is imported after set_threads
@@ -26,7 +27,7 @@ MAX_EPSILON, MAX_CUT, MAX_TOKENS = 1e6, 1_024, 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class PrivacyOptions:
-    """Measure which prompt tokens a node can recover from what it sees, and what noise costs in quality."""
+    """Measure which tokens of a prompt a node can recover. It also measures what noise costs in quality."""
 
     model: Annotated[
         str | None,
@@ -70,6 +71,8 @@ def execute(options: PrivacyOptions) -> int:
         raise ConfigError(f"--delta {options.delta:g}: it must be from 1e-12 to 0.1, for example 1e-6")
     if options.clip is not None and not 1e-6 <= options.clip <= 1e9:
         raise ConfigError(f"--clip {options.clip:g}: it must be from 1e-6 to 1e9; leave it out for the median")
+    for epsilon in epsilons:  # a package that is missing is named now, and not after minutes of measuring
+        promised(epsilon, options.delta, 1.0)
     if options.plot is not None:
         from mdiq.bench.plots import check_plots
 

@@ -28,16 +28,18 @@ def print_status(found: Mapping[str, Any]) -> None:
     console = Console()
     requests = found["requests"]
     console.print(f"requests: {requests['running']} open, at most {requests['max']}", highlight=False)
-    table = Table("server", "state", "model", "running", "places", "address")
+    table = Table("server", "state", "running", "places")
+    for text in ("model", "address"):  # whole on several lines where the terminal is narrow, or is a pipe
+        table.add_column(text, overflow="fold")
     for server in found["servers"]:
         state = f"{server['state']}{', drained' if server['drained'] else ''}"
         text = "" if server["state"] == "serves" else f": {server['text']}"
         table.add_row(
             server["name"],
             state + text,
-            server["model"] or "",
             str(server["running"]),
             "" if server["places"] is None else str(server["places"]),
+            server["model"] or "",
             server["url"],
         )
     console.print(table)

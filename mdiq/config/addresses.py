@@ -22,7 +22,7 @@ def checked_address(text: str, *, may_be_wildcard: bool) -> str:
     if match := re.fullmatch(r"[a-z+]+://(.*?)/?", text):
         raise ValueError(f"{shown(text)} begins with a protocol; write the address alone: {shown(_bare(match[1]))}")
     if text != text.strip() or re.search(r"\s", text):
-        raise ValueError(f"{shown(text)} has a blank in it; write one address, {_EXAMPLE}")
+        raise ValueError(f"{shown(text)} has a space in it; write one address, {_EXAMPLE}")
     if "/" in text:
         raise ValueError(
             f"{shown(text)} names a whole network; write the device's own address: {shown(text.split('/')[0])}"

@@ -123,7 +123,7 @@ def _no_section(loc: Loc, value: object) -> str:
     example = _example(loc)
     if isinstance(value, str) and ":" in value and " " not in value.partition(":")[2][:1]:
         key, _, rest = value.partition(":")
-        return f"the blank after the colon is missing; write {shown(key)}: {shown(rest)}"
+        return f"the space after the colon is missing; write {shown(key)}: {shown(rest)}"
     if without_indices(loc) == ("nodes",):
         return f"{noun_of(value)} stands where a node should; begin it with `- name: ...` and its other keys below that"
     return f"{noun_of(value)} stands where keys should; {example}"

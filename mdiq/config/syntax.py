@@ -28,13 +28,13 @@ def syntax_error(error: yaml.MarkedYAMLError, source: list[str]) -> tuple[int, s
                 f'a key without quotes, and its signs mean something to YAML; write public_key: "{shown(value)}"',
             )
     if "'\\t'" in problem or re.match(r" *\t", text(line)):
-        return line, "a tab at the beginning of the line or of a value; YAML allows blanks only: replace it by blanks"
+        return line, "a tab at the beginning of the line or of a value; YAML allows spaces only; replace it by spaces"
     if "mapping values are not allowed" in problem:
         if len(re.findall(r": ", text(line))) > 1:
             return line, "a second `: ` in the line; put the text with the colon in quotes"
         return line, "the line is indented deeper than the one above; begin it under the first letter of the key above"
     if "could not find expected ':'" in problem:
-        return first, "a line without `key: value`; is the colon missing, or the blank after it?"
+        return first, "a line without `key: value`; is the colon missing, or the space after it?"
     if "quoted scalar" in context:
         return first, "a quote opens here and never closes; close it"
     if "flow node" in context and "stream end" in problem:  # the parser names neither the bracket nor its line

@@ -48,14 +48,14 @@ def parse_rate(value: object) -> float:
     raise ValueError(f"{value} has an unknown unit; use one of kbit, mbit, gbit (a second): for example 20mbit")
 
 
-def parse_time(value: object) -> float:
-    """Return the seconds of a time such as ``200ms`` or ``5s``."""
-    number, unit = _split(value, "200ms", "a time")
+def parse_time(value: object, example: str = "200ms") -> float:
+    """Return the seconds of a time such as ``200ms`` or ``5s``; messages show the example, and take its unit."""
+    number, unit = _split(value, example, "a time")
     if unit in _TIMES:
         return number * _TIMES[unit]
     if unit.lower() in _TIMES:
         raise ValueError(f"{value} is not how a time is written here; write {number:g}{unit.lower()}")
-    raise ValueError(f"{value} has an unknown unit; use one of us, ms, s, min: for example 200ms")
+    raise ValueError(f"{value} has an unknown unit; use one of us, ms, s, min: for example {example}")
 
 
 def parse_layers(value: object) -> LayerRange:
@@ -115,5 +115,5 @@ def _split(value: object, example: str, noun: str) -> tuple[float, str]:
     if float(match[1]) == 0:
         raise ValueError(f"{text} is nothing; write more than that, for example {example}")
     if match[1] + match[2] != text:
-        raise ValueError(f"{text} has a blank in it; write {match[1]}{match[2]}")
+        raise ValueError(f"{text} has a space in it; write {match[1]}{match[2]}")
     return float(match[1]), match[2]

@@ -86,7 +86,7 @@ def _time(low: str, high: str, example: str) -> BeforeValidator:
     """Return the reader of a time from ``low`` to ``high``."""
 
     def read(value: object) -> float:
-        seconds = units.parse_time(value)
+        seconds = units.parse_time(value, example)
         if not units.parse_time(low) <= seconds <= units.parse_time(high):
             raise ValueError(f"{shown(value)} is out of range; write {low} to {high}, for example {example}")
         return seconds

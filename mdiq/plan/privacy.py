@@ -60,4 +60,6 @@ def _total(ratio: float, delta: float, num_rows: int) -> float:
 
 
 def _missing() -> ConfigError:
-    return ConfigError("noise needs the package dp-accounting on the Starter; run pip install 'mdiq[privacy]'")
+    return ConfigError(
+        "noise needs the package dp-accounting; run pip install 'mdiq[privacy]' (of a ring: on its Starter)"
+    )

@@ -267,7 +267,7 @@ def _next_limits(question: Question, layout: Layout, ring: RingForecast, catalog
         lines = 1 / len(plan.hops) if question.link.is_shared else count
         rate = lines * question.link.bytes_per_s.value / per_token
         mark = weakest([question.link.bytes_per_s.mark, question.shape.mark])
-        found.append(NextLimit("links", rate, mark, f"{per_token:.0f} bytes for each token on each hop"))
+        found.append(NextLimit("links", rate, mark, f"{per_token:,.0f} bytes for each token on each hop"))
     yield from sorted(found, key=lambda limit: limit.at_tokens_per_s)
 
 

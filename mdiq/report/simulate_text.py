@@ -35,7 +35,10 @@ def render(simulation: Simulation, catalogue: Catalogue, *, with_sources: bool =
         for name, figure in sources(question, question.devices, catalogue):
             lines.append(f"  {name:<38} {figure.value:>14,.6g}  {figure.mark:<9}  {figure.source}")
     else:
-        lines += ["", "marks: how the weakest figure is known that a line was computed from; --sources lists them"]
+        lines += [
+            "",
+            "marks: each line has that of the weakest figure that it was computed from; --sources lists all figures",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -131,8 +134,8 @@ def _body(simulation: Simulation, layout: Layout, catalogue: Catalogue) -> Itera
 
     rate = figures["rate_tokens_per_s"].value
     batches = f"micro-batches of {ring.plan.cap}"
-    yield line("rate", f"{rate:.1f} tokens/s for {_users(question.users)} in {batches}", "rate_tokens_per_s")
-    yield line("one user", f"{figures['one_user_tokens_per_s'].value:.2f} tokens/s alone", "one_user_tokens_per_s")
+    yield line("rate", f"{_rate(rate)} tokens/s for {_users(question.users)} in {batches}", "rate_tokens_per_s")
+    yield line("one user", f"{_rate(figures['one_user_tokens_per_s'].value)} tokens/s alone", "one_user_tokens_per_s")
     yield line(
         "tokens",
         f"one every {1_000 * figures['between_tokens_s'].value:.0f} ms for each user",
@@ -219,7 +222,7 @@ def _one_more(simulation: Simulation) -> Iterator[str]:
             yield f"  {each.device:<{width}}  does not fit"
         else:
             change = "the same" if abs(each.change) < _SAME else f"{100 * each.change:+.0f} %"
-            yield f"  {each.device:<{width}}  {each.rate:.1f} tokens/s, {change}"
+            yield f"  {each.device:<{width}}  {_rate(each.rate)} tokens/s, {change}"
 
 
 def _others(simulation: Simulation, layout: Layout) -> Iterator[str]:
@@ -230,8 +233,9 @@ def _others(simulation: Simulation, layout: Layout) -> Iterator[str]:
     rings = [(layout.num_rings, layout.rate, layout.num_used), *simulation.others]
     shown = sorted(rings)[:: max(len(rings) // 8, 1)]
     for number, rate, used in sorted({*shown, rings[0]}):
+        kind = f"{'ring' if number == 1 else 'rings':<5}"
         mark = "  <" if number == layout.num_rings else ""
-        yield f"  {number:>4} {'ring' if number == 1 else 'rings':<5}  {rate:>9.1f} tokens/s  {used:>4} devices{mark}"
+        yield f"  {number:>4} {kind}  {_rate(rate):>9} tokens/s  {used:>4} devices{mark}"
 
 
 def _next(simulation: Simulation, layout: Layout, catalogue: Catalogue) -> Iterator[str]:
@@ -247,6 +251,11 @@ def _next(simulation: Simulation, layout: Layout, catalogue: Catalogue) -> Itera
     yield f"  weights before the first start: {_minutes(within_s)} within a ring" + (
         f", {_minutes(starters_s)} to all Starters from one place  ({mark})" if layout.num_rings > 1 else f"  ({mark})"
     )
+
+
+def _rate(tokens_per_s: float) -> str:
+    """Return a rate with enough digits to see a difference of some percent, also below a token a second."""
+    return f"{tokens_per_s:.{1 if tokens_per_s >= 10 else 2}f}"
 
 
 def _minutes(seconds: float) -> str:

@@ -61,7 +61,7 @@ class RouteService:
         )
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(AdminServer(socket_path(self._loaded.file), commands))
+            await stack.enter_async_context(AdminServer(socket_path(self._loaded.file), commands, self._loaded.file))
             stack.push_async_callback(self._close_links)
             self._group = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(self._end_tasks)

@@ -31,10 +31,12 @@ class AdminServer:
     """Answers commands by name. Each gets the question and returns what becomes JSON; MdiqErrors go to who asked.
 
     A lock on a file beside the socket file lasts as long as this process: a second one changes nothing and is refused.
+    name: what that refusal calls this service, its file for example.
     """
 
-    def __init__(self, path: Path, commands: Mapping[str, Command]) -> None:
+    def __init__(self, path: Path, commands: Mapping[str, Command], name: object) -> None:
         self._path = path
+        self._name = name
         self._commands = commands
         self._server: asyncio.Server | None = None
         self._lock: int | None = None
@@ -56,7 +58,8 @@ class AdminServer:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{self._path}: mdiq serve of this topology runs already; stop that first") from None
+                text = f"{self._name}: a service of it runs already (it holds {self._path}.lock); stop that first"
+                raise ConfigError(text) from None
             self._path.unlink(missing_ok=True)  # of one that was killed
             before = os.umask(0o177)
             try:
@@ -120,9 +123,13 @@ def ask(topology: Path, question: Mapping[str, Any], environ: Mapping[str, str] 
                 link.connect(str(place))
                 break
         else:
+            if not topology.exists():
+                raise ConfigError(
+                    f"{topology}: no such file; give the file that mdiq serve or mdiq route was started with"
+                )
             raise ConfigError(
-                f"{topology}: no mdiq serve of it runs here that this user may ask; start it, or run this as root or "
-                f"as its user (looked at {', '.join(str(place) for place in places)})"
+                f"{topology}: no mdiq serve or mdiq route of it runs here that this user may ask; start it, or run "
+                f"this as root or as its user (looked at {', '.join(str(place) for place in places)})"
             )
         try:
             link.sendall(json.dumps(question).encode() + b"\n")

@@ -216,7 +216,11 @@ class TopologyService:
         )
         replanning = Replanning(keeper, lambda: self._topologies.rings)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
-        async with AdminServer(socket_path(self._file), commands), self._keeping(journal) as writing, self._listening():
+        async with (
+            AdminServer(socket_path(self._file), commands, self._file),
+            self._keeping(journal) as writing,
+            self._listening(),
+        ):
             watchdog = watchdog_loops(self._notifier, keeper.has_work, keeper.last_progress_s)
             await serve_until_signal(
                 keeper.run(),

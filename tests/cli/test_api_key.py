@@ -42,7 +42,11 @@ def test_without_a_file_the_line_is_shown() -> None:
 
 @pytest.mark.parametrize(
     ("name", "mode", "words"),
-    [("office", 0o600, "the same name as in line 1"), ("lab", 0o640, "chmod 600"), ("a b", 0o600, "a name has up to")],
+    [
+        ("office", 0o600, "api-keys:1: office is there already"),
+        ("lab", 0o640, "chmod 600"),
+        ("a b", 0o600, "or digit$"),
+    ],
 )
 def test_what_cannot_be_added_changes_nothing(tmp_path: Path, name: str, mode: int, words: str) -> None:
     file = tmp_path / "api-keys"

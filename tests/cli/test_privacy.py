@@ -1,6 +1,7 @@
 """mdiq privacy: what its flags mean, and what it prints."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(model_source, "find_model", lambda name, progress: Path(name))
     monkeypatch.setattr(Tokenizer, "load", lambda _: _Bytes())
     return asked
+
+
+def test_a_missing_package_is_named_before_anything_is_measured(
+    asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    epsilon = "77.125"  # of no other test: what was computed is kept
+    done = CliRunner().invoke(app, ["privacy", "m.gguf", "--epsilon", epsilon])
+    assert isinstance(done.exception, ConfigError) and "pip install 'mdiq[privacy]'" in str(done.exception)
+    assert asked == []
 
 
 def test_flags_become_what_is_measured_on_texts_that_are_apart(asked: list[tuple[Any, ...]], tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_what_depends_on_a_wrong_value_is_not_told() -> None:
         ('journal: ""\n', "t.yaml:1 journal: it is empty; write a path"),
         ("journal: [a]\n", "t.yaml:1 journal: it is a list, and a text belongs here"),
         ("links: {hops: desk}\n", "t.yaml:1 links.hops: it is a text, and a list belongs here"),
-        ("links: wire:i8\n", "t.yaml:1 links: the blank after the colon is missing; write wire: i8"),
+        ("links: wire:i8\n", "t.yaml:1 links: the space after the colon is missing; write wire: i8"),
         ("nodes: []\n", "t.yaml:1 nodes: the list is empty; begin each node with"),
         ("nodes: [a]\n", "t.yaml:1 nodes[0]: a text stands where a node should"),
         ("nodes: [{name: a, name: b}]\n", "t.yaml:1 nodes[0].name: it stands here twice, first in line 1"),

@@ -47,6 +47,7 @@ def test_what_is_left_out_has_a_value_of_its_own(tmp_path: Path) -> None:
         (GOOD + "api: {host: 0.0.0.0}\n", 4, "there are no API keys"),
         (GOOD + "api: {tls_cert: a.pem}\n", 4, "HTTPS needs both"),
         (GOOD + "silence: 1s\n", 4, "out of range"),
+        (GOOD + "silence: 5\n", 4, "write for example 5s"),
         (GOOD + "max_requests: 0\n", 4, "out of range"),
         (GOOD + "nodes: []\n", 4, "it is not a key here"),
         ("[1]\n", 1, "it is a list"),

@@ -56,6 +56,7 @@ def test_a_text_with_a_unit_is_a_number(parse: Callable[[object], object], text:
         (units.parse_time, "200 ms", "write 200ms"),
         (units.parse_time, "200sec", "use one of us, ms, s, min"),
         (units.parse_time, 200, "write for example 200ms"),
+        (lambda value: units.parse_time(value, "5s"), 7, "write for example 7s"),
         (units.parse_layers, 5, "5-5 is layer 5 alone, 0-4 are 5 layers"),
         (units.parse_layers, 0, "0-0 is layer 0 alone"),
         (units.parse_layers, "0..11", "write 0-11"),
@@ -119,7 +120,7 @@ def test_an_address_or_a_name_is_let_through(text: str) -> None:
         ("-pi", "neither an IP address nor a host name"),
         ("a" * 64, "neither an IP address nor a host name"),
         ("*", "neither an IP address nor a host name"),
-        ("pi 1", "has a blank in it"),
+        ("pi 1", "has a space in it"),
     ],
 )
 def test_what_is_no_address_is_refused_with_what_to_write(text: str, advice: str) -> None:

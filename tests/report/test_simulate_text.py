@@ -25,6 +25,13 @@ def test_the_text_has_the_figures_with_their_marks() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_rates_of_a_large_model_show_differences_of_some_percent() -> None:
+    found = simulate(question(HALF, HALF, users=8), OWN)
+    more = replace(found.one_more[0], rate=0.234, change=0.04)
+    assert "0.23 tokens/s, +4 %" in render(replace(found, one_more=[more]), OWN)
+    assert "23.4 tokens/s, +4 %" in render(replace(found, one_more=[replace(more, rate=23.44)]), OWN)
+
+
 def test_sources_are_listed_when_they_are_asked_for() -> None:
     text = render(simulate(question(BOX), OWN), OWN, with_sources=True)
     line = next(line for line in text.splitlines() if "box: weights read" in line)
