@@ -1,6 +1,7 @@
 """Routes of /v1/responses. An answer is made by a task of its own, so that it outlives the connection that asked."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -12,7 +13,7 @@ from aiohttp import web
 
 from mdiq.api import streams
 from mdiq.api.answering import Answering, Begun
-from mdiq.api.audit import LEFT, RECORD, Record, new_request_id
+from mdiq.api.audit import FOR, LEFT, RECORD, Record, new_request_id
 from mdiq.api.backend import Backend
 from mdiq.api.clients import Clients
 from mdiq.api.forming import tools_about
@@ -36,6 +37,7 @@ PATH = "/v1/responses"
 MAX_AT_ONCE = 64  # events of one response before others have their turn
 MAX_INPUT_ITEMS, USUAL_INPUT_ITEMS = 100, 20  # of one page, as OpenAI's
 _PREVIOUS = "previous_response_id"
+_PART = re.compile(r"[0-9a-f]{32}")
 
 
 class ResponseRoutes:
@@ -131,7 +133,7 @@ class ResponseRoutes:
                 response.note_sent(ending.events)
                 self._ended(response, max(now - ending.at_s, 0.0))  # the clock may have been set
                 continue
-            client = self._clients.of_digest(bytes.fromhex(about["owner"]), about["key"])
+            client = self._clients.of_digest(bytes.fromhex(about["owner"].partition(":")[0]), about["key"])
             own = Record(new_request_id(), now_s, PATH, "", client)
             make = partial(self._go_on, response, kept, own)
             response.task = asyncio.create_task(self._run(response, make, own), name="response")
@@ -323,5 +325,6 @@ class ResponseRoutes:
 
 
 def _owner(request: web.Request) -> str:
-    client = request[RECORD].client
-    return "" if client is None else client.key.digest.hex()  # a name may be another key's after a reload
+    client, part = request[RECORD].client, request.headers.get(FOR, "")
+    owner = "" if client is None else client.key.digest.hex()  # a name may be another key's after a reload
+    return f"{owner}:{part}" if _PART.fullmatch(part) else owner
