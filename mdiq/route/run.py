@@ -196,7 +196,7 @@ class Run:
                     self._note_usage(counts)
             if self._asked.is_stored:
                 body = self._stored.made(link, self._asked, self._request, value) or body
-        return web.Response(body=body, content_type="application/json")
+        return self._pool.held(web.Response(body=body, content_type="application/json"), len(body))
 
     async def _stream(self, link: Link, response: ClientResponse) -> web.StreamResponse:
         reader = EventReader()

@@ -199,7 +199,7 @@ class Stored:
                     continue
                 if not reading.out.prepared:
                     self._note_usage(session, request, response, body)
-                    return _whole(response, body, session.names)
+                    return self._pool.held(_whole(response, body, session.names), len(body))
                 why = f"{link.server.name} answers {response.status}"  # a second answer in one would be no HTTP
                 break
             except BrokenError as error:
@@ -229,7 +229,7 @@ class Stored:
                     if response.status >= 500:
                         silent.append(link.server.name)
                     elif response.status != 404:
-                        return _whole(response, body, {})
+                        return self._pool.held(_whole(response, body, {}), len(body))
             except BrokenError:
                 if reading.out.prepared:
                     return await reading.give_up(f"{link.server.name} is gone")

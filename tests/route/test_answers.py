@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from mdiq.api.keys import bare_keys
-from mdiq.route import links, run
+from mdiq.route import app, links, pool, run
 from mdiq.route.servers import State
 from tests.route.fake_server import FakeServer, Handler, routed
 
@@ -189,3 +189,35 @@ async def test_a_connection_to_a_server_is_watched_by_the_kernel(monkeypatch: py
 def _connector(kind: Any, noted: Any, **settings: Any) -> Any:
     assert settings.pop("socket_factory") is links.watched_socket
     return kind(**settings, socket_factory=noted)
+
+
+async def test_an_answer_is_held_until_its_client_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 8 << 20
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=b'{"x": "' + b"x" * size + b'"}', content_type="application/json")
+
+    only = OddServer("only")
+    only.answer = answer
+    async with routed(only) as router:
+        assert router.client.server.port is not None
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.client.server.port, limit=1_024)
+        body = json.dumps(BODY).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await reader.readline()
+        monkeypatch.setattr(pool, "MAX_HELD_BYTES", size)
+        response = await router.client.post(PATH, json=BODY)
+        assert response.status == 503 and "holds too much" in await response.text()
+        writer.transport.abort()
+        await router.until(lambda: router.pool._num_held == 0)
+        assert (await router.client.post(PATH, json=BODY)).status == 200
+
+
+async def test_what_is_held_of_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MAX_OPEN_BYTES", 1_000)
+    only = FakeServer("only")
+    async with routed(only) as router:
+        response = await router.client.post(PATH, json={**BODY, "prompt": "a" * 2_000})
+        assert response.status == 429 and response.headers["Retry-After"]
+        for _ in range(30):
+            assert (await router.client.post(PATH, json=BODY)).status == 200
