@@ -18,6 +18,8 @@ from mdiq.api.clients import Client
 log = structlog.get_logger()
 
 HEADER = "x-request-id"
+FOR = "x-mdiq-for"
+"""Whose request it is among those of one key: a router asks for many clients, and they do not see each other's."""
 LEFT = 499  # status in the log of a request whose client did not wait; nginx has the same
 QUIET = ("/health", "/ready", "/metrics", "/status.json")  # they are asked for every few seconds
 _ID = re.compile(r"[!-~]{1,64}")

@@ -227,7 +227,8 @@ def _input(arguments: str) -> object:
 
 def _error(error: Mapping[str, Any], status: int) -> dict[str, Any]:
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": kind, "message": error["message"]}
+    code = {"code": error["code"]} if error.get("code") else {}  # Anthropic has none; mdiq route needs it
+    return {"type": kind, "message": error["message"], **code}
 
 
 @web.middleware

@@ -1,6 +1,7 @@
 """Routes of /v1/responses. An answer is made by a task of its own, so that it outlives the connection that asked."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -12,7 +13,7 @@ from aiohttp import web
 
 from mdiq.api import streams
 from mdiq.api.answering import Answering, Begun
-from mdiq.api.audit import LEFT, RECORD, Record, new_request_id
+from mdiq.api.audit import FOR, LEFT, RECORD, Record, new_request_id
 from mdiq.api.backend import Backend
 from mdiq.api.clients import Clients
 from mdiq.api.forming import tools_about
@@ -36,6 +37,7 @@ PATH = "/v1/responses"
 MAX_AT_ONCE = 64  # events of one response before others have their turn
 MAX_INPUT_ITEMS, USUAL_INPUT_ITEMS = 100, 20  # of one page, as OpenAI's
 _PREVIOUS = "previous_response_id"
+_PART = re.compile(r"[0-9a-f]{32}")
 
 
 class ResponseRoutes:
@@ -115,26 +117,32 @@ class ResponseRoutes:
 
     def take_up(self, found: Sequence[KeptResponse]) -> None:
         """Have the responses of an earlier process here; those that have not ended go on when the ring serves."""
-        now, now_s = time.time(), time.monotonic()
         for kept in found:
-            about, ending = kept.about, kept.ending
-            if ending is not None:
-                shape = ResponseShape.ended(ending.whole, ending.messages)
-            else:
-                shape = ResponseShape(
-                    about["model"], about["shown"], response_id=kept.id, created_at=about["created_at"]
-                )
-            sizes = about["input_bytes"], about["body_bytes"]
-            response = StoredResponse(shape, about["owner"], about["input"], True, True, *sizes, is_journalled=True)
+            try:
+                self._take_up(kept)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:  # the service and the others go on
+                log.warning("response_not_kept", error=type(error).__name__)
+                if self._journal is not None:
+                    self._journal.forget_soon(kept.id)
+
+    def _take_up(self, kept: KeptResponse) -> None:
+        about, ending = kept.about, kept.ending
+        client = self._clients.of_digest(bytes.fromhex(about["owner"].partition(":")[0]), about["key"])
+        if ending is not None:
+            shape = ResponseShape.ended(ending.whole, ending.messages)
+        else:
+            shape = ResponseShape(about["model"], about["shown"], response_id=kept.id, created_at=about["created_at"])
+        sizes = about["input_bytes"], about["body_bytes"]
+        response = StoredResponse(shape, about["owner"], about["input"], True, True, *sizes, is_journalled=True)
+        if ending is not None:
+            response.note_sent(ending.events)
             self._store.add(response)
-            if ending is not None:
-                response.note_sent(ending.events)
-                self._ended(response, max(now - ending.at_s, 0.0))  # the clock may have been set
-                continue
-            client = self._clients.of_digest(bytes.fromhex(about["owner"]), about["key"])
-            own = Record(new_request_id(), now_s, PATH, "", client)
-            make = partial(self._go_on, response, kept, own)
-            response.task = asyncio.create_task(self._run(response, make, own), name="response")
+            self._ended(response, max(time.time() - ending.at_s, 0.0))  # the clock may have been set
+            return
+        self._store.add(response)
+        own = Record(new_request_id(), time.monotonic(), PATH, "", client)
+        make = partial(self._go_on, response, kept, own)
+        response.task = asyncio.create_task(self._run(response, make, own), name="response")
 
     async def _run(
         self,
@@ -269,9 +277,7 @@ class ResponseRoutes:
         response = self._found(request, request.match_info["id"])
         self._store.forget(response)
         if self._journal is not None and response.is_journalled:
-            if response.task is not None:
-                await asyncio.wait({response.task})  # it says how it has ended before it is forgotten
-            await self._journal.forget(response.shape.id)
+            await self._journal.forget(response.shape.id)  # first of all: its client may go away
         return web.json_response({"id": response.shape.id, "object": "response", "deleted": True})
 
     async def _cancel(self, request: web.Request) -> web.Response:
@@ -323,5 +329,6 @@ class ResponseRoutes:
 
 
 def _owner(request: web.Request) -> str:
-    client = request[RECORD].client
-    return "" if client is None else client.key.digest.hex()  # a name may be another key's after a reload
+    client, part = request[RECORD].client, request.headers.get(FOR, "")
+    owner = "" if client is None else client.key.digest.hex()  # a name may be another key's after a reload
+    return f"{owner}:{part}" if _PART.fullmatch(part) else owner

@@ -51,7 +51,10 @@ class RouteServer(_Section):
     name: Name = Field(description="What logs, metrics and `mdiq drain` call it; unique in the file.")
     url: Annotated[str, AfterValidator(_url)] = Field(description="Address of its API.")
     key_file: FilePath | None = Field(
-        None, description="File with the API key that is sent to it; null: that of the client. Relative to this file."
+        None, description="File with the API key that is sent to it; null: it needs none. Relative to this file."
+    )
+    pass_keys: bool = Field(
+        False, description="Send it the keys of the clients; that of key_file is for its status alone then."
     )
     ca_file: FilePath | None = Field(
         None, description="Certificate (PEM) of who has signed its own; null: those that the system trusts."

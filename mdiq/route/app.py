@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 _PUBLIC = ("/health", "/ready")
 _ANSWERS = (CHATS, COMPLETIONS, MESSAGES, RESPONSES)
+MAX_OPEN_BYTES = 256 << 20
+"""Of the bodies of all requests that are open: they are kept until they are answered."""
 _WHOLES = ("/tokenize", "/detokenize", f"{MESSAGES}/count_tokens")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -55,7 +57,7 @@ class RouteApi:
         self._origins = Origins(cors_origins)
         self._bodies = Bodies(client_timeout_s)
         self.max_requests = max_requests
-        self._num_open = 0
+        self._num_open = self._num_open_bytes = 0
         self._created = int(time.time())
 
     def replace_keys(self, keys: Sequence[ApiKey]) -> None:
@@ -141,13 +143,18 @@ class RouteApi:
     async def _run(self, request: web.Request, asked: Asked, client: Client) -> web.StreamResponse:
         if self._num_open + asked.num_prompts > max(self.max_requests, asked.num_prompts):
             raise self._full()
+        if self._num_open_bytes + len(asked.data) > MAX_OPEN_BYTES:
+            text = f"requests of {self._num_open_bytes >> 20} MiB are open here; ask again in {RETRY_AFTER_S} s"
+            raise ApiError(429, text, retry_after_s=RETRY_AFTER_S)
         takes_place = request.path in _ANSWERS
         with client.in_flight(asked.num_prompts, time.monotonic()) if takes_place else nullcontext():
             self._num_open += asked.num_prompts
+            self._num_open_bytes += len(asked.data)
             try:
                 return await Run(self._pool, self._stored, request, asked).answer()
             finally:
                 self._num_open -= asked.num_prompts
+                self._num_open_bytes -= len(asked.data)
 
     def _full(self) -> ApiError:
         text = f"{self._num_open} requests are open here, and at most {self.max_requests} may be; ask again"

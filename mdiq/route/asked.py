@@ -73,7 +73,7 @@ def asked_of(path: str, body: object, draw_seed: Callable[[], int]) -> Asked:
     choices = body.get("n")
     return Asked(
         path,
-        json.dumps(body).encode(),
+        packed(body),
         model if isinstance(model, str) else None,
         _num_prompts(body) * (choices if type(choices) is int and 1 <= choices <= _MAX_CHOICES else 1),
         chain_of(body),
@@ -83,6 +83,20 @@ def asked_of(path: str, body: object, draw_seed: Callable[[], int]) -> Asked:
         path == RESPONSES and body.get("store") is not False,
         previous if path == RESPONSES and isinstance(previous, str) else None,
     )
+
+
+def packed(body: Mapping[str, Any]) -> bytes:
+    """Return a body as JSON that is no longer than what its client sent: servers refuse those that are too long.
+
+    Raises:
+        BadRequest: it is nested too deeply.
+    """
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair is no text, but JSON can have it
+        return json.dumps(body, separators=(",", ":")).encode()
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
 
 
 def _num_prompts(body: Mapping[str, Any]) -> int:
@@ -100,4 +114,4 @@ def whole_of(path: str, body: object) -> Asked:
     if not isinstance(body, dict):
         raise BadRequest("the body is not a JSON object")
     model = body.get("model")
-    return Asked(path, json.dumps(body).encode(), model if isinstance(model, str) else None, 1, is_answer=False)
+    return Asked(path, packed(body), model if isinstance(model, str) else None, 1, is_answer=False)

@@ -1,13 +1,15 @@
 """The connections to one server: requests to it, and what is heard of it. What is asked, and why, is for others."""
 
 import asyncio
+import io
 import json
 import os
+import socket as sockets
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import aiohttp
 import structlog
@@ -36,7 +38,10 @@ class BrokenError(Exception):
 
 
 class Link:
-    """One server. on_news: called when its state has changed."""
+    """One server. on_news: called when its state has changed.
+
+    passes_keys: requests have the key of their client; key is for the status alone then.
+    """
 
     def __init__(
         self,
@@ -46,10 +51,12 @@ class Link:
         tls: ssl.SSLContext | None,
         silence_s: float,
         on_news: Callable[[Server, State], None],
+        *,
+        passes_keys: bool = False,
     ) -> None:
         self.server = Server(name, silence_s)
         self.url, self._tls = url, tls
-        self.key = key
+        self.key, self.passes_keys = key, passes_keys or key is None
         self._on_news = on_news
         self._hurry = asyncio.Event()
         self._scopes: set[asyncio.Timeout] = set()
@@ -85,6 +92,8 @@ class Link:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Ask the server; its connection is closed at the end, unless all of the answer was read.
 
+        headers: of a client's request, with its key where that is passed on; None: the router asks for itself.
+
         Raises:
             BrokenError: it is not answered, or the server is gone meanwhile.
         """
@@ -107,11 +116,14 @@ class Link:
     async def _begin(
         self, method: str, path: str, data: bytes | None, headers: Mapping[str, str] | None
     ) -> aiohttp.ClientResponse:
-        own = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        is_own = self.key is not None and (headers is None or not self.passes_keys)
+        own = {"Authorization": f"Bearer {self.key}"} if is_own else {}
         kind = {} if data is None else {"Content-Type": "application/json"}
+        body = None if data is None else io.BytesIO(data)
+        all_headers = {"Accept-Encoding": "identity", **(headers or {}), **own, **kind}
         try:
             return await self._client().request(
-                method, self.url + path, data=data, headers={**(headers or {}), **own, **kind}, allow_redirects=False
+                method, self.url + path, data=body, headers=all_headers, allow_redirects=False
             )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error) from None
@@ -191,7 +203,8 @@ class Link:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, ssl=self._tls if self._tls is not None else True)
+            tls = self._tls if self._tls is not None else True
+            connector = aiohttp.TCPConnector(limit=0, ssl=tls, socket_factory=watched_socket)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
             self._session = aiohttp.ClientSession(
                 connector=connector,
@@ -204,9 +217,23 @@ class Link:
         return self._session
 
 
+def watched_socket(address: Any) -> sockets.socket:
+    """Return a socket that notices when nobody knows its connection any more, though the server lives.
+
+    address: as getaddrinfo returns it.
+    """
+    family, kind, protocol, _, _ = address
+    made = sockets.socket(family, kind, protocol)
+    made.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
+    for option, value in ((sockets.TCP_KEEPIDLE, 15), (sockets.TCP_KEEPINTVL, 5), (sockets.TCP_KEEPCNT, 3)):
+        made.setsockopt(sockets.IPPROTO_TCP, option, value)
+    return made
+
+
 def key_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers with a client's own key, for servers that are to get that."""
-    return {name: headers[name] for name in ("Authorization", "x-api-key") if name in headers}
+    """Return the headers with a client's own key, for servers that are to get that. What is not ASCII is no key."""
+    found = {name: headers.get(name, "") for name in ("Authorization", "x-api-key")}
+    return {name: value for name, value in found.items() if value and value.isascii()}
 
 
 def is_stream(response: aiohttp.ClientResponse) -> bool:

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
+from weakref import finalize
 
-from aiohttp import ClientResponse
+from aiohttp import ClientResponse, web
 
 from mdiq.api.requests import ApiError
 from mdiq.route.choice import Wanted, choose, models_of
@@ -17,7 +18,7 @@ from mdiq.route.servers import Server, State
 MAX_WHOLE_BYTES = 32 << 20
 """Of an answer that is not a stream."""
 MAX_HELD_BYTES = 512 << 20
-"""Of answers that are not streams, all together: they are held until they are complete."""
+"""Of answers that are not streams, all together: they are held until they are complete, and their clients have them."""
 
 
 class Pool:
@@ -115,6 +116,15 @@ class Pool:
             return bytes(body)
         finally:
             self._num_held -= len(body)
+
+    def held(self, answer: web.Response, num_bytes: int) -> web.Response:
+        """Return an answer whose bytes count as held until its client has read it."""
+        self._num_held += num_bytes
+        finalize(answer, self._let_go, num_bytes)
+        return answer
+
+    def _let_go(self, num_bytes: int) -> None:
+        self._num_held -= num_bytes
 
     def status(self) -> list[Mapping[str, Any]]:
         """Return what the status shows of each server."""

@@ -16,13 +16,13 @@ from typing import Any
 import structlog
 from aiohttp import ClientResponse, web
 
-from mdiq.api.audit import HEADER, RECORD
+from mdiq.api.audit import RECORD
 from mdiq.api.requests import ApiError
 from mdiq.api.streams import HEADERS, SILENCE_S
 from mdiq.route.asked import Asked
 from mdiq.route.choice import Wanted
 from mdiq.route.events import Event, EventReader, StreamError, counts_of, reason_of
-from mdiq.route.links import BrokenError, Link, is_stream, key_headers
+from mdiq.route.links import BrokenError, Link, is_stream
 from mdiq.route.pool import Pool
 from mdiq.route.splice import DiffersError, Splice
 from mdiq.route.stored import Stored
@@ -33,6 +33,8 @@ MAX_BREAKS = 3
 """Servers that break off one request: it may be what ends them."""
 AGAIN_S = 1.0
 """Between two rounds of a request that waits for a server."""
+PROXY_STATUSES = (502, 504)
+"""Of a proxy before a server which that does not reach; mdiq serve has none of them."""
 PASSED = ("Retry-After", "x-should-retry")
 
 
@@ -88,6 +90,7 @@ class Run:
         self._room = 0
         self._until_s = self._kept_open_s = 0.0
         self._held: list[Event] = []
+        self._is_counted = False
         self._num_before = 0  # events that the client had when this server was asked
 
     async def answer(self) -> web.StreamResponse:
@@ -104,6 +107,8 @@ class Run:
             return await self._give_up(str(error))
         finally:
             self._record.more["servers"] = self._servers
+            if not self._is_counted and self._splice.num_events:  # its client has not waited for the counts
+                self._note_usage((0, self._splice.num_events))
 
     async def _answer(self) -> web.StreamResponse:
         while True:
@@ -124,6 +129,9 @@ class Run:
                 self._count(link, "broke")
                 return await self._give_up(f"{link.server.name} cannot go on with it: {error}")
             else:
+                if answer is not None and self._out.prepared and answer is not self._out:
+                    # A comment of an earlier server is out: a second answer in that one would be no HTTP.
+                    return await self._give_up(f"{link.server.name} answers {answer.status}")
                 if answer is not None:
                     return answer
 
@@ -148,8 +156,10 @@ class Run:
         outcome = "left"
         try:
             data = await self._stored.data_for(link, asked, self._request)
-            headers = {HEADER: self._record.request_id} | (key_headers(self._request.headers) if not link.key else {})
+            headers = self._stored.headers(link, self._request)
             async with link.ask("POST", asked.path, data=data, headers=headers) as response:
+                if response.status in PROXY_STATUSES:
+                    raise BrokenError(f"{server.name}: what stands before it answers {response.status}")
                 if response.status != 200:
                     outcome = "refused"
                     return self._not_now(link, await self._refusal_of(link, response))
@@ -186,7 +196,7 @@ class Run:
                     self._note_usage(counts)
             if self._asked.is_stored:
                 body = self._stored.made(link, self._asked, self._request, value) or body
-        return web.Response(body=body, content_type="application/json")
+        return self._pool.held(web.Response(body=body, content_type="application/json"), len(body))
 
     async def _stream(self, link: Link, response: ClientResponse) -> web.StreamResponse:
         reader = EventReader()
@@ -259,7 +269,7 @@ class Run:
         self._pool.figures.first_s.observe(time.monotonic() - self._record.begun_s)
 
     def _note_usage(self, counts: tuple[int, int]) -> None:
-        record, now = self._record, time.monotonic()
+        record, now, self._is_counted = self._record, time.monotonic(), True
         record.num_prompt, record.num_answer = counts
         if record.client is not None:
             record.client.told(*counts, now)
@@ -268,18 +278,25 @@ class Run:
 
     async def _refusal_of(self, link: Link, response: ClientResponse) -> Refusal:
         headers = {name: response.headers[name] for name in PASSED if name in response.headers}
-        return Refusal(response.status, await link.short(response), headers)
+        refusal = Refusal(response.status, await link.short(response), headers)
+        if refusal.error:
+            return refusal
+        error = ApiError(response.status, f"{link.server.name} answers {response.status} without a reason")
+        return replace(refusal, body=json.dumps({"error": error.body}).encode())
 
     def _not_now(self, link: Link, refusal: Refusal) -> web.StreamResponse | None:
         """Return a refusal that another server would give too; note any other."""
         error, status = refusal.error, refusal.status
-        is_ours = status in (401, 403) and link.key is not None
+        is_ours = status in (401, 403) and not link.passes_keys
         if is_ours:
             link.look_soon()
             refusal = replace(refusal, status=503, body=_unusable(link))
+        is_unknown = error.get("code") == "previous_response_not_found"
+        if is_unknown and self._stored.is_lost(link, self._asked, self._request):
+            self._tried.discard(link.server.name)  # it can be made again, there too
+            return None
         # A response that the router does not know may be another server's.
-        is_elsewhere = error.get("code") == "model_not_found" or error.get("param") == "previous_response_id"
-        is_elsewhere = is_elsewhere and status == 404
+        is_elsewhere = is_unknown or error.get("code") == "model_not_found"
         is_short = error.get("code") == "context_length_exceeded" and link.server.report is not None
         if is_short and link.server.report is not None:
             self._wanted = replace(self._wanted, min_context_tokens=link.server.report.context_tokens + 1)

@@ -87,7 +87,7 @@ class Server:
     """One server.
 
     num_running: prompts that it has from this router. num_begun: all that it has had. heard_s: when it was heard last;
-    report: what it said last, also if it is gone since.
+    report: what it said last, also if it is gone since. num_gone: how often it was gone; what it had may be lost then.
     """
 
     name: str
@@ -99,6 +99,7 @@ class Server:
     num_running: int = 0
     num_begun: int = 0
     heard_s: float | None = None
+    num_gone: int = 0
     _num_known: int = 0  # of num_running, when it reported
 
     @property
@@ -139,7 +140,7 @@ class Server:
 
     def locked(self, now: float) -> None:
         """Note that it refuses the key of this router."""
-        self._now(State.LOCKED, "it refuses the key that this router sends; see key_file", now)
+        self._now(State.LOCKED, "it refuses the key that this router asks for its status with; see key_file", now)
 
     def misunderstood(self, why: str, now: float) -> None:
         """Note an answer that says nothing usable."""
@@ -151,14 +152,18 @@ class Server:
 
     def refused(self, why: str) -> None:
         """Note that nobody listens there."""
-        self.state, self.text = State.GONE, why[:MAX_TEXT]
+        self._gone(why[:MAX_TEXT])
 
     def look(self, now: float) -> None:
         """Note the time: a server that is silent for too long is gone."""
         if self.heard_s is None:
             self.heard_s = now
         if now - self.heard_s >= self.silence_s and self.state is not State.GONE:
-            self.state, self.text = State.GONE, f"silent for {self.silence_s:g} s"
+            self._gone(f"silent for {self.silence_s:g} s")
+
+    def _gone(self, why: str) -> None:
+        self.num_gone += self.state is not State.GONE
+        self.state, self.text = State.GONE, why
 
     def _now(self, state: State, text: str, now: float) -> None:
         self.state, self.text = state, text

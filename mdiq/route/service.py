@@ -113,7 +113,8 @@ class RouteService:
     def _open(self, wanted: RouteServer) -> None:
         key, tls = self._secrets[wanted.name]
         silence_s = self._loaded.routes.silence_s
-        link = Link(wanted.name, wanted.url, key, tls, silence_s, self._pool.changed)
+        passes_keys = wanted.pass_keys
+        link = Link(wanted.name, wanted.url, key, tls, silence_s, self._pool.changed, passes_keys=passes_keys)
         self._pool.links[wanted.name] = link
         self._pool.figures.known(wanted.name)
         self._watching[wanted.name] = self._group.create_task(link.watch(), name=f"watch {wanted.name}")

@@ -4,9 +4,12 @@ A response that its server took with it can be made again: servers that give the
 same request. So the request is kept as long as the response, within a bound.
 """
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+
+from mdiq.api.clients import Client
 
 KEEP_S = 3_600.0
 """As long as `mdiq serve` keeps one; see api/response_store.py."""
@@ -21,7 +24,9 @@ class Session:
     id: as its client knows it; id_there: as its server does. owner: whose key asked for it. body: of the request, with
     its seed; empty: it cannot be made again. previous: the response that it goes on from. same_tokens: of the server
     that made it first. ids: all in its stream, in the order in which its client saw them. names: ids there -> those
-    ids, where they differ.
+    ids, where they differ. num_gone: how often its server had been gone when it made it. is_lost: the server has been
+    gone since, and does not know it any more. is_counted: its tokens have been counted for its key. turn: of who makes
+    it again.
     """
 
     id: str
@@ -34,14 +39,25 @@ class Session:
     ids: Collection[str] = ()
     names: dict[str, str] = field(default_factory=dict)
     kept_s: float = 0.0
+    num_gone: int = 0
+    is_lost: bool = False
+    is_counted: bool = False
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     def __post_init__(self) -> None:
         self.id_there = self.id_there or self.id
 
-    def moved(self, server: str, id_there: str, names: Mapping[str, str]) -> None:
-        """Note that another server has made it again. names: ids there of responses before it -> their own."""
-        self.server, self.id_there = server, id_there
+    def moved(self, server: str, num_gone: int, id_there: str, names: Mapping[str, str]) -> None:
+        """Note that a server has made it again. names: ids there of responses before it -> their own."""
+        self.server, self.num_gone, self.id_there = server, num_gone, id_there
+        self.is_lost = False
         self.names = {**names, id_there: self.id}
+
+    def count(self, counts: tuple[int, int] | None, client: Client | None, now: float) -> None:
+        """Count its tokens for its key, once. counts: of prompt and answer; None: they are not known yet."""
+        if counts is not None and client is not None and self.server and not self.is_counted:
+            self.is_counted = True
+            client.told(*counts, now)
 
 
 class Sessions:

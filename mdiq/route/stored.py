@@ -3,32 +3,32 @@
 A response that nobody here knows, for example after a restart of the router, is looked for at every server.
 """
 
-import asyncio
 import json
 import time
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any
-from urllib.parse import quote
 
 import structlog
 from aiohttp import ClientResponse, web
 
-from mdiq.api.audit import HEADER, RECORD
+from mdiq.api.audit import FOR, HEADER, RECORD
 from mdiq.api.requests import ApiError, BadRequest
-from mdiq.api.streams import HEADERS
-from mdiq.route.asked import RESPONSES, Asked
+from mdiq.route.asked import RESPONSES, Asked, packed
 from mdiq.route.choice import Wanted
-from mdiq.route.events import Event, EventReader, ResponsesDialect, StreamError, encoded
+from mdiq.route.events import Event, EventReader, ResponsesDialect, StreamError, counts_of
 from mdiq.route.links import BrokenError, Link, is_stream, key_headers
 from mdiq.route.pool import Pool
+from mdiq.route.reading import Reading
 from mdiq.route.servers import Report, State
 from mdiq.route.sessions import Session, Sessions
-from mdiq.route.splice import Lane, Splice, renamed
+from mdiq.route.splice import Splice, renamed
 
 log = structlog.get_logger()
 
 MAX_BREAKS = 5
 NEWS_S = 1.0
+_PREVIOUS = "previous_response_id"
 _DIALECT = ResponsesDialect()
 
 
@@ -38,7 +38,6 @@ class Stored:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._sessions = Sessions()
-        self._turns: dict[str, asyncio.Lock] = {}  # of responses that are being made again
 
     def routes(self) -> list[web.RouteDef]:
         """Return them; what creates a response is an answer like others."""
@@ -61,8 +60,7 @@ class Stored:
         session = self._previous(asked, request)
         if session is None:
             return None
-        link = self._pool.links.get(session.server)
-        if link is not None and link.server.state is not State.GONE:
+        if self._holder(session) is not None:
             return frozenset({session.server})
         able = frozenset(server.name for server in self._pool.servers if _can_make(session, server.report))
         if not able:
@@ -82,13 +80,14 @@ class Stored:
         await self._be_at(session, link, request, to_end=True)
         if session.id_there == session.id:
             return asked.data
-        return json.dumps({**json.loads(asked.data), "previous_response_id": session.id_there}).encode()
+        return packed({**json.loads(asked.data), "previous_response_id": session.id_there})
 
     def made(self, link: Link, asked: Asked, request: web.Request, value: Mapping[str, Any]) -> bytes | None:
         """Keep a response that was made; return its JSON if its client knows other ids."""
         names = self._names(asked, request)
         if isinstance(response_id := value.get("id"), str):
-            self._keep(link, asked, request, response_id, names)
+            session = self._keep(link, asked, request, response_id, names)
+            session.is_counted = _counts(value) is not None
         return json.dumps(renamed(value, names)).encode() if names else None
 
     def streamed(
@@ -99,11 +98,19 @@ class Stored:
         there = response.get("id") if isinstance(response, dict) else None
         if not isinstance(there, str):
             return
-        session = self._sessions.find(splice.names.get(there, there), _owner(request))
+        session = self._sessions.find(splice.names.get(there, there), self._owner(request))
         if session is None:
-            self._keep(link, asked, request, there, {}).ids = splice.ids
+            session = self._keep(link, asked, request, there, {})
+            session.ids = splice.ids
         elif session.server != link.server.name:
-            session.moved(link.server.name, there, {**self._names(asked, request), **splice.names})
+            names = {**self._names(asked, request), **splice.names}
+            session.moved(link.server.name, link.server.num_gone, there, names)
+        session.is_counted = session.is_counted or _DIALECT.usage(value) is not None
+
+    def is_lost(self, link: Link, asked: Asked, request: web.Request) -> bool:
+        """Note that a server does not know what a request goes on from; return whether it can be made again."""
+        session = self._previous(asked, request)
+        return session is not None and self._note_lost(session, link)
 
     def _keep(
         self, link: Link, asked: Asked, request: web.Request, response_id: str, names: Mapping[str, str]
@@ -111,12 +118,13 @@ class Stored:
         report = link.server.report
         session = Session(
             response_id,
-            _owner(request),
+            self._owner(request),
             link.server.name,
             asked.data,
             asked.previous,
             report.same_tokens if report is not None and asked.is_repeatable else None,
             names=dict(names),
+            num_gone=link.server.num_gone,
         )
         self._sessions.add(session, time.monotonic())
         return session
@@ -124,15 +132,46 @@ class Stored:
     def _previous(self, asked: Asked, request: web.Request) -> Session | None:
         if asked.previous is None:
             return None
-        self._check_owner(asked.previous, request, "previous_response_id")
-        return self._sessions.find(asked.previous, _owner(request))
+        self._check_owner(asked.previous, request, _PREVIOUS)
+        return self._sessions.find(asked.previous, self._owner(request))
+
+    def _holder(self, session: Session) -> Link | None:
+        """Return the server that has a response; None: it is gone, or has lost it."""
+        link = self._pool.links.get(session.server)
+        return None if link is None or session.is_lost or link.server.state is State.GONE else link
+
+    @staticmethod
+    def _note_lost(session: Session, link: Link) -> bool:
+        """Note that its server does not know a response; return whether it can be made again."""
+        was_gone = session.server == link.server.name and session.num_gone != link.server.num_gone
+        session.is_lost = was_gone and bool(session.body) and session.same_tokens is not None
+        return session.is_lost
+
+    def headers(self, link: Link, request: web.Request) -> dict[str, str]:
+        """Return the headers with which a server is asked for a client."""
+        headers = {HEADER: request[RECORD].request_id}
+        if link.passes_keys:
+            headers |= key_headers(request.headers)
+        client = request[RECORD].client
+        if client is not None and client.key.digest:  # servers do not see whose key it is
+            headers[FOR] = blake2b(client.key.digest, digest_size=16).hexdigest()
+        return headers
+
+    def _owner(self, request: web.Request) -> str:
+        client = request[RECORD].client
+        if client is not None and client.key.digest:
+            return client.key.digest.hex()
+        if not any(link.passes_keys and link.key is not None for link in self._pool.links.values()):
+            return ""
+        sent = key_headers(request.headers)  # servers check it, and this router does not
+        return blake2b("\n".join(sent.values()).encode()).hexdigest()
 
     def _names(self, asked: Asked, request: web.Request) -> Mapping[str, str]:
         session = self._previous(asked, request)
         return {} if session is None else session.names
 
     def _check_owner(self, response_id: str, request: web.Request, param: str = "response_id") -> None:
-        if self._sessions.is_others(response_id, _owner(request)):
+        if self._sessions.is_others(response_id, self._owner(request)):
             raise _unknown(response_id, param)
 
     # Of a request about one
@@ -140,19 +179,29 @@ class Stored:
     async def _one(self, request: web.Request) -> web.StreamResponse:
         response_id = request.match_info["id"]
         self._check_owner(response_id, request)
-        session = self._sessions.find(response_id, _owner(request))
+        session = self._sessions.find(response_id, self._owner(request))
         if session is None:
             return await self._search(response_id, request)
         if request.method == "DELETE":
             self._sessions.forget(session.id)
-        reading = _Reading(request, session)
+        reading = Reading(request, session)
+        why = ""
         for _ in range(MAX_BREAKS):
-            link = await self._link_of(session, request)
             try:
-                async with link.ask(request.method, reading.path, headers=_headers(link, request)) as response:
+                link = await self._link_of(session, request)
+                headers = self.headers(link, request)
+                async with link.ask(request.method, reading.path, headers=headers) as response:
                     if is_stream(response):
                         return await reading.stream(link, response)
-                    return _whole(response, await self._pool.whole(link, response), session.names)
+                    body = await self._pool.whole(link, response)
+                is_unknown = response.status == 404 and request.method != "DELETE"
+                if is_unknown and self._note_lost(session, link):
+                    continue
+                if not reading.out.prepared:
+                    self._note_usage(session, request, response, body)
+                    return self._pool.held(_whole(response, body, session.names), len(body))
+                why = f"{link.server.name} answers {response.status}"  # a second answer in one would be no HTTP
+                break
             except BrokenError as error:
                 log.warning("stored_broken_off", server=link.server.name, why=str(error))
                 why = str(error)
@@ -165,28 +214,41 @@ class Stored:
         return await reading.give_up(why)
 
     async def _search(self, response_id: str, request: web.Request) -> web.StreamResponse:
-        session = Session(response_id, _owner(request), "")
+        session = Session(response_id, self._owner(request), "")
+        silent: list[str] = []  # they may have it
         for link in list(self._pool.links.values()):
-            if link.server.state is not State.SERVES:
-                continue
-            reading = _Reading(request, session)
+            reading = Reading(request, session)
             try:
-                async with link.ask(request.method, reading.path, headers=_headers(link, request)) as response:
+                if link.server.state not in (State.SERVES, State.WAITS):
+                    raise BrokenError(link.server.text)
+                headers = self.headers(link, request)
+                async with link.ask(request.method, reading.path, headers=headers) as response:
                     if is_stream(response):
                         return await reading.stream(link, response)
                     body = await self._pool.whole(link, response)
-                    if response.status != 404:
-                        return _whole(response, body, {})
+                    if response.status >= 500:
+                        silent.append(link.server.name)
+                    elif response.status != 404:
+                        return self._pool.held(_whole(response, body, {}), len(body))
             except BrokenError:
                 if reading.out.prepared:
                     return await reading.give_up(f"{link.server.name} is gone")
+                silent.append(link.server.name)
+        if silent:
+            text = f"no other server has {response_id[:80]!r}, and {', '.join(silent)} cannot be asked for it now"
+            raise ApiError(503, f"{text}; ask again")
         raise _unknown(response_id)
+
+    def _note_usage(self, session: Session, request: web.Request, response: ClientResponse, body: bytes) -> None:
+        """Count the tokens of a response whose end its client had not seen yet, such as one in the background."""
+        if session.is_counted or response.status != 200 or not body.startswith(b"{"):
+            return
+        session.count(_counts(json.loads(body)), request[RECORD].client, time.monotonic())
 
     async def _link_of(self, session: Session, request: web.Request) -> Link:
         """Return a server that has a response, after one has made it again if it has to."""
-        link = self._pool.links.get(session.server)
-        if link is not None and link.server.state is not State.GONE:
-            return link
+        if (holder := self._holder(session)) is not None:
+            return holder
         until_s = time.monotonic() + self._pool.outage_tolerance_s
         tried: set[str] = set()
         while session.body and session.same_tokens is not None:
@@ -213,10 +275,10 @@ class Stored:
             ApiError: it cannot be made again.
             BrokenError: this server does not make it.
         """
-        if session.server == link.server.name:
+        if self._holder(session) is link:
             return
-        async with self._turns.setdefault(session.id, asyncio.Lock()):
-            if session.server == link.server.name:
+        async with session.turn:
+            if self._holder(session) is link:
                 return
             if not _can_make(session, link.server.report):
                 raise _lost(session)
@@ -228,13 +290,14 @@ class Stored:
                     raise ApiError(503, f"what {session.id[:80]} goes on from is not known any more; begin anew")
                 await self._be_at(before, link, request, to_end=True)
                 body["previous_response_id"], names = before.id_there, before.names
-            session.moved(link.server.name, await self._make(link, body, request, to_end=to_end), names)
+            num_gone = link.server.num_gone
+            id_there = await self._make(link, body, request, to_end=to_end)
+            session.moved(link.server.name, num_gone, id_there, names)
             log.info("response_made_again", server=link.server.name)
-        self._turns.pop(session.id, None)
 
     async def _make(self, link: Link, body: Mapping[str, Any], request: web.Request, *, to_end: bool) -> str:
-        data, reader, found = json.dumps(body).encode(), EventReader(), ""
-        async with link.ask("POST", RESPONSES, data=data, headers=_headers(link, request)) as response:
+        data, reader, found = packed(body), EventReader(), ""
+        async with link.ask("POST", RESPONSES, data=data, headers=self.headers(link, request)) as response:
             if response.status != 200:
                 raise BrokenError(f"{link.server.name}: it answers {response.status}")
             try:
@@ -246,72 +309,6 @@ class Stored:
             except StreamError as error:
                 raise BrokenError(f"{link.server.name}: {error}") from None
         raise BrokenError(f"{link.server.name}: its answer broke off")
-
-
-class _Reading:
-    """A client that reads one response, maybe of one server after another. path: what a server is asked."""
-
-    def __init__(self, request: web.Request, session: Session) -> None:
-        self._request, self._session = request, session
-        self.out = web.StreamResponse(headers=HEADERS)
-        after = request.query.get("starting_after", "-1")
-        if not after.removeprefix("-").isdecimal() or len(after) > 12:
-            raise BadRequest("starting_after: not the number of an event", "starting_after")
-        self._after = max(int(after), -1)
-        self._end = request.path.partition(f"/{session.id}")[2]
-
-    @property
-    def path(self) -> str:
-        """A response that has moved is read from its beginning: that tells which of its ids is which."""
-        query = dict(self._request.query)
-        if self._session.names:
-            query.pop("starting_after", None)
-        elif self._after >= 0:
-            query["starting_after"] = str(self._after)
-        words = "&".join(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in query.items())
-        return f"{RESPONSES}/{quote(self._session.id_there, safe='')}{self._end}{'?' if words else ''}{words}"
-
-    async def stream(self, link: Link, response: ClientResponse) -> web.StreamResponse:
-        """Pass a stream on.
-
-        Raises:
-            BrokenError: it breaks off.
-        """
-        reader, lane, session = EventReader(), Lane(), self._session
-        known, names = list(session.ids) or [session.id], dict(session.names)
-        if not self.out.prepared:
-            await self.out.prepare(self._request)
-        try:
-            async for data in link.chunks(response):
-                for event in reader.push(data):
-                    if event.value is None:
-                        await self.out.write(event.raw)
-                        continue
-                    if session.names:
-                        lane.add(event.value)
-                        names |= dict(zip(lane.ids, known, strict=False))
-                    number = event.value.get("sequence_number")
-                    if isinstance(number, int) and number > self._after:
-                        await self.out.write(_renamed_event(event, names))
-                        self._after = number
-                    if _DIALECT.ends(event):
-                        await self.out.write_eof()
-                        return self.out
-        except StreamError as error:
-            raise BrokenError(f"{link.server.name}: {error}") from None
-        raise BrokenError(f"{link.server.name}: its answer broke off")
-
-    async def give_up(self, why: str) -> web.StreamResponse:
-        """End a stream with what has gone wrong; raise that if none has begun."""
-        if not self.out.prepared:
-            raise ApiError(503, why)
-        await self.out.write(_DIALECT.error(why, self._after + 1))
-        await self.out.write_eof()
-        return self.out
-
-
-def _renamed_event(event: Event, names: Mapping[str, str]) -> bytes:
-    return encoded(renamed(event.value, names)) if names and event.value is not None else event.raw
 
 
 def _whole(response: ClientResponse, body: bytes, names: Mapping[str, str]) -> web.Response:
@@ -337,15 +334,12 @@ def _can_make(session: Session, report: Report | None) -> bool:
     return bool(session.body) and mark is not None and report is not None and report.same_tokens == mark
 
 
-def _headers(link: Link, request: web.Request) -> dict[str, str]:
-    return {HEADER: request[RECORD].request_id} | (key_headers(request.headers) if not link.key else {})
-
-
-def _owner(request: web.Request) -> str:
-    client = request[RECORD].client
-    return "" if client is None else client.key.digest.hex()
+def _counts(value: Mapping[str, Any]) -> tuple[int, int] | None:
+    return counts_of(value.get("usage"), "input_tokens", "output_tokens")
 
 
 def _unknown(response_id: str, param: str = "response_id") -> ApiError:
     text = f"{param}: no response {response_id[:80]!r} is kept here; one that is stored is kept for an hour"
+    if param == _PREVIOUS:  # as mdiq serve has it: clients know by the code to send the whole chat again
+        return BadRequest(text, param, code="previous_response_not_found")
     return ApiError(404, text, param=param)

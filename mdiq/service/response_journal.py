@@ -225,10 +225,11 @@ class ServiceJournal:
         self._changes = [*again, *self._changes[len(changes) :]]
         self._report(trouble)
         for each in changes:
+            if trouble is not None and each.is_new:  # also if nobody waits for it: nothing may be added to it
+                self._known.discard(each.key)
             if each.written.done():
                 continue
             if trouble is not None and each.is_new:
-                self._known.discard(each.key)
                 each.written.set_exception(trouble)
             else:
                 each.written.set_result(None)

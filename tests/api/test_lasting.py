@@ -260,6 +260,49 @@ async def test_a_response_is_on_the_disk_before_its_client_knows_it_and_its_end_
         assert (await _ended(client, asked.id)).status == "completed"
 
 
+async def test_a_response_is_gone_from_the_disk_also_if_the_client_that_deletes_it_does_not_wait(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, write = asyncio.Event(), ServiceJournal.write
+    goes_on.set()
+
+    async def held(journal: ServiceJournal, *, with_tokens: bool = False) -> None:
+        await goes_on.wait()
+        await write(journal, with_tokens=with_tokens)
+
+    monkeypatch.setattr(ServiceJournal, "write", held)
+    async with _service(file, LastingRing(text=SHORT)) as service, service.client() as client:
+        asked = await client.responses.create(input="Hi", background=True)
+        await service.journal.write(with_tokens=True)
+        goes_on.clear()
+        deleting = asyncio.create_task(client.responses.delete(asked.id))
+        await _until(lambda: not service.ring.num_running)
+        await asyncio.sleep(0.05)
+        assert not deleting.done()
+        deleting.cancel()
+        await asyncio.sleep(0.05)
+        goes_on.set()
+        await _until(lambda: service.api.status()["journal"] == {"is_written": True, "responses": 0})
+    with Journal(file) as journal:
+        assert not journal.notes() and not journal.begun()
+
+
+async def test_one_response_that_is_damaged_on_the_disk_does_not_keep_the_service_from_starting(file: Path) -> None:
+    async with _service(file, LastingRing(text=SHORT)) as service, service.client() as client:
+        ids = [(await client.responses.create(input="Hi", background=True)).id for _ in range(2)]
+    with Journal(file) as journal:
+        request = json.loads(journal.notes()[ids[0]]["request"])
+        request["about"]["ownes"] = request["about"].pop("owner")
+        journal.write(Changes(notes={ids[0]: {"request": json.dumps(request).encode()}}))
+    ring = LastingRing(text=SHORT)
+    ring.give()
+    async with _service(file, ring) as service, service.client() as client:
+        assert (await _ended(client, ids[1])).output_text == SHORT
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(ids[0])
+        await _until(lambda: service.api.status()["journal"] == {"is_written": True, "responses": 1})
+
+
 async def test_a_journal_that_cannot_be_written_refuses_the_background_alone(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ async def routed(
     *servers: FakeServer,
     keys: Sequence[ApiKey] = (),
     server_keys: Mapping[str, str] | None = None,
+    pass_keys: bool = False,
     silence_s: float = 30.0,
     outage_tolerance_s: float = 10.0,
     max_requests: int = 64,
@@ -174,7 +175,9 @@ async def routed(
                 await server.start()
                 stack.push_async_callback(server.kill)
             key = (server_keys or {}).get(server.name)
-            link = pool.links[server.name] = Link(server.name, server.url, key, None, silence_s, pool.changed)
+            link = pool.links[server.name] = Link(
+                server.name, server.url, key, None, silence_s, pool.changed, passes_keys=pass_keys
+            )
             stack.push_async_callback(link.aclose)
         group = await stack.enter_async_context(asyncio.TaskGroup())
         for link in pool.links.values():

@@ -89,6 +89,6 @@ def test_the_oldest_sessions_make_room_and_lose_their_requests_first() -> None:
 def test_a_session_that_has_moved_knows_its_names() -> None:
     session = _session(1)
     assert session.id_there == "resp_1"
-    session.moved("b", "resp_x", {"resp_y": "resp_0"})
+    session.moved("b", 0, "resp_x", {"resp_y": "resp_0"})
     assert (session.server, session.id_there) == ("b", "resp_x")
     assert session.names == {"resp_x": "resp_1", "resp_y": "resp_0"}

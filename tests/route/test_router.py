@@ -424,7 +424,7 @@ async def test_a_response_of_another_key_is_not_found() -> None:
         assert (await router.client.get(path, headers=one)).status == 200
         assert (await router.client.get(path, headers=two)).status == 404
         body = {**BODIES["/v1/responses"], "previous_response_id": made["id"]}
-        assert (await router.client.post("/v1/responses", json=body, headers=two)).status == 404
+        assert (await router.client.post("/v1/responses", json=body, headers=two)).status == 400
 
 
 async def test_a_conversation_whose_server_is_gone_is_made_again_at_another() -> None:

@@ -169,6 +169,19 @@ async def test_keys_are_read_again_and_each_server_gets_its_own(tmp_path: Path) 
             assert await served.post(**{"x-api-key": "another-key-of-mine"}) == 200
 
 
+async def test_a_server_gets_the_keys_of_the_clients_where_the_file_says_so(tmp_path: Path) -> None:
+    first, file = FakeServer("first", "the-key-of-a-server-1", KEY), tmp_path / "routes.yaml"
+    (tmp_path / "first.key").write_text("the-key-of-a-server-1\n")
+    (tmp_path / "first.key").chmod(0o600)
+    async with _started(first):
+        _write(file, first, first={"key_file": "first.key", "pass_keys": True})
+        async with _serving(file) as served:
+            await served.until_serving("first")
+            assert await served.post() == 401
+            assert await served.post(Authorization=f"Bearer {KEY}") == 200
+            assert first.asked[-1][1]["Authorization"] == f"Bearer {KEY}"
+
+
 async def test_a_server_with_a_certificate_of_ones_own_is_reached_and_a_false_one_is_not(tmp_path: Path) -> None:
     first, second, file = FakeServer("first"), FakeServer("second"), tmp_path / "routes.yaml"
     for server in (first, second):

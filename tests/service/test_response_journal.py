@@ -209,6 +209,28 @@ async def test_one_that_was_refused_is_never_found_even_if_its_write_came_throug
     assert await _found(path) == []
 
 
+async def test_one_that_was_refused_after_its_client_had_left_gets_no_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(journal: Journal, changes: Changes) -> None:
+        raise CapacityError("no space left")
+
+    async with _running(path) as (journal, _):
+        await journal.accept(KEPT, [])
+        with monkeypatch.context() as broken:
+            broken.setattr(Journal, "write", full)
+            leaving = asyncio.create_task(journal.accept(replace(KEPT, id="resp_2"), []))
+            while not journal._changes:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            await journal.write()
+        await journal.write()
+        await journal.end("resp_2", ENDING)
+        assert journal.status() == {"is_written": True, "responses": 1}
+    assert await _found(path) == [KEPT]
+
+
 async def test_a_disk_that_hangs_refuses_in_time_and_holds_nobody_up(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
