@@ -53,7 +53,7 @@ def execute(options: ReportOptions) -> int:
     link = check_circumstances(options.link, options.cpu)
     device_bytes = _device_bytes(options.device_memory)
     prices = _prices(options)
-    check_folder(options.out)
+    check_folder(options.out, "report")
     receipt = make_receipt(sys.argv[1:])
     if options.api is not None:
         return _running(options, options.api, prices, receipt)
