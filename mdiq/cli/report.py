@@ -94,6 +94,8 @@ def _running(options: ReportOptions, url: str, prices: Prices, receipt: Receipt)
         raise ConfigError(f"{given[0]}: it is for rings on this machine; leave it out, or --api")
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--api {url}: write the address with http:// or https://, as in http://127.0.0.1:8080")
+    if "@" in url or "?" in url:  # the report shows the address
+        raise ConfigError("--api: leave user, password and ? out of the address; the key is read from MDIQ_API_KEY")
     load = Load(options.users, options.prompt_tokens, options.answer_tokens, options.seed)
     ring = RunningRing(url, os.environ.get("MDIQ_API_KEY"))
     model, stage = run_until_signal(ring.measure(load, _limits(options), REST_S))
