@@ -72,3 +72,8 @@ def test_the_weights_of_the_largest_process_are_its_own() -> None:
     document["models"][0]["rings"][1]["peak_rss_bytes"] = 400 * MIB
     text = markdown(evaluation_page(document, "en"), document, "")
     assert "| 2 | 0-0, 1-1 | 10.00 | 20.00 | 2.00 | 400 | 50 |" in text
+
+
+def test_no_name_is_a_formula_in_a_spreadsheet() -> None:
+    rows = dict(csv.reader(io.StringIO(csv_text({"model": "=HYPERLINK(1)", "gain": -0.5, "link": None}))))
+    assert rows == {"place": "value", "/model": "'=HYPERLINK(1)", "/gain": "-0.5", "/link": ""}
