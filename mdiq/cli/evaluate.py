@@ -44,7 +44,7 @@ def execute(options: EvaluateOptions) -> int:
     lengths = tuple(sorted(set(parse_numbers("--lengths", options.lengths, 1 << 20))))
     wires = parse_wire_list(options.wires)
     link = check_circumstances(options.link, options.cpu)
-    check_folder(options.out)
+    check_folder(options.out, "evaluation")
     receipt = make_receipt(sys.argv[1:])
     threads = options.threads or max(usable_threads() // options.nodes, 1)
     set_threads(threads)

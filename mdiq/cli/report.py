@@ -53,7 +53,7 @@ def execute(options: ReportOptions) -> int:
     link = check_circumstances(options.link, options.cpu)
     device_bytes = _device_bytes(options.device_memory)
     prices = _prices(options)
-    check_folder(options.out)
+    check_folder(options.out, "report")
     receipt = make_receipt(sys.argv[1:])
     if options.api is not None:
         return _running(options, options.api, prices, receipt)
@@ -94,6 +94,8 @@ def _running(options: ReportOptions, url: str, prices: Prices, receipt: Receipt)
         raise ConfigError(f"{given[0]}: it is for rings on this machine; leave it out, or --api")
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--api {url}: write the address with http:// or https://, as in http://127.0.0.1:8080")
+    if "@" in url or "?" in url:  # the report shows the address
+        raise ConfigError("--api: leave user, password and ? out of the address; the key is read from MDIQ_API_KEY")
     load = Load(options.users, options.prompt_tokens, options.answer_tokens, options.seed)
     ring = RunningRing(url, os.environ.get("MDIQ_API_KEY"))
     model, stage = run_until_signal(ring.measure(load, _limits(options), REST_S))

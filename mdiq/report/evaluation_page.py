@@ -137,7 +137,7 @@ class _Model:
                 layers += [", "] if k else []
                 layers.append(self._value(f"{at}/layers/{k}"))
             shares = ring["many"]["nodes"]
-            most = max(range(len(shares)), key=lambda k, shares=shares: shares[k]["weight_bytes"])  # type: ignore[misc]
+            most = max(range(len(shares)), key=lambda k, shares=shares: shares[k]["rss_bytes"])  # type: ignore[misc]
             rows.append(
                 (
                     (self._value(f"{at}/nodes"),),

@@ -7,6 +7,8 @@ from typing import Any
 
 from mdiq.report.page import Block, Bullets, Chart, Document, Heading, Page, Paragraph, Table, Text, look_up, shown
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
 
 def markdown(page: Page, document: Document, pictures: str) -> str:
     """Return the page. pictures: where its charts lie as NAME.svg, relative to it."""
@@ -18,7 +20,10 @@ def markdown(page: Page, document: Document, pictures: str) -> str:
 
 
 def csv_text(document: Document) -> str:
-    """Return every number and text of a document: its place, and what stands there."""
+    """Return every number and text of a document: its place, and what stands there.
+
+    Spreadsheets compute texts that begin like a formula, and names may come from a ring's API: they get a ' before.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("place", "value"))
@@ -34,7 +39,7 @@ def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
         for i, inner in enumerate(value):
             yield from _leaves(f"{place}/{i}", inner)
     else:
-        yield place, value
+        yield place, f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def _block(block: Block, document: Document, pictures: str) -> str:

@@ -1,6 +1,7 @@
 """Measures a ring that runs, through its HTTP API: as it stands, without stages and without a drill.
 
-Users are asked alone first and then all at once; the texts must be the same. What the Nodes did comes from the status.
+Users are asked all at once and then alone; the texts must be the same. In this order the ring does not have the
+prompts in its cache when the time to the first token is measured. What the Nodes did comes from the status.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from typing import Any
 import aiohttp
 
 from mdiq.bench.figures import LoadFigures, UserTimes, load_figures
-from mdiq.bench.runner import NodeShare
+from mdiq.bench.runner import WARM_UP_TOKENS, NodeShare
 from mdiq.bench.workload import Load
 from mdiq.errors import ConfigError, RemoteProtocolError, RingError, first_of
 from mdiq.report.gates import Limits, Shown, all_pass, gates
@@ -34,11 +35,15 @@ _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, Overf
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One user's answer: when its pieces of text came, the text, and how many tokens they were."""
+    """One user's answer: when its pieces of text came, the text, and how many tokens they were.
+
+    num_cached: tokens of the prompt that the ring had in its cache.
+    """
 
     times: UserTimes
     text: str
     num_tokens: int
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +71,19 @@ class RunningRing:
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
             models = await self._get(session, "/v1/models")
             model = str(models["data"][0]["id"])
-            prompts = load.prompts(VOCAB_SIZE)
-            alone = [await self._ask(session, model, prompt, load.answer_tokens) for prompt in prompts]
+            # Other prompts than any that a user's seed gives.
+            await self._ask_all(session, model, replace(load, answer_tokens=WARM_UP_TOKENS, seed=~load.seed))
             await asyncio.sleep(rest_s)
             before = await self._status(session)
-            async with asyncio.TaskGroup() as tasks:
-                asked = [tasks.create_task(self._ask(session, model, prompt, load.answer_tokens)) for prompt in prompts]
-            many = [task.result() for task in asked]
+            many = await self._ask_all(session, model, load)
             await asyncio.sleep(rest_s)
             after = await self._status(session)
+            prompts = load.prompts(VOCAB_SIZE)
+            alone = [await self._ask(session, model, prompt, load.answer_tokens) for prompt in prompts]
+        if any(not answer.text for answer in (*many, *alone)):
+            raise RingError(f"{self.url}: tokens came, but no text; give another --seed or more --answer-tokens")
+        if any(answer.num_cached for answer in many):
+            raise ConfigError(f"--seed {load.seed}: the ring still has these prompts in its cache; give another --seed")
         stage = stage_of(load, alone, many, before, after, limits)
         if not stage.many.figures.decode_tokens_per_s:
             raise RingError(
@@ -110,6 +119,14 @@ class RunningRing:
                 raise TypeError(path)
             return value
 
+    async def _ask_all(self, session: aiohttp.ClientSession, model: str, load: Load) -> list[Answer]:
+        async with asyncio.TaskGroup() as tasks:
+            asked = [
+                tasks.create_task(self._ask(session, model, prompt, load.answer_tokens))
+                for prompt in load.prompts(VOCAB_SIZE)
+            ]
+        return [task.result() for task in asked]
+
     async def _ask(
         self, session: aiohttp.ClientSession, model: str, prompt: tuple[int, ...], num_tokens: int
     ) -> Answer:
@@ -124,7 +141,7 @@ class RunningRing:
         }
         submitted_s = time.monotonic()
         times_s: list[float] = []
-        text, used, received = "", 0, 0
+        text, used, cached, received = "", 0, 0, 0
         async with session.post(self.url.rstrip("/") + "/v1/completions", json=body) as response:
             await self._check(response)
             async for line in response.content:
@@ -139,13 +156,12 @@ class RunningRing:
                 if piece := "".join(choice["text"] for choice in chunk["choices"]):
                     times_s.append(time.monotonic())
                     text += piece
-                if chunk.get("usage"):
-                    used = int(chunk["usage"]["completion_tokens"])
+                if usage := chunk.get("usage"):
+                    used = _count(usage["completion_tokens"])
+                    cached = _count((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0))
         if used != num_tokens:
             raise RingError(f"{self.url}: {used} of {num_tokens} tokens came")
-        if not times_s:
-            raise RingError(f"{self.url}: {used} tokens came, but no text; give another --seed or more --answer-tokens")
-        return Answer(UserTimes(submitted_s, tuple(times_s)), text, used)
+        return Answer(UserTimes(submitted_s, tuple(times_s)), text, used, cached)
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
         if response.status in (401, 403):
@@ -175,7 +191,9 @@ def stage_of(
     nodes = [node for node in after["nodes"] if node.get("state") == "serves"]
     if not nodes:
         raise ValueError("no node serves")
-    shares = _shares(before, after, nodes, load)
+    times = [answer.times for answer in many]
+    seconds = max(user.tokens_s[-1] for user in times) - min(user.submitted_s for user in times)
+    shares = _shares(before, after, nodes, load, seconds)
     equal = sum(mine.text == its.text for mine, its in zip(many, alone, strict=True))
     one_run, many_run = _run(load, alone[:1], shares), _run(load, many, shares)
     stage = StageRun(
@@ -224,13 +242,17 @@ def _run(load: Load, answers: Sequence[Answer], shares: tuple[NodeShare, ...]) -
 
 
 def _shares(
-    before: Mapping[str, Any], after: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]], load: Load
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    nodes: Sequence[Mapping[str, Any]],
+    load: Load,
+    seconds: float,
 ) -> tuple[NodeShare, ...]:
-    """Return what each Node did between two statuses."""
+    """Return what each Node did between two statuses. seconds: that the Load took; the rest of the time is rest."""
     earlier = {node["name"]: node for node in before["nodes"] if node.get("state") == "serves"}
-    seconds = _number(after["serving_s"]) - _number(before["serving_s"])
     is_same = before.get("rings_formed") == after.get("rings_formed")
-    if not is_same or seconds < 0 or {node["name"] for node in nodes} != set(earlier):
+    is_later = _number(after["serving_s"]) >= _number(before["serving_s"])
+    if not (is_same and is_later) or {node["name"] for node in nodes} != set(earlier):
         raise RingError("the ring lost a node or formed anew while it was measured; measure again")
     shares = []
     for i, node in enumerate(nodes):

@@ -184,10 +184,10 @@ def _what(document: Document, words: Words) -> Iterator[Block]:
         yield Paragraph(
             words.say(
                 "{model} on the running ring of {n} devices at {url}. {users} users ask at once with prompts of "
-                "{prompt} random tokens, and get {answer} tokens each, greedy; each was asked alone before. Rates are "
-                "those of decoding.",
+                "{prompt} random tokens, and get {answer} tokens each, greedy; each was asked alone afterwards. Rates "
+                "are those of decoding.",
                 "{url}で稼働中の{n}台のリング上の{model}。{users}人の利用者が同時に{prompt}トークンの乱数プロンプトを送り、"
-                "それぞれ{answer}トークンを貪欲法で受け取る（事前に一人ずつも計測）。速度はデコード中の値。",
+                "それぞれ{answer}トークンを貪欲法で受け取る（その後、一人ずつでも計測）。速度はデコード中の値。",
                 model=Value("/model/name"),
                 n=Value("/stages/0/nodes"),
                 url=Value("/settings/url"),

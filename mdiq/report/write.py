@@ -13,17 +13,20 @@ from mdiq.report.page import Document, Language, Page
 MakePage = Callable[[Document, Language], Page]
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder; better before an hour of measuring than after it.
+def check_folder(folder: Path, name: str) -> None:
+    """Make the folder; better before an hour of measuring than after it. name: as of ``write``.
 
     Raises:
-        ConfigError: it cannot be made, or not be written in.
+        ConfigError: it cannot be made or not be written in, or a file in it that would be written anew cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".mdiq-probe"
         probe.touch()
         probe.unlink()
+        for old in (*folder.glob(f"{name}.*"), *folder.glob(f"{name}-*")):
+            with old.open("ab"):
+                pass
     except OSError as error:
         raise _refused(folder, error) from None
 
@@ -38,10 +41,12 @@ def write(
     Raises:
         ConfigError: the folder cannot be written in.
     """
-    texts = {
-        f"{name}.json": json.dumps(document, indent=1, ensure_ascii=False) + "\n",
-        f"{name}.csv": csv_text(document),
-    }
+    files = [folder / f"{name}.json"]
+    try:  # first, whatever becomes of the pages: it holds all that was measured
+        files[0].write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8", "replace")
+    except OSError as error:
+        raise _refused(folder, error) from None
+    texts = {f"{name}.csv": csv_text(document)}
     for language in languages:
         page = make_page(document, language)
         texts[f"{name}.{language}.html"] = html(page, document)
@@ -49,7 +54,6 @@ def write(
         for chart in page.charts:
             texts[f"{name}-{language}-{chart.name}.svg"] = svg.draw(chart, document)
     try:
-        files = []
         for file, text in texts.items():
             files.append(folder / file)
             files[-1].write_text(text, encoding="utf-8", errors="replace")  # a name may not be Unicode

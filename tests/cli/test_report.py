@@ -44,6 +44,7 @@ def refused(*arguments: str) -> str:
         (["--max-token-ms", "inf"], "--max-token-ms inf: give a finite number"),
         (["--api", "http://127.0.0.1:9", "--cpu", "0.5"], "--cpu: it is for rings on this machine"),
         (["--api", "pi0:8080"], "--api pi0:8080: write the address with http://"),
+        (["--api", "http://me:secret@127.0.0.1:9"], "--api: leave user, password and ? out of the address"),
         (["--api", "http://127.0.0.1:9"], "give the address of a ring's API"),
     ],
 )

@@ -7,7 +7,7 @@ from mdiq.report.evaluation_page import evaluation_page
 from mdiq.report.html import html
 from mdiq.report.markdown import csv_text, markdown
 from mdiq.report.page import LANGUAGES, Language, Table
-from tests.report.fakes import evaluation
+from tests.report.fakes import MIB, evaluation
 from tests.report.tracing import assert_traces_back, values_of
 
 
@@ -61,3 +61,19 @@ def test_the_csv_has_every_value_of_the_document() -> None:
     assert rows["/models/0/rings/1/one/figures/decode_tokens_per_s"] == "10.0"
     assert rows["/receipt/command"] == "mdiq <report>"
     assert rows["/settings/link"] == ""
+
+
+def test_the_weights_of_the_largest_process_are_its_own() -> None:
+    document = evaluation().as_document()
+    first, second = document["models"][0]["rings"][1]["many"]["nodes"]
+    # The first process is larger, with fewer weights: it measures as well.
+    first |= {"rss_bytes": 400 * MIB, "weight_bytes": 50 * MIB}
+    second |= {"rss_bytes": 300 * MIB, "weight_bytes": 70 * MIB}
+    document["models"][0]["rings"][1]["peak_rss_bytes"] = 400 * MIB
+    text = markdown(evaluation_page(document, "en"), document, "")
+    assert "| 2 | 0-0, 1-1 | 10.00 | 20.00 | 2.00 | 400 | 50 |" in text
+
+
+def test_no_name_is_a_formula_in_a_spreadsheet() -> None:
+    rows = dict(csv.reader(io.StringIO(csv_text({"model": "=HYPERLINK(1)", "gain": -0.5, "link": None}))))
+    assert rows == {"place": "value", "/model": "'=HYPERLINK(1)", "/gain": "-0.5", "/link": ""}

@@ -8,12 +8,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from mdiq.bench.figures import UserTimes
 from mdiq.bench.workload import Load
 from mdiq.errors import ConfigError, RemoteProtocolError, RingError
 from mdiq.report.gates import GateName, Limits
 from mdiq.report.html import html
 from mdiq.report.page import LANGUAGES
-from mdiq.report.running import RunningRing
+from mdiq.report.running import Answer, RunningRing, stage_of
 from mdiq.report.trial_document import running_document
 from mdiq.report.trial_page import trial_page
 from tests.report.fakes import PRICES, RECEIPT
@@ -35,6 +36,7 @@ class Api:
         self.statuses: list[Any] = []
         self.status_code = 200
         self.name = "tiny"
+        self.usage: dict[str, Any] = {}
         self.pieces: list[bytes] = []
         self.word = "{word} {i}"
 
@@ -76,7 +78,7 @@ class Api:
         busy_s = 50.0 + max(self.serving_s - 110.0, 0.0)
         nodes = [
             {"name": "pi0", "layers": [0, 2], "busy_s": busy_s, "busy_share": 0.1, **node},
-            {"name": "pi1", "layers": [2, 6], "busy_s": 0.5 * self.serving_s, "busy_share": 0.5, **node},
+            {"name": "pi1", "layers": [2, 6], "busy_s": 60.0, "busy_share": 0.5, **node},
             {"name": "spare", "state": "missing", "layers": []},
         ]
         hops = [{"wire": "f32", "delay_s": 0.01, "bytes_per_s": None}] * 2
@@ -86,17 +88,17 @@ class Api:
         body = await request.json()
         assert body["ignore_eos"] and body["temperature"] == 0 and body["stream"]
         self.asked.append(body["prompt"])
-        if self.status_code != 200 and len(self.asked) > LOAD.users:
+        if self.status_code != 200 and len(self.asked) > 2 * LOAD.users - 1:
             return web.json_response({"error": {"message": "no room"}}, status=self.status_code)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for piece in self.pieces:
             await response.write(piece)
-        word = str(sum(body["prompt"])) + ("!" if self.changes_when_busy and len(self.asked) > LOAD.users else "")
+        word = str(sum(body["prompt"])) + ("!" if self.changes_when_busy and len(self.asked) > 2 * LOAD.users else "")
         for i in range(body["max_tokens"] // 2):  # a piece is two tokens
             await self._send(response, {"choices": [{"text": self.word.format(word=word, i=i)}]})
         used = body["max_tokens"] - self.num_lacking
-        await self._send(response, {"choices": [], "usage": {"completion_tokens": used}})
+        await self._send(response, {"choices": [], "usage": {"completion_tokens": used, **self.usage}})
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -110,18 +112,20 @@ async def measured(api: Api, key: str | None = KEY) -> Any:
         return await RunningRing(str(server.make_url("/")), key).measure(LOAD, Limits(), 0.0)
 
 
-async def test_users_are_asked_alone_and_then_at_once() -> None:
+async def test_users_are_asked_at_once_and_then_alone() -> None:
     api = Api()
     model, stage = await measured(api)
     prompts = [list(prompt) for prompt in LOAD.prompts(256)]
-    assert api.asked[:2] == prompts
-    assert sorted(api.asked[2:]) == sorted(prompts)
+    warm_up = [list(prompt) for prompt in Load(2, 3, 4, -1).prompts(256)]
+    assert sorted(api.asked[:2]) == sorted(warm_up)
+    assert sorted(api.asked[2:4]) == sorted(prompts)
+    assert api.asked[4:] == prompts
     assert (model, stage.name, stage.nodes, stage.split) == ("tiny", "now", 2, (2, 4))
     assert (stage.equal, stage.passes) == (2, True)
     first, last = stage.devices
     assert (first.name, first.layers, last.layers) == ("pi0", "0-1", "2-5")
     assert first.busy_share == pytest.approx(1.0)
-    assert last.busy_share == pytest.approx(0.5)
+    assert last.busy_share == 0.0
     # 200 bytes for two users: 3 + 4 - 1 rows each pass the first hop, 4 the last one.
     assert (first.bytes_per_token, last.bytes_per_token) == (200 / 12, 200 / 8)
     assert [gate.name for gate in stage.gates] == [GateName.ANSWERS, GateName.THROUGHPUT, GateName.LATENCY]
@@ -217,7 +221,7 @@ async def test_an_answer_without_an_end_or_a_text_is_refused(monkeypatch: pytest
         await measured(api)
     api = Api()
     api.word = ""
-    with pytest.raises(RingError, match="4 tokens came, but no text"):
+    with pytest.raises(RingError, match="tokens came, but no text"):
         await measured(api)
 
 
@@ -226,3 +230,20 @@ async def test_a_name_from_the_network_is_one_line_that_can_be_written() -> None
     api.name = "m\n# \ud800" + 500 * "x"
     model, _ = await measured(api)
     assert model == "m?# ?" + 195 * "x"
+
+
+async def test_prompts_that_the_ring_has_in_its_cache_tell_nothing_of_a_first_token() -> None:
+    api = Api()
+    api.usage = {"prompt_tokens_details": {"cached_tokens": 2}}
+    with pytest.raises(ConfigError, match="--seed 0: the ring still has these prompts in its cache; give another"):
+        await measured(api)
+
+
+def test_a_busy_share_is_of_the_loads_time_and_not_of_the_rest_after_it() -> None:
+    api = Api()
+    before = api._usual()
+    after = api._usual() | {"serving_s": before["serving_s"] + 60.0}
+    after["nodes"][0]["busy_s"] = before["nodes"][0]["busy_s"] + 1.0
+    answers = [Answer(UserTimes(10.0, (11.0, 12.0)), "a b", 4), Answer(UserTimes(10.0, (11.5, 14.0)), "c d", 4)]
+    stage = stage_of(LOAD, answers, answers, before, after, Limits())
+    assert [device.busy_share for device in stage.devices] == [0.25, 0.0]  # a second of four

@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -37,7 +38,11 @@ def test_without_matplotlib_everything_else_is_written(tmp_path: Path, monkeypat
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--out .*name a folder to write in"):
-        check_folder(tmp_path / "file" / "pages")
+        check_folder(tmp_path / "file" / "pages", "report")
+    (tmp_path / "report.ja.md").mkdir()
+    with pytest.raises(ConfigError, match="--out .*name a folder to write in"):
+        check_folder(tmp_path, "report")
+    check_folder(tmp_path, "evaluation")
     with pytest.raises(ConfigError, match="--out .*name a folder to write in"):
         write(trial(), trial_page, ("en",), tmp_path / "nowhere", "report")
 
@@ -49,3 +54,12 @@ def test_a_name_that_is_not_unicode_or_looks_like_a_formula_loses_no_measurement
     files = write(document, trial_page, ("en",), tmp_path, "report")
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["model"]["name"] == "m?"
     assert not png.can_draw() or tmp_path / "report-busy.png" in files
+
+
+def test_what_was_measured_is_written_before_its_pages_are_made(tmp_path: Path) -> None:
+    def fails(*_: object) -> NoReturn:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write(trial(), fails, ("en",), tmp_path, "report")
+    assert json.loads((tmp_path / "report.json").read_text()) == trial()

@@ -160,6 +160,7 @@ async def test_a_ring_that_serves_shows_its_figures(house: House) -> None:
     assert status["is_serving"] and status["state"] == "serves on desk, pi1, pi2"
     assert status["requests"] == {"waiting": 0, "running": 0, "done": 1, "failed": 0, "refused": 0, "left": 0}
     assert status["nodes"][1]["busy_share"] == 0.25
+    assert status["nodes"][1]["busy_s"] == 0.25 * status["serving_s"]
     assert len(status["hops"]) == 3
 
 
