@@ -4,7 +4,8 @@ Theory. A Stage's cost is measured with forwards alone. While it serves, its eve
 sends Frames too, and the Starter's also takes requests and sends each token to its client. Where all cores compute,
 which is the default, this takes time from the forwards: it is a part of a Stage's time on every Lap. It depends on the
 device and on what clients ask, so it is measured: CPU seconds of the event loop's thread over the forwards of the same
-window, smoothed over windows. A window with few forwards says nothing: an idle loop also wakes up now and then.
+window, smoothed over windows. A window with few forwards says nothing: an idle loop also wakes up now and then. So a
+window begins anew, too, when a look finds that nothing was computed since the one before.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ class Handling:
 
     def __init__(self) -> None:
         self._begins: dict[str, tuple[float, Work]] = {}
+        self._seen: dict[str, Work] = {}
         self._seconds: dict[str, float] = {}
         self._told: dict[str, float] = {}
 
@@ -38,12 +40,14 @@ class Handling:
         """
         for name, work in works.items():
             begun_s, begin = self._begins.setdefault(name, (now, work))
+            is_idle = work.num_forwards == self._seen.get(name, work).num_forwards
+            self._seen[name] = work
             done = work.since(begin)
             if done is not None and done.num_forwards >= MIN_FORWARDS:
                 handling_s = min(done.handling_s / done.num_forwards, MAX_HANDLING_S)
                 before_s = self._seconds.get(name, handling_s)
                 self._seconds[name] = before_s + GAIN * (handling_s - before_s)
-            elif done is not None and now - begun_s <= MAX_WINDOW_S:
+            elif done is not None and now - begun_s <= MAX_WINDOW_S and not is_idle:
                 continue
             self._begins[name] = now, work
         if not any(is_news(handling_s, self._told.get(name, 0.0)) for name, handling_s in self._seconds.items()):

@@ -24,6 +24,14 @@ def test_a_loop_without_load_says_nothing() -> None:
     assert handling.seconds == {}
 
 
+def test_what_a_loop_did_before_its_load_came_is_no_part_of_it() -> None:
+    handling = Handling()
+    for i in range(15):  # heartbeats, probes, a scrape of metrics
+        assert not handling.observe(2.0 * i, {"desk": served(0, 0.02 * i)})
+    assert handling.observe(30.0, {"desk": served(60, 0.02 * 14 + 60 * 0.001)})
+    assert handling.seconds["desk"] == pytest.approx(0.001)
+
+
 def test_few_forwards_of_a_slow_node_are_enough_within_the_longest_window() -> None:
     handling = Handling()
     is_news = [handling.observe(2.0 * i, {"pi": served(4 * i, 0.012 * i)}) for i in range(14)]
