@@ -76,7 +76,7 @@ def init(
     out: Annotated[Path, typer.Option(help="File to write; its schema is written beside it.")] = Path("topology.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write an annotated topology file from flags, or from questions on a terminal."""
+    """Write an annotated topology file. It is made from flags, or from questions on a terminal."""
     from mdiq.cli.init import init as execute
 
     raise typer.Exit(execute(node or (), spare or (), model, weights, insecure=insecure, out=out, force=force))
@@ -92,7 +92,7 @@ def check(
     ] = None,
     name: Annotated[str, typer.Option(help="A node of the file.")] = "",
 ) -> None:
-    """List all errors of a topology file at once, and warn of what is allowed but will hurt."""
+    """List all errors of a topology file at once. It also warns of what is allowed but will hurt."""
     from mdiq.cli.check import check as execute
     from mdiq.cli.check import since as execute_since
 
@@ -109,7 +109,7 @@ def keys(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
 ) -> None:
-    """Make a key pair for every node of a topology that has none, and write the public keys into the file."""
+    """Make the key pairs of a topology's nodes. It writes the public keys into the file; keys that are there stay."""
     from mdiq.cli.keys import execute
 
     raise typer.Exit(execute(file, rotate or (), dry_run=dry_run))
@@ -131,7 +131,7 @@ def api_key(
         int | None, typer.Option(min=1, max=100, help="Of the ring while others wait too. [default: 1]")
     ] = None,
 ) -> None:
-    """Make a key for clients of the HTTP API; it is shown once, and only its hash is kept."""
+    """Make a key for clients of the HTTP API. It is shown once, and only its hash is kept."""
     from mdiq.cli.api_key import execute
 
     limits = {"max_requests": max_requests, "tokens_per_minute": tokens_per_minute, "share": share}
@@ -154,7 +154,7 @@ def node(
         LogLevelName | None, typer.Option(help="Minimum severity of log lines. [default: info]", show_default=False)
     ] = None,
 ) -> None:
-    """Serve one node of a topology, ring after ring, until it is stopped."""
+    """Serve one node of a topology. It serves ring after ring, until it is stopped."""
     from mdiq.cli.node import serve_node, serve_topology
 
     if topology is not None:
@@ -195,7 +195,7 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show which layers go where, and why, from what the nodes measured in an earlier ring."""
+    """Show which layers go where, and why. It needs what the nodes measured in an earlier ring."""
     from mdiq.cli.plan import forget as execute_forget
     from mdiq.cli.plan import plan as execute
 
@@ -221,7 +221,7 @@ def route(
     file: Annotated[Path, typer.Argument(help="The routes file: the servers, and the address.")],
     log_level: Annotated[LogLevelName, typer.Option(help="Minimum severity of log lines.")] = "info",
 ) -> None:
-    """Serve one address for several rings and copies, each an mdiq serve; requests are spread over them."""
+    """Serve one address for several rings and copies. Each is an mdiq serve; requests are spread over them."""
     from mdiq.cli.route import execute
 
     execute(file, log_level)
@@ -229,7 +229,7 @@ def route(
 
 @app.command()
 def status(topology: Topology, as_json: Json = False) -> None:
-    """Show the ring that mdiq serve keeps up on this machine; exit with 1 while it does not serve."""
+    """Show the ring of an mdiq serve on this machine. It exits with 1 while the ring does not serve."""
     from mdiq.cli.admin import status as execute
 
     raise typer.Exit(execute(topology, as_json=as_json))
@@ -241,7 +241,7 @@ def drain(
     node: Annotated[str, typer.Argument(help="A node of the ring.")],
     undo: Annotated[bool, typer.Option("--undo", help="Let the node in again.")] = False,
 ) -> None:
-    """Take a node out of the ring once its work is done; the others take its layers."""
+    """Take a node out of the ring. The others take its layers, and running requests go on."""
     from mdiq.cli.admin import drain as execute
 
     raise typer.Exit(execute(topology, node, undo=undo))
@@ -249,7 +249,7 @@ def drain(
 
 @app.command()
 def reload(topology: Topology) -> None:
-    """Have mdiq serve read its topology again; a node that is no longer in it is cut off."""
+    """Have mdiq serve read its topology again. A node that is no longer in it is cut off."""
     from mdiq.cli.admin import reload as execute
 
     raise typer.Exit(execute(topology))
@@ -261,7 +261,7 @@ app.add_typer(_cache, name="cache", help="Show what the cache holds, or clear it
 
 @_cache.command("list")
 def cache_list(as_json: Json = False) -> None:
-    """Show models, packed weights and fetched layers in the cache, in the order in which they will be removed."""
+    """Show what the cache holds. The next to be removed comes first: models, packed weights, fetched layers."""
     from mdiq.cli.cache import show
 
     raise typer.Exit(show(as_json=as_json))

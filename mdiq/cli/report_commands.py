@@ -34,7 +34,7 @@ Threads = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """Measure rings of 1 to N local nodes as the MDI-LLM paper does, and write tables and plots."""
+    """Measure rings of 1 to N nodes as the MDI-LLM paper does. The nodes are local; it writes tables and plots."""
 
     out: Annotated[Path, typer.Option(help="Folder for the pages, pictures, JSON and CSV.")] = Path("evaluation")
     model: Annotated[
@@ -73,7 +73,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """Try a ring of local nodes in stages, and write a report for the person who decides."""
+    """Try a ring in stages, and write a report that recommends. The nodes are local; it is for the one who decides."""
 
     out: Annotated[Path, typer.Option(help="Folder for the report, its pictures, JSON and CSV.")] = Path("report")
     api: Annotated[

@@ -14,7 +14,7 @@ from mdiq.plan.pace import PaceSettings
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Run prompts on a ring of local node processes, or of the nodes of a topology, and print the answers."""
+    """Run prompts on a ring, and print the answers. The ring is of local processes, or of the nodes of a topology."""
 
     prompt: Annotated[str | None, typer.Argument(help="The prompt; or use --prompts.")] = None
     model: Model = None
@@ -133,7 +133,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Serve a topology on its Starter, or a ring of local processes, with the HTTP API, until it is stopped."""
+    """Keep a ring up and serve its HTTP API. The ring is of a topology, on its Starter, or of local processes."""
 
     topology: Annotated[
         Path | None, typer.Argument(help="The topology file; without one, the ring is of this machine alone.")
@@ -165,7 +165,9 @@ class ServeOptions:
     ] = None
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Port of the API without a topology. [default: 8080]", show_default=False),
+        typer.Option(
+            min=1024, max=65535, help="Port of the API without a topology. [default: 8080]", show_default=False
+        ),
     ] = None
     keys_file: Annotated[
         Path | None, typer.Option(help="File of API keys, which clients must send; needed beyond loopback.")
@@ -178,7 +180,7 @@ class ServeOptions:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityOptions:
-    """Measure what packed weights cost in quality: perplexity on a real text, beside f32."""
+    """Measure what packed weights cost in quality. It compares the perplexity on a real text with that of f32."""
 
     model: Model = None
     weights: Annotated[
@@ -199,7 +201,7 @@ class PerplexityOptions:
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """Measure rings of local nodes under load: tokens/s, time to first token, inter-token latency."""
+    """Measure rings of local nodes under load. It shows tokens/s, time to first token and inter-token latency."""
 
     model: Model = None
     shape: Annotated[

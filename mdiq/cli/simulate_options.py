@@ -18,7 +18,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class SimulateOptions:
-    """Predict rings of devices that one need not own, from a catalogue of devices, links and models."""
+    """Predict rings of devices that you need not own. It has a catalogue of devices, links and models."""
 
     devices: Annotated[
         str,

@@ -90,3 +90,14 @@ def test_a_file_that_cannot_be_written_is_one_line(
 
     monkeypatch.setattr(run, "execute", fail)
     assert _main(monkeypatch, "utf-8", "run", "hello") == (1, b"", line)
+
+
+@pytest.mark.parametrize("group", [[], ["cache"]])
+def test_the_list_of_commands_cuts_no_sentence_off_on_a_narrow_terminal(
+    group: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = _main(monkeypatch, "utf-8", *group, "--help")
+    _, _, commands = out.decode().partition("Commands:\n")
+    assert code == 0 and len(commands.splitlines()) >= 2
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands.splitlines())
