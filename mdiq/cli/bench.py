@@ -15,7 +15,7 @@ from mdiq.bench.plots import check_plots, draw
 from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, Report, make_report
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
 from mdiq.bench.workload import ApartCell, Cell, grid
-from mdiq.cli.flags import parse_numbers, parse_temperatures, parse_wires
+from mdiq.cli.flags import check_writable, parse_numbers, parse_temperatures, parse_wires
 from mdiq.cli.ring_commands import BenchOptions
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
@@ -182,8 +182,8 @@ def _check(options: BenchOptions, cells: Sequence[Cell]) -> None:
         if not MIN_CPU <= options.cpu <= usable_cores():
             raise ConfigError(f"--cpu {options.cpu:g}: give {MIN_CPU:g} to {usable_cores()} cores for each node")
         check_quota()
-    if options.json_file is not None and not options.json_file.resolve().parent.is_dir():
-        raise ConfigError(f"--json {options.json_file}: there is no such directory; make it first")
+    if options.json_file is not None:
+        check_writable("--json", options.json_file)
     if options.peer is not None and options.peer != "llama-cpp":
         raise ConfigError(f"--peer {options.peer}: no such peer; known is llama-cpp")
     if options.peer is not None and any(cell.temperature for cell in cells):

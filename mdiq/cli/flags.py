@@ -1,6 +1,7 @@
-"""Values of flags that are texts with commas between."""
+"""Values of flags: texts with commas between, and files that are written at the end of a long run."""
 
 import math
+from pathlib import Path
 
 from mdiq.core.wire_formats import AUTO, WIRE_FORMATS
 from mdiq.errors import ConfigError
@@ -19,6 +20,23 @@ def parse_wires(text: str, num_nodes: int) -> tuple[str, ...]:
     if len(wires) not in (1, num_nodes):
         raise ConfigError(f"--wire {text}: {len(wires)} formats for {num_nodes} hops; give one, or one for each")
     return wires
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuse a file that could not be written later; one that exists keeps its content.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    exists = path.exists()
+    if exists and not path.is_file() and not path.is_dir():
+        return  # a pipe or a terminal: opening one twice would end it, or wait
+    try:
+        path.open("ab").close()
+        if not exists:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}; name a file that can be written") from None
 
 
 def parse_numbers(flag: str, text: str, maximum: int) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def plan(
     if split:  # by hand for all nodes, or for none
         typer.echo(f"by hand {','.join(map(str, split))}: ", nl=False, err=as_json)
         rate = plan_split(profiles.model, found, profiles.links, goal, split).value
-        typer.echo(f"{rate:.1f} tokens/s predicted; the planner's own way follows", err=as_json)
+        typer.echo(f"{rate:.1f} tokens/s predicted; the planner's own split follows", err=as_json)
     explanation = explain(profiles.model, found, profiles.links, goal)
     factors = {name: factor for name in names if (factor := profiles.nodes[name].under_load) is not None}
     usable = [node for i, node in enumerate(found) if not (i and node.is_spare)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from mdiq.cli.flags import hand_split, parse_wires
+from mdiq.cli.flags import check_writable, hand_split, parse_wires
 from mdiq.cli.output import AnswerPrinter, Result, Summary, print_table
 from mdiq.cli.prompts import read_finished, read_prompts
 from mdiq.cli.ring_commands import RunOptions
@@ -46,6 +46,8 @@ def execute(options: RunOptions) -> int:
     logging.configure(options.log_level, node="node-0")
     console = Console(stderr=True)
     lines = _read_requests(options)
+    if options.trace is not None:
+        check_writable("--trace", options.trace)
     loaded: LoadedTopology | None = None
     name = options.model
     if options.topology is not None:

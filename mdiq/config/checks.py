@@ -247,8 +247,8 @@ def listening_problems(api: Listening) -> Iterator[Problem]:
     """Yield what is wrong between the values of an HTTP API's section."""
     if not is_loopback(api.host) and api.keys_file is None:
         text = (
-            f"{api.host} lets other machines ask, and there are no API keys; set api.keys_file to a file of keys "
-            f"(`mdiq api-key` makes one), or write 127.0.0.1"
+            f"{api.host} lets other machines ask, and there are no API keys; give a file of keys by "
+            f"api.keys_file, or by --keys-file without a topology (`mdiq api-key` makes one), or write 127.0.0.1"
         )
         yield Problem(("api", "host"), text, (("api", "keys_file"),))
     if (api.tls_cert is None) != (api.tls_key is None):

@@ -206,7 +206,7 @@ def _limit(plan: Plan) -> str:
         LimitKind.MEMORY: f"the memory of {limit.where}: with more of it, more layers would go there",
     }[limit.kind]
     if limit.is_waiting:
-        return f"the way round: {plan.goal.num_users} users do not fill the ring; the longest part of it is {where}"
+        return f"the time round the ring: {plan.goal.num_users} users do not fill it; the longest part is {where}"
     line = next((hop for hop in plan.hops if str(hop) == limit.where and hop.send.seconds(1) > hop.delay_s), None)
     return where if line is None else f"{where}, whose line is busy for {100 * line.busy:.0f} % of the time"
 

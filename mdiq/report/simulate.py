@@ -232,7 +232,7 @@ def limit_text(question: Question, ring: RingForecast, plan: Plan) -> str:
         else:
             where = f"compute rate of {limit.where}"
     if limit.is_waiting:
-        return f"the way round: {plan.goal.num_users} users do not fill the ring; its longest part: {where}"
+        return f"the time round the ring: {plan.goal.num_users} users do not fill it; the longest part is {where}"
     return where
 
 

@@ -265,7 +265,7 @@ def wire_size(size: int) -> int:
 def _advice(error: zmq.ZMQError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return "the port is in use; stop what uses it, or choose another one (0 lets the system choose)"
+            return "the port is in use; stop what uses it, or choose another one in the topology or by --base-port"
         case errno.EADDRNOTAVAIL | errno.ENODEV:
             return "no network interface of this machine has that address; use one that it has, or 127.0.0.1"
         case errno.EACCES:

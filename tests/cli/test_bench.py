@@ -94,7 +94,7 @@ def test_tables_show_cells_scaling_peer_and_ratios() -> None:
         (["--peer", "vllm"], "--peer vllm: no such peer; known is llama-cpp"),
         (["--peer-threads", "1"], "go with --peer llama-cpp"),
         (["--shape", "tiny", "--peer", "llama-cpp", "--peer-threads", "no"], "--peer-threads no: not whole numbers"),
-        (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no such directory"),
+        (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: No such file"),
         (["--nodes", "64", "--pin"], "--pin: 64 nodes need as many cores"),
     ],
 )

@@ -15,7 +15,7 @@ from mdiq.errors import MdiqError
     ("words", "text"),
     [
         ("x.yaml --nodes 3", "--nodes: x.yaml says that; write it there, or serve without a topology"),
-        ("x.yaml --port 80", "--port: x.yaml says that"),
+        ("x.yaml --port 8081", "--port: x.yaml says that"),
         ("x.yaml --keys-file k", "--keys-file: x.yaml says that"),
         ("x.yaml --journal j", "--journal: x.yaml says that"),
         ("x.yaml --fast", "--exact: x.yaml says that"),

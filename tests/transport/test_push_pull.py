@@ -116,7 +116,10 @@ async def test_an_address_that_cannot_be_bound_is_named_with_advice(
 
 async def test_a_port_in_use_is_named_with_advice(context: zmq.asyncio.Context) -> None:
     source = await PullSource.bind(context, ANY_PORT)
-    with pytest.raises(TransportError, match="the port is in use; stop what uses it, or choose another one"):
+    with pytest.raises(
+        TransportError,
+        match="the port is in use; stop what uses it, or choose another one in the topology or by --base-port$",
+    ):
         await PullSource.bind(context, source.endpoint)
     await source.aclose()
 
