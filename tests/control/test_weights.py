@@ -647,7 +647,7 @@ async def test_a_limit_holds_for_all_transfers_together(start: Start, monkeypatc
 async def test_waiting_for_the_limit_is_no_silence(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_server, "WAITING_S", 0.05)
     plane = await start(limit=TokenBucket(PART_BYTES, PART_BYTES // 4))
-    fetched = await plane.fetch(layers=LayerRange(0, 1), silence_s=0.2)
+    fetched = await plane.fetch(layers=LayerRange(0, 1), silence_s=1.0)  # the limit has it wait for 4 s
     plane.check(fetched, LayerRange(0, 1))
     assert plane.num_links == 1
 
