@@ -47,6 +47,8 @@ QUICK_FETCH_S = 5.0
 RETURN_S = 5.0
 """How long a Node has been back before the Ring takes it in again; twice as long after each time that it did."""
 MAX_RETURN_S = 600.0
+STEADY_S = 1800.0
+"""A Ring that has lost nothing for so long is no longer one whose Nodes come and go."""
 MAX_TIMES = 20
 
 
@@ -75,7 +77,7 @@ class Recovery:
         self._give_up = give_up
         self._planned = self._served = ring.options  # to which it returns; which served last
         self._barred: set[tuple[str, str | None]] = set()  # Nodes and keys that may not be in the Ring again
-        self._return_s = RETURN_S
+        self._return_s, self._lost_at_s = RETURN_S, -inf
         self._losses = Losses()
         self.times: deque[RecoveryTimes] = deque(maxlen=MAX_TIMES)
         self._turn = asyncio.Lock()  # one change at a time
@@ -100,6 +102,10 @@ class Recovery:
             return False
         if is_unfit:
             self._losses.unfit.add(error.node or self._ring.options.node_names[0])
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._lost_at_s > STEADY_S:
+            self._return_s = RETURN_S
+        self._lost_at_s = now_s
         too_many = self._losses.add(error)
         self._service.pause()
         if too_many is not None:

@@ -194,7 +194,8 @@ class Asked:
             if "error" in event:
                 answer.error = str(event["error"]["message"])  # type: ignore[index]
             elif usage := event.get("usage"):
-                answer.usage = dict(usage)  # type: ignore[call-overload]
+                # How much of a prompt was cached depends on what came before, and on what was lost.
+                answer.usage = {key: num for key, num in usage.items() if key != "prompt_tokens_details"}
             for choice in event.get("choices", ()):  # type: ignore[attr-defined]
                 answer.text += choice["text"]
                 if choice["text"]:

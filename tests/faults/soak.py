@@ -11,8 +11,9 @@ from typing import Any
 
 import psutil
 
+from mdiq.runtime.recovery import MAX_RETURN_S
 from tests.faults.answers import Answer, Asked, compare
-from tests.faults.lab import STARTER, Lab
+from tests.faults.lab import FORMED_S, STARTER, Lab
 from tests.faults.points import SAMPLES
 from tests.faults.receipts import PAUSE_STEPS, pauses, slope, spread
 
@@ -80,7 +81,8 @@ class Soak:
             self._is_over.set()
             for thread in threads:
                 thread.join(ANSWERS_S + 60)
-        self.lab.until_whole()
+        # After so many losses the ring takes nodes in as late as it ever does.
+        self.lab.until_whole(MAX_RETURN_S + FORMED_S)
         self.after = _taken(self.lab.units[STARTER].pid)
 
     def summary(self) -> dict[str, Any]:

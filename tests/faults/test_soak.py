@@ -21,7 +21,7 @@ SPARES = int(os.environ.get("MDIQ_SOAK_SPARES", "0"))
 FAULT_S = 20.0 if SECONDS > QUICK_S else 14.0
 SLACK = 4  # descriptors, or threads, that come and go: a connection that is being closed
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(SECONDS + 600)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(SECONDS + 1_500)]
 
 DOES_NOT_SHOW = [
     "Slow leaks of a process that lives for hours: nodes are killed, and a slope is that of one lifetime.",

@@ -11,6 +11,7 @@ from mdiq.core.types import RingSpec
 from mdiq.errors import ConfigError, EngineError, MdiqError
 from mdiq.runtime.epochs import Epochs
 from mdiq.runtime.options import Outages
+from mdiq.runtime.recovery import RETURN_S, STEADY_S
 from tests.virtual.clock import VirtualTimeLoop, run_virtual
 from tests.virtual.house import House, _ChainStage, no_memory
 
@@ -169,6 +170,25 @@ def test_a_node_that_comes_back_and_goes_again_is_taken_in_more_slowly_each_time
             await asked(house, 2)
             await house.answered(20.0)
         assert waits[0] < waits[1] < waits[2], waits
+
+    live(act)
+
+
+def test_a_ring_that_has_lost_nothing_for_long_takes_a_node_in_as_soon_as_the_first_time() -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        waits = []
+        for rest_s in (0.0, 10.0, STEADY_S):
+            await asyncio.sleep(rest_s)
+            await house.crash("pi1")
+            await asyncio.sleep(8.0)
+            house.start_node("pi1")
+            start_s = house.loop.time()
+            await has_layers(house, {"desk": 2, "pi1": 2, "pi2": 2}, 60.0)
+            waits.append(house.loop.time() - start_s)
+        assert waits[1] > 1.5 * waits[0], waits
+        assert abs(waits[2] - waits[0]) <= RETURN_S, waits
 
     live(act)
 
