@@ -171,7 +171,7 @@ def test_those_that_stay_get_every_token_while_a_third_goes_away(ring: TwoNodes)
     seen, tokens = asyncio.run(_load(ring, right, memory))
     asyncio.run(_until_free(ring))
     _show(seen, memory)
-    assert seen.num_whole > 64 and seen.num_left > 20
+    assert seen.num_whole > 20 and seen.num_left > 5, "too little came of it to say anything"
     assert ring.metric("mdiq_requests_failed_total") == ring.metric("mdiq_requests_refused_total") == 0
     # A stream that is left may have been written to its end before its client has read so far.
     ended = {name: ring.metric(f"mdiq_requests_{name}_total") for name in ("done", "left")}
