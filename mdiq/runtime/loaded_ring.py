@@ -32,12 +32,18 @@ class LoadedRing:
 
     def as_reshaped(self, options: RingOptions, others: Sequence[control.Ready]) -> "LoadedRing":
         """Return what is there when the Nodes have other Layers; costs follow from those that were measured."""
-        per_layer = [cost.scaled(1 / len(layers)) for cost, layers in zip(self.costs, self.options.layers, strict=True)]
+        before = zip(self.costs, self._decode_layers(self.options), self.options.layers, strict=True)
+        per_layer = [
+            StageCost(cost.decode.scaled(1 / decode), cost.prompt.scaled(1 / len(layers)))
+            for cost, decode, layers in before
+        ]
         known = dict(zip(self.options.node_names, per_layer, strict=True))
         slowest = max(per_layer, key=lambda cost: cost.decode.seconds(1))  # for a Node that has not measured itself
+        after = zip(options.node_names, self._decode_layers(options), options.layers, strict=True)
         costs = [
-            known.get(name, slowest).scaled(len(layers))
-            for name, layers in zip(options.node_names, options.layers, strict=True)
+            StageCost(cost.decode.scaled(decode), cost.prompt.scaled(len(layers)))
+            for name, decode, layers in after
+            for cost in [known.get(name, slowest)]
         ]
         return replace(self, options=options, others=others, costs=costs, layer_bytes=self._layer_bytes)
 
@@ -99,10 +105,16 @@ class LoadedRing:
         num_layers = sum(len(layers) for layers in self.options.layers[1:])
         return sum(ready.weight_bytes for ready in self.others) / num_layers
 
+    def _decode_layers(self, options: RingOptions) -> list[float]:
+        """Return the work of a decoded token at each Stage, in Layers: a large head takes as long as many of them."""
+        head = self.stage.runner.config.head_layers
+        return [len(layers) + (0.0 if i else head) for i, layers in enumerate(options.layers)]
+
     @property
     def _layer_s(self) -> list[float]:
         return [
-            cost.decode.seconds(1) / len(layers) for cost, layers in zip(self.costs, self.options.layers, strict=True)
+            cost.decode.seconds(1) / layers
+            for cost, layers in zip(self.costs, self._decode_layers(self.options), strict=True)
         ]
 
     @property

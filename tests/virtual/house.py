@@ -94,7 +94,7 @@ class _ChainRunner:
     weight_bytes = 4_000_000  # minutes over these hops
     kv_bytes_per_token = 1
     kv_tokens_in_use = 0
-    config = SimpleNamespace(context_tokens=256, hidden_size=4, num_layers=NUM_LAYERS, vocab_size=VOCAB)
+    config = SimpleNamespace(context_tokens=256, hidden_size=4, num_layers=NUM_LAYERS, vocab_size=VOCAB, head_layers=0)
 
     def __init__(self, house: "House", engine: ChainEngine) -> None:
         self._house = house
