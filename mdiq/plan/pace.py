@@ -36,10 +36,6 @@ class StageCost:
         """Return the cost that measured points (size, seconds) give."""
         return cls(Curve(decode_s), Curve(prompt_s))
 
-    def scaled(self, factor: float) -> "StageCost":
-        """Return the cost of so many times the Layers; the Starter's head counts as some."""
-        return StageCost(self.decode.scaled(factor), self.prompt.scaled(factor))
-
     def with_handling(self, handling_s: float) -> "StageCost":
         """Return the cost with so many seconds more for each forward; see handling.py."""
         return StageCost(self.decode.plus(handling_s), self.prompt.plus(handling_s))

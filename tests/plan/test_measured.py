@@ -258,7 +258,8 @@ def test_what_a_new_measurement_explains_does_not_count_twice(under_load: float,
     before = profiles_of(_ring(), "int8")
     assert before is not None
     stage = _stage("pi1", 10)
-    cost = stage.cost.scaled(layer_s / 0.001)
+    factor = layer_s / 0.001
+    cost = StageCost(stage.cost.decode.scaled(factor), stage.cost.prompt.scaled(factor))
     ring = replace(_ring(), stages=(_ring().stages[0], replace(stage, cost=cost), _ring().stages[2]))
     after = profiles_of(ring, "int8", before.under_load({"pi1": under_load}))
     assert after is not None and after.nodes["pi1"].under_load == pytest.approx(left)
