@@ -31,6 +31,7 @@ from mdiq.testbed.cpu_quota import MIN_CPU, check_quota
 from mdiq.testbed.link_shape import LinkShape, parse_link
 
 if TYPE_CHECKING:
+    from mdiq.engine.model_config import ModelConfig
     from mdiq.report.measure import MeasurableRing
 
 USUAL_MODELS = ("smollm2-135m", "gpt2")
@@ -88,6 +89,26 @@ def check_circumstances(link: str | None, cpu: float | None) -> LinkShape | None
     return None if link is None else parse_link(link)
 
 
+def check_model(config: "ModelConfig", nodes: int, longest: int, name: str, given: str) -> None:
+    """Check that a model can be measured on so many nodes, with texts of up to ``longest`` tokens.
+
+    name: of the model. given: how errors name what the user gave.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from mdiq.plan.split import split_layers
+
+    split_layers(config.num_layers, nodes, config.head_layers)  # refuses more nodes than layers
+    if longest > config.context_tokens:
+        raise ConfigError(
+            f"--answer-tokens, --lengths: the longest text has {longest} tokens; "
+            f"the context of {name} has {config.context_tokens}"
+        )
+    if config.vocab_size <= FIRST_TOKEN:
+        raise ConfigError(f"{given}: its vocabulary of {config.vocab_size} tokens is too small for a load")
+
+
 def parse_wire_list(text: str) -> tuple[str, ...]:
     """Return the formats of a list like f32,bf16,i8, each once."""
     wires = tuple(dict.fromkeys(text.split(",")))
@@ -113,7 +134,6 @@ def languages_of(language: PageLanguage) -> tuple[Language, ...]:
 def _subject(name: str, options: EvaluateOptions, console: Console, longest: int) -> Subject:
     from mdiq.engine.formats.model_source import find_model
     from mdiq.engine.model_config import read_config
-    from mdiq.plan.split import split_layers
 
     def progress(text: str) -> None:
         console.print(text, style="dim")
@@ -121,14 +141,7 @@ def _subject(name: str, options: EvaluateOptions, console: Console, longest: int
     shape = find_shape(name)
     path = find_model(name, progress) if shape is None else shape_file(name, options.bits, progress)
     config = read_config(path)
-    split_layers(config.num_layers, options.nodes, config.head_layers)  # refuses more nodes than layers
-    if longest > config.context_tokens:
-        raise ConfigError(
-            f"--answer-tokens, --lengths: the longest text has {longest} tokens; "
-            f"the context of {name} has {config.context_tokens}"
-        )
-    if config.vocab_size <= FIRST_TOKEN:
-        raise ConfigError(f"--model {name}: its vocabulary of {config.vocab_size} tokens is too small for a load")
+    check_model(config, options.nodes, longest, name, f"--model {name}")
     full = None
     if shape is not None and shape.num_kv_heads < shape.num_heads:
         full_path = shape_file(name + MHA, options.bits, progress)

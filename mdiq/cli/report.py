@@ -12,8 +12,8 @@ import psutil
 from rich.console import Console
 
 from mdiq.bench.shapes import shape_file
-from mdiq.bench.workload import FIRST_TOKEN, Load
-from mdiq.cli.evaluate import REST_S, check_circumstances, parse_wire_list, write_pages
+from mdiq.bench.workload import Load
+from mdiq.cli.evaluate import REST_S, check_circumstances, check_model, parse_wire_list, write_pages
 from mdiq.cli.flags import parse_numbers, parse_wires
 from mdiq.cli.report_commands import ReportOptions
 from mdiq.cli.signals import run_until_signal
@@ -151,7 +151,6 @@ def _prices(options: ReportOptions) -> Prices:
 def _subject(options: ReportOptions, console: Console, longest: int) -> Subject:
     from mdiq.engine.formats.model_source import find_model
     from mdiq.engine.model_config import read_config
-    from mdiq.plan.split import split_layers
 
     def progress(text: str) -> None:
         console.print(text, style="dim")
@@ -159,14 +158,7 @@ def _subject(options: ReportOptions, console: Console, longest: int) -> Subject:
     is_random = options.shape is not None
     path = shape_file(options.shape, options.bits, progress) if options.shape else find_model(options.model, progress)
     config = read_config(path)
-    split_layers(config.num_layers, options.nodes, config.head_layers)  # refuses more nodes than layers
-    if longest > config.context_tokens:
-        raise ConfigError(
-            f"--answer-tokens, --lengths: the longest text has {longest} tokens; "
-            f"the context of {options.shape or path.name} has {config.context_tokens}"
-        )
-    if config.vocab_size <= FIRST_TOKEN:
-        raise ConfigError(f"{path.name}: its vocabulary of {config.vocab_size} tokens is too small for a load")
+    check_model(config, options.nodes, longest, options.shape or path.name, path.name)
     return Subject(options.shape or path.name, path, config, is_random)
 
 

@@ -5,6 +5,7 @@ The rest is in trial_sections.py and trial_advice.py."""
 from collections.abc import Iterator
 from typing import Any
 
+from mdiq.report.evaluation_page import MIB
 from mdiq.report.page import (
     Block,
     Chart,
@@ -24,7 +25,7 @@ from mdiq.report.page import (
 )
 from mdiq.report.receipt_page import busy_warning, receipt_blocks
 from mdiq.report.trial_advice import Advice
-from mdiq.report.trial_sections import MIB, PERCENT, Sections, stage_name
+from mdiq.report.trial_sections import PERCENT, Sections, stage_name
 
 
 def trial_page(document: Document, language: Language) -> Page:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from mdiq.report.evaluation_page import gqa_text, wire_chart, wire_table, wire_text
+from mdiq.report.evaluation_page import KIB, MIB, gqa_text, wire_chart, wire_table, wire_text
 from mdiq.report.page import (
     Block,
     Chart,
@@ -20,7 +20,7 @@ from mdiq.report.page import (
     look_up,
 )
 
-KIB, MIB, GIB = float(1 << 10), float(1 << 20), float(1 << 30)
+GIB = float(1 << 30)
 PERCENT = 0.01
 
 
