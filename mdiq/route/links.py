@@ -7,8 +7,10 @@ import os
 import socket as sockets
 import ssl
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import aiohttp
@@ -24,6 +26,10 @@ CONNECT_S = 3.0
 MAX_STATUS_BYTES = 4 << 20
 MAX_SHORT_BYTES = 1 << 20
 _READ_BYTES = 64 * 1024
+OWED_S = 3_600.0
+"""How long a message waits for its server: as long as `mdiq serve` keeps a response."""
+MAX_OWED = 1_000
+TELL_S = 3.0
 
 
 class BrokenError(Exception):
@@ -35,6 +41,16 @@ class BrokenError(Exception):
     def __init__(self, text: str, *, is_refused: bool = False, event: bytes = b"") -> None:
         super().__init__(text)
         self.is_refused, self.event = is_refused, event
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """A request without a body that a server gets when it is there. headers: of the client that it is for."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    since_s: float
 
 
 class Link:
@@ -60,6 +76,7 @@ class Link:
         self._on_news = on_news
         self._hurry = asyncio.Event()
         self._scopes: set[asyncio.Timeout] = set()
+        self._owed: deque[Owed] = deque(maxlen=MAX_OWED)
         self._session: aiohttp.ClientSession | None = None
 
     async def watch(self) -> NoReturn:
@@ -73,6 +90,7 @@ class Link:
                     self._end_all()
                 self._on_news(self.server, before)
             self._hurry.clear()
+            await self._tell_owed()
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._hurry.wait()
@@ -80,6 +98,32 @@ class Link:
     def look_soon(self) -> None:
         """Look at the server now: something went wrong with it."""
         self._hurry.set()
+
+    def owe(self, method: str, path: str, headers: Mapping[str, str]) -> None:
+        """Send a request as soon as the server is there, and send it again until the server has answered it."""
+        self._owed.append(Owed(method, path, headers, time.monotonic()))
+        self.look_soon()
+
+    async def _tell_owed(self) -> None:
+        for owed in list(self._owed):
+            if self.server.state not in (State.SERVES, State.WAITS):
+                return
+            if time.monotonic() - owed.since_s < OWED_S and not await self._tell(owed):
+                return  # it is sent again after the next look
+            with suppress(ValueError):  # others have pushed it out
+                self._owed.remove(owed)
+
+    async def _tell(self, owed: Owed) -> bool:
+        """Send a request; return whether the server has answered it."""
+        try:
+            async with asyncio.timeout(TELL_S), self.ask(owed.method, owed.path, headers=owed.headers) as response:
+                await self.short(response, MAX_STATUS_BYTES)
+        except (BrokenError, TimeoutError):
+            return False
+        if response.status >= 500:
+            return False
+        log.info("server_told", server=self.server.name, method=owed.method, status=response.status)
+        return True
 
     async def aclose(self) -> None:
         """Close all connections."""

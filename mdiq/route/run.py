@@ -236,6 +236,8 @@ class Run:
         before = self._splice.num_events
         data = self._splice.take(event)
         is_last = self._dialect.ends(event)
+        if self._asked.is_stored and event.value is not None:
+            self._stored.streamed(link, self._asked, self._request, event.value, self._splice)
         if data is None:
             return is_last
         if event.value is not None:
@@ -247,8 +249,6 @@ class Run:
                 self._record.finish_reason = reason
             if (counts := self._dialect.usage(event.value)) is not None:
                 self._note_usage(counts)
-            if self._asked.is_stored:
-                self._stored.streamed(link, self._asked, self._request, event.value, self._splice)
             is_count = event.value.get("choices") == [] and "usage" in event.value
             if is_count and not self._asked.wants_usage:
                 return is_last

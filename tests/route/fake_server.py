@@ -130,7 +130,8 @@ class FakeServer:
         if self.hangs:
             await asyncio.Event().wait()
         if request.method == "POST":
-            self.asked.append((request.path, dict(request.headers), await request.json()))
+            body = await request.json() if request.can_read_body else None
+            self.asked.append((request.path, dict(request.headers), body))
             if self.refuses is not None:
                 error = {"error": {"message": "no", "type": "unavailable_error", "param": None, "code": None}}
                 return web.json_response(error, status=self.refuses, headers={"Retry-After": self.retry_after})
