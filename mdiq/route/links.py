@@ -7,7 +7,7 @@ import os
 import socket as sockets
 import ssl
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -78,6 +78,7 @@ class Link:
         self._scopes: set[asyncio.Timeout] = set()
         self._owed: deque[Owed] = deque(maxlen=MAX_OWED)
         self._session: aiohttp.ClientSession | None = None
+        self._in_use: Counter[aiohttp.ClientSession] = Counter()  # requests of each, also of those before
 
     async def watch(self) -> NoReturn:
         """Look at the server again and again."""
@@ -91,6 +92,7 @@ class Link:
                 self._on_news(self.server, before)
             self._hurry.clear()
             await self._tell_owed()
+            await self._close_idle()
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._hurry.wait()
@@ -127,8 +129,22 @@ class Link:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        for session in list(self._in_use):
+            await session.close()
+
+    def take_over(self, key: str | None, tls: ssl.SSLContext | None, silence_s: float, *, passes_keys: bool) -> None:
+        """Use another key and other certificates from now on. Requests that run end as they began."""
+        self.key, self.passes_keys = key, passes_keys or key is None
+        self.server.silence_s = silence_s
+        if tls is not None:  # a connection that is open was let in by the certificates before
+            self._tls, self._session = tls, None
+        self.look_soon()
+
+    async def _close_idle(self) -> None:
+        """Close the connections before a change when nothing runs over them any more."""
+        for session in [each for each, num in self._in_use.items() if not num and each is not self._session]:
+            del self._in_use[session]
+            await session.close()
 
     @asynccontextmanager
     async def ask(
@@ -144,13 +160,16 @@ class Link:
         try:
             async with asyncio.timeout(None) as scope:
                 self._scopes.add(scope)
+                session = self._client()
+                self._in_use[session] += 1
                 try:
-                    response = await self._begin(method, path, data, headers)
+                    response = await self._begin(session, method, path, data, headers)
                     try:
                         yield response
                     finally:
                         response.close()
                 finally:
+                    self._in_use[session] -= 1
                     self._scopes.discard(scope)
         except TimeoutError:
             if not scope.expired():
@@ -158,7 +177,12 @@ class Link:
             raise BrokenError(f"{self.server.name}: {self.server.text}") from None
 
     async def _begin(
-        self, method: str, path: str, data: bytes | None, headers: Mapping[str, str] | None
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        data: bytes | None,
+        headers: Mapping[str, str] | None,
     ) -> aiohttp.ClientResponse:
         is_own = self.key is not None and (headers is None or not self.passes_keys)
         own = {"Authorization": f"Bearer {self.key}"} if is_own else {}
@@ -166,9 +190,7 @@ class Link:
         body = None if data is None else io.BytesIO(data)
         all_headers = {"Accept-Encoding": "identity", **(headers or {}), **own, **kind}
         try:
-            return await self._client().request(
-                method, self.url + path, data=body, headers=all_headers, allow_redirects=False
-            )
+            return await session.request(method, self.url + path, data=body, headers=all_headers, allow_redirects=False)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error) from None
 

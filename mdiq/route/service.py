@@ -6,7 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import structlog
 from aiohttp import web
@@ -28,6 +28,14 @@ STOP_S = 25.0  # the unit's TimeoutStopSec is 30
 TELL_S = 5.0
 DRAIN_S = 600.0
 MAX_KEY_BYTES = 4_096
+
+
+class Secrets(NamedTuple):
+    """What a server is asked with. ca: what ca_file holds. tls: what checks its certificate; None: it has no https."""
+
+    key: str | None
+    ca: bytes
+    tls: ssl.SSLContext | None
 
 
 class RouteService:
@@ -111,7 +119,7 @@ class RouteService:
     # Servers that come and go
 
     def _open(self, wanted: RouteServer) -> None:
-        key, tls = self._secrets[wanted.name]
+        key, _, tls = self._secrets[wanted.name]
         silence_s = self._loaded.routes.silence_s
         passes_keys = wanted.pass_keys
         link = Link(wanted.name, wanted.url, key, tls, silence_s, self._pool.changed, passes_keys=passes_keys)
@@ -183,11 +191,13 @@ class RouteService:
             self._tls_files.load(self._tls)
         self._api.replace_keys(keys)
         self._api.max_requests, self._pool.outage_tolerance_s = new.max_requests, new.outage_tolerance_s
-        before = {each.name: (each, self._secrets[each.name][0]) for each in old.servers}
-        now = {each.name: (each, secrets[each.name][0]) for each in new.servers}
+        before = {each.name: (each, *self._secrets[each.name][:2]) for each in old.servers}
+        now = {each.name: (each, *secrets[each.name][:2]) for each in new.servers}
         self._loaded, self._secrets = loaded, secrets
-        gone = [name for name in before if before[name] != now.get(name) or old.silence_s != new.silence_s]
+        urls = {each.name: each.url for each in new.servers}
+        gone = [each.name for each in old.servers if each.url != urls.get(each.name)]
         come = [name for name in now if name in gone or name not in before]
+        changed = [name for name in now if now[name] != before.get(name)]
         drained = {name for name in gone if self._pool.links[name].server.is_drained}
         for name in gone:
             self._group.create_task(self._retire(self._pool.links.pop(name), self._watching.pop(name)), name="retire")
@@ -195,9 +205,12 @@ class RouteService:
             if server.name in come:
                 self._open(server)
                 self._pool.links[server.name].server.is_drained = server.name in drained
+            else:
+                key, _, tls = secrets[server.name]
+                self._pool.links[server.name].take_over(key, tls, new.silence_s, passes_keys=server.pass_keys)
         self._pool.links = {each.name: self._pool.links[each.name] for each in new.servers}
         self._pool.tell()
-        return f"{len(new.servers)} servers; new or changed: {', '.join(come) or 'none'}"
+        return f"{len(new.servers)} servers; new or changed: {', '.join(changed) or 'none'}"
 
 
 def _keys_of(loaded: LoadedRoutes) -> list[ApiKey]:
@@ -205,18 +218,21 @@ def _keys_of(loaded: LoadedRoutes) -> list[ApiKey]:
     return [] if file is None else read_keys(loaded.path(file))
 
 
-def _secrets_of(loaded: LoadedRoutes, server: RouteServer) -> tuple[str | None, ssl.SSLContext | None]:
-    """Return the key that a server gets, and what its certificate is checked with.
+def _secrets_of(loaded: LoadedRoutes, server: RouteServer) -> Secrets:
+    """Return the key that a server gets, and what its certificate is checked with, as their files are now.
 
     Raises:
         ConfigError: a file cannot be used.
     """
     key = None if server.key_file is None else read_key(loaded.path(server.key_file), server.name)
+    if not server.url.startswith("https:"):
+        return Secrets(key, b"", None)
     if server.ca_file is None:
-        return key, None
+        return Secrets(key, b"", ssl.create_default_context())
     file = loaded.path(server.ca_file)
     try:
-        return key, ssl.create_default_context(cafile=file)
+        ca = file.read_bytes()  # first: a change in between is seen the next time
+        return Secrets(key, ca, ssl.create_default_context(cafile=file))
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"{file}: {error.strerror or error}; ca_file of {server.name} names it, in PEM") from None
 
