@@ -34,6 +34,7 @@ class FakeModel(FakeRing):
     kind = 0
     same_tokens: str | None = "same"
     num_places = 4
+    kv_live_tokens = 0
 
     async def answer(
         self,
@@ -71,6 +72,8 @@ class FakeModel(FakeRing):
             "rings_formed": 1,
             "requests": requests,
             "pace": {"max_live": self.num_places},
+            "kv_live_tokens": self.kv_live_tokens,
+            "kv_capacity_tokens": 4_096,
             "serves": {**serves, "same_tokens": self.same_tokens},
         }
 
