@@ -92,7 +92,7 @@ def check(
     ] = None,
     name: Annotated[str, typer.Option(help="A node of the file.")] = "",
 ) -> None:
-    """List all errors of a topology file at once. It also warns of what is allowed but will hurt."""
+    """List all errors of a topology file, or of a routes file, at once. It also warns of what will hurt."""
     from mdiq.cli.check import check as execute
     from mdiq.cli.check import since as execute_since
 

@@ -47,13 +47,9 @@ class RouteService:
 
     def __init__(self, loaded: LoadedRoutes, notifier: Notifier) -> None:
         self._loaded, self._notifier = loaded, notifier
-        self._secrets = {each.name: _secrets_of(loaded, each) for each in loaded.routes.servers}
-        self._keys = _keys_of(loaded)
-        api = loaded.routes.api
-        self._tls_files: TlsFiles | None = None
-        if api.tls_cert is not None and api.tls_key is not None:
-            self._tls_files = TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key))
-        self._tls = None if self._tls_files is None else self._tls_files.context()
+        self._secrets = {each.name: secrets_of(loaded, each) for each in loaded.routes.servers}
+        self._keys = keys_of(loaded)
+        self._tls_files, self._tls = tls_of(loaded)
         self._watching: dict[str, asyncio.Task[NoReturn]] = {}
 
     async def run(self) -> None:
@@ -184,8 +180,8 @@ class RouteService:
         old, new = self._loaded.routes, loaded.routes
         if old.api != new.api:
             raise ConfigError(f"{loaded.file}: api: a reload does not change it; restart mdiq route")
-        keys = _keys_of(loaded)
-        secrets = {each.name: _secrets_of(loaded, each) for each in new.servers}
+        keys = keys_of(loaded)
+        secrets = {each.name: secrets_of(loaded, each) for each in new.servers}
         if self._tls_files is not None and self._tls is not None:
             self._tls_files.context()  # a context that half of a pair was loaded into would be of no use
             self._tls_files.load(self._tls)
@@ -213,12 +209,30 @@ class RouteService:
         return f"{len(new.servers)} servers; new or changed: {', '.join(changed) or 'none'}"
 
 
-def _keys_of(loaded: LoadedRoutes) -> list[ApiKey]:
+def tls_of(loaded: LoadedRoutes) -> tuple[TlsFiles | None, ssl.SSLContext | None]:
+    """Return the files of the router's own certificate, and what it serves with; None: it serves without TLS.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    api = loaded.routes.api
+    if api.tls_cert is None or api.tls_key is None:
+        return None, None
+    files = TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key))
+    return files, files.context()
+
+
+def keys_of(loaded: LoadedRoutes) -> list[ApiKey]:
+    """Return the keys of the router's clients.
+
+    Raises:
+        ConfigError: their file cannot be used.
+    """
     file = loaded.routes.api.keys_file
     return [] if file is None else read_keys(loaded.path(file))
 
 
-def _secrets_of(loaded: LoadedRoutes, server: RouteServer) -> Secrets:
+def secrets_of(loaded: LoadedRoutes, server: RouteServer) -> Secrets:
     """Return the key that a server gets, and what its certificate is checked with, as their files are now.
 
     Raises:

@@ -196,6 +196,7 @@ def test_the_commands_about_files_work_one_after_the_other(
     here, programs = tmp_path / "desk", tmp_path / "bin"
     for folder in (here, programs):
         folder.mkdir()
+    shutil.copy(ROOT / "configs" / "routes" / "two-rings-and-a-copy.yaml", here / "routes.yaml")
     ssh = programs / "ssh"
     ssh.write_text('#!/bin/sh\nmkdir -p "$HOME/$1" && cd "$HOME/$1" && shift && exec "$@"\n')
     ssh.chmod(0o755)
