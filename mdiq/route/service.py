@@ -19,6 +19,7 @@ from mdiq.errors import ConfigError
 from mdiq.route.app import RouteApi
 from mdiq.route.links import Link
 from mdiq.route.pool import Pool
+from mdiq.route.servers import State
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
 
@@ -119,6 +120,7 @@ class RouteService:
         silence_s = self._loaded.routes.silence_s
         passes_keys = wanted.pass_keys
         link = Link(wanted.name, wanted.url, key, tls, silence_s, self._pool.changed, passes_keys=passes_keys)
+        link.server.is_drained = wanted.drained
         self._pool.links[wanted.name] = link
         self._pool.figures.known(wanted.name)
         self._watching[wanted.name] = self._group.create_task(link.watch(), name=f"watch {wanted.name}")
@@ -158,7 +160,10 @@ class RouteService:
             if loop.time() >= end_s:
                 return f"{name} gets no new requests; {link.server.num_running} are still running there"
             await self._pool.news(0.5)
-        return f"{name} is drained: it gets no new requests, and none of this router runs there"
+        text = f"{name} is drained: it gets no new requests, and none of this router's clients waits for one there"
+        if not (num_others := link.server.num_all) or link.server.state not in (State.SERVES, State.WAITS):
+            return text
+        return f"{text}; {num_others} still run there, in the background or for others"
 
     async def _reload_asked(self, _: Mapping[str, Any]) -> str:
         self._notifier.reloading()
@@ -200,10 +205,13 @@ class RouteService:
         for server in new.servers:
             if server.name in come:
                 self._open(server)
-                self._pool.links[server.name].server.is_drained = server.name in drained
+                self._pool.links[server.name].server.is_drained |= server.name in drained
             else:
                 key, _, tls = secrets[server.name]
-                self._pool.links[server.name].take_over(key, tls, new.silence_s, passes_keys=server.pass_keys)
+                link = self._pool.links[server.name]
+                link.take_over(key, tls, new.silence_s, passes_keys=server.pass_keys)
+            if server.name in before and before[server.name][0].drained != server.drained:
+                self._pool.links[server.name].server.is_drained = server.drained
         self._pool.links = {each.name: self._pool.links[each.name] for each in new.servers}
         self._pool.tell()
         return f"{len(new.servers)} servers; new or changed: {', '.join(changed) or 'none'}"

@@ -245,6 +245,36 @@ async def test_a_reload_that_changes_nothing_about_a_server_keeps_it_in_service(
             assert first.asked[-1][1]["Authorization"] == "Bearer the-key-of-a-server-2"
 
 
+async def test_a_server_that_the_file_says_is_drained_is_so_from_the_start_until_the_file_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    first, second, file = FakeServer("first"), FakeServer("second"), tmp_path / "routes.yaml"
+    async with _started(first, second):
+        _write(file, first, second, first={"drained": True})
+        api = {"port": load_routes(file).routes.api.port}
+        async with _serving(file) as served:
+            await served.until_serving("first", "second")
+            assert [await served.post() for _ in range(3)] == [200] * 3 and first.asked == []
+            await served.ask(do="drain", node="first", undo=True)
+            await served.ask(do="reload")  # the file has not changed: what the operator said last holds
+            assert [each["drained"] for each in (await served.ask(do="status"))["servers"]] == [False, False]
+            for is_drained in (False, True):
+                _write(file, first, second, first={"drained": is_drained}, second={"drained": is_drained}, api=api)
+                await served.ask(do="reload")
+                found = [each["drained"] for each in (await served.ask(do="status"))["servers"]]
+                assert found == [is_drained, is_drained]
+
+
+async def test_a_drain_says_what_still_runs_there_for_others(tmp_path: Path) -> None:
+    first, file = FakeServer("first"), tmp_path / "routes.yaml"
+    first.model.num_running = 2
+    async with _started(first):
+        _write(file, first)
+        async with _serving(file) as served:
+            await served.until_serving("first")
+            assert "2 still run there" in await served.ask(do="drain", node="first", undo=False)
+
+
 async def test_an_operator_sees_drains_and_reads_again_from_the_command_line(tmp_path: Path) -> None:
     first, file = FakeServer("first"), tmp_path / "routes.yaml"
     async with _started(first):
