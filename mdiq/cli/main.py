@@ -92,7 +92,7 @@ def check(
     ] = None,
     name: Annotated[str, typer.Option(help="A node of the file.")] = "",
 ) -> None:
-    """List all errors of a topology file, or of a routes file, at once. It also warns of what will hurt."""
+    """List all errors of a topology or routes file at once. It also warns of what is allowed but will hurt."""
     from mdiq.cli.check import check as execute
     from mdiq.cli.check import since as execute_since
 
@@ -229,7 +229,7 @@ def route(
 
 @app.command()
 def status(topology: Served, as_json: Json = False) -> None:
-    """Show the ring of an mdiq serve on this machine, or the servers of an mdiq route. Exits with 1 if none serves."""
+    """Show the ring or the router that runs here. It exits with 1 while it does not serve."""
     from mdiq.cli.admin import status as execute
 
     raise typer.Exit(execute(topology, as_json=as_json))
