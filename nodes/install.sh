@@ -3,13 +3,16 @@
 #
 #   install.sh --name NAME [--wheels DIR] [--topology FILE] [--key FILE]    install a node, or bring it up to date
 #   install.sh --role starter ...                                           the same for the Starter
+#   install.sh --role route [--wheels DIR] [--routes FILE] [--keys DIR]     a router, beside a node or alone
 #   install.sh --rollback                                                   back to the release before
 #
 #   --name NAME      name of this device in the topology
-#   --role ROLE      node (default) or starter
+#   --role ROLE      node (default), starter or route
 #   --wheels DIR     install from the wheels in DIR, without network; else from this checkout, with network
 #   --topology FILE  install FILE as topology.yaml
 #   --key FILE       install FILE as this device's private key; - reads it from standard input
+#   --routes FILE    install FILE as routes.yaml
+#   --keys DIR       install the keys of a router: DIR/SERVER.key for each server, and DIR/api.keys of the clients
 #   --user           for this user only, without root: ~/.local/lib/mdiq, ~/.config/mdiq, a unit of the user's systemd
 #   --prepare        only put the release beside the one that runs; nothing that runs changes
 #   --no-start       install, but start nothing
@@ -22,7 +25,7 @@ set -euo pipefail
 umask 022
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-role=node name='' wheels='' topology='' key='' python=python3
+role=node name='' wheels='' topology='' routes='' key='' keys='' python=python3
 is_user=false is_dry=false only_prepare=false no_start=false is_rollback=false
 
 say() { echo "install.sh: $*"; }
@@ -42,7 +45,7 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
 while [ $# -gt 0 ]; do
   case $1 in
-    --name | --role | --wheels | --topology | --key | --python)
+    --name | --role | --wheels | --topology | --routes | --key | --keys | --python)
       [ $# -ge 2 ] || die "$1 needs a value"
       option=${1#--}
       printf -v "$option" '%s' "$2"
@@ -62,7 +65,15 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-case $role in node | starter) ;; *) die "--role $role: node or starter" ;; esac
+case $role in node | starter | route) ;; *) die "--role $role: node or starter, or route" ;; esac
+# What the service of this role reads, and its marks: two services may be on one device.
+if [ "$role" = route ]; then
+  [ -z "$name$topology$key" ] || die "--name, --topology, --key: not of a router; give --routes and --keys"
+  file=routes.yaml given=$routes mark=.route
+else
+  [ -z "$routes$keys" ] || die "--routes, --keys: of a router; give --role route too"
+  file=topology.yaml given=$topology mark=
+fi
 [[ -z $name || $name =~ ^[a-z0-9-]{1,63}$ ]] || die "--name $name: a to z, 0 to 9 and -, at most 63 characters"
 
 if $is_user; then
@@ -86,7 +97,7 @@ trap 'rm -rf "$stage"' EXIT
 
 changed() { # what runs is not what is installed, until the unit was restarted: also when this run is cut off
   is_changed=true
-  run touch "$home/.changed"
+  run touch "$home/.changed$mark"
 }
 
 put() { # MODE SOURCE TARGET: install a file if it differs; contents are never shown
@@ -98,21 +109,21 @@ put() { # MODE SOURCE TARGET: install a file if it differs; contents are never s
   run mv -f "$3.new" "$3"
 }
 
-put_topology() { # a device restarts, or reads again, only for what it reads of the file
-  local target=$etc/topology.yaml needs=restart was=$is_changed mark=false
-  if cmp -s "$topology" "$target"; then return; fi
-  if [ -e "$target" ] && [ -r "$etc/node.env" ] && [ -x "$home/current/bin/mdiq" ]; then
-    needs=$("$home/current/bin/mdiq" check --since "$target" --name "$(sed -n 's/^MDIQ_NAME=//p' "$etc/node.env")" \
-      "$topology" 2>/dev/null) || needs=restart
+put_file() { # a device restarts, or reads again, only for what it reads of the file
+  local target=$etc/$file needs=restart was=$is_changed is_mild=false of=''
+  if cmp -s "$given" "$target"; then return; fi
+  if [ "$role" != route ]; then of=$(sed -n 's/^MDIQ_NAME=//p' "$etc/node.env" 2>/dev/null) || true; fi
+  if [ -e "$target" ] && [ -n "$of$mark" ] && [ -x "$home/current/bin/mdiq" ]; then
+    needs=$("$home/current/bin/mdiq" check --since "$target" --name "$of" "$given" 2>/dev/null) || needs=restart
   fi
-  if [ "$needs" != restart ] && [ ! -e "$home/.changed" ]; then
-    mark=true
-    if [ "$needs" = reload ]; then run touch "$home/.reload"; fi # also when this run is cut off
+  if [ "$needs" != restart ] && [ ! -e "$home/.changed$mark" ]; then
+    is_mild=true
+    if [ "$needs" = reload ]; then run touch "$home/.reload$mark"; fi # also when this run is cut off
   fi
-  put 0644 "$topology" "$target"
-  if $mark; then
+  put 0644 "$given" "$target"
+  if $is_mild; then
     is_changed=$was
-    $is_changed || run rm -f "$home/.changed"
+    $is_changed || run rm -f "$home/.changed$mark"
   fi
 }
 
@@ -179,10 +190,11 @@ unit_files() { # FOLDER: write the units of $role for this kind of install into 
   if $is_user; then
     # A user's systemd may not drop privileges that it does not have, and has no boot to hold up.
     sed -e '/^# Only where root/,/^\[Install\]/{/^\[Install\]/!d}' -e "s#/opt/mdiq#$home#" \
-      -e 's/^Also=.*/WantedBy=default.target/' -e '/network-online.target/d' \
+      -e 's/^\(Also\|WantedBy\)=.*/WantedBy=default.target/' -e '/network-online.target/d' \
       "$1/mdiq-$role.service" >"$stage/units/mdiq-$role.service"
   else
-    cp "$1/mdiq-$role.service" "$1/mdiq-$role.timer" "$stage/units/"
+    cp "$1/mdiq-$role.service" "$stage/units/"
+    if [ "$role" != route ]; then cp "$1/mdiq-$role.timer" "$stage/units/"; fi # a router does not hold up the boot
   fi
 }
 
@@ -214,20 +226,39 @@ put_key() {
   run chown -R mdiq: "$etc/keys"
 }
 
+put_keys() { # of a router, and a drop-in that hands them to it: it runs as a user of its own
+  local file lines=$stage/keys.conf was
+  [ -n "$keys" ] || return 0
+  echo "[Service]" >"$lines"
+  for file in "$keys"/*.key "$keys/api.keys"; do
+    [ -e "$file" ] || continue
+    put 0600 "$file" "$etc/keys/${file##*/}"
+    if $has_credentials; then echo "LoadCredential=${file##*/}:$etc/keys/${file##*/}" >>"$lines"; fi
+  done
+  if $has_credentials; then
+    was=$is_changed is_changed=false
+    put 0644 "$lines" "$units/mdiq-route.service.d/keys.conf"
+    if $is_changed; then run systemctl daemon-reload; else is_changed=$was; fi
+  elif ! $is_user; then
+    id -u mdiq >/dev/null 2>&1 || run useradd --system --no-create-home --shell /usr/sbin/nologin mdiq
+    run chown -R mdiq: "$etc/keys"
+  fi
+}
+
 restart() {
   if $no_start; then
     say "is installed; start it with: systemctl start mdiq-$role"
-  elif [ ! -e "$etc/topology.yaml" ] && ! $is_dry; then
-    say "is installed; put the topology in $etc/topology.yaml, then: systemctl start mdiq-$role"
-  elif [ -e "$home/.changed" ] || $is_changed || ! is_up; then
+  elif [ ! -e "$etc/$file" ] && ! $is_dry; then
+    say "is installed; put its file in $etc/$file, then: systemctl start mdiq-$role"
+  elif [ -e "$home/.changed$mark" ] || $is_changed || ! is_up; then
     # A node is ready when its ring is: nobody waits for that here.
     run systemctl restart --no-block "mdiq-$role"
-    run rm -f "$home/.changed" "$home/.reload"
+    run rm -f "$home/.changed$mark" "$home/.reload$mark"
     say "starts mdiq-$role; systemctl status mdiq-$role shows how far it is"
-  elif [ -e "$home/.reload" ]; then
+  elif [ -e "$home/.reload$mark" ]; then
     run systemctl reload --no-block "mdiq-$role"
-    run rm -f "$home/.reload"
-    say "mdiq-$role reads the topology again"
+    run rm -f "$home/.reload$mark"
+    say "mdiq-$role reads $file again"
   else
     say "mdiq-$role runs, and nothing that it reads has changed"
   fi
@@ -238,11 +269,12 @@ is_up() { # also while it waits for its ring
 }
 
 switch() {
-  local other=starter former
-  if [ "$role" = starter ]; then other=node; fi
+  local other=none former
+  case $role in node) other=starter ;; starter) other=node ;; esac
   former=$(release_of current)
   if [ "$former" != "$release" ]; then
     changed
+    touch_others
     [ -z "$former" ] || link "$former" previous
     link "$release" current
   fi
@@ -252,8 +284,8 @@ switch() {
   elif [ "$role" = node ] && [ ! -e "$etc/node.env" ]; then
     die "give --name NAME: the name of this device in the topology"
   fi
-  [ -z "$topology" ] || put_topology
-  put_key
+  [ -z "$given" ] || put_file
+  if [ "$role" = route ]; then put_keys; else put_key; fi
   put_units "$here/systemd"
   if [ -e "$units/mdiq-$other.service" ]; then
     run systemctl disable --now "mdiq-$other"
@@ -261,11 +293,42 @@ switch() {
   fi
   [ -L "$(wanted)" ] || run systemctl enable --quiet "mdiq-$role"
   restart
+  restart_others
   prune
 }
 
+others() { # roles whose service is on this device too, and runs the same release
+  local each
+  for each in node starter route; do
+    if [ "$each" != "$role" ] && [ -e "$units/mdiq-$each.service" ]; then echo "$each"; fi
+  done
+}
+
+touch_others() { # what they run is not what is installed any more
+  local each
+  for each in $(others); do
+    if [ "$each" = route ]; then run touch "$home/.changed.route"; else run touch "$home/.changed"; fi
+  done
+}
+
+restart_others() { # else the release that they run would be removed under them
+  local each own="$role" own_mark="$mark" own_file="$file"
+  is_changed=false
+  for each in $(others); do
+    role=$each mark='' file=topology.yaml
+    if [ "$each" = route ]; then mark=.route file=routes.yaml; fi
+    if [ -e "$home/.changed$mark" ]; then restart; fi
+    role=$own
+  done
+  role=$own mark=$own_mark file=$own_file
+}
+
 wanted() { # the link that makes systemd start it
-  if $is_user; then echo "$units/default.target.wants/mdiq-$role.service"; else
+  if $is_user; then
+    echo "$units/default.target.wants/mdiq-$role.service"
+  elif [ "$role" = route ]; then
+    echo "$units/multi-user.target.wants/mdiq-route.service"
+  else
     echo "$units/multi-user.target.wants/mdiq-$role.timer"
   fi
 }
@@ -284,13 +347,19 @@ prune() { # releases that neither runs nor is the one before
 rollback() {
   local former=$1 release=$2
   [ -e "$home/${release:-none}/.complete" ] || status=1 die "there is no release before ${former:-this one}"
-  if [ -e "$units/mdiq-starter.service" ]; then role=starter; fi
+  local each
   link "$former" previous
   link "$release" current
-  changed
-  put_units "$home/$release/nodes/systemd"
-  restart
-  say "went back from $former to $release; topology and key are as they were"
+  role=none
+  for each in $(others); do
+    role=$each mark='' file=topology.yaml is_changed=false
+    if [ "$each" = route ]; then mark=.route file=routes.yaml; fi
+    changed
+    put_units "$home/$release/nodes/systemd"
+    restart
+    role=none
+  done
+  say "went back from $former to $release; topology, routes and keys are as they were"
 }
 
 if $is_rollback; then
@@ -298,6 +367,8 @@ if $is_rollback; then
   exit
 fi
 [ -z "$topology" ] || [ -r "$topology" ] || die "--topology $topology: cannot be read"
+[ -z "$routes" ] || [ -r "$routes" ] || die "--routes $routes: cannot be read"
+[ -z "$keys" ] || [ -d "$keys" ] || die "--keys $keys: no such folder"
 [ -z "$key" ] || [ "$key" = - ] || [ -r "$key" ] || die "--key $key: cannot be read"
 [ -z "$wheels" ] || wheels=$(cd "$wheels" 2>/dev/null && pwd) || die "--wheels: no such folder"
 find_release

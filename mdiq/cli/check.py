@@ -1,10 +1,11 @@
-"""`mdiq check`: everything that is wrong with a topology file, and what will hurt."""
+"""`mdiq check`: everything that is wrong with a topology file or a routes file, and what will hurt."""
 
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from mdiq.cli import check_routes
 from mdiq.config.load import LoadedTopology, Report, check_file, load_topology
 from mdiq.config.topology import Topology
 from mdiq.errors import ConfigError
@@ -14,6 +15,8 @@ from mdiq.service.topology_values import Needs, needs_of
 
 def check(file: Path, *, as_json: bool) -> int:
     """Print what was found; return the exit code: 2 if the file cannot be used."""
+    if check_routes.is_routes(file):
+        return check_routes.check(file, as_json=as_json)
     report = check_file(file)
     if report.topology is not None:
         report = report.with_more(*api_file_problems(LoadedTopology(report.topology, file)))
@@ -37,6 +40,9 @@ def check(file: Path, *, as_json: bool) -> int:
 
 def since(file: Path, old: Path, name: str) -> int:
     """Print what the service of a node needs when ``file`` takes the place of ``old``; return the exit code."""
+    if check_routes.is_routes(file):
+        sys.stdout.write(f"{check_routes.since(file, old)}\n")
+        return 0
     new = load_topology(file).topology
     try:
         before = load_topology(old).topology

@@ -15,7 +15,7 @@ import typer
 
 import mdiq
 from mdiq.cache import NO_SPACE
-from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Topology, command
+from mdiq.cli.options import HeldAs, Json, LogLevelName, Model, Served, Topology, command
 from mdiq.cli.privacy import PrivacyOptions
 from mdiq.cli.report_commands import EvaluateOptions, ReportOptions
 from mdiq.cli.ring_commands import BenchOptions, PerplexityOptions, RunOptions, ServeOptions
@@ -92,7 +92,7 @@ def check(
     ] = None,
     name: Annotated[str, typer.Option(help="A node of the file.")] = "",
 ) -> None:
-    """List all errors of a topology file at once. It also warns of what is allowed but will hurt."""
+    """List all errors of a topology or routes file at once. It also warns of what is allowed but will hurt."""
     from mdiq.cli.check import check as execute
     from mdiq.cli.check import since as execute_since
 
@@ -228,8 +228,8 @@ def route(
 
 
 @app.command()
-def status(topology: Topology, as_json: Json = False) -> None:
-    """Show the ring of an mdiq serve on this machine. It exits with 1 while the ring does not serve."""
+def status(topology: Served, as_json: Json = False) -> None:
+    """Show the ring or the router that runs here. It exits with 1 while it does not serve."""
     from mdiq.cli.admin import status as execute
 
     raise typer.Exit(execute(topology, as_json=as_json))
@@ -237,19 +237,19 @@ def status(topology: Topology, as_json: Json = False) -> None:
 
 @app.command()
 def drain(
-    topology: Topology,
-    node: Annotated[str, typer.Argument(help="A node of the ring.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Let the node in again.")] = False,
+    topology: Served,
+    node: Annotated[str, typer.Argument(help="A node of the ring, or a server of the router.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let it in again.")] = False,
 ) -> None:
-    """Take a node out of the ring. The others take its layers, and running requests go on."""
+    """Take a node out of the ring, or a server from a router. The others take its work; running requests go on."""
     from mdiq.cli.admin import drain as execute
 
     raise typer.Exit(execute(topology, node, undo=undo))
 
 
 @app.command()
-def reload(topology: Topology) -> None:
-    """Have mdiq serve read its topology again. A node that is no longer in it is cut off."""
+def reload(topology: Served) -> None:
+    """Have mdiq serve or mdiq route read its file again. A node that is no longer in it is cut off."""
     from mdiq.cli.admin import reload as execute
 
     raise typer.Exit(execute(topology))

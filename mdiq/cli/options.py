@@ -79,3 +79,4 @@ EvenSplit = Annotated[
 Level = Annotated[LogLevelName, typer.Option(help="Minimum severity of log lines.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", callback=make_stdout_utf8)]
 Topology = Annotated[Path, typer.Argument(help="The topology file.")]
+Served = Annotated[Path, typer.Argument(help="The file of the service: a topology, or the routes of a router.")]

@@ -1,6 +1,6 @@
 """`mdiq route`: one address for several rings and copies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,3 +43,18 @@ def print_status(found: Mapping[str, Any]) -> None:
             server["url"],
         )
     console.print(table)
+    if alone := _alone(found["servers"]):
+        text = (
+            f"an answer that {', '.join(alone)} had begun would break off: no other server here gives the same tokens"
+        )
+        console.print(text, highlight=False, markup=False)
+
+
+def _alone(servers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the servers whose answers no other one could go on with."""
+    marks = [(server["model"], server.get("same_tokens")) for server in servers]
+    return [
+        server["name"]
+        for server, mark in zip(servers, marks, strict=True)
+        if len(servers) > 1 and server["model"] and (mark[1] is None or marks.count(mark) == 1)
+    ]

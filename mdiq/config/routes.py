@@ -56,6 +56,7 @@ class RouteServer(_Section):
     pass_keys: bool = Field(
         False, description="Send it the keys of the clients; that of key_file is for its status alone then."
     )
+    drained: bool = Field(False, description="It gets nothing new, as after `mdiq drain`, also after a restart.")
     ca_file: FilePath | None = Field(
         None, description="Certificate (PEM) of who has signed its own; null: those that the system trusts."
     )

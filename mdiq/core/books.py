@@ -50,6 +50,11 @@ class Books:
         return self._ledger.reserved_tokens
 
     @property
+    def live_tokens(self) -> int:
+        """KV cache that no eviction frees: it is of Sequences in the Ring, or on its way out."""
+        return self._ledger.tokens_without(self._prefixes.retained)
+
+    @property
     def retained(self) -> list[SeqId]:
         return self._prefixes.retained
 

@@ -32,6 +32,12 @@ class KvLedger:
     def reserved_tokens(self) -> int:
         return len(self._holders) * self.block_tokens
 
+    def tokens_without(self, seq_ids: Iterable[SeqId]) -> int:
+        """Return what would be reserved if these Sequences had left every Stage."""
+        without = frozenset(seq_ids)
+        held = {block for seq_id, blocks in self._blocks.items() if seq_id not in without for block in blocks}
+        return len(held) * self.block_tokens
+
     def fits(self, num_tokens: int, shared_tokens: int = 0) -> bool:
         """Tell whether ``num_tokens`` can be reserved now, the first ``shared_tokens`` of them in another's blocks."""
         return self._num_blocks(num_tokens - shared_tokens) + len(self._holders) <= self._capacity_blocks

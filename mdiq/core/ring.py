@@ -66,11 +66,9 @@ class RingProtocol:
         self._overdue: dict[SeqId, Flight] = {}  # of ids that were given up and may still come back
         self._timer = self._settings.new_timer()
         self._actions: list[Action] = []
-        self.epoch = NO_EPOCH
-        self.is_paused = False
+        self.epoch, self.is_paused = NO_EPOCH, False
         self.resumed: list[int] = []
-        self.decode_gap_s = 0.0
-        self.peak_live = 0
+        self.decode_gap_s, self.peak_live = 0.0, 0
         self._prompt_at = float("-inf")  # when a prompt was last known to be in the Ring
         self.prefill: Counter[str] = Counter()
 
@@ -92,6 +90,10 @@ class RingProtocol:
     @property
     def kv_reserved_tokens(self) -> int:
         return self._books.reserved_tokens
+
+    @property
+    def kv_live_tokens(self) -> int:
+        return self._books.live_tokens
 
     @property
     def needed_tokens(self) -> int:
@@ -229,8 +231,7 @@ class RingProtocol:
             return None
         sequence = entry.sequence
         position = sequence.num_tokens
-        entry.is_sampling = False
-        entry.num_replays = 0
+        entry.is_sampling, entry.num_replays = False, 0
         if now is not None and entry.token_at is not None and self._prompt_at >= entry.token_at:
             self.decode_gap_s = max(self.decode_gap_s, now - entry.token_at)
         if now is not None and position > entry.num_known:
@@ -396,5 +397,4 @@ class RingProtocol:
     def _end(self, entry: Entry, reason: FinishReason, error: Exception | None = None) -> None:
         """End a Sequence without a token, and have its caller told."""
         self._books.end(entry, reason, error)
-        sequence = entry.sequence
-        self._actions.append(Ended(TokenEvent(sequence.index, None, sequence.num_tokens, reason, error)))
+        self._actions.append(Ended(TokenEvent(entry.sequence.index, None, entry.sequence.num_tokens, reason, error)))

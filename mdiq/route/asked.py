@@ -18,6 +18,8 @@ _DIALECTS: Mapping[str, type[Dialect]] = {
     RESPONSES: ResponsesDialect,
 }
 _MAX_CHOICES = 64  # mdiq serve refuses more
+BYTES_PER_TOKEN = 4
+"""Of English text, roughly; a router has no tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,11 @@ class Asked:
     is_stored: bool = False
     previous: str | None = None
     is_answer: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its prompts, roughly."""
+        return len(self.data) // BYTES_PER_TOKEN
 
     def dialect(self) -> Dialect:
         """Return what the events of its stream mean."""

@@ -1,7 +1,8 @@
 """Which server a request goes to. Pure.
 
-Of the servers that take requests for its model, a request goes to the one that has computed most of its beginning,
-unless that has much more to do than the others; else to the one with the least to do for each place.
+Of the servers that take requests for its model, and have room for it in their KV cache, a request goes to the one that
+has computed most of its beginning, unless that has much more to do than the others; else to the one with the least to
+do for each place.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -17,12 +18,15 @@ SLACK = 0.5
 class Wanted:
     """What a request needs.
 
-    model: None: there is one model only. blocks: of its beginning that each server has computed. same_tokens: the
-    server must give the same tokens as another; min_context_tokens: and hold as much. only: it must be one of these,
-    which may be drained: they have what it goes on from; None: any.
+    model: None: there is one model only. num_tokens: of its prompt, roughly; block_tokens: of each of its blocks.
+    blocks: of its beginning that each server has computed. same_tokens: the server must give the same tokens as
+    another; min_context_tokens: and hold as much. only: it must be one of these, which may be drained: they have what
+    it goes on from; None: any.
     """
 
     model: str | None = None
+    num_tokens: int = 0
+    block_tokens: int = 0
     blocks: Mapping[str, int] = field(default_factory=dict)
     same_tokens: str | None = None
     min_context_tokens: int = 0
@@ -33,6 +37,7 @@ def choose(servers: Iterable[Server], wanted: Wanted, tried: Collection[str] = (
     """Return the best server that was not tried, or None."""
     usable = [each for each in servers if each.name not in tried and _suits(each, wanted)]
     usable = [each for each in usable if each.has_room] or usable  # one without room may have some by now
+    usable = [each for each in usable if _has_cache(each, wanted)] or usable  # it waits there, as it would elsewhere
     if not usable:
         return None
     lowest = min(each.load for each in usable)
@@ -40,6 +45,11 @@ def choose(servers: Iterable[Server], wanted: Wanted, tried: Collection[str] = (
     if near:
         return max(near, key=lambda each: (wanted.blocks[each.name], -each.load))
     return min(usable, key=lambda each: (each.load, each.had, each.name))
+
+
+def _has_cache(server: Server, wanted: Wanted) -> bool:
+    free = server.kv_free_tokens
+    return free is None or wanted.num_tokens - wanted.blocks.get(server.name, 0) * wanted.block_tokens <= free
 
 
 def _suits(server: Server, wanted: Wanted) -> bool:

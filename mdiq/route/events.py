@@ -167,6 +167,13 @@ def counts_of(usage: object, *names: str) -> tuple[int, int] | None:
     return (first, second) if isinstance(first, int) and isinstance(second, int) else None
 
 
+def response_id_of(value: Mapping[str, Any] | None) -> str:
+    """Return the id of the response that an event tells of, or "" if it tells of none."""
+    response = value.get("response") if value is not None else None
+    found = response.get("id") if isinstance(response, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 def reason_of(value: Mapping[str, Any]) -> str:
     """Return why an answer has ended, of an event or of a whole answer; "none" if it does not say."""
     choices, delta, response = value.get("choices"), value.get("delta"), value.get("response", value)

@@ -27,12 +27,17 @@ class Servers(Collector):
         )
         running = GaugeMetricFamily("mdiq_route_server_running", "Prompts that a server has.", labels=["server"])
         drained = GaugeMetricFamily("mdiq_route_server_drained", "Whether a server is drained.", labels=["server"])
+        free = GaugeMetricFamily(
+            "mdiq_route_server_kv_free_tokens", "KV cache for new requests, in tokens.", labels=["server"]
+        )
         for server in self._servers():
             for state in State:
                 states.add_metric([server.name, state.value], server.state is state)
             running.add_metric([server.name], server.num_running)
             drained.add_metric([server.name], server.is_drained)
-        yield from (states, running, drained)
+            if server.kv_free_tokens is not None:
+                free.add_metric([server.name], server.kv_free_tokens)
+        yield from (states, running, drained, free)
 
 
 class RouteFigures:

@@ -7,8 +7,10 @@ import os
 import socket as sockets
 import ssl
 import time
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import aiohttp
@@ -24,6 +26,10 @@ CONNECT_S = 3.0
 MAX_STATUS_BYTES = 4 << 20
 MAX_SHORT_BYTES = 1 << 20
 _READ_BYTES = 64 * 1024
+OWED_S = 3_600.0
+"""How long a message waits for its server: as long as `mdiq serve` keeps a response."""
+MAX_OWED = 1_000
+TELL_S = 3.0
 
 
 class BrokenError(Exception):
@@ -35,6 +41,16 @@ class BrokenError(Exception):
     def __init__(self, text: str, *, is_refused: bool = False, event: bytes = b"") -> None:
         super().__init__(text)
         self.is_refused, self.event = is_refused, event
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """A request without a body that a server gets when it is there. headers: of the client that it is for."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    since_s: float
 
 
 class Link:
@@ -60,7 +76,9 @@ class Link:
         self._on_news = on_news
         self._hurry = asyncio.Event()
         self._scopes: set[asyncio.Timeout] = set()
+        self._owed: deque[Owed] = deque(maxlen=MAX_OWED)
         self._session: aiohttp.ClientSession | None = None
+        self._in_use: Counter[aiohttp.ClientSession] = Counter()  # requests of each, also of those before
 
     async def watch(self) -> NoReturn:
         """Look at the server again and again."""
@@ -73,6 +91,8 @@ class Link:
                     self._end_all()
                 self._on_news(self.server, before)
             self._hurry.clear()
+            await self._tell_owed()
+            await self._close_idle()
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._hurry.wait()
@@ -81,10 +101,50 @@ class Link:
         """Look at the server now: something went wrong with it."""
         self._hurry.set()
 
+    def owe(self, method: str, path: str, headers: Mapping[str, str]) -> None:
+        """Send a request as soon as the server is there, and send it again until the server has answered it."""
+        self._owed.append(Owed(method, path, headers, time.monotonic()))
+        self.look_soon()
+
+    async def _tell_owed(self) -> None:
+        for owed in list(self._owed):
+            if self.server.state not in (State.SERVES, State.WAITS):
+                return
+            if time.monotonic() - owed.since_s < OWED_S and not await self._tell(owed):
+                return  # it is sent again after the next look
+            with suppress(ValueError):  # others have pushed it out
+                self._owed.remove(owed)
+
+    async def _tell(self, owed: Owed) -> bool:
+        """Send a request; return whether the server has answered it."""
+        try:
+            async with asyncio.timeout(TELL_S), self.ask(owed.method, owed.path, headers=owed.headers) as response:
+                await self.short(response, MAX_STATUS_BYTES)
+        except (BrokenError, TimeoutError):
+            return False
+        if response.status >= 500:
+            return False
+        log.info("server_told", server=self.server.name, method=owed.method, status=response.status)
+        return True
+
     async def aclose(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        for session in list(self._in_use):
+            await session.close()
+
+    def take_over(self, key: str | None, tls: ssl.SSLContext | None, silence_s: float, *, passes_keys: bool) -> None:
+        """Use another key and other certificates from now on. Requests that run end as they began."""
+        self.key, self.passes_keys = key, passes_keys or key is None
+        self.server.silence_s = silence_s
+        if tls is not None:  # a connection that is open was let in by the certificates before
+            self._tls, self._session = tls, None
+        self.look_soon()
+
+    async def _close_idle(self) -> None:
+        """Close the connections before a change when nothing runs over them any more."""
+        for session in [each for each, num in self._in_use.items() if not num and each is not self._session]:
+            del self._in_use[session]
+            await session.close()
 
     @asynccontextmanager
     async def ask(
@@ -100,13 +160,16 @@ class Link:
         try:
             async with asyncio.timeout(None) as scope:
                 self._scopes.add(scope)
+                session = self._client()
+                self._in_use[session] += 1
                 try:
-                    response = await self._begin(method, path, data, headers)
+                    response = await self._begin(session, method, path, data, headers)
                     try:
                         yield response
                     finally:
                         response.close()
                 finally:
+                    self._in_use[session] -= 1
                     self._scopes.discard(scope)
         except TimeoutError:
             if not scope.expired():
@@ -114,7 +177,12 @@ class Link:
             raise BrokenError(f"{self.server.name}: {self.server.text}") from None
 
     async def _begin(
-        self, method: str, path: str, data: bytes | None, headers: Mapping[str, str] | None
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        data: bytes | None,
+        headers: Mapping[str, str] | None,
     ) -> aiohttp.ClientResponse:
         is_own = self.key is not None and (headers is None or not self.passes_keys)
         own = {"Authorization": f"Bearer {self.key}"} if is_own else {}
@@ -122,9 +190,7 @@ class Link:
         body = None if data is None else io.BytesIO(data)
         all_headers = {"Accept-Encoding": "identity", **(headers or {}), **own, **kind}
         try:
-            return await self._client().request(
-                method, self.url + path, data=body, headers=all_headers, allow_redirects=False
-            )
+            return await session.request(method, self.url + path, data=body, headers=all_headers, allow_redirects=False)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error) from None
 

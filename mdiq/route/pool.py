@@ -146,5 +146,6 @@ def _shown(link: Link) -> Mapping[str, Any]:
         "context_tokens": report and report.context_tokens,
         "places": report and report.num_places,
         "max_requests": report and report.max_requests,
+        "kv_free_tokens": server.kv_free_tokens,
         "same_tokens": report and report.same_tokens,
     }

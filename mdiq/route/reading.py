@@ -31,6 +31,11 @@ class Reading:
         self._end = request.path.partition(f"/{session.id}")[2]
 
     @property
+    def after(self) -> int:
+        """Number of the last event that the client has; -1: none."""
+        return self._after
+
+    @property
     def path(self) -> str:
         """A response that has moved is read from its beginning: that tells which of its ids is which."""
         query = dict(self._request.query)
@@ -39,7 +44,7 @@ class Reading:
         elif self._after >= 0:
             query["starting_after"] = str(self._after)
         words = "&".join(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in query.items())
-        return f"{RESPONSES}/{quote(self._session.id_there, safe='')}{self._end}{'?' if words else ''}{words}"
+        return f"{path_of(self._session.id_there)}{self._end}{'?' if words else ''}{words}"
 
     async def stream(self, link: Link, response: ClientResponse) -> web.StreamResponse:
         """Pass a stream on.
@@ -79,6 +84,11 @@ class Reading:
         await self.out.write(_DIALECT.error(why, self._after + 1))
         await self.out.write_eof()
         return self.out
+
+
+def path_of(id_there: str) -> str:
+    """Return the path of a response at a server."""
+    return f"{RESPONSES}/{quote(id_there, safe='')}"
 
 
 def _renamed_event(event: Event, names: Mapping[str, str]) -> bytes:

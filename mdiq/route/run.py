@@ -19,11 +19,12 @@ from aiohttp import ClientResponse, web
 from mdiq.api.audit import RECORD
 from mdiq.api.requests import ApiError
 from mdiq.api.streams import HEADERS, SILENCE_S
-from mdiq.route.asked import Asked
+from mdiq.route.asked import BYTES_PER_TOKEN, Asked
 from mdiq.route.choice import Wanted
 from mdiq.route.events import Event, EventReader, StreamError, counts_of, reason_of
 from mdiq.route.links import BrokenError, Link, is_stream
 from mdiq.route.pool import Pool
+from mdiq.route.prefixes import BLOCK_BYTES
 from mdiq.route.splice import DiffersError, Splice
 from mdiq.route.stored import Stored
 
@@ -80,7 +81,8 @@ class Run:
         self._splice = Splice(asked.dialect())
         self._dialect = asked.dialect()
         self._out = web.StreamResponse(headers=HEADERS)
-        self._wanted = Wanted(asked.model, pool.prefixes.depths(asked.chain))
+        depths = pool.prefixes.depths(asked.chain)
+        self._wanted = Wanted(asked.model, asked.num_tokens, BLOCK_BYTES // BYTES_PER_TOKEN, depths)
         self._tried: set[str] = set()
         self._servers: list[str] = []
         self._refusal: Refusal | None = None
@@ -152,6 +154,7 @@ class Run:
         if self._wanted.blocks.get(server.name):
             self._pool.figures.prefix_hits.inc()
         server.num_running += asked.num_prompts
+        server.num_tokens += asked.num_tokens
         server.num_begun += asked.num_prompts
         outcome = "left"
         try:
@@ -176,6 +179,7 @@ class Run:
             raise
         finally:
             server.num_running -= asked.num_prompts
+            server.num_tokens -= asked.num_tokens
             if outcome:
                 self._count(link, outcome)
 
@@ -236,6 +240,8 @@ class Run:
         before = self._splice.num_events
         data = self._splice.take(event)
         is_last = self._dialect.ends(event)
+        if self._asked.is_stored and event.value is not None:
+            self._stored.streamed(link, self._asked, self._request, event.value, self._splice)
         if data is None:
             return is_last
         if event.value is not None:
@@ -247,8 +253,6 @@ class Run:
                 self._record.finish_reason = reason
             if (counts := self._dialect.usage(event.value)) is not None:
                 self._note_usage(counts)
-            if self._asked.is_stored:
-                self._stored.streamed(link, self._asked, self._request, event.value, self._splice)
             is_count = event.value.get("choices") == [] and "usage" in event.value
             if is_count and not self._asked.wants_usage:
                 return is_last

@@ -33,6 +33,7 @@ class Report:
 
     num_running: requests of all its clients; num_places: those that it computes at once; max_requests: those that it
     takes. same_tokens: equal for servers that give the same tokens for the same request; None: it cannot promise that.
+    kv_free_tokens: KV cache that requests do not hold, with what it would evict for a new one; None: it does not say.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Report:
     max_requests: int
     context_tokens: int
     same_tokens: str | None
+    kv_free_tokens: int | None = None
 
 
 def report_of(status: object) -> Report:
@@ -67,7 +69,14 @@ def report_of(status: object) -> Report:
         max_requests,
         _count(serves, "context_tokens", 1),
         same[:MAX_TEXT] if isinstance(same, str) and same else None,
+        _kv_free(found),
     )
+
+
+def _kv_free(found: Mapping[str, Any]) -> int | None:
+    if "kv_live_tokens" not in found:  # a ring that pauses, or an older mdiq
+        return None
+    return max(_count(found, "kv_capacity_tokens", 0) - _count(found, "kv_live_tokens", 0), 0)
 
 
 def _object(found: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -86,8 +95,9 @@ def _count(found: Mapping[str, Any], name: str, low: int) -> int:
 class Server:
     """One server.
 
-    num_running: prompts that it has from this router. num_begun: all that it has had. heard_s: when it was heard last;
-    report: what it said last, also if it is gone since. num_gone: how often it was gone; what it had may be lost then.
+    num_running: prompts that it has from this router; num_tokens: of these, as far as can be told. num_begun: all
+    that it has had. heard_s: when it was heard last; report: what it said last, also if it is gone since. num_gone:
+    how often it was gone; what it had may be lost then.
     """
 
     name: str
@@ -97,10 +107,12 @@ class Server:
     report: Report | None = None
     is_drained: bool = False
     num_running: int = 0
+    num_tokens: int = 0
     num_begun: int = 0
     heard_s: float | None = None
     num_gone: int = 0
     _num_known: int = 0  # of num_running, when it reported
+    _num_known_tokens: int = 0
 
     @property
     def takes_requests(self) -> bool:
@@ -133,9 +145,16 @@ class Server:
         """Whether it takes one more, as far as is known."""
         return self.report is None or self.num_all < self.report.max_requests
 
+    @property
+    def kv_free_tokens(self) -> int | None:
+        """KV cache for new requests; None: it does not say."""
+        if self.report is None or self.report.kv_free_tokens is None:
+            return None
+        return self.report.kv_free_tokens - max(self.num_tokens - self._num_known_tokens, 0)
+
     def reported(self, report: Report, now: float) -> None:
         """Take in what it says of itself."""
-        self.report, self._num_known = report, self.num_running
+        self.report, self._num_known, self._num_known_tokens = report, self.num_running, self.num_tokens
         self._now(State.SERVES if report.is_serving else State.WAITS, report.text, now)
 
     def locked(self, now: float) -> None:

@@ -6,7 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import structlog
 from aiohttp import web
@@ -19,6 +19,7 @@ from mdiq.errors import ConfigError
 from mdiq.route.app import RouteApi
 from mdiq.route.links import Link
 from mdiq.route.pool import Pool
+from mdiq.route.servers import State
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
 
@@ -30,6 +31,14 @@ DRAIN_S = 600.0
 MAX_KEY_BYTES = 4_096
 
 
+class Secrets(NamedTuple):
+    """What a server is asked with. ca: what ca_file holds. tls: what checks its certificate; None: it has no https."""
+
+    key: str | None
+    ca: bytes
+    tls: ssl.SSLContext | None
+
+
 class RouteService:
     """The parts of a router's service and their order of starting and ending.
 
@@ -39,13 +48,9 @@ class RouteService:
 
     def __init__(self, loaded: LoadedRoutes, notifier: Notifier) -> None:
         self._loaded, self._notifier = loaded, notifier
-        self._secrets = {each.name: _secrets_of(loaded, each) for each in loaded.routes.servers}
-        self._keys = _keys_of(loaded)
-        api = loaded.routes.api
-        self._tls_files: TlsFiles | None = None
-        if api.tls_cert is not None and api.tls_key is not None:
-            self._tls_files = TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key))
-        self._tls = None if self._tls_files is None else self._tls_files.context()
+        self._secrets = {each.name: secrets_of(loaded, each) for each in loaded.routes.servers}
+        self._keys = keys_of(loaded)
+        self._tls_files, self._tls = tls_of(loaded)
         self._watching: dict[str, asyncio.Task[NoReturn]] = {}
 
     async def run(self) -> None:
@@ -111,10 +116,11 @@ class RouteService:
     # Servers that come and go
 
     def _open(self, wanted: RouteServer) -> None:
-        key, tls = self._secrets[wanted.name]
+        key, _, tls = self._secrets[wanted.name]
         silence_s = self._loaded.routes.silence_s
         passes_keys = wanted.pass_keys
         link = Link(wanted.name, wanted.url, key, tls, silence_s, self._pool.changed, passes_keys=passes_keys)
+        link.server.is_drained = wanted.drained
         self._pool.links[wanted.name] = link
         self._pool.figures.known(wanted.name)
         self._watching[wanted.name] = self._group.create_task(link.watch(), name=f"watch {wanted.name}")
@@ -154,7 +160,10 @@ class RouteService:
             if loop.time() >= end_s:
                 return f"{name} gets no new requests; {link.server.num_running} are still running there"
             await self._pool.news(0.5)
-        return f"{name} is drained: it gets no new requests, and none of this router runs there"
+        text = f"{name} is drained: it gets no new requests, and none of this router's clients waits for one there"
+        if not (num_others := link.server.num_all) or link.server.state not in (State.SERVES, State.WAITS):
+            return text
+        return f"{text}; {num_others} still run there, in the background or for others"
 
     async def _reload_asked(self, _: Mapping[str, Any]) -> str:
         self._notifier.reloading()
@@ -176,47 +185,76 @@ class RouteService:
         old, new = self._loaded.routes, loaded.routes
         if old.api != new.api:
             raise ConfigError(f"{loaded.file}: api: a reload does not change it; restart mdiq route")
-        keys = _keys_of(loaded)
-        secrets = {each.name: _secrets_of(loaded, each) for each in new.servers}
+        keys = keys_of(loaded)
+        secrets = {each.name: secrets_of(loaded, each) for each in new.servers}
         if self._tls_files is not None and self._tls is not None:
             self._tls_files.context()  # a context that half of a pair was loaded into would be of no use
             self._tls_files.load(self._tls)
         self._api.replace_keys(keys)
         self._api.max_requests, self._pool.outage_tolerance_s = new.max_requests, new.outage_tolerance_s
-        before = {each.name: (each, self._secrets[each.name][0]) for each in old.servers}
-        now = {each.name: (each, secrets[each.name][0]) for each in new.servers}
+        before = {each.name: (each, *self._secrets[each.name][:2]) for each in old.servers}
+        now = {each.name: (each, *secrets[each.name][:2]) for each in new.servers}
         self._loaded, self._secrets = loaded, secrets
-        gone = [name for name in before if before[name] != now.get(name) or old.silence_s != new.silence_s]
+        urls = {each.name: each.url for each in new.servers}
+        gone = [each.name for each in old.servers if each.url != urls.get(each.name)]
         come = [name for name in now if name in gone or name not in before]
+        changed = [name for name in now if now[name] != before.get(name)]
         drained = {name for name in gone if self._pool.links[name].server.is_drained}
         for name in gone:
             self._group.create_task(self._retire(self._pool.links.pop(name), self._watching.pop(name)), name="retire")
         for server in new.servers:
             if server.name in come:
                 self._open(server)
-                self._pool.links[server.name].server.is_drained = server.name in drained
+                self._pool.links[server.name].server.is_drained |= server.name in drained
+            else:
+                key, _, tls = secrets[server.name]
+                link = self._pool.links[server.name]
+                link.take_over(key, tls, new.silence_s, passes_keys=server.pass_keys)
+            if server.name in before and before[server.name][0].drained != server.drained:
+                self._pool.links[server.name].server.is_drained = server.drained
         self._pool.links = {each.name: self._pool.links[each.name] for each in new.servers}
         self._pool.tell()
-        return f"{len(new.servers)} servers; new or changed: {', '.join(come) or 'none'}"
+        return f"{len(new.servers)} servers; new or changed: {', '.join(changed) or 'none'}"
 
 
-def _keys_of(loaded: LoadedRoutes) -> list[ApiKey]:
+def tls_of(loaded: LoadedRoutes) -> tuple[TlsFiles | None, ssl.SSLContext | None]:
+    """Return the files of the router's own certificate, and what it serves with; None: it serves without TLS.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    api = loaded.routes.api
+    if api.tls_cert is None or api.tls_key is None:
+        return None, None
+    files = TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key))
+    return files, files.context()
+
+
+def keys_of(loaded: LoadedRoutes) -> list[ApiKey]:
+    """Return the keys of the router's clients.
+
+    Raises:
+        ConfigError: their file cannot be used.
+    """
     file = loaded.routes.api.keys_file
     return [] if file is None else read_keys(loaded.path(file))
 
 
-def _secrets_of(loaded: LoadedRoutes, server: RouteServer) -> tuple[str | None, ssl.SSLContext | None]:
-    """Return the key that a server gets, and what its certificate is checked with.
+def secrets_of(loaded: LoadedRoutes, server: RouteServer) -> Secrets:
+    """Return the key that a server gets, and what its certificate is checked with, as their files are now.
 
     Raises:
         ConfigError: a file cannot be used.
     """
     key = None if server.key_file is None else read_key(loaded.path(server.key_file), server.name)
+    if not server.url.startswith("https:"):
+        return Secrets(key, b"", None)
     if server.ca_file is None:
-        return key, None
+        return Secrets(key, b"", ssl.create_default_context())
     file = loaded.path(server.ca_file)
     try:
-        return key, ssl.create_default_context(cafile=file)
+        ca = file.read_bytes()  # first: a change in between is seen the next time
+        return Secrets(key, ca, ssl.create_default_context(cafile=file))
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"{file}: {error.strerror or error}; ca_file of {server.name} names it, in PEM") from None
 

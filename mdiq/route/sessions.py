@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from mdiq.api.clients import Client
+from mdiq.route.ended import Cancelled
 
 KEEP_S = 3_600.0
 """As long as `mdiq serve` keeps one; see api/response_store.py."""
@@ -22,11 +23,11 @@ class Session:
     """A stored response.
 
     id: as its client knows it; id_there: as its server does. owner: whose key asked for it. body: of the request, with
-    its seed; empty: it cannot be made again. previous: the response that it goes on from. same_tokens: of the server
-    that made it first. ids: all in its stream, in the order in which its client saw them. names: ids there -> those
-    ids, where they differ. num_gone: how often its server had been gone when it made it. is_lost: the server has been
-    gone since, and does not know it any more. is_counted: its tokens have been counted for its key. turn: of who makes
-    it again.
+    its seed; empty: it cannot be made again. previous: the response that it goes on from. same_tokens, model: of the
+    server that made it first. ids: all in its stream, in the order in which its client saw them. names: ids there ->
+    those ids, where they differ. num_gone: how often its server had been gone when it made it. is_lost: the server has
+    been gone since, and does not know it any more. is_counted: it has ended, and its tokens have been counted for its
+    key. is_deleted, cancelled: its client has ended it while its server was gone. turn: of who makes it again.
     """
 
     id: str
@@ -40,8 +41,11 @@ class Session:
     names: dict[str, str] = field(default_factory=dict)
     kept_s: float = 0.0
     num_gone: int = 0
+    model: str = ""
     is_lost: bool = False
     is_counted: bool = False
+    is_deleted: bool = False
+    cancelled: Cancelled | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -82,8 +86,7 @@ class Sessions:
         for each in self._sessions.values():
             if self._num_bytes <= self._max_bytes:
                 break
-            self._num_bytes -= len(each.body)
-            each.body = b""
+            self.drop_body(each)
 
     def find(self, response_id: str, owner: str) -> Session | None:
         """Return the session of a response of this owner, or None."""
@@ -94,6 +97,12 @@ class Sessions:
         """Return whether a response is known, and another's."""
         found = self._sessions.get(response_id)
         return found is not None and found.owner != owner
+
+    def drop_body(self, session: Session) -> None:
+        """Have a session forget its request: it is not made again."""
+        if self._sessions.get(session.id) is session:
+            self._num_bytes -= len(session.body)
+        session.body = b""
 
     def forget(self, response_id: str) -> None:
         """Forget a session; one that is unknown is ignored."""

@@ -16,10 +16,11 @@ from mdiq.api.audit import FOR, HEADER, RECORD
 from mdiq.api.requests import ApiError, BadRequest
 from mdiq.route.asked import RESPONSES, Asked, packed
 from mdiq.route.choice import Wanted
-from mdiq.route.events import Event, EventReader, ResponsesDialect, StreamError, counts_of
+from mdiq.route.ended import cancelled, deleted
+from mdiq.route.events import EventReader, ResponsesDialect, StreamError, counts_of, response_id_of
 from mdiq.route.links import BrokenError, Link, is_stream, key_headers
 from mdiq.route.pool import Pool
-from mdiq.route.reading import Reading
+from mdiq.route.reading import Reading, path_of
 from mdiq.route.servers import Report, State
 from mdiq.route.sessions import Session, Sessions
 from mdiq.route.splice import Splice, renamed
@@ -93,18 +94,18 @@ class Stored:
     def streamed(
         self, link: Link, asked: Asked, request: web.Request, value: Mapping[str, Any], splice: Splice
     ) -> None:
-        """Keep the response of a stream when its id comes, and note when it goes on elsewhere."""
-        response = value.get("response")
-        there = response.get("id") if isinstance(response, dict) else None
-        if not isinstance(there, str):
+        """Keep the response of a stream when its id comes, and note when it is made again, there or elsewhere."""
+        if not (there := response_id_of(value)):
             return
-        session = self._sessions.find(splice.names.get(there, there), self._owner(request))
+        known = next(iter(splice.ids), there)  # the first id in a stream is the response's
+        session = self._sessions.find(known, self._owner(request))
         if session is None:
             session = self._keep(link, asked, request, there, {})
             session.ids = splice.ids
-        elif session.server != link.server.name:
-            names = {**self._names(asked, request), **splice.names}
-            session.moved(link.server.name, link.server.num_gone, there, names)
+        elif (session.server, session.id_there) != (link.server.name, there):
+            self._moved(session, link, there, self._names(asked, request), request)
+        if session.names:
+            session.names |= splice.names
         session.is_counted = session.is_counted or _DIALECT.usage(value) is not None
 
     def is_lost(self, link: Link, asked: Asked, request: web.Request) -> bool:
@@ -125,14 +126,23 @@ class Stored:
             report.same_tokens if report is not None and asked.is_repeatable else None,
             names=dict(names),
             num_gone=link.server.num_gone,
+            model=report.model if report is not None else "",
         )
         self._sessions.add(session, time.monotonic())
         return session
 
+    def _moved(
+        self, session: Session, link: Link, id_there: str, names: Mapping[str, str], request: web.Request
+    ) -> None:
+        """Note that a server makes a response again. The one that had it does not go on with it when it is back."""
+        if (before := self._pool.links.get(session.server)) is not None:
+            before.owe("DELETE", path_of(session.id_there), self.headers(before, request))
+        session.moved(link.server.name, link.server.num_gone, id_there, names)
+
     def _previous(self, asked: Asked, request: web.Request) -> Session | None:
         if asked.previous is None:
             return None
-        self._check_owner(asked.previous, request, _PREVIOUS)
+        self._check_known(asked.previous, request, _PREVIOUS)
         return self._sessions.find(asked.previous, self._owner(request))
 
     def _holder(self, session: Session) -> Link | None:
@@ -142,9 +152,10 @@ class Stored:
 
     @staticmethod
     def _note_lost(session: Session, link: Link) -> bool:
-        """Note that its server does not know a response; return whether it can be made again."""
+        """Note that its server does not know a response; return whether that can be answered without it."""
         was_gone = session.server == link.server.name and session.num_gone != link.server.num_gone
-        session.is_lost = was_gone and bool(session.body) and session.same_tokens is not None
+        can_be_made = bool(session.body) and session.same_tokens is not None
+        session.is_lost = was_gone and (can_be_made or session.cancelled is not None)
         return session.is_lost
 
     def headers(self, link: Link, request: web.Request) -> dict[str, str]:
@@ -170,23 +181,25 @@ class Stored:
         session = self._previous(asked, request)
         return {} if session is None else session.names
 
-    def _check_owner(self, response_id: str, request: web.Request, param: str = "response_id") -> None:
-        if self._sessions.is_others(response_id, self._owner(request)):
+    def _check_known(self, response_id: str, request: web.Request, param: str = "response_id") -> None:
+        owner = self._owner(request)
+        found = self._sessions.find(response_id, owner)
+        if self._sessions.is_others(response_id, owner) or (found is not None and found.is_deleted):
             raise _unknown(response_id, param)
 
     # Of a request about one
 
     async def _one(self, request: web.Request) -> web.StreamResponse:
         response_id = request.match_info["id"]
-        self._check_owner(response_id, request)
+        self._check_known(response_id, request)
         session = self._sessions.find(response_id, self._owner(request))
         if session is None:
             return await self._search(response_id, request)
-        if request.method == "DELETE":
-            self._sessions.forget(session.id)
         reading = Reading(request, session)
         why = ""
         for _ in range(MAX_BREAKS):
+            if self._holder(session) is None and (answer := self._without_server(session, reading, request)):
+                return answer
             try:
                 link = await self._link_of(session, request)
                 headers = self.headers(link, request)
@@ -194,9 +207,10 @@ class Stored:
                     if is_stream(response):
                         return await reading.stream(link, response)
                     body = await self._pool.whole(link, response)
-                is_unknown = response.status == 404 and request.method != "DELETE"
-                if is_unknown and self._note_lost(session, link):
+                if response.status == 404 and self._note_lost(session, link):
                     continue
+                if request.method == "DELETE" and response.status < 500:
+                    self._sessions.forget(session.id)
                 if not reading.out.prepared:
                     self._note_usage(session, request, response, body)
                     return self._pool.held(_whole(response, body, session.names), len(body))
@@ -212,6 +226,35 @@ class Stored:
                 why = str(error)
                 break
         return await reading.give_up(why)
+
+    def _without_server(self, session: Session, reading: Reading, request: web.Request) -> web.StreamResponse | None:
+        """Answer a client that ends a response, or asks for one that it has cancelled; None: it asks for anything else.
+
+        Raises:
+            ApiError: the response cannot be cancelled: it has ended.
+        """
+        is_about_all = request.path.endswith(session.id)
+        if request.method == "DELETE":
+            self._tell_later(session, "DELETE", "", request)
+            self._sessions.drop_body(session)
+            session.is_deleted = True
+            return deleted(session.id)
+        if request.method == "POST" and session.cancelled is None:
+            if session.is_counted:
+                raise ApiError(409, f"{session.id[:80]} has ended, so there is nothing to cancel")
+            self._tell_later(session, "POST", "/cancel", request)
+            created_at = int(time.time() - (time.monotonic() - session.kept_s))
+            session.cancelled = cancelled(session.id, session.model, session.body, created_at)
+            self._sessions.drop_body(session)
+        if session.cancelled is None or not (request.method == "POST" or is_about_all):
+            return None
+        is_stream = request.method == "GET" and request.query.get("stream") in ("true", "1")
+        return session.cancelled.answer(is_stream=is_stream, after=reading.after)
+
+    def _tell_later(self, session: Session, method: str, end: str, request: web.Request) -> None:
+        """Have the server that had a response hear, when it is back, that its client has ended it."""
+        if not session.is_lost and (link := self._pool.links.get(session.server)) is not None:
+            link.owe(method, path_of(session.id_there) + end, self.headers(link, request))
 
     async def _search(self, response_id: str, request: web.Request) -> web.StreamResponse:
         session = Session(response_id, self._owner(request), "")
@@ -290,24 +333,31 @@ class Stored:
                     raise ApiError(503, f"what {session.id[:80]} goes on from is not known any more; begin anew")
                 await self._be_at(before, link, request, to_end=True)
                 body["previous_response_id"], names = before.id_there, before.names
-            num_gone = link.server.num_gone
             id_there = await self._make(link, body, request, to_end=to_end)
-            session.moved(link.server.name, num_gone, id_there, names)
+            if session.is_deleted or session.cancelled is not None:  # meanwhile
+                link.owe("DELETE", path_of(id_there), self.headers(link, request))
+                raise _unknown(session.id) if session.is_deleted else _lost(session)
+            self._moved(session, link, id_there, names, request)
             log.info("response_made_again", server=link.server.name)
 
     async def _make(self, link: Link, body: Mapping[str, Any], request: web.Request, *, to_end: bool) -> str:
-        data, reader, found = packed(body), EventReader(), ""
-        async with link.ask("POST", RESPONSES, data=data, headers=self.headers(link, request)) as response:
-            if response.status != 200:
-                raise BrokenError(f"{link.server.name}: it answers {response.status}")
-            try:
+        data, reader, found, is_made = packed(body), EventReader(), "", False
+        headers = self.headers(link, request)
+        try:
+            async with link.ask("POST", RESPONSES, data=data, headers=headers) as response:
+                if response.status != 200:
+                    raise BrokenError(f"{link.server.name}: it answers {response.status}")
                 async for chunk in link.chunks(response):
                     for event in reader.push(chunk):
-                        found = found or _id_of(event)
+                        found = found or response_id_of(event.value)
                         if found and (not to_end or _DIALECT.ends(event)):
+                            is_made = True
                             return found
-            except StreamError as error:
-                raise BrokenError(f"{link.server.name}: {error}") from None
+        except StreamError as error:
+            raise BrokenError(f"{link.server.name}: {error}") from None
+        finally:
+            if found and not is_made:  # nobody would ask for it
+                link.owe("DELETE", path_of(found), headers)
         raise BrokenError(f"{link.server.name}: its answer broke off")
 
 
@@ -316,12 +366,6 @@ def _whole(response: ClientResponse, body: bytes, names: Mapping[str, str]) -> w
         body = json.dumps(renamed(json.loads(body), names)).encode()
     headers = {name: response.headers[name] for name in ("Retry-After", "x-should-retry") if name in response.headers}
     return web.Response(status=response.status, body=body, content_type="application/json", headers=headers)
-
-
-def _id_of(event: Event) -> str:
-    response = event.value.get("response") if event.value is not None else None
-    found = response.get("id") if isinstance(response, dict) else None
-    return found if isinstance(found, str) else ""
 
 
 def _lost(session: Session) -> ApiError:

@@ -245,6 +245,7 @@ class RingView:
                 for times in self.formed.pauses
             ],
             "kv_reserved_tokens": self.formed.service.ring.kv_reserved_tokens,
+            "kv_live_tokens": self.formed.service.ring.kv_live_tokens,
             "kv_capacity_tokens": pace.kv_tokens,
             "pace": {
                 "hops_s": pace.hops_s,

@@ -13,7 +13,10 @@ from prometheus_client import generate_latest
 from mdiq.api.figures import Figures
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import REASONS
+from mdiq.route.figures import FAILOVERS, OUTCOMES, RouteFigures
+from mdiq.route.servers import Server, State, report_of
 from tests.api.test_metrics import STATUS
+from tests.route.test_choice import STATUS as SERVER_STATUS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DASHBOARD = json.loads((CONFIGS / "grafana-dashboard.json").read_text())
@@ -23,11 +26,16 @@ METRIC = re.compile(r"\bmdiq_[a-z_]+")
 
 
 def _samples() -> dict[str, set[str]]:
-    """Return the names of all samples with those of their labels."""
+    """Return the names of all samples, of a ring and of a router, with those of their labels."""
     registry = metrics_registry(lambda: STATUS)
     Figures(registry)
+    server = Server("ring-a", 5.0)
+    server.reported(report_of({**SERVER_STATUS, "kv_live_tokens": 3, "kv_capacity_tokens": 9}), 0.0)
+    router = RouteFigures(lambda: [server])
+    router.known("ring-a")
+    router.refused.labels("busy")
     found: dict[str, set[str]] = {}
-    for line in generate_latest(registry).decode().splitlines():
+    for line in (generate_latest(registry) + generate_latest(router.registry)).decode().splitlines():
         if not line.startswith("#"):
             name, _, labels = line.split(" ")[0].partition("{")
             found.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))
@@ -35,11 +43,13 @@ def _samples() -> dict[str, set[str]]:
 
 
 SAMPLES = _samples()
+VALUES = {"reason": REASONS, "state": [*State], "result": FAILOVERS, "outcome": OUTCOMES}
+"""Of labels that expressions may ask for."""
 
 
 def _targets() -> Iterator[tuple[str, str]]:
     for panel in DASHBOARD["panels"]:
-        for target in panel["targets"]:
+        for target in panel.get("targets", ()):  # a row has none
             yield target["expr"], target["legendFormat"]
 
 
@@ -55,7 +65,8 @@ def test_an_expression_asks_for_metrics_that_exist(expression: str) -> None:
         is_growing = name.endswith(("_total", "_bucket")) and name != "mdiq_rings_formed_total"
         assert is_growing == ("rate(" in expression or "increase(" in expression), "rates are of counters"
     assert all("le" in SAMPLES[name] for name in names if "histogram_quantile" in expression)
-    assert [reason for reason in re.findall(r'reason="(\w+)"', expression) if reason not in REASONS] == []
+    for label, values in VALUES.items():
+        assert [value for value in re.findall(rf'{label}="(\w+)"', expression) if value not in values] == []
     assert expression.count("(") == expression.count(")")
 
 

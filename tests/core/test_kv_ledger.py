@@ -59,6 +59,18 @@ def test_a_shared_block_is_counted_once_and_comes_back_with_its_last_holder() ->
     assert ledger.reserved_tokens == 0
 
 
+def test_what_some_hold_alone_is_told_apart_from_what_others_hold_too() -> None:
+    ledger = KvLedger(96, block_tokens=16)
+    ledger.reserve(SeqId(1), 32)
+    ledger.reserve(SeqId(2), 33, SeqId(1), 16)
+    ledger.reserve(SeqId(3), 1)
+    assert ledger.reserved_tokens == ledger.tokens_without([]) == 80
+    assert ledger.tokens_without([SeqId(1)]) == 64
+    assert ledger.tokens_without([SeqId(1), SeqId(2)]) == 16
+    ledger.leave(SeqId(3))
+    assert ledger.tokens_without([SeqId(1), SeqId(2)]) == 16, "its RELEASE has not made its lap"
+
+
 def test_blocks_that_are_shared_later_are_given_back() -> None:
     ledger = KvLedger(64, block_tokens=16)
     ledger.reserve(SeqId(1), 32)

@@ -1,5 +1,7 @@
 """What the stories of the ring protocol (test_stories.py) do not tell."""
 
+from dataclasses import replace
+
 import pytest
 
 from mdiq.core.frame import Frame, FrameKind, Segment, TokenIds
@@ -59,6 +61,19 @@ def test_an_end_that_nobody_was_told_of_is_told_in_the_new_epoch() -> None:
     assert isinstance(ended, Ended)
     assert isinstance(injected, Inject)
     assert injected.frame.epoch == 2
+
+
+def test_the_cache_of_ended_sequences_is_not_live() -> None:
+    ring = RingProtocol(replace(SETTINGS, prefix_tokens=None))
+    ring.begin_epoch(EPOCH, SPEC)
+    ring.submit(_sequence(num_prompt=3, max_tokens=1), now=0.0)
+    (row,) = _lap(ring)
+    assert (ring.kv_reserved_tokens, ring.kv_live_tokens) == (3, 3)
+    ring.sampled(row.seq_id, 40)
+    assert (ring.kv_reserved_tokens, ring.kv_live_tokens) == (3, 0)
+    ring.submit(_sequence(1, num_prompt=5), now=0.0)
+    _lap(ring)
+    assert ring.kv_live_tokens == 5 <= ring.kv_reserved_tokens
 
 
 def test_a_token_that_was_not_awaited_is_ignored() -> None:

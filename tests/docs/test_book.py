@@ -211,6 +211,7 @@ def test_the_commands_about_files_work_one_after_the_other(
         if command.startswith("mdiq init "):
             for file in here.iterdir():
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
+            shutil.copy(ROOT / "configs" / "routes" / "two-rings-and-a-copy.yaml", here / "routes.yaml")
         done = CliRunner().invoke(app, shlex.split(command)[1:])
         assert done.exit_code == 0, f"{command}: {done.output} {done.exception}"
     for there in tmp_path.glob("pi@*"):

@@ -78,7 +78,11 @@ def test_a_key_is_never_shown(arguments: tuple[str, str], wheels: Path, tmp_path
     ("arguments", "complaint"),
     [
         (("--name", "Pi 1"), "a to z, 0 to 9"),
-        (("--role", "boss"), "node or starter"),
+        (("--role", "boss"), "node or starter, or route"),
+        (("--role", "route", "--topology", "x"), "not of a router"),
+        (("--name", "pi1", "--routes", "x"), "give --role route"),
+        (("--role", "route", "--routes", "/does/not/exist"), "cannot be read"),
+        (("--role", "route", "--keys", "/does/not/exist"), "no such folder"),
         (("--frobnicate",), "unknown option --frobnicate"),
         (("--name",), "--name needs a value"),
         (("--name", "pi1", "--wheels", "/does/not/exist"), "--wheels"),
@@ -132,7 +136,18 @@ def test_there_is_no_way_back_before_the_first_release(tmp_path: Path) -> None:
 def test_the_help_names_every_option(tmp_path: Path) -> None:
     out = install("--help", home=tmp_path).stdout
     source = INSTALL.read_text()
-    for option in ("--name", "--role", "--wheels", "--topology", "--key", "--user", "--prepare", "--rollback"):
+    for option in (
+        "--name",
+        "--role",
+        "--wheels",
+        "--topology",
+        "--routes",
+        "--keys",
+        "--key",
+        "--user",
+        "--prepare",
+        "--rollback",
+    ):
         assert option in out
         assert option in source
 
@@ -158,7 +173,7 @@ FAKE_PYTHON = """#!/bin/sh
 [ "$2" = -m ] || exit 0
 mkdir -p "$4/bin"
 printf '#!/bin/sh\\nexit 0\\n' >"$4/bin/pip"
-printf '#!/bin/sh\\nexec {python} -P -m mdiq "$@"\\n' >"$4/bin/mdiq"
+printf '#!/bin/sh\\nPYTHONPATH={root} exec {python} -P -m mdiq "$@"\\n' >"$4/bin/mdiq"
 chmod +x "$4/bin/pip" "$4/bin/mdiq"
 """
 FAKE_SYSTEMCTL = """#!/bin/sh
@@ -183,7 +198,10 @@ def device(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Install a topology on a device that has a stand-in for systemd; return how its unit is told."""
     programs, log = tmp_path / "bin", tmp_path / "log"
     programs.mkdir()
-    texts = {"python": FAKE_PYTHON.format(python=sys.executable), "systemctl": FAKE_SYSTEMCTL.format(log=log)}
+    texts = {
+        "python": FAKE_PYTHON.format(root=INSTALL.parents[1], python=sys.executable),
+        "systemctl": FAKE_SYSTEMCTL.format(log=log),
+    }
     for name, text in texts.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
@@ -216,3 +234,91 @@ def test_a_changed_topology_restarts_only_what_reads_the_change_and_cannot_take_
     more_threads = moved.replace("127.0.0.2, threads: 1", "127.0.0.2, threads: 2")
     assert told(more_threads) == {"desk": "reload", "pi1": "restart"}
     assert told(more_threads.replace("model.gguf", "other.gguf")) == {"desk": "restart"}
+
+
+ROUTES = """version: 1
+servers:
+- {name: ring-a, url: "http://127.0.0.1:8080", key_file: keys/ring-a.key}
+"""
+
+
+@pytest.fixture
+def routed(device: Callable[[str, str, str], list[str]], wheels: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """Install a router on a device that has a stand-in for systemd; return what systemd is asked."""
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "ring-a.key").write_text(KEY)
+    (keys / "api.keys").write_text("of clients")
+
+    def put(text: str) -> list[str]:
+        (tmp_path / "log").write_text("")
+        (tmp_path / "routes.yaml").write_text(text)
+        arguments = ("--user", "--role", "route", "--wheels", wheels, "--routes", tmp_path / "routes.yaml")
+        python = tmp_path / "bin" / "python"
+        done = install(*arguments, "--keys", keys, "--python", python, home=tmp_path / "desk")
+        assert done.returncode == 0, done.stderr
+        assert KEY not in done.stdout + done.stderr
+        return (tmp_path / "log").read_text().splitlines()
+
+    return put
+
+
+def test_a_router_gets_its_file_its_keys_and_its_unit(routed: Callable[[str], list[str]], tmp_path: Path) -> None:
+    (tmp_path / "desk").mkdir()
+    asked = routed(ROUTES)
+    assert [line.split()[1] for line in asked if "restart" in line or "enable" in line] == ["enable", "restart"]
+    assert all("mdiq-route" in line for line in asked if "reload" not in line)
+    config = tmp_path / "desk" / ".config"
+    assert (config / "mdiq" / "routes.yaml").read_text() == ROUTES
+    key = config / "mdiq" / "keys" / "ring-a.key"
+    assert key.read_text() == KEY and key.stat().st_mode & 0o777 == 0o600
+    units = config / "systemd" / "user"
+    unit = (units / "mdiq-route.service").read_text()
+    assert "WantedBy=default.target" in unit and "multi-user" not in unit and "DynamicUser" not in unit
+    lines = (units / "mdiq-route.service.d" / "keys.conf").read_text().splitlines()
+    assert lines == [
+        "[Service]",
+        f"LoadCredential=ring-a.key:{key}",
+        f"LoadCredential=api.keys:{key.parent}/api.keys",
+    ]
+
+
+def test_a_router_reads_again_or_restarts_as_its_file_and_its_keys_say(
+    routed: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "desk").mkdir()
+
+    def told(text: str) -> list[str]:
+        return [line.split()[1] for line in routed(text) if line.split()[1] in ("restart", "reload")]
+
+    assert told(ROUTES) == ["restart"]
+    assert told(ROUTES) == []
+    assert told(f"{ROUTES}max_requests: 9\n") == ["reload"]
+    assert told(f"{ROUTES}api: {{port: 8001}}\n") == ["restart"]
+    (tmp_path / "keys" / "ring-a.key").write_text("another")
+    assert told(f"{ROUTES}api: {{port: 8001}}\n") == ["restart"], "systemd hands over keys at a start"
+
+
+def test_a_router_and_a_node_live_on_one_device_and_run_the_same_release(
+    device: Callable[[str, str, str], list[str]], routed: Callable[[str], list[str]], wheels: Path, tmp_path: Path
+) -> None:
+    assert (
+        len(
+            device(
+                "node",
+                "desk",
+                TOPOLOGY.replace("desk, role: starter", "pi9, role: starter, ")
+                + ("- {name: desk, address: 127.0.0.9, threads: 1}\n"),
+            )
+        )
+        == 1
+    )
+    routed(ROUTES)
+    units = tmp_path / "desk" / ".config" / "systemd" / "user"
+    assert (units / "mdiq-node.service").exists() and (units / "mdiq-route.service").exists()
+    (wheels / "mdiq-1.2.3-py3-none-any.whl").write_bytes(b"mdiq, rebuilt")
+    restarted = {line.split()[-1] for line in routed(ROUTES) if "restart" in line}
+    assert restarted == {"mdiq-route", "mdiq-node"}
+    rolled = install("--user", "--rollback", home=tmp_path / "desk")
+    assert rolled.returncode == 0, rolled.stderr
+    assert "starts mdiq-route" in rolled.stdout and "starts mdiq-node" in rolled.stdout

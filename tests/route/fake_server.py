@@ -34,6 +34,7 @@ class FakeModel(FakeRing):
     kind = 0
     same_tokens: str | None = "same"
     num_places = 4
+    kv_live_tokens = 0
 
     async def answer(
         self,
@@ -71,6 +72,8 @@ class FakeModel(FakeRing):
             "rings_formed": 1,
             "requests": requests,
             "pace": {"max_live": self.num_places},
+            "kv_live_tokens": self.kv_live_tokens,
+            "kv_capacity_tokens": 4_096,
             "serves": {**serves, "same_tokens": self.same_tokens},
         }
 
@@ -130,7 +133,8 @@ class FakeServer:
         if self.hangs:
             await asyncio.Event().wait()
         if request.method == "POST":
-            self.asked.append((request.path, dict(request.headers), await request.json()))
+            body = await request.json() if request.can_read_body else None
+            self.asked.append((request.path, dict(request.headers), body))
             if self.refuses is not None:
                 error = {"error": {"message": "no", "type": "unavailable_error", "param": None, "code": None}}
                 return web.json_response(error, status=self.refuses, headers={"Retry-After": self.retry_after})

@@ -58,6 +58,19 @@ def test_a_server_without_room_is_asked_only_when_no_other_takes_requests() -> N
     assert choose([full, busy], Wanted(), {"b"}) is full
 
 
+def test_a_long_prompt_goes_where_the_cache_has_room_for_it() -> None:
+    full, busy = _server("a", kv_free_tokens=99), _server("b", 3, kv_free_tokens=100)
+    assert choose([full, busy], Wanted(num_tokens=99)) is full
+    assert choose([full, busy], Wanted(num_tokens=100)) is busy
+    assert choose([full, busy], Wanted(num_tokens=101)) is full, "it waits, wherever it is"
+    assert choose([full, busy], Wanted(num_tokens=100, block_tokens=10, blocks={"a": 1})) is full, "it has a part of it"
+    assert choose([_server("c", 1), full], Wanted(num_tokens=101)) is not full, "one that does not say may have room"
+    busy.num_tokens = 1  # it has got a request since it reported
+    assert choose([full, busy], Wanted(num_tokens=100)) is full
+    busy.reported(busy.report or pytest.fail(), 1.0)
+    assert choose([full, busy], Wanted(num_tokens=100)) is busy
+
+
 def test_only_servers_that_suit_are_chosen() -> None:
     servers = [
         _server("a", model="n"),
@@ -136,6 +149,8 @@ STATUS = {
 def test_a_status_is_read() -> None:
     assert report_of(STATUS) == Report("m", True, "serves", 2, 3, 9, 64, None)
     assert report_of({**STATUS, "pace": None}).num_places == 9
+    cache = {"kv_reserved_tokens": 90, "kv_live_tokens": 30, "kv_capacity_tokens": 100}
+    assert report_of({**STATUS, **cache}).kv_free_tokens == 70
 
 
 @pytest.mark.parametrize(
@@ -148,6 +163,8 @@ def test_a_status_is_read() -> None:
         {"requests": {"running": -1}},
         {"pace": {"max_live": 0}},
         {"pace": {"max_live": "9"}},
+        {"kv_live_tokens": 3},
+        {"kv_live_tokens": -3, "kv_capacity_tokens": 9},
     ],
 )
 def test_a_status_that_is_none_is_refused(wrong: Any) -> None:

@@ -322,6 +322,19 @@ async def test_a_conversation_goes_where_its_beginning_was_computed() -> None:
         assert router.figure("mdiq_route_prefix_hits_total") == 9
 
 
+async def test_a_long_prompt_goes_to_the_server_whose_cache_is_not_full() -> None:
+    full, empty = FakeServer("full"), FakeServer("empty")
+    full.model.kv_live_tokens = 4_000
+    async with routed(full, empty) as router:
+        for num_words, had in ((10, 1), (200, 0)):
+            full.asked.clear()
+            router.pool.links["empty"].server.num_begun = 9 if had else 0
+            body = {"prompt": "word " * num_words, "max_tokens": 2}
+            assert (await router.client.post("/v1/completions", json=body)).status == 200
+            assert len(full.asked) == had
+        assert router.figure("mdiq_route_server_kv_free_tokens", server="full") == 96
+
+
 async def test_the_key_of_a_client_is_checked_here_and_a_server_gets_its_own_or_that() -> None:
     first, second = FakeServer("first", "key-of-the-first-"), FakeServer("second", "a-key-of-a-client")
     keys = bare_keys(["a-key-of-a-client"])

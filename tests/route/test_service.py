@@ -199,6 +199,82 @@ async def test_a_server_with_a_certificate_of_ones_own_is_reached_and_a_false_on
             assert second.asked == [] and "certificate" in state["text"].lower()
 
 
+async def test_another_certificate_under_the_same_name_is_used_after_a_reload(tmp_path: Path) -> None:
+    first, file = FakeServer("first"), tmp_path / "routes.yaml"
+
+    def certified(name: str) -> ssl.SSLContext:
+        cert, key = make_certificate(tmp_path / name)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(cert, key)
+        return tls
+
+    old, new = certified("old"), certified("new")
+    (tmp_path / "ca.pem").write_bytes((tmp_path / "old" / "api.crt").read_bytes())
+    first.tls = old
+    async with _started(first):
+        _write(file, first, first={"ca_file": "ca.pem"})
+        async with _serving(file) as served:
+            await served.until_serving("first")
+            assert await served.post() == 200
+            (tmp_path / "ca.pem").write_bytes((tmp_path / "new" / "api.crt").read_bytes())
+            assert "new or changed: first" in await served.ask(do="reload")
+            while (state := (await served.ask(do="status"))["servers"][0])["state"] != "gone":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)  # connections that were let in by the old one are not used again
+            assert "certificate" in state["text"]
+            await first.kill()
+            first.tls = new
+            await first.start()
+            await served.until_serving("first")
+            assert await served.post() == 200
+
+
+async def test_a_reload_that_changes_nothing_about_a_server_keeps_it_in_service(tmp_path: Path) -> None:
+    first, file = FakeServer("first", "the-key-of-a-server-1", "the-key-of-a-server-2"), tmp_path / "routes.yaml"
+    (tmp_path / "first.key").write_text("the-key-of-a-server-1\n")
+    (tmp_path / "first.key").chmod(0o600)
+    async with _started(first):
+        _write(file, first, first={"key_file": "first.key"})
+        async with _serving(file) as served:
+            await served.until_serving("first")
+            (tmp_path / "first.key").write_text("the-key-of-a-server-2\n")
+            first.hangs = True  # so it could not say that it serves
+            assert "new or changed: first" in await served.ask(do="reload")
+            assert (await served.ask(do="status"))["is_serving"] is True
+            first.hangs = False
+            assert await served.post() == 200
+            assert first.asked[-1][1]["Authorization"] == "Bearer the-key-of-a-server-2"
+
+
+async def test_a_server_that_the_file_says_is_drained_is_so_from_the_start_until_the_file_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    first, second, file = FakeServer("first"), FakeServer("second"), tmp_path / "routes.yaml"
+    async with _started(first, second):
+        _write(file, first, second, first={"drained": True})
+        api = {"port": load_routes(file).routes.api.port}
+        async with _serving(file) as served:
+            await served.until_serving("first", "second")
+            assert [await served.post() for _ in range(3)] == [200] * 3 and first.asked == []
+            await served.ask(do="drain", node="first", undo=True)
+            await served.ask(do="reload")  # the file has not changed: what the operator said last holds
+            assert [each["drained"] for each in (await served.ask(do="status"))["servers"]] == [False, False]
+            for is_drained in (False, True):
+                _write(file, first, second, first={"drained": is_drained}, second={"drained": is_drained}, api=api)
+                await served.ask(do="reload")
+                found = [each["drained"] for each in (await served.ask(do="status"))["servers"]]
+                assert found == [is_drained, is_drained]
+
+
+async def test_a_drain_says_what_still_runs_there_for_others(tmp_path: Path) -> None:
+    first, file = FakeServer("first"), tmp_path / "routes.yaml"
+    first.model.num_running = 2
+    async with _started(first):
+        _write(file, first)
+        async with _serving(file) as served:
+            await served.until_serving("first")
+            assert "2 still run there" in await served.ask(do="drain", node="first", undo=False)
+
+
 async def test_an_operator_sees_drains_and_reads_again_from_the_command_line(tmp_path: Path) -> None:
     first, file = FakeServer("first"), tmp_path / "routes.yaml"
     async with _started(first):

@@ -120,3 +120,155 @@ async def test_a_response_in_the_background_is_counted_for_its_key_when_its_clie
         await router.client.get(f"{PATH}/{made['id']}", headers=ONE)  # counted once
         counts = {key["name"]: key["answer_tokens"] for key in router.api.status()["keys"]}
         assert counts == {"key1": 12, "key2": 0}
+
+
+async def _gone_with_one(router: Router, first: FakeServer) -> dict[str, Any]:
+    """Return a response that only the first server had, which is gone now."""
+    router.pool.links["second"].server.is_drained = True
+    made = await _made(router)
+    router.pool.links["second"].server.is_drained = False
+    await first.kill()
+    await router.until_state(first, State.GONE)
+    return made
+
+
+async def test_a_response_whose_server_is_gone_is_deleted_without_making_it_again() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second) as router:
+        made = await _gone_with_one(router, first)
+        path = f"{PATH}/{made['id']}"
+        gone = await router.client.delete(path)
+        assert (gone.status, await gone.json()) == (200, {"id": made["id"], "object": "response", "deleted": True})
+        assert (await router.client.get(path)).status == 404
+        assert (await router.client.delete(path)).status == 404
+        on = await router.client.post(PATH, json={**BODY, "previous_response_id": made["id"]})
+        assert (await on.json())["error"]["code"] == "previous_response_not_found"
+        assert second.asked == []
+
+
+async def test_a_response_that_its_server_lost_in_a_restart_is_deleted_without_making_it_again() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second) as router:
+        made = await _gone_with_one(router, first)
+        await first.start()
+        await router.until_state(first, State.SERVES)
+        first.asked.clear()
+        assert (await (await router.client.delete(f"{PATH}/{made['id']}")).json())["deleted"] is True
+        assert (await router.client.get(f"{PATH}/{made['id']}")).status == 404
+        assert first.asked == second.asked == []
+
+
+async def _in_the_background(router: Router, first: FakeServer) -> dict[str, Any]:
+    """Return a response that runs at the first server, which does not answer for a while: it is gone."""
+    reached = asyncio.Event()
+
+    def before(i: int) -> Any:
+        if i < 6:
+            return None
+        reached.set()
+        return asyncio.Event().wait()
+
+    first.model.before = before
+    router.pool.links["second"].server.is_drained = True
+    made = await _made(router, background=True)
+    await reached.wait()
+    router.pool.links["second"].server.is_drained = False
+    first.hangs = True
+    await router.until_state(first, State.GONE)
+    return made
+
+
+async def test_a_response_whose_server_is_gone_is_cancelled_there_when_it_is_back_and_not_made_again() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second, silence_s=0.3) as router:
+        made = await _in_the_background(router, first)
+        path = f"{PATH}/{made['id']}"
+        for response in (await router.client.post(f"{path}/cancel"), await router.client.get(path)):
+            found = await response.json()
+            assert response.status == 200 and found.keys() == made.keys()
+            assert (found["id"], found["status"], found["output"]) == (made["id"], "cancelled", [])
+            assert (found["model"], found["background"], found["temperature"]) == ("tiny", True, 0.9)
+        text = await (await router.client.get(f"{path}?stream=true")).text()
+        assert '"status": "cancelled"' in text and text.rstrip().rpartition("event: ")[2].startswith("response.inc")
+        assert (await router.client.get(f"{path}/input_items")).status == 503
+        assert first.model.num_running == 1
+        first.hangs = False
+        await router.until(lambda: first.model.num_running == 0)
+        await router.until_state(first, State.SERVES)
+        found = await (await router.client.get(path)).json()
+        assert found["status"] == "cancelled" and found["output"][0]["content"][0]["text"].split()
+        assert [path for path, _, _ in second.asked] == []
+
+
+async def test_a_response_that_was_cancelled_stays_so_when_its_server_comes_back_without_it() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second, silence_s=0.3) as router:
+        made = await _in_the_background(router, first)
+        await router.client.post(f"{PATH}/{made['id']}/cancel")
+        await first.kill()
+        first.hangs = False
+        await first.start()
+        await router.until_state(first, State.SERVES)
+        for _ in range(2):
+            assert (await (await router.client.get(f"{PATH}/{made['id']}")).json())["status"] == "cancelled"
+        assert (await router.client.delete(f"{PATH}/{made['id']}")).status == 200
+        assert (await router.client.get(f"{PATH}/{made['id']}")).status == 404
+        assert second.asked == []
+
+
+async def test_a_response_that_has_ended_is_not_cancelled_when_its_server_is_gone() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second) as router:
+        made = await _gone_with_one(router, first)
+        response = await router.client.post(f"{PATH}/{made['id']}/cancel")
+        assert response.status == 409 and "has ended" in (await response.json())["error"]["message"]
+        assert second.asked == []
+        text = await (await router.client.get(f"{PATH}/{made['id']}?stream=true")).text()
+        assert made["output"][0]["content"][0]["text"] in text
+
+
+async def test_a_response_that_is_made_again_is_ended_where_it_was_when_that_server_is_back() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second, silence_s=0.3) as router:
+        calm = await _made(router)
+        made = await _in_the_background(router, first)
+        path = f"{PATH}/{made['id']}"
+        go_on = asyncio.Event()
+        second.model.before = lambda i: go_on.wait() if i == 2 else None
+        assert (await (await router.client.get(path)).json())["status"] == "in_progress"
+        assert (first.model.num_running, second.model.num_running) == (1, 1)
+        first.hangs = False
+        await router.until(lambda: first.model.num_running == 0)
+        assert second.model.num_running == 1
+        go_on.set()
+        await router.until(lambda: second.model.num_running == 0)
+        found = await (await router.client.get(path)).json()
+        assert (found["id"], found["status"]) == (made["id"], "incomplete")
+        assert found["output"][0]["content"] == calm["output"][0]["content"]
+
+
+async def test_a_stream_that_goes_on_elsewhere_is_ended_where_it_was_before_it_is_complete() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    async with routed(first, second, silence_s=0.3) as router:
+        reached, go_on = asyncio.Event(), asyncio.Event()
+
+        def before(i: int) -> Any:
+            if i < 6:
+                return None
+            reached.set()
+            return asyncio.Event().wait()
+
+        first.model.before = before
+        second.model.before = lambda i: go_on.wait() if i == 2 else None
+        router.pool.links["second"].server.is_drained = True
+        asking = asyncio.create_task(router.client.post(PATH, json={**BODY, "stream": True, "background": True}))
+        await reached.wait()
+        router.pool.links["second"].server.is_drained = False
+        first.hangs = True
+        await router.until(lambda: second.model.num_running == 1)
+        first.hangs = False
+        await router.until(lambda: first.model.num_running == 0)
+        assert second.model.num_running == 1
+        go_on.set()
+        text = await (await asking).text()
+        assert text.count("event: response.output_text.delta") == 12 and "response.incomplete" in text
