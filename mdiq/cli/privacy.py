@@ -12,8 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mdiq.cli.flags import parse_numbers
-from mdiq.cli.options import HeldAs, Json
-from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS
+from mdiq.cli.options import HeldAs, Json, Model
 from mdiq.core.types import USUAL_WEIGHTS, WeightSettings
 from mdiq.errors import ConfigError
 from mdiq.plan.privacy import promised
@@ -29,14 +28,7 @@ MAX_EPSILON, MAX_CUT, MAX_TOKENS = 1e6, 1_024, 1_000_000
 class PrivacyOptions:
     """Measure which tokens of a prompt a node can recover. It also measures what noise costs in quality."""
 
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help=f"Model directory, .gguf file, or a name (fetched once): {', '.join(KNOWN_MODELS)}. "
-            f"[default: {DEFAULT_MODEL.name}]",
-            show_default=False,
-        ),
-    ] = None
+    model: Model = None
     cut: Annotated[str, typer.Option(help="Layers before the hop, separated by commas; each is measured.")] = "1,4,8"
     epsilon: Annotated[
         str, typer.Option(help="Epsilons of a row, separated by commas; no noise is measured besides.")

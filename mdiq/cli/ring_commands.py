@@ -65,7 +65,9 @@ class RunOptions:
             help="TOKEN=BIAS, a token id and -100 to 100: added to its logit, as in 1234=-100; may be repeated."
         ),
     ] = None
-    min_tokens: Annotated[int, typer.Option(help="Tokens of an answer before anything but their number ends it.")] = 0
+    min_tokens: Annotated[
+        int, typer.Option(help="So many tokens come before an end token or a stop text can end it.")
+    ] = 0
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None
     stop_token_id: Annotated[
         list[int] | None,
