@@ -91,7 +91,7 @@ class _Topologies:
         return form
 
     def prepare(self) -> None:
-        """Compute the noise of the file as it is now, which ``read`` needs. It may take seconds: call it in a thread."""
+        """Compute the noise of the file as it is now, which ``read`` needs. It takes seconds: call it in a thread."""
         with contextlib.suppress(MdiqError):  # ``read`` raises it
             topology = load_topology(self._first.file).topology
             remote_nodes(topology, topology.nodes, with_noise=True)
