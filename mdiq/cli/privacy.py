@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mdiq.cli.flags import parse_numbers
 from mdiq.cli.options import HeldAs, Json, Model
+from mdiq.cli.progress import shown_bar
 from mdiq.core.types import USUAL_WEIGHTS, WeightSettings
 from mdiq.errors import ConfigError
 from mdiq.plan.privacy import promised
@@ -80,12 +80,7 @@ def execute(options: PrivacyOptions) -> int:
     text = sample_text() if options.text is None else _read(options.text)
     texts = texts_of(Tokenizer.load(path).encode(text), num_train=options.train_tokens, num_test=options.test_tokens)
     wishes = Wishes(cuts, epsilons, options.delta, options.clip)
-    with Progress(console=console, transient=True) as bars:
-        task = bars.add_task("loads", total=None)
-
-        def progress(doing: str, done: int, total: int) -> None:
-            bars.update(task, description=doing, completed=done, total=total)
-
+    with shown_bar(console) as progress:
         report = measure(path, WeightSettings(options.weights), texts, wishes, progress)
     if options.as_json:
         sys.stdout.write(json.dumps(asdict(report)) + "\n")
