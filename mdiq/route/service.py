@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import structlog
 from aiohttp import web
 
+from mdiq.api.certificate import Certificate
 from mdiq.api.keys import ApiKey, read_keys
 from mdiq.api.server import ApiRunner, TlsSite
 from mdiq.api.tls import TlsFiles
@@ -42,16 +43,17 @@ class RouteService:
         self._secrets = {each.name: _secrets_of(loaded, each) for each in loaded.routes.servers}
         self._keys = _keys_of(loaded)
         api = loaded.routes.api
-        self._tls_files: TlsFiles | None = None
+        self._certificate: Certificate | None = None
         if api.tls_cert is not None and api.tls_key is not None:
-            self._tls_files = TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key))
-        self._tls = None if self._tls_files is None else self._tls_files.context()
+            self._certificate = Certificate(TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key)))
         self._watching: dict[str, asyncio.Task[NoReturn]] = {}
 
     async def run(self) -> None:
         """Serve until a signal comes."""
         routes = self._loaded.routes
         self._pool = Pool(routes.outage_tolerance_s)
+        if self._certificate is not None:
+            self._pool.figures.registry.register(self._certificate)
         self._api = RouteApi(
             self._pool,
             self._keys,
@@ -94,7 +96,8 @@ class RouteService:
         runner = ApiRunner(self._api.application(), client_timeout_s=wanted.client_timeout_s)
         await runner.setup()
         where = (runner, wanted.host, wanted.port)
-        site = web.TCPSite(*where) if self._tls is None else TlsSite(*where, self._tls)
+        certificate = self._certificate
+        site = web.TCPSite(*where) if certificate is None else TlsSite(*where, certificate.context)
         try:
             try:
                 await site.start()
@@ -178,9 +181,8 @@ class RouteService:
             raise ConfigError(f"{loaded.file}: api: a reload does not change it; restart mdiq route")
         keys = _keys_of(loaded)
         secrets = {each.name: _secrets_of(loaded, each) for each in new.servers}
-        if self._tls_files is not None and self._tls is not None:
-            self._tls_files.context()  # a context that half of a pair was loaded into would be of no use
-            self._tls_files.load(self._tls)
+        if self._certificate is not None:
+            self._certificate.read_again()
         self._api.replace_keys(keys)
         self._api.max_requests, self._pool.outage_tolerance_s = new.max_requests, new.outage_tolerance_s
         before = {each.name: (each, self._secrets[each.name][0]) for each in old.servers}

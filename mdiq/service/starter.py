@@ -223,6 +223,8 @@ class TopologyService:
             client_timeout_s=wanted.client_timeout_s,
             journal=journal,
         )
+        if self._api_files.certificate is not None:
+            self._api.registry.register(self._api_files.certificate)
         replanning = Replanning(keeper, lambda: self._topologies.rings)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with (
@@ -246,8 +248,8 @@ class TopologyService:
         wanted, api = self._wanted_api, self._api
         runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s, on_cut_off=api.note_cut_off)
         await runner.setup()
-        tls, where = self._api_files.tls, (runner, wanted.host, wanted.port)
-        site = web.TCPSite(*where) if tls is None else TlsSite(*where, tls)
+        certificate, where = self._api_files.certificate, (runner, wanted.host, wanted.port)
+        site = web.TCPSite(*where) if certificate is None else TlsSite(*where, certificate.context)
         try:
             try:
                 await site.start()
@@ -256,7 +258,7 @@ class TopologyService:
                     f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
                     "see what listens there, or choose another port"
                 ) from None
-            scheme = "http" if tls is None else "https"
+            scheme = "http" if certificate is None else "https"
             log.info("api_listens", scheme=scheme, host=wanted.host, port=wanted.port, model=self._model_name)
             yield
         finally:

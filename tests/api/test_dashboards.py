@@ -4,15 +4,19 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import generate_latest
 
+from mdiq.api.certificate import Certificate
 from mdiq.api.figures import Figures
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import REASONS
+from mdiq.api.tls import TlsFiles
+from tests.api.certificates import make_certificate
 from tests.api.test_metrics import STATUS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -26,6 +30,8 @@ def _samples() -> dict[str, set[str]]:
     """Return the names of all samples with those of their labels."""
     registry = metrics_registry(lambda: STATUS)
     Figures(registry)
+    with TemporaryDirectory() as folder:
+        registry.register(Certificate(TlsFiles(*make_certificate(Path(folder)))))
     found: dict[str, set[str]] = {}
     for line in generate_latest(registry).decode().splitlines():
         if not line.startswith("#"):
