@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from mdiq.api.requests import MAX_PROMPTS, REASONS, ApiError, BadRequest
+from mdiq.api.requests import MAX_PROMPTS, REASONS, ApiError, too_many
 from mdiq.api.shapes import Answer
 
 MAX_PROMPT_TOKENS = 1 << 22
@@ -86,16 +86,18 @@ class Admission:
         *,
         num_running: int = 0,
         asker: Asker = _ANYONE,
+        num_choices: int = 1,
     ) -> None:
         """Refuse a request if there is no place for its prompts. num_running: those that the ring knows of.
+
+        num_choices: see too_many.
 
         Raises:
             BadRequest: there can never be one.
             ApiError: there is none now.
         """
         if num_prompts > max_prompts:
-            text = f"prompt: {num_prompts} prompts; this ring takes {max_prompts} at once, so give fewer per request"
-            raise BadRequest(text, "prompt")
+            raise too_many(num_prompts, num_choices, max_prompts, f"this ring takes {max_prompts} at once")
         num_taken = max(self.num_taken, num_running)
         num_wanted = num_taken + num_prompts
         if num_wanted > max_prompts:
@@ -113,9 +115,10 @@ class Admission:
         *,
         num_running: int = 0,
         asker: Asker = _ANYONE,
+        num_choices: int = 1,
     ) -> Places:
         """Give a request its places, or refuse it as ``check`` does."""
-        self.check(num_prompts, max_prompts, now, num_running=num_running, asker=asker)
+        self.check(num_prompts, max_prompts, now, num_running=num_running, asker=asker, num_choices=num_choices)
         return self.take_again(num_prompts, now, owner=asker.owner)
 
     def take_again(self, num_prompts: int, now: float, *, owner: str) -> Places:

@@ -130,13 +130,16 @@ class Answering:
             self.check_model(asked.model)
         # Requests that are still being tokenized are not running yet, and count too.
         num_asked = asked.num_answers
-        if asked.num_choices > 1 and num_asked > backend.max_requests:
-            text = f"n: {num_asked} answers; this ring gives {backend.max_requests} at once, so ask for fewer"
-            raise BadRequest(text, "n")
-        with client.in_flight(num_asked, time.monotonic()):
-            now = time.monotonic()
-            running, asker = backend.num_running, self._asker(client)
-            places = self._admission.take(num_asked, backend.max_requests, now, num_running=running, asker=asker)
+        num_choices = asked.num_choices
+        with client.in_flight(num_asked, time.monotonic(), num_choices=num_choices):
+            places = self._admission.take(
+                num_asked,
+                backend.max_requests,
+                time.monotonic(),
+                num_running=backend.num_running,
+                asker=self._asker(client),
+                num_choices=num_choices,
+            )
             try:
                 begun = await self._begin(asked, record, places, lasts=lasts)
                 async with self._recorded(begun, record):

@@ -53,8 +53,8 @@ class Api:
         self._clients = Clients(keys)
         self._created = int(time.time())
         self._admission = Admission()
-        registry = metrics_registry(self.status)
-        figures = Figures(registry)
+        self.registry = metrics_registry(self.status)
+        figures = Figures(self.registry)
         self._answering = Answering(backend, self._clients, self._admission, figures, client_timeout_s=client_timeout_s)
         self._journal = journal
         self._door = Door(
@@ -63,7 +63,7 @@ class Api:
             self._clients,
             Origins(cors_origins),
             status=self.status,
-            registry=registry,
+            registry=self.registry,
             note_refused=self._note_refused,
             as_answer=self._as_answer,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from mdiq.api.keys import NO_KEY, ApiKey, find_key
-from mdiq.api.requests import ApiError, BadRequest
+from mdiq.api.requests import ApiError, too_many
 from mdiq.core.token_bucket import TokenBucket
 
 RETRY_S = 1
@@ -42,8 +42,8 @@ class Client:
             self._bucket = _bucket_of(key)
         self.key = key
 
-    def check(self, num_prompts: int, now: float) -> None:
-        """Refuse a request that a limit of the key does not allow now.
+    def check(self, num_prompts: int, now: float, *, num_choices: int = 1) -> None:
+        """Refuse a request that a limit of the key does not allow now. num_choices: see too_many.
 
         Raises:
             BadRequest: it never does.
@@ -51,17 +51,18 @@ class Client:
         """
         limit = self.key.max_requests
         if limit is not None and num_prompts > limit:
-            text = f"prompt: {num_prompts} prompts; this key may have {limit} in flight, so give fewer per request"
-            raise BadRequest(text, "prompt")
+            raise too_many(num_prompts, num_choices, limit, f"this key may have {limit} in flight")
         if limit is not None and self.num_running + num_prompts > limit:
             raise self._refused(f"this key has {self.num_running} requests in flight, and may have {limit}", RETRY_S)
         self._check_tokens(1, now)
 
     @contextmanager
-    def in_flight(self, num_prompts: int, now: float, *, is_checked: bool = True) -> Iterator[None]:
+    def in_flight(
+        self, num_prompts: int, now: float, *, num_choices: int = 1, is_checked: bool = True
+    ) -> Iterator[None]:
         """Have a request in flight, or refuse it as ``check`` does. is_checked: False for one that was taken before."""
         if is_checked:
-            self.check(num_prompts, now)
+            self.check(num_prompts, now, num_choices=num_choices)
         self.num_running += num_prompts
         try:
             yield

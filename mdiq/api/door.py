@@ -24,7 +24,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Served(Protocol):
-    """What is behind the door."""
+    """What an application serves."""
 
     @property
     def is_serving(self) -> bool:

@@ -31,6 +31,14 @@ _KEY = (
     (CounterMetricFamily, "mdiq_key_prompt_tokens_total", "prompt_tokens", "Tokens of a key's prompts."),
     (CounterMetricFamily, "mdiq_key_answer_tokens_total", "answer_tokens", "Tokens of a key's answers."),
 )
+_JOURNAL = (
+    (GaugeMetricFamily, "mdiq_journal_written", "is_written", "Whether the journal can be written."),
+    (GaugeMetricFamily, "mdiq_journal_changes_waiting", "waiting", "Changes that wait to be written to the journal."),
+    (CounterMetricFamily, "mdiq_journal_writes_total", "writes", "Writes of the journal, those that failed too."),
+    (CounterMetricFamily, "mdiq_journal_write_failures_total", "failures", "Of these, writes that failed."),
+    (CounterMetricFamily, "mdiq_journal_write_seconds_total", "write_s", "Seconds that these writes took."),
+    (GaugeMetricFamily, "mdiq_journal_bytes", "bytes", "Size of the journal's files."),
+)
 _KV = (
     ("kv_reserved_tokens", "KV cache in use, in tokens, with cached prefixes."),
     ("kv_capacity_tokens", "KV cache of the ring, in tokens."),
@@ -73,6 +81,8 @@ class RingCollector(Collector):
             yield steps
         if "noise" in status:
             yield from _noise(status["noise"])
+        if (journal := status.get("journal")) is not None:
+            yield from _journal(journal)
         for key, text in _KV:
             if key in status:
                 yield GaugeMetricFamily(f"mdiq_{key}", text, status[key])
@@ -86,6 +96,17 @@ class RingCollector(Collector):
             # Nodes that stand by come last.
             hops = [{**hop, "sender": status["nodes"][i]["name"]} for i, hop in enumerate(status.get("hops", []))]
             yield from _family(GaugeMetricFamily(name, text, labels=["sender"]), "sender", key, hops)
+
+
+def _journal(journal: Mapping[str, Any]) -> Iterator[Metric]:
+    responses = GaugeMetricFamily(
+        "mdiq_journal_responses", "Responses in the background that the journal keeps.", labels=["state"]
+    )
+    responses.add_metric(["running"], journal["running"])
+    responses.add_metric(["ended"], journal["responses"] - journal["running"])
+    yield responses
+    for kind, name, key, text in _JOURNAL:
+        yield kind(name, text, journal[key])
 
 
 def _noise(noise: Mapping[str, Any]) -> Iterator[Metric]:

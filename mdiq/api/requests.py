@@ -101,6 +101,17 @@ def too_long(text: str, context_tokens: int, param: str | None = None, **more: o
     )
 
 
+def too_many(num_answers: int, num_choices: int, limit: int, allowed: str) -> BadRequest:
+    """Return the error of a request for more answers at once than will ever be allowed.
+
+    num_choices: answers to each of its prompts. limit: of answers; ``allowed`` says it in words.
+    """
+    if num_choices > 1 and num_answers // num_choices <= limit:
+        return BadRequest(f"n: {num_answers} answers; {allowed}, so ask for fewer", "n")
+    text = f"prompt: {num_answers // num_choices} prompts; {allowed}, so give fewer per request"
+    return BadRequest(text, "prompt")
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """One request: ``messages`` of a chat, or ``prompts``, each a text or token ids.

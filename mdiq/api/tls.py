@@ -29,9 +29,13 @@ class TlsFiles:
         self.load(context, environ)
         return context
 
+    def cert_file(self, environ: Mapping[str, str] = os.environ) -> Path:
+        """Return the file of the certificate that ``load`` reads."""
+        return _file(self.cert, CERT_CREDENTIAL, environ)[0]
+
     def load(self, context: ssl.SSLContext, environ: Mapping[str, str] = os.environ) -> None:
         """Have connections that come from now on use the files as they are now; see ``context``."""
-        cert, _ = _file(self.cert, CERT_CREDENTIAL, environ)
+        cert = self.cert_file(environ)
         key, is_credential = _file(self.key, KEY_CREDENTIAL, environ)
         for what, file in (("tls_cert", cert), ("tls_key", key)):
             try:

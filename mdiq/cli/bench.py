@@ -16,6 +16,7 @@ from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, Report
 from mdiq.bench.runner import WARM_UP_TOKENS, Bench, PeerCell
 from mdiq.bench.workload import ApartCell, Cell, grid
 from mdiq.cli.flags import check_writable, parse_numbers, parse_temperatures, parse_wires
+from mdiq.cli.progress import shown_progress
 from mdiq.cli.ring_commands import BenchOptions
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
@@ -59,8 +60,8 @@ def execute(options: BenchOptions) -> int:
     if options.pin:
         bind_to_core(core_of(0))
     peer_threads = _peer_threads(options, nodes, threads)
-    with console.status("starting") as status:
-        bench = _bench(options, cells, model, config, threads, peer_threads, cores, status.update)
+    with shown_progress(console) as progress:
+        bench = _bench(options, cells, model, config, threads, peer_threads, cores, progress)
         measured = run_until_signal(bench.run())
     kept = "weights exact wire dtype device pin answer_tokens repeats seed peer".split()
     settings: dict[str, object] = {"model": model.name, "threads_per_node": threads, "cpu_per_node": options.cpu}

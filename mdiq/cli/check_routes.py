@@ -66,7 +66,7 @@ def since(file: Path, old: Path) -> Needs:
 
 def _warnings(loaded: LoadedRoutes, data: bytes) -> Iterator[Finding]:
     """Yield the files that cannot be used here: the router may run on another machine, or as another user."""
-    from mdiq.route.service import keys_of, secrets_of, tls_of
+    from mdiq.route.service import certificate_of, keys_of, secrets_of
 
     document = read_document(data)
     for i, server in enumerate(loaded.routes.servers):
@@ -74,7 +74,7 @@ def _warnings(loaded: LoadedRoutes, data: bytes) -> Iterator[Finding]:
             secrets_of(loaded, server)
         except ConfigError as error:
             yield Finding(document.line_of(("servers", i)), f"servers[{i}]", str(error))
-    for key, use in (("keys_file", keys_of), ("tls_cert", tls_of)):
+    for key, use in (("keys_file", keys_of), ("tls_cert", certificate_of)):
         try:
             use(loaded)
         except ConfigError as error:

@@ -12,6 +12,7 @@ from rich.console import Console
 from mdiq.bench.shapes import MHA, find_shape, shape_file
 from mdiq.bench.workload import FIRST_TOKEN
 from mdiq.cli.flags import parse_numbers, parse_wires
+from mdiq.cli.progress import shown_progress
 from mdiq.cli.report_commands import EvaluateOptions, PageLanguage
 from mdiq.cli.signals import run_until_signal
 from mdiq.control.agent import HEARTBEAT_S
@@ -21,7 +22,7 @@ from mdiq.errors import ConfigError
 from mdiq.report.evaluate import EXAMPLE_TOKENS, WIRE_NODES, Evaluation, Evaluator, Subject, kv_tokens, longest_text
 from mdiq.report.evaluation_page import evaluation_page
 from mdiq.report.page import LANGUAGES, Document, Language
-from mdiq.report.png import can_draw
+from mdiq.report.png import can_draw, japanese_font
 from mdiq.report.receipt import make_receipt
 from mdiq.report.write import MakePage, check_folder, write
 from mdiq.runtime.options import Outages, RingOptions
@@ -53,8 +54,8 @@ def execute(options: EvaluateOptions) -> int:
     names = tuple(dict.fromkeys(options.model or USUAL_MODELS))
     longest = longest_text(options.prompt_tokens, options.answer_tokens, lengths)
     subjects = [_subject(name, options, console, longest) for name in names]
-    with console.status("starting") as status:
-        evaluator = _evaluator(options, lengths, wires, threads, longest, link, status.update)
+    with shown_progress(console) as progress:
+        evaluator = _evaluator(options, lengths, wires, threads, longest, link, progress)
         models = run_until_signal(evaluator.run(subjects))
     settings = {
         "nodes": options.nodes,
@@ -124,6 +125,8 @@ def write_pages(document: Document, make_page: MakePage, language: PageLanguage,
         typer.echo(str(file))
     if not can_draw():
         typer.echo("no PNG files: matplotlib is not installed; run: pip install 'mdiq[plot]'", err=True)
+    elif language is not PageLanguage.EN and japanese_font() is None:
+        typer.echo("PNG files in English only: no Japanese font is here; install one, such as fonts-ipafont", err=True)
 
 
 def languages_of(language: PageLanguage) -> tuple[Language, ...]:

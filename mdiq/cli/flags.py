@@ -1,8 +1,12 @@
 """Values of flags: texts with commas between, and files that are written at the end of a long run."""
 
+import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
+from mdiq.api.structure import structure_of
+from mdiq.core.sequence import SamplingParams
 from mdiq.core.wire_formats import AUTO, WIRE_FORMATS
 from mdiq.errors import ConfigError
 
@@ -59,6 +63,38 @@ def parse_temperatures(text: str) -> tuple[float, ...]:
     if not all(0 <= temperature < math.inf for temperature in temperatures):
         raise ConfigError(f"--temperature {text}: each must be a finite number, 0 or more")
     return temperatures
+
+
+def parse_biases(texts: Iterable[str]) -> tuple[tuple[int, float], ...]:
+    """Return the biases of texts like 1234=-100.
+
+    Raises:
+        ConfigError: one is not a token id and a number, or out of range.
+    """
+    biases: dict[str, float] = {}
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            biases[token] = float(bias)
+        except ValueError:
+            raise ConfigError(f"--logit-bias {text}: not TOKEN=BIAS; write for example 1234=-100") from None
+    return SamplingParams().replaced({"logit_bias": biases}, "--logit-bias").logit_bias
+
+
+def parse_form(text: str | None) -> str:
+    """Return the grammar of a form as response_format of the API describes it; empty without one.
+
+    Raises:
+        ConfigError: it is not JSON, or no such form.
+    """
+    if text is None:
+        return ""
+    try:
+        form = structure_of({"response_format": json.loads(text)})
+    except (ValueError, RecursionError):
+        wanted = '{"type": "json_object"}'
+        raise ConfigError(f"--response-format {text[:40]}: not JSON; write for example '{wanted}'") from None
+    return "" if form is None else form.grammar
 
 
 def hand_split(layers: str | None, nodes: int | None) -> tuple[int, ...]:

@@ -2,16 +2,16 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from mdiq.cli.progress import shown_bar
 from mdiq.cli.ring_commands import PerplexityOptions
 from mdiq.errors import ConfigError
 from mdiq.runtime.placement import set_threads, usable_threads
@@ -38,9 +38,8 @@ def execute(options: PerplexityOptions) -> int:
     measured = MeasuredWeights(path, token_ids, is_exact=options.exact)
     rows: list[Row] = []
     for weights in dict.fromkeys(("plain", *(options.weights or ("int8", "int4")))):
-        with Progress(console=console, transient=True) as bars:
-            task = bars.add_task(weights, total=None)
-            rows.append(measured.row(weights, partial(_advance, bars, task, weights)))
+        with shown_bar(console) as progress:
+            rows.append(measured.row(weights, partial(_advance, progress, weights)))
     if options.as_json:
         report = {"model": str(path), "num_tokens": len(token_ids), "rows": [asdict(row) for row in rows]}
         sys.stdout.write(json.dumps(report) + "\n")
@@ -49,8 +48,8 @@ def execute(options: PerplexityOptions) -> int:
     return 0 if all(row.is_within for row in rows) else 1
 
 
-def _advance(bars: Progress, task: TaskID, weights: str, doing: str, done: int, total: int) -> None:
-    bars.update(task, description=f"{weights}: {doing}", completed=done, total=total)
+def _advance(progress: Callable[[str, int, int], None], weights: str, doing: str, done: int, total: int) -> None:
+    progress(f"{weights}: {doing}", done, total)
 
 
 def _read(path: Path) -> str:

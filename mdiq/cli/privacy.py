@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mdiq.cli.flags import parse_numbers
-from mdiq.cli.options import HeldAs, Json
-from mdiq.core.known_models import DEFAULT_MODEL, KNOWN_MODELS
+from mdiq.cli.options import HeldAs, Json, Model
+from mdiq.cli.progress import shown_bar
 from mdiq.core.types import USUAL_WEIGHTS, WeightSettings
 from mdiq.errors import ConfigError
 from mdiq.plan.privacy import promised
@@ -29,14 +28,7 @@ MAX_EPSILON, MAX_CUT, MAX_TOKENS = 1e6, 1_024, 1_000_000
 class PrivacyOptions:
     """Measure which tokens of a prompt a node can recover. It also measures what noise costs in quality."""
 
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help=f"Model directory, .gguf file, or a name (fetched once): {', '.join(KNOWN_MODELS)}. "
-            f"[default: {DEFAULT_MODEL.name}]",
-            show_default=False,
-        ),
-    ] = None
+    model: Model = None
     cut: Annotated[str, typer.Option(help="Layers before the hop, separated by commas; each is measured.")] = "1,4,8"
     epsilon: Annotated[
         str, typer.Option(help="Epsilons of a row, separated by commas; no noise is measured besides.")
@@ -88,12 +80,7 @@ def execute(options: PrivacyOptions) -> int:
     text = sample_text() if options.text is None else _read(options.text)
     texts = texts_of(Tokenizer.load(path).encode(text), num_train=options.train_tokens, num_test=options.test_tokens)
     wishes = Wishes(cuts, epsilons, options.delta, options.clip)
-    with Progress(console=console, transient=True) as bars:
-        task = bars.add_task("loads", total=None)
-
-        def progress(doing: str, done: int, total: int) -> None:
-            bars.update(task, description=doing, completed=done, total=total)
-
+    with shown_bar(console) as progress:
         report = measure(path, WeightSettings(options.weights), texts, wishes, progress)
     if options.as_json:
         sys.stdout.write(json.dumps(asdict(report)) + "\n")

@@ -15,6 +15,7 @@ from mdiq.bench.shapes import shape_file
 from mdiq.bench.workload import Load
 from mdiq.cli.evaluate import REST_S, check_circumstances, check_model, parse_wire_list, write_pages
 from mdiq.cli.flags import parse_numbers, parse_wires
+from mdiq.cli.progress import shown_progress
 from mdiq.cli.report_commands import ReportOptions
 from mdiq.cli.signals import run_until_signal
 from mdiq.config.units import parse_size
@@ -48,6 +49,10 @@ def execute(options: ReportOptions) -> int:
         raise ConfigError("mdiq report: give --model or --shape, not both")
     if options.few > options.nodes:
         raise ConfigError(f"--few {options.few}: it is more than --nodes {options.nodes}; give at most as many")
+    others = [f"node-{i}" for i in range(1, options.nodes)]
+    if options.api is None and options.drill_node is not None and options.drill_node not in others:
+        text = f"give one of {', '.join(others)}; node-0 measures, so it stays"
+        raise ConfigError(f"--drill-node {options.drill_node}: {text}")
     lengths = tuple(sorted(set(parse_numbers("--lengths", options.lengths, 1 << 20))))
     wires = parse_wire_list(options.wires)
     link = check_circumstances(options.link, options.cpu)
@@ -62,8 +67,8 @@ def execute(options: ReportOptions) -> int:
     console = Console(stderr=True)
     longest = longest_text(options.prompt_tokens, options.answer_tokens, lengths)
     subject = _subject(options, console, longest)
-    with console.status("starting") as status:
-        trial = _trial(options, subject, lengths, wires, threads, longest, link, device_bytes, status.update)
+    with shown_progress(console) as progress:
+        trial = _trial(options, subject, lengths, wires, threads, longest, link, device_bytes, progress)
         run = run_until_signal(trial.run())
     document = trial_document(
         receipt,
@@ -89,6 +94,7 @@ def _running(options: ReportOptions, url: str, prices: Prices, receipt: Receipt)
         "--link": options.link,
         "--cpu": options.cpu,
         "--device-memory": options.device_memory,
+        "--drill-node": options.drill_node,
     }
     if given := [flag for flag, value in local.items() if value is not None]:
         raise ConfigError(f"{given[0]}: it is for rings on this machine; leave it out, or --api")
@@ -216,6 +222,7 @@ def _trial(
         lap_s=options.nodes * delay_s,
         open_ring=open_ring,
         kill=kill_child,
+        drill_node=options.drill_node,
         progress=progress,
     )
 
@@ -223,7 +230,7 @@ def _trial(
 def _settings(
     options: ReportOptions, threads: int, link: LinkShape | None, lengths: tuple[int, ...], wires: tuple[str, ...]
 ) -> dict[str, object]:
-    kept = "nodes few users prompt_tokens answer_tokens weights dtype seed keep_going".split()
+    kept = "nodes few users prompt_tokens answer_tokens weights dtype seed keep_going drill_node".split()
     return {name: getattr(options, name) for name in kept} | {
         "is_local": True,
         "threads_per_node": threads,

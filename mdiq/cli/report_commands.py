@@ -112,6 +112,13 @@ class ReportOptions:
     max_recovery: Annotated[
         float, typer.Option(min=1, help="Gate: seconds until all go on after a node was killed, at most.")
     ] = 60.0
+    drill_node: Annotated[
+        str | None,
+        typer.Option(
+            help="Node that the recovery drills kill, in rings that have it. [default: the one with the most layers]",
+            show_default=False,
+        ),
+    ] = None
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Run all stages, also past a gate that does not pass.")
     ] = False

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mdiq.cli.flags import parse_biases, parse_form
 from mdiq.cli.options import Device, Dtype, EvenSplit, Exact, HeldAs, Json, Level, Model, Weights, make_stdout_utf8
 from mdiq.core.sequence import SamplingParams
 from mdiq.core.types import USUAL_WEIGHTS, WeightSettings
@@ -52,12 +53,33 @@ class RunOptions:
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens that add up to p.")] = 1.0
     min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this times the most likely.")] = 0.0
     repetition_penalty: Annotated[float, typer.Option(help="Over 1 avoids tokens seen before.")] = 1.0
+    presence_penalty: Annotated[
+        float, typer.Option(help="-2 to 2: taken from the logits of tokens that the answer has.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, typer.Option(help="-2 to 2: the same for each time that the answer has the token.")
+    ] = 0.0
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="TOKEN=BIAS, a token id and -100 to 100: added to its logit, as in 1234=-100; may be repeated."
+        ),
+    ] = None
+    min_tokens: Annotated[
+        int, typer.Option(help="So many tokens come before an end token or a stop text can end it.")
+    ] = 0
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None
     stop_token_id: Annotated[
         list[int] | None,
         typer.Option(help="A token that ends the answer; may be repeated."),
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0
+    response_format: Annotated[
+        str | None,
+        typer.Option(
+            help='Form of the answer, as JSON of the API: \'{"type": "json_object"}\', or with a JSON schema.'
+        ),
+    ] = None
     raw: Annotated[bool, typer.Option("--raw", help="Use prompts as they are, without the chat template.")] = False
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run all stages in this process, without sockets.")
@@ -108,7 +130,11 @@ class RunOptions:
 
     @property
     def params(self) -> SamplingParams:
-        """How to sample, where a line of a prompts file does not say it."""
+        """How to sample, where a line of a prompts file does not say it.
+
+        Raises:
+            ConfigError: a flag is out of range.
+        """
         return SamplingParams(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -116,10 +142,15 @@ class RunOptions:
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=parse_biases(self.logit_bias or ()),
+            min_tokens=self.min_tokens,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_id or ()),
             ignore_eos=self.ignore_eos,
             seed=self.seed,
+            grammar=parse_form(self.response_format),
         )
 
     @property

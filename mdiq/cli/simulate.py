@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from mdiq.cli.progress import shown_progress
 from mdiq.cli.simulate_options import AUTO, MODEL, SimulateOptions
 from mdiq.core.known_models import KNOWN_MODELS
 from mdiq.errors import ConfigError
@@ -163,7 +164,8 @@ def _measure(options: SimulateOptions, catalogue: Catalogue) -> int:
     model = _model_file(options, console)
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", options.name):
         raise ConfigError(f"--name {options.name}: use small letters, digits, dots and dashes, up to 64")
-    with console.status("measuring this machine") as status:
+    with shown_progress(console) as progress:
+        progress("measuring this machine")
 
         def measure() -> Machine:
             return measure_machine(
@@ -172,7 +174,7 @@ def _measure(options: SimulateOptions, catalogue: Catalogue) -> int:
                 weights=options.weights,
                 dtype=options.dtype,
                 exact=options.exact,
-                progress=status.update,
+                progress=progress,
             )
 
         rings = cases(options.cpu)
@@ -180,12 +182,12 @@ def _measure(options: SimulateOptions, catalogue: Catalogue) -> int:
             prepare(rings)
         # As a Node of the rings has it.
         machine = measured_in_part(measure, options.cpu / 3) if options.check else measure()
-        status.update("measuring a ring of two")
+        progress("measuring a ring of two")
         machine = with_overhead(machine, run_until_signal(measure_overhead()))
         if not options.check:
             typer.echo(as_yaml(machine), nl=False)
             return 0
-        results = run_until_signal(check(machine, model, rings, progress=status.update))
+        results = run_until_signal(check(machine, model, rings, progress=progress))
     typer.echo(check_json(machine, results) if options.as_json else check_text(machine, results))
     return 0
 

@@ -5,13 +5,15 @@ and no tag makes an object.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
 from mdiq.config.findings import Finding, Loc, path_of
 from mdiq.config.syntax import syntax_error
+from mdiq.config.truths import advice_on_truth, truth_of
 from mdiq.config.units import shown
 
 MAX_BYTES = 256 * 1024
@@ -20,7 +22,6 @@ MAX_VALUES = 10_000
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TRUTH = ("true", "false", "True", "False", "TRUE", "FALSE")
-_TRUE = ("yes", "on", "true", "y")
 
 
 @dataclass(slots=True)
@@ -47,8 +48,11 @@ class Document:
         return self.lines.get(loc, 1)
 
 
-def read_document(data: bytes) -> Document:
-    """Return what a YAML file holds. A file that is not YAML gives one finding and no data."""
+def read_document(data: bytes, schema_of: Callable[[Loc], Mapping[str, Any]] = lambda _: {}) -> Document:
+    """Return what a YAML file holds. A file that is not YAML gives one finding and no data.
+
+    schema_of: returns the JSON schema of a place, for advice; empty where there is none.
+    """
     document = Document()
     try:
         text = _decode(data)
@@ -56,7 +60,7 @@ def read_document(data: bytes) -> Document:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
             raise _Unreadable(1, "the file is empty; `mdiq init` writes one, and configs/ has examples")
-        _Builder(document, text.splitlines()).build(root)
+        _Builder(document, text.splitlines(), schema_of).build(root)
         return document
     except _Unreadable as error:
         line, message = error.args
@@ -103,9 +107,10 @@ def _check_bounds(text: str) -> None:
 class _Builder:
     """Makes plain data of YAML nodes."""
 
-    def __init__(self, document: Document, source: list[str]) -> None:
+    def __init__(self, document: Document, source: list[str], schema_of: Callable[[Loc], Mapping[str, Any]]) -> None:
         self._document = document
         self._source = source
+        self._schema_of = schema_of
         self._resolver = yaml.SafeLoader("")
         self._num_values = 0
         self._open: set[int] = set()  # ids of the nodes that are being built: an alias to one has no end
@@ -189,9 +194,8 @@ class _Builder:
         if kind == "bool":
             if raw in _PLAIN_TRUTH:
                 return raw.lower() == "true"
-            truth = "true" if raw.lower() in _TRUE else "false"
             return self._refuse(
-                loc, f'YAML reads {raw} as {truth}; write {truth}, or "{raw}" in quotes if it is a text'
+                loc, f"YAML reads {raw} as {truth_of(raw)}; {advice_on_truth(raw, self._schema_of(loc))}"
             )
         if kind in ("int", "float"):
             return self._number(raw, kind, loc)
@@ -242,7 +246,7 @@ class _Builder:
 def _kind(node: yaml.ScalarNode) -> str:
     kind = node.tag.removeprefix(_TAG)
     if kind == "bool":
-        return "true" if node.value.lower() in _TRUE else "false"
+        return truth_of(node.value)
     return {"int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}.get(
         kind, "something else"
     )

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from mdiq.config.checks import find_problems, find_warnings
 from mdiq.config.document import MAX_BYTES, Document, read_document
 from mdiq.config.findings import OTHER_PLACE, Finding, Loc, Problem, path_of
-from mdiq.config.messages import SECTIONS, meant_by, noun_of, value_message, without_indices
+from mdiq.config.messages import SECTIONS, meant_by, noun_of, place_schema, value_message, without_indices
 from mdiq.config.topology import VERSION, Topology
 from mdiq.errors import TopologyError
 
@@ -94,7 +94,7 @@ def check_file(file: Path, *, without_keys: bool = False) -> Report:
 
 def check_bytes(data: bytes, file: Path, *, without_keys: bool = False) -> Report:
     """Return the same for what a file holds; ``file`` is what messages call it."""
-    document = read_document(data)
+    document = read_document(data, place_schema)
     if not document.is_readable:
         return Report(file, None, tuple(document.findings), (), {})
     return _Check(document, without_keys).report(file)
@@ -188,6 +188,8 @@ class _Repair:
         return values
 
     def _value(self, loc: Loc, value: object) -> object:
+        if isinstance(value, tuple) and without_indices(loc) not in SECTIONS:
+            return tuple(item for i, item in enumerate(value) if (*loc, i) not in self._bad)
         if without_indices(loc) not in SECTIONS or value is None:
             return value
         if isinstance(value, tuple):

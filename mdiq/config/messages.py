@@ -1,5 +1,6 @@
 """Messages about one value: pydantic's errors and unknown keys, in plain words with advice."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,6 +20,7 @@ from mdiq.config.topology import (
     Security,
     Topology,
 )
+from mdiq.config.truths import advice_on_truth
 from mdiq.config.units import shown
 
 SECTIONS: dict[Loc, type[BaseModel]] = {
@@ -96,6 +98,8 @@ def _wrong_kind(loc: Loc, value: object, kind: str, raw: str | None) -> str:
         wanted = {"string_type": "a text", "bool_type": "true or false"}.get(kind, "a number")
         return f"it is {noun_of(value)}, and {wanted} belongs here; {_example(loc)}"
     text = shown(raw if raw is not None else value)
+    if kind == "string_type" and isinstance(value, bool):
+        return f"{text} is not a text; {advice_on_truth(text, place_schema(loc))}"
     if kind == "string_type":
         return f'YAML reads {text} as {noun_of(value)}; put it in quotes if it is meant: "{text}"'
     if kind == "bool_type":
@@ -177,6 +181,14 @@ def _schema_of(loc: Loc) -> dict[str, Any]:
         return {}
     properties = SECTIONS[keys[:-1]].model_json_schema()["properties"]
     found: dict[str, Any] = properties.get(keys[-1], {})
+    return found
+
+
+def place_schema(loc: Loc) -> Mapping[str, Any]:
+    """Return the JSON schema of a place: of a key, or of an item of a list."""
+    found: Mapping[str, Any] = _schema_of(loc)
+    if loc and isinstance(loc[-1], int):
+        found = found.get("items", {})
     return found
 
 

@@ -4,7 +4,7 @@ All errors are reported at once, each with its line, as those of a topology file
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -122,7 +122,7 @@ def load_routes(file: Path) -> LoadedRoutes:
 
 def check_routes(data: bytes) -> tuple[Routes | None, list[Finding]]:
     """Return what a file holds, or None and everything that is wrong with it."""
-    document = read_document(data)
+    document = read_document(data, _schema_of)
     findings = list(document.findings)
     routes: Routes | None = None
     if document.is_readable:
@@ -164,9 +164,19 @@ def _finding(document: Document, details: ErrorDetails) -> Finding:
     return Finding(document.line_of(loc), path_of(loc), _message(loc, details))
 
 
-def _message(loc: Loc, details: ErrorDetails) -> str:
-    section = _section_of(loc[:-1])
+def _schema_of(loc: Loc) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = _properties(loc[:-1]).get(str(loc[-1]), {}) if loc else {}
+    return found
+
+
+def _properties(loc: Loc) -> dict[str, Any]:
+    section = _section_of(loc)
     properties: dict[str, Any] = section.model_json_schema()["properties"] if section else {}
+    return properties
+
+
+def _message(loc: Loc, details: ErrorDetails) -> str:
+    properties = _properties(loc[:-1])
     match details["type"]:
         case "missing":
             return "it is missing; compare with configs/routes/two-rings-and-a-copy.yaml"

@@ -18,6 +18,7 @@ from mdiq.report.page import (
     Value,
     Words,
     look_up,
+    nouns,
 )
 from mdiq.report.receipt_page import busy_warning, receipt_blocks
 
@@ -208,7 +209,8 @@ class _Model:
                     if generation["has_kv_cache"]
                     else words.word("no KV cache", "KVキャッシュなし")
                 )
-                name = words.word(f"{rings[j]['nodes']} devices, {cache}", f"{rings[j]['nodes']}台、{cache}")
+                nodes = rings[j]["nodes"]
+                name = words.word(f"{nodes} {nouns(nodes, 'device')}, {cache}", f"{nodes}台、{cache}")
                 points = [
                     self._point(float(n + 1), self._value(f"rings/{j}/generations/{k}/times_s/{n}", 2))
                     for n in range(len(generation["times_s"]))

@@ -160,6 +160,11 @@ def text(template: str, values: Mapping[str, Value | str]) -> Text:
     return tuple(pieces)
 
 
+def nouns(number: int, noun: str) -> str:
+    """Return an English noun as it stands after a number: device or devices."""
+    return noun if number == 1 else f"{noun}s"
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
     """Sentences in one of the two languages, which stand beside each other in the source."""

@@ -1,5 +1,6 @@
-"""Charts as PNG files, for slides. Needs matplotlib, an optional extra; labels are those of the English page."""
+"""Charts as PNG files, for slides. Needs matplotlib, an optional extra, and a font of this machine for Japanese."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +10,14 @@ from mdiq.report.svg import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 160
+JAPANESE_FONTS = (
+    *("Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "IPAGothic", "IPAPGothic", "TakaoGothic", "VL Gothic"),
+    *("Hiragino Sans", "Hiragino Kaku Gothic Pro", "Yu Gothic", "Meiryo", "MS Gothic", "Noto Serif CJK JP"),
+)
+"""The first one that is installed is used: of Linux, macOS and Windows."""
 
 
 def can_draw() -> bool:
@@ -22,25 +29,50 @@ def can_draw() -> bool:
     return True
 
 
-def draw(charts: Sequence[Chart], folder: Path, prefix: str) -> list[Path]:
-    """Write a file for each chart, and return them; ``can_draw`` is true. prefix: their names begin with it."""
+def japanese_font() -> str | None:
+    """Return the name of a font of this machine that has Japanese; ``can_draw`` is true."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    # Its list is made once and kept in a file: a font that came later is not in it.
+    known = {font.fname for font in fontManager.ttflist}
+    for file in findSystemFonts():
+        if file not in known:
+            with contextlib.suppress(OSError, RuntimeError):  # not a font that it can read
+                fontManager.addfont(file)
+    installed = {font.name for font in fontManager.ttflist}
+    return next((name for name in JAPANESE_FONTS if name in installed), None)
+
+
+def draw(charts: Sequence[Chart], folder: Path, prefix: str, font: str | None = None) -> list[Path]:
+    """Write a file for each chart, and return them; ``can_draw`` is true. prefix: their names begin with it.
+
+    font: of the labels; None: matplotlib's own, which has no Japanese.
+    """
+    from matplotlib import rc_context
+
+    files = []
+    with rc_context({} if font is None else {"font.family": [font, "DejaVu Sans"]}):
+        for chart in charts:
+            files.append(folder / f"{prefix}{chart.name}.png")
+            figure_of(chart).savefig(files[-1], dpi=DPI)
+    return files
+
+
+def figure_of(chart: Chart) -> "Figure":
+    """Return a chart as matplotlib's figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    files = []
-    for chart in charts:
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        (_lines if chart.kind == "line" else _bars)(chart, axes)
-        axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25, axis="y")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize="small", frameon=False)
-        files.append(folder / f"{prefix}{chart.name}.png")
-        figure.savefig(files[-1], dpi=DPI)
-    return files
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    (_lines if chart.kind == "line" else _bars)(chart, axes)
+    axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False)
+    return figure
 
 
 def _lines(chart: Chart, axes: "Axes") -> None:

@@ -121,6 +121,8 @@ class Trial:
 
     device_bytes: memory of a device, for the planner; None: no limit. kv_tokens: of the rings.
     rest_s: how long after a Load every Node has reported. lap_s: see Meter. keeps_going: past gates that fail.
+    drill_node: the Node that the drills kill, in rings that have it; else the one with the most Layers beside the
+    Starter, which measures.
     """
 
     num_layers: int
@@ -143,6 +145,7 @@ class Trial:
     lap_s: float
     open_ring: OpenRing
     kill: Kill
+    drill_node: str | None = None
     progress: Callable[[str], None] = lambda _: None
 
     async def run(self) -> TrialRun:
@@ -192,7 +195,7 @@ class Trial:
         predicted: Predicted | None = None,
     ) -> tuple[StageRun, MeasuredRing]:
         nodes = len(split)
-        self.progress(f"{name}: a ring of {nodes} starts")
+        self.progress(f"{name}: {'one node starts' if nodes == 1 else f'a ring of {nodes} nodes starts'}")
         await asyncio.to_thread(return_free_memory, collect=True)  # the Starter of the ring before was in this process
         async with self.open_ring(split, None) as ring:
             meter = Meter(ring, self.vocab_size, self.rest_s if nodes > 1 else 0.0, self.lap_s)
@@ -204,18 +207,22 @@ class Trial:
             part = None
             if alone is None:
                 part = await meter.load(self._load(math.ceil(self.users / self.nodes)))
-            self.progress(f"{name}: {self.users} users")
-            many = one if self.users == 1 else await meter.load(self._load(self.users))
+            many = one
+            if self.users > 1:
+                self.progress(f"{name}: {self.users} users")
+                many = await meter.load(self._load(self.users))
             expected = many if alone is None else alone.many
             found = None
             if nodes > 1:
-                self.progress(f"{name}: {ring.figures()[1].name} is killed while {self.users} users ask")
+                victim = self._victim([figures.name for figures in ring.figures()], split)
+                asking = "one user asks" if self.users == 1 else f"{self.users} users ask"
+                self.progress(f"{name}: {victim} is killed while {asking}")
                 found = await drill(
                     ring,
                     self._load(self.users),
                     self.vocab_size,
                     meter.next_index(self.users),
-                    ring.figures()[1].name,
+                    victim,
                     self.kill,
                     expected.answers,
                 )
@@ -239,6 +246,11 @@ class Trial:
             return stage, measured
         found_gates = gates(self._shown(stage, before), self.limits)
         return replace(stage, gates=found_gates, passes=all_pass(found_gates)), measured
+
+    def _victim(self, names: Sequence[str], split: Split) -> str:
+        if self.drill_node is not None and self.drill_node in names[1:]:
+            return self.drill_node
+        return names[max(range(1, len(names)), key=lambda i: split[i])]
 
     def _shown(self, stage: StageRun, before: StageRun | None) -> Shown:
         min_gain = None

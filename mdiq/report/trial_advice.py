@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mdiq.report.page import Block, Bullets, Document, Heading, Paragraph, Table, Text, Value, Words
+from mdiq.report.page import Block, Bullets, Document, Heading, Paragraph, Table, Text, Value, Words, nouns
 from mdiq.report.trial_sections import PERCENT
 
 
@@ -54,7 +54,8 @@ class Advice:
             ("per_million", words.say("together", "合計"), 2, 1.0, unit),
             ("payback_days", words.say("paid back after days", "回収日数"), 0, 1.0, ""),
         )
-        places = {"/cost": words.say("the ring of {n} devices", "{n}台のリング", n=Value("/cost/devices"))}
+        devices = nouns(document["cost"]["devices"], "device")
+        places = {"/cost": words.say(f"the ring of {{n}} {devices}", "{n}台のリング", n=Value("/cost/devices"))}
         if document["copies_cost"] is not None and document["memory"]["num_copies"]:
             places["/copies_cost"] = words.say("whole copies", "コピー")
         places |= {

@@ -22,6 +22,7 @@ from mdiq.report.page import (
     Value,
     Words,
     look_up,
+    nouns,
 )
 from mdiq.report.receipt_page import busy_warning, receipt_blocks
 from mdiq.report.trial_advice import Advice
@@ -84,11 +85,12 @@ def _verdict(document: Document, words: Words) -> Paragraph:
             words.say(f"Do not go on as it is: {reason}.", f"現状のままでは進められない：{reason}。"), kind
         )
     at = f"/stages/{document['recommendation']['stage']}"
+    devices = nouns(look_up(document, f"{at}/nodes"), "device")
     values = {"n": Value(f"{at}/nodes"), "rate": Value(f"{at}/many/figures/decode_tokens_per_s", 1)}
     if verdict == "stay":
         return Paragraph(
             words.say(
-                "Stay with the ring of {n} devices ({rate} tokens/s): a later stage did not pass its gates.",
+                f"Stay with the ring of {{n}} {devices} ({{rate}} tokens/s): a later stage did not pass its gates.",
                 "{n}台のリング（毎秒{rate}トークン）にとどまる。その後の段階は関門を通らなかった。",
                 **values,
             ),
@@ -97,8 +99,8 @@ def _verdict(document: Document, words: Words) -> Paragraph:
     if document["alone"] is None:
         return Paragraph(
             words.say(
-                "The ring of {n} devices passed every gate as it stands: {rate} tokens/s. Whether whole copies of the "
-                "model would be better was not measured.",
+                f"The ring of {{n}} {devices} passed every gate as it stands: {{rate}} tokens/s. Whether whole copies "
+                "of the model would be better was not measured.",
                 "{n}台のリングは現状で全関門を通過した：毎秒{rate}トークン。"
                 "モデル全体のコピーの方が良いかどうかは計測していない。",
                 **values,
@@ -181,12 +183,15 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
 
 def _what(document: Document, words: Words) -> Iterator[Block]:
     yield Heading(words.say("What was measured", "計測の対象"))
+    num_users = document["settings"]["users"]
+    ask = f"{nouns(num_users, 'user')} {'asks' if num_users == 1 else 'ask at once'}"
     if document["alone"] is None:
+        devices = nouns(document["stages"][0]["nodes"], "device")
         yield Paragraph(
             words.say(
-                "{model} on the running ring of {n} devices at {url}. {users} users ask at once with prompts of "
-                "{prompt} random tokens, and get {answer} tokens each, greedy; each was asked alone afterwards. Rates "
-                "are those of decoding.",
+                f"{{model}} on the running ring of {{n}} {devices} at {{url}}. {{users}} {ask} with prompts of "
+                "{prompt} random tokens; each gets {answer} tokens, greedy, and was asked alone afterwards. Rates are "
+                "those of decoding.",
                 "{url}で稼働中の{n}台のリング上の{model}。{users}人の利用者が同時に{prompt}トークンの乱数プロンプトを送り、"
                 "それぞれ{answer}トークンを貪欲法で受け取る（その後、一人ずつでも計測）。速度はデコード中の値。",
                 model=Value("/model/name"),
@@ -215,8 +220,8 @@ def _what(document: Document, words: Words) -> Iterator[Block]:
     yield Paragraph(
         words.say(
             "{model}: {layers} layers, hidden size {hidden}, {heads} query heads and {kv} KV heads. Up to {nodes} node "
-            "processes on one machine. {users} users ask at once with prompts of {prompt} random tokens, and get "
-            "{answer} tokens each, greedy. Rates are those of decoding. ",
+            f"processes on one machine. {{users}} {ask} with prompts of {{prompt}} random tokens; each gets "
+            "{answer} tokens, greedy. Rates are those of decoding. ",
             "{model}：{layers}層、隠れ次元{hidden}、クエリヘッド{heads}、KVヘッド{kv}。一台のマシンの上の最大{nodes}個のノードプロセス。"
             "{users}人の利用者が同時に{prompt}トークンの乱数プロンプトを送り、それぞれ{answer}トークンを貪欲法で受け取る。"
             "速度はデコード中の値。",

@@ -18,6 +18,7 @@ from mdiq.report.page import (
     Value,
     Words,
     look_up,
+    nouns,
 )
 
 GIB = float(1 << 30)
@@ -26,11 +27,11 @@ PERCENT = 0.01
 
 def stage_name(words: Words, at: str, stage: dict[str, Any]) -> Text:
     """Return a stage's name, with its number of devices."""
-    nodes = Value(f"{at}/nodes")
+    nodes, devices = Value(f"{at}/nodes"), nouns(stage["nodes"], "device")
     if stage["name"] == "alone":
         return words.say("one device, the whole model", "一台にモデル全体")
     if stage["name"] == "now":
-        return words.say("as it stands: {n} devices", "現状：{n}台", n=nodes)
+        return words.say(f"as it stands: {{n}} {devices}", "現状：{n}台", n=nodes)
     phase = _phase(words, stage)
     split = words.word("planned split", "計画配分") if stage["is_planned"] else words.word("even split", "均等配分")
     return words.say(f"{phase}: {{n}} devices, {split}", f"{phase}：{{n}}台、{split}", n=nodes)
@@ -199,12 +200,24 @@ class Sections:
                 "note",
             )
             return
+        chosen = self._document["settings"].get("drill_node")
+        killed = words.say(
+            "of the device with the most layers (the first one measures, and stayed)",
+            "層が最も多いデバイス（計測を行う先頭を除く）",
+        )
+        if chosen is not None:
+            place = Value("/settings/drill_node")
+            killed = words.say(
+                "of {node} (where a stage does not have it, of the device with the most layers)",
+                "{node}（その段階にない場合は層が最も多いデバイス）",
+                node=place,
+            )
         yield Paragraph(
-            words.say(
-                "While all users waited for their answers, the process of one device was killed. The ring started it "
-                "again and computed the lost tokens' cache anew.",
-                "全利用者が回答を待つ間に、一台のデバイスのプロセスを強制終了した。"
-                "リングはそれを再起動し、失われたキャッシュを計算し直した。",
+            words.say("While all users waited for their answers, the process ", "全利用者が回答を待つ間に、")
+            + killed
+            + words.say(
+                " was killed. The ring started it again and computed the lost tokens' cache anew.",
+                "のプロセスを強制終了した。リングはそれを再起動し、失われたキャッシュを計算し直した。",
             )
         )
         head = (

@@ -36,7 +36,8 @@ def write(
 ) -> list[Path]:
     """Write NAME.json, NAME.csv, NAME.LANGUAGE.html and .md, and pictures; return the files.
 
-    Pictures are SVG in each language and, if matplotlib is installed, PNG with the English labels.
+    Pictures are SVG in each language and, if matplotlib is installed, PNG in those that it has a font for; at least in
+    English.
 
     Raises:
         ConfigError: the folder cannot be written in.
@@ -58,7 +59,12 @@ def write(
             files.append(folder / file)
             files[-1].write_text(text, encoding="utf-8", errors="replace")  # a name may not be Unicode
         if png.can_draw():
-            files += png.draw(make_page(document, "en").charts, folder, f"{name}-")
+            font = png.japanese_font()
+            drawn = {language if language == "en" or font is not None else "en" for language in languages}
+            for language in sorted(drawn):
+                charts = make_page(document, language).charts
+                own = None if language == "en" else font
+                files += png.draw(charts, folder, f"{name}-{language}-", own)
     except OSError as error:
         raise _refused(folder, error) from None
     return files

@@ -113,7 +113,9 @@ class RouteApi:
             text = f"requests of {self._num_open_bytes >> 20} MiB are open here; ask again in {RETRY_AFTER_S} s"
             raise ApiError(429, text, retry_after_s=RETRY_AFTER_S)
         takes_place = request.path in _ANSWERS
-        with client.in_flight(asked.num_prompts, time.monotonic()) if takes_place else nullcontext():
+        num_asked, num_choices = asked.num_prompts, asked.num_choices
+        in_flight = client.in_flight(num_asked, time.monotonic(), num_choices=num_choices)
+        with in_flight if takes_place else nullcontext():
             self._num_open += asked.num_prompts
             self._num_open_bytes += len(asked.data)
             try:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mdiq.api.fields import num_choices
 from mdiq.api.requests import BadRequest
+from mdiq.errors import ConfigError
 from mdiq.route.events import Dialect, MessagesDialect, ResponsesDialect
 from mdiq.route.prefixes import chain_of
 
@@ -17,7 +19,6 @@ _DIALECTS: Mapping[str, type[Dialect]] = {
     MESSAGES: MessagesDialect,
     RESPONSES: ResponsesDialect,
 }
-_MAX_CHOICES = 64  # mdiq serve refuses more
 BYTES_PER_TOKEN = 4
 """Of English text, roughly; a router has no tokenizer."""
 
@@ -26,10 +27,10 @@ BYTES_PER_TOKEN = 4
 class Asked:
     """A request for an answer.
 
-    data: its body as servers get it. num_prompts: answers that it wants. is_repeatable: the same body gives the same
-    tokens again, where the servers do. wants_usage: its client wants the counts of tokens at the end of a stream;
-    servers always give them. is_stored: its answer can be asked for again, of the server that gave it. previous: the
-    response that it goes on from. is_answer: False: only tokens are counted.
+    data: its body as servers get it. num_prompts: answers that it wants, num_choices of them to each of its prompts.
+    is_repeatable: the same body gives the same tokens again, where the servers do. wants_usage: its client wants the
+    counts of tokens at the end of a stream; servers always give them. is_stored: its answer can be asked for again, of
+    the server that gave it. previous: the response that it goes on from. is_answer: False: only tokens are counted.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Asked:
     is_stored: bool = False
     previous: str | None = None
     is_answer: bool = True
+    num_choices: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -77,18 +79,19 @@ def asked_of(path: str, body: object, draw_seed: Callable[[], int]) -> Asked:
             wants_usage = (options or {}).get("include_usage") is True
             body["stream_options"] = {**(options or {}), "include_usage": True}
     model, previous = body.get("model"), body.get("previous_response_id")
-    choices = body.get("n")
+    choices = _num_choices(body)
     return Asked(
         path,
         packed(body),
         model if isinstance(model, str) else None,
-        _num_prompts(body) * (choices if type(choices) is int and 1 <= choices <= _MAX_CHOICES else 1),
+        _num_prompts(body) * choices,
         chain_of(body),
         is_streamed,
         is_repeatable,
         wants_usage,
         path == RESPONSES and body.get("store") is not False,
         previous if path == RESPONSES and isinstance(previous, str) else None,
+        num_choices=choices,
     )
 
 
@@ -110,6 +113,13 @@ def _num_prompts(body: Mapping[str, Any]) -> int:
     prompt = body.get("prompt")
     is_many = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     return len(prompt) if is_many and isinstance(prompt, list) else 1
+
+
+def _num_choices(body: Mapping[str, Any]) -> int:
+    try:
+        return num_choices(body)
+    except ConfigError:  # the server names it
+        return 1
 
 
 def whole_of(path: str, body: object) -> Asked:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import structlog
 from aiohttp import web
 
+from mdiq.api.certificate import Certificate
 from mdiq.api.keys import ApiKey, read_keys
 from mdiq.api.server import ApiRunner, TlsSite
 from mdiq.api.tls import TlsFiles
@@ -50,13 +51,15 @@ class RouteService:
         self._loaded, self._notifier = loaded, notifier
         self._secrets = {each.name: secrets_of(loaded, each) for each in loaded.routes.servers}
         self._keys = keys_of(loaded)
-        self._tls_files, self._tls = tls_of(loaded)
+        self._certificate = certificate_of(loaded)
         self._watching: dict[str, asyncio.Task[NoReturn]] = {}
 
     async def run(self) -> None:
         """Serve until a signal comes."""
         routes = self._loaded.routes
         self._pool = Pool(routes.outage_tolerance_s)
+        if self._certificate is not None:
+            self._pool.figures.registry.register(self._certificate)
         self._api = RouteApi(
             self._pool,
             self._keys,
@@ -99,7 +102,8 @@ class RouteService:
         runner = ApiRunner(self._api.application(), client_timeout_s=wanted.client_timeout_s)
         await runner.setup()
         where = (runner, wanted.host, wanted.port)
-        site = web.TCPSite(*where) if self._tls is None else TlsSite(*where, self._tls)
+        certificate = self._certificate
+        site = web.TCPSite(*where) if certificate is None else TlsSite(*where, certificate.context)
         try:
             try:
                 await site.start()
@@ -187,9 +191,8 @@ class RouteService:
             raise ConfigError(f"{loaded.file}: api: a reload does not change it; restart mdiq route")
         keys = keys_of(loaded)
         secrets = {each.name: secrets_of(loaded, each) for each in new.servers}
-        if self._tls_files is not None and self._tls is not None:
-            self._tls_files.context()  # a context that half of a pair was loaded into would be of no use
-            self._tls_files.load(self._tls)
+        if self._certificate is not None:
+            self._certificate.read_again()
         self._api.replace_keys(keys)
         self._api.max_requests, self._pool.outage_tolerance_s = new.max_requests, new.outage_tolerance_s
         before = {each.name: (each, *self._secrets[each.name][:2]) for each in old.servers}
@@ -217,17 +220,16 @@ class RouteService:
         return f"{len(new.servers)} servers; new or changed: {', '.join(changed) or 'none'}"
 
 
-def tls_of(loaded: LoadedRoutes) -> tuple[TlsFiles | None, ssl.SSLContext | None]:
-    """Return the files of the router's own certificate, and what it serves with; None: it serves without TLS.
+def certificate_of(loaded: LoadedRoutes) -> Certificate | None:
+    """Return the router's own certificate; None: it serves without TLS.
 
     Raises:
         ConfigError: a file cannot be used.
     """
     api = loaded.routes.api
     if api.tls_cert is None or api.tls_key is None:
-        return None, None
-    files = TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key))
-    return files, files.context()
+        return None
+    return Certificate(TlsFiles(loaded.path(api.tls_cert), loaded.path(api.tls_key)))
 
 
 def keys_of(loaded: LoadedRoutes) -> list[ApiKey]:

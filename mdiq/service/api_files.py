@@ -1,8 +1,11 @@
 """The files that the API of a topology needs: keys and certificate, on the Starter's machine."""
 
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from mdiq.api.certificate import SOON_S, Certificate, validity_of
 from mdiq.api.keys import ApiKey, read_keys
 from mdiq.api.tls import TlsFiles
 from mdiq.config.findings import Problem
@@ -29,7 +32,7 @@ def tls_files_of(loaded: LoadedTopology) -> TlsFiles | None:
 
 
 class ApiFiles:
-    """The files as a service has read them last. tls: what a socket that listens uses; None for plain HTTP.
+    """The files as a service has read them last. certificate: None for plain HTTP.
 
     Raises:
         ConfigError: one of them cannot be used.
@@ -37,9 +40,9 @@ class ApiFiles:
 
     def __init__(self, loaded: LoadedTopology) -> None:
         self._loaded = loaded
-        self._tls_files = tls_files_of(loaded)
+        files = tls_files_of(loaded)
         self.keys = keys_of(loaded)
-        self.tls = None if self._tls_files is None else self._tls_files.context()
+        self.certificate = None if files is None else Certificate(files)
 
     def read_again(self) -> None:
         """Take over what the files hold now; connections that are open keep their certificate.
@@ -48,9 +51,8 @@ class ApiFiles:
             ConfigError: one of them cannot be used; nothing has changed.
         """
         keys = keys_of(self._loaded)
-        if self._tls_files is not None and self.tls is not None:
-            self._tls_files.context()  # a context that half of a pair was loaded into would be of no use
-            self._tls_files.load(self.tls)
+        if self.certificate is not None:
+            self.certificate.read_again()
         self.keys = keys
 
 
@@ -73,5 +75,14 @@ def api_file_problems(loaded: LoadedTopology) -> tuple[list[Problem], list[Probl
     if (keys_file := loaded.topology.api.keys_file) is not None:
         look("keys_file", [loaded.path(keys_file)], lambda: keys_of(loaded))
     if (files := tls_files_of(loaded)) is not None:
-        look("tls_cert", [files.cert, files.key], files.context)
+
+        def use(now_s: float, files: TlsFiles = files) -> None:
+            validity = validity_of(files.context(), file := files.cert_file())
+            if (trouble := validity.trouble(now_s)) is not None:
+                raise ConfigError(f"{file}: {trouble}")
+            if validity.ends_s - now_s < SOON_S:
+                text = f"{file}: it expires in {validity.days_left(now_s):.1f} days; renew it"
+                warnings.append(Problem(("api", "tls_cert"), text))
+
+        look("tls_cert", [files.cert, files.key], partial(use, time.time()))
     return errors, warnings

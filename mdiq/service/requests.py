@@ -56,7 +56,7 @@ class Requests:
         checked = {""}
         for line in lines:
             if line.params.logit_bias:
-                self._check_ids(line, [token for token, _ in line.params.logit_bias])
+                self._check_ids(line, [token for token, _ in line.params.logit_bias], "logit_bias: ")
             if line.params.grammar not in checked:
                 self._check_form(line)
                 checked.add(line.params.grammar)
@@ -132,6 +132,6 @@ class Requests:
         """Return what turns the Sequence's tokens into text."""
         return self._pipes.pop(sequence.index, None) or TokenizerPipe(self._tokenizer, sequence.params)
 
-    def _check_ids(self, line: PromptLine, ids: AbstractSequence[int]) -> None:
-        if (largest := max(ids)) >= self._config.vocab_size:
-            raise ConfigError(f"{line.where}: token id {largest}: the model has {self._config.vocab_size} tokens only")
+    def _check_ids(self, line: PromptLine, ids: AbstractSequence[int], field: str = "") -> None:
+        if (largest := max(ids)) >= (num := self._config.vocab_size):
+            raise ConfigError(f"{line.where}: {field}token id {largest}: the model has {num} tokens only")

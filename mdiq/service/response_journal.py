@@ -106,6 +106,8 @@ class ServiceJournal:
         self._trouble: MdiqError | None = None
         self._writing = threading.Lock()  # a write ends, also when the task that waits for it is cancelled
         self._write_began_s: float | None = None
+        self._num_writes = self._num_failures = 0
+        self._write_s, self._num_bytes = 0.0, 0
 
     async def open(self) -> list[KeptResponse]:
         """Return the responses of an earlier process, in the order in which they came.
@@ -205,7 +207,18 @@ class ServiceJournal:
         self._forget(response_id)
 
     def status(self) -> Mapping[str, object]:
-        return {"is_written": self._trouble is None, "responses": len(self._known)}
+        now = self._clock()
+        writing_s = 0.0 if self._write_began_s is None else now - self._write_began_s
+        return {
+            "is_written": self._trouble is None,
+            "responses": len(self._known),
+            "running": len(self._running),
+            "waiting": len(self._changes),
+            "writes": self._num_writes,
+            "failures": self._num_failures,
+            "write_s": self._write_s + writing_s,
+            "bytes": self._num_bytes,
+        }
 
     async def write(self, *, with_tokens: bool = False) -> None:
         """Write the changes that wait, and the tokens if an interval is over, or if ``with_tokens`` says so."""
@@ -218,7 +231,10 @@ class ServiceJournal:
             return
         self._write_began_s = now
         trouble = await asyncio.to_thread(self._write, self._journal, changes, with_tokens=is_due)
+        self._write_s += self._clock() - now
         self._write_began_s = None
+        self._num_writes += 1
+        self._num_failures += trouble is not None
         again: list[_Change] = []
         if trouble is not None:  # it may have reached the disk all the same
             again = [self._forgetting(each.key) if each.is_new else each for each in changes]
@@ -251,7 +267,14 @@ class ServiceJournal:
                 return error
             for key, (start, ids) in tokens.items():
                 running[key].num_written = start + len(ids)
+            self._measure()
             return None
+
+    def _measure(self) -> None:
+        """Note how large the file and its WAL are; in a thread, since a disk may not answer."""
+        files = [self._file, self._file.with_name(f"{self._file.name}-wal")]
+        with suppress(OSError):
+            self._num_bytes = sum(file.stat().st_size for file in files if file.exists())
 
     def _add(self, key: str, make: Callable[[], Changes], *, is_new: bool = False) -> _Change:
         written = asyncio.get_running_loop().create_future()
@@ -312,6 +335,7 @@ class ServiceJournal:
         with self._in_words():
             self._file.touch(mode=0o600)  # it has what people wrote
         journal = Journal(self._file, setting=self._setting)
+        self._measure()
         try:
             return journal, sorted(self._read(journal), key=lambda found: found.at_s)
         except MdiqError:

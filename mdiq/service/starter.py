@@ -1,9 +1,9 @@
 """The Starter of a topology as a service: a ring that is kept up, its API, and an operator's socket."""
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +34,7 @@ from mdiq.service.ring_backend import RingBackend
 from mdiq.service.same_tokens import SameTokens
 from mdiq.service.text_pipe import TokenizerPipe
 from mdiq.service.topology_rings import TopologyRings
-from mdiq.service.topology_values import model_of
+from mdiq.service.topology_values import model_of, remote_nodes
 
 log = structlog.get_logger()
 
@@ -90,6 +90,12 @@ class _Topologies:
 
         return form
 
+    def prepare(self) -> None:
+        """Compute the noise of the file as it is now, which ``read`` needs. It takes seconds: call it in a thread."""
+        with contextlib.suppress(MdiqError):  # ``read`` raises it
+            topology = load_topology(self._first.file).topology
+            remote_nodes(topology, topology.nodes, with_noise=True)
+
     @property
     def rings(self) -> TopologyRings | None:
         """The Rings of the file as it is now; None before it is read."""
@@ -131,6 +137,9 @@ class _LocalRing:
             return self._options
 
         return form
+
+    def prepare(self) -> None:
+        """It has no noise."""
 
     async def keep_measured(self, _: RingHost) -> None:
         """There is no plan that it could be of use for."""
@@ -214,6 +223,8 @@ class TopologyService:
             client_timeout_s=wanted.client_timeout_s,
             journal=journal,
         )
+        if self._api_files.certificate is not None:
+            self._api.registry.register(self._api_files.certificate)
         replanning = Replanning(keeper, lambda: self._topologies.rings)
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}
         async with (
@@ -232,13 +243,13 @@ class TopologyService:
             )
         self._notifier.stopping("ends")
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _listening(self) -> AsyncIterator[None]:
         wanted, api = self._wanted_api, self._api
         runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s, on_cut_off=api.note_cut_off)
         await runner.setup()
-        tls, where = self._api_files.tls, (runner, wanted.host, wanted.port)
-        site = web.TCPSite(*where) if tls is None else TlsSite(*where, tls)
+        certificate, where = self._api_files.certificate, (runner, wanted.host, wanted.port)
+        site = web.TCPSite(*where) if certificate is None else TlsSite(*where, certificate.context)
         try:
             try:
                 await site.start()
@@ -247,7 +258,7 @@ class TopologyService:
                     f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
                     "see what listens there, or choose another port"
                 ) from None
-            scheme = "http" if tls is None else "https"
+            scheme = "http" if certificate is None else "https"
             log.info("api_listens", scheme=scheme, host=wanted.host, port=wanted.port, model=self._model_name)
             yield
         finally:
@@ -266,7 +277,7 @@ class TopologyService:
         }
         return ServiceJournal(self._journal_file, about, setting="journal")
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _keeping(self, journal: ServiceJournal | None) -> AsyncIterator[dict[str, Coroutine[Any, Any, NoReturn]]]:
         """Have the responses of an earlier process before anyone asks; yield the loop that writes them."""
         if journal is None:
@@ -322,5 +333,7 @@ class TopologyService:
         self._api_files.read_again()
         # Before what may wait for requests: a key that is gone is gone at once.
         self._api.replace_keys(keys := self._api_files.keys)
+        # The first noise imports dp-accounting, for which no token should wait.
+        await asyncio.to_thread(self._topologies.prepare)
         result = await self._keeper.reload()
         return f"{result}; API keys: {len(keys)}" if keys else result

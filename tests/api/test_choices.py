@@ -54,7 +54,10 @@ async def test_each_choice_takes_a_place() -> None:
     ring = FakeRing(max_requests=4)
     async with _client(ring) as client:
         error = await _error(await client.post("/v1/chat/completions", json={**CHAT, "n": 5}))
-        assert error["param"] == "n" and "gives 4 at once" in error["message"]
+        assert error["param"] == "n" and "5 answers; this ring takes 4 at once" in error["message"]
+        body = {"prompt": ["a"] * 5, "n": 2}
+        error = await _error(await client.post("/v1/completions", json=body))
+        assert error["param"] == "prompt" and "5 prompts" in error["message"], "a lower n would not help"
         ring.num_running = 2
         response = await client.post("/v1/chat/completions", json={**CHAT, "n": 3})
         assert response.status == 429 and not ring.asked

@@ -35,6 +35,9 @@ def test_a_key_has_no_more_requests_in_flight_than_its_limit_each_prompt_counted
         assert (refused.value.status, refused.value.reason, refused.value.retry_after_s) == (429, "key_limit", 1)
     with pytest.raises(BadRequest, match="4 prompts; this key may have 3 in flight"):
         client.check(4, 0.0)
+    with pytest.raises(BadRequest, match="n: 4 answers; this key may have 3 in flight, so ask for fewer") as too_many:
+        client.check(4, 0.0, num_choices=2)
+    assert too_many.value.body["param"] == "n"
     with client.in_flight(3, 0.0):
         assert client.num_running == 3
     assert client.num_running == 0
@@ -143,6 +146,16 @@ async def test_limits_hold_over_http_and_other_keys_go_on() -> None:
     }
     assert (lab["requests"], lab["answer_tokens"]) == (2, 6)
     assert api.status()["requests"]["refused"]["key_limit"] == 11
+
+
+async def test_more_answers_than_a_key_may_have_at_once_are_refused_by_the_name_of_the_field() -> None:
+    api = Api(FakeRing(), _keys(max_requests=2))
+    async with TestClient(TestServer(api.application()), timeout=aiohttp.ClientTimeout(40)) as client:
+        refused = await _ask(client, n=3)
+        error = (await refused.json())["error"]
+        assert (refused.status, error["param"]) == (400, "n")
+        assert error["message"] == "n: 3 answers; this key may have 2 in flight, so ask for fewer"
+        assert (await _ask(client, n=2)).status == 200
 
 
 @pytest.mark.parametrize(

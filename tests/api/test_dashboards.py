@@ -4,17 +4,21 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import generate_latest
 
+from mdiq.api.certificate import Certificate
 from mdiq.api.figures import Figures
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.requests import REASONS
+from mdiq.api.tls import TlsFiles
 from mdiq.route.figures import FAILOVERS, OUTCOMES, RouteFigures
 from mdiq.route.servers import Server, State, report_of
+from tests.api.certificates import make_certificate
 from tests.api.test_metrics import STATUS
 from tests.route.test_choice import STATUS as SERVER_STATUS
 
@@ -34,6 +38,8 @@ def _samples() -> dict[str, set[str]]:
     router = RouteFigures(lambda: [server])
     router.known("ring-a")
     router.refused.labels("busy")
+    with TemporaryDirectory() as folder:
+        registry.register(Certificate(TlsFiles(*make_certificate(Path(folder)))))
     found: dict[str, set[str]] = {}
     for line in (generate_latest(registry) + generate_latest(router.registry)).decode().splitlines():
         if not line.startswith("#"):

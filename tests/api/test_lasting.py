@@ -152,6 +152,11 @@ async def _ended(client: AsyncOpenAI, response_id: str) -> Any:
     return found
 
 
+def _journal_of(service: Service) -> tuple[bool, int]:
+    status = service.api.status()["journal"]
+    return status["is_written"], status["responses"]
+
+
 def _shown(response: Any) -> dict[str, Any]:
     """Return what does not depend on when a response was asked for: its ids and its times do."""
     whole = response.model_dump()
@@ -282,7 +287,7 @@ async def test_a_response_is_gone_from_the_disk_also_if_the_client_that_deletes_
         deleting.cancel()
         await asyncio.sleep(0.05)
         goes_on.set()
-        await _until(lambda: service.api.status()["journal"] == {"is_written": True, "responses": 0})
+        await _until(lambda: _journal_of(service) == (True, 0))
     with Journal(file) as journal:
         assert not journal.notes() and not journal.begun()
 
@@ -300,7 +305,7 @@ async def test_one_response_that_is_damaged_on_the_disk_does_not_keep_the_servic
         assert (await _ended(client, ids[1])).output_text == SHORT
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(ids[0])
-        await _until(lambda: service.api.status()["journal"] == {"is_written": True, "responses": 1})
+        await _until(lambda: _journal_of(service) == (True, 1))
 
 
 async def test_a_journal_that_cannot_be_written_refuses_the_background_alone(
@@ -320,7 +325,7 @@ async def test_a_journal_that_cannot_be_written_refuses_the_background_alone(
         assert refusal.value.status_code == 503 and error["param"] == "background"
         assert "cannot write its journal now" in error["message"] and "/var" not in error["message"]
         assert refusal.value.response.headers["Retry-After"] == "5"
-        assert service.api.status()["journal"] == {"is_written": False, "responses": 1}
+        assert _journal_of(service) == (False, 1)
         service.ring.give()
         assert (await client.responses.create(input="Hi")).output_text == SHORT
         assert (await _ended(client, before.id)).output_text == SHORT
@@ -343,7 +348,7 @@ async def test_a_response_that_breaks_before_its_client_knows_it_is_not_kept(
             with pytest.raises(openai.InternalServerError) as refusal:
                 await client.responses.create(input="Hi", background=True)
         assert refusal.value.status_code == 500
-        await _until(lambda: service.api.status()["journal"] == {"is_written": True, "responses": 0})
+        await _until(lambda: _journal_of(service) == (True, 0))
     async with _service(file, ring) as service:
         assert not ring.asked
 
@@ -375,7 +380,7 @@ async def test_what_was_cancelled_or_deleted_stays_so_and_both_work_on_what_goes
         assert (await client.responses.retrieve(ids[3])).status == "cancelled"
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(ids[4])
-        assert not ring.asked and service.api.status()["journal"] == {"is_written": True, "responses": 2}
+        assert not ring.asked and _journal_of(service) == (True, 2)
 
 
 async def test_a_service_that_is_stopped_leaves_what_runs_to_the_next(file: Path) -> None:
@@ -406,7 +411,7 @@ async def test_what_has_ended_is_kept_as_long_as_without_a_restart(file: Path, m
             else:
                 with pytest.raises(openai.NotFoundError):
                     await client.responses.retrieve(asked.id)
-                assert service.api.status()["journal"] == {"is_written": True, "responses": 0}
+                assert _journal_of(service) == (True, 0)
 
 
 async def test_the_disk_holds_no_more_than_the_memory_does(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +432,7 @@ async def test_what_expires_leaves_the_disk_though_nobody_asks(file: Path, monke
     async with _service(file, LastingRing(text=SHORT)) as service, service.client() as client:
         service.ring.give()
         await client.responses.create(input="Hi", background=True)
-        await _until(lambda: service.api.status()["journal"] == {"is_written": True, "responses": 0})
+        await _until(lambda: _journal_of(service) == (True, 0))
 
 
 async def test_rings_that_are_lost_delay_a_response_and_it_is_no_reason_to_fail(file: Path) -> None:

@@ -24,7 +24,7 @@ def test_without_flags_it_has_the_options_of_its_class(monkeypatch: pytest.Monke
     asked: list[PrivacyOptions] = []
     monkeypatch.setattr(privacy, "execute", lambda options: asked.append(options) or 3)
     assert CliRunner().invoke(app, ["privacy"]).exit_code == 3
-    assert CliRunner().invoke(app, ["privacy", "m.gguf", "--cut", "2", "--json"]).exit_code == 3
+    assert CliRunner().invoke(app, ["privacy", "--model", "m.gguf", "--cut", "2", "--json"]).exit_code == 3
     assert asked == [PrivacyOptions(), PrivacyOptions("m.gguf", cut="2", as_json=True)]
 
 
@@ -56,7 +56,7 @@ def test_a_missing_package_is_named_before_anything_is_measured(
 ) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     epsilon = "77.125"  # of no other test: what was computed is kept
-    done = CliRunner().invoke(app, ["privacy", "m.gguf", "--epsilon", epsilon])
+    done = CliRunner().invoke(app, ["privacy", "--model", "m.gguf", "--epsilon", epsilon])
     assert isinstance(done.exception, ConfigError) and "pip install 'mdiq[privacy]'" in str(done.exception)
     assert asked == []
 
@@ -66,7 +66,7 @@ def test_flags_become_what_is_measured_on_texts_that_are_apart(asked: list[tuple
     text.write_text("a" * 512 + "b" * 128)
     flags = ["--cut", "1,4", "--epsilon", "10,1000", "--delta", "1e-5", "--clip", "4", "--weights", "int8"]
     sizes = ["--text", str(text), "--train-tokens", "512", "--test-tokens", "128"]
-    done = CliRunner().invoke(app, ["privacy", "m.gguf", *flags, *sizes, "--json"])
+    done = CliRunner().invoke(app, ["privacy", "--model", "m.gguf", *flags, *sizes, "--json"])
     assert done.exit_code == 0, done.exception
     ((path, weights, texts, wishes, _),) = asked
     assert (path, weights) == (Path("m.gguf"), WeightSettings("int8"))
@@ -78,7 +78,7 @@ def test_flags_become_what_is_measured_on_texts_that_are_apart(asked: list[tuple
 
 def test_the_table_shows_shares_and_costs(asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "140")
-    shown = CliRunner().invoke(app, ["privacy", "m.gguf"]).stdout
+    shown = CliRunner().invoke(app, ["privacy", "--model", "m.gguf"]).stdout
     lines = [line.split() for line in shown.splitlines()]
     assert ["1", "no", "noise", "4", "0.5", "90.0%", "50.0%", "20", "10.0%"] in lines
     assert ["4", "1000", "4e+04", "4", "0.5", "22.5%", "12.5%", "80", "10.0%"] in lines
@@ -87,7 +87,7 @@ def test_the_table_shows_shares_and_costs(asked: list[tuple[Any, ...]], monkeypa
 
 def test_a_picture_is_written_where_it_is_wanted(asked: list[tuple[Any, ...]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
-    assert CliRunner().invoke(app, ["privacy", "m.gguf", "--plot", str(tmp_path)]).exit_code == 0
+    assert CliRunner().invoke(app, ["privacy", "--model", "m.gguf", "--plot", str(tmp_path)]).exit_code == 0
     assert {file.name for file in tmp_path.iterdir()} == {"privacy.svg", "privacy.png"}
 
 
@@ -103,7 +103,7 @@ def test_a_picture_is_written_where_it_is_wanted(asked: list[tuple[Any, ...]], t
     ],
 )
 def test_flags_that_cannot_be_say_what_to_do(asked: list[tuple[Any, ...]], flags: list[str], message: str) -> None:
-    done = CliRunner().invoke(app, ["privacy", "m.gguf", *flags])
+    done = CliRunner().invoke(app, ["privacy", "--model", "m.gguf", *flags])
     assert isinstance(done.exception, ConfigError) and message in str(done.exception)
     assert asked == []
 

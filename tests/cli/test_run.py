@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mdiq.cli import run
 from mdiq.core.sequence import SamplingParams, Sequence
-from mdiq.errors import CapacityError, ContextLengthError, MdiqError
+from mdiq.errors import CapacityError, ConfigError, ContextLengthError, MdiqError
 from mdiq.plan.pace import PaceSettings
 from mdiq.service.batch import Batch
 from mdiq.service.requests import PromptLine, Requests
@@ -103,3 +103,10 @@ async def test_a_line_that_cannot_fit_the_ring_is_refused_before_it_is_tokenized
     assert tokenizer.num_encoded == 1
     results = (tmp_path / "out.jsonl").read_text().splitlines()
     assert "too long for me" in next(line for line in results if '"index": 1' in line)
+
+
+def test_a_bias_of_a_token_that_the_model_lacks_is_refused_by_its_name() -> None:
+    params = SamplingParams(logit_bias=((999, 1.0), (1_000, 1.0)))
+    lines = [PromptLine(0, "in.jsonl:1", params, text="ab")]
+    with pytest.raises(ConfigError, match="in.jsonl:1: logit_bias: token id 1000: the model has 1000 tokens only"):
+        _run(lines, None, FakeTokenizer())._requests.check(lines, is_single=False)

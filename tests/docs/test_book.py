@@ -74,7 +74,7 @@ RUN_ELSEWHERE = {
     "mdiq simulate --catalogue": MINE,
     "mdiq simulate --check": "integration/test_simulate.py::test_five_rings_are_measured_beside_their_predictions",
     "mdiq plan topology.yaml --min-starter-layers": "cli/test_plan.py::test_mdiq_plan_tells_what_trusted_layers_cost",
-    "mdiq privacy smollm2-135m-instruct": (
+    "mdiq privacy --model smollm2-135m-instruct": (
         "integration/test_privacy.py::test_the_first_hop_tells_most_tokens_and_noise_hides_them"
     ),
     "mdiq perplexity": "integration/test_perplexity.py::test_packed_weights_keep_the_bounds",

@@ -140,7 +140,7 @@ def test_a_starter_that_is_killed_again_and_again_ends_every_response_once_and_a
         assert whole[-1]["response"] == ended and ended["metadata"] == {"n": name}
         assert _shown(ended) == calm[name], name
     (status,) = [service.ask("/status.json")["journal"]]
-    assert status == {"is_written": True, "responses": len(BODIES)}
+    assert (status["is_written"], status["responses"], status["running"]) == (True, len(BODIES), 0)
     runs = [line for line in service.lab.said(STARTER) if line["event"] == "journal_opened"]
     assert [line["responses"] for line in runs] == [0] + [len(BODIES)] * 4
     assert max(line["running"] for line in runs) >= 3, "hardly any response ran when the Starter was killed"

@@ -58,5 +58,5 @@ def test_the_papers_tables_come_from_one_command(tmp_path: Path) -> None:
         assert_traces_back((out / f"evaluation.{language}.html").read_text(), page, document)
         for chart in page.charts:
             assert (out / f"evaluation-{language}-{chart.name}.svg").read_text().startswith("<svg")
-            assert (out / f"evaluation-{chart.name}.png").read_bytes().startswith(b"\x89PNG")
+            assert (out / f"evaluation-en-{chart.name}.png").read_bytes().startswith(b"\x89PNG")
     assert "/receipt/commit" in (out / "evaluation.csv").read_text()

@@ -22,7 +22,10 @@ PROMPT = [i * 31 % 251 for i in range(40)]
 def test_the_first_hop_tells_most_tokens_and_noise_hides_them() -> None:
     sizes = ["--train-tokens", "1024", "--test-tokens", "128", "--cut", "1", "--epsilon", "10000,300,10"]
     done = subprocess.run(
-        mdiq_command("privacy", "smollm2-135m-instruct", *sizes, "--json"), capture_output=True, text=True, timeout=600
+        mdiq_command("privacy", "--model", "smollm2-135m-instruct", *sizes, "--json"),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]

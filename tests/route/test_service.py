@@ -329,3 +329,24 @@ def test_a_wrong_file_is_named_by_the_command(tmp_path: Path) -> None:
     file.write_text("version: 1\n")
     done = CliRunner().invoke(app, ["route", str(file)])
     assert isinstance(done.exception, ConfigError) and "servers: it is missing" in str(done.exception)
+
+
+async def test_the_certificate_of_a_router_is_among_its_metrics_and_renewed_by_a_reload(tmp_path: Path) -> None:
+    only, file = FakeServer("only"), tmp_path / "routes.yaml"
+    cert, _ = make_certificate(tmp_path, days=40)
+
+    async def days_left(served: Served) -> float:
+        trusting = ssl.create_default_context(cafile=cert)
+        async with served.session.get(served.url.replace("http", "https", 1) + "/metrics", ssl=trusting) as response:
+            text = await response.text()
+        (line,) = [line for line in text.splitlines() if line.startswith("mdiq_tls_certificate_left_seconds ")]
+        return float(line.split()[1]) / 86_400
+
+    async with _started(only):
+        _write(file, only, api={"port": _free_port(), "tls_cert": "api.crt", "tls_key": "api.key"})
+        async with _serving(file) as served:
+            await served.until_serving("only")
+            assert await days_left(served) == pytest.approx(40, abs=0.1)
+            make_certificate(tmp_path, days=90)
+            await served.ask(do="reload")
+            assert await days_left(served) == pytest.approx(90, abs=0.1)

@@ -1,7 +1,9 @@
 """The files that the API needs, as `mdiq check` finds them."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 from mdiq.cli.main import app
 from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
+from mdiq.service import api_files
 from mdiq.service.api_files import ApiFiles
 from tests.api.certificates import make_certificate
 
@@ -36,8 +39,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_service_takes_over_files_that_have_changed_and_none_that_cannot_be_used(file: Path) -> None:
     files = ApiFiles(load_topology(file))
-    assert [key.name for key in files.keys] == ["office"] and files.tls is not None
-    before, tls = files.keys, files.tls
+    assert [key.name for key in files.keys] == ["office"] and files.certificate is not None
+    before, tls = files.keys, files.certificate.context
     assert CliRunner().invoke(app, ["api-key", "lab", "--file", str(file.parent / "api-keys")]).exit_code == 0
     (file.parent / "tls" / "api.crt").write_text("diary")
     with pytest.raises(ConfigError, match="not a PEM certificate"):
@@ -45,7 +48,8 @@ def test_a_service_takes_over_files_that_have_changed_and_none_that_cannot_be_us
     assert files.keys is before
     make_certificate(file.parent / "tls")
     files.read_again()
-    assert [key.name for key in files.keys] == ["office", "lab"] and files.tls is tls, "it is what the socket uses"
+    assert [key.name for key in files.keys] == ["office", "lab"]
+    assert files.certificate.context is tls, "it is what the socket uses"
 
 
 def _checked(file: Path) -> tuple[int, str]:
@@ -65,6 +69,25 @@ def test_what_only_the_starter_has_is_a_warning_elsewhere(file: Path) -> None:
     assert code == 0
     assert f"warning: {file}:7 api.keys_file: {file.parent}/api-keys is not here" in told
     assert f"warning: {file}:8 api.tls_cert: {file.parent}/tls/api.key is not here" in told
+
+
+@pytest.mark.parametrize(
+    ("days", "code", "words"),
+    [
+        (15, 0, None),
+        (20, 0, "warning: {0}:8 api.tls_cert: {1}/tls/api.crt: it expires in 10.0 days; renew it"),
+        (31, 2, "{0}:8 api.tls_cert: {1}/tls/api.crt: it has expired ("),
+        (-1, 2, "{0}:8 api.tls_cert: {1}/tls/api.crt: it is not valid before "),
+    ],
+)
+def test_the_days_of_a_certificate_are_looked_at(
+    file: Path, monkeypatch: pytest.MonkeyPatch, days: int, code: int, words: str | None
+) -> None:
+    then_s = time.time() + days * 86_400
+    monkeypatch.setattr(api_files, "time", SimpleNamespace(time=lambda: then_s))
+    found, told = _checked(file)
+    assert found == code
+    assert "tls_cert" not in told if words is None else words.format(file, file.parent) in told
 
 
 @pytest.mark.parametrize(

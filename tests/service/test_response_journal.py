@@ -58,6 +58,11 @@ async def _running(
         await journal.aclose()
 
 
+def _shown(journal: ServiceJournal) -> tuple[object, object]:
+    status = journal.status()
+    return status["is_written"], status["responses"]
+
+
 def _bytes(path: Path) -> bytes:
     return path.read_bytes()
 
@@ -176,19 +181,49 @@ async def test_a_full_disk_refuses_what_is_new_and_what_it_missed_is_written_lat
         _limit(journal, is_full=True)
         with pytest.raises(CapacityError, match="no space left on its disk"):
             await journal.accept(big, [])
-        assert journal.status() == {"is_written": False, "responses": 1}
+        assert _shown(journal) == (False, 1)
         large = replace(ENDING, events=(os.urandom(9_000).hex().encode(),))
         await journal.end(KEPT.id, large)  # its client does not wait for the disk to be mended
         killed = _after_kill(path, tmp_path / "full")
         _limit(journal, is_full=False)
         await journal.write(with_tokens=True)
-        assert journal.status() == {"is_written": True, "responses": 1}
+        assert _shown(journal) == (True, 1)
         await journal.accept(replace(KEPT, id="resp_3"), [])
     assert await _found(killed) == [KEPT], "it goes on, and ends again"
     assert tokens == [1]
     assert [kept.id for kept in await _found(path)] == ["resp_1", "resp_3"]
     (kept, _) = await _found(path)
     assert kept.ending == large
+
+
+async def test_its_status_counts_responses_writes_failures_and_bytes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(journal: Journal, changes: Changes) -> None:
+        raise CapacityError("no space left")
+
+    seconds = iter(range(1_000))
+    journal = ServiceJournal(path, ABOUT, setting="journal", clock=lambda: float(next(seconds)))
+    assert journal.status()["bytes"] == 0
+    await journal.open()
+    running = asyncio.create_task(journal.run(lambda _: None))
+    try:
+        await journal.accept(KEPT, [])
+        await journal.accept(replace(KEPT, id="resp_2"), [])
+        await journal.end("resp_2", ENDING)
+        calm = dict(journal.status())
+        assert (calm["responses"], calm["running"], calm["waiting"], calm["failures"]) == (2, 1, 0, 0)
+        assert calm["bytes"] == sum(len(_bytes(file)) for file in _files(path.parent)) > 0
+        writes, write_s = calm["writes"], calm["write_s"]
+        assert isinstance(writes, int) and writes >= 3 and isinstance(write_s, float) and write_s >= writes
+        monkeypatch.setattr(Journal, "write", full)
+        await journal.end(KEPT.id, ENDING)
+        failed = dict(journal.status())
+        assert (failed["is_written"], failed["running"], failed["failures"], failed["waiting"]) == (False, 0, 1, 1)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await journal.aclose()
 
 
 async def test_one_that_was_refused_is_never_found_even_if_its_write_came_through(
@@ -227,7 +262,7 @@ async def test_one_that_was_refused_after_its_client_had_left_gets_no_end(
             await journal.write()
         await journal.write()
         await journal.end("resp_2", ENDING)
-        assert journal.status() == {"is_written": True, "responses": 1}
+        assert _shown(journal) == (True, 1)
     assert await _found(path) == [KEPT]
 
 
@@ -290,7 +325,7 @@ async def test_a_file_that_cannot_be_read_is_kept_beside_a_new_one(path: Path, d
     async with _running(path) as (journal, found):
         assert found == []
         await journal.accept(replace(KEPT, id="resp_3"), [])
-        assert journal.status() == {"is_written": True, "responses": 1}
+        assert _shown(journal) == (True, 1)
     assert [kept.id for kept in await _found(path)] == ["resp_3"]
     assert _bytes(path.with_name("journal.unreadable")) == before
 
@@ -303,7 +338,7 @@ async def test_a_file_of_somebody_else_is_left_alone_and_the_service_goes_on_wit
             await journal.accept(KEPT, [])
         await journal.end(KEPT.id, ENDING)
         await journal.forget(KEPT.id)
-        assert journal.status() == {"is_written": False, "responses": 0}
+        assert _shown(journal) == (False, 0)
     assert _bytes(path) == before and _files(path.parent) == [path]
 
 
@@ -396,7 +431,7 @@ async def test_a_request_that_is_nested_too_deeply_harms_nobody_else(path: Path)
         await journal.accept(KEPT, [])
         await journal.accept(replace(KEPT, id="resp_2"), [])
         await journal.end("resp_2", replace(ENDING, whole=_nested(100_000)))
-        assert journal.status() == {"is_written": True, "responses": 2}
+        assert _shown(journal) == (True, 2)
     value = json.dumps({"about": REQUEST, "at_s": 0}).replace("5", "[" * 100_000 + "]" * 100_000)
     _execute(path, f"INSERT INTO notes VALUES ('resp_3', 'request', CAST('{value}' AS BLOB))")
     assert [kept.id for kept in await _found(path)] == ["resp_1", "resp_2"]
