@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mdiq.api import structure, tools
+from mdiq.api import structure, tool_grammars
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import ConfigError
 from mdiq.runtime.starter_service import StreamEvent
@@ -69,7 +69,7 @@ async def test_a_large_body_is_read_in_a_thread_so_that_nobodys_tokens_wait_for_
         names.append(threading.current_thread().name.rpartition("_")[0])
         return with_guidance(schema)
 
-    for module in (structure, tools):
+    for module in (structure, tool_grammars):
         monkeypatch.setattr(module, "with_guidance", watched)
     schema = {"type": "object", "properties": {"a": {"enum": ["x" * 70_000]}}}
     form = {"type": "json_schema", "name": "x", "schema": schema}
