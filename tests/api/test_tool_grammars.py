@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from mdiq.api.structure import structure_of
 from mdiq.api.tool_calls import CallDelta, CallParser
@@ -202,6 +202,39 @@ def test_texts_that_are_special_tokens_are_named_by_their_ids(form: ToolForm) ->
         )
         assert {int(found) for found in re.findall(r"<\[(\d+)\]>", grammar)} == {ids[text] for text in called}
     assert use.names == ["get", "now"]
+
+
+class BytesAndMarks:
+    """A tokenizer of bytes, an end token and the special tokens of a form."""
+
+    def __init__(self, marks: list[str]) -> None:
+        self.ids = {mark: 257 + i for i, mark in enumerate(marks)}
+        self.tokens = [*(bytes([i]) for i in range(256)), b"<end>", *(mark.encode() for mark in marks)]
+        self.special_token_ids = [256, *self.ids.values()]
+        self.eos_token_id, self.bos_token_id = 256, None
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [*text]
+
+    def split(self, text: str) -> list[int]:
+        parts = re.split(f"({'|'.join(map(re.escape, self.ids))})", text)
+        return [token for part in parts for token in ([self.ids[part]] if part in self.ids else part.encode())]
+
+
+@each_form
+def test_calls_with_marks_that_are_special_tokens_fit(form: ToolForm) -> None:
+    tokens = BytesAndMarks([text for text in (form.mark, form.end, *form.specials, *form.stops) if text])
+    tokenizer = LLTokenizer(TokenizerWrapper(tokens), n_vocab=len(tokens.tokens), eos_token=256)
+    good, two, incomplete, wrong = CALLS[form.name]
+    for body in ({"parallel_tool_calls": True}, {"tool_choice": "required", "parallel_tool_calls": True}):
+        grammar = _use(**body).grammar(form, None, tokens.ids.get)
+        if grammar is None:
+            continue
+        for text, fits in ((good, True), (two + "".join(form.stops), bool(two)), (incomplete, False), (wrong, False)):
+            matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar.partition(":")[2]))
+            taken = tokens.split(text)
+            num_valid = matcher.validate_tokens(taken)
+            assert (num_valid == len(taken) and matcher.consume_tokens(taken) and matcher.is_accepting()) is fits, text
 
 
 @each_form
