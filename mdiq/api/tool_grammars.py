@@ -36,7 +36,8 @@ class CallGrammar:
         """Return the rules, beside TEXT, to which those of calls refer."""
         match self.form.syntax:
             case Elements():
-                return [f"text_value[lazy]: TEXT {json.dumps(_VALUE_END)}"]
+                # A string ends where the reader ends it, whatever stands before.
+                return [f"text_end[lazy]: TEXT {json.dumps(_VALUE_END.strip())}", 'text_value: text_end "\\n"']
             case Literals(quote=quote) as literals if quote:
                 is_special = self.special_id(quote) is not None
                 end = f"string_end{'' if is_special else '[lazy]'}: TEXT {self.quoted(quote)}"

@@ -278,6 +278,15 @@ def test_elements_of_a_tool_without_known_parameters_are_free() -> None:
             assert _fits(use.grammar(form, None, lambda _: None), text) is fits
 
 
+def test_a_string_without_quotes_has_no_end_inside() -> None:
+    use = tools_of({"tools": [GET], "tool_choice": "required"})
+    assert use is not None
+    for text, fits in (("a<b>", True), ("a</parameter", True), ("a</parameter>b", False)):
+        call = f"<tool_call>\n<function=get>\n<parameter=city>\n{text}\n</parameter>\n</function>\n</tool_call>"
+        assert _fits(use.grammar(QWEN_CODER, None, lambda _: None), call) is fits
+        assert not fits or _calls(QWEN_CODER, use, call) == [("get", {"city": text})]
+
+
 def test_the_types_of_parameters_are_read_from_every_form_of_schema() -> None:
     schema = {
         "properties": {
