@@ -10,7 +10,7 @@ from mdiq.api.backend import Backend
 from mdiq.api.requests import Asked, BadRequest
 from mdiq.api.structure import MAX_PARTS, schema_grammar, wrong_part
 from mdiq.api.tool_calls import CallParser
-from mdiq.api.tool_forms import form_of
+from mdiq.api.tool_forms import Elements, form_of
 from mdiq.api.tools import marks_of, stops_of
 from mdiq.errors import ConfigError
 
@@ -41,7 +41,8 @@ async def formed(asked: Asked, backend: Backend, in_thread: InThread) -> tuple[A
         stops = (*(asked.values.get("stop_token_ids") or ()), *stops_of(form, backend.special_id))
         of_calls = {"grammar": grammar or "", "shown_token_ids": marks, "stop_token_ids": stops}
         asked = replace(asked, values={**asked.values, **of_calls})
-        make_parser = partial(CallParser, form, use.names, use.kinds, is_many=use.is_many)
+        kinds = await in_thread(lambda: use.kinds) if isinstance(form.syntax, Elements) else None
+        make_parser = partial(CallParser, form, use.names, kinds, is_many=use.is_many)
     if grammar := asked.values.get("grammar"):
         try:
             await in_thread(partial(backend.check_grammar, grammar))

@@ -42,11 +42,10 @@ class CallGrammar:
                 is_special = self.special_id(quote) is not None
                 end = f"string_end{'' if is_special else '[lazy]'}: TEXT {self.quoted(quote)}"
                 key = f"/[A-Za-z0-9_.-]{{1,64}}/ {json.dumps(literals.assigns)}"
-                plain = json.dumps(with_guidance({"type": sorted(_PLAIN)}))
                 return [
                     end,
                     f"string: {self.quoted(quote)} string_end",
-                    f"any: string | %json {plain} | any_list | any_object",
+                    f"any: string | {_json({'type': sorted(_PLAIN)})} | any_list | any_object",
                     'any_list: "[" (any ("," any)*)? "]"',
                     f'any_object: "{{" ({key} any ("," {key} any)*)? "}}"',
                 ]
@@ -58,13 +57,16 @@ class CallGrammar:
         schema: of its arguments, which are an object.
         """
         form = self.form
-        arguments = f"%json {json.dumps(with_guidance(schema))}"
         if form.syntax is None or form.writes_json:
             begin = json.dumps(f'{{"name": {json.dumps(name)}, "{form.arguments}": ')
-            return [f'{rule}: {begin} {arguments} "}}"']
+            return [f'{rule}: {begin} {_json(schema)} "}}"']
         match form.syntax:
             case Named() as named:
-                return [f"{rule}: {self.quoted(named.before + name + named.after)} {arguments}"]
+                id_length = form.id_length
+                call_id = f"({self.quoted(named.call_id)} /[A-Za-z0-9]{{{id_length}}}/)?" if named.call_id else ""
+                return [
+                    f"{rule}: {self.quoted(named.before + name)} {call_id} {self.quoted(named.after)} {_json(schema)}"
+                ]
             case Elements():
                 return list(self._elements(rule, name, schema))
             case Literals() as literals:
@@ -110,7 +112,7 @@ class CallGrammar:
         """Yield the rules of a value. Python's are JSON; of the others, a part of a schema is followed."""
         kind, choices = schema.get("type"), schema.get("enum")
         if not literals.quote or set() < _kinds(schema, 0) <= _PLAIN:
-            yield f"{rule}: %json {json.dumps(with_guidance(schema))}"
+            yield f"{rule}: {_json(schema)}"
         elif _are_texts(choices):
             quote = literals.quote
             yield f"{rule}: {' | '.join(self.quoted(f'{quote}{each}{quote}') for each in choices or ())}"
@@ -124,6 +126,10 @@ class CallGrammar:
             yield f'{rule}: "{{" {rule}_fields "}}"'
         else:
             yield f"{rule}: {'any_list' if kind == 'array' else 'any_object' if kind == 'object' else 'any'}"
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps(with_guidance(schema))}"
 
 
 def kinds_of(schema: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -157,7 +163,7 @@ def _element_value(schema: Mapping[str, Any]) -> str:
         return f"({' | '.join(json.dumps(each + _VALUE_END) for each in choices or ())})"
     if not kinds or "string" in kinds:
         return "text_value"
-    return f"%json {json.dumps(with_guidance(schema))} {json.dumps(_VALUE_END)}"
+    return f"{_json(schema)} {json.dumps(_VALUE_END)}"
 
 
 def _properties(schema: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
@@ -171,9 +177,11 @@ def _properties(schema: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bo
 
 
 def _with_definitions(part: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a part of a schema, with the definitions to which it may refer."""
+    """Return a part of a schema, with the definitions if it refers to any."""
+    if not isinstance(part, dict):
+        return {}
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-    return {**shared, **part} if isinstance(part, dict) else shared
+    return {**shared, **part} if shared and '"$ref"' in json.dumps(part) else part
 
 
 def _is_open(schema: Mapping[str, Any]) -> bool:

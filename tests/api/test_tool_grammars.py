@@ -196,10 +196,7 @@ def test_texts_that_are_special_tokens_are_named_by_their_ids(form: ToolForm) ->
             continue
         quoted = re.sub(r"%json .*?\n|<\[\d+\]>", "", grammar)
         assert not [text for text in texts if json.dumps(text)[1:-1] in quoted]
-        # All that a call has are named, except for Mistral's id, which mdiq makes itself.
-        called = (
-            {text for text in texts if text in CALLS[form.name][0] + "".join(form.stops)} if form.is_marked else set()
-        )
+        called = set(texts if form.is_marked else form.stops)
         assert {int(found) for found in re.findall(r"<\[(\d+)\]>", grammar)} == {ids[text] for text in called}
     assert use.names == ["get", "now"]
 
@@ -276,6 +273,19 @@ def test_elements_of_a_tool_without_known_parameters_are_free() -> None:
             (GEMMA, '<|tool_call>call:f{a:[1,{b:<|"|>x<|"|>}]}<tool_call|>'),
         ):
             assert _fits(use.grammar(form, None, lambda _: None), text) is fits
+
+
+def test_definitions_are_repeated_where_they_are_needed_alone() -> None:
+    for form in (QWEN_CODER, PYTHON, GEMMA):
+        grammar = _use(tool_choice="required").grammar(form, None, lambda _: None)
+        assert grammar is not None and grammar.count('"$defs"') == (form is not GEMMA), "place alone refers to them"
+
+
+def test_a_call_of_mistral_may_have_an_id() -> None:
+    for body in ({}, {"tool_choice": "required"}):
+        grammar, call = _use(**body).grammar(MISTRAL_11, None, lambda _: None), '[ARGS]{"city": "a"}'
+        for call_id, fits in (("", True), ("[CALL_ID]abcDEF123", True), ("[CALL_ID]", False), ("[CALL_ID]a-b", False)):
+            assert _fits(grammar, f"[TOOL_CALLS]get{call_id}{call}") is fits
 
 
 def test_a_string_without_quotes_has_no_end_inside() -> None:
