@@ -9,8 +9,9 @@ from typing import Any
 from mdiq.api.backend import Backend
 from mdiq.api.requests import Asked, BadRequest
 from mdiq.api.structure import MAX_PARTS, schema_grammar, wrong_part
-from mdiq.api.tool_calls import CallParser, form_of
-from mdiq.api.tools import marks_of
+from mdiq.api.tool_calls import CallParser
+from mdiq.api.tool_forms import Elements, form_of
+from mdiq.api.tools import marks_of, stops_of
 from mdiq.errors import ConfigError
 
 MAX_SEARCHED = 1 << 14  # characters of a schema in which the wrong part is looked for
@@ -37,8 +38,11 @@ async def formed(asked: Asked, backend: Backend, in_thread: InThread) -> tuple[A
         except ConfigError as error:
             raise BadRequest(str(error), str(error).partition(":")[0]) from None
         marks = marks_of(form, backend.special_id)
-        asked = replace(asked, values={**asked.values, "grammar": grammar or "", "shown_token_ids": marks})
-        make_parser = partial(CallParser, form, use.names, is_many=use.is_many)
+        stops = (*(asked.values.get("stop_token_ids") or ()), *stops_of(form, backend.special_id))
+        of_calls = {"grammar": grammar or "", "shown_token_ids": marks, "stop_token_ids": stops}
+        asked = replace(asked, values={**asked.values, **of_calls})
+        kinds = await in_thread(lambda: use.kinds) if isinstance(form.syntax, Elements) else None
+        make_parser = partial(CallParser, form, use.names, kinds, is_many=use.is_many)
     if grammar := asked.values.get("grammar"):
         try:
             await in_thread(partial(backend.check_grammar, grammar))
@@ -51,7 +55,12 @@ def tools_about(parser: CallParser | None) -> dict[str, Any] | None:
     """Return as JSON what ``parser_of`` makes the same parser from."""
     if parser is None:
         return None
-    return {"names": sorted(parser.names), "is_many": parser.is_many, "key": parser.key.hex()}
+    return {
+        "names": sorted(parser.names),
+        "kinds": {name: {key: [*kinds] for key, kinds in each.items()} for name, each in parser.kinds.items()},
+        "is_many": parser.is_many,
+        "key": parser.key.hex(),
+    }
 
 
 def parser_of(about: Mapping[str, Any] | None, backend: Backend) -> CallParser | None:
@@ -63,7 +72,7 @@ def parser_of(about: Mapping[str, Any] | None, backend: Backend) -> CallParser |
     if about is None:
         return None
     form, key = form_of(backend.chat_template), bytes.fromhex(about["key"])
-    return CallParser(form, about["names"], is_many=about["is_many"], key=key)
+    return CallParser(form, about["names"], about.get("kinds"), is_many=about["is_many"], key=key)
 
 
 def _refusal(asked: Asked, backend: Backend, error: ConfigError) -> BadRequest:

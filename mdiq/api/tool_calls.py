@@ -1,4 +1,4 @@
-"""Tool calls in an answer: the forms in which models write them, as rows, and the parser that finds them.
+"""Tool calls in an answer: the parser that finds them. tool_forms.py has the forms in which models write them.
 
 The parser takes one character at a time, so what it finds does not depend on how the text was cut into pieces.
 """
@@ -6,99 +6,22 @@ The parser takes one character at a time, so what it finds does not depend on ho
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 
-from mdiq.errors import ConfigError
+from mdiq.api.call_readers import Nesting, Read, Reading, Sink, reader_of
+from mdiq.api.tool_forms import FUNCTION, SPACE, ToolForm
 
-_SPACE = " \t\r\n"
 _MAX_HEADER = 1_000  # characters before a call's arguments
 
 
-@dataclass(frozen=True, slots=True)
-class ToolForm:
-    """How a model writes calls: mark, objects with a name and arguments, end.
-
-    says, says_not: texts by which its chat template is known. arguments: the name of their field. between: characters
-    between the mark, the objects and the end. before, after: what the model writes around the objects of one mark.
-    separator: between the objects; None: a mark has one object, and more calls have marks of their own.
-    openings, closings: texts that small models write instead of mark and end, at the beginning of an answer. is_marked:
-    False: models leave the mark out there.
-    """
-
-    name: str
-    says: tuple[str, ...]
-    mark: str
-    end: str = ""
-    says_not: tuple[str, ...] = ()
-    arguments: str = "arguments"
-    before: str = ""
-    after: str = ""
-    separator: str | None = None
-    between: str = _SPACE
-    openings: tuple[str, ...] = ()
-    closings: tuple[str, ...] = ()
-    is_marked: bool = True
-    id_length: int = 24
-
-
-FORMS = (
-    # Mistral's own templates ask for ids of nine letters and digits. Its newer form has the name before the object.
-    ToolForm(
-        "Mistral",
-        ("[TOOL_CALLS]",),
-        "[TOOL_CALLS]",
-        says_not=("[ARGS]",),
-        before=" [",
-        after="]",
-        separator=", ",
-        between=_SPACE + "[,]",
-        id_length=9,
-    ),
-    # Qwen 3 Coder's has XML inside the same marks.
-    ToolForm(
-        "Hermes",
-        ("<tool_call>",),
-        "<tool_call>",
-        "</tool_call>",
-        ("<function=",),
-        before="\n",
-        after="\n",
-        openings=("{", "```json\n", "```\n", "<tools>", "<function_call>"),
-        closings=("```", "</tools>", "</function_call>"),
-    ),
-    ToolForm(
-        "Llama 3",
-        ("<|python_tag|>", "parameters"),
-        "<|python_tag|>",
-        arguments="parameters",
-        between=_SPACE + ";",
-        openings=("{",),
-        is_marked=False,
-    ),
-)
 _HEADER = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:'
 )
 
 _FIRST_KEY = re.compile(r'\{\s*"(?:type|name|arguments|parameters)"')
-
-
-def form_of(template: str | None) -> ToolForm:
-    """Return the form in which the model of a chat template calls tools.
-
-    Raises:
-        ConfigError: it does not call any, or in a form that is not known here.
-    """
-    if template is None or not re.search(r"\btools\b", template):
-        raise ConfigError("the model's chat template knows no tools; use a model that was trained to call them")
-    for form in FORMS:
-        if all(text in template for text in form.says) and not any(text in template for text in form.says_not):
-            return form
-    known = ", ".join(form.name for form in FORMS)
-    raise ConfigError(f"the model calls tools in a form that is not known here; known are those of {known}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +40,32 @@ class CallDelta:
 class CallParser:
     """Divides the text of one answer into content and calls.
 
-    names: of the tools; without the mark of the form, a call has one of them. is_many: False: what follows the first
-    call is left out. Text that only looks like a call stays content. num_calls: that have begun. key: the ids of calls
-    follow from it; random unless one is given.
+    names: of the tools; without the mark of the form, a call has one of them. kinds: the JSON types of the parameters
+    of each tool, for forms that do not show which values are strings. is_many: False: what follows the first call is
+    left out. Text that only looks like a call stays content. num_calls: that have begun. key: the ids of calls follow
+    from it; random unless one is given.
     """
 
     def __init__(
-        self, form: ToolForm, names: Collection[str], *, is_many: bool = True, key: bytes | None = None
+        self,
+        form: ToolForm,
+        names: Collection[str],
+        kinds: Mapping[str, Mapping[str, Collection[str]]] | None = None,
+        *,
+        is_many: bool = True,
+        key: bytes | None = None,
     ) -> None:
         self.names, self.is_many, self.key = frozenset(names), is_many, key or secrets.token_bytes(16)
+        self.kinds = kinds or {}
         self._form = form
+        self._sink = Sink(self.names, self._is_known, lambda name: self.kinds.get(name, {}), self._begin, self._more)
+        self._reader: Reading[Read] | None = None
         self._take: Callable[[str], None] = self._text
         self._out: list[str | CallDelta] = []
         self._held = ""  # text that may be the beginning of a mark
         self._lead = ""  # the mark, and what followed it
-        self._raw = ""  # an object
-        self._nesting = _Nesting()
+        self._raw = ""  # an object, or another call that has not begun yet
+        self._nesting = Nesting()
         self._has_content = self._has_mark = self._block_has_call = self._is_doubled = False
         self.num_calls = 0
 
@@ -145,12 +78,12 @@ class CallParser:
 
     def finish(self) -> list[str | CallDelta]:
         """Return what was held back: the answer has ended."""
-        if self._take == self._text and (self._held.strip(_SPACE) or not self.num_calls):
+        if self._take == self._text and (self._held.strip(SPACE) or not self.num_calls):
             self._say(self._held)
         elif self._take == self._between and not self._block_has_call:
             self._say(self._shown_lead())
-        elif self._take in (self._header, self._value, self._whole):
-            self._say(self._shown_lead() + self._raw)
+        elif self._take in (self._header, self._value, self._whole, self._read):
+            self._say(("" if self._block_has_call else self._shown_lead()) + self._raw)
         self._take = self._rest
         return self.push("")
 
@@ -159,16 +92,16 @@ class CallParser:
     def _text(self, char: str) -> None:
         self._held += char
         form = self._form
-        while rest := self._held.lstrip(_SPACE):
-            begins = (form.mark, *(form.openings if not self._has_content else ()))
+        while rest := self._held.lstrip(SPACE):
+            begins = (form.mark, *form.anywhere, *(form.openings if not self._has_content else ()))
             ends = (form.end, *form.closings) if self.num_calls and form.end else ()
             if rest in begins:
-                is_object = rest == "{"
-                self._has_mark, self._block_has_call = rest == form.mark, False
-                self._lead, self._held = self._held[: -1 if is_object else None], ""
+                call = rest if rest in ("{", FUNCTION) else ""  # it begins a call, without a mark before it
+                self._has_mark, self._block_has_call = rest in (form.mark, *form.anywhere) and not call, False
+                self._lead, self._held = self._held.removesuffix(call), ""
                 self._take = self._between
-                if is_object:
-                    self._between(rest)
+                for each in call:
+                    self._take(each)
                 return
             if rest in ends:
                 self._held = ""
@@ -181,10 +114,13 @@ class CallParser:
 
     def _between(self, char: str) -> None:
         if char == "{":
-            self._raw, self._nesting, self._take, self._is_doubled = "", _Nesting(), self._header, False
+            self._raw, self._nesting, self._take, self._is_doubled = "", Nesting(), self._header, False
             self._header(char)
         elif char in self._form.between:
             self._lead += char
+        elif (reader := reader_of(self._form, self._sink)) is not None:
+            self._reader, self._raw, self._take = reader, "", self._read
+            self._read(char)
         else:
             text = char
             if not self._block_has_call:
@@ -192,6 +128,35 @@ class CallParser:
             elif (at := self._lead.rfind(self._form.mark[0])) >= 0:  # another mark, perhaps
                 text = self._lead[at:] + char
             self._take = self._text
+            for each in text:
+                self._take(each)
+
+    def _read(self, char: str) -> None:
+        """Take a character of a call that is not an object, and has not begun yet."""
+        self._raw += char
+        num_calls = self.num_calls
+        self._read_on(char)
+        if self._take == self._read and self.num_calls > num_calls:
+            self._raw, self._take = "", self._read_on
+
+    def _read_on(self, char: str) -> None:
+        assert self._reader is not None
+        try:
+            self._reader.send(char)
+        except StopIteration as ended:
+            read: Read = ended.value
+            text = read.rest
+            if read.is_call:
+                self._ended()
+            else:
+                if not self._block_has_call:
+                    self._say(self._shown_lead())
+                # The character at which the reader failed may be the beginning of a mark.
+                at = self._raw.rfind(self._form.mark[0])
+                if at < 0 or self._raw.startswith(FUNCTION, at):
+                    at = len(self._raw)
+                self._say(self._raw[:at])
+                text, self._take, self._lead = self._raw[at:], self._text, ""
             for each in text:
                 self._take(each)
 
@@ -211,10 +176,10 @@ class CallParser:
     def _value(self, char: str) -> None:
         if char == "{":
             self._begin(self._name, "")
-            self._nesting, self._take = _Nesting(), self._arguments
+            self._nesting, self._take = Nesting(), self._arguments
             self._arguments(char)
         else:
-            if char not in _SPACE:  # a text with JSON in it, perhaps
+            if char not in SPACE:  # a text with JSON in it, perhaps
                 self._take = self._whole
             self._whole(char)
 
@@ -239,7 +204,7 @@ class CallParser:
             return
         self._more(char)
         if not self._nesting.push(char):
-            self._nesting, self._take = _Nesting(depth=1), self._tail
+            self._nesting, self._take = Nesting(depth=1), self._tail
 
     def _tail(self, char: str) -> None:
         """Leave out what an object has after its arguments."""
@@ -287,7 +252,7 @@ class CallParser:
     def _say(self, text: str) -> None:
         if not text:
             return
-        self._has_content = self._has_content or bool(text.strip(_SPACE))
+        self._has_content = self._has_content or bool(text.strip(SPACE))
         if self._out and isinstance(self._out[-1], str):
             self._out[-1] += text
         else:
@@ -307,31 +272,6 @@ class CallParser:
             self._out[-1] = replace(last, arguments=last.arguments + arguments)
         else:
             self._out.append(CallDelta(index, None, None, arguments))
-
-
-class _Nesting:
-    """How deep in objects and lists a place in JSON is."""
-
-    def __init__(self, depth: int = 0) -> None:
-        self.depth = depth
-        self.in_string = self._is_escaped = False
-
-    def push(self, char: str) -> bool:
-        """Take a character; return whether the value goes on after it."""
-        if self.in_string:
-            if self._is_escaped:
-                self._is_escaped = False
-            elif char == "\\":
-                self._is_escaped = True
-            elif char == '"':
-                self.in_string = False
-        elif char == '"':
-            self.in_string = True
-        elif char in "{[":
-            self.depth += 1
-        elif char in "}]":
-            self.depth -= 1
-        return self.depth > 0 or self.in_string
 
 
 def _loaded(text: str) -> object:

@@ -1,6 +1,6 @@
-"""Tools that a request offers: what of them the model is told, and the grammar that its calls follow.
+"""Tools that a request offers: what of them the model is told, and the grammar that its answer follows.
 
-tool_calls.py finds the calls in the answer.
+tool_grammars.py has the grammar of one call; tool_calls.py finds the calls in the answer.
 """
 
 import json
@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mdiq.api.structure import Structure, with_guidance
-from mdiq.api.tool_calls import ToolForm
+from mdiq.api.structure import Structure
+from mdiq.api.tool_forms import ToolForm
+from mdiq.api.tool_grammars import TEXT, CallGrammar, kinds_of
 from mdiq.errors import ConfigError
 
 MAX_TOOLS = 128  # OpenAI's limit
 CHOICES = ("none", "auto", "required")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_TEXT = r"TEXT: /(.|\n)*/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,11 @@ class ToolUse:
         return [tool.name for tool in self.tools]
 
     @property
+    def kinds(self) -> dict[str, dict[str, list[str]]]:
+        """The JSON types of the parameters of each tool."""
+        return {tool.name: kinds_of(tool.parameters) for tool in self.tools}
+
+    @property
     def told(self) -> list[Mapping[str, Any]]:
         """What the chat template shows to the model."""
         return [tool.told for tool in self.tools]
@@ -57,20 +62,21 @@ class ToolUse:
             ConfigError: ``content`` is not JSON, and calls are.
         """
         tools = [tool for tool in self.tools if self.only in (None, tool.name)]
-        lines = [f"object: {' | '.join(f'tool_{i}' for i in range(len(tools)))}"]
+        calls = CallGrammar(form, special_id)
+        lines = [f"object: {' | '.join(f'tool_{i}' for i in range(len(tools)))}", *calls.shared_rules()]
         for i, tool in enumerate(tools):
-            begin = json.dumps(f'{{"name": {json.dumps(tool.name)}, "{form.arguments}": ')
-            lines.append(f'tool_{i}: {begin} %json {json.dumps(with_guidance(tool.parameters))} "}}"')
+            lines += calls.rules(f"tool_{i}", tool.name, tool.parameters)
         objects = "object"
         if form.separator is not None and self.is_many:
-            objects = f"object ({json.dumps(form.separator)} object)*"
-        body = f"{_quoted(form.before)} {objects} {_quoted(form.after)} {_quoted(form.end)}"
-        mark = _mark(form.mark, special_id)
+            objects = f"object ({calls.quoted(form.separator)} object)*"
+        body = f"{calls.quoted(form.before)} {objects} {calls.quoted(form.after + form.end)}"
+        mark = calls.quoted(form.mark)
         if self.must_call or content is not None or not form.is_marked:
-            lines.append(f"call: {mark} {body}" if form.is_marked else "call: object")
+            lines.append(f"call: {mark if form.is_marked else ''} {body}")
             repeats = self.is_many and form.is_marked and form.separator is None
             # After the last call many a model writes a line's end too.
-            start = 'call ("\\n" call)* "\\n"?' if repeats else "call"
+            gap = json.dumps(form.gap)
+            start = (f"call ({gap} call)* {gap}?" if form.gap else "call+") if repeats else "call"
             if not self.must_call:
                 if content is None:
                     return None
@@ -81,16 +87,28 @@ class ToolUse:
                 start = f"{start} | content"
         else:  # once a call begins, it follows the grammar
             is_special = special_id(form.mark) is not None
-            lines += [_TEXT, "content: TEXT", f"begin: TEXT {mark}" if is_special else f"begin[lazy]: TEXT {mark}"]
+            lines += ["content: TEXT", f"begin: TEXT {mark}" if is_special else f"begin[lazy]: TEXT {mark}"]
             lines.append(f"call: begin {body}")
             start = "call* content" if self.is_many and form.separator is None else "call | content"
+        if stops := stops_of(form, special_id):
+            start = f"({start}) ({' | '.join(f'<[{token}]>' for token in stops)})?"
+        if any("TEXT" in line for line in lines):
+            lines.append(TEXT)
         return "lark:" + "\n".join([f"start: {start}", *lines])
 
 
 def marks_of(form: ToolForm, special_id: Callable[[str], int | None]) -> tuple[int, ...]:
     """Return the marks of a form that are special tokens: the parser needs their text."""
-    ids = (special_id(text) for text in (form.mark, form.end) if text)
-    return tuple(token for token in ids if token is not None)
+    return _special(special_id, form.mark, form.end, *form.specials)
+
+
+def stops_of(form: ToolForm, special_id: Callable[[str], int | None]) -> tuple[int, ...]:
+    """Return the special tokens at which an answer with calls ends: the results would follow."""
+    return _special(special_id, *form.stops)
+
+
+def _special(special_id: Callable[[str], int | None], *texts: str) -> tuple[int, ...]:
+    return tuple(token for text in texts if text and (token := special_id(text)) is not None)
 
 
 def tools_of(body: Mapping[str, Any]) -> ToolUse | None:
@@ -153,12 +171,3 @@ def _tool(given: Any, where: str) -> Tool:
         raise ConfigError(f"{where}.function: {text}") from None
     parameters = {"type": "object", **parameters}
     return Tool(name, f"{where}.function.parameters", parameters, {"type": "function", "function": told})
-
-
-def _mark(text: str, special_id: Callable[[str], int | None]) -> str:
-    token = special_id(text)
-    return _quoted(text) if token is None else f"<[{token}]>"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text) if text else ""

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
-from mdiq.api import structure, tools
+from mdiq.api import structure, tool_grammars
+from mdiq.api.forming import parser_of, tools_about
+from mdiq.api.tool_calls import CallParser
+from mdiq.api.tool_forms import form_of
+from mdiq.api.tools import tools_of
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
 from mdiq.errors import ConfigError
 from mdiq.runtime.starter_service import StreamEvent
@@ -69,7 +73,7 @@ async def test_a_large_body_is_read_in_a_thread_so_that_nobodys_tokens_wait_for_
         names.append(threading.current_thread().name.rpartition("_")[0])
         return with_guidance(schema)
 
-    for module in (structure, tools):
+    for module in (structure, tool_grammars):
         monkeypatch.setattr(module, "with_guidance", watched)
     schema = {"type": "object", "properties": {"a": {"enum": ["x" * 70_000]}}}
     form = {"type": "json_schema", "name": "x", "schema": schema}
@@ -140,6 +144,36 @@ async def test_a_call_that_is_cut_short_says_so() -> None:
     choice = await _chat(ring, tools=[GET])
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "get", "arguments": '{"a"'}
+
+
+XML_CALL = "<tool_call>\n<function=get>\n<parameter=a>\n12\n</parameter>\n</function>\n</tool_call>"
+XML_TEMPLATE = "{{ tools }}<tool_call><function=example><parameter=example>"
+
+
+@pytest.mark.parametrize(("kind", "value"), [("string", '"12"'), ("integer", "12"), (None, "12")])
+async def test_the_schema_says_which_values_without_quotes_are_strings(kind: str | None, value: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": kind} if kind else {}}}
+    tool = {"type": "function", "function": {"name": "get", "parameters": schema}}
+    choice = await _chat(WritingRing(text=XML_CALL, chat_template=XML_TEMPLATE), tools=[tool])
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "get", "arguments": f'{{"a": {value}}}'}
+
+
+async def test_a_parser_is_made_again_as_it_was() -> None:
+    ring = WritingRing(chat_template=XML_TEMPLATE)
+    use = tools_of({"tools": [{"function": {"name": "get", "parameters": {"properties": {"a": {"type": "string"}}}}}]})
+    assert use is not None
+    parser = CallParser(form_of(XML_TEMPLATE), use.names, use.kinds)
+    again = parser_of(json.loads(json.dumps(tools_about(parser))), ring)
+    assert again is not None and again.push(XML_CALL) == parser.push(XML_CALL) and again.num_calls == 1
+
+
+async def test_an_answer_ends_where_the_results_of_its_calls_would_follow() -> None:
+    special = {"<start_function_call>": 7, "<end_function_call>": 8, "<escape>": 9, "<start_function_response>": 10}
+    ring = WritingRing(special=special, chat_template="{{ tools }}<start_function_call>")
+    await _chat(ring, tools=[GET], stop_token_ids=[5])
+    params = ring.asked[0][1]
+    assert params.stop_token_ids == (5, 10) and params.shown_token_ids == (7, 8, 9) and "<[10]>" in params.grammar
 
 
 async def test_without_tools_or_with_the_choice_of_none_nothing_is_a_call() -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from mdiq.api.structure import Structure, structure_of
-from mdiq.api.tool_calls import FORMS
+from mdiq.api.tool_forms import FORMS
 from mdiq.api.tools import tools_of
 from mdiq.errors import ConfigError
 
-MISTRAL, HERMES, LLAMA = FORMS
+MISTRAL, MISTRAL_11, HERMES, QWEN_CODER, PYTHON, LLAMA, FUNCTION_GEMMA, GEMMA, DEEPSEEK_31, DEEPSEEK_3 = FORMS
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 
 

@@ -66,11 +66,21 @@ class ChatTemplate:
         variables: dict[str, object] = {
             **(more or {}),
             **tokens,
-            "messages": [_plain(dict(message)) for message in messages],
+            "messages": (plain := [_plain(dict(message)) for message in messages]),
             "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": True,
         }
+        try:
+            return self._rendered(variables)
+        except ModelError:
+            as_texts = [_with_texts(message) for message in plain]
+            if as_texts == plain:
+                raise
+            # Some templates, DeepSeek's among them, want the arguments of tool calls as texts, which is OpenAI's form.
+            return self._rendered({**variables, "messages": as_texts})
+
+    def _rendered(self, variables: Mapping[str, object]) -> str:
         # One at a time: its size is counted, and each further computing thread would slow down the event loop.
         with self._lock:
             self._environment.num_written = 0
@@ -180,15 +190,37 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _plain(value: Any) -> Any:
-    """Copy JSON-like data; fields without a value are left out, since templates would write "None"."""
+def _plain(value: Any, *, is_argument: bool = False) -> Any:
+    """Copy JSON-like data; fields without a value are left out, since templates would write "None".
+
+    is_argument: of a tool call, where null is a value like others.
+    """
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+        return {
+            str(key): _plain(item, is_argument=is_argument or key == "arguments")
+            for key, item in value.items()
+            if item is not None or is_argument
+        }
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, is_argument=is_argument) for item in value]
     raise ConfigError(f"messages: a value of type {type(value).__name__}; give texts, numbers, lists and objects")
+
+
+def _with_texts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message with the arguments of its tool calls as JSON texts."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    texts: list[Any] = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if isinstance(function, dict) and isinstance(arguments, dict):
+            call = {**call, "function": {**function, "arguments": _to_json(arguments)}}
+        texts.append(call)
+    return {**message, "tool_calls": texts}
 
 
 def _line(error: object) -> str:
