@@ -8,6 +8,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from mdiq.api.audit import RECORD
+from mdiq.api.nesting import TooDeepError, loads
 from mdiq.api.requests import ApiError, BadRequest
 
 LARGE_BODY_BYTES = 64 * 1024  # as much is kept of every body before it is read
@@ -35,8 +36,10 @@ class Bodies:
             raise BadRequest("the body is not valid HTTP") from None
         request[RECORD].num_bytes = len(body)
         try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
+            return loads(body)
+        except TooDeepError as error:
+            raise BadRequest(f"the body cannot be read: {error}") from None
+        except ValueError as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
             raise BadRequest(f"the body is not JSON ({reason})") from None
 

@@ -22,6 +22,8 @@ from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, EngineError
 
 MAX_KEPT = 512  # compiled grammars; most clients send the same few
+MAX_KEPT_CHARACTERS = 1 << 19
+"""Of all of them: what one takes grows with its length, 150 bytes and more for a character."""
 _TRIAL = Trial()
 
 
@@ -100,7 +102,9 @@ class Grammars:
         new = compiled(self._tokens, grammar)
         with self._lock:
             self._compiled[grammar] = new
-            while len(self._compiled) > MAX_KEPT:
+            while len(self._compiled) > MAX_KEPT or (
+                len(self._compiled) > 1 and sum(map(len, self._compiled)) > MAX_KEPT_CHARACTERS
+            ):
                 self._compiled.popitem(last=False)
         return new.deep_copy()
 

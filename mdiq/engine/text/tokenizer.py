@@ -86,9 +86,11 @@ class Tokenizer:
 
         Raises:
             ContextLengthError: it certainly has too many tokens; a text that passes may still have too many.
+            ConfigError: a long text holds half a surrogate pair.
         """
         if len(text) <= room:  # short enough to tokenize quickly
             return
+        _check_whole(text)
         least = self._bound.min_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
         if least >= room:
             raise ContextLengthError(
@@ -186,10 +188,7 @@ class Tokenizer:
         return [self._spelling.of(token)[0] for token in range(self.vocab_size)]
 
     def _ids(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
+        _check_whole(text)
         # encode() would keep the interpreter's lock, for seconds at a long text; encode_batch() does not.
         return self._backend.encode_batch([text], add_special_tokens=False)[0].ids
 
@@ -278,6 +277,13 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=self._skips)
         waiting, self._given, self._waiting = self._waiting, [], []
         return "".join([self.push(token) for token in waiting])
+
+
+def _check_whole(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
 
 
 def _load_directory(directory: Path) -> TokenizerParts:
