@@ -130,9 +130,9 @@ class Answering:
             self.check_model(asked.model)
         # Requests that are still being tokenized are not running yet, and count too.
         num_asked = asked.num_answers
-        if asked.num_choices > 1 and num_asked > backend.max_requests:
-            text = f"n: {num_asked} answers; this ring gives {backend.max_requests} at once, so ask for fewer"
-            raise BadRequest(text, "n")
+        for who, most in (("this ring gives", backend.max_requests), ("this key may have", client.key.max_requests)):
+            if asked.num_choices > 1 and most is not None and num_asked > most:
+                raise BadRequest(f"n: {num_asked} answers; {who} {most} at once, so ask for fewer", "n")
         with client.in_flight(num_asked, time.monotonic()):
             now = time.monotonic()
             running, asker = backend.num_running, self._asker(client)
@@ -185,8 +185,8 @@ class Answering:
     ) -> LastingAnswer:
         client = _client_of(record)
 
-        def watch(events: AsyncGenerator[StreamEvent, None]) -> AsyncGenerator[StreamEvent, None]:
-            return self._figures.watched(events, 0, record.begun_s, client)
+        def watch(events: AsyncGenerator[StreamEvent, None], num_before: int) -> AsyncGenerator[StreamEvent, None]:
+            return self._figures.watched(events, 0, record.begun_s, client, num_before=num_before)
 
         key = client.key
         return LastingAnswer(
