@@ -25,6 +25,7 @@ from mdiq.errors import ConfigError, ContextLengthError, ModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_ID = (1 << 31) - 1
+_MAX_WAITING = 64  # tokens that wait for the rest of a character
 # Special tokens with these texts end an answer, beside those that a file names; the same as in llama.cpp.
 _END_TEXTS = frozenset(
     {
@@ -236,9 +237,15 @@ class TextStream:
         except ModelError:  # bytes change what is decoded already
             return self._restart()
         if text is None:
-            return ""
+            return self._cut_short() if len(self._waiting) > _MAX_WAITING else ""
         self._given, self._waiting = self._waiting, []
         return text
+
+    def _cut_short(self) -> str:
+        """Return what cannot become characters any more: each further token would be decoded with all that wait."""
+        last = self._waiting[-3:]  # a character has four bytes
+        del self._waiting[-3:]
+        return self.finish() + "".join([self.push(token) for token in last])
 
     def finish(self, *, drops_half: bool = False) -> str:
         """Return the text of tokens that still wait for the rest of a character.
@@ -253,6 +260,8 @@ class TextStream:
         text = self._backend.decode(self._given + self._waiting, skip_special_tokens=self._skips)
         if not text.startswith(before):
             before, text = "", self._backend.decode(self._waiting, skip_special_tokens=self._skips)
+        if self._waiting:  # they are told, and not to be told again with what comes
+            self._stream = DecodeStream(ids=self._given, skip_special_tokens=self._skips)
         self._given, self._waiting = [], []
         text = text[len(before) :]
         return text.removesuffix(_REPLACEMENT) if in_bytes else text
