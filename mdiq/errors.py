@@ -3,7 +3,8 @@
     MdiqError                       exit code 1: something failed
     ├── UsageError                  exit code 2: what the user asked for cannot be
     │   ├── ConfigError             a flag, a field of a prompts file, a sampling value
-    │   │   └── TopologyError       a topology file: all that is wrong with it
+    │   │   ├── TopologyError       a topology file: all that is wrong with it
+    │   │   └── CostlyFormError     the form of an answer: it takes too much to compile
     │   ├── PlanError               a layer split that does not fit the model, a model that does not fit the nodes
     │   └── ModelError              a model that is missing, truncated or of an unsupported kind
     ├── CapacityError               no memory, or a prompt longer than the context
@@ -47,6 +48,10 @@ class TopologyError(ConfigError):
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
         self.lines = tuple(lines)
+
+
+class CostlyFormError(ConfigError):
+    """The form of an answer takes too much time, memory or stack to compile."""
 
 
 class GaveWayError(ConfigError):

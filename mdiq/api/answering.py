@@ -188,8 +188,8 @@ class Answering:
     ) -> LastingAnswer:
         client = _client_of(record)
 
-        def watch(events: AsyncGenerator[StreamEvent, None]) -> AsyncGenerator[StreamEvent, None]:
-            return self._figures.watched(events, 0, record.begun_s, client)
+        def watch(events: AsyncGenerator[StreamEvent, None], num_before: int) -> AsyncGenerator[StreamEvent, None]:
+            return self._figures.watched(events, 0, record.begun_s, client, num_before=num_before)
 
         key = client.key
         return LastingAnswer(

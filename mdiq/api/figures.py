@@ -42,25 +42,32 @@ class Figures:
             self._num_prompt.inc(num_prompt)
 
     async def watched(
-        self, events: AsyncGenerator[StreamEvent, None], num_prompt: int, asked_s: float, client: Client
+        self,
+        events: AsyncGenerator[StreamEvent, None],
+        num_prompt: int,
+        asked_s: float,
+        client: Client,
+        *,
+        num_before: int = 0,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Yield the events of an answer and count them, for its client too. asked_s: when the request came.
 
-        num_prompt: 0 for further answers to a prompt that was counted.
+        num_prompt: 0 for further answers to a prompt that was counted. num_before: tokens that it has from an earlier
+        ring, so its first one has come.
         """
         begun_s = self._clock()
         token_s: float | None = None
-        num_answer = 0
+        num_answer = num_before
         self.took(num_prompt)
         async with aclosing(events):
             async for event in events:
                 step = event.step
                 if step.token is not None:
-                    if token_s is None:
+                    if not num_answer:
                         self._first_s.observe(event.at_s - asked_s)
                         if event.entered_s is not None:
                             self._queue_s.observe(event.entered_s - begun_s)
-                    else:
+                    elif token_s is not None:
                         self._between_s.observe(event.at_s - token_s)
                     token_s = event.at_s
                     num_answer += 1

@@ -12,7 +12,7 @@ from mdiq.api.structure import MAX_PARTS, schema_grammar, wrong_part
 from mdiq.api.tool_calls import CallParser
 from mdiq.api.tool_forms import Elements, form_of
 from mdiq.api.tools import marks_of, stops_of
-from mdiq.errors import ConfigError
+from mdiq.errors import ConfigError, CostlyFormError
 
 MAX_SEARCHED = 1 << 14  # characters of a schema in which the wrong part is looked for
 InThread = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -46,6 +46,8 @@ async def formed(asked: Asked, backend: Backend, in_thread: InThread) -> tuple[A
     if grammar := asked.values.get("grammar"):
         try:
             await in_thread(partial(backend.check_grammar, grammar))
+        except CostlyFormError as error:
+            raise _costly(asked, error) from None
         except ConfigError as error:
             raise await in_thread(partial(_refusal, asked, backend, error)) from None
     return asked, make_parser
@@ -75,12 +77,26 @@ def parser_of(about: Mapping[str, Any] | None, backend: Backend) -> CallParser |
     return CallParser(form, about["names"], about.get("kinds"), is_many=about["is_many"], key=key)
 
 
+def _costly(asked: Asked, error: CostlyFormError) -> BadRequest:
+    """Return the error of a form whose parts are not looked at: each of them may cost as much."""
+    where = "tools" if asked.structure is None else asked.structure.where
+    return BadRequest(f"{where}: {error}", where.partition(".")[0])
+
+
 def _refusal(asked: Asked, backend: Backend, error: ConfigError) -> BadRequest:
     """Return the error that names the field whose form cannot be used."""
+    try:
+        return _searched(asked, backend, error)
+    except CostlyFormError as costly:
+        return _costly(asked, costly)
 
+
+def _searched(asked: Asked, backend: Backend, error: ConfigError) -> BadRequest:
     def trouble(grammar: str) -> ConfigError | None:
         try:
             backend.check_grammar(grammar)
+        except CostlyFormError:
+            raise
         except ConfigError as own:
             return own
         return None

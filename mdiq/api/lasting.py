@@ -25,7 +25,7 @@ log = structlog.get_logger()
 MAX_TRIES = 5
 """Rings that a response may be lost with before one of them gives a token: it may be the reason."""
 
-Watch = Callable[[AsyncGenerator[StreamEvent, None]], AsyncGenerator[StreamEvent, None]]
+Watch = Callable[[AsyncGenerator[StreamEvent, None], int], AsyncGenerator[StreamEvent, None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ class ResponseJournal(Protocol):
 class LastingAnswer:
     """One answer, over rings that come and go. tokens: those so far; the journal writes them from time to time.
 
-    in_thread: runs a job in a thread. watch: follows the events that a ring gives.
+    in_thread: runs a job in a thread. watch: follows the events that a ring gives, after so many
+    tokens.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class LastingAnswer:
                 before_ring = None
             try:
                 running = self._backend.go_on(sequence, owner=self._owner, share=self._share)
-                async with aclosing(self._watch(running)) as events:
+                async with aclosing(self._watch(running, len(self.tokens))) as events:
                     async for event in events:
                         if isinstance(event.step.error, RingError):
                             raise event.step.error

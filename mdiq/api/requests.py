@@ -1,7 +1,6 @@
 """Parse requests: from JSON of OpenAI's API to a prompt and SamplingParams, naming every mistake. No sockets."""
 
 import contextlib
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +8,7 @@ from typing import Any
 
 from mdiq.api.fields import MAX_CHOICES, NO_LIMIT, check_served, num_choices, sampling_values
 from mdiq.api.logprobs import AskedLogprobs, take_logprobs
+from mdiq.api.nesting import loads
 from mdiq.api.structure import Structure, structure_of
 from mdiq.api.tools import ToolUse, tools_of
 from mdiq.core.sequence import SamplingParams
@@ -16,6 +16,7 @@ from mdiq.errors import ConfigError
 
 MAX_BODY_BYTES = 2 << 20  # a context of 128,000 tokens is half of it; larger JSON would hold up others' tokens
 MAX_STOPS = 16  # each costs time at every token
+MAX_STOP_CHARACTERS = 1_000  # what is held back is compared with each beginning of it
 MAX_PROMPTS = 64
 MAX_ERROR_CHARACTERS = 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
@@ -195,8 +196,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         tools = tools_of(body) if is_chat else None
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition(":")[0]) from None
-    if isinstance(values.get("stop"), list) and len(values["stop"]) > MAX_STOPS:
-        raise BadRequest(f"stop: {len(values['stop'])} texts; give at most {MAX_STOPS}", "stop")
+    _check_stops(values.get("stop"))
     # In a completion -1 means as many tokens as there is room for, which is the default of a chat.
     is_open = is_chat if "max_tokens" not in values else values["max_tokens"] is None
     common: dict[str, Any] = {
@@ -218,6 +218,15 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         text = f"n: {choices} answers to each of {len(asked.prompts)} prompts; give at most {MAX_CHOICES} per request"
         raise BadRequest(text, "n")
     return asked
+
+
+def _check_stops(given: object) -> None:
+    stops = given if isinstance(given, list) else [given]
+    if len(stops) > MAX_STOPS:
+        raise BadRequest(f"stop: {len(stops)} texts; give at most {MAX_STOPS}", "stop")
+    for stop in stops:
+        if isinstance(stop, str) and len(stop) > MAX_STOP_CHARACTERS:
+            raise BadRequest(f"stop: a text of {len(stop)} characters; give at most {MAX_STOP_CHARACTERS}", "stop")
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:
@@ -329,8 +338,8 @@ def _tool_call(given: object, where: str) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         text_of(arguments, where)
         # Templates write them as JSON themselves. Text that is not JSON stays as it is.
-        with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments) if arguments else {}
+        with contextlib.suppress(ValueError):
+            arguments = loads(arguments) if arguments else {}
     call = {"type": "function", "function": {"name": text_of(function["name"], where), "arguments": arguments}}
     return {"id": given["id"], **call} if isinstance(given.get("id"), str) else call
 

@@ -115,9 +115,9 @@ class StoredResponse:
             self._left()
 
     def cancel(self) -> None:
-        """End it, if it runs."""
-        self.is_wanted = False
-        if self.task is not None and not self.shape.is_ended:
+        """End it, if it runs. Once: a second time would break off what its end takes, such as the journal's writing."""
+        was_wanted, self.is_wanted = self.is_wanted, False
+        if self.task is not None and was_wanted and not self.shape.is_ended:
             self.task.cancel()
 
     def _left(self) -> None:

@@ -154,14 +154,27 @@ class ResponseRoutes:
         """Make an answer. begun: done when it has its place in the Ring, or with why it cannot have one."""
         status = 200
         try:
-            await make()
-        except asyncio.CancelledError:
+            status = await self._made(response, make, begun)
+        except asyncio.CancelledError:  # also while its failure is being written
             status = LEFT
             if begun is not None:
                 begun.cancel()
             if response.is_wanted and response.is_journalled:
                 return  # the service ends, and the next one goes on with it
             await self._end(response, ResponseShape.cancel)
+        finally:
+            if response.shape.is_ended or not response.is_journalled:
+                self._ended(response)
+            if record.has_run:
+                record.log(status, time.monotonic())
+
+    async def _made(
+        self, response: StoredResponse, make: Callable[[], Awaitable[None]], begun: "asyncio.Future[None] | None"
+    ) -> int:
+        """Make an answer; return the status for the log."""
+        try:
+            await make()
+            return 200
         except Exception as error:  # of one response; whoever waits for it is told
             status = error.status if isinstance(error, ApiError) else 503 if isinstance(error, MdiqError) else 500
             if begun is not None and not begun.done():
@@ -169,16 +182,12 @@ class ResponseRoutes:
                 self._gone(response)  # its client does not know it
                 response.is_journalled = False
                 begun.set_exception(renamed(error) if isinstance(error, BadRequest) else error)
-                return
+                return status
             if not isinstance(error, MdiqError | ApiError):
                 log.exception("request_broke", path=PATH)
             said = str(error if isinstance(error, MdiqError | ApiError) else broke())
             await self._end(response, lambda shape: shape.fail(said))
-        finally:
-            if response.shape.is_ended or not response.is_journalled:
-                self._ended(response)
-            if record.has_run:
-                record.log(status, time.monotonic())
+            return status
 
     async def _begin(
         self, response: StoredResponse, asked: AskedResponse, record: Record, begun: "asyncio.Future[None]"

@@ -4,6 +4,7 @@ The MDI literature calls a Sequence a *sample*.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -14,6 +15,8 @@ from mdiq.errors import ConfigError
 
 MAX_BIASES = 1_024
 """Tokens with a bias, of one request: each costs time at every token."""
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class FinishReason(StrEnum):
@@ -81,7 +84,7 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"from 0 to max_tokens ({self.max_tokens})"),
-            ("stop", all(self.stop), "texts of at least one character"),
+            ("stop", all(map(_is_text, self.stop)), "texts of at least one character, and of whole ones"),
             ("ignore_eos", not (self.ignore_eos and self.grammar), "false where the answer's form says where it ends"),
             ("seed", -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
         )
@@ -131,6 +134,11 @@ class SamplingParams:
             return SamplingParams(**current)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+
+
+def _is_text(stop: str) -> bool:
+    """Return whether a stop text has a character, and no half of a surrogate pair, which JSON can have."""
+    return bool(stop) and _HALF.search(stop) is None
 
 
 def _convert(name: str, value: object, current: object) -> object:

@@ -293,3 +293,12 @@ async def test_a_key_without_a_name_inherits_nothing_of_the_one_whose_line_is_go
 def test_a_key_with_a_name_is_the_same_owner_when_it_is_another_key() -> None:
     named = [ApiKey("office", digest) for digest in (b"a" * 32, b"b" * 32)]
     assert named[0].owner == named[1].owner == "office"
+
+
+async def test_more_answers_than_a_key_may_have_at_once_are_refused_by_their_field() -> None:
+    api = Api(FakeRing(), _keys(max_requests=2))
+    async with TestClient(TestServer(api.application())) as client:
+        response = await client.post("/v1/chat/completions", json={**CHAT, "n": 3}, headers={"x-api-key": OFFICE})
+        error = (await response.json())["error"]
+    assert response.status == 400 and error["param"] == "n"
+    assert error["message"] == "n: 3 answers; this key may have 2 at once, so ask for fewer"

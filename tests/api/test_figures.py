@@ -25,18 +25,23 @@ class Watched:
         self.figures = Figures(self.registry, lambda: 100.0)
         self.client = Client(NO_KEY)
 
-    async def watch(self, *events: StreamEvent, num_prompt: int = 7, max_events: int = 99) -> int:
+    async def watch(self, *events: StreamEvent, num_prompt: int = 7, max_events: int = 99, num_before: int = 0) -> int:
         async def answer() -> AsyncGenerator[StreamEvent, None]:
             for event in events:
                 yield event
 
         num_seen = 0
-        async with aclosing(self.figures.watched(answer(), num_prompt, 99.0, self.client)) as watched:
+        async with aclosing(self._watched(answer(), num_prompt, num_before)) as watched:
             async for _ in watched:
                 num_seen += 1
                 if num_seen == max_events:
                     break
         return num_seen
+
+    def _watched(
+        self, events: AsyncGenerator[StreamEvent, None], num_prompt: int, num_before: int
+    ) -> AsyncGenerator[StreamEvent, None]:
+        return self.figures.watched(events, num_prompt, 99.0, self.client, num_before=num_before)
 
     def of(self, name: str) -> tuple[float | None, float | None]:
         """Return the count and the sum of a histogram."""
@@ -75,6 +80,17 @@ async def test_an_end_without_a_token_is_the_end_of_an_answer() -> None:
     watched = Watched()
     await watched.watch(_token(0, 101.0), StreamEvent(TokenEvent(0, None, 8, FinishReason.DEADLINE), "", 102.0))
     assert watched.of("request_seconds") == (1, 3.0) and watched.of("request_answer_tokens") == (1, 1.0)
+
+
+async def test_an_answer_that_goes_on_in_another_ring_has_had_its_first_token() -> None:
+    watched = Watched()
+    await watched.watch(_token(0, 102.0), _token(1, 102.25))
+    await watched.watch(_token(2, 150.0), _token(3, 150.5, FinishReason.STOP), num_prompt=0, num_before=2)
+    assert watched.of("time_to_first_token_seconds") == (1, 3.0)
+    assert watched.of("queue_seconds") == (1, 0.5)
+    assert watched.of("time_between_tokens_seconds") == (2, 0.75), "not the time between two rings"
+    assert watched.of("request_answer_tokens") == (1, 4.0)
+    assert watched.registry.get_sample_value("mdiq_answer_tokens_total") == 4
 
 
 async def test_further_answers_to_a_prompt_do_not_count_it_again() -> None:

@@ -14,7 +14,7 @@ from mdiq.api.tool_calls import CallParser
 from mdiq.api.tool_forms import form_of
 from mdiq.api.tools import tools_of
 from mdiq.core.sequence import FinishReason, SamplingParams, TokenEvent
-from mdiq.errors import ConfigError
+from mdiq.errors import ConfigError, CostlyFormError
 from mdiq.runtime.starter_service import StreamEvent
 from tests.api.test_app import FakeRing, _chunks, _client, _error
 
@@ -264,3 +264,25 @@ async def test_a_form_is_compiled_beside_the_event_loop() -> None:
 
     await _chat(Ring(), guided_json=json.dumps(BAD))
     assert threads and threads[0].startswith("texts")
+
+
+@pytest.mark.parametrize(("num_wrong", "num_tried"), [(0, 1), (2, 3)])
+async def test_nothing_more_is_compiled_once_a_form_was_too_costly(
+    num_wrong: int, num_tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def check(grammar: str) -> None:
+        tried.append(grammar)
+        raise ConfigError("wrong") if len(tried) <= num_wrong else CostlyFormError("it takes too much time")
+
+    ring = WritingRing()
+    monkeypatch.setattr(ring, "check_grammar", check)
+    schema = {"properties": {name: {"type": "string"} for name in "abcd"}}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    async with _client(ring) as client:
+        response = await client.post("/v1/chat/completions", json={"messages": HI, "response_format": form})
+        error = await _error(response)
+    assert response.status == 400 and len(tried) == num_tried
+    assert error["param"] == "response_format"
+    assert error["message"] == "response_format.json_schema.schema: it takes too much time"

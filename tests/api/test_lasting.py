@@ -552,3 +552,35 @@ async def test_a_client_that_leaves_before_it_knows_the_id_leaves_nothing_that_g
     async with _service(file, ring := LastingRing(text=SHORT)) as service:
         await asyncio.sleep(0.05)
         assert not ring.asked
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_response_that_is_cancelled_again_while_its_end_is_being_written_ends(
+    file: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    goes_on, write = asyncio.Event(), ServiceJournal.write
+    goes_on.set()
+
+    async def held(journal: ServiceJournal, *, with_tokens: bool = False) -> None:
+        await goes_on.wait()
+        await write(journal, with_tokens=with_tokens)
+
+    monkeypatch.setattr(ServiceJournal, "write", held)
+    lost: dict[int, list[MdiqError]] = {1: [CapacityError("it does not fit")]} if fails else {}
+    async with _service(file, LastingRing(text=SHORT, lost=lost)) as service, service.client() as client:
+        asked = await client.responses.create(input="Hi", background=True)
+        service.ring.give(1)
+        await _until(lambda: len(service.ring.computed) == 1)
+        goes_on.clear()
+        if fails:
+            service.ring.give(1)
+            await _until(lambda: not service.ring.num_running)
+        first, second = (asyncio.create_task(client.responses.cancel(asked.id)) for _ in range(2))
+        await asyncio.sleep(0.05)
+        goes_on.set()
+        assert [(await each).status for each in (first, second)] == ["cancelled"] * 2
+        events = await asyncio.wait_for(_events(f"{service.url}/responses/{asked.id}"), 5)
+        assert events[-1]["response"]["status"] == "cancelled"
+    async with _service(file, ring := LastingRing(text=SHORT)) as service, service.client() as client:
+        assert (await client.responses.retrieve(asked.id)).status == "cancelled"
+        assert not ring.asked

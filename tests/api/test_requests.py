@@ -164,6 +164,8 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"top_p": 0}, "top_p"),
         ({"stop": 5}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": ["a", "b" * 1_001]}, "stop"),
+        ({"stop": "b" * 1_001}, "stop"),
         ({"seed": 1.5}, "seed"),
         ({"model": 5}, "model"),
         ({"stream_options": []}, None),

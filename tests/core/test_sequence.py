@@ -29,6 +29,7 @@ from mdiq.errors import ConfigError
         ("min_tokens", -1),
         ("min_tokens", 257),  # more than max_tokens
         ("stop", ("",)),
+        ("stop", ("a", "\ud800")),
         ("seed", 2**64),
     ],
 )

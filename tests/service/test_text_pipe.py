@@ -114,3 +114,28 @@ def test_the_stop_text_that_ended_an_answer_is_known(tokenizer: Tokenizer) -> No
     for token in tokenizer.plain_ids("a b c"):
         pipe.push(token)
     assert pipe.stop_matched and pipe.stop_text == "b"
+
+
+def test_half_a_character_before_a_mark_is_told_once(tokenizer: Tokenizer) -> None:
+    mark = min(tokenizer.eos_token_ids)
+    half = tokenizer.encode("\U0001f0a1")[-2]
+    a, b = tokenizer.encode("a b"), tokenizer.encode("c d")
+
+    def told(ids: list[int]) -> str:
+        pipe = TokenizerPipe(tokenizer, SamplingParams(shown_token_ids=(mark,)))
+        return "".join([pipe.push(token) for token in ids]) + pipe.finish()
+
+    name = tokenizer.text_of_special(mark)
+    before, after = told([*a, half, mark, *b]).split(name)
+    assert [before.rstrip("\ufffd"), after] == told([*a, mark, *b]).split(name)
+    assert before.endswith("\ufffd")
+
+
+def test_bytes_that_never_become_a_character_do_not_wait_for_ever(tokenizer: Tokenizer) -> None:
+    half, whole = tokenizer.encode("\U0001f0a1")[-2], tokenizer.encode("x\U0001f0a1 y")
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in [half] * 1_000]
+    assert "".join(pieces).count("\ufffd") >= 900 and max(map(len, pieces)) < 200
+    text = "".join(pieces) + "".join([stream.push(token) for token in whole]) + stream.finish()
+    assert set(text.removesuffix(tokenizer.decode(whole).strip(" "))) <= {"\ufffd", " "}
+    assert tokenizer.decode([half] * 1_000 + whole) == text

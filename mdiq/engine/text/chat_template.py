@@ -63,10 +63,14 @@ class ChatTemplate:
             ConfigError: the template refuses these messages ("roles must alternate"), or they are not plain data.
             ModelError: the template is wrong, tries to leave its sandbox or writes too much.
         """
+        try:
+            plain = [_plain(dict(message)) for message in messages]
+        except RecursionError:
+            raise ConfigError("messages: they are nested too deeply") from None
         variables: dict[str, object] = {
             **(more or {}),
             **tokens,
-            "messages": (plain := [_plain(dict(message)) for message in messages]),
+            "messages": plain,
             "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": True,

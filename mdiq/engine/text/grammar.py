@@ -9,31 +9,22 @@ A grammar is a text "KIND:TEXT". The kinds: json_schema (a JSON object), choice 
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from mdiq.core.sequence import Sequence
+from mdiq.engine.text.grammar_trial import Trial, compiled, line_of
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, EngineError
 
 MAX_KEPT = 512  # compiled grammars; most clients send the same few
-MAX_ERROR_CHARACTERS = 200
-# The other limits are those of llguidance: they bound a compilation to some 0.1 s, and a mask to some 20 ms.
-_LIMITS = LLParserLimits(verbose_errors=False)
-_MAX_CHARACTERS = {"gbnf": 1 << 15, "lark": 1 << 18}  # Python converts the first, for 0.1 s
-_USUAL_CHARACTERS = 1 << 17
-_KINDS: dict[str, Callable[[str], str]] = {
-    "json_schema": LLMatcher.grammar_from_json_schema,
-    "choice": lambda text: grammar_from("choice", text),
-    "regex": LLMatcher.grammar_from_regex,
-    "gbnf": lambda text: grammar_from("gbnf", text),
-    "lark": LLMatcher.grammar_from_lark,
-}
+MAX_KEPT_CHARACTERS = 1 << 19
+"""Of all of them: what one takes grows with its length, 150 bytes and more for a character."""
+_TRIAL = Trial()
 
 
 class Grammars:
@@ -63,7 +54,14 @@ class Grammars:
 
         Raises:
             ConfigError: it is not a grammar, or is too large.
+            CostlyFormError: it takes too much time, memory or stack; see grammar_trial.py.
+            EngineError: that cannot be tried.
         """
+        self.prepare()
+        with self._lock:
+            is_known = grammar in self._compiled
+        if not is_known:
+            _TRIAL.check(grammar)
         self._matcher(grammar)
 
     def begin(self, sequence: Sequence) -> None:
@@ -101,12 +99,14 @@ class Grammars:
                 self._compiled.move_to_end(grammar)
                 return known.deep_copy()
         assert self._tokens is not None  # it is prepared
-        compiled = _compile(self._tokens, grammar)
+        new = compiled(self._tokens, grammar)
         with self._lock:
-            self._compiled[grammar] = compiled
-            while len(self._compiled) > MAX_KEPT:
+            self._compiled[grammar] = new
+            while len(self._compiled) > MAX_KEPT or (
+                len(self._compiled) > 1 and sum(map(len, self._compiled)) > MAX_KEPT_CHARACTERS
+            ):
                 self._compiled.popitem(last=False)
-        return compiled.deep_copy()
+        return new.deep_copy()
 
 
 class _Followed:
@@ -149,31 +149,11 @@ class Form:
         num_tokens = self._num_tokens
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise EngineError(f"the answer's form: {_line(self._matcher.get_error())}; ask for a simpler form")
+            raise EngineError(f"the answer's form: {line_of(self._matcher.get_error())}; ask for a simpler form")
         allowed = np.zeros(num_tokens, bool)
         known = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little", count=num_tokens)
         allowed[: len(known)] = known
         return allowed
-
-
-def _compile(tokens: LLTokenizer, grammar: str) -> LLMatcher:
-    kind, _, text = grammar.partition(":")
-    if kind not in _KINDS:
-        raise ConfigError(f"grammar: kind {kind[:40]!r}: use one of {', '.join(_KINDS)}")
-    if len(text) > (most := _MAX_CHARACTERS.get(kind, _USUAL_CHARACTERS)):
-        raise ConfigError(f"it has {len(text)} characters, and {most} is the limit; shorten it")
-    try:
-        compiled = LLMatcher(tokens, _KINDS[kind](text), log_level=0, limits=_LIMITS)
-    except (ValueError, TypeError, RecursionError) as error:  # of the conversions
-        raise ConfigError(f"it cannot be used: {_line(error)}") from None
-    if not compiled.is_error():  # what no answer fits is an error of the first mask
-        first = compiled.deep_copy()
-        first.compute_bitmask()
-        if first.is_error():
-            raise ConfigError("it cannot be used: no answer fits it")
-    if compiled.is_error():
-        raise ConfigError(f"it cannot be used: {_line(compiled.get_error())}")
-    return compiled
 
 
 def _ll_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
@@ -220,7 +200,3 @@ class _Texts:
             ids.append(self._ids[text[at : at + size]])
             at += size
         return ids
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:MAX_ERROR_CHARACTERS]

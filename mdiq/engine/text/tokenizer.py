@@ -25,6 +25,7 @@ from mdiq.errors import ConfigError, ContextLengthError, ModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_ID = (1 << 31) - 1
+_MAX_WAITING = 64  # tokens that wait for the rest of a character
 # Special tokens with these texts end an answer, beside those that a file names; the same as in llama.cpp.
 _END_TEXTS = frozenset(
     {
@@ -86,9 +87,11 @@ class Tokenizer:
 
         Raises:
             ContextLengthError: it certainly has too many tokens; a text that passes may still have too many.
+            ConfigError: a long text holds half a surrogate pair.
         """
         if len(text) <= room:  # short enough to tokenize quickly
             return
+        _check_whole(text)
         least = self._bound.min_tokens(text) + len(self._parts.prefix) + len(self._parts.suffix)
         if least >= room:
             raise ContextLengthError(
@@ -186,10 +189,7 @@ class Tokenizer:
         return [self._spelling.of(token)[0] for token in range(self.vocab_size)]
 
     def _ids(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
+        _check_whole(text)
         # encode() would keep the interpreter's lock, for seconds at a long text; encode_batch() does not.
         return self._backend.encode_batch([text], add_special_tokens=False)[0].ids
 
@@ -237,9 +237,15 @@ class TextStream:
         except ModelError:  # bytes change what is decoded already
             return self._restart()
         if text is None:
-            return ""
+            return self._cut_short() if len(self._waiting) > _MAX_WAITING else ""
         self._given, self._waiting = self._waiting, []
         return text
+
+    def _cut_short(self) -> str:
+        """Return what cannot become characters any more: each further token would be decoded with all that wait."""
+        last = self._waiting[-3:]  # a character has four bytes
+        del self._waiting[-3:]
+        return self.finish() + "".join([self.push(token) for token in last])
 
     def finish(self, *, drops_half: bool = False) -> str:
         """Return the text of tokens that still wait for the rest of a character.
@@ -254,6 +260,8 @@ class TextStream:
         text = self._backend.decode(self._given + self._waiting, skip_special_tokens=self._skips)
         if not text.startswith(before):
             before, text = "", self._backend.decode(self._waiting, skip_special_tokens=self._skips)
+        if self._waiting:  # they are told, and not to be told again with what comes
+            self._stream = DecodeStream(ids=self._given, skip_special_tokens=self._skips)
         self._given, self._waiting = [], []
         text = text[len(before) :]
         return text.removesuffix(_REPLACEMENT) if in_bytes else text
@@ -278,6 +286,13 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=self._skips)
         waiting, self._given, self._waiting = self._waiting, [], []
         return "".join([self.push(token) for token in waiting])
+
+
+def _check_whole(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("text: it holds half a surrogate pair; write the whole character") from None
 
 
 def _load_directory(directory: Path) -> TokenizerParts:

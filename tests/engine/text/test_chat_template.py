@@ -112,6 +112,14 @@ def test_messages_with_other_than_plain_data_are_refused():
         render("{{ messages }}", [{"role": "user", "content": object()}])
 
 
+def test_messages_that_are_nested_too_deeply_are_refused():
+    deep = []
+    for _ in range(900):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        ChatTemplate("{{ messages }}", "x").render([{"role": "user", "content": "", "tool_calls": deep}], {})
+
+
 def test_template_that_is_too_long_is_refused():
     with pytest.raises(ModelError, match="is the limit"):
         render("a" * (MAX_TEMPLATE_CHARS + 1))

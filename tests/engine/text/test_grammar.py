@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from mdiq.api.structure import schema_grammar, wrong_part
 from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.engine.text import grammar as grammar_module
 from mdiq.engine.text.grammar import MAX_KEPT, Grammars
 from mdiq.engine.text.tokenizer import Tokenizer
 from mdiq.errors import ConfigError, EngineError
@@ -181,6 +182,16 @@ def test_states_go_with_their_sequences_and_few_grammars_are_kept(tokenizer: Tok
     del sequence
     gc.collect()
     assert not grammars._followed
+
+
+def test_of_long_grammars_fewer_are_kept(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_KEPT_CHARACTERS", 250)
+    grammars = Grammars(tokenizer)
+    for letter in "abc":
+        grammars.begin(_sequence(f"regex:{letter * 100}"))
+    assert [text[6] for text in grammars._compiled] == ["b", "c"]
+    grammars.begin(_sequence("regex:" + "d" * 1_000))
+    assert [text[6] for text in grammars._compiled] == ["d"], "the newest is kept"
 
 
 def test_a_model_without_an_end_has_no_forms(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

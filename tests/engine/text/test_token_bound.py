@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 
 from mdiq.engine.text.token_bound import TokenBound
 from mdiq.engine.text.tokenizer import Tokenizer
-from mdiq.errors import ContextLengthError
+from mdiq.errors import ConfigError, ContextLengthError
 from tests.engine.text.test_tokenizer import TEXTS, byte_level, byte_level_file, few, pieces, sentencepiece, texts
 
 __all__ = ["byte_level", "pieces", "sentencepiece"]  # fixtures
@@ -78,3 +78,9 @@ def test_there_is_no_bound_where_a_token_may_cover_anything(kind: str) -> None:
         backend.add_special_tokens([AddedToken("<mask>", lstrip=True)])
         backend.normalizer = normalizers.NFC()
     assert TokenBound(backend).min_tokens("ab" * 10_000) == 0
+
+
+def test_half_a_surrogate_pair_in_a_long_text_is_an_error_of_the_text(byte_level: Backend, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(byte_level_file(tmp_path / "a.gguf", byte_level))
+    with pytest.raises(ConfigError, match="half a surrogate pair"):
+        tokenizer.check_fits("a b " * 500 + "\ud800", 1_000)
