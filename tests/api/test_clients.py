@@ -301,4 +301,4 @@ async def test_more_answers_than_a_key_may_have_at_once_are_refused_by_their_fie
         response = await client.post("/v1/chat/completions", json={**CHAT, "n": 3}, headers={"x-api-key": OFFICE})
         error = (await response.json())["error"]
     assert response.status == 400 and error["param"] == "n"
-    assert error["message"] == "n: 3 answers; this key may have 2 at once, so ask for fewer"
+    assert error["message"] == "n: 3 answers; this key may have 2 in flight, so ask for fewer"
