@@ -129,7 +129,7 @@ def spread(division: Mapping[D, int], users: int, rate: Callable[[D, int], float
     step = 1
     while move(step):
         step *= 2
-    while step > 1:
+    while step > 2:
         step //= 2
         all(move(step) for _ in groups)  # not for ever, should a part grow with the users after all
     while move(1):
