@@ -183,13 +183,12 @@ def test_what_catches_every_error_is_at_the_edge_of_a_request_a_process_or_a_lib
                 if any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in kinds):
                     broad.append(str(module.relative_to(PACKAGE)))
     assert sorted(broad) == [
-        "api/app.py",  # one request
+        "api/door.py",  # one request
         "api/responses.py",  # one answer, which outlives its request
         "api/streams.py",  # one stream
         "bench/peer_llama_cpp.py",  # a process of another interpreter
         "engine/text/chat_template.py",  # a template can raise anything
         "engine/text/gguf_tokenizer.py",  # `tokenizers` raises plain Exceptions
-        "route/app.py",  # one request
         "runtime/admin.py",  # one question
         "runtime/head.py",  # rows of some requests
         "transport/curve.py",  # a gate that fails must say so in words

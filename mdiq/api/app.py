@@ -1,43 +1,35 @@
-"""Routes, errors and keys of the HTTP API. Prompts and answers are never logged.
+"""Routes of the HTTP API. Prompts and answers are never logged.
 
 A client that disconnects cancels its Sequence: aiohttp cancels its handler, which closes the Backend's iterator. The
 connection of one that does not read its answer is ended by server.py.
 """
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import structlog
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from mdiq import __version__
 from mdiq.api.admission import Admission
 from mdiq.api.answering import Answering
-from mdiq.api.audit import RECORD, add_request_id, audited
+from mdiq.api.audit import RECORD
 from mdiq.api.backend import Backend
 from mdiq.api.clients import Clients
+from mdiq.api.door import Door
 from mdiq.api.figures import Figures
 from mdiq.api.keys import ApiKey
 from mdiq.api.lasting import KeptResponse, ResponseJournal
-from mdiq.api.messages import PATH, Messages, errors_in_their_form, parse_messages
+from mdiq.api.messages import PATH, Messages, parse_messages
 from mdiq.api.metrics import metrics_registry
 from mdiq.api.origins import Origins
-from mdiq.api.requests import MAX_BODY_BYTES, ApiError, broke, parse, too_long
+from mdiq.api.requests import ApiError, parse, too_long
 from mdiq.api.responses import ResponseRoutes
-from mdiq.api.server import CLIENT_TIMEOUT_S, error_response, let_in
+from mdiq.api.server import CLIENT_TIMEOUT_S
 from mdiq.api.shapes import Chat, Completion, Shape
 from mdiq.api.streams import send_stream
 from mdiq.api.token_routes import TokenRoutes
 from mdiq.errors import CapacityError, MdiqError
-
-log = structlog.get_logger()
-
-_PUBLIC = ("/health", "/ready")
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Api:
@@ -58,14 +50,23 @@ class Api:
         journal: ResponseJournal | None = None,
     ) -> None:
         self._backend = backend
-        self._origins = Origins(cors_origins)
         self._clients = Clients(keys)
         self._created = int(time.time())
         self._admission = Admission()
-        self._registry = metrics_registry(self.status)
-        figures = Figures(self._registry)
+        registry = metrics_registry(self.status)
+        figures = Figures(registry)
         self._answering = Answering(backend, self._clients, self._admission, figures, client_timeout_s=client_timeout_s)
         self._journal = journal
+        self._door = Door(
+            "ring",
+            backend,
+            self._clients,
+            Origins(cors_origins),
+            status=self.status,
+            registry=registry,
+            note_refused=self._note_refused,
+            as_answer=self._as_answer,
+        )
         self._responses = ResponseRoutes(backend, self._answering, self._clients, journal)
 
     def status(self) -> Mapping[str, Any]:
@@ -87,19 +88,19 @@ class Api:
         """Count an answer whose connection was ended because nobody read it."""
         self._admission.num_cut_off += 1
 
+    def _note_refused(self, reason: str) -> None:
+        self._admission.refused[reason] += 1
+
+    def _as_answer(self, error: MdiqError) -> ApiError:
+        is_too_long = isinstance(error, CapacityError)
+        return too_long(str(error), self._backend.context_tokens) if is_too_long else ApiError(503, str(error))
+
     def application(self) -> web.Application:
         """Return it with its routes."""
-        middlewares = [audited, errors_in_their_form, self._errors]
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
-        app.on_response_prepare.extend([self._origins.allow, add_request_id])
+        app = self._door.application()
         app.on_cleanup.append(self._close)
         app.add_routes(
             [
-                web.get("/health", self._health),
-                web.get("/ready", self._ready),
-                web.get("/metrics", self._metrics),
-                web.get("/status.json", self._status),
-                web.get("/version", self._version),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id:.+}", self._model),
                 web.post("/v1/chat/completions", self._chat),
@@ -115,57 +116,6 @@ class Api:
     async def _close(self, _: web.Application) -> None:
         await self._responses.aclose()
         self._answering.close()
-
-    @web.middleware
-    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            if request.method == "OPTIONS" and self._origins.allowed(request):
-                return web.Response(status=204)  # browsers ask without the key
-            request[RECORD].client = self._clients.find(request.headers)
-            has_key = self._clients.has_keys and request[RECORD].client is not None
-            self._origins.check(request, has_key=has_key)
-            if request.path not in _PUBLIC:
-                if request[RECORD].client is None:
-                    raise ApiError(401, "a key of this ring's API is missing or wrong; send Authorization: Bearer KEY")
-                let_in(request)
-            return await handler(request)
-        except ApiError as error:
-            return self._refused(request, error)
-        except web.HTTPException as error:
-            return self._refused(request, ApiError(error.status, _no_route(request, error)))
-        except CapacityError as error:
-            return self._refused(request, too_long(str(error), self._backend.context_tokens))
-        except MdiqError as error:
-            return error_response(ApiError(503, str(error)))
-        except ConnectionError:  # the client has closed the connection
-            raise
-        except Exception:  # of one request; the answer must not show our internals
-            log.exception("request_broke", path=request.path)
-            return error_response(broke())
-
-    def _refused(self, request: web.Request, error: ApiError) -> web.Response:
-        if request.method == "POST":
-            self._admission.refused[error.reason] += 1
-        return error_response(error)
-
-    async def _health(self, _: web.Request) -> web.Response:
-        if self._backend.is_serving:
-            return web.json_response({"status": "ok"})
-        raise ApiError(503, self._backend.state, code=503)
-
-    async def _ready(self, _: web.Request) -> web.Response:
-        if self._backend.is_serving:
-            return web.json_response({"status": "ready"})
-        raise ApiError(503, "the ring does not serve; GET /health says what it waits for")
-
-    async def _status(self, _: web.Request) -> web.Response:
-        return web.json_response(self.status())
-
-    async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": __version__})
-
-    async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._described()]})
@@ -219,8 +169,3 @@ class Api:
                 return web.json_response(out.whole(answers))
             text = await answering.in_thread(partial(out.whole_text, answers))
             return web.json_response(text=text)
-
-
-def _no_route(request: web.Request, error: web.HTTPException) -> str:
-    text = f"{request.method} {request.path[:200]}: {error.reason}"
-    return f"{text}; the API is under /v1, as in POST /v1/chat/completions" if error.status == 404 else text

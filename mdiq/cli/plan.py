@@ -10,7 +10,7 @@ from mdiq.config.load import load_topology
 from mdiq.errors import ConfigError
 from mdiq.plan.drift import SHOWN, load_text
 from mdiq.plan.explain import explain, render
-from mdiq.plan.layouts import layouts
+from mdiq.plan.layouts import as_value, layouts
 from mdiq.plan.layouts import text as layouts_text
 from mdiq.plan.partition import Objective
 from mdiq.plan.plan import plan_split
@@ -78,11 +78,11 @@ def plan(
     trusts_all = goal.min_starter_layers == 1 and all(node.noise is None for node in nodes)
     divided = layouts(profiles.model, usable, profiles.links, goal) if with_more and trusts_all else []
     if as_json:
-        more = {"layouts": [asdict(layout) for layout in divided]} if with_more else {}
+        more = {"layouts": [as_value(layout) for layout in divided]} if with_more else {}
         typer.echo(json.dumps({**asdict(explanation), "under_load": factors, **more}, default=str))
     else:
         typer.echo(render(explanation, with_more=with_more), nl=False)
-        if text := layouts_text(divided, explanation.plan.value):
+        if text := layouts_text(divided, explanation.plan):
             typer.echo(f"\n{text}", nl=False)
         if with_more and not trusts_all and len(usable) > 1:
             typer.echo("\nseveral rings or copies are not compared: each has a starter, which sees whole prompts")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from mdiq.core.types import NodeId
 from mdiq.errors import PlanError
+from mdiq.plan.divide import best_of
 from mdiq.plan.first_token import first_token_s
 from mdiq.plan.partition import find_split
 from mdiq.plan.plan import Limit, LimitKind, Plan
@@ -16,13 +17,11 @@ from mdiq.plan.profile import FRAME_BYTES, SEGMENT_BYTES
 from mdiq.report.catalogue import Catalogue, Device, Figure, Mark, weakest
 from mdiq.report.simulate_nodes import is_bound_by_reading, link_mark, links_of, measured_layers, time_marks
 from mdiq.report.simulate_rings import (
-    Layout,
     Question,
     RingForecast,
-    best_of,
+    RingLayout,
     check_fits,
     in_ring_order,
-    layout_of,
     layouts,
     node_names,
     node_profiles,
@@ -69,14 +68,14 @@ class Simulation:
     """The prediction for the best layout, and for its first ring.
 
     figures: by name, each with its unit at the end of the name. limit: what limits the ring, in words.
-    others: rings, tokens per second and devices in use of the other layouts. needed: how many more devices of each kind
-    would make the model fit, where why_not says why it does not; then the rest is empty.
+    others: rings, tokens per second and devices in use of the best layouts of other numbers of rings. needed: how many
+    more devices of each kind would make the model fit, where why_not says why it does not; then the rest is empty.
     """
 
     question: Question
     why_not: str = ""
     needed: tuple[tuple[str, int], ...] = ()
-    layout: Layout | None = None
+    layout: RingLayout | None = None
     figures: tuple[tuple[str, Figure], ...] = ()
     stages: tuple[StageForecast, ...] = ()
     limit: str = ""
@@ -97,11 +96,7 @@ class Simulation:
 
 def simulate(question: Question, catalogue: Catalogue, num_rings: int | None = None) -> Simulation:
     """Return the prediction. num_rings: as many rings; None: as is best."""
-    if num_rings is None:
-        found = list(layouts(question))
-    else:
-        layout = layout_of(question, num_rings)
-        found = [] if layout is None else [layout]
+    found = layouts(question, num_rings)
     if not found:
         return _misfit(question, catalogue, num_rings or 1)
     best = best_of(found)
@@ -146,7 +141,7 @@ def _needed(question: Question, device: Device) -> int:
     return (-(-missing // more) if more else 0) + 1 if more or not missing else 0
 
 
-def _figures(question: Question, layout: Layout, ring: RingForecast) -> Iterator[tuple[str, Figure]]:
+def _figures(question: Question, layout: RingLayout, ring: RingForecast) -> Iterator[tuple[str, Figure]]:
     shape = question.shape.mark
     times = [shape, *(mark for device in ring.used for mark in time_marks(device, question.shape, question.held))]
     if ring.plan.hops:
@@ -246,7 +241,9 @@ def _one_more(question: Question, ring: RingForecast, catalogue: Catalogue) -> I
         yield OneMore(device.name, None) if found is None else OneMore(device.name, found[1], found[1] / ring.rate - 1)
 
 
-def _next_limits(question: Question, layout: Layout, ring: RingForecast, catalogue: Catalogue) -> Iterator[NextLimit]:
+def _next_limits(
+    question: Question, layout: RingLayout, ring: RingForecast, catalogue: Catalogue
+) -> Iterator[NextLimit]:
     plan, count = ring.plan, layout.num_rings
     starter = ring.device_of(plan.stages[0].node)
     time = weakest([question.shape.mark, *time_marks(starter, question.shape, question.held)])

@@ -119,8 +119,8 @@ def time_marks(device: Device, shape: Shape, held: Held) -> list[Mark]:
     return [*(figure.mark for figure in (device.read_bytes_per_s, device.flop_per_s, device.forward_s)), *scaled]
 
 
-def links_of(link: LinkKind, num_nodes: int) -> Links:
-    """Return the links of a ring of so many Nodes; where they share one capacity, each has its part."""
+def links_of(link: LinkKind, num_nodes: float) -> Links:
+    """Return the links of rings of so many Nodes together; where they share one capacity, each has its part."""
     share = num_nodes if link.is_shared else 1
     return Links(unknown=HopProfile(link.delay_s.value, link.bytes_per_s.value / share))
 

@@ -1,13 +1,15 @@
 """Rings of devices that one need not own: their plans, and which layout of many devices is best. Pure.
 
-Split and pace are those of plan/; this decides only which devices form a ring and how the users spread over rings.
+Split and pace are those of plan/, and so is the rule that divides the devices (plan/divide.py).
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 from mdiq.core.types import NodeId
+from mdiq.plan.divide import Layout, best_of, divisions, lay_out
 from mdiq.plan.micro_batches import MAX_LIVE
 from mdiq.plan.partition import Goal, Objective, find_split
 from mdiq.plan.plan import Plan, plan_split
@@ -18,8 +20,6 @@ from mdiq.report.simulate_nodes import Held, links_of, model_shape, node_profile
 
 KV_STEP = 32  # tokens of a KvBlock
 MAX_DEVICES = 1_000
-_MAX_LAYOUTS = 24
-_SAME = 1.02  # rates that differ by less are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,11 @@ class RingForecast:
         """Tokens per second of all its users together."""
         return self.plan.rate if self.users > 1 else self.alone.rate_one
 
+    @property
+    def num_used(self) -> int:
+        """Devices that hold Layers."""
+        return len(self.plan.stages)
+
     def device_of(self, node: NodeId) -> Device:
         return dict(zip(node_names(self.devices), self.devices, strict=True))[node]
 
@@ -77,24 +82,7 @@ class RingForecast:
         return [self.device_of(stage.node) for stage in self.plan.stages]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Some rings and how many there are of each kind. rings: [(how many, ring)]."""
-
-    rings: tuple[tuple[int, RingForecast], ...]
-
-    @property
-    def num_rings(self) -> int:
-        return sum(count for count, _ in self.rings)
-
-    @property
-    def rate(self) -> float:
-        return sum(count * ring.rate for count, ring in self.rings)
-
-    @property
-    def num_used(self) -> int:
-        """Devices that hold Layers."""
-        return sum(count * len(ring.plan.stages) for count, ring in self.rings)
+RingLayout = Layout[RingForecast]
 
 
 def node_names(devices: Sequence[Device]) -> list[NodeId]:
@@ -131,7 +119,7 @@ def node_profiles(question: Question, devices: Sequence[Device]) -> list[NodePro
     return [replace(known[device], name=name) for name, device in zip(names, devices, strict=True)]
 
 
-def forecast(question: Question, devices: Sequence[Device], users: int, num_rings: int = 1) -> RingForecast | None:
+def forecast(question: Question, devices: Sequence[Device], users: int, num_rings: float = 1) -> RingForecast | None:
     """Return the best ring of some of these devices, the Starter first; None when the model does not fit.
 
     num_rings: rings like this that share the link, where it is a shared one.
@@ -157,43 +145,23 @@ def check_fits(question: Question, devices: Sequence[Device]) -> None:
     check_room(question.model, node_profiles(question, devices), question.goal(question.users))
 
 
-def layout_of(question: Question, num_rings: int) -> Layout | None:
-    """Return the devices as so many rings, each with as good a share of them as can be; None where one does not fit."""
-    ordered = in_ring_order(question, question.devices)
-    dealt = Counter(
-        (in_ring_order(question, ordered[i::num_rings]), question.users // num_rings + (i < question.users % num_rings))
-        for i in range(num_rings)
-    )
-    rings: list[tuple[int, RingForecast]] = []
-    for (devices, users), count in dealt.items():
-        if users:  # a ring without users adds nothing
-            ring = forecast(question, devices, users, num_rings)
-            if ring is None:
-                return None
-            rings.append((count, ring))
-    return Layout(tuple(rings))
+def layouts(question: Question, num_rings: int | None = None) -> list[RingLayout]:
+    """Return the best layout for each number of rings.
 
+    num_rings: the devices are divided into so many, and each has room for the model.
+    """
 
-def layouts(question: Question) -> Iterator[Layout]:
-    """Yield the layouts that are worth a look, those with the fewest rings first."""
-    for num_rings in _numbers_of_rings(len(question.devices), question.users):
-        layout = layout_of(question, num_rings)
-        if layout is not None:
-            yield layout
+    @cache
+    def ring(all_devices: int, devices: tuple[Device, ...], users: int) -> RingForecast | None:
+        # The others' Hops, as if each ring used the same part of its devices.
+        return forecast(question, devices, users, all_devices / len(devices) if all_devices else 1)
 
-
-def best_of(found: Sequence[Layout]) -> Layout:
-    """Return the layout with the highest rate; of nearly equal ones that with fewest devices, then with most rings."""
-    best = max(layout.rate for layout in found)
-    equal = [layout for layout in found if layout.rate * _SAME >= best]
-    return min(equal, key=lambda layout: (layout.num_used, -layout.num_rings))
-
-
-def _numbers_of_rings(num_devices: int, users: int) -> list[int]:
-    """Return the numbers of rings to try: each that a size of the rings gives, or some of them, evenly spread."""
-    numbers = sorted({num_devices // size for size in range(1, num_devices + 1)})
-    numbers = [number for number in numbers if number <= users]
-    if len(numbers) <= _MAX_LAYOUTS:
-        return numbers
-    step = (len(numbers) - 1) / (_MAX_LAYOUTS - 1)
-    return sorted({numbers[round(i * step)] for i in range(_MAX_LAYOUTS)})
+    found: dict[int, list[RingLayout]] = {}
+    for division in divisions(in_ring_order(question, question.devices), question.users, num_rings):
+        in_rings = sum(count * len(devices) for devices, count in division.items() if len(devices) > 1)
+        of_division = partial(ring, in_rings if question.link.is_shared else 0)
+        if num_rings is None or all(of_division(devices, 1) for devices in division):
+            layout = lay_out(division, question.users, of_division)
+            if layout is not None:
+                found.setdefault(layout.num_rings, []).append(layout)
+    return [best_of(found[number]) for number in sorted(found)]

@@ -8,7 +8,7 @@ from mdiq.plan.micro_batches import MAX_LIVE
 from mdiq.plan.room import count_layers, format_bytes
 from mdiq.report.catalogue import Catalogue, Figure, weakest
 from mdiq.report.simulate import Simulation, sources, upload_s
-from mdiq.report.simulate_rings import Layout, Question
+from mdiq.report.simulate_rings import Question, RingLayout
 
 MIXTURE = (
     "mdiq cannot run mixtures of experts yet: this is what the planner would make of one. Memory holds all experts; a "
@@ -117,7 +117,7 @@ def _head(question: Question) -> Iterator[str]:
         yield MIXTURE
 
 
-def _body(simulation: Simulation, layout: Layout, catalogue: Catalogue) -> Iterator[str]:
+def _body(simulation: Simulation, layout: RingLayout, catalogue: Catalogue) -> Iterator[str]:
     question, ring = simulation.question, simulation.ring
     yield f"layout        {_layout(layout)}"
     if layout.num_rings > 1:
@@ -198,7 +198,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join([name.ljust(widths[0]), *cells])
 
 
-def _layout(layout: Layout) -> str:
+def _layout(layout: RingLayout) -> str:
     if layout.num_rings == 1:
         number = layout.num_used
         return "one device alone" if number == 1 else f"one ring of {number} devices"
@@ -225,7 +225,7 @@ def _one_more(simulation: Simulation) -> Iterator[str]:
             yield f"  {each.device:<{width}}  {_rate(each.rate)} tokens/s, {change}"
 
 
-def _others(simulation: Simulation, layout: Layout) -> Iterator[str]:
+def _others(simulation: Simulation, layout: RingLayout) -> Iterator[str]:
     if not simulation.others:
         return
     yield ""
@@ -238,7 +238,7 @@ def _others(simulation: Simulation, layout: Layout) -> Iterator[str]:
         yield f"  {number:>4} {kind}  {_rate(rate):>9} tokens/s  {used:>4} devices{mark}"
 
 
-def _next(simulation: Simulation, layout: Layout, catalogue: Catalogue) -> Iterator[str]:
+def _next(simulation: Simulation, layout: RingLayout, catalogue: Catalogue) -> Iterator[str]:
     if not simulation.next_limits:
         return
     question, ring = simulation.question, simulation.ring

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mdiq.plan.divide import evenly
 from mdiq.report.cost import Cost, Prices, cost_of
 from mdiq.report.evaluate import ModelAbout
 from mdiq.report.gates import GateName
@@ -161,17 +162,14 @@ def running_document(
 def copies_of(alone: StageRun, num_devices: int, ring_tokens_per_s: float) -> Copies:
     """Return what whole copies would reach with the ring's users, from what the model reached on one device.
 
-    Users are spread evenly: some copies have one user less than ``part``, and where there are more devices than users
-    some have none. With one user less, the rate lies on the line from one user to the users of ``part``.
+    Users are spread as the planner does. Some copies have one user less than ``part``; their rate lies on the line from
+    one user to the users of ``part``.
     """
     part, one = alone.part or alone.many, alone.one.figures.decode_tokens_per_s
-    fewer, num_full = divmod(alone.many.users, num_devices)
     fullest = part.figures.decode_tokens_per_s
-    rate = num_full * fullest
-    if fewer == part.users:
-        rate = num_devices * fullest
-    elif fewer:
-        rate += (num_devices - num_full) * (one + (fullest - one) * (fewer - 1) / (part.users - 1))
+    per_user = (fullest - one) / max(part.users - 1, 1)
+    spread = evenly(alone.many.users, num_devices)
+    rate = sum(count * (fullest - (part.users - users) * per_user) for count, users in spread)
     return Copies(num_devices, part.users, rate, rate / ring_tokens_per_s if ring_tokens_per_s else None)
 
 

@@ -5,38 +5,29 @@ Prompts and answers are never logged. A client that goes away cancels its handle
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import structlog
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from mdiq import __version__
-from mdiq.api.audit import RECORD, add_request_id, audited
+from mdiq.api.audit import RECORD
 from mdiq.api.bodies import Bodies
 from mdiq.api.clients import Client, Clients
+from mdiq.api.door import Door
 from mdiq.api.keys import ApiKey
-from mdiq.api.messages import errors_in_their_form
 from mdiq.api.origins import Origins
-from mdiq.api.requests import MAX_BODY_BYTES, ApiError, broke
-from mdiq.api.server import CLIENT_TIMEOUT_S, RETRY_AFTER_S, error_response, let_in
-from mdiq.errors import MdiqError
+from mdiq.api.requests import ApiError
+from mdiq.api.server import CLIENT_TIMEOUT_S, RETRY_AFTER_S
 from mdiq.route.asked import CHATS, COMPLETIONS, MESSAGES, RESPONSES, Asked, asked_of, whole_of
 from mdiq.route.pool import Pool
 from mdiq.route.run import Run
 from mdiq.route.stored import Stored
 
-log = structlog.get_logger()
-
-_PUBLIC = ("/health", "/ready")
 _ANSWERS = (CHATS, COMPLETIONS, MESSAGES, RESPONSES)
 MAX_OPEN_BYTES = 256 << 20
 """Of the bodies of all requests that are open: they are kept until they are answered."""
 _WHOLES = ("/tokenize", "/detokenize", f"{MESSAGES}/count_tokens")
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class RouteApi:
@@ -54,7 +45,15 @@ class RouteApi:
         self._pool = pool
         self._stored = Stored(pool)
         self._clients = Clients(keys)
-        self._origins = Origins(cors_origins)
+        self._door = Door(
+            "router",
+            pool,
+            self._clients,
+            Origins(cors_origins),
+            status=self.status,
+            registry=pool.figures.registry,
+            note_refused=lambda reason: pool.figures.refused.labels(reason).inc(),
+        )
         self._bodies = Bodies(client_timeout_s)
         self.max_requests = max_requests
         self._num_open = self._num_open_bytes = 0
@@ -73,7 +72,7 @@ class RouteApi:
         """Return what `mdiq status --json` shows of a router."""
         return {
             "is_serving": self._pool.is_serving,
-            "state": self._pool.state(),
+            "state": self._pool.state,
             "servers": self._pool.status(),
             "requests": {"running": self._num_open, "max": self.max_requests},
             "keys": self._clients.counts(),
@@ -81,15 +80,9 @@ class RouteApi:
 
     def application(self) -> web.Application:
         """Return it with its routes."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[audited, errors_in_their_form, self._errors])
-        app.on_response_prepare.extend([self._origins.allow, add_request_id])
+        app = self._door.application()
         app.add_routes(
             [
-                web.get("/health", self._health),
-                web.get("/ready", self._ready),
-                web.get("/metrics", self._metrics),
-                web.get("/status.json", self._status),
-                web.get("/version", self._version),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id:.+}", self._model),
                 *(web.post(path, self._answer) for path in (*_ANSWERS, *_WHOLES)),
@@ -97,33 +90,6 @@ class RouteApi:
             ]
         )
         return app
-
-    @web.middleware
-    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            if request.method == "OPTIONS" and self._origins.allowed(request):
-                return web.Response(status=204)  # browsers ask without the key
-            client = request[RECORD].client = self._clients.find(request.headers)
-            self._origins.check(request, has_key=self._clients.has_keys and client is not None)
-            if request.path not in _PUBLIC:
-                if client is None:
-                    text = "a key of this router's API is missing or wrong; send Authorization: Bearer KEY"
-                    raise ApiError(401, text)
-                let_in(request)
-            return await handler(request)
-        except ApiError as error:
-            if request.method == "POST":
-                self._pool.figures.refused.labels(error.reason).inc()
-            return error_response(error)
-        except web.HTTPException as error:
-            return error_response(ApiError(error.status, f"{request.method} {request.path[:200]}: {error.reason}"))
-        except MdiqError as error:
-            return error_response(ApiError(503, str(error)))
-        except ConnectionError:  # the client has closed the connection
-            raise
-        except Exception:  # of one request; the answer must not show our internals
-            log.exception("request_broke", path=request.path)
-            return error_response(broke())
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         client = request[RECORD].client
@@ -159,26 +125,6 @@ class RouteApi:
     def _full(self) -> ApiError:
         text = f"{self._num_open} requests are open here, and at most {self.max_requests} may be; ask again"
         return ApiError(429, f"{text} in {RETRY_AFTER_S} s", retry_after_s=RETRY_AFTER_S)
-
-    async def _health(self, _: web.Request) -> web.Response:
-        if self._pool.is_serving:
-            return web.json_response({"status": "ok"})
-        raise ApiError(503, self._pool.state(), code=503)
-
-    async def _ready(self, _: web.Request) -> web.Response:
-        if self._pool.is_serving:
-            return web.json_response({"status": "ready"})
-        raise ApiError(503, "no server takes requests; GET /health says what they wait for")
-
-    async def _status(self, _: web.Request) -> web.Response:
-        return web.json_response(self.status())
-
-    async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": __version__})
-
-    async def _metrics(self, _: web.Request) -> web.Response:
-        body = generate_latest(self._pool.figures.registry)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def _models(self, _: web.Request) -> web.Response:
         models = self._pool.models()

@@ -72,6 +72,7 @@ class Pool:
         """Return the error of a request that no server takes."""
         return ApiError(503, "no server takes requests now; GET /health says what they wait for")
 
+    @property
     def state(self) -> str:
         """Return in words how the servers are."""
         return "; ".join(

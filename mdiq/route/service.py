@@ -73,7 +73,7 @@ class RouteService:
             for server in routes.servers:
                 self._open(server)
             await stack.enter_async_context(self._listening())
-            self._notifier.ready(self._pool.state())
+            self._notifier.ready(self._pool.state)
             await serve_until_signal(
                 self._tell(),
                 notifier=self._notifier,
@@ -86,7 +86,7 @@ class RouteService:
 
     async def _tell(self) -> None:
         while True:
-            self._notifier.status(self._pool.state())
+            self._notifier.status(self._pool.state)
             await self._pool.news(TELL_S)
 
     async def _until_idle(self) -> None:

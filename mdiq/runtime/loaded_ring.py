@@ -64,7 +64,8 @@ class LoadedRing:
             room = min(room, node.memory_bytes - used)
         num_layers = len(self.options.layers[i])
         more = int(max(room, 0) / self._layer_bytes) if self._layer_bytes else len(self._all_layers)
-        return Able(self._layer_s[i], num_layers + more)
+        head = 0.0 if i else self.stage.runner.config.head_layers
+        return Able(self._layer_s[i], num_layers + more, head)
 
     def num_more(self, name: str, options: RingOptions) -> int:
         """Return how many Layers a Node's memory holds beside its own, as far as is known."""
@@ -86,7 +87,7 @@ class LoadedRing:
         at_hand: Layers on Nodes' disks.
         """
         able = {name: self._able(name, options) for name in options.node_names if name not in lost}
-        survived = with_survivors(options, lost, able)
+        survived = with_survivors(options, lost, able, at_hand)
         if survived is None:
             return None
         limit = survived.remote.transfer_bytes_per_s if survived.remote else None

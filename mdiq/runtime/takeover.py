@@ -1,21 +1,35 @@
 """Which Ring goes on when Nodes of it are lost: spares have their Layers, or the Nodes before and after do.
 
-Values in, values out. Who is left keeps what he has, so that only the Layers of the lost have to be loaded.
+Values in, values out. Who is left keeps what he has, so that only the Layers of the lost have to be loaded, unless a
+Ring that is shared out anew is clearly faster: of three Nodes with a third each, the first two would be left with one
+and two thirds when the last is lost, and it may stay away for days.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import MappingProxyType
 
 from mdiq.core.types import LayerRange
 from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions, StandingBy
 
+_CLEARLY = 1.1
+"""How many times as fast a Ring that is shared out anew has to be: below that, a shorter pause is worth more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Able:
-    """What a Node can do. layer_s: what a forward of a Layer costs, in any unit; max_layers: that its memory holds."""
+    """What a Node can do. layer_s: what a forward of a Layer costs, in any unit; max_layers: that its memory holds.
+
+    own_layers: what else it computes for each token, in Layers: the Starter's head.
+    """
 
     layer_s: float
     max_layers: int
+    own_layers: float = 0.0
+
+    def seconds(self, num_layers: int) -> float:
+        return (num_layers + self.own_layers) * self.layer_s
 
 
 def with_spares(options: RingOptions, missing: Collection[str], spares: Sequence[str]) -> RingOptions:
@@ -29,11 +43,18 @@ def with_spares(options: RingOptions, missing: Collection[str], spares: Sequence
     return options
 
 
-def with_survivors(options: RingOptions, missing: Collection[str], able: Mapping[str, Able]) -> RingOptions | None:
+def with_survivors(
+    options: RingOptions,
+    missing: Collection[str],
+    able: Mapping[str, Able],
+    at_hand: Mapping[str, Collection[int]] = MappingProxyType({}),
+) -> RingOptions | None:
     """Return the Ring without the missing Nodes: the Nodes before and after take their Layers, so that the slower of
-    them is as fast as can be. None where their memory does not hold them.
+    them is as fast as can be; or all that are left share the Layers anew, if the slowest is clearly faster then and
+    nobody has to fetch for it. None where their memory does not hold them.
 
-    able: at least of the Nodes that are left.
+    able: at least of the Nodes that are left. at_hand: Layers that Nodes have beside those in the Ring; the Starter
+    has all.
     """
     remote = _remote(options)
     ranges = {node.name: layers for node, layers in zip(remote.nodes, options.layers, strict=True)}
@@ -49,6 +70,15 @@ def with_survivors(options: RingOptions, missing: Collection[str], able: Mapping
         ranges[left] = LayerRange(ranges[left].start, cut)
         if right is not None:
             ranges[right] = LayerRange(cut, ranges[right].stop)
+    held = dict(zip(options.node_names, options.layers, strict=True))
+    anew = _shared_anew(
+        [able[name] for name in names],
+        [range(options.layers[-1].stop), *({*held[name], *at_hand.get(name, ())} for name in names[1:])],
+        len(options.layers[0]),
+        max(able[name].seconds(len(ranges[name])) for name in names) / _CLEARLY,
+    )
+    if anew is not None:
+        ranges |= zip(names, anew, strict=True)
     lost = [node for node in remote.nodes if node.name in missing]
     return replace(
         options,
@@ -166,6 +196,29 @@ def _with_keys(nodes: Sequence[RemoteNode], other: RemoteRing) -> tuple[RemoteNo
     return (nodes[0], *(replace(node, public_key=keys.get(node.name, node.public_key)) for node in nodes[1:]))
 
 
+def _shared_anew(
+    able: Sequence[Able], at_hand: Sequence[Collection[int]], num_first: int, max_s: float
+) -> list[LayerRange] | None:
+    """Return the Layers of Nodes with which the slowest takes as short as can be; None if it takes longer than max_s.
+
+    at_hand: what each has, the first one all of them; num_first: how many the first one has at least.
+    """
+    num_layers = len(at_hand[0])
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by Layers so far: the slowest Node, where each ends
+    for i, (node, layers) in enumerate(zip(able, at_hand, strict=True)):
+        before, best = best, {}
+        for start, (slowest_s, stops) in before.items():
+            for stop in range(start + 1, min(start + node.max_layers, num_layers) + 1):
+                time_s = max(slowest_s, node.seconds(stop - start))
+                if stop - 1 not in layers or time_s > max_s:
+                    break
+                if (i or stop >= num_first) and (stop not in best or time_s < best[stop][0]):
+                    best[stop] = time_s, [*stops, stop]
+    if num_layers not in best:
+        return None
+    return [LayerRange(start, stop) for start, stop in pairwise([0, *best[num_layers][1]])]
+
+
 def _cut(left: LayerRange, left_able: Able, right: LayerRange | None, right_able: Able | None, stop: int) -> int | None:
     """Return where the Layers from ``left.stop`` to ``stop`` are cut between two Nodes; None if they do not fit."""
     if right is None or right_able is None:
@@ -175,9 +228,7 @@ def _cut(left: LayerRange, left_able: Able, right: LayerRange | None, right_able
         for cut in range(left.stop, stop + 1)
         if cut - left.start <= left_able.max_layers and right.stop - cut <= right_able.max_layers
     ]
-    slowest = {
-        cut: max((cut - left.start) * left_able.layer_s, (right.stop - cut) * right_able.layer_s) for cut in cuts
-    }
+    slowest = {cut: max(left_able.seconds(cut - left.start), right_able.seconds(right.stop - cut)) for cut in cuts}
     return min(cuts, key=slowest.__getitem__, default=None)
 
 

@@ -39,7 +39,7 @@ class Lab:
     """A ring, from ``with`` to its end: a Starter with its HTTP API, workers and spares.
 
     keeps_up: workers and spares are started again by a restart loop; else by ``start`` only. ring: keys of the
-    topology's section ``ring``.
+    topology's section ``ring``. memory: that each node may use.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Lab:
         num_spares: int = 0,
         keeps_up: bool = True,
         ring: Mapping[str, object] | None = None,
+        memory: str = "3G",
     ) -> None:
         self.folder, self.model = folder, model
         self.file = folder / "topology.yaml"
@@ -61,6 +62,7 @@ class Lab:
         self.units: dict[str, Unit] = {}
         self._ring = dict(ring or {})
         self._keeps_up = keeps_up
+        self._memory = memory
         self._started_at: dict[str, int] = {}  # where the log of the newest process begins
         self._thaws: list[threading.Timer] = []
         self._runtime = tempfile.TemporaryDirectory(prefix="mdiq-lab-")  # the path of a socket file has to be short
@@ -245,7 +247,7 @@ class Lab:
         ports = _free_ports(len(self.names) + 3)
         control, weights, self._api_port, *data = ports
         nodes: list[dict[str, object]] = [
-            {"name": name, "address": "127.0.0.1", "data_port": port, "threads": 1, "memory": "3G"}
+            {"name": name, "address": "127.0.0.1", "data_port": port, "threads": 1, "memory": self._memory}
             for name, port in zip(self.names, data, strict=True)
         ]
         nodes[0] |= {"role": "starter", "control_port": control, "weights_port": weights}

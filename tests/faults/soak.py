@@ -108,11 +108,13 @@ class Soak:
     def _process(self, pid: int) -> dict[str, Any]:
         points = self._memory[pid]
         grown = slope([point for point in points if point[0] >= points[0][0] + SETTLED_S])
+        later = slope(points[len(points) // 2 :])
         return {
             "node": self.lab.pids[pid],
             "seconds": round(points[-1][0] - points[0][0], 1),
             "peak_rss_bytes": int(max(rss for _, rss in points)),
             "rss_bytes_per_minute": None if grown is None else round(60 * grown),
+            "rss_bytes_per_minute_of_second_half": None if later is None else round(60 * later),
         }
 
     def _guarded(self, work: Callable[..., None], *arguments: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mdiq.config.units import parse_size
 from tests.faults.conftest import SMALL, model_that_is_here
 from tests.faults.lab import Lab, running_of
 from tests.faults.receipts import write_receipt
@@ -19,6 +20,7 @@ SECONDS = float(os.environ.get("MDIQ_SOAK_S", QUICK_S))
 SEED = int(os.environ.get("MDIQ_SOAK_SEED", "1"))
 SPARES = int(os.environ.get("MDIQ_SOAK_SPARES", "0"))
 FAULT_S = 20.0 if SECONDS > QUICK_S else 14.0
+MEMORY = "700M"  # of each node; so little that the KV cache is soon full, and what still grows after that is a leak
 SLACK = 4  # descriptors, or threads, that come and go: a connection that is being closed
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(SECONDS + 1_500)]
@@ -36,7 +38,7 @@ DOES_NOT_SHOW = [
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
-    with Lab(tmp_path, model_that_is_here(SMALL), num_spares=SPARES) as lab:
+    with Lab(tmp_path, model_that_is_here(SMALL), num_spares=SPARES, memory=MEMORY) as lab:
         yield lab
 
 
@@ -51,6 +53,7 @@ def test_every_answer_is_right_while_nodes_die_freeze_and_stop(lab: Lab, tmp_pat
             "model": lab.model.name,
             "nodes": lab.names,
             "seed": SEED,
+            "memory_of_each": MEMORY,
             "counts": soak.summary(),
             "troubles": told.troubles,
             "failures": told.failures,
@@ -64,4 +67,6 @@ def test_every_answer_is_right_while_nodes_die_freeze_and_stop(lab: Lab, tmp_pat
     assert soak.before is not None and soak.after is not None
     assert soak.after.descriptors <= soak.before.descriptors + SLACK, (soak.before, soak.after)
     assert soak.after.threads <= soak.before.threads + SLACK, (soak.before, soak.after)
+    peaks = [(process["node"], process["peak_rss_bytes"]) for process in values["counts"]["processes"]]
+    assert all(peak <= parse_size(MEMORY) for _, peak in peaks), f"more memory than a node may use: {peaks}"
     assert running_of(tmp_path) == [], "processes are left over"

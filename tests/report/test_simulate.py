@@ -10,7 +10,7 @@ from mdiq.plan.profile import FRAME_BYTES, SEGMENT_BYTES
 from mdiq.report.catalogue import Catalogue, Figure, LinkKind, Mark, MeasuredLayers, read_catalogues
 from mdiq.report.simulate import simulate, sources, upload_s
 from mdiq.report.simulate_nodes import held_as, links_of, measured_layers, model_shape, node_profile, under_quota
-from mdiq.report.simulate_rings import forecast, layout_of, node_names
+from mdiq.report.simulate_rings import forecast, layouts, node_names
 from tests.report.devices import BILLION, BOX, BYTES, FREE, GIB, SMALL, cited, question
 
 ONLY_BOX = Catalogue({"box": BOX})
@@ -105,17 +105,53 @@ def test_a_model_that_fits_each_device_is_served_best_by_whole_copies() -> None:
     assert found.layout is not None and found.layout.num_rings == 4
     assert found.figure("rate_tokens_per_s").value == pytest.approx(40, rel=NEAR)
     assert found.figure("ring_rate_tokens_per_s").value == pytest.approx(10, rel=NEAR)
-    assert {rings for rings, _, _ in found.others} == {1, 2}
+    assert {rings for rings, _, _ in found.others} == {1, 2, 3}
 
 
-def test_users_and_unlike_devices_are_dealt_to_the_rings() -> None:
-    fast = replace(BOX, name="fast", read_bytes_per_s=cited(20e9))
-    layout = layout_of(question(BOX, fast, BOX, fast, users=5), 2)
-    assert layout is not None
-    assert sorted((ring.users, count) for count, ring in layout.rings) == [(2, 1), (3, 1)]
-    for _, ring in layout.rings:
-        assert [device.name for device in ring.devices] == ["fast", "box"]  # the fastest is the Starter
-    assert node_names(layout.rings[0][1].devices) == ["fast-1", "box-1"]
+def test_users_go_to_the_rings_where_they_get_most() -> None:
+    # A copy computes 10 tokens/s, however many users it has, and a fast one 20.
+    slow = replace(BOX, flop_per_s=cited(20e9))
+    fast = replace(slow, name="fast", read_bytes_per_s=cited(20e9), flop_per_s=cited(40e9))
+    far = replace(FREE, delay_s=cited(1.0))
+    (layout,) = layouts(question(slow, fast, slow, fast, users=6, link=far), 4)
+    assert [(count, ring.devices[0].name, ring.users) for count, ring in layout.rings] == [
+        (2, "fast", 2),
+        (2, "box", 1),
+    ]
+    assert layout.rate == pytest.approx(60, rel=NEAR)
+    assert node_names((fast, slow, slow)) == ["fast-1", "box-1", "box-2"]
+
+
+def test_few_devices_are_divided_in_all_ways() -> None:
+    # Three small ones hold the model together, and the large one holds it alone.
+    third = replace(SMALL, flop_per_s=cited(20e9))
+    large = replace(BOX, flop_per_s=cited(20e9))
+    far = replace(FREE, delay_s=cited(0.05))
+    found = simulate(question(third, third, third, large, users=12, link=far), ONLY_BOX)
+    assert found.layout is not None
+    assert sorted((count, ring.num_used) for count, ring in found.layout.rings) == [(1, 1), (1, 3)]
+    # One alone gives 10 tokens/s, and three in a ring that is not quite full some 30.
+    assert 30 < found.figure("rate_tokens_per_s").value < 40
+
+
+def test_a_given_number_of_rings_needs_room_in_each() -> None:
+    large, other = replace(BOX, flop_per_s=cited(20e9)), SMALL
+    assert layouts(question(large, other, users=2), 2) == []
+    assert [layout.num_rings for layout in layouts(question(large, other, users=2))] == [1]
+    assert "not every ring holds the model" in simulate(question(large, other, users=2), ONLY_BOX, 2).why_not
+    # The second of two has no user, but it could have one.
+    assert [layout.num_rings for layout in layouts(question(large, large), 2)] == [1]
+
+
+def test_rings_on_one_air_have_a_part_of_it_each() -> None:
+    half = replace(SMALL, memory_bytes=cited(1.1 * GIB), flop_per_s=cited(20e9))
+    wifi = LinkKind("wifi", "", cited(2e5), cited(0.0), is_shared=True)
+    (two,) = layouts(question(*[half] * 4, users=8, link=wifi), 2)
+    ((count, ring),) = two.rings
+    # Four Hops share 200,000 bytes a second.
+    alike = forecast(question(half, half, link=replace(wifi, bytes_per_s=cited(5e4), is_shared=False)), (half, half), 4)
+    assert count == 2 and alike is not None and ring.rate == pytest.approx(alike.rate)
+    assert ring.rate < 0.95 * layouts(question(half, half, users=4, link=wifi))[0].rate
 
 
 def test_a_thousand_devices_are_rings_with_a_router_before_them() -> None:
