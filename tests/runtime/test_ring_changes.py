@@ -495,6 +495,7 @@ def test_the_status_of_a_ring_that_has_become_smaller_can_be_read() -> None:
         assert house.keeper is not None
         status = house.keeper.status()
         assert status["pace"]["most_live"] == 8 and len(status["hops"]) == 2
+        assert 0 <= status["kv_live_tokens"] <= status["kv_reserved_tokens"] <= status["kv_capacity_tokens"]
         assert status["state"] == "serves on desk, pi2"
 
     live(act)
