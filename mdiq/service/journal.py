@@ -250,6 +250,21 @@ class Journal:
                 return UnreadableJournalError(path, f"it is damaged ({error})")
 
 
+def merged(all_changes: Sequence[Changes]) -> Changes:
+    """Return changes as one; of what two of them say of the same, the later one counts."""
+    begun: dict[str, Begun] = {}
+    tokens: dict[str, tuple[int, Sequence[int]]] = {}
+    notes: dict[str, dict[str, bytes]] = {}
+    for each in all_changes:
+        begun |= each.begun
+        tokens |= each.tokens
+        for key, its in each.notes.items():
+            notes.setdefault(key, {}).update(its)
+    ended = [key for each in all_changes for key in each.ended]
+    forgotten = [key for each in all_changes for key in each.forgotten]
+    return Changes(begun, tokens, ended, notes, forgotten)
+
+
 def differences(known: Mapping[str, str], about: Mapping[str, str]) -> str:
     """Return in words what is not as it was; empty if all is."""
     changed = {name: value for name, value in about.items() if known.get(name, value) != value}

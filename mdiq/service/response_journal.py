@@ -23,7 +23,7 @@ from mdiq.api.lasting import Ending, KeptResponse
 from mdiq.config.load import LoadedTopology
 from mdiq.config.units import AUTO
 from mdiq.errors import CapacityError, ConfigError, MdiqError
-from mdiq.service.journal import Begun, Changes, Journal, UnreadableJournalError, differences
+from mdiq.service.journal import Begun, Changes, Journal, UnreadableJournalError, differences, merged
 from mdiq.service.recorder import INTERVAL_S
 
 log = structlog.get_logger()
@@ -259,7 +259,7 @@ class ServiceJournal:
                 for key, each in running.items()
                 if (ids := tuple(each.tokens[each.num_written :]))
             }
-            whole = _merged([Changes(tokens=tokens), *(each.make() for each in changes)])
+            whole = merged([Changes(tokens=tokens), *(each.make() for each in changes)])
             try:
                 if whole:
                     journal.write(whole)
@@ -377,21 +377,6 @@ class ServiceJournal:
         except OSError as error:
             text = f"{error.strerror}; {self._setting} must be in a folder that can be written"
             raise ConfigError(f"{self._file}: {text}") from None
-
-
-def _merged(all_changes: Sequence[Changes]) -> Changes:
-    """Return changes as one; of what two of them say of the same, the later one counts."""
-    begun: dict[str, Begun] = {}
-    tokens: dict[str, tuple[int, Sequence[int]]] = {}
-    notes: dict[str, dict[str, bytes]] = {}
-    for each in all_changes:
-        begun |= each.begun
-        tokens |= each.tokens
-        for key, its in each.notes.items():
-            notes.setdefault(key, {}).update(its)
-    ended = [key for each in all_changes for key in each.ended]
-    forgotten = [key for each in all_changes for key in each.forgotten]
-    return Changes(begun, tokens, ended, notes, forgotten)
 
 
 def _ending_blob(ending: Ending) -> bytes:
