@@ -62,9 +62,9 @@ class LoadedRing:
         room = int(free * node.memory_share * ROOM_SHARE)
         if node.memory_bytes is not None:
             room = min(room, node.memory_bytes - used)
-        num_layers = len(self.options.layers[i])
+        num_layers, head_layers = len(self.options.layers[i]), 0.0 if i else self.stage.runner.config.head_layers
         more = int(max(room, 0) / self._layer_bytes) if self._layer_bytes else len(self._all_layers)
-        return Able(self._layer_s[i], num_layers + more)
+        return Able(self._layer_s[i], num_layers + more, head_layers)
 
     def num_more(self, name: str, options: RingOptions) -> int:
         """Return how many Layers a Node's memory holds beside its own, as far as is known."""
@@ -86,17 +86,22 @@ class LoadedRing:
         at_hand: Layers on Nodes' disks.
         """
         able = {name: self._able(name, options) for name in options.node_names if name not in lost}
-        survived = with_survivors(options, lost, able)
+        held = {
+            name: at_hand.get(name, frozenset()) | {*layers}
+            for name, layers in zip(now.node_names, now.layers, strict=True)
+        }
+
+        def num_fetched(ring: RingOptions) -> int:
+            parts = list(zip(ring.node_names, ring.layers, strict=True))[1:]  # the Starter has all
+            return sum(len({*layers} - held.get(name, at_hand.get(name, frozenset()))) for name, layers in parts)
+
+        ways = [with_survivors(options, lost, able, hands_on=hands_on) for hands_on in (False, True)]
+        survived = min((ring for ring in reversed(ways) if ring is not None), key=num_fetched, default=None)
         if survived is None:
             return None
         limit = survived.remote.transfer_bytes_per_s if survived.remote else None
         rate = min(bytes_per_s, limit or bytes_per_s)
-        held = dict(zip(now.node_names, now.layers, strict=True))
-        others = zip(survived.node_names[1:], survived.layers[1:], strict=True)
-        num_fetched = sum(
-            len({*layers} - at_hand.get(name, frozenset()) - {*held.get(name, ())}) for name, layers in others
-        )
-        return survived if num_fetched * self._layer_bytes / rate <= max_fetch_s else None
+        return survived if num_fetched(survived) * self._layer_bytes / rate <= max_fetch_s else None
 
     @property
     def _layer_bytes(self) -> float:

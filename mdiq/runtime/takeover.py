@@ -1,6 +1,7 @@
 """Which Ring goes on when Nodes of it are lost: spares have their Layers, or the Nodes before and after do.
 
-Values in, values out. Who is left keeps what he has, so that only the Layers of the lost have to be loaded.
+Values in, values out. Who is left keeps what he has, so that only the Layers of the lost have to be loaded. One
+exception: where the last Nodes are lost, the one before them would have all of their work.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,10 +13,19 @@ from mdiq.runtime.options import RemoteNode, RemoteRing, RingOptions, StandingBy
 
 @dataclass(frozen=True, slots=True)
 class Able:
-    """What a Node can do. layer_s: what a forward of a Layer costs, in any unit; max_layers: that its memory holds."""
+    """What a Node can do.
+
+    layer_s: what a forward of a Layer costs, in any unit. max_layers: that its memory holds. head_layers: the Starter's
+    other work for a token, in Layers.
+    """
 
     layer_s: float
     max_layers: int
+    head_layers: float = 0.0
+
+    def seconds(self, num_layers: int) -> float:
+        """Return what a token costs with so many Layers, in the unit of ``layer_s``."""
+        return (num_layers + self.head_layers) * self.layer_s
 
 
 def with_spares(options: RingOptions, missing: Collection[str], spares: Sequence[str]) -> RingOptions:
@@ -29,11 +39,14 @@ def with_spares(options: RingOptions, missing: Collection[str], spares: Sequence
     return options
 
 
-def with_survivors(options: RingOptions, missing: Collection[str], able: Mapping[str, Able]) -> RingOptions | None:
+def with_survivors(
+    options: RingOptions, missing: Collection[str], able: Mapping[str, Able], *, hands_on: bool = False
+) -> RingOptions | None:
     """Return the Ring without the missing Nodes: the Nodes before and after take their Layers, so that the slower of
     them is as fast as can be. None where their memory does not hold them.
 
-    able: at least of the Nodes that are left.
+    able: at least of the Nodes that are left. hands_on: after lost Nodes at the end comes none, so the one before them
+    hands its first Layers on to the one before it, which shares the work by that.
     """
     remote = _remote(options)
     ranges = {node.name: layers for node, layers in zip(remote.nodes, options.layers, strict=True)}
@@ -43,6 +56,10 @@ def with_survivors(options: RingOptions, missing: Collection[str], able: Mapping
         start, stop = ranges[left].stop, ranges[right].start if right else options.layers[-1].stop
         if start == stop:
             continue
+        if right is None and hands_on and len(names) > 1:
+            left, right = names[-2:]
+            ranges[right] = LayerRange(ranges[right].start, stop)
+            stop -= 1  # it keeps one of them
         cut = _cut(ranges[left], able[left], ranges[right] if right else None, able[right] if right else None, stop)
         if cut is None:
             return None
@@ -175,9 +192,7 @@ def _cut(left: LayerRange, left_able: Able, right: LayerRange | None, right_able
         for cut in range(left.stop, stop + 1)
         if cut - left.start <= left_able.max_layers and right.stop - cut <= right_able.max_layers
     ]
-    slowest = {
-        cut: max((cut - left.start) * left_able.layer_s, (right.stop - cut) * right_able.layer_s) for cut in cuts
-    }
+    slowest = {cut: max(left_able.seconds(cut - left.start), right_able.seconds(right.stop - cut)) for cut in cuts}
     return min(cuts, key=slowest.__getitem__, default=None)
 
 

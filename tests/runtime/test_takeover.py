@@ -101,6 +101,28 @@ def test_the_last_nodes_layers_go_to_the_one_before_it_and_all_to_the_starter_at
     assert with_survivors(RING, ["pi1", "pi2"], {"desk": Able(1.0, 11)}) is None
 
 
+def test_the_starters_head_counts_where_it_shares_layers() -> None:
+    """Of 24 Layers and a head that costs as much as nine, three equal Nodes had 2, 11 and 11."""
+    small = ring({"desk": 2, "pi1": 11, "pi2": 11})
+    able = {"desk": Able(1.0, 99, head_layers=9.0), "pi1": ANY, "pi2": ANY}
+    middle, last = (with_survivors(small, [name], able, hands_on=True) for name in ("pi1", "pi2"))
+    assert middle is not None and sizes(middle) == {"desk": 7, "pi2": 17}
+    assert last is not None and sizes(last) == {"desk": 7, "pi1": 17}
+
+
+def test_the_node_before_a_lost_last_one_hands_layers_on_if_it_is_to() -> None:
+    able = dict.fromkeys(("desk", "pi1", "pi2", "pi3"), ANY)
+    wide = ring({"desk": 3, "pi1": 3, "pi2": 3, "pi3": 3})
+    kept, shared = (with_survivors(wide, ["pi3"], able, hands_on=hands_on) for hands_on in (False, True))
+    assert kept is not None and sizes(kept) == {"desk": 3, "pi1": 3, "pi2": 6}
+    assert shared is not None and sizes(shared) == {"desk": 3, "pi1": 4, "pi2": 5}
+    assert with_survivors(wide, ["pi3"], able | {"pi2": Able(1.0, 4)}) is None
+    shared = with_survivors(wide, ["pi3"], able | {"pi2": Able(1.0, 4)}, hands_on=True)
+    assert shared is not None and sizes(shared) == {"desk": 3, "pi1": 5, "pi2": 4}
+    shared = with_survivors(wide, ["pi2", "pi3"], able | {"pi1": Able(9.0, 99)}, hands_on=True)
+    assert shared is not None and sizes(shared) == {"desk": 11, "pi1": 1}
+
+
 def test_hops_have_the_formats_of_their_senders_and_one_format_is_for_all() -> None:
     options = replace(ring({"desk": 3, "pi1": 3, "pi2": 3, "pi3": 3}, ("pi4",)), wires=("f32", "bf16", "i8", "bf16"))
     able = dict.fromkeys(options.node_names, ANY)
@@ -125,13 +147,15 @@ def test_who_is_left_keeps_what_he_has_and_all_layers_are_held_once(held: list[i
     options = ring(dict(zip(names, held, strict=True)))
     lost = data.draw(st.sets(st.sampled_from(names[1:])))
     able = {name: Able(data.draw(st.sampled_from((0.5, 1.0, 4.0))), data.draw(st.integers(1, 60))) for name in names}
-    survived = with_survivors(options, lost, able)
+    hands_on = data.draw(st.booleans())
+    survived = with_survivors(options, lost, able, hands_on=hands_on)
     if survived is None:
         return
+    last = survived.node_names[-1] if hands_on and names[-1] in lost else ""
     before = dict(zip(options.node_names, options.layers, strict=True))
     assert [layer for layers in survived.layers for layer in layers] == list(range(sum(held)))
     for name, layers in zip(survived.node_names, survived.layers, strict=True):
-        assert {*before[name]} <= {*layers}
+        assert name == last or {*before[name]} <= {*layers}
         assert layers == before[name] or len(layers) <= able[name].max_layers
     assert {*idle(survived)} == lost
 
