@@ -11,13 +11,15 @@ MAX_LOSSES = 5
 class Losses:
     """The losses of what is done now; forgotten when that is done.
 
-    unfit: Nodes that could not do what another Ring wanted of them. has_waited: for so long that a smaller Ring is
-    better than none.
+    unfit: Nodes that could not do what another Ring wanted of them. broken: that could not do again what they did in
+    the one that served: they are back without their disk, or their memory.
+    has_waited: for so long that a smaller Ring is better than none.
     """
 
     def __init__(self) -> None:
         self._errors: list[MdiqError] = []
         self.unfit: set[str] = set()
+        self.broken: set[str] = set()
         self.has_waited = False
 
     def __len__(self) -> int:
@@ -55,4 +57,5 @@ class Losses:
         """Begin anew."""
         self._errors.clear()
         self.unfit.clear()
+        self.broken.clear()
         self.has_waited = False

@@ -94,14 +94,18 @@ class Recovery:
     def takes_on(self, error: MdiqError) -> bool:
         """Recover from the loss of a Node, if that can be; return whether it is so.
 
-        A Node that cannot do what another Ring wants of it, for whatever reason, is no end of the one that served.
+        A Node that cannot do what another Ring wants of it, for whatever reason, is no end of the one that served. One
+        that says that it failed is lost like one that dies.
         """
-        is_unfit = self._is_working and self._ring.options != self._served and not isinstance(error, NodeDiedError)
-        is_loss = isinstance(error, NodeDiedError) or is_unfit
+        names, has_failed = self._ring.options.node_names, not isinstance(error, NodeDiedError)
+        is_unfit = self._is_working and self._ring.options != self._served and has_failed
+        is_loss = not has_failed or is_unfit or error.node in names[1:]
         if self._is_closed or not is_loss or not self._workers.can_come_back or not self._tolerance_s:
             return False
         if is_unfit:
-            self._losses.unfit.add(error.node or self._ring.options.node_names[0])
+            self._losses.unfit.add(error.node or names[0])
+        elif self._is_working and has_failed and error.node is not None:
+            self._losses.broken.add(error.node)
         now_s = asyncio.get_running_loop().time()
         if now_s - self._lost_at_s > STEADY_S:
             self._return_s = RETURN_S
@@ -111,7 +115,7 @@ class Recovery:
         if too_many is not None:
             self._give_up(too_many)
         elif not self._is_working and len(self._losses) == 1:
-            self._start(self._nothing_else)
+            self._start(partial(asyncio.sleep, 0))  # a recovery is what comes before any work
         return True
 
     async def change(self, options: RingOptions) -> None:
@@ -206,9 +210,6 @@ class Recovery:
         if self._losses:
             await self._recover()
             self._losses.forget()
-
-    async def _nothing_else(self) -> None:
-        """A recovery is what comes before any work."""
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -353,8 +354,12 @@ class Recovery:
         """Return the Ring that is to go on, as soon as there is one; see above.
 
         Raises:
-            NodeDiedError: there is none.
+            MdiqError: there is none.
         """
+        if not self._losses.broken.isdisjoint(self._ring.options.node_names):  # waiting does not mend that
+            if (options := self._taken_over(inf)) is None:
+                raise self._losses.last
+            return options
         try:
             async with asyncio.timeout(self._tolerance_s):
                 while missing := self._missing:
@@ -374,7 +379,8 @@ class Recovery:
     @property
     def _missing(self) -> list[str]:
         """The Nodes that the Ring has to go without, or to wait for."""
-        return [*dict.fromkeys((*self._workers.missing, *self._cut_off))]
+        broken = [name for name in self._ring.options.node_names if name in self._losses.broken]
+        return [*dict.fromkeys((*self._workers.missing, *self._cut_off, *broken))]
 
     def _taken_over(self, max_fetch_s: float | None) -> RingOptions | None:
         """Return the Ring without these; where one is cut off, nobody is let in who is not in the planned Ring."""
