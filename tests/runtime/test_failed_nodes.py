@@ -11,20 +11,13 @@ from tests.virtual.house import RESTART_S, House, no_memory
 WHOLE = {"desk": 2, "pi1": 2, "pi2": 2}
 
 
-def fails(house: House, name: str, error: MdiqError) -> None:
-    """Have a loop of a Node fail, which ends its part in the Ring."""
-    node = house._services[name]._process
-    assert node is not None
-    node._on_failed(error)
-
-
 @pytest.mark.parametrize("error", [EngineError("a bug in mdiq"), TransportError("a frame is too large")])
 @pytest.mark.parametrize("num_spares", [0, 1])
 def test_a_node_whose_loop_fails_is_lost_like_one_that_dies(error: MdiqError, num_spares: int) -> None:
     async def act(house: House) -> None:
         await house.serving(FORMED_S)
         await asked(house)
-        fails(house, "pi1", error)
+        house.fails("pi1", error)
         await house.answered(RESTART_S + TAKEN_S + 5.0)
         assert ("spare1" in layers(house)) == bool(num_spares)
         await has_layers(house, WHOLE, 60.0)
