@@ -79,13 +79,18 @@ class LoadedRing:
         max_fetch_s: float,
         bytes_per_s: float,
         at_hand: Mapping[str, frozenset[int]],
+        *,
+        is_starter_full: bool = False,
     ) -> RingOptions | None:
         """Return a Ring without its lost Nodes; None if the others cannot hold or fetch their Layers in that time.
 
         now: what the Ring is; options: the same with spares in some places. bytes_per_s: of the slowest link.
-        at_hand: Layers on Nodes' disks.
+        at_hand: Layers on Nodes' disks. is_starter_full: it has tried, and keeps to what it has.
         """
         able = {name: self._able(name, options) for name in options.node_names if name not in lost}
+        if is_starter_full:
+            starter = options.node_names[0]
+            able[starter] = replace(able[starter], max_layers=len(options.layers[0]))
         held = {
             name: at_hand.get(name, frozenset()) | {*layers}
             for name, layers in zip(now.node_names, now.layers, strict=True)

@@ -43,6 +43,14 @@ class Losses:
             return None
         return NodeDiedError(f"{error}; it is loss number {number} in one recovery")
 
+    def note_unfit(self, error: MdiqError, names: Sequence[str]) -> None:
+        """Note who could not do what another Ring wanted. names: of that Ring; the first is the Starter.
+
+        A Starter that fails again fails with the Layers that it had: it is the Ring that cannot.
+        """
+        is_again = error.node is None and names[0] in self.unfit
+        self.unfit.update(names if is_again else [error.node or names[0]])
+
     def is_silent(self, name: str) -> bool:
         """Whether a Node that is missing may live, as far as is known."""
         loss = next((error for error in reversed(self._errors) if error.node == name), None)

@@ -103,7 +103,7 @@ class Recovery:
         if self._is_closed or not is_loss or not self._workers.can_come_back or not self._tolerance_s:
             return False
         if is_unfit:
-            self._losses.unfit.add(error.node or names[0])
+            self._losses.note_unfit(error, names)
         elif self._is_working and has_failed and error.node is not None:
             self._losses.broken.add(error.node)
         now_s = asyncio.get_running_loop().time()

@@ -67,3 +67,19 @@ def test_a_node_with_a_full_disk_is_tried_again_and_never_in_a_pause() -> None:
 
     house = live(act)
     assert len([line for line in house.log if line["event"] == "ring_paused"]) == 1
+
+
+@pytest.mark.parametrize("name", ["pi1", "pi2"])
+def test_a_starter_without_room_keeps_what_it_has_and_the_other_takes_all(name: str) -> None:
+    other = "pi2" if name == "pi1" else "pi1"
+
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await asked(house)
+        house.has_no_room["desk"] = no_memory("desk")
+        await house.crash(name)
+        await house.answered(2 * TAKEN_S + 5.0)
+        assert layers(house) == {"desk": 2, other: 4}
+
+    live(act)
