@@ -1,7 +1,7 @@
 """What lives as long as the weights of a Ring: its Stages as they are loaded, their costs, and what they could hold."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mdiq.core import control
@@ -21,7 +21,8 @@ ROOM_SHARE = 0.8  # of the memory that is free: the rest is for the KV cache and
 class LoadedRing:
     """The Starter's Stage, what the other Nodes have, and what forwards cost; the last two in ring order.
 
-    layer_bytes: of one Layer, as the other Nodes had it when the Ring was formed.
+    layer_bytes: of one Layer, as the other Nodes had it when the Ring was formed. known: what a Layer costs on Nodes
+    that have been in the Ring: one that is back does not measure itself again.
     """
 
     options: RingOptions
@@ -29,6 +30,7 @@ class LoadedRing:
     others: Sequence[control.Ready]
     costs: Sequence[StageCost]
     layer_bytes: float = 0.0
+    known: Mapping[str, StageCost] = field(default_factory=dict)
 
     def as_reshaped(self, options: RingOptions, others: Sequence[control.Ready]) -> "LoadedRing":
         """Return what is there when the Nodes have other Layers; costs follow from those that were measured."""
@@ -37,7 +39,7 @@ class LoadedRing:
             StageCost(cost.decode.scaled(1 / decode), cost.prompt.scaled(1 / len(layers)))
             for cost, decode, layers in before
         ]
-        known = dict(zip(self.options.node_names, per_layer, strict=True))
+        known = {**self.known, **dict(zip(self.options.node_names, per_layer, strict=True))}
         slowest = max(per_layer, key=lambda cost: cost.decode.seconds(1))  # for a Node that has not measured itself
         after = zip(options.node_names, self._decode_layers(options), options.layers, strict=True)
         costs = [
@@ -45,13 +47,14 @@ class LoadedRing:
             for name, decode, layers in after
             for cost in [known.get(name, slowest)]
         ]
-        return replace(self, options=options, others=others, costs=costs, layer_bytes=self._layer_bytes)
+        return replace(self, options=options, others=others, costs=costs, layer_bytes=self._layer_bytes, known=known)
 
     def _able(self, name: str, options: RingOptions) -> Able:
         """Return what a Node can do, as far as is known: one that has not loaded yet may hold as much as it wants."""
         names = self.options.node_names
         if name not in names:
-            return Able(max(self._layer_s), len(self._all_layers))
+            cost = self.known.get(name)
+            return Able(cost.decode.seconds(1) if cost else max(self._layer_s), len(self._all_layers))
         i = names.index(name)
         assert options.remote is not None  # only such a Ring has Nodes that others can stand in for
         node = next(node for node in options.remote.nodes if node.name == name)

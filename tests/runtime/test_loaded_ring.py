@@ -40,6 +40,21 @@ def test_a_starter_with_more_layers_has_one_head_as_before() -> None:
     assert ring._layer_s == pytest.approx([LAYER_S] * 3)
 
 
+def test_a_node_that_is_back_costs_what_it_did_and_not_what_the_others_do() -> None:
+    """Not what the Starter does, which went on alone: prompts would come in chunks that are far too long for it."""
+    stage = SimpleNamespace(runner=SimpleNamespace(config=SimpleNamespace(head_layers=HEAD_LAYERS)))
+    slow = _cost(10, 0)
+    slow = StageCost(slow.decode.scaled(7.0), slow.prompt.scaled(7.0))
+    ring = LoadedRing(_options(14, 10), cast(Any, stage), [], [_cost(14, HEAD_LAYERS), slow], layer_bytes=1.0)
+    alone = ring.as_reshaped(_options(24), [])
+    assert alone._able("pi1", alone.options).layer_s == pytest.approx(7 * LAYER_S)
+    for counts in ((14, 10), (19, 5)):
+        back = alone.as_reshaped(_options(*counts), [])
+        share = counts[1] / 10
+        assert back.costs[1].decode.seconds(4) == pytest.approx(share * slow.decode.seconds(4))
+        assert back.costs[1].prompt.seconds(64) == pytest.approx(share * slow.prompt.seconds(64))
+
+
 def test_layers_are_handed_on_only_where_nobody_has_to_fetch_more_for_it() -> None:
     nodes = [RemoteNode(name, f"tcp://{name}:7002", name) for name in ("desk", "pi1", "pi2", "pi3")]
     layers = tuple(LayerRange(start, start + 3) for start in range(0, 12, 3))
