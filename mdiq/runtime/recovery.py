@@ -324,7 +324,7 @@ class Recovery:
 
     def _is_other_text(self, options: RingOptions) -> bool:
         """Whether what runs would go on with other tokens in another Ring."""
-        return self._ring.rounds and options.layers != self._ring.options.layers
+        return (self._ring.rounds or options.begins_rounding) and options.layers != self._ring.options.layers
 
     async def _return(self) -> None:
         """Have the Ring as it was planned again, when its Nodes have been back for a while."""

@@ -159,16 +159,29 @@ def nodes_of(options: RingOptions) -> set[tuple[str, str | None]]:
 
 
 def is_like(one: RingOptions, other: RingOptions) -> bool:
-    """Tell whether two Rings differ in Layers, Nodes and keys alone, and reach each Node in the same way."""
+    """Tell whether two Rings differ in Layers, Nodes and keys alone, and reach each Node in the same way.
+
+    Hops that both have are to be of the same format: they keep it, whatever else the Ring becomes.
+    """
     old, new = one.remote, other.remote
     if old is None or new is None or old.nodes[0].public_key != new.nodes[0].public_key:
         return False
     known = {node.name: _as_reached(node) for node in (*old.nodes, *old.spares)}
     now = {node.name for node in old.nodes}
     wanted = (*new.nodes, *(node for node in new.spares if node.name in now))  # a spare may have taken over
+    formats = dict(_formats(one))
+    if any(formats.get(hop, wire) != wire for hop, wire in _formats(other)):
+        return False
     is_same_node = all(known.get(node.name, _as_reached(node)) == _as_reached(node) for node in wanted)
     remote = replace(new, nodes=old.nodes, standing_by=old.standing_by, spares=old.spares)
     return is_same_node and replace(other, layers=one.layers, wires=one.wires, remote=remote) == one
+
+
+def _formats(options: RingOptions) -> list[tuple[tuple[str, str], str]]:
+    """Return each Hop, as its sender and its receiver, with the format that is wanted of it."""
+    names = options.node_names
+    hops = zip(names, (*names[1:], names[0]), strict=True)
+    return list(zip(hops, options.wanted_wires, strict=False))  # one Node alone has no Hop
 
 
 def _as_reached(node: RemoteNode) -> RemoteNode:
