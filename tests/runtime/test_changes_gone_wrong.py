@@ -206,6 +206,10 @@ def test_a_hop_that_is_left_keeps_the_format_that_was_chosen_for_it_and_new_ones
         await house.answered(1.0 + TAKEN_S + 5.0)
         assert set(layers(house)) == {"desk", "spare1", "pi2"}
         assert [hop.wire for hop in house.rings[-1].hops()] == ["f32", "f32", "i8"]
+        house.start_node("pi1")
+        await has_layers(house, WHOLE, 60.0)  # as it was planned: so are its Hops
+        assert [hop.wire for hop in house.rings[-1].hops()] == ["bf16", "f32", "i8"]
+        assert None not in [hop.delay_s for hop in house.rings[-1].hops()]
 
     live(act, num_spares=1)
 
