@@ -43,6 +43,10 @@ class Losses:
             return None
         return NodeDiedError(f"{error}; it is loss number {number} in one recovery")
 
+    def is_again(self, name: str) -> bool:
+        """Whether a Node has been lost before: it is back since then."""
+        return any(error.node == name for error in self._errors)
+
     def note_unfit(self, error: MdiqError, names: Sequence[str]) -> None:
         """Note who could not do what another Ring wanted. names: of that Ring; the first is the Starter.
 

@@ -104,7 +104,7 @@ class Recovery:
             return False
         if is_unfit:
             self._losses.note_unfit(error, names)
-        elif self._is_working and has_failed and error.node is not None:
+        elif has_failed and error.node is not None and self._losses.is_again(error.node):
             self._losses.broken.add(error.node)
         now_s = asyncio.get_running_loop().time()
         if now_s - self._lost_at_s > STEADY_S:
@@ -356,18 +356,18 @@ class Recovery:
         Raises:
             MdiqError: there is none.
         """
-        if not self._losses.broken.isdisjoint(self._ring.options.node_names):  # waiting does not mend that
-            if (options := self._taken_over(inf)) is None:
-                raise self._losses.last
-            return options
         try:
             async with asyncio.timeout(self._tolerance_s):
                 while missing := self._missing:
                     if self._can_be_as_planned():
                         return self._planned
                     is_any_silent = any(self._losses.is_silent(name) for name in missing)
-                    if (options := self._taken_over(None if is_any_silent else QUICK_FETCH_S)) is not None:
+                    is_any_broken = not self._losses.broken.isdisjoint(missing)
+                    max_fetch_s = inf if is_any_broken else None if is_any_silent else QUICK_FETCH_S
+                    if (options := self._taken_over(max_fetch_s)) is not None:
                         return options
+                    if is_any_broken:  # waiting does not mend that
+                        raise self._losses.last
                     await self._workers.until_joined()
             return self._ring.options
         except TimeoutError:

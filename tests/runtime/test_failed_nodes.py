@@ -83,3 +83,18 @@ def test_a_starter_without_room_keeps_what_it_has_and_the_other_takes_all(name: 
         assert layers(house) == {"desk": 2, other: 4}
 
     live(act)
+
+
+def test_two_nodes_whose_loops_fail_one_after_the_other_are_both_waited_for() -> None:
+    """The second one fails while the first is waited for: it could load again, and nobody has said otherwise."""
+
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await asked(house)
+        house.fails("pi2", EngineError("a bug in mdiq"))
+        await asyncio.sleep(0.3)
+        house.fails("pi1", EngineError("a bug in mdiq"))
+        await house.answered(TAKEN_S + 5.0)
+        assert layers(house) == WHOLE
+
+    live(act)
