@@ -241,7 +241,7 @@ class Coordinator:
         if node in self._silent and isinstance(message, control.Heartbeat):
             log.info("node_heard_again", node=node)
             self._members.joined(node, self._clock())
-            self._enter(node, self._silent[node])
+            self._enter(node, self._silent.pop(node))
         match message:
             case control.Loading():
                 self._on_loading(node, message)
@@ -287,6 +287,7 @@ class Coordinator:
         self._members.joined(node, self._clock())
         self._nodes.pop(self._identities.get(node, identity), None)  # where it spoke from before a restart
         self.on_disk.pop(node, None)
+        self._silent.pop(node, None)  # that was another process, perhaps of another version
         self._identities[node] = identity
         self._nodes[identity] = node
         if (theirs := hello.mdiq_version) != self._version:
@@ -301,7 +302,6 @@ class Coordinator:
 
     def _enter(self, node: NodeId, hello: control.Hello) -> None:
         """Note that a Node is there, for the first time or again."""
-        self._silent.pop(node, None)
         if self.leaving.done() and self.leaving.result() == node:
             self.leaving = asyncio.get_running_loop().create_future()
             self._stays.set()

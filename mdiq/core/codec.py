@@ -6,7 +6,6 @@ itself: a map of its own fields.
 """
 
 import hmac
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
@@ -20,6 +19,7 @@ MAX_TEXT = 4_096
 """Characters of a string."""
 MAX_ITEMS = 65_536
 """Items of a sequence or a map."""
+MAX_FLOAT = 2.0**63
 _TYPE = "type"
 
 M = TypeVar("M")
@@ -120,8 +120,9 @@ def _check_int(value: object, where: str) -> int:
 
 
 def _check_float(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where} is not a finite number")
+    # Squares and sums of what passes are finite still.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX_FLOAT <= value <= MAX_FLOAT:
+        raise ValueError(f"{where} is not a number from -2^63 to 2^63")
     return float(value)
 
 

@@ -110,6 +110,8 @@ class Ready:
     on_disk: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.kv_tokens:
+            raise ValueError("it has no KV cache")
         for points in (self.decode_s, self.prompt_s) if self.decode_s or self.prompt_s else ():
             sizes = [size for size, _ in points]
             if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)):

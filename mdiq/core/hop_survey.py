@@ -98,6 +98,9 @@ class HopSurvey:
             way_s = arrived.first_s - report.sent_s
             self._ways_s[hop] = min(self._ways_s.get(hop, way_s), way_s)
             return
+        if not arrived.later_bytes:  # only its last Frame has come, which tells nothing of the rate
+            self.missed()
+            return
         seconds = max(arrived.last_s - arrived.first_s, _MIN_S)
         rate = arrived.later_bytes / seconds
         is_long = seconds >= ENOUGH_S

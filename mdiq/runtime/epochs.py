@@ -43,6 +43,9 @@ class Epochs:
         self._epoch = FIRST_EPOCH
         self._links: tuple[HopLink | None, ...] = ()
         self._wires: tuple[str, ...] = ()
+        # Of all Hops that the Ring has had, by their ends and what is wanted of them: a Node that is back has its own.
+        self._known_wires: dict[tuple[tuple[str, str], str], str] = {}
+        self._known_links: dict[tuple[str, str], HopLink | None] = {}
         self._micro_batches: MicroBatches | None = None
         self._handling = Handling()
         self.spec = ring.stage.spec(ring.others)
@@ -79,13 +82,15 @@ class Epochs:
         return options.kv_tokens
 
     async def reshape(self, options: RingOptions, ring: LoadedRing) -> None:
-        """Go on with another Ring from the next Epoch on; what is known of Hops that it has too is kept."""
+        """Go on with another Ring from the next Epoch on; what is known of Hops that it has had, too, is kept."""
         hops = _hops_of(self.options)
-        wires, links = dict(zip(hops, self._wires, strict=False)), dict(zip(hops, self._links, strict=False))
+        self._known_wires |= dict(zip(zip(hops, self.options.wanted_wires, strict=True), self._wires, strict=False))
+        self._known_links |= dict(zip(hops, self._links, strict=False))
         self.options, self._ring, self.spec = options, ring, ring.stage.spec(ring.others)
-        first = dict(zip(_hops_of(options), self._first_wires, strict=False))
-        self._wires = tuple(wires.get(hop, wire) for hop, wire in first.items())
-        self._links = tuple(links.get(hop) for hop in first)
+        hops = _hops_of(options)
+        wanted = zip(zip(hops, options.wanted_wires, strict=True), self._first_wires, strict=True)
+        self._wires = tuple(self._known_wires.get(hop, wire) for hop, wire in wanted)
+        self._links = tuple(self._known_links.get(hop) for hop in hops)
         await self.plan_pace(self._hops_s)
 
     async def begin_again(self, service: StarterService) -> None:

@@ -1,7 +1,7 @@
 """What lives as long as the weights of a Ring: its Stages as they are loaded, their costs, and what they could hold."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mdiq.core import control
@@ -21,7 +21,8 @@ ROOM_SHARE = 0.8  # of the memory that is free: the rest is for the KV cache and
 class LoadedRing:
     """The Starter's Stage, what the other Nodes have, and what forwards cost; the last two in ring order.
 
-    layer_bytes: of one Layer, as the other Nodes had it when the Ring was formed.
+    layer_bytes: of one Layer, as the other Nodes had it when the Ring was formed. known: what a Layer costs on Nodes
+    that have been in the Ring: one that is back does not measure itself again.
     """
 
     options: RingOptions
@@ -29,6 +30,7 @@ class LoadedRing:
     others: Sequence[control.Ready]
     costs: Sequence[StageCost]
     layer_bytes: float = 0.0
+    known: Mapping[str, StageCost] = field(default_factory=dict)
 
     def as_reshaped(self, options: RingOptions, others: Sequence[control.Ready]) -> "LoadedRing":
         """Return what is there when the Nodes have other Layers; costs follow from those that were measured."""
@@ -37,7 +39,7 @@ class LoadedRing:
             StageCost(cost.decode.scaled(1 / decode), cost.prompt.scaled(1 / len(layers)))
             for cost, decode, layers in before
         ]
-        known = dict(zip(self.options.node_names, per_layer, strict=True))
+        known = {**self.known, **dict(zip(self.options.node_names, per_layer, strict=True))}
         slowest = max(per_layer, key=lambda cost: cost.decode.seconds(1))  # for a Node that has not measured itself
         after = zip(options.node_names, self._decode_layers(options), options.layers, strict=True)
         costs = [
@@ -45,13 +47,14 @@ class LoadedRing:
             for name, decode, layers in after
             for cost in [known.get(name, slowest)]
         ]
-        return replace(self, options=options, others=others, costs=costs, layer_bytes=self._layer_bytes)
+        return replace(self, options=options, others=others, costs=costs, layer_bytes=self._layer_bytes, known=known)
 
     def _able(self, name: str, options: RingOptions) -> Able:
         """Return what a Node can do, as far as is known: one that has not loaded yet may hold as much as it wants."""
         names = self.options.node_names
         if name not in names:
-            return Able(max(self._layer_s), len(self._all_layers))
+            cost = self.known.get(name)
+            return Able(cost.decode.seconds(1) if cost else max(self._layer_s), len(self._all_layers))
         i = names.index(name)
         assert options.remote is not None  # only such a Ring has Nodes that others can stand in for
         node = next(node for node in options.remote.nodes if node.name == name)
@@ -62,10 +65,9 @@ class LoadedRing:
         room = int(free * node.memory_share * ROOM_SHARE)
         if node.memory_bytes is not None:
             room = min(room, node.memory_bytes - used)
-        num_layers = len(self.options.layers[i])
+        num_layers, head_layers = len(self.options.layers[i]), 0.0 if i else self.stage.runner.config.head_layers
         more = int(max(room, 0) / self._layer_bytes) if self._layer_bytes else len(self._all_layers)
-        head = 0.0 if i else self.stage.runner.config.head_layers
-        return Able(self._layer_s[i], num_layers + more, head)
+        return Able(self._layer_s[i], num_layers + more, head_layers)
 
     def num_more(self, name: str, options: RingOptions) -> int:
         """Return how many Layers a Node's memory holds beside its own, as far as is known."""
@@ -80,23 +82,27 @@ class LoadedRing:
         max_fetch_s: float,
         bytes_per_s: float,
         at_hand: Mapping[str, frozenset[int]],
+        *,
+        is_starter_full: bool = False,
     ) -> RingOptions | None:
         """Return a Ring without its lost Nodes; None if the others cannot hold or fetch their Layers in that time.
 
         now: what the Ring is; options: the same with spares in some places. bytes_per_s: of the slowest link.
-        at_hand: Layers on Nodes' disks.
+        at_hand: Layers on Nodes' disks. is_starter_full: it has tried, and keeps to what it has.
         """
         able = {name: self._able(name, options) for name in options.node_names if name not in lost}
-        survived = with_survivors(options, lost, able, at_hand)
+        if is_starter_full:
+            starter = options.node_names[0]
+            able[starter] = replace(able[starter], max_layers=len(options.layers[0]))
+        held = dict(zip(now.node_names, now.layers, strict=True))
+        has = {name: at_hand.get(name, frozenset()) | {*held.get(name, ())} for name in able}
+        survived = with_survivors(options, lost, able, has)
         if survived is None:
             return None
         limit = survived.remote.transfer_bytes_per_s if survived.remote else None
         rate = min(bytes_per_s, limit or bytes_per_s)
-        held = dict(zip(now.node_names, now.layers, strict=True))
-        others = zip(survived.node_names[1:], survived.layers[1:], strict=True)
-        num_fetched = sum(
-            len({*layers} - at_hand.get(name, frozenset()) - {*held.get(name, ())}) for name, layers in others
-        )
+        others = zip(survived.node_names[1:], survived.layers[1:], strict=True)  # the Starter has all
+        num_fetched = sum(len({*layers} - has[name]) for name, layers in others)
         return survived if num_fetched * self._layer_bytes / rate <= max_fetch_s else None
 
     @property

@@ -11,13 +11,15 @@ MAX_LOSSES = 5
 class Losses:
     """The losses of what is done now; forgotten when that is done.
 
-    unfit: Nodes that could not do what another Ring wanted of them. has_waited: for so long that a smaller Ring is
-    better than none.
+    unfit: Nodes that could not do what another Ring wanted of them. broken: that could not do again what they did in
+    the one that served: they are back without their disk, or their memory.
+    has_waited: for so long that a smaller Ring is better than none.
     """
 
     def __init__(self) -> None:
         self._errors: list[MdiqError] = []
         self.unfit: set[str] = set()
+        self.broken: set[str] = set()
         self.has_waited = False
 
     def __len__(self) -> int:
@@ -41,6 +43,18 @@ class Losses:
             return None
         return NodeDiedError(f"{error}; it is loss number {number} in one recovery")
 
+    def is_again(self, name: str) -> bool:
+        """Whether a Node has been lost before: it is back since then."""
+        return any(error.node == name for error in self._errors)
+
+    def note_unfit(self, error: MdiqError, names: Sequence[str]) -> None:
+        """Note who could not do what another Ring wanted. names: of that Ring; the first is the Starter.
+
+        A Starter that fails again fails with the Layers that it had: it is the Ring that cannot.
+        """
+        is_again = error.node is None and names[0] in self.unfit
+        self.unfit.update(names if is_again else [error.node or names[0]])
+
     def is_silent(self, name: str) -> bool:
         """Whether a Node that is missing may live, as far as is known."""
         loss = next((error for error in reversed(self._errors) if error.node == name), None)
@@ -55,4 +69,5 @@ class Losses:
         """Begin anew."""
         self._errors.clear()
         self.unfit.clear()
+        self.broken.clear()
         self.has_waited = False

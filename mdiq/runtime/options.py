@@ -212,6 +212,11 @@ class RingOptions:
         """Tell whether Hops of these formats change activations: another number of Nodes may give other tokens."""
         return any(rounds(wire, self.weights.dtype) for wire in wires)
 
+    @property
+    def begins_rounding(self) -> bool:
+        """Whether Hops change activations in the formats that they begin with."""
+        return self.rounds([wire for i in range(self.num_nodes) if (wire := self.wire(i)) is not None])
+
     def wire(self, stage: int) -> str | None:
         """Return the format that the Hop out of a Stage begins with, or None where there are no Hops."""
         if self.num_nodes == 1:

@@ -94,14 +94,18 @@ class Recovery:
     def takes_on(self, error: MdiqError) -> bool:
         """Recover from the loss of a Node, if that can be; return whether it is so.
 
-        A Node that cannot do what another Ring wants of it, for whatever reason, is no end of the one that served.
+        A Node that cannot do what another Ring wants of it, for whatever reason, is no end of the one that served. One
+        that says that it failed is lost like one that dies.
         """
-        is_unfit = self._is_working and self._ring.options != self._served and not isinstance(error, NodeDiedError)
-        is_loss = isinstance(error, NodeDiedError) or is_unfit
+        names, has_failed = self._ring.options.node_names, not isinstance(error, NodeDiedError)
+        is_unfit = self._is_working and self._ring.options != self._served and has_failed
+        is_loss = not has_failed or is_unfit or error.node in names[1:]
         if self._is_closed or not is_loss or not self._workers.can_come_back or not self._tolerance_s:
             return False
         if is_unfit:
-            self._losses.unfit.add(error.node or self._ring.options.node_names[0])
+            self._losses.note_unfit(error, names)
+        elif has_failed and error.node is not None and self._losses.is_again(error.node):
+            self._losses.broken.add(error.node)
         now_s = asyncio.get_running_loop().time()
         if now_s - self._lost_at_s > STEADY_S:
             self._return_s = RETURN_S
@@ -111,7 +115,7 @@ class Recovery:
         if too_many is not None:
             self._give_up(too_many)
         elif not self._is_working and len(self._losses) == 1:
-            self._start(self._nothing_else)
+            self._start(partial(asyncio.sleep, 0))  # a recovery is what comes before any work
         return True
 
     async def change(self, options: RingOptions) -> None:
@@ -206,9 +210,6 @@ class Recovery:
         if self._losses:
             await self._recover()
             self._losses.forget()
-
-    async def _nothing_else(self) -> None:
-        """A recovery is what comes before any work."""
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -323,7 +324,7 @@ class Recovery:
 
     def _is_other_text(self, options: RingOptions) -> bool:
         """Whether what runs would go on with other tokens in another Ring."""
-        return self._ring.rounds and options.layers != self._ring.options.layers
+        return (self._ring.rounds or options.begins_rounding) and options.layers != self._ring.options.layers
 
     async def _return(self) -> None:
         """Have the Ring as it was planned again, when its Nodes have been back for a while."""
@@ -353,7 +354,7 @@ class Recovery:
         """Return the Ring that is to go on, as soon as there is one; see above.
 
         Raises:
-            NodeDiedError: there is none.
+            MdiqError: there is none.
         """
         try:
             async with asyncio.timeout(self._tolerance_s):
@@ -361,8 +362,12 @@ class Recovery:
                     if self._can_be_as_planned():
                         return self._planned
                     is_any_silent = any(self._losses.is_silent(name) for name in missing)
-                    if (options := self._taken_over(None if is_any_silent else QUICK_FETCH_S)) is not None:
+                    is_any_broken = not self._losses.broken.isdisjoint(missing)
+                    max_fetch_s = inf if is_any_broken else None if is_any_silent else QUICK_FETCH_S
+                    if (options := self._taken_over(max_fetch_s)) is not None:
                         return options
+                    if is_any_broken:  # waiting does not mend that
+                        raise self._losses.last
                     await self._workers.until_joined()
             return self._ring.options
         except TimeoutError:
@@ -374,7 +379,8 @@ class Recovery:
     @property
     def _missing(self) -> list[str]:
         """The Nodes that the Ring has to go without, or to wait for."""
-        return [*dict.fromkeys((*self._workers.missing, *self._cut_off))]
+        broken = [name for name in self._ring.options.node_names if name in self._losses.broken]
+        return [*dict.fromkeys((*self._workers.missing, *self._cut_off, *broken))]
 
     def _taken_over(self, max_fetch_s: float | None) -> RingOptions | None:
         """Return the Ring without these; where one is cut off, nobody is let in who is not in the planned Ring."""

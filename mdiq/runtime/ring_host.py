@@ -188,7 +188,7 @@ class RingHost:
         now = self.options
         if self._recovery is None or not self._workers.can_change or not is_like(now, options):
             return False
-        if self._loaded.rounds and not is_same_but_members(now, options):
+        if (self._loaded.rounds or options.begins_rounding) and not is_same_but_members(now, options):
             return False
         # One that has another key may come back with it.
         cut_off = {*now.node_names} - {name for name, _ in members_of(options)}

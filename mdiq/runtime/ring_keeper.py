@@ -66,14 +66,12 @@ class RingKeeper:
         self._on_formed, self._on_not_formed, self._on_not_changed = on_formed, on_not_formed, on_not_changed
         self._read, self._open_ring = read, open_ring
         self._clock, self._on_state = clock, on_state
-        self._form = read()
-        self._drained: frozenset[str] = frozenset()
+        self._form, self._drained = read(), frozenset[str]()
         self._wanted = self._form(self._drained)  # of the next Ring
         self._now = RingView(self._wanted)
         self._has_plan = True  # else the last one failed, and there is no better one
         self._is_ending = self._holds_back = False  # holds back: a change waits until nothing runs
-        self._renew = asyncio.Event()
-        self._is_better = asyncio.Event()  # the plan than the Ring, by what it does under load
+        self._renew, self._is_better = asyncio.Event(), asyncio.Event()  # better: the plan, by what the Ring does
         self._changing, self._closed = Turns(lambda: self._now.give_way()), asyncio.Event()
         self._closed.set()
         self._requests, self._num_rings = Requests(), 0
@@ -284,9 +282,11 @@ class RingKeeper:
             self._say_that_it_serves()
             tasks.append(asyncio.create_task(self._until_left(ring), name="leaving"))
             tasks.append(asyncio.create_task(self._until_better_plan(ring), name="better plan"))
-            await asyncio.wait({*tasks} - {entering}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*tasks} - {entering}, return_when=asyncio.FIRST_COMPLETED)
             if losing.done():
                 raise losing.result()
+            for task in done:  # one that has failed says why the Ring ends
+                task.result()
             ring.service.fail_all(RingError("the ring is formed anew; ask again"))
         finally:
             closing = asyncio.create_task(self._close(ring, tasks), name="close the ring")

@@ -93,11 +93,14 @@ class ServingRing:
         still = [name for name in lost if name in options.node_names]
         if not still:
             return options
-        if max_fetch_s is None or not {*unfit}.isdisjoint({*options.node_names} - {*still}):
+        starter, *others = (name for name in options.node_names if name not in still)
+        if max_fetch_s is None or not {*unfit}.isdisjoint(others):
             return None
         if self.rounds and max_fetch_s < inf:  # a node that is back goes on with the same tokens
             return None
-        return self.loaded.survived(self.options, options, still, max_fetch_s, self._slowest_hop, at_hand)
+        return self.loaded.survived(
+            self.options, options, still, max_fetch_s, self._slowest_hop, at_hand, is_starter_full=starter in unfit
+        )
 
     async def reform(self, options: RingOptions) -> None:
         """Be another Ring from now on; nobody loads yet."""

@@ -8,6 +8,7 @@ and two thirds when the last is lost, and it may stay away for days.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 from types import MappingProxyType
 
 from mdiq.core.types import LayerRange
@@ -19,17 +20,19 @@ _CLEARLY = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Able:
-    """What a Node can do. layer_s: what a forward of a Layer costs, in any unit; max_layers: that its memory holds.
+    """What a Node can do.
 
-    own_layers: what else it computes for each token, in Layers: the Starter's head.
+    layer_s: what a forward of a Layer costs, in any unit. max_layers: that its memory holds. head_layers: the Starter's
+    other work for a token, in Layers.
     """
 
     layer_s: float
     max_layers: int
-    own_layers: float = 0.0
+    head_layers: float = 0.0
 
     def seconds(self, num_layers: int) -> float:
-        return (num_layers + self.own_layers) * self.layer_s
+        """Return what a token costs with so many Layers, in the unit of ``layer_s``."""
+        return (num_layers + self.head_layers) * self.layer_s
 
 
 def with_spares(options: RingOptions, missing: Collection[str], spares: Sequence[str]) -> RingOptions:
@@ -50,35 +53,26 @@ def with_survivors(
     at_hand: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> RingOptions | None:
     """Return the Ring without the missing Nodes: the Nodes before and after take their Layers, so that the slower of
-    them is as fast as can be; or all that are left share the Layers anew, if the slowest is clearly faster then and
-    nobody has to fetch for it. None where their memory does not hold them.
+    them is as fast as can be; or all that are left share the Layers anew, if nobody has to fetch for it, and the
+    slowest is clearly faster then or those beside have no room. None where their memory does not hold them.
 
-    able: at least of the Nodes that are left. at_hand: Layers that Nodes have beside those in the Ring; the Starter
-    has all.
+    able: at least of the Nodes that are left. at_hand: Layers that they have; those that they hold, if it is not said.
+    The Starter has all.
     """
     remote = _remote(options)
     ranges = {node.name: layers for node, layers in zip(remote.nodes, options.layers, strict=True)}
     names = [node.name for node in remote.nodes if node.name not in missing]
     wires = {node.name: options.wires[i % len(options.wires)] for i, node in enumerate(remote.nodes)}
-    for left, right in zip(names, [*names[1:], None], strict=True):
-        start, stop = ranges[left].stop, ranges[right].start if right else options.layers[-1].stop
-        if start == stop:
-            continue
-        cut = _cut(ranges[left], able[left], ranges[right] if right else None, able[right] if right else None, stop)
-        if cut is None:
-            return None
-        ranges[left] = LayerRange(ranges[left].start, cut)
-        if right is not None:
-            ranges[right] = LayerRange(cut, ranges[right].stop)
-    held = dict(zip(options.node_names, options.layers, strict=True))
-    anew = _shared_anew(
-        [able[name] for name in names],
-        [range(options.layers[-1].stop), *({*held[name], *at_hand.get(name, ())} for name in names[1:])],
-        len(options.layers[0]),
-        max(able[name].seconds(len(ranges[name])) for name in names) / _CLEARLY,
-    )
-    if anew is not None:
-        ranges |= zip(names, anew, strict=True)
+    num_first, stop = len(options.layers[0]), options.layers[-1].stop
+    beside = _taken_beside(ranges, names, able, stop)
+    max_s = max(able[name].seconds(len(layers)) for name, layers in beside.items()) / _CLEARLY if beside else inf
+    has = [range(stop), *(at_hand.get(name, {*ranges[name]}) for name in names[1:])]
+    shared = _shared_anew([able[name] for name in names], has, num_first, max_s)
+    if beside is None and shared is None:
+        return None
+    ranges = beside or {}
+    if shared is not None:
+        ranges = dict(zip(names, shared, strict=True))
     lost = [node for node in remote.nodes if node.name in missing]
     return replace(
         options,
@@ -86,7 +80,7 @@ def with_survivors(
         wires=tuple(wires[name] for name in names) if len(options.wires) > 1 else options.wires,
         remote=replace(
             remote,
-            nodes=tuple(node for node in remote.nodes if node.name in ranges and node.name not in missing),
+            nodes=tuple(node for node in remote.nodes if node.name not in missing),
             standing_by=(*remote.standing_by, *(_set_aside(node, "the nodes beside it") for node in lost)),
             spares=(*remote.spares, *lost),
         ),
@@ -172,16 +166,29 @@ def nodes_of(options: RingOptions) -> set[tuple[str, str | None]]:
 
 
 def is_like(one: RingOptions, other: RingOptions) -> bool:
-    """Tell whether two Rings differ in Layers, Nodes and keys alone, and reach each Node in the same way."""
+    """Tell whether two Rings differ in Layers, Nodes and keys alone, and reach each Node in the same way.
+
+    Hops that both have are to be of the same format: they keep it, whatever else the Ring becomes.
+    """
     old, new = one.remote, other.remote
     if old is None or new is None or old.nodes[0].public_key != new.nodes[0].public_key:
         return False
     known = {node.name: _as_reached(node) for node in (*old.nodes, *old.spares)}
     now = {node.name for node in old.nodes}
     wanted = (*new.nodes, *(node for node in new.spares if node.name in now))  # a spare may have taken over
+    formats = dict(_formats(one))
+    if any(formats.get(hop, wire) != wire for hop, wire in _formats(other)):
+        return False
     is_same_node = all(known.get(node.name, _as_reached(node)) == _as_reached(node) for node in wanted)
     remote = replace(new, nodes=old.nodes, standing_by=old.standing_by, spares=old.spares)
     return is_same_node and replace(other, layers=one.layers, wires=one.wires, remote=remote) == one
+
+
+def _formats(options: RingOptions) -> list[tuple[tuple[str, str], str]]:
+    """Return each Hop, as its sender and its receiver, with the format that is wanted of it."""
+    names = options.node_names
+    hops = zip(names, (*names[1:], names[0]), strict=True)
+    return list(zip(hops, options.wanted_wires, strict=False))  # one Node alone has no Hop
 
 
 def _as_reached(node: RemoteNode) -> RemoteNode:
@@ -194,6 +201,24 @@ def _with_keys(nodes: Sequence[RemoteNode], other: RemoteRing) -> tuple[RemoteNo
     keys = {node.name: node.public_key for node in other.standing_by}
     keys |= {node.name: node.public_key for node in other.nodes}
     return (nodes[0], *(replace(node, public_key=keys.get(node.name, node.public_key)) for node in nodes[1:]))
+
+
+def _taken_beside(
+    ranges: Mapping[str, LayerRange], names: Sequence[str], able: Mapping[str, Able], end: int
+) -> dict[str, LayerRange] | None:
+    """Return the Layers of the Nodes that are left when those beside the lost ones take theirs; None without room."""
+    taken = {name: ranges[name] for name in names}
+    for left, right in zip(names, [*names[1:], None], strict=True):
+        stop = taken[right].start if right else end
+        if taken[left].stop == stop:
+            continue
+        cut = _cut(taken[left], able[left], taken[right] if right else None, able[right] if right else None, stop)
+        if cut is None:
+            return None
+        taken[left] = LayerRange(taken[left].start, cut)
+        if right is not None:
+            taken[right] = LayerRange(cut, taken[right].stop)
+    return taken
 
 
 def _shared_anew(

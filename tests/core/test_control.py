@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdiq.core import control
-from mdiq.core.codec import MAX_TEXT
+from mdiq.core.codec import MAX_FLOAT, MAX_TEXT
 from mdiq.core.noise import RowNoise
 from mdiq.core.types import PLAIN_WEIGHTS
 from mdiq.core.wire import TAG_BYTES, make_tag
@@ -19,7 +19,8 @@ from mdiq.errors import LocalProtocolError, RemoteProtocolError
 
 KEY = bytes(range(32))
 COUNTS = st.integers(0, 2**64 - 1)
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+AT_LEAST_ONE = st.integers(1, 2**64 - 1)
+FLOATS = st.floats(-MAX_FLOAT, MAX_FLOAT)
 CURVES = st.dictionaries(st.integers(1, 2**63), FLOATS, min_size=1).map(lambda points: tuple(sorted(points.items())))
 TEXTS = st.text(max_size=30)
 ASSIGN = control.Assign(
@@ -51,7 +52,7 @@ MESSAGES: st.SearchStrategy[control.Message] = st.one_of(
         st.binary(min_size=16, max_size=64),
     ),
     st.builds(control.Loading, COUNTS, COUNTS),
-    st.builds(control.Ready, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, CURVES, CURVES),
+    st.builds(control.Ready, COUNTS, AT_LEAST_ONE, COUNTS, COUNTS, COUNTS, CURVES, CURVES),
     st.builds(control.SendBurst, COUNTS, COUNTS, st.integers(1, 64), st.integers(1, 2**20)),
     st.builds(control.BurstSent, COUNTS, COUNTS, FLOATS),
     st.builds(
@@ -120,8 +121,8 @@ def test_what_is_not_a_count_is_refused_by_name(value: object) -> None:
         control.decode(_message(_ready(kv_tokens=value)), KEY)
 
 
-@pytest.mark.parametrize("value", [None, "0.5", True, float("nan"), float("inf"), [0.5]])
-def test_what_is_not_a_finite_number_is_refused_by_name(value: object) -> None:
+@pytest.mark.parametrize("value", [None, "0.5", True, float("nan"), float("inf"), 1e19, -1e308, [0.5]])
+def test_what_is_not_a_number_within_bounds_is_refused_by_name(value: object) -> None:
     with pytest.raises(RemoteProtocolError, match="Ready: decode_s"):
         control.decode(_message(_ready(decode_s=((1, value),))), KEY)
 
@@ -275,6 +276,11 @@ def test_a_long_error_text_is_cut_rather_than_lost() -> None:
 def test_a_message_that_no_peer_would_take_is_our_own_bug(make: Any) -> None:
     with pytest.raises(LocalProtocolError):
         control.encode(make(), KEY)
+
+
+def test_a_node_without_a_kv_cache_is_not_ready() -> None:
+    with pytest.raises(RemoteProtocolError, match="Ready: it has no KV cache"):
+        control.decode(_message(_ready(kv_tokens=0)), KEY)
 
 
 @pytest.mark.parametrize("points", [(), ((0, 1.0),), ((2, 1.0), (1, 1.0)), ((1, 1.0), (1, 1.0))])

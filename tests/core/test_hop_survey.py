@@ -1,6 +1,6 @@
 """Delays and bandwidths of Hops come out right though every Node has a clock of its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -139,6 +139,21 @@ def test_a_hop_that_loses_a_burst_is_given_up_and_the_others_are_measured() -> N
     assert second is None
     assert first is not None and first.delay_s == pytest.approx(0.02, abs=1e-6)
     assert third is not None and third.delay_s == pytest.approx(0.03, abs=1e-6)
+
+
+def test_a_burst_of_which_only_the_last_frame_came_gives_no_rate_of_nothing() -> None:
+    """A connection that is made anew in its midst loses the others; a Hop of no bytes a second would bar take-overs."""
+    world = World([0.01, 0.02], [1e6, 1e7], [0.0, 9.0], [(0.0, 0.0)] * 2)
+    survey = HopSurvey(EPOCH, 2)
+    while (wanted := survey.next_burst()) is not None:
+        report = world.run(*wanted)
+        hop, burst = wanted
+        if hop == 0 and burst.num_frames > 1:
+            last_s = report.arrived.last_s
+            report = replace(report, arrived=BurstArrived(EPOCH, burst.number, last_s, last_s, 0))
+        survey.reported(report)
+    first, second = survey.links()
+    assert first is None and second is not None and second.bytes_per_s == pytest.approx(1e7)
 
 
 def test_a_node_that_never_answered_has_an_unknown_clock_so_the_hop_into_it_is_unknown_too() -> None:

@@ -1,9 +1,14 @@
 """From measured costs to caps and chunks."""
 
-import pytest
+import math
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdiq.core.codec import MAX_FLOAT
 from mdiq.core.types import RingSpec
-from mdiq.plan.micro_batches import Curve
+from mdiq.plan.micro_batches import Curve, Points
 from mdiq.plan.pace import PaceSettings, StageCost, paced
 
 DECODE = ((1, 0.010), (8, 0.012), (16, 0.024))
@@ -73,3 +78,18 @@ def test_handling_is_a_part_of_every_forward_and_favors_larger_batches() -> None
     assert cost().with_handling(0.02).prompt.seconds(64) == pytest.approx(0.060)
     assert with_it.rates[7] < without.rates[7]
     assert handled.cap(8) > spec.cap(8)
+
+
+_SECONDS = st.floats(-MAX_FLOAT, MAX_FLOAT)
+_POINTS = st.dictionaries(st.integers(1, 2**63), _SECONDS, min_size=1, max_size=4).map(
+    lambda p: tuple(sorted(p.items()))
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(_POINTS, _POINTS, st.floats(0, 4 * MAX_FLOAT))
+def test_whatever_a_node_says_that_it_costs_there_is_a_pace(decode: Points, prompt: Points, hops_s: float) -> None:
+    costs = [cost(), StageCost.of(decode, prompt)]
+    spec, micro_batches = paced(RingSpec(2, 1_000, 500), costs, hops_s, PaceSettings())
+    assert spec.max_live >= 1 and spec.num_chunks >= 1 and math.isfinite(spec.pass_tokens)
+    assert all(0 <= rate < math.inf for rate in micro_batches.rates)

@@ -9,6 +9,7 @@ import pytest
 from mdiq.errors import EngineError
 from mdiq.runtime.epochs import Epochs
 from mdiq.runtime.options import HopFigures, Outages
+from mdiq.runtime.socket_workers import LEASE_S
 from tests.runtime.test_ring_changes import FORMED_S, TAKEN_S, asked, has_layers, layers, live, states
 from tests.virtual import house as virtual_house
 from tests.virtual.house import HOP, STARTER, House, no_memory
@@ -151,6 +152,26 @@ def test_a_node_that_comes_back_with_another_version_is_waited_for_until_it_has_
     assert "pi1: it runs mdiq 0.0.1" in line["error"]
 
 
+def test_a_node_with_another_version_stays_out_after_its_link_was_down_too() -> None:
+    """It was of the Ring before it got that version, and is heard again without joining anew."""
+
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await house.crash("pi1")
+        await has_layers(house, {"desk": 3, "pi2": 3}, 10.0)
+        house.versions["pi1"] = "0.0.1"
+        house.start_node("pi1")
+        await asyncio.sleep(5.0)
+        house.network.cut("pi1")
+        await asyncio.sleep(LEASE_S + 5.0)
+        house.network.plug("pi1")
+        await asyncio.sleep(30.0)
+        assert states(house)["pi1"] == "missing" and layers(house) == {"desk": 3, "pi2": 3}
+
+    live(act)
+
+
 # Formats of the Hops.
 
 
@@ -185,6 +206,10 @@ def test_a_hop_that_is_left_keeps_the_format_that_was_chosen_for_it_and_new_ones
         await house.answered(1.0 + TAKEN_S + 5.0)
         assert set(layers(house)) == {"desk", "spare1", "pi2"}
         assert [hop.wire for hop in house.rings[-1].hops()] == ["f32", "f32", "i8"]
+        house.start_node("pi1")
+        await has_layers(house, WHOLE, 60.0)  # as it was planned: so are its Hops
+        assert [hop.wire for hop in house.rings[-1].hops()] == ["bf16", "f32", "i8"]
+        assert None not in [hop.delay_s for hop in house.rings[-1].hops()]
 
     live(act, num_spares=1)
 

@@ -303,8 +303,9 @@ def test_a_node_that_dies_each_time_that_it_loads_does_not_hold_up_requests_for_
     live(act)
 
 
-def test_a_node_that_comes_back_and_cannot_load_ends_requests_at_once_with_its_reason() -> None:
+def test_a_node_that_comes_back_and_cannot_load_ends_requests_at_once_with_its_reason_if_no_other_can() -> None:
     async def act(house: House) -> None:
+        house.free_bytes = 0
         await house.serving(FORMED_S)
         answer = house.ask(max_tokens=60)
         await asyncio.sleep(1.0)

@@ -246,6 +246,25 @@ async def test_a_lost_node_ends_what_runs_and_the_ring_is_formed_again(
     }
 
 
+@pytest.mark.parametrize("error", [RingError("a change went wrong"), KeyError("a bug")], ids=["failed", "bug"])
+async def test_what_goes_wrong_beside_a_ring_that_serves_is_not_lost(
+    house: House, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def go_without(_: str) -> bool:
+        raise error
+
+    first = await house.serving_ring(1)
+    monkeypatch.setattr(first, "go_without", go_without)
+    first.leaving.set_result("pi1")
+    if isinstance(error, MdiqError):
+        await house.until(lambda: house.keeper.status()["last_error"] == "a change went wrong")
+        assert not house.running.done()
+    else:
+        await asyncio.wait({house.running})
+        assert house.running.exception() is error
+    assert first.is_closed
+
+
 @pytest.mark.parametrize(
     "error",
     [NodeDiedError("pi2: no memory"), ConfigError("pi1: tcp://pi2: no node of this topology is there")],

@@ -102,6 +102,26 @@ def test_the_last_nodes_layers_go_to_the_one_before_it_and_all_to_the_starter_at
     assert with_survivors(RING, ["pi1", "pi2"], {"desk": Able(1.0, 11)}) is None
 
 
+def test_the_starters_head_counts_where_it_shares_layers() -> None:
+    """Of 24 Layers and a head that costs as much as nine, three equal Nodes had 2, 11 and 11."""
+    small = ring({"desk": 2, "pi1": 11, "pi2": 11})
+    able = {"desk": Able(1.0, 99, head_layers=9.0), "pi1": ANY, "pi2": ANY}
+    for lost, left in (("pi1", "pi2"), ("pi2", "pi1")):
+        survived = with_survivors(small, [lost], able, {left: range(2, 24)})
+        assert survived is not None and sizes(survived) == {"desk": 7, left: 17}
+
+
+def test_where_those_beside_have_no_room_all_share_what_they_have_at_hand() -> None:
+    wide = ring({"desk": 3, "pi1": 3, "pi2": 3, "pi3": 3})
+    able = dict.fromkeys(("desk", "pi1", "pi3"), ANY) | {"pi2": Able(1.0, 4)}
+    assert with_survivors(wide, ["pi3"], able) is None
+    survived = with_survivors(wide, ["pi3"], able, {"pi1": range(3, 9), "pi2": range(6, 12)})
+    assert survived is not None and sizes(survived) == {"desk": 4, "pi1": 4, "pi2": 4}
+    able["desk"] = Able(1.0, 3)
+    survived = with_survivors(wide, ["pi3"], able, {"pi1": range(3, 9), "pi2": range(6, 12)})
+    assert survived is not None and sizes(survived) == {"desk": 3, "pi1": 5, "pi2": 4}
+
+
 def test_hops_have_the_formats_of_their_senders_and_one_format_is_for_all() -> None:
     options = replace(ring({"desk": 3, "pi1": 3, "pi2": 3, "pi3": 3}, ("pi4",)), wires=("f32", "bf16", "i8", "bf16"))
     able = dict.fromkeys(options.node_names, ANY)
@@ -129,7 +149,7 @@ def test_all_that_are_left_share_the_layers_anew_if_that_is_clearly_faster_and_n
     assert left("pi2", {"pi1": range(2, 24)}) == {"desk": 12, "pi1": 12}
     assert left("pi2") == {"desk": 2, "pi1": 22}, "only the Starter has all of them, and it is the first"
     assert left("pi1", {"pi2": range(2, 24)}) == {"desk": 12, "pi2": 12}
-    able["desk"] = Able(1.0, 1_000, own_layers=4.0)
+    able["desk"] = Able(1.0, 1_000, head_layers=4.0)
     assert left("pi2", {"pi1": range(2, 24)}) == {"desk": 10, "pi1": 14}, "its head takes as long as four"
     able["desk"] = Able(1.0, 3)
     assert left("pi2", {"pi1": range(2, 24)}) == {"desk": 2, "pi1": 22}, "one more is not worth a longer pause"

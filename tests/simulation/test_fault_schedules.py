@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from tests.virtual.house import Answer
-from tests.virtual.schedule import HOP_KINDS, KINDS, MAX_FAULT_S, OUTAGES, Schedule, run, smallest
+from tests.virtual.schedule import FAILURES, HOP_KINDS, KINDS, MAX_FAULT_S, OUTAGES, Schedule, run, smallest
 
 NUM_SEEDS = int(os.environ.get("MDIQ_SEEDS", "100"))
 SEEDS_A_TEST = 50
@@ -83,6 +83,22 @@ def test_hops_that_carry_nothing_beside_everything_else_end_no_service() -> None
         house = run(Schedule.drawn(seed, is_lossy=True, kinds=(*HOP_KINDS, *HOP_KINDS, *KINDS)))
         happened.update(line["event"] for line in house.log)
     assert happened["hop_is_dead"], happened
+
+
+@pytest.mark.timeout(600)
+def test_nodes_that_fail_or_cannot_load_again_beside_other_outages_cost_no_answer_either() -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(NUM_HOP_SEEDS // 2):
+        kinds = (*FAILURES, *FAILURES, *OUTAGES)
+        schedule = Schedule.drawn(seed, is_lossy=False, kinds=kinds, tolerance_s=4 * MAX_FAULT_S)
+        house = run(schedule)
+        lost = [
+            each for each in house.answers if each.error is not None and not each.has_left and not _is_refused(each)
+        ]
+        assert not lost, f"seed {seed}: {lost[0].number}: {lost[0].error}\n{schedule}"
+        happened.update(line["event"] for line in house.log)
+        happened.update(event.kind for event in schedule.events)
+    assert set(FAILURES) <= happened.keys() and happened["ring_goes_on"] > NUM_HOP_SEEDS / 8, happened
 
 
 def _is_refused(answer: Answer) -> bool:

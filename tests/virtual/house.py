@@ -355,6 +355,12 @@ class House:
         self.note(f"{name} crashes")
         await self._kill(name, self._processes[name])
 
+    def fails(self, name: str, error: MdiqError) -> None:
+        """Have a loop of a Node fail, which ends its part in the Ring; nothing if it has none."""
+        service = self._services.get(name)
+        if service is not None and service._process is not None:
+            service._process._on_failed(error)
+
     async def leave(self, name: str) -> None:
         """Have a Node's service end, as a service manager does."""
         self.note(f"{name} is to leave")

@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass, replace
 from unittest import mock
 
+from mdiq.errors import EngineError
 from mdiq.runtime import socket_workers
 from mdiq.runtime.options import Outages
 from tests.virtual.clock import VirtualTimeLoop, run_virtual
@@ -27,6 +28,8 @@ LINES_A_SECOND = 12.0
 KINDS = ("kill", "crash", "cut", "freeze", "no_load", "break", "revoke", "drain", "leave", "starter", "rotate")
 HOP_KINDS = ("hop", "answers", "stuck", "slow")
 """A Hop that carries nothing, or little, while its Nodes live and are heard."""
+FAILURES = ("fails", "full")
+"""A Node says that it failed; or it comes back without what was on its disk, and with no room there."""
 OUTAGES = KINDS[:4]
 """After which a Node comes back with all that it needs: they may cost time and nothing else."""
 
@@ -211,6 +214,8 @@ async def _befall(house: House, event: Event) -> None:
         case "freeze":
             house.network.freeze(name, event.lasts_s)
             await asyncio.sleep(event.lasts_s)
+        case "fails" | "full":
+            await _befall_failure(house, event.kind, name, event.lasts_s)
         case "no_load":
             house.cannot_load[name] = no_memory(name)
         case "break":
@@ -242,6 +247,23 @@ async def _befall(house: House, event: Event) -> None:
             await asyncio.sleep(event.lasts_s)
             if not house.starter.is_alive:
                 house.start_starter()
+
+
+async def _befall_failure(house: House, kind: str, name: str, lasts_s: float) -> None:
+    """Have a Node's loop fail, or its process end and start anew with a full disk."""
+    if not house.is_up(name):
+        return
+    if kind == "fails":
+        house.fails(name, EngineError("a loop broke"))
+        return
+    house.disks[name].clear()
+    house.full_disks.add(name)
+    await house.crash(name)
+    await asyncio.sleep(1.0)
+    if not house.is_up(name):
+        house.start_node(name)
+    await asyncio.sleep(lasts_s)
+    house.full_disks.discard(name)
 
 
 async def _befall_hop(house: House, event: Event) -> None:
