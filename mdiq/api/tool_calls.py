@@ -15,6 +15,7 @@ from mdiq.api.call_readers import Nesting, Read, Reading, Sink, reader_of
 from mdiq.api.tool_forms import FUNCTION, SPACE, ToolForm
 
 _MAX_HEADER = 1_000  # characters before a call's arguments
+_MAX_SPACE = 1_000  # before a mark: what is held is looked at with each character
 
 
 _HEADER = re.compile(
@@ -90,6 +91,9 @@ class CallParser:
     # What takes the next character
 
     def _text(self, char: str) -> None:
+        if len(self._held) >= _MAX_SPACE and not self._held.strip(SPACE):
+            self._say(self._held)
+            self._held = ""
         self._held += char
         form = self._form
         while rest := self._held.lstrip(SPACE):

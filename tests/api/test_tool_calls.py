@@ -265,6 +265,14 @@ def test_only_the_first_call_is_left_where_one_is_wanted(form: ToolForm, text: s
     assert calls == _found(form, [text])[1][:1]
 
 
+def test_endless_white_space_is_told_and_not_held() -> None:
+    parser = CallParser(HERMES, ["get"])
+    told = "".join(str(piece) for piece in parser.push(" " * 5_000))
+    assert 4_000 <= len(told) < 5_000, "what is held is looked at with each character"
+    rest = [*parser.push('\n<tool_call>{"name": "get", "arguments": {}}'), *parser.finish()]
+    assert parser.num_calls == 1 and not any(isinstance(piece, str) and piece.strip() for piece in rest)
+
+
 def test_arguments_come_while_they_are_written() -> None:
     parser = CallParser(HERMES, ["get"])
     assert parser.push("Well.") == ["Well."]
