@@ -240,7 +240,7 @@ def test_the_program_of_the_page_prints_an_answer(served: Served) -> None:
         environment = {**os.environ, "OPENAI_BASE_URL": there, "OPENAI_API_KEY": "none"}
         command = [sys.executable, "-W", "ignore", "-c", text]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0 and len(done.stdout.split()) > 10, done.stderr[-2_000:]
+        assert done.returncode == 0 and len(done.stdout.split()) > 3, done.stderr[-2_000:]
 
 
 def test_the_status_is_that_of_the_command_line(served: Served) -> None:
