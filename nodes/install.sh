@@ -249,7 +249,7 @@ restart() {
   if $no_start; then
     say "is installed; start it with: systemctl start mdiq-$role"
   elif [ ! -e "$etc/$file" ] && ! $is_dry; then
-    say "is installed; put its file in $etc/$file, then: systemctl start mdiq-$role"
+    say "is installed; put the ${file%.yaml} in $etc/$file, then: systemctl start mdiq-$role"
   elif [ -e "$home/.changed$mark" ] || $is_changed || ! is_up; then
     # A node is ready when its ring is: nobody waits for that here.
     run systemctl restart --no-block "mdiq-$role"
@@ -258,7 +258,7 @@ restart() {
   elif [ -e "$home/.reload$mark" ]; then
     run systemctl reload --no-block "mdiq-$role"
     run rm -f "$home/.reload$mark"
-    say "mdiq-$role reads $file again"
+    say "mdiq-$role reads the ${file%.yaml} again"
   else
     say "mdiq-$role runs, and nothing that it reads has changed"
   fi
