@@ -264,8 +264,9 @@ restart() {
   fi
 }
 
-is_up() { # also while it waits for its ring
-  case $(systemctl is-active "mdiq-$role") in active | activating | reloading) ;; *) false ;; esac
+is_up() { # also while it waits for its ring; not while it has failed, and systemd waits until it tries again
+  case $(systemctl is-active "mdiq-$role") in active | activating | reloading) ;; *) return 1 ;; esac
+  case $(systemctl show --property SubState --value "mdiq-$role") in auto-restart*) return 1 ;; esac
 }
 
 switch() {

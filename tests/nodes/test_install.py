@@ -179,7 +179,8 @@ chmod +x "$4/bin/pip" "$4/bin/mdiq"
 FAKE_SYSTEMCTL = """#!/bin/sh
 case "$*" in
   *--version*) echo "systemd 252 (252.1)" ;;
-  *is-active*) echo active ;;
+  *is-active*) echo "${{UNIT:-active running}}" | cut -d " " -f 1 ;;
+  *SubState*) echo "${{UNIT:-active running}}" | cut -d " " -f 2 ;;
   *) echo "$*" >>{log} ;;
 esac
 """
@@ -234,6 +235,18 @@ def test_a_changed_topology_restarts_only_what_reads_the_change_and_cannot_take_
     more_threads = moved.replace("127.0.0.2, threads: 1", "127.0.0.2, threads: 2")
     assert told(more_threads) == {"desk": "reload", "pi1": "restart"}
     assert told(more_threads.replace("model.gguf", "other.gguf")) == {"desk": "restart"}
+
+
+@pytest.mark.parametrize(
+    ("unit", "is_told"),
+    [("activating start", False), ("activating auto-restart", True), ("failed failed", True)],
+)
+def test_a_unit_that_has_failed_is_started_without_a_change_and_one_that_waits_for_its_ring_is_left_alone(
+    device: Callable[[str, str, str], list[str]], monkeypatch: pytest.MonkeyPatch, unit: str, is_told: bool
+) -> None:
+    assert device("node", "pi1", TOPOLOGY)
+    monkeypatch.setenv("UNIT", unit)
+    assert bool(device("node", "pi1", TOPOLOGY)) is is_told
 
 
 ROUTES = """version: 1
