@@ -179,8 +179,8 @@ chmod +x "$4/bin/pip" "$4/bin/mdiq"
 FAKE_SYSTEMCTL = """#!/bin/sh
 case "$*" in
   *--version*) echo "systemd 252 (252.1)" ;;
-  *is-active*) echo "${{UNIT:-active running}}" | cut -d " " -f 1 ;;
-  *SubState*) echo "${{UNIT:-active running}}" | cut -d " " -f 2 ;;
+  *is-active*) cut -d " " -f 1 {log}.unit ;;
+  *SubState*) cut -d " " -f 2 {log}.unit ;;
   *) echo "$*" >>{log} ;;
 esac
 """
@@ -199,6 +199,7 @@ def device(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Install a topology on a device that has a stand-in for systemd; return how its unit is told."""
     programs, log = tmp_path / "bin", tmp_path / "log"
     programs.mkdir()
+    (tmp_path / "log.unit").write_text("active running\n")
     texts = {
         "python": FAKE_PYTHON.format(root=INSTALL.parents[1], python=sys.executable),
         "systemctl": FAKE_SYSTEMCTL.format(log=log),
@@ -242,10 +243,10 @@ def test_a_changed_topology_restarts_only_what_reads_the_change_and_cannot_take_
     [("activating start", False), ("activating auto-restart", True), ("failed failed", True)],
 )
 def test_a_unit_that_has_failed_is_started_without_a_change_and_one_that_waits_for_its_ring_is_left_alone(
-    device: Callable[[str, str, str], list[str]], monkeypatch: pytest.MonkeyPatch, unit: str, is_told: bool
+    device: Callable[[str, str, str], list[str]], tmp_path: Path, unit: str, is_told: bool
 ) -> None:
     assert device("node", "pi1", TOPOLOGY)
-    monkeypatch.setenv("UNIT", unit)
+    (tmp_path / "log.unit").write_text(f"{unit}\n")
     assert bool(device("node", "pi1", TOPOLOGY)) is is_told
 
 
