@@ -8,12 +8,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from mdiq.bench.machine import machine
 from mdiq.bench.report import WHAT_APART_SHOWS, WHY_FIXED_TOTAL_IS_LOWER, make_report
 from mdiq.cli.bench import print_report
 from mdiq.cli.main import app
 from mdiq.errors import UsageError
 from mdiq.testbed.link_shape import LinkShape
 from tests.bench.fakes import make_measurements
+from tests.docs.figures import KEPT, peer_lines, rows_of
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,14 @@ def test_one_node_is_measured_in_this_process(tmp_path: Path) -> None:
         assert node["weight_bytes"] > 0
     assert value["settings"]["threads_per_node"] == 1
     assert (value["peer"], value["ratios"]) == ([], [])
+
+
+def test_readmes_table_is_made_of_a_benchs_file() -> None:
+    value = json.loads(make_report(make_measurements(), machine=machine(), settings={}).as_json())
+    lines = list(peer_lines(value))
+    assert {*rows_of("\n".join(lines))} == {*rows_of("\n".join(peer_lines(json.loads(KEPT["bench"].read_text()))))}
+    cell = next(cell for cell in value["cells"] if cell["cell"]["nodes"] == 1)
+    assert f"| {cell['cell']['users']} | {cell['figures']['decode_tokens_per_s']:.1f} |" in "\n".join(lines)
 
 
 def test_tables_show_cells_scaling_peer_and_ratios() -> None:

@@ -1,5 +1,6 @@
 """The pages that users read: links lead somewhere, commands work, and what is generated is of today."""
 
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from tests.docs.book import (
     named_commands_of,
     text_of,
 )
+from tests.docs.figures import KEPT, block_of, figures
 from tests.docs.generated import PAGE, command_line_page
 
 RUN_HERE = re.compile(r"mdiq (init|keys|api-key|check|cache) |tar ")
@@ -186,6 +188,12 @@ def test_the_summaries_say_the_same_in_both_languages() -> None:
     japanese = japanese.replace("100万", "")  # a million
     figures = [set(re.findall(r"\d[\d,.]*\d", text)) for text in (english, japanese)]
     assert figures[0] == figures[1]
+
+
+def test_the_figures_of_the_front_page_are_those_that_its_commands_wrote() -> None:
+    report, bench = (json.loads(path.read_text(encoding="utf-8")) for path in KEPT.values())
+    assert block_of(README.read_text(encoding="utf-8")) == figures(report, bench)
+    assert report["receipt"]["commit"] and not report["receipt"]["is_changed"]
 
 
 @pytest.mark.parametrize("page", sorted({page for page, command in _COMMANDS if RUN_HERE.match(command)}), ids=name_of)

@@ -15,6 +15,7 @@ import pytest
 
 from mdiq.report.page import LANGUAGES, look_up
 from mdiq.report.trial_page import trial_page
+from tests.docs.figures import README, block_of, rows_of, trial_lines
 from tests.integration.tiny_model import HIDDEN_SIZE, NUM_LAYERS, write_tiny_model
 from tests.report.tracing import assert_traces_back
 
@@ -55,6 +56,7 @@ def test_a_trial_of_two_nodes_becomes_a_report_in_both_languages(tmp_path: Path)
         assert stage["one"]["figures"]["itl_median_s"] >= 0.01
     assert document["recommendation"]["verdict"] != "copies", "no device of 100 MiB holds it"
     assert document["cost"]["watts"] == 14
+    assert rows_of("\n".join(trial_lines(document))) == rows_of(block_of(README.read_text()).partition("mdiq bench")[0])
     short, long = (b["first_total"] for b in document["wire"] if not b["has_kv_cache"])
     assert long - short > 50 * 256, "without a KV cache the bytes grow with the length"
     rows = list(csv.reader(io.StringIO((out / "report.csv").read_text())))
