@@ -61,7 +61,9 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     }
     kind, num_layers = (HALF_B, 24) if SECONDS else (SMALL, 30)
     model = {"path": str(model_that_is_here(kind)), "name": "streams"}
-    with two_nodes(folder, model, num_layers, cache=cache_directory(), **settings) as ring:
+    # So little that the KV cache is soon full: what still grows after that is a leak.
+    second = {"memory": "520M"} if SECONDS else {}
+    with two_nodes(folder, model, num_layers, second, cache=cache_directory(), **settings) as ring:
         ring.key = KEYS["many"][0]
         yield ring
 

@@ -1,7 +1,8 @@
 """The KV cache of one Stage: KvBlocks of a pool, given to Sequences as they grow, taken back when they end.
 
 A Sequence gets neighbouring KvBlocks where it can, since attention then reads its keys as one view of the pool; where
-it cannot, they are gathered. Pages of the pool that no Sequence has touched take no memory.
+it cannot, they are gathered. Pages of the pool that no Sequence has touched take no memory, so Sequences begin in as
+much of the pool as they need together and some more: a pool may be far larger than what its Ring can use.
 
 A Sequence may begin with whole KvBlocks of another. They are full, so nobody writes to them again, and they are taken
 back when the last Sequence that holds them ends.
@@ -18,6 +19,10 @@ from mdiq.core.types import SeqId
 from mdiq.errors import CapacityError, EngineError
 
 BLOCK_TOKENS = 32
+_ZONE_BLOCKS = 256
+"""Sequences begin in so much of the pool at least: 8,192 tokens."""
+_ZONE_SHARE = 8
+"""And in so many times what is in use, so that they seldom grow into each other."""
 
 Slots = slice | torch.Tensor
 
@@ -199,11 +204,13 @@ class KvCache:
             table.blocks.append(block)
 
     def _roomiest(self) -> int:
-        """Return a free KvBlock with much room after it: the start of the pool, or the middle of the longest gap."""
+        """Return a free KvBlock with much room after it: the start of the zone, or the middle of its longest gap."""
+        num_used = self._num_blocks - self._num_free
+        zone = min(max(_ZONE_BLOCKS, _ZONE_SHARE * num_used), self._num_blocks)
         best, best_length, at = -1, 0, self._is_free.find(1)
-        while at >= 0:
-            stop = self._is_free.find(0, at)
-            stop = self._num_blocks if stop < 0 else stop
+        while 0 <= at and (at < zone or best < 0):
+            stop = self._is_free.find(0, at, zone)
+            stop = max(zone, at + 1) if stop < 0 else stop
             if stop - at > best_length:
                 best, best_length = at, stop - at
             at = self._is_free.find(1, stop)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mdiq.core.frame import Segment
 from mdiq.core.types import SeqId
+from mdiq.engine.model import kv_cache
 from mdiq.engine.model.kv_cache import BLOCK_TOKENS, KvCache, Slots
 from mdiq.errors import CapacityError, EngineError
 
@@ -19,6 +20,10 @@ def _cache(num_blocks: int) -> KvCache:
 
 def _slots(cache: KvCache, slots: Slots) -> list[int]:
     return torch.arange(cache.capacity_tokens)[slots].tolist()
+
+
+def _slots_stop(slots: Slots) -> int:
+    return slots.stop if isinstance(slots, slice) else int(slots.max()) + 1
 
 
 def _blocks(num_tokens: int) -> int:
@@ -54,6 +59,29 @@ def test_no_slot_belongs_to_two_sequences_and_none_is_lost(seed: int) -> None:
         assert cache.tokens_in_use == sum(_blocks(len(slots)) for slots in held.values()) * BLOCK_TOKENS
     cache.reset()
     assert cache.tokens_in_use == 0
+
+
+@pytest.mark.parametrize("zone", [8, 1 << 20], ids=["small", "the whole pool"])
+def test_a_pool_is_touched_no_further_than_what_is_in_use_needs(zone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that was touched once takes memory for good, and a large pool would be touched all over."""
+    monkeypatch.setattr(kv_cache, "_ZONE_BLOCKS", zone)
+    rng = random.Random(1)
+    cache = _cache(20_000)
+    live: dict[SeqId, int] = {}
+    furthest = most_used = num_gathered = 0
+    for step in range(4_000):
+        seq_id = SeqId(step)
+        live[seq_id] = rng.randint(1, 120)
+        if len(live) > 16:
+            cache.free(old := rng.choice(list(live)))
+            del live[old]
+        for start in range(0, live.get(seq_id, 0), 40):
+            placement = cache.extend(seq_id, start, min(40, live[seq_id] - start))
+            furthest = max(furthest, _slots_stop(placement.read) // BLOCK_TOKENS)
+            num_gathered += not isinstance(placement.read, slice)
+        most_used = max(most_used, cache.tokens_in_use // BLOCK_TOKENS)
+    assert num_gathered < 100, "Sequences seldom grow into each other"
+    assert (furthest < 10 * most_used) is (zone == 8)
 
 
 def test_a_lone_sequence_reads_one_view_of_the_pool() -> None:
