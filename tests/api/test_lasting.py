@@ -265,9 +265,8 @@ async def test_a_response_is_on_the_disk_before_its_client_knows_it_and_its_end_
         assert (await _ended(client, asked.id)).status == "completed"
 
 
-async def test_a_response_is_gone_from_the_disk_also_if_the_client_that_deletes_it_does_not_wait(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _writes_that_wait(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Have a journal's writes wait while the event that is returned is clear; it is set."""
     goes_on, write = asyncio.Event(), ServiceJournal.write
     goes_on.set()
 
@@ -276,6 +275,13 @@ async def test_a_response_is_gone_from_the_disk_also_if_the_client_that_deletes_
         await write(journal, with_tokens=with_tokens)
 
     monkeypatch.setattr(ServiceJournal, "write", held)
+    return goes_on
+
+
+async def test_a_response_is_gone_from_the_disk_also_if_the_client_that_deletes_it_does_not_wait(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = _writes_that_wait(monkeypatch)
     async with _service(file, LastingRing(text=SHORT)) as service, service.client() as client:
         asked = await client.responses.create(input="Hi", background=True)
         await service.journal.write(with_tokens=True)
@@ -558,14 +564,7 @@ async def test_a_client_that_leaves_before_it_knows_the_id_leaves_nothing_that_g
 async def test_a_response_that_is_cancelled_again_while_its_end_is_being_written_ends(
     file: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    goes_on, write = asyncio.Event(), ServiceJournal.write
-    goes_on.set()
-
-    async def held(journal: ServiceJournal, *, with_tokens: bool = False) -> None:
-        await goes_on.wait()
-        await write(journal, with_tokens=with_tokens)
-
-    monkeypatch.setattr(ServiceJournal, "write", held)
+    goes_on = _writes_that_wait(monkeypatch)
     lost: dict[int, list[MdiqError]] = {1: [CapacityError("it does not fit")]} if fails else {}
     async with _service(file, LastingRing(text=SHORT, lost=lost)) as service, service.client() as client:
         asked = await client.responses.create(input="Hi", background=True)
