@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tests.virtual.house import Answer
+from tests.virtual.house import Answer, House
 from tests.virtual.schedule import FAILURES, HOP_KINDS, KINDS, MAX_FAULT_S, OUTAGES, Schedule, run, smallest
 
 NUM_SEEDS = int(os.environ.get("MDIQ_SEEDS", "100"))
@@ -51,10 +51,7 @@ def test_outages_that_end_in_time_cost_a_pause_and_no_answer(first: int) -> None
     for seed in range(first, first + SEEDS_A_TEST):
         schedule = Schedule.drawn(seed, is_lossy=False, kinds=OUTAGES, tolerance_s=4 * MAX_FAULT_S)
         house = run(schedule)
-        lost = [
-            each for each in house.answers if each.error is not None and not each.has_left and not _is_refused(each)
-        ]
-        assert not lost, f"seed {seed}: {lost[0].number}: {lost[0].error}\n{schedule}"
+        _assert_none_is_lost(house, seed, schedule)
         num_resumed += sum(line["sequences"] for line in house.log if line["event"] == "ring_goes_on")
     assert num_resumed > SEEDS_A_TEST / 2, "hardly any answer met an outage"
 
@@ -66,10 +63,7 @@ def test_hops_that_carry_nothing_for_a_while_beside_other_outages_cost_no_answer
         kinds = (*HOP_KINDS, *HOP_KINDS, *OUTAGES)
         schedule = Schedule.drawn(seed, is_lossy=False, kinds=kinds, tolerance_s=4 * MAX_FAULT_S)
         house = run(schedule)
-        lost = [
-            each for each in house.answers if each.error is not None and not each.has_left and not _is_refused(each)
-        ]
-        assert not lost, f"seed {seed}: {lost[0].number}: {lost[0].error}\n{schedule}"
+        _assert_none_is_lost(house, seed, schedule)
         happened.update(line["event"] for line in house.log)
         happened.update(event.kind for event in schedule.events)
     assert set(HOP_KINDS) <= happened.keys()
@@ -92,13 +86,15 @@ def test_nodes_that_fail_or_cannot_load_again_beside_other_outages_cost_no_answe
         kinds = (*FAILURES, *FAILURES, *OUTAGES)
         schedule = Schedule.drawn(seed, is_lossy=False, kinds=kinds, tolerance_s=4 * MAX_FAULT_S)
         house = run(schedule)
-        lost = [
-            each for each in house.answers if each.error is not None and not each.has_left and not _is_refused(each)
-        ]
-        assert not lost, f"seed {seed}: {lost[0].number}: {lost[0].error}\n{schedule}"
+        _assert_none_is_lost(house, seed, schedule)
         happened.update(line["event"] for line in house.log)
         happened.update(event.kind for event in schedule.events)
     assert set(FAILURES) <= happened.keys() and happened["ring_goes_on"] > NUM_HOP_SEEDS / 8, happened
+
+
+def _assert_none_is_lost(house: House, seed: int, schedule: Schedule) -> None:
+    lost = [each for each in house.answers if each.error is not None and not each.has_left and not _is_refused(each)]
+    assert not lost, f"seed {seed}: {lost[0].number}: {lost[0].error}\n{schedule}"
 
 
 def _is_refused(answer: Answer) -> bool:
