@@ -77,4 +77,4 @@ def test_every_line_is_answered_once_though_its_starter_is_killed_at_random(tmp_
 
 def _request(i: int, rng: random.Random) -> dict[str, object]:
     draws: dict[str, object] = {"temperature": 0.8, "seed": i} if i % 2 else {}
-    return {"prompt": f"Tell me a story about number {i}.", "max_tokens": rng.randrange(10, 60), **draws}
+    return {"prompt": f"Tell me a story about number {i}.", "max_tokens": rng.randrange(60, 240), **draws}
