@@ -1,22 +1,69 @@
 """What Nodes were asked and have not answered yet, by Node, kind of answer and number."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from typing import Any, TypeVar
 
 from mdiq.core import control
 from mdiq.core.types import NodeId
-from mdiq.errors import MdiqError, TransportError
-from mdiq.transport.base import ControlServer
+from mdiq.errors import MdiqError
 
 T = TypeVar("T")
 A = TypeVar("A", control.Ready, control.Begun, control.Fetched, control.BurstSent, control.BurstArrived)
 
 
+STALL_S = 120.0
+"""A Node that is heard may stand still for so long: it neither answers nor gets on with what it loads."""
+MEASURE_S = 600.0
+"""The same if it measures what it has loaded, of which it says nothing."""
+
+
+class Patience:
+    """Finds the Nodes that live and stand still with what they were asked. steps: how often each has got on.
+
+    It counts the time that was waited for them, not a clock: this process may have been stopped itself.
+    """
+
+    def __init__(self, requests: Mapping[NodeId, control.Message], steps: Mapping[NodeId, int]) -> None:
+        self._requests = requests
+        self._steps = steps
+        self._seen = {node: steps.get(node, 0) for node in requests}
+        self._still_s = dict.fromkeys(requests, 0.0)
+
+    def ended(self, waited_s: float, waiting: Iterable[NodeId]) -> dict[NodeId, str]:
+        """Return which of these have stood still for too long, after another wait, and what is wrong in words."""
+        wrong: dict[NodeId, str] = {}
+        for node in waiting:
+            steps, request = self._steps.get(node, 0), self._requests[node]
+            self._still_s[node] = self._still_s[node] + waited_s if steps == self._seen[node] else 0.0
+            self._seen[node] = steps
+            if self._still_s[node] >= _patience_s(request):
+                what = f"{type(request).__name__} for {self._still_s[node]:g} s"
+                wrong[node] = f"it lives, and has not got on with {what}; see its log, and restart it"
+        return wrong
+
+
+def _patience_s(request: control.Message) -> float:
+    """Return for how long a Node may stand still. A fetch gives way to everything else, and may take hours."""
+    match request:
+        case control.Assign():
+            return MEASURE_S if request.measures else STALL_S
+        case control.Fetch():
+            return inf
+        case _:
+            return STALL_S
+
+
 class Answers:
-    """A future for each answer; a future that its caller cancels is forgotten, and what comes for it is ignored."""
+    """A future for each answer; a future that its caller cancels is forgotten, and what comes for it is ignored.
+
+    steps: how often each Node has got on with what it was asked, as far as it has said.
+    """
 
     def __init__(self) -> None:
+        self.steps: Counter[NodeId] = Counter()
         self._awaited: dict[tuple[NodeId, type[control.Message], int], asyncio.Future[Any]] = {}
 
     def expect(self, node: NodeId, kind: type[A], number: int) -> "asyncio.Future[A]":
@@ -56,15 +103,6 @@ async def all_of(
         if each.done():
             raise each.result()
     return {node: future.result() for node, future in futures.items()}
-
-
-async def not_sent(server: ControlServer, identity: bytes, data: bytes) -> str:
-    """Send something to a Node; return why that cannot be, or an empty text."""
-    try:
-        await server.send(identity, data)
-    except TransportError as error:
-        return str(error)
-    return ""
 
 
 def fail(future: "asyncio.Future[Any]", error: MdiqError) -> None:

@@ -6,8 +6,9 @@ from typing import Any, NoReturn, TypeVar
 
 import structlog
 
-from mdiq.control.answers import A, Answers, all_of, fail, not_sent
+from mdiq.control.answers import A, Answers, Patience, all_of, fail
 from mdiq.control.node_watch import SILENT_S, NodeWatch
+from mdiq.control.sender import Sender
 from mdiq.control.standby import StandingBy
 from mdiq.control.strangers import Strangers, check_hello
 from mdiq.core import control
@@ -22,9 +23,7 @@ log = structlog.get_logger()
 
 REPEAT_S = 5.0  # a connection that breaks loses what is on its way: what is not answered is said again
 RECONNECT_S = 0.1  # to one that is made anew, because another's key was revoked; also when the Node is gone, soon known
-
 T = TypeVar("T")
-
 _FORGOTTEN = "it is not a node of this ring any more"
 _WITHOUT_WORK = (NodeState.JOINING, NodeState.LOADING, NodeState.STANDING_BY)
 
@@ -66,7 +65,7 @@ class Coordinator:
         self._strangers = Strangers(clock) if drains_strangers else None
         self._is_draining = False
         self._members = Membership(lease_s, silence_s)
-        self._ping = control.encode(control.Ping(), key)
+        self._sender = Sender(server, key)
         self._watch = NodeWatch(self._members, clock=clock, ping=self._is_reached, on_gone=self._lose_sight)
         self._identities: dict[NodeId, bytes] = {}
         self._nodes: dict[bytes, NodeId] = {}
@@ -176,8 +175,8 @@ class Coordinator:
         for node in self._identities:  # also those that stand by: the next Ring may have work for them
             if not self._gone[node].done():
                 await self._send(node, control.Drain())
-        if waiting := [self._gone[node] for node in self._identities if node in self._ring]:
-            await asyncio.wait(waiting, timeout=deadline_s)
+        if goodbyes := [self._gone[node] for node in self._identities if node in self._ring]:
+            await asyncio.wait(goodbyes, timeout=deadline_s)
 
     def fail(self, node: NodeId, error: MdiqError) -> None:
         """Note that a Node is gone or cannot do its part: whoever waits for it gets the error."""
@@ -200,8 +199,12 @@ class Coordinator:
     def revoke(self, node: NodeId) -> None:
         """Note that a Node that is here has another key now; its process joins again when it has a key that counts."""
         if self._joined[node].done() and not self._gone[node].done():
-            self.lose(node, KeyRevokedError(f"{node}: its key was revoked; it may come back with its new one"))
-            self._nodes.pop(self._identities[node], None)  # a stranger, which is told to join anew
+            self._turn_out(node, KeyRevokedError(f"{node}: its key was revoked; it may come back with its new one"))
+
+    def _turn_out(self, node: NodeId, error: MdiqError) -> None:
+        """Note that a Node that lives is of no use as it is: it is a stranger, which is told to join anew."""
+        self.lose(node, error)
+        self._nodes.pop(self._identities[node], None)
 
     async def _listen(self) -> NoReturn:
         junk = JunkBudget()
@@ -221,7 +224,7 @@ class Coordinator:
         sender, is_hello, before = self._server.sender, isinstance(message, control.Hello), self.standing_by
         if self._strangers is not None and identity not in self._nodes and not is_hello:
             if self._strangers.is_to_be_drained(identity):
-                await self._send_to(identity, control.Drain())
+                await self._sender.send(identity, control.Drain())
             return
         self._handle(identity, sender, message)
         for node in self.standing_by:
@@ -244,6 +247,7 @@ class Coordinator:
             self._enter(node, self._silent.pop(node))
         match message:
             case control.Loading():
+                self._answers.steps[node] += 1
                 self._on_loading(node, message)
             case control.Ready():
                 if self._answers.came(node, message.epoch, message):
@@ -305,11 +309,11 @@ class Coordinator:
         if self.leaving.done() and self.leaving.result() == node:
             self.leaving = asyncio.get_running_loop().create_future()
             self._stays.set()
-        loop, joined = asyncio.get_running_loop(), self._joined[node]
+        future, joined = asyncio.get_running_loop().create_future, self._joined[node]
         if self._gone[node].done():
-            self._gone[node] = loop.create_future()
+            self._gone[node] = future()
         if joined.done() and joined.exception() is not None:  # another version of mdiq, then
-            self._joined[node] = loop.create_future()
+            self._joined[node] = future()
         if not self._joined[node].done():
             self._joined[node].set_result(hello)
         if node in self._standby:
@@ -339,11 +343,13 @@ class Coordinator:
                     self._members.assigned(node)
         answered = asyncio.create_task(self._unless_gone(futures), name="answers")
         try:
-            unsent = list(requests)
+            unsent, patience = list(requests), Patience(requests, self._answers.steps)
             while not any(each.done() for each in gone) and not answered.done():
                 asked = unsent or list(requests)
                 unsent = [n for n in asked if not futures[n].done() and not await self._send(n, requests[n])]
-                await asyncio.wait({answered}, timeout=RECONNECT_S if unsent else REPEAT_S)
+                await asyncio.wait({answered}, timeout=(pause_s := RECONNECT_S if unsent else REPEAT_S))
+                for node, why in patience.ended(pause_s, [n for n in asked if not futures[n].done()]).items():
+                    self._turn_out(node, NodeDiedError(f"{node}: {why}"))
             return await answered
         finally:
             for future in futures.values():
@@ -365,21 +371,20 @@ class Coordinator:
 
     async def _is_reached(self, node: NodeId) -> bool:
         """Return whether a Node has a connection; one that has failed anyhow is not asked."""
-        return self._gone[node].done() or not await not_sent(self._server, self._identities[node], self._ping)
+        return self._gone[node].done() or await self._sender.reaches(self._identities[node])
 
     def _lose_sight(self, node: NodeId, why: str, is_silent: bool) -> None:
         """Note that a Node is gone as far as can be seen from here; it may be heard again."""
-        if self._gone[node].done():
-            return
-        self._silent[node] = self._joined[node].result()
-        unheard_s = self._members.silent_s(node, self._clock())
-        self.lose(node, NodeDiedError(f"{node}: {why}", is_silent=is_silent, unheard_s=unheard_s))
+        if not self._gone[node].done():
+            self._silent[node] = self._joined[node].result()
+            silent_s = self._members.silent_s(node, self._clock())
+            self.lose(node, NodeDiedError(f"{node}: {why}", is_silent=is_silent, unheard_s=silent_s))
 
     def _know(self, nodes: Iterable[NodeId]) -> None:
         """Let these Nodes join from now on."""
-        loop = asyncio.get_running_loop()
+        future = asyncio.get_running_loop().create_future
         for node in [each for each in nodes if each not in self._joined]:
-            self._joined[node], self._gone[node] = loop.create_future(), loop.create_future()
+            self._joined[node], self._gone[node] = future(), future()
             self.spans[node] = []
 
     def _forget(self, node: NodeId) -> None:
@@ -387,13 +392,9 @@ class Coordinator:
         self.fail(node, NodeDiedError(f"{node}: {_FORGOTTEN}"))
         self._members.forget(node)
         self._nodes.pop(self._identities.pop(node, b""), None)
-        for table in (self._joined, self._gone, self._silent, self.spans, self.heartbeats, self.ready, self.on_disk):
+        told = self.spans, self.heartbeats, self.ready, self.on_disk, self._answers.steps
+        for table in (self._joined, self._gone, self._silent, *told):
             table.pop(node, None)
 
     async def _send(self, node: NodeId, message: control.Message) -> bool:
-        return await self._send_to(self._identities[node], message)
-
-    async def _send_to(self, identity: bytes, message: control.Message) -> bool:
-        if error := await not_sent(self._server, identity, control.encode(message, self._key)):
-            log.info("control_message_not_sent", peer=repr(identity), error=error)
-        return not error
+        return await self._sender.send(self._identities[node], message)

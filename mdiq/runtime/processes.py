@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from mdiq.core import control
 from mdiq.core.types import NodeId
-from mdiq.errors import NodeDiedError, RingError
+from mdiq.errors import MdiqError, NodeDiedError, RingError
 from mdiq.runtime.options import RingOptions
 from mdiq.runtime.placement import core_of
 from mdiq.runtime.socket_workers import SocketWorkers
@@ -33,6 +33,7 @@ class ProcessWorkers(SocketWorkers):
         self._children: dict[NodeId, asyncio.subprocess.Process] = {}
         self._own_endpoint = self._control_endpoint = ""
         self._listen_at: dict[NodeId, str] = {}
+        self._lost_alive: set[int] = set()  # processes whose end is no news
 
     async def open(self) -> None:
         """Start the processes, which import what they need and join.
@@ -101,6 +102,15 @@ class ProcessWorkers(SocketWorkers):
         child.stdin.write(self._control_key.hex().encode() + b"\n")
         return child
 
+    def _lost(self, node: NodeId, error: MdiqError) -> None:
+        """Have a process that is of no use end, and another one start; one that is only silent may come back."""
+        child, is_silent = self._children.get(node), isinstance(error, NodeDiedError) and error.is_silent
+        if child is not None and child.returncode is None and not is_silent:
+            self._lost_alive.add(child.pid)
+            if isinstance(error, NodeDiedError):  # it stands still; else it has said that it failed, and ends by itself
+                child.kill()
+        super()._lost(node, error)
+
     async def _watch(self, node: NodeId, i: int, child: asyncio.subprocess.Process) -> NoReturn:
         """Wait for the end of a child, which is a failure: of the Ring while it forms, else another one takes over."""
         while True:
@@ -112,7 +122,9 @@ class ProcessWorkers(SocketWorkers):
                     error = RingError(*error.args)
                 self._opened_coordinator.fail(node, error)  # which names the Node in the error
                 raise error
-            self._opened_coordinator.lose(node, error)
+            if child.pid not in self._lost_alive:
+                self._opened_coordinator.lose(node, error)
+            self._lost_alive.discard(child.pid)
             self._children[node] = child = await self._spawn(node, i)
             if self._is_closing:  # whoever closes has killed those that there were
                 child.kill()

@@ -40,8 +40,6 @@ from mdiq.runtime.workers import Workers
 
 log = structlog.get_logger()
 
-LOAD_S = 600.0
-"""For loading and beginning: a Node that lives and does not answer is no use."""
 QUICK_FETCH_S = 5.0
 """Of survivors: about what a service manager takes until a Node whose process has ended is back."""
 RETURN_S = 5.0
@@ -253,18 +251,15 @@ class Recovery:
         """Load, and begin an Epoch; return whether that went well: no Node was lost, and all could."""
         ring, num_losses, clock = self._ring, len(self._losses), asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(LOAD_S):
-                if options != ring.options:
-                    await ring.reform(options)
-                await ring.reload()
-                times.loaded_s = clock()
-                if ring.options != self._served and not self._losses.has_waited and not ring.holds_what_runs:
-                    raise CapacityError(f"{_split_text(options)}: too little KV cache for what runs")
-                if len(self._losses) == num_losses:
-                    await ring.begin_again()
-                    self._service.note_begun(times)
-        except TimeoutError:
-            raise NodeDiedError(f"what was to go on has not loaded after {LOAD_S:g} s") from None
+            if options != ring.options:
+                await ring.reform(options)
+            await ring.reload()
+            times.loaded_s = clock()
+            if ring.options != self._served and not self._losses.has_waited and not ring.holds_what_runs:
+                raise CapacityError(f"{_split_text(options)}: too little KV cache for what runs")
+            if len(self._losses) == num_losses:
+                await ring.begin_again()
+                self._service.note_begun(times)
         except MdiqError as error:
             if len(self._losses) == num_losses and not self.takes_on(error):  # nobody has told of it
                 raise

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -10,13 +10,15 @@ import pytest
 import zmq.asyncio
 
 from mdiq.control import agent as agent_module
+from mdiq.control import answers as answers_module
 from mdiq.control import coordinator as coordinator_module
 from mdiq.control import node_watch
 from mdiq.control.agent import SPANS_PER_CHUNK, Agent
+from mdiq.control.answers import Patience
 from mdiq.control.coordinator import REPEAT_S, Coordinator
 from mdiq.core import control
 from mdiq.core.frame import Buffer
-from mdiq.core.types import Epoch, NodeId, SeqId
+from mdiq.core.types import Epoch, NodeId, SeqId, WeightSettings
 from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError, SequenceError
 from mdiq.telemetry.logging import MAX_LINES, configure
 from mdiq.telemetry.trace import Span
@@ -445,6 +447,77 @@ async def test_an_answer_to_an_earlier_assignment_is_not_taken_for_one_to_this(p
     await _says(plane, one, replace(ready(kv_tokens=99), epoch=2))
     async with asyncio.timeout(20):
         assert (await second)[ONE].kv_tokens == 99
+
+
+async def _asked_in_vain(plane: Plane, what: "asyncio.Task[object]", monkeypatch: pytest.MonkeyPatch) -> NodeDiedError:
+    """Return the error of whoever asks nodes that stand still; no time passes for the test."""
+    monkeypatch.setattr(coordinator_module, "REPEAT_S", 0.001)
+    monkeypatch.setattr(answers_module, "STALL_S", 0.05)
+    async with asyncio.timeout(20):
+        with pytest.raises(NodeDiedError) as raised:
+            await what
+    return raised.value
+
+
+@pytest.mark.parametrize("asked", ["Assign", "Begin", "SendBurst"])
+async def test_a_node_that_lives_and_never_answers_is_lost_and_may_join_anew(
+    plane: Plane, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was waited for for ten minutes, and then all requests of the ring ended."""
+    one, two = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    await _loads(plane, one, two)
+    requests: dict[str, Callable[[], Awaitable[object]]] = {
+        "Assign": lambda: plane.coordinator.assign({TWO: assignment(epoch=2, measures=False)}),
+        "Begin": lambda: plane.coordinator.begin({TWO: control.Begin(2, "f32")}),
+        "SendBurst": lambda: plane.coordinator.ask(TWO, control.SendBurst(1, 1, 2, 100), control.BurstSent),
+    }
+    request = requests[asked]()
+    error = await _asked_in_vain(plane, asyncio.ensure_future(request), monkeypatch)
+    assert "node-2: it lives, and has not got on with " + asked in str(error) and error.node == TWO
+    assert not error.is_silent, "so that others take over at once"
+    assert (await plane.lost.get())[0] == TWO and plane.coordinator.missing == [TWO] and plane.lost.empty()
+    await _by_hand(plane, "node-2")
+    await _until(lambda: plane.coordinator.missing == [])
+
+
+async def test_a_node_that_gets_on_with_a_long_load_is_waited_for(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    await _loads(plane, one, two)
+    monkeypatch.setattr(coordinator_module, "REPEAT_S", 0.001)
+    monkeypatch.setattr(answers_module, "STALL_S", 0.004)  # four looks
+    looks = 0
+    begun = Patience.ended
+
+    def ended(self: Patience, waited_s: float, waiting: Iterable[NodeId]) -> dict[NodeId, str]:
+        nonlocal looks
+        looks += 1
+        plane.coordinator._answers.steps[TWO] += looks % 3 == 0  # as a Loading does, see below
+        return begun(self, waited_s, waiting)
+
+    monkeypatch.setattr(Patience, "ended", ended)
+    loading = asyncio.create_task(plane.coordinator.assign({TWO: assignment(epoch=2, measures=False)}))
+    await _until(lambda: looks > 40)
+    assert not loading.done() and plane.lost.empty()
+    await two.send(control.encode(replace(ready(), epoch=2), KEY))
+    await loading
+    steps = plane.coordinator._answers.steps[TWO]
+    await _says(plane, two, control.Loading(1, 2))
+    assert plane.coordinator._answers.steps[TWO] == steps + 1
+
+
+def test_a_fetch_may_take_hours_and_a_measurement_minutes() -> None:
+    requests: dict[NodeId, control.Message] = {
+        NodeId("fetches"): control.Fetch(1, 0, 1, "digest", WeightSettings()),
+        NodeId("measures"): assignment(measures=True),
+        NodeId("loads"): assignment(measures=False),
+    }
+    patience = Patience(requests, {})
+    ended = [[*patience.ended(60.0, requests)] for _ in range(10)]
+    assert ended[0] == [] and ended[1] == ["loads"] and ended[8] == ["loads"] and ended[9] == ["measures", "loads"]
 
 
 async def test_where_a_node_is_gone_nobody_is_assigned_layers_and_its_own_error_is_told(plane: Plane) -> None:

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from mdiq.control.answers import STALL_S
 from mdiq.errors import EngineError, MdiqError, TransportError
 from tests.runtime.test_ring_changes import FORMED_S, TAKEN_S, asked, has_layers, layers, live
 from tests.virtual.house import RESTART_S, House, no_memory
@@ -48,6 +49,32 @@ def test_others_take_over_from_a_node_that_is_back_and_cannot_load_what_it_had(n
         await has_layers(house, WHOLE, 60.0)  # now it can
 
     live(act, num_spares=num_spares)
+
+
+@pytest.mark.parametrize("num_spares", [0, 1])
+def test_a_node_that_stands_still_while_it_loads_is_given_up_and_told_to_join_anew(num_spares: int) -> None:
+    """It is heard all the while. After ten minutes the ring ended with all that ran."""
+
+    async def act(house: House) -> None:
+        if not num_spares:
+            house.free_bytes = 0  # nobody else has room
+        await house.serving(FORMED_S)
+        if num_spares:
+            await house.crash("spare1")
+        await asked(house)
+        await house.kill("pi1")
+        house.stands_still.add("pi1")
+        await asyncio.sleep(4.0)
+        house.start_node("pi1")
+        if num_spares:
+            await asyncio.sleep(20.0)
+            house.start_node("spare1")
+        await house.answered(STALL_S + TAKEN_S + 40.0)
+        await has_layers(house, WHOLE, 120.0)
+
+    house = live(act, num_spares=num_spares)
+    assert any("pi1 stands still" in what for _, what in house.story())
+    assert len(house.rings) == 1
 
 
 def test_a_node_with_a_full_disk_is_tried_again_and_never_in_a_pause() -> None:

@@ -10,13 +10,14 @@ import pytest
 import structlog.testing
 import zmq
 
+from mdiq import __version__
 from mdiq.bench.shapes import shape_file
 from mdiq.core import control
 from mdiq.core.sequence import SamplingParams, Sequence
 from mdiq.core.types import PLAIN_WEIGHTS, LayerRange, NodeId, WeightSettings
 from mdiq.engine import runner
 from mdiq.engine.formats.checkpoint import Checkpoint, open_checkpoint
-from mdiq.errors import MdiqError, ModelError, NodeDiedError, RingError
+from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError, RingError
 from mdiq.plan.pace import paced
 from mdiq.runtime import epochs, ring_host, stage_host, starter_stage
 from mdiq.runtime.loops import Worker
@@ -229,6 +230,53 @@ async def test_a_child_that_ends_is_the_loss_of_its_node(tiny: Path, monkeypatch
     assert [line["node"] for line in logs if line["event"] == "node_lost"] == ["node-1"]
     await stages.aclose()
     assert lost.empty()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_killed", "num_losses"),
+    [
+        (NodeDiedError("node-1: it lives, and has not got on with Begin"), True, 1),
+        (EngineError("node-1: a bug in mdiq"), False, 1),  # it ends by itself
+        (NodeDiedError("node-1: no heartbeat", is_silent=True), False, 2),  # it may have come back before it died
+    ],
+    ids=["stands still", "failed", "silent"],
+)
+async def test_a_child_of_no_use_is_one_loss_and_another_takes_its_place(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, error: MdiqError, is_killed: bool, num_losses: int
+) -> None:
+    lost: asyncio.Queue[MdiqError] = asyncio.Queue()
+    children: asyncio.Queue[asyncio.subprocess.Process] = asyncio.Queue()
+    node = NodeId("node-1")
+
+    async def spawn(stages: ProcessWorkers, node: NodeId, i: int) -> asyncio.subprocess.Process:
+        child = await asyncio.create_subprocess_exec(
+            "cat", stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        stages._children[node] = child
+        children.put_nowait(child)
+        return child
+
+    monkeypatch.setattr(ProcessWorkers, "_spawn", spawn)
+    stages = ProcessWorkers(
+        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
+        b"the ring's key, of thirty bytes",
+        RingEvents(on_lost=lost.put_nowait),
+    )
+    await stages.open()
+    stages._ready = {node: control.Ready(1, 64, 1, 1, 1, ((1, 0.1),), ((1, 0.1),))}  # it has served
+    coordinator = stages._opened_coordinator
+    async with asyncio.timeout(20):
+        first = await children.get()
+        coordinator._join(b"node-1", None, control.Hello(node, "tcp://127.0.0.1:1", first.pid, __version__))
+        coordinator.lose(node, error)
+        assert await lost.get() is error
+        if not is_killed:
+            assert first.returncode is None and first.stdin is not None
+            first.stdin.close()
+        await first.wait()
+        await children.get()
+    await stages.aclose()
+    assert 1 + lost.qsize() == num_losses
 
 
 def test_a_ring_that_is_never_entered_and_a_node_that_never_runs_hold_nothing_open(tiny: Path) -> None:

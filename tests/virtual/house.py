@@ -267,6 +267,7 @@ class House:
         self.num_keys: dict[str, int] = {}  # that Nodes have had before the one in the topology
         self.swaps: dict[str, str] = {}  # Nodes that have the key which was another one's
         self.cannot_load: dict[str, MdiqError] = {}  # the next time
+        self.stands_still: set[str] = set()  # with its next load, though it is heard
         self.has_no_room: dict[str, MdiqError] = {}  # for other Layers, the next time
         self.free_bytes = 1 << 30  # on every machine; 0: nobody can take over
         self.disks: dict[str, set[int]] = {name: set() for name in self.names}  # Layers that Nodes have on theirs
@@ -644,6 +645,10 @@ class House:
                 raise CapacityError("no space left for weights")
             self.disks[machine].add(layer)
             progress(layer, layers.stop)
+        if machine in self.stands_still:
+            self.stands_still.discard(machine)
+            self.note(f"{machine} stands still")
+            await asyncio.Event().wait()
         if (error := self.cannot_load.pop(PROCESS.get().machine, None)) is not None:
             self.note(f"{PROCESS.get().machine} cannot load")
             raise error
