@@ -70,9 +70,9 @@ def with_survivors(
     shared = _shared_anew([able[name] for name in names], has, num_first, max_s)
     if beside is None and shared is None:
         return None
-    ranges = beside or {}
+    ranges, how = beside or {}, "the nodes beside it took over"
     if shared is not None:
-        ranges = dict(zip(names, shared, strict=True))
+        ranges, how = dict(zip(names, shared, strict=True)), "those that are left share the layers anew"
     lost = [node for node in remote.nodes if node.name in missing]
     return replace(
         options,
@@ -81,7 +81,7 @@ def with_survivors(
         remote=replace(
             remote,
             nodes=tuple(node for node in remote.nodes if node.name not in missing),
-            standing_by=(*remote.standing_by, *(_set_aside(node, "the nodes beside it") for node in lost)),
+            standing_by=(*remote.standing_by, *(_set_aside(node, how) for node in lost)),
             spares=(*remote.spares, *lost),
         ),
     )
@@ -267,7 +267,7 @@ def _replaced(options: RingOptions, name: str, spare: RemoteNode) -> RingOptions
             nodes=tuple(spare if node is lost else node for node in remote.nodes),
             standing_by=(
                 *(node for node in remote.standing_by if node.name != spare.name),
-                _set_aside(lost, spare.name),
+                _set_aside(lost, f"{spare.name} took over"),
             ),
             spares=(*(node for node in remote.spares if node is not spare), lost),
         ),
@@ -281,8 +281,8 @@ def _without_members(options: RingOptions) -> RingOptions:
     return replace(options, remote=replace(remote, nodes=nodes, standing_by=(), spares=()))
 
 
-def _set_aside(node: RemoteNode, by: str) -> StandingBy:
-    return StandingBy(node.name, node.public_key, f"it was lost, and {by} took over", noise=node.noise)
+def _set_aside(node: RemoteNode, how: str) -> StandingBy:
+    return StandingBy(node.name, node.public_key, f"it was lost, and {how}", noise=node.noise)
 
 
 def _remote(options: RingOptions) -> RemoteRing:

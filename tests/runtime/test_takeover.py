@@ -109,6 +109,8 @@ def test_the_starters_head_counts_where_it_shares_layers() -> None:
     for lost, left in (("pi1", "pi2"), ("pi2", "pi1")):
         survived = with_survivors(small, [lost], able, {left: range(2, 24)})
         assert survived is not None and sizes(survived) == {"desk": 7, left: 17}
+        how = {"pi1": "the nodes beside it took over", "pi2": "those that are left share the layers anew"}
+        assert idle(survived)[lost] == f"it was lost, and {how[lost]}"
 
 
 def test_where_those_beside_have_no_room_all_share_what_they_have_at_hand() -> None:
@@ -117,6 +119,7 @@ def test_where_those_beside_have_no_room_all_share_what_they_have_at_hand() -> N
     assert with_survivors(wide, ["pi3"], able) is None
     survived = with_survivors(wide, ["pi3"], able, {"pi1": range(3, 9), "pi2": range(6, 12)})
     assert survived is not None and sizes(survived) == {"desk": 4, "pi1": 4, "pi2": 4}
+    assert idle(survived)["pi3"] == "it was lost, and those that are left share the layers anew"
     able["desk"] = Able(1.0, 3)
     survived = with_survivors(wide, ["pi3"], able, {"pi1": range(3, 9), "pi2": range(6, 12)})
     assert survived is not None and sizes(survived) == {"desk": 3, "pi1": 5, "pi2": 4}
