@@ -77,6 +77,10 @@ class TopologyRings:
         self._on_note = on_note
         self._told: tuple[str, ...] = ()
         self._drained: frozenset[str] = frozenset()
+        self._no_more: frozenset[str] = frozenset()  # drained, and no workers any more since the file was read again
+        if before is not None:
+            workers = {node.name for node in loaded.topology.ring_nodes[1:]}
+            self._no_more = (before._drained | before._no_more) - workers
         self._num_changes = 0
         self._max_bytes: dict[str, int] = {}  # of memory, learnt by failures
         self._unfit: dict[str, str] = {}  # Nodes that cannot even measure, and why
@@ -108,6 +112,7 @@ class TopologyRings:
             ConfigError: the topology cannot be used, or there is no Ring without the Nodes that are drained.
             PlanError: the model does not fit, or layers by hand do not cover it.
         """
+        drained -= self._no_more
         loaded = without(self._loaded, drained | self._unfit.keys())
         num_layers = self._config.num_layers
         idle = {node.name: "it is a spare" for node in loaded.topology.spares} | self._unfit

@@ -63,6 +63,28 @@ def test_what_was_promised_of_a_node_that_is_drained_is_still_known(tmp_path: Pa
     assert [*options.promises] == ["pi1"] and options.may_have_noise
 
 
+def test_a_node_that_was_drained_may_leave_the_file_and_is_drained_still_when_it_is_back(tmp_path: Path) -> None:
+    loaded, drained = topology(tmp_path), frozenset(["pi1"])
+    keep_profiles(loaded, measured_ring(desk=0.001, pi1=0.001, pi2=0.001))
+    rings = _rings(loaded, [])
+    assert rings.options(drained).node_names == ("desk", "pi2")
+    whole = loaded.file.read_text()
+    for text in (
+        "".join(line for line in whole.splitlines(True) if "pi1" not in line),
+        whole.replace("127.0.0.2", "127.0.0.2, spare: true"),
+    ):
+        loaded.file.write_text(text)
+        for _ in range(2):  # the file may be read as often as one likes
+            rings = _rings(load_topology(loaded.file), [], before=rings)
+            assert rings.options(drained).node_names == ("desk", "pi2")
+        with pytest.raises(ConfigError, match="pi3: the ring has no such node"):
+            rings.options(frozenset(["pi1", "pi3"]))
+    loaded.file.write_text(whole)
+    rings = _rings(load_topology(loaded.file), [], before=rings)
+    assert rings.options(drained).node_names == ("desk", "pi2")
+    assert rings.options().node_names == ("desk", "pi1", "pi2")
+
+
 def test_a_plan_over_different_kinds_of_cpu_says_so_in_exact_mode(tmp_path: Path) -> None:
     loaded = topology(tmp_path)
     ring = measured_ring(desk=0.001, pi1=0.001, pi2=0.001)
