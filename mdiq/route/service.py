@@ -16,7 +16,7 @@ from mdiq.api.keys import ApiKey, read_keys
 from mdiq.api.server import ApiRunner, TlsSite
 from mdiq.api.tls import TlsFiles
 from mdiq.config.routes import LoadedRoutes, RouteServer, load_routes
-from mdiq.errors import ConfigError
+from mdiq.errors import ConfigError, TransportError
 from mdiq.route.app import RouteApi
 from mdiq.route.links import Link
 from mdiq.route.pool import Pool
@@ -107,10 +107,10 @@ class RouteService:
         try:
             try:
                 await site.start()
-            except OSError as error:
-                raise ConfigError(
+            except OSError as error:  # it may be free, or this machine's, in a while: a service manager tries again
+                raise TransportError(
                     f"{self._loaded.file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
-                    "see what listens there, or choose another port"
+                    "see what listens there and whether this machine has that address, or choose others"
                 ) from None
             log.info("route_listens", host=wanted.host, port=wanted.port, servers=list(self._pool.links))
             yield

@@ -20,7 +20,7 @@ from mdiq.engine.formats.model_source import find_model
 from mdiq.engine.model_config import ModelConfig
 from mdiq.engine.text.grammar import Grammars
 from mdiq.engine.text.tokenizer import Tokenizer
-from mdiq.errors import ConfigError, MdiqError
+from mdiq.errors import ConfigError, MdiqError, TransportError
 from mdiq.plan.drift import Factors
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
@@ -253,10 +253,10 @@ class TopologyService:
         try:
             try:
                 await site.start()
-            except OSError as error:
-                raise ConfigError(
+            except OSError as error:  # it may be free, or this machine's, in a while: a service manager tries again
+                raise TransportError(
                     f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
-                    "see what listens there, or choose another port"
+                    "see what listens there and whether this machine has that address, or choose others"
                 ) from None
             scheme = "http" if certificate is None else "https"
             log.info("api_listens", scheme=scheme, host=wanted.host, port=wanted.port, model=self._model_name)

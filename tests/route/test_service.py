@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mdiq.api.keys import line_of
 from mdiq.cli.main import app
 from mdiq.config.routes import load_routes
-from mdiq.errors import ConfigError, first_of
+from mdiq.errors import ConfigError, TransportError, first_of
 from mdiq.route import links
 from mdiq.route.service import RouteService, read_key
 from mdiq.runtime.admin import ask
@@ -297,7 +297,10 @@ async def test_an_address_that_is_taken_is_named(tmp_path: Path) -> None:
         _write(file, first, api={"port": first.port})
         with pytest.raises(ExceptionGroup) as caught:
             await RouteService(load_routes(file), Notifier(None)).run()
-        assert f"port {first.port} cannot be used" in str(first_of(caught.value))
+        error = first_of(caught.value)
+        assert f"port {first.port} cannot be used" in str(error)
+        # It is no mistake in a file, of which the units' RestartPreventExitStatus=2 is.
+        assert isinstance(error, TransportError) and error.exit_code == 1
 
 
 @pytest.mark.parametrize(

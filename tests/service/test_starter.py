@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from aiohttp import web
 
 from mdiq.config.load import load_topology
 from mdiq.core.sequence import SamplingParams, Sequence
+from mdiq.errors import TransportError
 from mdiq.plan import privacy
 from mdiq.service.ring_backend import RingBackend
 from mdiq.service.starter import TopologyService, _Topologies, name_of
@@ -38,6 +40,19 @@ def test_a_sequence_has_the_name_and_the_share_of_its_key() -> None:
     backend.answer((1,), SamplingParams())
     assert [(each.owner, each.share) for each in asked] == [("office", 3), ("", 1)]
     assert asked[0].index != asked[1].index
+
+
+async def test_an_address_that_the_machine_has_not_yet_is_no_mistake_in_the_file() -> None:
+    runner = SimpleNamespace(application=web.Application, note_cut_off=lambda _: None)
+    wanted = SimpleNamespace(host="203.0.113.7", port=8080, client_timeout_s=5.0)  # RFC 5737: nobody's
+    service = SimpleNamespace(
+        _wanted_api=wanted, _api=runner, _api_files=SimpleNamespace(certificate=None), _file="topology.yaml"
+    )
+    with pytest.raises(TransportError, match=r"topology\.yaml: api: 203\.0\.113\.7 port 8080 cannot be used") as caught:
+        async with TopologyService._listening(cast(Any, service)):
+            pass
+    # The units give up for good on exit code 2: see RestartPreventExitStatus.
+    assert caught.value.exit_code == 1
 
 
 async def test_the_first_noise_of_a_reload_is_computed_beside_the_event_loop(
