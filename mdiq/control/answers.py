@@ -3,7 +3,6 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from math import inf
 from typing import Any, TypeVar
 
 from mdiq.core import control
@@ -15,7 +14,7 @@ A = TypeVar("A", control.Ready, control.Begun, control.Fetched, control.BurstSen
 
 
 STALL_S = 120.0
-"""A Node that is heard may stand still for so long: it neither answers nor gets on with what it loads."""
+"""A Node that is heard may stand still for so long: it neither answers nor gets on with what it loads or fetches."""
 MEASURE_S = 600.0
 """The same if it measures what it has loaded, of which it says nothing."""
 
@@ -39,21 +38,11 @@ class Patience:
             steps, request = self._steps.get(node, 0), self._requests[node]
             self._still_s[node] = self._still_s[node] + waited_s if steps == self._seen[node] else 0.0
             self._seen[node] = steps
-            if self._still_s[node] >= _patience_s(request):
+            measures = isinstance(request, control.Assign) and request.measures
+            if self._still_s[node] >= (MEASURE_S if measures else STALL_S):
                 what = f"{type(request).__name__} for {self._still_s[node]:g} s"
                 wrong[node] = f"it lives, and has not got on with {what}; see its log, and restart it"
         return wrong
-
-
-def _patience_s(request: control.Message) -> float:
-    """Return for how long a Node may stand still. A fetch gives way to everything else, and may take hours."""
-    match request:
-        case control.Assign():
-            return MEASURE_S if request.measures else STALL_S
-        case control.Fetch():
-            return inf
-        case _:
-            return STALL_S
 
 
 class Answers:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar
 import structlog
 
 from mdiq.control.answers import A, Answers, Patience, all_of, fail
+from mdiq.control.leavers import Leavers
 from mdiq.control.node_watch import SILENT_S, NodeWatch
 from mdiq.control.sender import Sender
 from mdiq.control.standby import StandingBy
@@ -77,8 +78,8 @@ class Coordinator:
         self._silent: dict[NodeId, control.Hello] = {}  # whose Lease has ended, and which may be heard again
         self.ready: dict[NodeId, control.Ready] = {}  # what each Node has
         self.on_disk: dict[NodeId, frozenset[int]] = {}  # Layers, as far as its process has said
-        self._stays, self._news = asyncio.Event(), asyncio.Event()
-        self.leaving: asyncio.Future[NodeId] = asyncio.get_running_loop().create_future()  # of one that asks for it
+        self._news = asyncio.Event()
+        self.leavers = Leavers()
         self.heartbeats: dict[NodeId, control.Heartbeat] = {}
         self.spans: dict[NodeId, list[Span]] = {}
         self._know((*self._ring, *self._standby))
@@ -106,13 +107,12 @@ class Coordinator:
 
     async def tell_idle(self) -> None:
         """Tell those that stand by, and are here, that they do; one that asked to leave, to end."""
-        leaves = self.leaving.result() if self.leaving.done() else None
+        leaves = self.leavers.now
         for node in self.standing_by:
             self._members.set_aside(node)
             await self._send(node, control.Drain() if node == leaves else self._standby[node].message)
         if leaves is not None and leaves not in self._ring:
-            self.leaving = asyncio.get_running_loop().create_future()
-            self._stays.set()
+            self.leavers.is_over(leaves, self._is_at_work)
 
     @property
     def missing(self) -> list[NodeId]:
@@ -163,12 +163,6 @@ class Coordinator:
         """Return a future of what a Node sees of a burst that it receives; raises as ``assign`` does."""
         return self._await(node, control.BurstArrived, number)
 
-    async def until_staying(self) -> None:
-        """Wait until the Node that asked to be drained has been started again and joined anew."""
-        if self.leaving.done():
-            self._stays.clear()
-            await self._stays.wait()
-
     async def drain(self, deadline_s: float) -> None:
         """Ask every Node that has joined to end, and wait for their goodbyes, at most ``deadline_s`` seconds."""
         self._is_draining = True
@@ -189,6 +183,7 @@ class Coordinator:
     def lose(self, node: NodeId, error: MdiqError) -> None:
         """Note that a Node is gone, which may join again."""
         self._members.lost(node)
+        self.leavers.forget(node)
         self.fail(node, error)
         self._joined[node] = asyncio.get_running_loop().create_future()
         if node in self._ring:
@@ -248,7 +243,8 @@ class Coordinator:
         match message:
             case control.Loading():
                 self._answers.steps[node] += 1
-                self._on_loading(node, message)
+                if self._members.state(node) is NodeState.LOADING:  # else it fetches what it may have to load later
+                    self._on_loading(node, message)
             case control.Ready():
                 if self._answers.came(node, message.epoch, message):
                     self._members.ready(node)
@@ -270,8 +266,8 @@ class Coordinator:
             case control.TraceChunk():
                 self.spans[node] += [Span(*span) for span in message.spans[: MAX_SPANS - len(self.spans[node])]]
             case control.Leaving():
-                if node in self._ring and not self.leaving.done():
-                    self.leaving.set_result(node)
+                if node in self._ring:
+                    self.leavers.asks(node)
             case control.Goodbye():
                 (self.fail if self._is_draining else self.lose)(
                     node, NodeDiedError(f"{node}: it has left; see its log")
@@ -306,9 +302,7 @@ class Coordinator:
 
     def _enter(self, node: NodeId, hello: control.Hello) -> None:
         """Note that a Node is there, for the first time or again."""
-        if self.leaving.done() and self.leaving.result() == node:
-            self.leaving = asyncio.get_running_loop().create_future()
-            self._stays.set()
+        self.leavers.is_over(node, self._is_at_work)
         future, joined = asyncio.get_running_loop().create_future, self._joined[node]
         if self._gone[node].done():
             self._gone[node] = future()
@@ -349,7 +343,9 @@ class Coordinator:
                 unsent = [n for n in asked if not futures[n].done() and not await self._send(n, requests[n])]
                 await asyncio.wait({answered}, timeout=(pause_s := RECONNECT_S if unsent else REPEAT_S))
                 for node, why in patience.ended(pause_s, [n for n in asked if not futures[n].done()]).items():
-                    self._turn_out(node, NodeDiedError(f"{node}: {why}"))
+                    if isinstance(requests[node], control.Assign | control.Begin):
+                        self._turn_out(node, NodeDiedError(f"{node}: {why}"))
+                    fail(futures[node], EngineError(f"{node}: {why}"))  # what it does for the Ring goes on else
             return await answered
         finally:
             for future in futures.values():
@@ -379,6 +375,9 @@ class Coordinator:
             self._silent[node] = self._joined[node].result()
             silent_s = self._members.silent_s(node, self._clock())
             self.lose(node, NodeDiedError(f"{node}: {why}", is_silent=is_silent, unheard_s=silent_s))
+
+    def _is_at_work(self, node: NodeId) -> bool:
+        return node in self._ring and not self._gone[node].done()
 
     def _know(self, nodes: Iterable[NodeId]) -> None:
         """Let these Nodes join from now on."""

@@ -297,7 +297,7 @@ class NodeProcess:
             if self._peers is None:
                 raise ConfigError("this node has the model beside it")
             fetched = await self._fetched(
-                self._peers, fetch.model_digest, fetch.weights.format, layers, lambda *_: None
+                self._peers, fetch.model_digest, fetch.weights.format, layers, self._tell_ahead
             )
             self._ahead_in_use = fetched.in_use
             log.info("standby_layers_here", layers=str(layers), num_bytes=fetched.num_bytes)
@@ -311,6 +311,10 @@ class NodeProcess:
             log.warning("layers_not_fetched", layers=str(layers), error=error)
         on_disk = await asyncio.to_thread(stored_layers, _folder(fetch.model_digest, fetch.weights.format))
         return control.Fetched(fetch.number, on_disk, error)
+
+    def _tell_ahead(self, done: int, total: int) -> None:
+        if self._agent is not None:
+            self._agent.loading(done, total)
 
     async def _on_disk(self, assign: control.Assign) -> tuple[int, ...]:
         """Return the Layers of a model that this machine has fetched."""

@@ -78,17 +78,16 @@ class SocketWorkers(Workers):
 
     async def until_leaving(self) -> str:
         """Wait until a Node asks to be drained; return its name."""
-        return await asyncio.shield(self._opened_coordinator.leaving)
+        return await asyncio.shield(self._opened_coordinator.leavers.first)
 
     @property
     def leaving(self) -> str | None:
         """The Node that asks to be drained, if there is one."""
-        leaving = self._opened_coordinator.leaving
-        return leaving.result() if leaving.done() else None
+        return self._opened_coordinator.leavers.now
 
     async def until_staying(self) -> None:
         """Wait until the Node that asked to be drained has been started again."""
-        await self._opened_coordinator.until_staying()
+        await self._opened_coordinator.leavers.until_over()
 
     async def open(self) -> None:
         """Make the context of all sockets; see Workers."""

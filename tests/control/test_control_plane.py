@@ -18,7 +18,7 @@ from mdiq.control.answers import Patience
 from mdiq.control.coordinator import REPEAT_S, Coordinator
 from mdiq.core import control
 from mdiq.core.frame import Buffer
-from mdiq.core.types import Epoch, NodeId, SeqId, WeightSettings
+from mdiq.core.types import PLAIN_WEIGHTS, Epoch, NodeId, SeqId
 from mdiq.errors import EngineError, MdiqError, ModelError, NodeDiedError, SequenceError
 from mdiq.telemetry.logging import MAX_LINES, configure
 from mdiq.telemetry.trace import Span
@@ -449,17 +449,37 @@ async def test_an_answer_to_an_earlier_assignment_is_not_taken_for_one_to_this(p
         assert (await second)[ONE].kv_tokens == 99
 
 
-async def _asked_in_vain(plane: Plane, what: "asyncio.Task[object]", monkeypatch: pytest.MonkeyPatch) -> NodeDiedError:
-    """Return the error of whoever asks nodes that stand still; no time passes for the test."""
+async def _asked_in_vain(kind: type[MdiqError], what: Awaitable[object], monkeypatch: pytest.MonkeyPatch) -> MdiqError:
+    """Return the error of whoever asks a node that stands still."""
     monkeypatch.setattr(coordinator_module, "REPEAT_S", 0.001)
     monkeypatch.setattr(answers_module, "STALL_S", 0.05)
     async with asyncio.timeout(20):
-        with pytest.raises(NodeDiedError) as raised:
+        with pytest.raises(kind) as raised:
             await what
     return raised.value
 
 
-@pytest.mark.parametrize("asked", ["Assign", "Begin", "SendBurst"])
+@pytest.mark.parametrize("asked", ["SendBurst", "Fetch"])
+async def test_a_node_that_stands_still_with_something_else_than_its_part_stays(
+    plane: Plane, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change that had its nodes fetch first would have waited for ever."""
+    one, two = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    await _loads(plane, one, two)
+    requests: dict[str, Callable[[], Awaitable[object]]] = {
+        "SendBurst": lambda: plane.coordinator.ask(TWO, control.SendBurst(1, 1, 2, 100), control.BurstSent),
+        "Fetch": lambda: plane.coordinator.ask(TWO, control.Fetch(1, 0, 1, "digest", PLAIN_WEIGHTS), control.Fetched),
+    }
+    error = await _asked_in_vain(EngineError, requests[asked](), monkeypatch)
+    assert "node-2: it lives, and has not got on with " + asked in str(error)
+    assert plane.coordinator.missing == [] and plane.lost.empty()
+    num_told = len(plane.progress)
+    await _says(plane, two, control.Loading(1, 2))  # of what it fetches for later
+    assert len(plane.progress) == num_told
+
+
+@pytest.mark.parametrize("asked", ["Assign", "Begin"])
 async def test_a_node_that_lives_and_never_answers_is_lost_and_may_join_anew(
     plane: Plane, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,12 +490,10 @@ async def test_a_node_that_lives_and_never_answers_is_lost_and_may_join_anew(
     requests: dict[str, Callable[[], Awaitable[object]]] = {
         "Assign": lambda: plane.coordinator.assign({TWO: assignment(epoch=2, measures=False)}),
         "Begin": lambda: plane.coordinator.begin({TWO: control.Begin(2, "f32")}),
-        "SendBurst": lambda: plane.coordinator.ask(TWO, control.SendBurst(1, 1, 2, 100), control.BurstSent),
     }
-    request = requests[asked]()
-    error = await _asked_in_vain(plane, asyncio.ensure_future(request), monkeypatch)
+    error = await _asked_in_vain(NodeDiedError, requests[asked](), monkeypatch)
     assert "node-2: it lives, and has not got on with " + asked in str(error) and error.node == TWO
-    assert not error.is_silent, "so that others take over at once"
+    assert isinstance(error, NodeDiedError) and not error.is_silent, "so that others take over at once"
     assert (await plane.lost.get())[0] == TWO and plane.coordinator.missing == [TWO] and plane.lost.empty()
     await _by_hand(plane, "node-2")
     await _until(lambda: plane.coordinator.missing == [])
@@ -509,15 +527,15 @@ async def test_a_node_that_gets_on_with_a_long_load_is_waited_for(
     assert plane.coordinator._answers.steps[TWO] == steps + 1
 
 
-def test_a_fetch_may_take_hours_and_a_measurement_minutes() -> None:
+def test_who_measures_what_it_has_loaded_may_say_nothing_for_longer() -> None:
     requests: dict[NodeId, control.Message] = {
-        NodeId("fetches"): control.Fetch(1, 0, 1, "digest", WeightSettings()),
+        NodeId("fetches"): control.Fetch(1, 0, 1, "digest", PLAIN_WEIGHTS),
         NodeId("measures"): assignment(measures=True),
         NodeId("loads"): assignment(measures=False),
     }
     patience = Patience(requests, {})
     ended = [[*patience.ended(60.0, requests)] for _ in range(10)]
-    assert ended[0] == [] and ended[1] == ["loads"] and ended[8] == ["loads"] and ended[9] == ["measures", "loads"]
+    assert ended[0] == [] and ended[1] == ended[8] == ["fetches", "loads"] and len(ended[9]) == 3
 
 
 async def test_where_a_node_is_gone_nobody_is_assigned_layers_and_its_own_error_is_told(plane: Plane) -> None:
@@ -866,7 +884,7 @@ async def test_a_node_that_is_stopped_asks_to_be_drained(plane: Plane) -> None:
     plane.agent("node-2")
     await plane.coordinator.all_joined()
     assert await agent.leaving()
-    assert await plane.coordinator.leaving == ONE
+    assert await plane.coordinator.leavers.first == ONE
     assert plane.lost.empty()
     await plane.coordinator.drain(10.0)
     await task
@@ -1050,8 +1068,8 @@ async def test_a_node_that_asked_to_leave_and_is_started_again_stays(plane: Plan
     await plane.coordinator.all_joined()
     await _loads(plane, first)
     await _says(plane, first, control.Leaving())
-    assert await plane.coordinator.leaving == ONE
-    staying = asyncio.create_task(plane.coordinator.until_staying())
+    assert await plane.coordinator.leavers.first == ONE
+    staying = asyncio.create_task(plane.coordinator.leavers.until_over())
     failed = control.Failed("NodeDiedError", "it was stopped on its device")
     await first.send(control.encode(failed, KEY))
     assert (await plane.lost.get())[0] == ONE
@@ -1059,7 +1077,7 @@ async def test_a_node_that_asked_to_leave_and_is_started_again_stays(plane: Plan
     plane.agent("node-1", identity=b"node-1.b")
     async with asyncio.timeout(20):
         await staying
-    assert not plane.coordinator.leaving.done()
+    assert not plane.coordinator.leavers.first.done()
 
 
 async def test_before_the_ring_is_formed_a_process_takes_the_place_of_a_silent_one(

@@ -301,6 +301,20 @@ def test_a_node_that_its_service_manager_restarts_costs_no_request(num_spares: i
     live(act, num_spares=num_spares)
 
 
+def test_nodes_that_are_stopped_at_the_same_time_leave_one_after_the_other() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=200)
+        begin_s = house.loop.time()
+        await asyncio.gather(*(asyncio.create_task(house.leave(name)) for name in ("pi1", "pi2", "pi3")))
+        assert house.loop.time() - begin_s < 15.0, "each waited for what ran, which the others had taken over"
+        assert layers(house) == {"desk": 6}
+        await house.answered(60.0)
+
+    house = live(act, num_nodes=3)
+    assert not [line for line in house.log if line["event"] == "ring_paused"], "nobody was lost"
+
+
 def test_a_node_out_of_the_topology_is_cut_off_and_the_others_go_on() -> None:
     async def act(house: House) -> None:
         await house.serving(FORMED_S)
