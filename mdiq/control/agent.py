@@ -63,6 +63,7 @@ class Agent:
         self._heartbeat = heartbeat
         self._spans = spans
         self._outgoing: asyncio.Queue[control.Message] = asyncio.Queue(maxsize=1_000)
+        self._num_unsent = 0  # since there was no room for one
         # What was asked, with the answers that there are: the Starter asks again when one is lost on its way.
         self._answers: dict[control.Message, control.Message | None] = {}
 
@@ -237,7 +238,13 @@ class Agent:
         try:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:
-            log.warning("control_message_not_sent", message=type(message).__name__)
+            if not self._num_unsent:
+                log.warning("control_message_not_sent", message=type(message).__name__)
+            self._num_unsent += 1
+        else:
+            if self._num_unsent:
+                log.warning("control_messages_sent_again", num_not_sent=self._num_unsent)
+            self._num_unsent = 0
 
     async def _send(self, message: control.Message) -> None:
         await self._link.send(control.encode(message, self._key))

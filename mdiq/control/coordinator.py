@@ -243,7 +243,7 @@ class Coordinator:
         match message:
             case control.Loading():
                 self._answers.steps[node] += 1
-                if self._members.state(node) is NodeState.LOADING:  # else it fetches what it may have to load later
+                if self._members.state(node) is not NodeState.SERVING:  # else it fetches for later
                     self._on_loading(node, message)
             case control.Ready():
                 if self._answers.came(node, message.epoch, message):

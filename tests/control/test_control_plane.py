@@ -474,6 +474,9 @@ async def test_a_node_that_stands_still_with_something_else_than_its_part_stays(
     error = await _asked_in_vain(EngineError, requests[asked](), monkeypatch)
     assert "node-2: it lives, and has not got on with " + asked in str(error)
     assert plane.coordinator.missing == [] and plane.lost.empty()
+    beginning = asyncio.create_task(plane.coordinator.begin({TWO: control.Begin(1, "f32")}))
+    await two.send(control.encode(control.Begun(1), KEY))
+    await beginning
     num_told = len(plane.progress)
     await _says(plane, two, control.Loading(1, 2))  # of what it fetches for later
     assert len(plane.progress) == num_told
