@@ -28,6 +28,7 @@ ZERO_COPY_BYTES = 64 * 1024  # below, copying is cheaper than the bookkeeping of
 FRAME_HWM = 16  # a decoding Sequence has one Segment in flight: a full queue means a stalled peer, never load
 FRAME_LINGER_MS = 200
 HANDSHAKE_MS = 5_000
+CONNECT_MS = 5_000  # else two minutes, by the kernel, where a firewall drops what comes: it is not opened for that long
 DEAD_PEER_S = 6  # without it a pulled cable is noticed after minutes
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
@@ -71,6 +72,7 @@ class SocketEnd:
             zmq.MAXMSGSIZE: max_bytes,
             zmq.LINGER: self.LINGER_MS,
             zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
+            zmq.CONNECT_TIMEOUT: CONNECT_MS,
             # The kernel detects dead peers. A heartbeat of libzmq 4.3.5 (HEARTBEAT_IVL) aborts the process when it is
             # due on a connection that has ended before we had read all of it: stream_engine_base.cpp, out_event.
             zmq.TCP_KEEPALIVE: 1,

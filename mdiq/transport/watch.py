@@ -19,6 +19,7 @@ import itertools
 import os
 import socket as sockets
 import struct
+from math import inf
 
 import structlog
 import zmq
@@ -43,6 +44,7 @@ RETRY_S = 2.0
 CLOSE_S = 5.0
 LOOK_AGAIN_S = 5.0
 SLOW_S = 5.0
+ANSWER_S = 1.0  # a closed port answers at once, over any link
 UNKNOWN = "unknown"
 HANDSHAKE_SLACK = 128  # for the metadata of a handshake
 _NUMBERS = itertools.count()
@@ -251,7 +253,8 @@ class ClientWatch(Watch):
         self._endpoint = endpoint
         self._retry_s = retry_s
         self._retry: asyncio.TimerHandle | None = None
-        self._is_told = False
+        self._is_told = self._is_silence_told = False
+        self._asked_s = inf  # when it began to try to connect
         self._num_refused, self._is_refused = 0, False  # in a row; whether the newest attempt was
         self._name = name_in(endpoint)
         self._naming: asyncio.Task[None] | None = None
@@ -300,14 +303,19 @@ class ClientWatch(Watch):
                 self._retry_no_more()
                 # unless libzmq says that it tries itself
                 self._retry = asyncio.get_running_loop().call_later(self._retry_s, self._connect_anew)
-            case zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED:
+            case zmq.EVENT_CONNECT_DELAYED:
                 self._retry_no_more()
+                self._asked_s = asyncio.get_running_loop().time()
+            case zmq.EVENT_CONNECT_RETRIED:
+                self._retry_no_more()
+                self._note_failed()
             case zmq.EVENT_CONNECTED:
                 self._is_refused = False
                 self._is_away.clear()
                 self._retry_no_more()
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._is_told, self._num_refused = False, 0
+                self._is_told = self._is_silence_told = False
+                self._num_refused = 0
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._num_refused, self._is_refused = self._num_refused + 1, True
                 if self._num_refused > 1:  # once is nothing: where the ring changes, a peer may know it before us
@@ -316,6 +324,19 @@ class ClientWatch(Watch):
                     )
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._tell("peer_not_trusted", "it ended the handshake; is its public_key in the topology its own?")
+
+    def _note_failed(self) -> None:
+        """Say of an attempt to connect that it had no answer at all: nobody else says so. A closed port answers."""
+        waited_s = asyncio.get_running_loop().time() - self._asked_s
+        self._asked_s = inf
+        if waited_s >= ANSWER_S and not self._is_silence_told:
+            self._is_silence_told = True
+            log.warning(
+                "peer_does_not_answer",
+                endpoint=self._endpoint,
+                error=f"nothing came back for {waited_s:.0f} s, and it is tried again; see whether it is switched on "
+                "and has that address, and whether a firewall there lets this port in",
+            )
 
     def _tell(self, event: str, error: str) -> None:
         if not self._is_told:
