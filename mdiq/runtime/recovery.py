@@ -54,7 +54,7 @@ class Recovery:
     """Brings one Ring back, as often as it is needed.
 
     tolerance_s: how long it waits for the Nodes that are gone. give_up: called with the reason when it cannot.
-    times: of the newest pauses.
+    times: of the newest pauses. planned: the Ring to which it returns.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Recovery:
         self._ahead = ahead
         self._tolerance_s = tolerance_s
         self._give_up = give_up
-        self._planned = self._served = ring.options  # to which it returns; which served last
+        self.planned = self._served = ring.options  # which served last
         self._barred: set[tuple[str, str | None]] = set()  # Nodes and keys that may not be in the Ring again
         self._return_s, self._lost_at_s = RETURN_S, -inf
         self._losses = Losses()
@@ -123,14 +123,18 @@ class Recovery:
             ConfigError: it cannot, and goes on as it was.
             MdiqError: it has given up.
         """
-        before = self._planned, self._barred
-        self._planned = options
+        before = self.planned, self._barred
+        self.planned = options
         self._barred = (self._barred | members_of(self._served)) - members_of(options)
         cut_off = members_of(self._ring.options) - members_of(options)  # at once, whatever has to be fetched
         if rekeyed(self._served, options):
             self._served = with_members_of(self._served, options)
         if is_same_but_members(options, self._ring.options):
             await self.replace_members(options)
+            return
+        is_as_planned = is_same_but_members(options, before[0])
+        if is_as_planned and self._is_other_text(options):  # it returns to it when nothing runs
+            await self.replace_members(with_newcomers(self._ring.options, options))
             return
         if self.is_running:  # what it waits for may be there by this
             await self.replace_members(with_newcomers(self._ring.options, options))
@@ -140,11 +144,11 @@ class Recovery:
         except RingError:
             raise  # it ends, and the next one is as is wanted now
         except MdiqError as error:
-            self._planned, self._barred = before
+            self.planned, self._barred = before
             kind = GaveWayError if isinstance(error, GaveWayError) else ConfigError
             raise kind(f"the ring goes on with {_split_text(self._ring.options)}; {error}") from None
         await _until_done(self._start(partial(self._change_to, lambda: options)))
-        if self._planned != options:
+        if self.planned != options:
             raise ConfigError(f"the ring goes on with {_split_text(self._ring.options)}; see the log for what it lacks")
 
     async def go_without(self, name: str) -> bool:
@@ -285,16 +289,16 @@ class Recovery:
             await self._recover()
             if self._losses.unfit:  # it is not tried again
                 log.error("ring_not_changed", wanted=_split_text(options), error=reason)
-                self._planned = self._ring.options
+                self.planned = self._ring.options
             self._losses.forget()
         self._note_served()
 
     def _note_served(self) -> None:
         """Note that the Ring serves as it is now, and have it return to what was planned."""
         self._served = served = self._ring.options
-        if rekeyed(served, self._planned):  # a change that waits for its turn has revoked keys of it
-            self._served = with_members_of(served, self._planned)
-        if not is_same_but_members(self._served, self._planned) and self._returning is None and not self._is_closed:
+        if rekeyed(served, self.planned):  # a change that waits for its turn has revoked keys of it
+            self._served = with_members_of(served, self.planned)
+        if not is_same_but_members(self._served, self.planned) and self._returning is None and not self._is_closed:
             self._returning = asyncio.create_task(self._return(), name="return")
             self._returning.add_done_callback(self._returned)
 
@@ -305,7 +309,7 @@ class Recovery:
 
     def _can_be_as_planned(self) -> bool:
         """Whether a paused Ring can go on as the one that is planned, which is another one."""
-        planned, ring = self._planned, self._ring
+        planned, ring = self.planned, self._ring
         if is_same_but_members(planned, ring.options) or ring.absent(planned):
             return False
         if not self._losses.unfit.isdisjoint(planned.node_names) or (ring.lacks(planned) and not self._cut_off):
@@ -324,15 +328,15 @@ class Recovery:
     async def _return(self) -> None:
         """Have the Ring as it was planned again, when its Nodes have been back for a while."""
         ring = self._ring
-        while not is_same_but_members(ring.options, self._planned):
-            absent = ring.absent(self._planned)
+        while not is_same_but_members(ring.options, self.planned):
+            absent = ring.absent(self.planned)
             await asyncio.sleep(self._return_s)
-            if absent or ring.absent(self._planned) or self.is_running or self._is_working:
+            if absent or ring.absent(self.planned) or self.is_running or self._is_working:
                 continue
-            if self._is_other_text(self._planned) and self._service.ring.num_unfinished:
+            if self._is_other_text(self.planned) and self._service.ring.num_unfinished:
                 continue
             self._return_s = min(2 * self._return_s, MAX_RETURN_S)
-            planned = self._planned
+            planned = self.planned
             try:
                 await self._ahead.get_ready(planned)
             except MdiqError as error:
@@ -343,7 +347,7 @@ class Recovery:
     def _if_it_may(self, planned: RingOptions) -> RingOptions | None:
         """Return the Ring to return to, unless there is another one by now, or what runs would go on otherwise."""
         is_other_text = self._is_other_text(planned) and self._service.ring.num_unfinished
-        return None if is_other_text or planned != self._planned else planned
+        return None if is_other_text or planned != self.planned else planned
 
     async def _ring_that_can(self) -> RingOptions:
         """Return the Ring that is to go on, as soon as there is one; see above.
@@ -355,7 +359,7 @@ class Recovery:
             async with asyncio.timeout(self._tolerance_s):
                 while missing := self._missing:
                     if self._can_be_as_planned():
-                        return self._planned
+                        return self.planned
                     is_any_silent = any(self._losses.is_silent(name) for name in missing)
                     is_any_broken = not self._losses.broken.isdisjoint(missing)
                     max_fetch_s = inf if is_any_broken else None if is_any_silent else QUICK_FETCH_S
@@ -380,7 +384,7 @@ class Recovery:
     def _taken_over(self, max_fetch_s: float | None) -> RingOptions | None:
         """Return the Ring without these; where one is cut off, nobody is let in who is not in the planned Ring."""
         options = self._ring.taken_over(self._missing, unfit=self._losses.unfit, max_fetch_s=max_fetch_s)
-        return with_newcomers(options, self._planned) if options is not None and self._cut_off else options
+        return with_newcomers(options, self.planned) if options is not None and self._cut_off else options
 
 
 async def _until_done(task: "asyncio.Task[None]") -> None:

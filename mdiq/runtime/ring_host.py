@@ -188,7 +188,8 @@ class RingHost:
         now = self.options
         if self._recovery is None or not self._workers.can_change or not is_like(now, options):
             return False
-        if (self._loaded.rounds or options.begins_rounding) and not is_same_but_members(now, options):
+        is_same = is_same_but_members(now, options) or is_same_but_members(self._recovery.planned, options)
+        if (self._loaded.rounds or options.begins_rounding) and not is_same:
             return False
         # One that has another key may come back with it.
         cut_off = {*now.node_names} - {name for name, _ in members_of(options)}

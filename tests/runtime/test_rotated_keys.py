@@ -258,3 +258,52 @@ def test_a_node_that_a_reload_drops_in_a_pause_does_not_come_back_though_the_pla
         assert let_in and max(at_s for at_s, _, _ in let_in) < dropped_s + 1.0
 
     live(act, is_kept=False)
+
+
+# Where Hops round activations, other Layers would give other tokens.
+
+
+@pytest.mark.parametrize("num_spares", [0, 1])
+def test_a_ring_that_rounds_waits_for_it_with_the_same_layers(num_spares: int) -> None:
+    async def act(house: House) -> None:
+        house.wires = ("bf16",)
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=150)
+        before = [*layers(house).values()]
+        house.rotate("pi1")
+        await reloads(house, "pi1")
+        await asyncio.sleep(TAKEN_S)
+        assert house.is_serving == bool(num_spares)
+        await restarts(house, "pi1")
+        await house.answered(TAKEN_S + 20.0)
+        assert [*layers(house).values()] == before
+
+    live(act, num_spares=num_spares)
+
+
+@pytest.mark.parametrize("num_spares", [0, 1])
+@pytest.mark.parametrize("rotated", ["pi1", "pi2"])
+def test_a_ring_that_rounds_and_in_which_others_stand_in_goes_on_with_new_keys(rotated: str, num_spares: int) -> None:
+    async def act(house: House) -> None:
+        house.wires = ("bf16",)
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        await house.crash("pi1")
+        now = {"desk": 2, "spare1": 2, "pi2": 2} if num_spares else {"desk": 3, "pi2": 3}
+        await has_layers(house, now, TOLERANCE_S + TAKEN_S + 10.0)
+        await asked(house, max_tokens=200)
+        house.rotate(rotated)
+        await reloads(house, rotated)
+        await asyncio.sleep(1.0)
+        assert house.is_serving == (rotated == "pi1")
+        if rotated == "pi2":
+            await restarts(house, "pi2")
+        await house.answered(60.0)
+        assert layers(house) == now
+        house.start_node("pi1")
+        await has_layers(house, ALL, 60.0)
+        await asked(house)
+        await house.answered(20.0)
+
+    live(act, num_spares=num_spares)
