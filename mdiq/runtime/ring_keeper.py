@@ -168,7 +168,8 @@ class RingKeeper:
                 return f"{name}: it {'is not' if undo else 'is already'} drained"
             options = self._form(drained)
             await self._change(options, drained, f"{'lets in' if undo else 'drains'} {name}")
-            return f"{name}: {'back in the ring' if undo else 'drained'}; the ring is formed with {names_of(options)}"
+            done = "back in the ring" if undo else "drained"
+            return f"{name}: {self._now.changed_text(options, f'{done}; ', f'not {done} yet; ')}"
 
     async def reload(self) -> str:
         """Read the topology again; return what was done. A Node that is not in it any more is cut off at once.
@@ -197,7 +198,7 @@ class RingKeeper:
                     await ring.replace_members(replace(now, remote=replace(old, standing_by=stay, spares=spares)))
             is_cut = bool(revoked & nodes_of(now))
             await self._change(options, self._drained, "reloads", at_once=is_cut)
-            return f"the ring is formed with {names_of(options)}"
+            return self._now.changed_text(options)
 
     def plan_again(self) -> None:
         """Ask the topology for a better Ring, and have it at once if what runs goes on; else when nothing runs."""
@@ -310,8 +311,7 @@ class RingKeeper:
 
         at_once: do not wait for that.
         """
-        ring = self._now.formed
-        if ring is not None and ring.can_change_to(options):
+        if (ring := self._now.formed) is not None and ring.can_change_to(options):
             log.info("ring_changes", what=what)
             before = self._wanted, self._drained, self._has_plan
             self._wanted, self._drained, self._has_plan = options, drained, True  # also if the Ring is lost by this

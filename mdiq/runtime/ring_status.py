@@ -166,6 +166,16 @@ class RingView:
         ring = self.formed.service.ring
         return ring.num_unfinished - ring.num_live
 
+    def changed_text(self, wanted: RingOptions, done: str = "", not_yet: str = "") -> str:
+        """Return in words what has become of a change: it waits where Nodes of the wanted Ring are not here.
+
+        done, not_yet: what comes before that.
+        """
+        if self.formed is None or {*wanted.node_names} <= {*self.options.node_names}:
+            return f"{done}the ring is formed with {names_of(wanted)}"
+        waits = f"until all of {names_of(wanted)} are here"
+        return f"{not_yet}the ring goes on with {names_of(self.options)} {waits}"
+
     def give_way(self) -> None:
         """Have a change that only gets ready be given up, if there is one."""
         if self.formed is not None:

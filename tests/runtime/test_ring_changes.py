@@ -315,6 +315,22 @@ def test_nodes_that_are_stopped_at_the_same_time_leave_one_after_the_other() -> 
     assert not [line for line in house.log if line["event"] == "ring_paused"], "nobody was lost"
 
 
+def test_a_drain_that_waits_for_a_node_which_is_away_says_so() -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await house.crash("pi1")
+        await has_layers(house, {"desk": 2, "spare1": 2, "pi2": 2}, TAKEN_S)
+        house.drain("pi2")
+        await asyncio.sleep(1.0)
+        assert layers(house) == {"desk": 2, "spare1": 2, "pi2": 2}
+        _, told = house.events[-1]
+        assert told == "pi2: not drained yet; the ring goes on with desk, spare1, pi2 until all of desk, pi1 are here"
+        house.start_node("pi1")
+        await has_layers(house, {"desk": 3, "pi1": 3}, 20.0)
+
+    live(act, num_spares=1)
+
+
 def test_a_node_out_of_the_topology_is_cut_off_and_the_others_go_on() -> None:
     async def act(house: House) -> None:
         await house.serving(FORMED_S)
