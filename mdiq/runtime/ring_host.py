@@ -20,7 +20,7 @@ from mdiq.core.sequence import Sequence
 from mdiq.core.stage import StageProtocol
 from mdiq.core.types import Epoch, NodeId, SeqId
 from mdiq.engine.memory import return_free_memory, rss_bytes
-from mdiq.errors import MdiqError, first_of
+from mdiq.errors import MdiqError, NodeDiedError, first_of
 from mdiq.plan.measured import MeasuredRing
 from mdiq.plan.pace import StageCost
 from mdiq.runtime.epochs import Epochs
@@ -357,7 +357,9 @@ class RingHost:
             self._service.report_failure(epoch, seq_ids, error)
 
     def _on_lost(self, error: MdiqError) -> None:
-        if self._loss is None and self._recovery is not None and self._recovery.takes_on(error):
+        # A loop of this process that has failed is no Node that cannot do what another Ring wants of it.
+        is_of_node = error.node is not None or isinstance(error, NodeDiedError)
+        if self._loss is None and is_of_node and self._recovery is not None and self._recovery.takes_on(error):
             return
         self._give_up(error)
 

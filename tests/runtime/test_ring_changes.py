@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mdiq.core.types import RingSpec
-from mdiq.errors import ConfigError, EngineError, MdiqError
+from mdiq.errors import ConfigError, EngineError, MdiqError, RingError
 from mdiq.runtime.epochs import Epochs
 from mdiq.runtime.options import Outages
 from mdiq.runtime.recovery import RETURN_S, STEADY_S
@@ -425,6 +425,28 @@ def test_a_change_that_goes_wrong_for_a_reason_of_ours_ends_the_ring_and_does_no
             await house.answered(15.0)
         assert all("a mistake of ours" in str(answer.error) for answer in house.answers)
         await house.serving(30.0)
+
+    live(act, is_kept=False)
+
+
+@pytest.mark.parametrize("loop", ["starter", "coordinator"])
+def test_a_loop_of_the_starter_that_fails_in_a_change_ends_the_ring_and_does_not_pass_for_a_full_node(
+    loop: str,
+) -> None:
+    async def act(house: House) -> None:
+        await house.serving(FORMED_S)
+        await asked(house, max_tokens=200)
+        house.drain("pi1")
+        while not house.rings[-1].is_paused:  # noqa: ASYNC110  (virtual time)
+            await asyncio.sleep(0.1)
+        (task,) = [task for task in asyncio.all_tasks() if task.get_name() == loop and not task.done()]
+        task.cancel()
+        await house.answered(5.0)
+        assert all(isinstance(answer.error, RingError) for answer in house.answers)
+        await house.serving(30.0)
+        await asked(house)
+        await house.answered(20.0)
+        assert len(house.rings) == 2 and [answer.error for answer in house.answers[3:]] == [None] * 3
 
     live(act, is_kept=False)
 
