@@ -8,6 +8,7 @@
     │   ├── PlanError               a layer split that does not fit the model, a model that does not fit the nodes
     │   └── ModelError              a model that is missing, truncated or of an unsupported kind
     ├── CapacityError               no memory, or a prompt longer than the context
+    │   ├── CrampedError            a ring that others would go on as has too little KV cache for what runs
     │   └── ContextLengthError
     ├── ProtocolError
     │   ├── LocalProtocolError      our own code called a protocol in the wrong order
@@ -68,6 +69,10 @@ class ModelError(UsageError):
 
 class CapacityError(MdiqError):
     """There is not enough memory for what was asked."""
+
+
+class CrampedError(CapacityError):
+    """Another ring could go on, with less KV cache than a request that runs may need."""
 
 
 class ContextLengthError(CapacityError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mdiq.errors import KeyRevokedError, MdiqError, NodeDiedError
+from mdiq.errors import CrampedError, KeyRevokedError, MdiqError, NodeDiedError
 
 MAX_LOSSES = 5
 """In one recovery. A Node that dies each time that it loads would otherwise hold up what runs for ever."""
@@ -19,6 +19,7 @@ class Losses:
     def __init__(self) -> None:
         self._errors: list[MdiqError] = []
         self.unfit: set[str] = set()
+        self._cramped: set[str] = set()  # of these, the ones that could, with too little KV cache for what runs
         self.broken: set[str] = set()
         self.has_waited = False
 
@@ -53,7 +54,15 @@ class Losses:
         A Starter that fails again fails with the Layers that it had: it is the Ring that cannot.
         """
         is_again = error.node is None and names[0] in self.unfit
-        self.unfit.update(names if is_again else [error.node or names[0]])
+        new = {*names} if is_again else {error.node or names[0]}
+        if isinstance(error, CrampedError):
+            self._cramped |= new - self.unfit
+        self.unfit |= new
+
+    def note_waited(self) -> None:
+        """Note that a smaller Ring is better than none from now on."""
+        self.has_waited = True
+        self.unfit -= self._cramped
 
     def is_silent(self, name: str) -> bool:
         """Whether a Node that is missing may live, as far as is known."""
@@ -69,5 +78,6 @@ class Losses:
         """Begin anew."""
         self._errors.clear()
         self.unfit.clear()
+        self._cramped.clear()
         self.broken.clear()
         self.has_waited = False

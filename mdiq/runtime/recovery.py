@@ -27,7 +27,7 @@ from math import inf
 
 import structlog
 
-from mdiq.errors import CapacityError, ConfigError, GaveWayError, MdiqError, NodeDiedError, RingError
+from mdiq.errors import ConfigError, CrampedError, GaveWayError, MdiqError, NodeDiedError, RingError
 from mdiq.runtime.changing_ring import ChangingRing
 from mdiq.runtime.fetch_ahead import FetchAhead
 from mdiq.runtime.loops import loop_failed
@@ -260,7 +260,7 @@ class Recovery:
             await ring.reload()
             times.loaded_s = clock()
             if ring.options != self._served and not self._losses.has_waited and not ring.holds_what_runs:
-                raise CapacityError(f"{_split_text(options)}: too little KV cache for what runs")
+                raise CrampedError(f"{_split_text(options)}: too little KV cache for what runs")
             if len(self._losses) == num_losses:
                 await ring.begin_again()
                 self._service.note_begun(times)
@@ -370,7 +370,7 @@ class Recovery:
                     await self._workers.until_joined()
             return self._ring.options
         except TimeoutError:
-            self._losses.has_waited = True
+            self._losses.note_waited()
             if (options := self._taken_over(inf)) is None:
                 raise self._losses.not_back(self._missing, self._tolerance_s) from None
             return options

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mdiq.core.sequence import FinishReason
 from mdiq.core.types import RingSpec
 from mdiq.errors import ConfigError, EngineError, MdiqError, RingError
 from mdiq.runtime.epochs import Epochs
@@ -511,13 +512,38 @@ def test_what_runs_needs_its_kv_cache_in_the_ring_that_goes_on(monkeypatch: pyte
         await house.answered(30.0)
         assert layers(house) == {"desk": 2, "pi1": 2, "pi2": 2}
 
-    spec = _ChainStage.spec
-
-    def _small(stage: _ChainStage, others: Any) -> RingSpec:
-        whole = spec(stage, others)
-        return whole if whole.num_stages == 3 else replace(whole, kv_tokens=100)
-
     live(act)
+
+
+def _small(stage: _ChainStage, others: Any, spec: Callable[..., RingSpec] = _ChainStage.spec) -> RingSpec:
+    """A Ring that has less KV cache when it has lost a Node."""
+    whole = spec(stage, others)
+    return whole if whole.num_stages == 3 else replace(whole, kv_tokens=100)
+
+
+@pytest.mark.parametrize("num_spares", [0, 1])
+def test_a_cache_that_is_small_is_better_than_none_when_the_node_is_not_back_in_time(
+    monkeypatch: pytest.MonkeyPatch, num_spares: int
+) -> None:
+    async def act(house: House) -> None:
+        house.fill_disks()
+        await house.serving(FORMED_S)
+        long, short = house.ask(max_tokens=200), house.ask(max_tokens=70)
+        await asyncio.sleep(1.0)
+        monkeypatch.setattr(_ChainStage, "spec", _smaller)
+        await house.crash("pi1")
+        await asyncio.sleep(TOLERANCE_S - 1.0)
+        assert not house.is_serving
+        await house.answered(30.0)
+        assert short.error is None and len(short.tokens) == 70
+        assert long.error is None and 1 < len(long.tokens) < 200 and long.reason is FinishReason.LENGTH
+        assert len(house.rings) == 1 and house.is_serving
+        house.answers.remove(long)  # it has got what there is room for
+
+    def _smaller(stage: _ChainStage, others: Any) -> RingSpec:
+        return _small(stage, others) if not num_spares else replace(_small(stage, others), kv_tokens=100)
+
+    live(act, num_spares=num_spares)
 
 
 def test_a_loss_while_there_is_nothing_to_change_is_not_forgotten() -> None:
