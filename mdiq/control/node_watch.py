@@ -50,7 +50,7 @@ class NodeWatch:
             # This process may have been stopped, with its machine or alone: silence of that time is its own.
             if (late_s := time_of() - due_s) > LATE_S:
                 log.warning("watcher_late", late_s=round(late_s, 1))
-                members.stretch(late_s)
+                members.stretch(late_s, self._clock())
                 self._unreached.clear()
             for node in members.present():
                 # One that has joined and has no work yet may be started anew, and nobody loses anything.

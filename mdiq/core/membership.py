@@ -142,10 +142,13 @@ class Membership:
             self._members[node].state = NodeState.LOST
         return ended
 
-    def stretch(self, late_s: float) -> None:
-        """Make all Leases longer by the time for which the watcher itself was stopped and heard no Node."""
+    def stretch(self, late_s: float, now: float) -> None:
+        """Make all Leases longer by the time for which the watcher itself was stopped and heard no Node.
+
+        What had come by then may have been heard since: that Node's Lease is whole already.
+        """
         for member in self._members.values():
-            member.heard_at += late_s
+            member.heard_at = min(member.heard_at + late_s, now)
 
     def silent_s(self, node: NodeId, now: float) -> float:
         """Return the seconds since a Node was last heard; 0 for one that never joined."""

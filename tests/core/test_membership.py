@@ -48,9 +48,18 @@ def test_a_heartbeat_renews_a_lease_and_silence_ends_it_once() -> None:
 def test_the_watchers_own_lateness_is_no_silence_of_the_nodes() -> None:
     members = Membership(lease_s=10, silence_s=4)
     members.joined(NODE, now=0.0)
-    members.stretch(70.0)
+    members.stretch(70.0, now=72.0)
     assert members.silent_s(NODE, now=75.0) == 5.0
     assert members.expire(now=79.0) == [] and members.expire(now=80.0) == [(NODE, 10)]
+
+
+def test_a_node_that_is_heard_as_soon_as_the_watcher_goes_on_has_no_more_than_a_whole_lease() -> None:
+    members = Membership(lease_s=10, silence_s=4)
+    members.joined(NODE, now=0.0)
+    members.heard(NODE, now=3_600.5)  # a message that had waited, read before the watcher looks
+    members.stretch(3_600.0, now=3_601.0)
+    assert members.silent_s(NODE, now=3_603.0) == 2.0
+    assert members.expire(now=3_610.9) == [] and members.expire(now=3_611.0) == [(NODE, 10)]
 
 
 def test_a_lost_node_may_join_again_and_a_live_one_may_not() -> None:
