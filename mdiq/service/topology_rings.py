@@ -201,7 +201,8 @@ class TopologyRings:
         num_layers = len(options.layers[options.node_names.index(name)])
         if options.is_survey and name != starter:
             self._unfit[name] = f"its memory does not hold {num_layers} layers to measure: {error}"
-            self._on_note(f"left out: {name}: {self._unfit[name]}; give it more memory, then reload or restart")
+            what_to_do = "give it more memory in the topology and reload, or make room there and restart mdiq serve"
+            self._on_note(f"left out: {name}: {self._unfit[name]}; {what_to_do}")
         elif self._profiles is not None and (profile := self._profiles.nodes.get(NodeId(name))) is not None:
             model = self._profiles.model
             layer_bytes = model.layer_bytes + goal_of(self._loaded.topology).kv_tokens * model.kv_bytes

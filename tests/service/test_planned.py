@@ -336,6 +336,14 @@ def test_a_node_that_has_no_room_to_measure_is_left_out_before_anything_is_plann
     [idle] = survey.remote.standing_by  # type: ignore[union-attr]
     assert idle.name == "pi2" and "of its 256 MiB the process takes 300" in idle.reason
     assert notes[-1].startswith("left out: pi2: its memory does not hold 4 layers to measure")
+    # What the note says helps, and nothing that it does not say.
+    assert notes[-1].endswith("more memory in the topology and reload, or make room there and restart mdiq serve")
+    assert _rings(topology(tmp_path), [], before=rings).options().node_names == ("desk", "pi1")
+    for changed in (
+        _rings(topology(tmp_path, "", ", memory: 512M"), [], before=rings),
+        _rings(topology(tmp_path), []),
+    ):
+        assert changed.options().node_names == ("desk", "pi1", "pi2")
 
 
 def test_a_first_ring_keeps_to_stated_limits_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
