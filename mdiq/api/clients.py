@@ -85,9 +85,9 @@ class Client:
         self.num_answer += num_tokens
         self._take(num_tokens, now)
 
-    def told(self, num_prompt: int, num_answer: int, now: float) -> None:
-        """Count a request that another server has answered, with all its tokens."""
-        self.num_requests += 1
+    def told(self, num_prompt: int, num_answer: int, now: float, *, is_new: bool = True) -> None:
+        """Count tokens of a request that another server answers. is_new: False: the request was counted before."""
+        self.num_requests += is_new
         self.num_prompt += num_prompt
         self._take(num_prompt, now)
         self.got(num_answer, now)

@@ -8,7 +8,7 @@ from typing import Any
 from mdiq.api.fields import num_choices
 from mdiq.api.requests import BadRequest
 from mdiq.errors import ConfigError
-from mdiq.route.events import Dialect, MessagesDialect, ResponsesDialect
+from mdiq.route.events import CHARACTERS_PER_TOKEN, Dialect, MessagesDialect, ResponsesDialect
 from mdiq.route.prefixes import chain_of
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -19,8 +19,7 @@ _DIALECTS: Mapping[str, type[Dialect]] = {
     MESSAGES: MessagesDialect,
     RESPONSES: ResponsesDialect,
 }
-BYTES_PER_TOKEN = 4
-"""Of English text, roughly; a router has no tokenizer."""
+BYTES_PER_TOKEN = CHARACTERS_PER_TOKEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 MAX_EVENT_BYTES = 16 << 20
 """The last event of a response holds all of it once more."""
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, roughly; a router has no tokenizer."""
 _TRANSIENT = ("unavailable_error", "overloaded_error")
 _RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
 
@@ -165,6 +167,15 @@ def counts_of(usage: object, *names: str) -> tuple[int, int] | None:
         return None
     first, second = (usage.get(name) for name in names)
     return (first, second) if isinstance(first, int) and isinstance(second, int) else None
+
+
+def num_tokens_of(response: Mapping[str, Any]) -> int:
+    """Return how many tokens the answer in a response has, roughly."""
+    num_characters = 0
+    for item in response.get("output") or ():
+        texts = [part.get("text") for part in item.get("content") or ()]
+        num_characters += sum(len(text) for text in (*texts, item.get("arguments")) if text)
+    return num_characters // CHARACTERS_PER_TOKEN
 
 
 def response_id_of(value: Mapping[str, Any] | None) -> str:

@@ -54,6 +54,7 @@ class Reading:
         """
         reader, lane, session = EventReader(), Lane(), self._session
         known, names = list(session.ids) or [session.id], dict(session.names)
+        client, num_seen = self._request[RECORD].client, 0
         if not self.out.prepared:
             await self.out.prepare(self._request)
         try:
@@ -65,8 +66,9 @@ class Reading:
                     if session.names:
                         lane.add(event.value)
                         names |= dict(zip(lane.ids, known, strict=False))
-                    session.count(_DIALECT.usage(event.value), self._request[RECORD].client, time.monotonic())
+                    session.count(_DIALECT.usage(event.value), client, time.monotonic())
                     number = event.value.get("sequence_number")
+                    num_seen = number if isinstance(number, int) else num_seen
                     if isinstance(number, int) and number > self._after:
                         await self.out.write(_renamed_event(event, names))
                         self._after = number
@@ -75,6 +77,8 @@ class Reading:
                         return self.out
         except StreamError as error:
             raise BrokenError(f"{link.server.name}: {error}") from None
+        finally:
+            session.saw(num_seen, client, time.monotonic())  # its client may have left, and cancel it
         raise BrokenError(f"{link.server.name}: its answer broke off")
 
     async def give_up(self, why: str) -> web.StreamResponse:

@@ -109,8 +109,9 @@ class Run:
             return await self._give_up(str(error))
         finally:
             self._record.more["servers"] = self._servers
-            if not self._is_counted and self._splice.num_events:  # its client has not waited for the counts
-                self._note_usage((0, self._splice.num_events))
+            if not self._is_counted and (num_events := self._splice.num_events):  # its client has not waited for them
+                is_told = self._stored.left(self._asked, self._request, self._splice)
+                self._note_usage((0, num_events), is_told=is_told)
 
     async def _answer(self) -> web.StreamResponse:
         while True:
@@ -272,10 +273,10 @@ class Run:
     def _note_first(self) -> None:
         self._pool.figures.first_s.observe(time.monotonic() - self._record.begun_s)
 
-    def _note_usage(self, counts: tuple[int, int]) -> None:
+    def _note_usage(self, counts: tuple[int, int], *, is_told: bool = False) -> None:
         record, now, self._is_counted = self._record, time.monotonic(), True
         record.num_prompt, record.num_answer = counts
-        if record.client is not None:
+        if record.client is not None and not is_told:
             record.client.told(*counts, now)
 
     # What is no answer

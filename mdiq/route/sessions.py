@@ -27,7 +27,8 @@ class Session:
     server that made it first. ids: all in its stream, in the order in which its client saw them. names: ids there ->
     those ids, where they differ. num_gone: how often its server had been gone when it made it. is_lost: the server has
     been gone since, and does not know it any more. is_counted: it has ended, and its tokens have been counted for its
-    key. is_deleted, cancelled: its client has ended it while its server was gone. turn: of who makes it again.
+    key. told: tokens of its answer that were counted before its end, as far as could be told; None: not even the
+    request was. is_deleted, cancelled: its client has ended it while its server was gone. turn: of who makes it again.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Session:
     model: str = ""
     is_lost: bool = False
     is_counted: bool = False
+    told: int | None = None
     is_deleted: bool = False
     cancelled: Cancelled | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
@@ -61,7 +63,14 @@ class Session:
         """Count its tokens for its key, once. counts: of prompt and answer; None: they are not known yet."""
         if counts is not None and client is not None and self.server and not self.is_counted:
             self.is_counted = True
-            client.told(*counts, now)
+            client.told(counts[0], max(counts[1] - (self.told or 0), 0), now, is_new=self.told is None)
+
+    def saw(self, num_tokens: int, client: Client | None, now: float) -> None:
+        """Count what its client has had of its answer without the end, which it may never ask for."""
+        more = num_tokens - (self.told or 0)
+        if more > 0 and client is not None and self.server and not self.is_counted:
+            client.told(0, more, now, is_new=self.told is None)
+            self.told = num_tokens
 
 
 class Sessions:

@@ -17,7 +17,7 @@ from mdiq.api.requests import ApiError, BadRequest
 from mdiq.route.asked import RESPONSES, Asked, packed
 from mdiq.route.choice import Wanted
 from mdiq.route.ended import cancelled, deleted
-from mdiq.route.events import EventReader, ResponsesDialect, StreamError, counts_of, response_id_of
+from mdiq.route.events import EventReader, ResponsesDialect, StreamError, counts_of, num_tokens_of, response_id_of
 from mdiq.route.links import BrokenError, Link, is_stream, key_headers
 from mdiq.route.pool import Pool
 from mdiq.route.reading import Reading, path_of
@@ -107,6 +107,13 @@ class Stored:
         if session.names:
             session.names |= splice.names
         session.is_counted = session.is_counted or _DIALECT.usage(value) is not None
+
+    def left(self, asked: Asked, request: web.Request, splice: Splice) -> bool:
+        """Count a stream without its end for its response; return False if there is none that may be read again."""
+        session = self._sessions.find(next(iter(splice.ids), ""), self._owner(request)) if asked.is_stored else None
+        if session is not None:
+            session.saw(splice.num_events, request[RECORD].client, time.monotonic())
+        return session is not None
 
     def is_lost(self, link: Link, asked: Asked, request: web.Request) -> bool:
         """Note that a server does not know what a request goes on from; return whether it can be made again."""
@@ -286,7 +293,9 @@ class Stored:
         """Count the tokens of a response whose end its client had not seen yet, such as one in the background."""
         if session.is_counted or response.status != 200 or not body.startswith(b"{"):
             return
-        session.count(_counts(json.loads(body)), request[RECORD].client, time.monotonic())
+        value, client, now = json.loads(body), request[RECORD].client, time.monotonic()
+        session.count(_counts(value), client, now)
+        session.saw(num_tokens_of(value), client, now)  # one that is cancelled never tells
 
     async def _link_of(self, session: Session, request: web.Request) -> Link:
         """Return a server that has a response, after one has made it again if it has to."""

@@ -1,6 +1,7 @@
 """Stored responses behind a router: whose they are, where they are looked for, and what is made again."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -120,6 +121,64 @@ async def test_a_response_in_the_background_is_counted_for_its_key_when_its_clie
         await router.client.get(f"{PATH}/{made['id']}", headers=ONE)  # counted once
         counts = {key["name"]: key["answer_tokens"] for key in router.api.status()["keys"]}
         assert counts == {"key1": 12, "key2": 0}
+
+
+def _holds_at(only: FakeServer, at: int) -> tuple[asyncio.Event, asyncio.Event]:
+    """Have the server wait before a token; return what is set then, and what has it go on."""
+    reached, goes_on = asyncio.Event(), asyncio.Event()
+
+    def before(i: int) -> Any:
+        if i != at:
+            return None
+        reached.set()
+        return goes_on.wait()
+
+    only.model.before = before  # type: ignore[method-assign]
+    return reached, goes_on
+
+
+def _first_key(router: Router) -> tuple[int, int]:
+    key = router.api.status()["keys"][0]
+    return key["requests"], key["answer_tokens"]
+
+
+async def test_a_stream_that_its_client_leaves_and_reads_to_its_end_later_is_counted_once() -> None:
+    only = FakeServer("only", "key-of-the-router-")
+    reached, goes_on = _holds_at(only, 5)
+    async with routed(only, keys=KEYS, server_keys={"only": "key-of-the-router-"}) as router:
+        response = await router.client.post(PATH, json={**BODY, "stream": True}, headers=ONE)
+        await reached.wait()
+        response_id = json.loads((await response.content.readuntil(b"\n\n")).partition(b"data: ")[2])["response"]["id"]
+        response.close()
+        await router.until(lambda: router.api.num_open == 0)
+        requests, num_tokens = _first_key(router)
+        assert requests == 1 and 5 <= num_tokens < 12
+        goes_on.set()
+        for _ in range(2):
+            again = await router.client.get(f"{PATH}/{response_id}?stream=true", headers=ONE)
+            assert b"response.incomplete" in await again.read()
+            assert _first_key(router) == (1, 12)
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_what_a_client_has_read_of_a_response_that_it_cancels_is_counted(is_streamed: bool) -> None:
+    only = FakeServer("only", "key-of-the-router-")
+    reached, _ = _holds_at(only, 9)
+    async with routed(only, keys=KEYS, server_keys={"only": "key-of-the-router-"}) as router:
+        made = await _made(router, ONE, background=True)
+        path = f"{PATH}/{made['id']}"
+        await reached.wait()
+        if is_streamed:
+            response = await router.client.get(f"{path}?stream=true&starting_after=1", headers=ONE)
+            for _ in range(8):
+                await response.content.readuntil(b"\n\n")
+            response.close()
+            await router.until(lambda: _first_key(router)[1] > 0)
+        cancelled = await (await router.client.post(f"{path}/cancel", headers=ONE)).json()
+        assert cancelled["status"] == "cancelled"
+        await router.client.get(path, headers=ONE)
+        requests, num_tokens = _first_key(router)
+        assert requests == 1 and 9 <= num_tokens <= 20
 
 
 async def _gone_with_one(router: Router, first: FakeServer) -> dict[str, Any]:
