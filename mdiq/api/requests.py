@@ -349,6 +349,16 @@ def _content(message: Mapping[str, Any], where: str) -> str:
     if isinstance(content, str):
         return content
     parts: Sequence[Any] = content if isinstance(content, list) else [None]
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+    texts = [_part(part) for part in parts]
+    if not all(isinstance(text, str) for text in texts):
         raise BadRequest(f"{where}: content: not a text; images and sound are not supported", "messages")
-    return "".join(part["text"] for part in parts)
+    return "".join(text for text in texts if text is not None)
+
+
+def _part(part: object) -> str | None:
+    """Return the text of a part of a message; None if it is no text, such as a picture with its description."""
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(kind, str) or not kind.endswith(("text", "refusal")):
+        return None
+    text = part.get("refusal" if kind == "refusal" else "text")
+    return text if isinstance(text, str) else None

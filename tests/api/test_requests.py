@@ -54,6 +54,9 @@ def test_parts_of_a_content_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     asked = parse({"messages": [{"role": "user", "content": parts}]}, is_chat=True)
     assert asked.messages == ({"role": "user", "content": "ab"},)
+    parts = [{"text": "a"}, {"type": "output_text", "text": "b"}, {"type": "refusal", "refusal": "c"}]
+    asked = parse({"messages": [{"role": "assistant", "content": parts}]}, is_chat=True)
+    assert asked.messages == ({"role": "assistant", "content": "abc"},)
 
 
 def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
@@ -175,6 +178,8 @@ def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored() -> None:
         ({"messages": ["Hello"]}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a cat"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": 5, "text": "a cat"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]"),
     ],
 )
