@@ -54,6 +54,15 @@ def load_figures(users: Sequence[UserTimes]) -> LoadFigures:
     )
 
 
+def num_ended_early(users: Sequence[UserTimes]) -> int:
+    """Return how many users had their whole answer before every user had a first token.
+
+    They are not in the rate of decoding, which is then one of fewer users than asked.
+    """
+    all_answer_s = max(user.tokens_s[0] for user in users)
+    return sum(user.tokens_s[-1] < all_answer_s for user in users)
+
+
 def median_figures(runs: Sequence[LoadFigures]) -> LoadFigures:
     """Return the median of each figure over the repeats."""
     return LoadFigures(*(statistics.median(getattr(run, f.name) for run in runs) for f in fields(LoadFigures)))

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from mdiq.bench.figures import LoadFigures, UserTimes, load_figures
+from mdiq.bench.figures import LoadFigures, UserTimes, load_figures, num_ended_early
 from mdiq.bench.runner import WARM_UP_TOKENS, LoadedRing, NodeShare, ask, node_shares, run_load
 from mdiq.bench.workload import Load
 from mdiq.core.sequence import SamplingParams
@@ -35,6 +35,7 @@ class LoadRun:
     """One Load on one ring. seconds: from the first question to the last token. answers: the users' tokens.
 
     energy_source, joules: what the machine told of these seconds; empty and None where it tells nothing.
+    ended_early: see num_ended_early.
     """
 
     users: int
@@ -46,6 +47,7 @@ class LoadRun:
     answers: tuple[tuple[int, ...], ...]
     energy_source: str = ""
     joules: float | None = None
+    ended_early: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class Meter:
             answers=tuple(user.answer for user in users),
             energy_source="" if found is None else energy_before.source,
             joules=found,
+            ended_early=num_ended_early(users),
         )
 
     async def generate(self, prompt: Sequence[int], num_tokens: int, *, has_kv_cache: bool = True) -> UserTimes:

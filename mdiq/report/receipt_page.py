@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mdiq.report.page import Block, Document, Heading, Paragraph, Table, Text, Value, Words
+from mdiq.report.page import Block, Document, Heading, Paragraph, Table, Text, Value, Words, nouns
 
 _BUSY = 0.5
 """More load than this for each core may change figures."""
@@ -44,6 +44,25 @@ def busy_warning(document: Document, words: Words) -> Iterator[Block]:
             ),
             "bad",
         )
+
+
+def early_warning(document: Document, words: Words) -> Iterator[Block]:
+    """Yield a warning for each stage of a trial whose rate of all users is one of some of them."""
+    for i, stage in enumerate(document["stages"]):
+        if stage["many"]["ended_early"]:
+            yield Paragraph(
+                words.say(
+                    f"On {{n}} {nouns(stage['nodes'], 'device')} {{early}} of {{users}} users had their whole answer "
+                    "before all had a first token: tokens/s of all users are those of fewer. Give more --answer-tokens "
+                    "or fewer --users.",
+                    "{n}台では、利用者{users}人のうち{early}人が、全員に最初のトークンが届く前に回答を終えた。"
+                    "「全員」の速度はより少ない利用者の値である。--answer-tokensを増やすか--usersを減らすこと。",
+                    n=Value(f"/stages/{i}/nodes"),
+                    early=Value(f"/stages/{i}/many/ended_early"),
+                    users=Value(f"/stages/{i}/many/users"),
+                ),
+                "bad",
+            )
 
 
 def _commit(document: Document, words: Words) -> Text:

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from mdiq.bench.figures import LoadFigures, UserTimes, load_figures
+from mdiq.bench.figures import LoadFigures, UserTimes, load_figures, num_ended_early
 from mdiq.bench.runner import WARM_UP_TOKENS, NodeShare
 from mdiq.bench.workload import Load
 from mdiq.errors import ConfigError, RemoteProtocolError, RingError, first_of
@@ -238,6 +238,7 @@ def _run(load: Load, answers: Sequence[Answer], shares: tuple[NodeShare, ...]) -
         ),
         nodes=shares,
         answers=(),
+        ended_early=num_ended_early(users),
     )
 
 

@@ -24,7 +24,7 @@ from mdiq.report.page import (
     look_up,
     nouns,
 )
-from mdiq.report.receipt_page import busy_warning, receipt_blocks
+from mdiq.report.receipt_page import busy_warning, early_warning, receipt_blocks
 from mdiq.report.trial_advice import Advice
 from mdiq.report.trial_sections import PERCENT, Sections, stage_name
 
@@ -37,6 +37,7 @@ def trial_page(document: Document, language: Language) -> Page:
         *_summary(document, words),
         *_what(document, words),
         *busy_warning(document, words),
+        *early_warning(document, words),
         *_stages(document, words),
         *sections.memory(),
         *sections.wire(),

@@ -7,6 +7,7 @@ from mdiq.bench.figures import (
     load_figures,
     median_figures,
     median_ratio,
+    num_ended_early,
     percentile,
     scalings,
 )
@@ -31,6 +32,15 @@ def test_two_users_who_take_turns_give_the_rate_of_both() -> None:
 def test_the_decode_rate_begins_when_every_prompt_is_done() -> None:
     users = [UserTimes(0.0, (1.0, 9.0, 10.0, 11.0)), UserTimes(0.0, (8.0, 9.0, 10.0, 11.0))]
     assert load_figures(users).decode_tokens_per_s == 2.0
+
+
+def test_users_who_had_their_answer_before_all_had_a_token_are_counted() -> None:
+    # The first two answer at 3 tokens/s each; the third comes when they have ended, and is all that the rate shows.
+    users = [UserTimes(0.0, (1.0, 1.3, 1.6)), UserTimes(0.0, (1.0, 1.3, 1.6)), UserTimes(0.0, (2.0, 3.0, 4.0))]
+    assert load_figures(users).decode_tokens_per_s == 1.0
+    assert num_ended_early(users) == 2
+    assert num_ended_early([*users[:2], UserTimes(0.0, (1.6, 2.0, 2.4))]) == 0
+    assert num_ended_early(users[:1]) == 0
 
 
 def test_answers_of_one_token_have_no_decode_rate_and_no_latency() -> None:

@@ -133,6 +133,18 @@ def test_devices_whose_power_alone_costs_more_never_pay_back() -> None:
     assert never not in english(trial(prices=Prices(per_million_tokens=0.1))), "nothing is known of the ring's cost"
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_rate_of_fewer_users_than_asked_is_said(language: Language) -> None:
+    document = trial()
+    warning = {"en": "had their whole answer before all", "ja": "前に回答を終えた"}[language]
+    assert warning not in markdown(trial_page(document, language), document, "")
+    many = document["stages"][0]["many"]
+    many["ended_early"] = 1
+    page = trial_page(document, language)
+    assert warning in markdown(page, document, "")
+    assert f"{document['stages'][0]['nodes']} devices 1 of {many['users']} users" in english(document)
+
+
 def test_the_drill_says_which_node_was_killed() -> None:
     document = trial()
     assert "the process of the device with the most layers (the first one measures, and stayed) was killed" in english(
