@@ -28,7 +28,8 @@ class Session:
     those ids, where they differ. num_gone: how often its server had been gone when it made it. is_lost: the server has
     been gone since, and does not know it any more. is_counted: it has ended, and its tokens have been counted for its
     key. told: tokens of its answer that were counted before its end, as far as could be told; None: not even the
-    request was. is_deleted, cancelled: its client has ended it while its server was gone. turn: of who makes it again.
+    request was. num_read: tokens of its answer, roughly, that its client has had without a stream. is_deleted,
+    cancelled: its client has ended it while its server was gone. turn: of who makes it again.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Session:
     is_lost: bool = False
     is_counted: bool = False
     told: int | None = None
+    num_read: int = 0
     is_deleted: bool = False
     cancelled: Cancelled | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)

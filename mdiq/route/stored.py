@@ -27,9 +27,9 @@ from mdiq.route.splice import Splice, renamed
 
 log = structlog.get_logger()
 
-MAX_BREAKS = 5
-NEWS_S = 1.0
+MAX_BREAKS, NEWS_S = 5, 1.0
 _PREVIOUS = "previous_response_id"
+_UNTOLD = ("cancelled", "failed")  # such a response never tells its tokens
 _DIALECT = ResponsesDialect()
 
 
@@ -110,10 +110,10 @@ class Stored:
 
     def left(self, asked: Asked, request: web.Request, splice: Splice) -> bool:
         """Count a stream without its end for its response; return False if there is none that may be read again."""
-        session = self._sessions.find(next(iter(splice.ids), ""), self._owner(request)) if asked.is_stored else None
-        if session is not None:
+        session = self._sessions.find(next(iter(splice.ids), ""), self._owner(request))
+        if asked.is_stored and session is not None:
             session.saw(splice.num_events, request[RECORD].client, time.monotonic())
-        return session is not None
+        return asked.is_stored and session is not None
 
     def is_lost(self, link: Link, asked: Asked, request: web.Request) -> bool:
         """Note that a server does not know what a request goes on from; return whether it can be made again."""
@@ -217,6 +217,7 @@ class Stored:
                 if response.status == 404 and self._note_lost(session, link):
                     continue
                 if request.method == "DELETE" and response.status < 500:
+                    session.saw(session.num_read, request[RECORD].client, time.monotonic())
                     self._sessions.forget(session.id)
                 if not reading.out.prepared:
                     self._note_usage(session, request, response, body)
@@ -295,7 +296,8 @@ class Stored:
             return
         value, client, now = json.loads(body), request[RECORD].client, time.monotonic()
         session.count(_counts(value), client, now)
-        session.saw(num_tokens_of(value), client, now)  # one that is cancelled never tells
+        session.num_read = num_tokens_of(value)
+        session.saw(session.num_read if value.get("status") in _UNTOLD else 0, client, now)
 
     async def _link_of(self, session: Session, request: web.Request) -> Link:
         """Return a server that has a response, after one has made it again if it has to."""

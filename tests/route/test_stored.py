@@ -160,8 +160,11 @@ async def test_a_stream_that_its_client_leaves_and_reads_to_its_end_later_is_cou
             assert _first_key(router) == (1, 12)
 
 
+@pytest.mark.parametrize("is_deleted", [True, False])
 @pytest.mark.parametrize("is_streamed", [True, False])
-async def test_what_a_client_has_read_of_a_response_that_it_cancels_is_counted(is_streamed: bool) -> None:
+async def test_what_a_client_has_read_of_a_response_that_it_ends_is_counted(
+    is_streamed: bool, is_deleted: bool
+) -> None:
     only = FakeServer("only", "key-of-the-router-")
     reached, _ = _holds_at(only, 9)
     async with routed(only, keys=KEYS, server_keys={"only": "key-of-the-router-"}) as router:
@@ -174,9 +177,15 @@ async def test_what_a_client_has_read_of_a_response_that_it_cancels_is_counted(i
                 await response.content.readuntil(b"\n\n")
             response.close()
             await router.until(lambda: _first_key(router)[1] > 0)
-        cancelled = await (await router.client.post(f"{path}/cancel", headers=ONE)).json()
-        assert cancelled["status"] == "cancelled"
-        await router.client.get(path, headers=ONE)
+        else:
+            await router.client.get(path, headers=ONE)
+            assert _first_key(router) == (0, 0), "it may be read to its end, which tells the tokens"
+        if is_deleted:
+            assert (await router.client.delete(path, headers=ONE)).status == 200
+        else:
+            cancelled = await (await router.client.post(f"{path}/cancel", headers=ONE)).json()
+            assert cancelled["status"] == "cancelled"
+            await router.client.get(path, headers=ONE)
         requests, num_tokens = _first_key(router)
         assert requests == 1 and 9 <= num_tokens <= 20
 
