@@ -62,6 +62,14 @@ class Refusal:
                 return error
         return {}
 
+    @property
+    def reason(self) -> str:
+        """See ApiError.reason; a server that gets its clients' own keys refuses for their limits too."""
+        error = self.error
+        if self.status == 429 and str(error.get("message")).startswith("this key"):
+            return "key_limit"
+        return ApiError(self.status, "", code=error.get("code")).reason
+
     def response(self) -> web.Response:
         """Return it as the answer to the client."""
         response = web.Response(
@@ -306,7 +314,7 @@ class Run:
         if is_short and link.server.report is not None:
             self._wanted = replace(self._wanted, min_context_tokens=link.server.report.context_tokens + 1)
         if not (status in (429, 503) or is_ours or is_elsewhere or is_short) and not self._splice.num_events:
-            return refusal.response()
+            return self._passed_on(refusal)
         known = self._refusal
         is_better = known is None or (known.status in (429, 503) and 0 < refusal.retry_s < (known.retry_s or 1 << 20))
         self._refusal = refusal if is_better or is_short else known
@@ -314,8 +322,13 @@ class Run:
 
     def _refused(self) -> web.StreamResponse:
         if self._refusal is not None:
-            return self._refusal.response()
+            return self._passed_on(self._refusal)
         raise self._pool.nobody()
+
+    def _passed_on(self, refusal: Refusal) -> web.StreamResponse:
+        if refusal.status < 500 or refusal.status == 503:
+            self._pool.figures.refused.labels(refusal.reason).inc()
+        return refusal.response()
 
     def _note_break(self, link: Link, error: BrokenError) -> None:
         self._broken = error

@@ -12,6 +12,7 @@ import pytest
 from mdiq.api.keys import bare_keys, line_of, parse_keys
 from mdiq.errors import RingError
 from mdiq.route import links, pool, run
+from mdiq.route.run import Refusal
 from mdiq.route.servers import State
 from tests.route.fake_server import FakeServer, Router, routed
 
@@ -234,6 +235,34 @@ async def test_a_refusal_is_tried_elsewhere_and_passed_on_when_all_refuse(status
         response = await router.client.post("/v1/completions", json=BODIES["/v1/completions"])
         assert response.status == status and response.headers["Retry-After"] == "4"
         assert (await response.json())["error"]["message"] == "no"
+
+
+async def test_a_refusal_that_a_client_gets_is_counted_whoever_gave_it() -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    path = "/v1/completions"
+    async with routed(first, second) as router:
+        first.refuses = 429
+        assert (await router.client.post(path, json=BODIES[path])).status == 200
+        assert router.figure("mdiq_route_refused_total", reason="busy") == 0, "another server took it"
+        second.refuses = 429
+        assert (await router.client.post(path, json=BODIES[path])).status == 429
+        assert router.figure("mdiq_route_refused_total", reason="busy") == 1
+        first.refuses = second.refuses = None
+        assert (await router.client.post(path, json={**BODIES[path], "temperature": "hot"})).status == 400
+        assert router.figure("mdiq_route_refused_total", reason="invalid") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "reason"),
+    [
+        (429, {"message": "this key may have 60 tokens a minute; ask again in 9 s"}, "key_limit"),
+        (429, {"message": "4 requests are running or waiting"}, "busy"),
+        (400, {"message": "too long", "code": "context_length_exceeded"}, "too_long"),
+        (503, {"message": "it waits"}, "unavailable"),
+    ],
+)
+def test_the_reason_of_a_refusal_is_that_of_its_server(status: int, error: dict[str, str], reason: str) -> None:
+    assert Refusal(status, json.dumps({"error": error}).encode(), {}).reason == reason
 
 
 async def test_a_request_that_is_wrong_is_refused_once() -> None:
