@@ -43,7 +43,8 @@ def parse_messages(body: object, *, is_count: bool = False) -> Asked:
         if body.get(field):
             raise BadRequest(f"{field}: not served; leave it out", field)
     chat: dict[str, Any] = {field: body[field] for field in _SAME if field in body}
-    chat |= {"stop": body.get("stop_sequences"), "messages": _chat(body)}
+    messages, places = _chat(body)
+    chat |= {"stop": body.get("stop_sequences"), "messages": messages}
     if (tools := body.get("tools")) is not None:
         chat["tools"] = _tools(tools)
     chat |= _tool_choice(body.get("tool_choice"))
@@ -58,7 +59,7 @@ def parse_messages(body: object, *, is_count: bool = False) -> Asked:
         chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
     if output.get("effort") is not None:
         chat["reasoning_effort"] = output["effort"]
-    return parse(chat, is_chat=True)
+    return parse(chat, is_chat=True, places=places)
 
 
 def _object(given: object, where: str) -> Mapping[str, Any]:
@@ -91,20 +92,24 @@ def _tool_choice(given: object) -> dict[str, Any]:
     return {"tool_choice": wanted, "parallel_tool_calls": not is_single if isinstance(is_single, bool) else None}
 
 
-def _chat(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _chat(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the messages of a chat, and where each of them stands in the request."""
     given, system = body["messages"], body.get("system")
     if not isinstance(given, list) or not given:
         raise BadRequest("messages: not a list with at least one message", "messages")
     chat: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    places = ["system"] if system else []
     for i, message in enumerate(given):
         where = f"messages[{i}]"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("user", "assistant"):
             raise BadRequest(f"{where}: role is user or assistant; the system's text stands in `system`", "messages")
-        chat += _turns(role, message.get("content"), where)
+        turns = _turns(role, message.get("content"), where)
+        chat += turns
+        places += [where] * len(turns)
     if given[-1]["role"] == "assistant":
         raise BadRequest("messages: the last one is the assistant's, whose text cannot be continued here", "messages")
-    return chat
+    return chat, places
 
 
 def _turns(role: str, content: object, where: str) -> list[dict[str, Any]]:

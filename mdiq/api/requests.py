@@ -174,8 +174,8 @@ class Asked:
         ]
 
 
-def parse(body: object, *, is_chat: bool) -> Asked:
-    """Return the parsed JSON of a request.
+def parse(body: object, *, is_chat: bool, places: Sequence[str] = ()) -> Asked:
+    """Return the parsed JSON of a request. places: see ``messages_of``.
 
     Raises:
         BadRequest: a part of it cannot be served.
@@ -211,7 +211,7 @@ def parse(body: object, *, is_chat: bool) -> Asked:
         "structure": structure,
     }
     if is_chat:
-        messages, template_kwargs = messages_of(body.get("messages")), template_kwargs_of(body)
+        messages, template_kwargs = messages_of(body.get("messages"), places), template_kwargs_of(body)
         return Asked(**common, messages=messages, template_kwargs=template_kwargs, tools=tools)
     asked = Asked(**common, prompts=_prompts(body.get("prompt")))
     if asked.num_answers > MAX_CHOICES:
@@ -300,23 +300,27 @@ def text_of(given: object, field: str) -> str:
     return given
 
 
-def messages_of(given: object) -> tuple[Mapping[str, Any], ...]:
+def messages_of(given: object, places: Sequence[str] = ()) -> tuple[Mapping[str, Any], ...]:
     """Return a chat in the form that templates expect: contents as texts, arguments of tool calls as objects.
+
+    places: where each message stands in the client's request, for errors; empty: the chat is the client's own.
 
     Raises:
         BadRequest: it is not a chat, or has content that is not supported.
     """
     if not isinstance(given, list) or not given:
         raise BadRequest("messages: not a list with at least one message", "messages")
-    return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(given))
+    places = places or [f"messages[{i}]" for i in range(len(given))]
+    return tuple(_message(message, where) for message, where in zip(given, places, strict=True))
 
 
 def _message(given: object, where: str) -> Mapping[str, Any]:
+    field = where.partition("[")[0]
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
-        raise BadRequest(f'{where}: not an object with a "role" and a "content"', "messages")
+        raise BadRequest(f'{where}: not an object with a "role" and a "content"', field)
     role = text_of(given["role"], where)
     if role not in ROLES:
-        raise BadRequest(f"{where}: role {role[:40]!r} is not one of {', '.join(ROLES)}", "messages")
+        raise BadRequest(f"{where}: role {role[:40]!r} is not one of {', '.join(ROLES)}", field)
     calls = given.get("tool_calls")
     message: dict[str, Any] = {"role": role}
     if role == "assistant" and calls and isinstance(calls, list):
@@ -333,7 +337,7 @@ def _message(given: object, where: str) -> Mapping[str, Any]:
 def _tool_call(given: object, where: str) -> Mapping[str, Any]:
     function = given.get("function") if isinstance(given, dict) else None
     if not isinstance(given, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRequest(f'{where}: tool_calls: each is {{"function": {{"name": "…", "arguments": "…"}}}}', "messages")
+        raise BadRequest(f'{where}: tool_calls: each is {{"function": {{"name": "…", "arguments": "…"}}}}', where.partition("[")[0])
     arguments = function.get("arguments", "")
     if isinstance(arguments, str):
         text_of(arguments, where)
@@ -351,7 +355,7 @@ def _content(message: Mapping[str, Any], where: str) -> str:
     parts: Sequence[Any] = content if isinstance(content, list) else [None]
     texts = [_part(part) for part in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise BadRequest(f"{where}: content: not a text; images and sound are not supported", "messages")
+        raise BadRequest(f"{where}: content: not a text; images and sound are not supported", where.partition("[")[0])
     return "".join(text for text in texts if text is not None)
 
 

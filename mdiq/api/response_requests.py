@@ -65,11 +65,13 @@ def parse_response(body: object, history: Sequence[Mapping[str, Any]] = ()) -> A
     is_background, is_stored = _flag(body, "background", default=False), _flag(body, "store", default=True)
     if is_background and not is_stored:
         raise BadRequest("background: such a response is asked for later; leave store out", "background")
-    messages = [*history, *_input(body.get("input"))]
+    given, given_places = _input(body.get("input"))
+    messages = [*history, *given]
     instructions = body.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
         raise BadRequest("instructions: not a text", "instructions")
     first = [{"role": "system", "content": instructions}] if instructions else []
+    places = ["instructions"] * len(first) + ["previous_response_id"] * len(history) + given_places
     chat = {name: value for name, value in body.items() if name not in _OWN}
     chat |= {
         "messages": first + messages,
@@ -81,7 +83,7 @@ def parse_response(body: object, history: Sequence[Mapping[str, Any]] = ()) -> A
     if (effort := _reasoning(body.get("reasoning"))) is not None:
         chat["reasoning_effort"] = effort
     try:
-        asked = parse(chat, is_chat=True)
+        asked = parse(chat, is_chat=True, places=places)
     except BadRequest as error:
         raise renamed(error) from None
     return AskedResponse(asked, messages, _shown(body), is_background, is_stored)
@@ -124,17 +126,20 @@ def _flag(body: Mapping[str, Any], name: str, *, default: bool) -> bool:
     return value
 
 
-def _input(given: object) -> list[Mapping[str, Any]]:
+def _input(given: object) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Return the messages of a chat, and the item at which each begins."""
     if isinstance(given, str):
-        return [{"role": "user", "content": given}]
+        return [{"role": "user", "content": given}], ["input"]
     if not isinstance(given, list) or not given:
         raise BadRequest("input: not a text, and not a list with at least one item", "input")
     messages: list[dict[str, Any]] = []
+    places: list[str] = []
     for i, item in enumerate(given):
         _add(messages, item, f"input[{i}]")
+        places += [f"input[{i}]"] * (len(messages) - len(places))
     if not messages:
         raise BadRequest("input: no item of it is a message", "input")
-    return [*messages]
+    return [*messages], places
 
 
 def _add(messages: list[dict[str, Any]], item: object, where: str) -> None:
@@ -145,6 +150,8 @@ def _add(messages: list[dict[str, Any]], item: object, where: str) -> None:
     if kind == "message":
         messages.append({"role": item.get("role"), "content": _content(item.get("content"), where)})
     elif kind == "function_call":
+        if not isinstance(item.get("name"), str):
+            raise BadRequest(f"{where}: name: not a text", "input")
         function = {"name": item.get("name"), "arguments": item.get("arguments", "")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
         # Calls of one answer are one message of a chat, with the text before them.

@@ -79,6 +79,39 @@ def test_a_conversation_becomes_a_chat() -> None:
     assert (asked.max_tokens, asked.values["stop"], asked.values["top_k"]) == (50, ["X"], 3)
 
 
+IMAGE = [{"type": "image", "source": {}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"system": IMAGE}, "system: content: not a text"),
+        ({"system": "a\ud800"}, "system: it holds half"),
+        ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages[0]: it holds half"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "tool_result", "tool_use_id": "a"},
+                            {"type": "tool_result", "tool_use_id": "b"},
+                            {"type": "text", "text": "c"},
+                        ],
+                    },
+                    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": IMAGE}]},
+                ]
+            },
+            "messages[1]: content: not a text",
+        ),
+    ],
+)
+def test_errors_count_messages_as_the_client_wrote_them(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_messages({**BODY, "system": "Be brief.", **change})
+    assert str(caught.value).startswith(text)
+
+
 @pytest.mark.parametrize(
     ("choice", "must_call", "only", "is_many"),
     [

@@ -168,6 +168,39 @@ def test_bad_requests_are_refused_by_the_name_of_their_field(body: object, param
         assert str(refusal.value).startswith(param.partition("[")[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "text", "param"),
+    [
+        ({"instructions": "a\ud800"}, "instructions: it holds half", "instructions"),
+        ({"input": "a\ud800"}, "input: it holds half", "input"),
+        ({"input": [{"role": "user", "content": "a"}, {"role": "banana"}]}, "input[1]: role 'banana'", "input"),
+        ({"input": [{"role": "messages", "content": "a"}]}, "input[0]: role 'messages'", "input"),
+        (
+            {
+                "input": [
+                    {"type": "reasoning"},
+                    {"role": "assistant", "content": "a"},
+                    {"type": "function_call", "name": "b", "call_id": "c", "arguments": "{}"},
+                    {"role": "user", "content": 5},
+                ]
+            },
+            "input[3]: content: not a text",
+            "input",
+        ),
+        (
+            {"input": [{"role": "assistant", "content": "a"}, {"type": "function_call", "call_id": "c"}]},
+            "input[1]: name: not a text",
+            "input",
+        ),
+    ],
+)
+def test_errors_count_items_as_the_client_wrote_them(change: dict[str, Any], text: str, param: str) -> None:
+    history = ({"role": "user", "content": "A"}, {"role": "assistant", "content": "B"})
+    with pytest.raises(BadRequest) as caught:
+        parse_response({"instructions": "Be brief.", "previous_response_id": "resp_1", "input": "a", **change}, history)
+    assert str(caught.value).startswith(text) and caught.value.body["param"] == param
+
+
 def test_the_id_of_a_response_before_is_a_text() -> None:
     assert previous_of({"previous_response_id": "resp_1"}) == "resp_1"
     assert previous_of({}) is previous_of([]) is None
