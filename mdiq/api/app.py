@@ -18,6 +18,7 @@ from mdiq.api.backend import Backend
 from mdiq.api.clients import Clients
 from mdiq.api.door import Door
 from mdiq.api.figures import Figures
+from mdiq.api.hosts import Hosts
 from mdiq.api.keys import ApiKey
 from mdiq.api.lasting import KeptResponse, ResponseJournal
 from mdiq.api.messages import PATH, Messages, parse_messages
@@ -36,8 +37,8 @@ class Api:
     """The application.
 
     keys: every request but /health and /ready must carry one of them; if empty, none is needed. cors_origins: web pages
-    of these origins may call the API from a browser; "*": of all. journal: keeps what outlives the
-    service.
+    of these origins may call the API from a browser; "*": of all. allowed_hosts: further names by which it may be asked
+    where there are no keys; see Hosts. journal: keeps what outlives the service.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Api:
         keys: Sequence[ApiKey] = (),
         *,
         cors_origins: Sequence[str] = (),
+        allowed_hosts: Sequence[str] = (),
         client_timeout_s: float = CLIENT_TIMEOUT_S,
         journal: ResponseJournal | None = None,
     ) -> None:
@@ -61,7 +63,7 @@ class Api:
             "ring",
             backend,
             self._clients,
-            Origins(cors_origins),
+            Origins(cors_origins, Hosts(allowed_hosts)),
             status=self.status,
             registry=self.registry,
             note_refused=self._note_refused,

@@ -81,6 +81,8 @@ class Door:
             if request.method == "OPTIONS" and self._origins.allowed(request):
                 return web.Response(status=204)  # browsers ask without the key
             client = request[RECORD].client = self._clients.find(request.headers)
+            if not self._clients.has_keys and request.path not in _PUBLIC:
+                self._origins.hosts.check(request)  # where there are keys, no page has one
             self._origins.check(request, has_key=self._clients.has_keys and client is not None)
             if request.path not in _PUBLIC:
                 if client is None:

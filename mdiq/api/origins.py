@@ -1,20 +1,18 @@
 """Which web pages may use an API from a browser."""
 
-import re
 from collections.abc import Sequence
 
 from aiohttp import web
 
+from mdiq.api.hosts import Hosts
 from mdiq.api.requests import ApiError
-
-_ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-fA-F:]+\])(:[0-9]+)?")
 
 
 class Origins:
-    """The origins whose pages may; "*": all."""
+    """The origins whose pages may; "*": all. hosts: the names of this address, whose own pages may too."""
 
-    def __init__(self, origins: Sequence[str]) -> None:
-        self._origins = origins
+    def __init__(self, origins: Sequence[str], hosts: Hosts) -> None:
+        self._origins, self.hosts = origins, hosts
 
     def allowed(self, request: web.Request) -> str | None:
         """Return the request's origin if its web pages may call the API."""
@@ -24,8 +22,8 @@ class Origins:
     def check(self, request: web.Request, *, has_key: bool) -> None:
         """Refuse web pages that may not use the API: a browser sends what they ask for all the same.
 
-        A page of this very address may, unless it has a name: any page can have one that leads here. has_key: the
-        request came with a key of the API.
+        A page of this very address may, unless its name is not one of ours: any page can have one that leads here.
+        has_key: the request came with a key of the API.
 
         Raises:
             ApiError: they may not.
@@ -36,7 +34,7 @@ class Origins:
         if has_key:
             return  # no browser sends a key by itself
         place = given.partition("://")[2]
-        if place != request.host or not _ADDRESS.fullmatch(place):
+        if place != request.host or not self.hosts.allows(place):
             text = "web pages of this origin may not use this API; api.cors_origins names those that may"
             raise ApiError(403, text, code="origin_not_allowed")
 

@@ -337,7 +337,9 @@ def _message(given: object, where: str) -> Mapping[str, Any]:
 def _tool_call(given: object, where: str) -> Mapping[str, Any]:
     function = given.get("function") if isinstance(given, dict) else None
     if not isinstance(given, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRequest(f'{where}: tool_calls: each is {{"function": {{"name": "…", "arguments": "…"}}}}', where.partition("[")[0])
+        raise BadRequest(
+            f'{where}: tool_calls: each is {{"function": {{"name": "…", "arguments": "…"}}}}', where.partition("[")[0]
+        )
     arguments = function.get("arguments", "")
     if isinstance(arguments, str):
         text_of(arguments, where)

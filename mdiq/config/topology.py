@@ -19,6 +19,7 @@ from mdiq.config.values import (
     Epsilon,
     FilePath,
     Host,
+    HostName,
     Layers,
     ModelName,
     ModelPath,
@@ -196,6 +197,11 @@ class Listening(_Section):
     tls_key: FilePath | None = _key(None, "Private key of tls_cert (PEM, mode 600). Relative to this file.")
     cors_origins: tuple[Origin, ...] = _key(
         (), "Web pages of these origins may use the API from a browser, for example https://chat.example.org; '*': all."
+    )
+    allowed_hosts: tuple[HostName, ...] = _key(
+        (),
+        "Names by which clients reach an API without keys, beside its address, localhost and the machine's name; for "
+        "example that of a reverse proxy: chat.example.org.",
     )
     client_timeout_s: Timeout = _key(
         60.0,

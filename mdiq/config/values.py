@@ -136,6 +136,12 @@ def _origin(value: str) -> str:
     raise ValueError(f"{shown(value)} is not an origin; write for example https://chat.example.org, or '*' for all")
 
 
+def _host_name(value: str) -> str:
+    if re.fullmatch(r"[a-zA-Z0-9]([a-zA-Z0-9.-]{0,251}[a-zA-Z0-9])?", value):
+        return value
+    raise ValueError(f"{shown(value)} is not a host's name; write for example chat.example.org, without a port")
+
+
 def _public_key(value: str) -> str:
     if len(value) != 40:
         raise ValueError(f"it has {len(value)} characters and a public key has 40; copy it whole, or run `mdiq keys`")
@@ -159,6 +165,7 @@ Device = Annotated[
 ModelPath = Annotated[str, AfterValidator(_model_path)]
 ModelName = Annotated[str, AfterValidator(_model_name)]
 Origin = Annotated[str, AfterValidator(_origin)]
+HostName = Annotated[str, AfterValidator(_host_name)]
 PublicKey = Annotated[
     Annotated[str, AfterValidator(_public_key)] | None,
     text_schema(r".{40}", "`null`, or 40 characters (Z85) in quotes", or_null=True),

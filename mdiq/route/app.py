@@ -15,6 +15,7 @@ from mdiq.api.audit import RECORD
 from mdiq.api.bodies import Bodies
 from mdiq.api.clients import Client, Clients
 from mdiq.api.door import Door
+from mdiq.api.hosts import Hosts
 from mdiq.api.keys import ApiKey
 from mdiq.api.origins import Origins
 from mdiq.api.requests import ApiError
@@ -31,7 +32,10 @@ _WHOLES = ("/tokenize", "/detokenize", f"{MESSAGES}/count_tokens")
 
 
 class RouteApi:
-    """The application. keys, cors_origins, client_timeout_s: as those of an Api. max_requests: open at once."""
+    """The application.
+
+    keys, cors_origins, allowed_hosts, client_timeout_s: as those of an Api. max_requests: open at once.
+    """
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class RouteApi:
         *,
         max_requests: int,
         cors_origins: Sequence[str] = (),
+        allowed_hosts: Sequence[str] = (),
         client_timeout_s: float = CLIENT_TIMEOUT_S,
     ) -> None:
         self._pool = pool
@@ -49,7 +54,7 @@ class RouteApi:
             "router",
             pool,
             self._clients,
-            Origins(cors_origins),
+            Origins(cors_origins, Hosts(allowed_hosts)),
             status=self.status,
             registry=pool.figures.registry,
             note_refused=lambda reason: pool.figures.refused.labels(reason).inc(),

@@ -65,6 +65,7 @@ class RouteService:
             self._keys,
             max_requests=routes.max_requests,
             cors_origins=routes.api.cors_origins,
+            allowed_hosts=routes.api.allowed_hosts,
             client_timeout_s=routes.api.client_timeout_s,
         )
         commands = {"status": self._status, "drain": self._drain, "reload": self._reload_asked}

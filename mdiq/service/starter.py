@@ -220,6 +220,7 @@ class TopologyService:
             backend,
             self._api_files.keys,
             cors_origins=wanted.cors_origins,
+            allowed_hosts=wanted.allowed_hosts,
             client_timeout_s=wanted.client_timeout_s,
             journal=journal,
         )

@@ -110,10 +110,11 @@ def test_there_are_no_more_nodes_than_a_ring_takes() -> None:
 
 
 def test_what_clients_of_the_api_meet_can_be_set() -> None:
-    api = {"cors_origins": ("https://chat.example.org",), "client_timeout": "20s"}
+    api = {"cors_origins": ("https://chat.example.org",), "allowed_hosts": ("a.example",), "client_timeout": "20s"}
     found = topology(STARTER, WORKER, model={"path": "m.gguf", "name": "Llama-3.2-1B-Instruct"}, api=api)
     assert found.model.name == "Llama-3.2-1B-Instruct"
     assert found.api.cors_origins == ("https://chat.example.org",)
+    assert found.api.allowed_hosts == ("a.example",)
     assert found.api.client_timeout_s == 20
 
 
@@ -122,6 +123,7 @@ def test_what_clients_of_the_api_meet_can_be_set() -> None:
     [
         ("model", {"path": "m", "name": "two words"}, "not a name for clients"),
         ("api", {"cors_origins": ("chat.example.org",)}, "write for example https://"),
+        ("api", {"allowed_hosts": ("chat.example.org:8080",)}, "without a port"),
         ("api", {"client_timeout": "1ms"}, "write 1s to 3600s"),
     ],
 )
