@@ -28,6 +28,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ACCEPTING = "_accept_connection2"  # asyncio's, of a connection that is not a protocol's yet
 
 
+def holding(token: int) -> tuple[asyncio.Event, Callable[[int], Awaitable[object] | None]]:
+    """Return the event that is set when a model reaches a token, and what makes it stay there, as its ``before``."""
+    reached = asyncio.Event()
+
+    def before(i: int) -> Awaitable[object] | None:
+        if i < token:
+            return None
+        reached.set()
+        return asyncio.Event().wait()
+
+    return reached, before
+
+
 class FakeModel(FakeRing):
     """Its words follow from the prompt, the seed and the position alone, and from what kind of model it is."""
 

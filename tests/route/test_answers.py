@@ -14,7 +14,7 @@ from aiohttp import web
 from mdiq.api.keys import bare_keys
 from mdiq.route import app, links, pool, run
 from mdiq.route.servers import State
-from tests.route.fake_server import FakeServer, Handler, routed
+from tests.route.fake_server import FakeServer, Handler, holding, routed
 
 PATH = "/v1/completions"
 BODY: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 12}
@@ -153,15 +153,7 @@ async def test_a_prompt_that_is_too_long_for_one_server_goes_to_one_with_more_ro
 
 async def test_a_stream_that_its_client_leaves_is_counted_for_its_key() -> None:
     only = FakeServer("only")
-    reached = asyncio.Event()
-
-    def before(i: int) -> Any:
-        if i != 5:
-            return None
-        reached.set()
-        return asyncio.Event().wait()
-
-    only.model.before = before
+    reached, only.model.before = holding(5)
     async with routed(only, keys=bare_keys(["the-key-of-client-1"]), server_keys={"only": "x"}) as router:
         headers = {"x-api-key": "the-key-of-client-1"}
         response = await router.client.post(PATH, json={**BODY, "stream": True}, headers=headers)

@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from mdiq.errors import RingError
 from mdiq.route import links, pool, run
 from mdiq.route.run import Refusal
 from mdiq.route.servers import State
-from tests.route.fake_server import FakeServer, Router, routed
+from tests.route.fake_server import FakeServer, Router, holding, routed
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12},
@@ -45,19 +44,6 @@ def _plain(events: list[dict[str, Any]]) -> str:
     return text
 
 
-def _holding(token: int) -> tuple[asyncio.Event, Callable[[int], Any]]:
-    """Return what makes a model stop before a token, and the event that is set when it does."""
-    reached = asyncio.Event()
-
-    def before(i: int) -> Any:
-        if i != token:
-            return None
-        reached.set()
-        return asyncio.Event().wait()
-
-    return reached, before
-
-
 async def _stream(router: Router, path: str, **more: Any) -> list[dict[str, Any]]:
     response = await router.client.post(path, json={**BODIES[path], "stream": True, **SEEDED, **more})
     assert response.status == 200, await response.text()
@@ -76,7 +62,7 @@ async def test_a_stream_whose_server_dies_goes_on_at_another_as_if_nothing_had_h
     first, second = FakeServer("first"), FakeServer("second")
     async with routed(first, second) as router:
         calm = await _stream(router, path)
-        reached, first.model.before = _holding(at)
+        reached, first.model.before = holding(at)
         second.model.before = first.model.before
         asking = asyncio.create_task(_stream(router, path))
         await reached.wait()
@@ -128,7 +114,7 @@ async def test_several_choices_go_on_each_where_it_was() -> None:
 async def test_a_sampled_request_without_a_seed_goes_on_too() -> None:
     first, second = FakeServer("first"), FakeServer("second")
     async with routed(first, second) as router:
-        reached, first.model.before = _holding(6)
+        reached, first.model.before = holding(6)
         second.model.before = first.model.before
         asking = asyncio.create_task(_stream(router, "/v1/chat/completions", seed=None))
         await reached.wait()
@@ -149,7 +135,7 @@ async def test_a_server_that_gives_other_tokens_than_it_says_ends_the_stream_wit
     second.model.kind = 1  # from its third token on
     async with routed(first, second) as router:
         router.pool.links["second"].server.is_drained = True
-        reached, first.model.before = _holding(6)
+        reached, first.model.before = holding(6)
         asking = asyncio.create_task(_stream(router, path))
         await reached.wait()
         router.pool.links["second"].server.is_drained = False
@@ -167,7 +153,7 @@ async def test_an_answer_that_has_begun_does_not_go_on_at_an_unlike_server(mark:
         first.model.same_tokens = None
     async with routed(first, second, outage_tolerance_s=0.1) as router:
         router.pool.links["second"].server.is_drained = True
-        reached, first.model.before = _holding(6)
+        reached, first.model.before = holding(6)
         asking = asyncio.create_task(_stream(router, "/v1/chat/completions"))
         await reached.wait()
         router.pool.links["second"].server.is_drained = False
@@ -181,7 +167,7 @@ async def test_an_answer_that_has_begun_waits_for_its_own_server_if_there_is_no_
     only = FakeServer("only")
     async with routed(only) as router:
         calm = await _stream(router, "/v1/messages")
-        reached, only.model.before = _holding(6)
+        reached, only.model.before = holding(6)
         asking = asyncio.create_task(_stream(router, "/v1/messages"))
         await reached.wait()
         only.model.before = lambda _: None
@@ -197,7 +183,7 @@ async def test_a_whole_answer_whose_server_dies_comes_from_another_even_an_unlik
     second.model.same_tokens = None
     async with routed(first, second) as router:
         router.pool.links["second"].server.is_drained = True
-        reached, first.model.before = _holding(6)
+        reached, first.model.before = holding(6)
         asking = asyncio.create_task(router.client.post(path, json={**BODIES[path], **SEEDED}))
         await reached.wait()
         router.pool.links["second"].server.is_drained = False
@@ -212,7 +198,7 @@ async def test_a_server_that_hangs_is_gone_after_its_silence_and_its_requests_go
     async with routed(first, second, silence_s=0.3) as router:
         router.pool.links["second"].server.is_drained = True
         calm = await _stream(router, "/v1/chat/completions")
-        reached, first.model.before = _holding(6)
+        reached, first.model.before = holding(6)
         asking = asyncio.create_task(_stream(router, "/v1/chat/completions"))
         await reached.wait()
         first.hangs = True
@@ -400,7 +386,7 @@ async def test_a_server_that_refuses_the_routers_key_gets_nothing() -> None:
 
 async def test_more_requests_than_may_be_open_are_refused() -> None:
     only = FakeServer("only")
-    reached, only.model.before = _holding(0)
+    reached, only.model.before = holding(0)
     async with routed(only, max_requests=2) as router:
         body = {"prompt": [[5], [6]], "max_tokens": 1}
         asking = asyncio.create_task(router.client.post("/v1/completions", json=body))
@@ -415,7 +401,7 @@ async def test_more_requests_than_may_be_open_are_refused() -> None:
 
 async def test_a_client_that_goes_away_ends_what_its_server_does() -> None:
     only = FakeServer("only")
-    reached, only.model.before = _holding(3)
+    reached, only.model.before = holding(3)
     async with routed(only) as router:
         body = {**BODIES["/v1/completions"], "stream": True}
         response = await router.client.post("/v1/completions", json=body)
@@ -508,7 +494,7 @@ async def test_a_stream_that_is_read_again_after_its_server_has_died_has_all_eve
         for server in (first, second):
             server.asked.clear()
         router.pool.links["second"].server.is_drained = True
-        reached, first.model.before = _holding(6)
+        reached, first.model.before = holding(6)
         body = {**BODIES["/v1/responses"], "stream": True, **SEEDED}
         response = await router.client.post("/v1/responses", json=body)
         await reached.wait()
@@ -532,7 +518,7 @@ async def test_a_response_in_the_background_is_made_again_when_its_server_dies()
         body = {**BODIES["/v1/responses"], **SEEDED}
         calm = await (await router.client.post("/v1/responses", json=body)).json()
         router.pool.links["second"].server.is_drained = True
-        reached, first.model.before = _holding(6)
+        reached, first.model.before = holding(6)
         made = await (await router.client.post("/v1/responses", json={**body, "background": True})).json()
         assert made["status"] == "in_progress" or made["status"] == "queued"
         await reached.wait()

@@ -9,7 +9,7 @@ import pytest
 from mdiq.api.keys import bare_keys
 from mdiq.route import links, run
 from mdiq.route.servers import State
-from tests.route.fake_server import FakeServer, Router, routed
+from tests.route.fake_server import FakeServer, Router, holding, routed
 
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"input": "Hi", "max_output_tokens": 12, "temperature": 0.9, "seed": 3}
@@ -228,15 +228,7 @@ async def test_a_response_that_its_server_lost_in_a_restart_is_deleted_without_m
 
 async def _in_the_background(router: Router, first: FakeServer) -> dict[str, Any]:
     """Return a response that runs at the first server, which does not answer for a while: it is gone."""
-    reached = asyncio.Event()
-
-    def before(i: int) -> Any:
-        if i < 6:
-            return None
-        reached.set()
-        return asyncio.Event().wait()
-
-    first.model.before = before
+    reached, first.model.before = holding(6)
     router.pool.links["second"].server.is_drained = True
     made = await _made(router, background=True)
     await reached.wait()
@@ -318,15 +310,8 @@ async def test_a_response_that_is_made_again_is_ended_where_it_was_when_that_ser
 async def test_a_stream_that_goes_on_elsewhere_is_ended_where_it_was_before_it_is_complete() -> None:
     first, second = FakeServer("first"), FakeServer("second")
     async with routed(first, second, silence_s=0.3) as router:
-        reached, go_on = asyncio.Event(), asyncio.Event()
-
-        def before(i: int) -> Any:
-            if i < 6:
-                return None
-            reached.set()
-            return asyncio.Event().wait()
-
-        first.model.before = before
+        go_on = asyncio.Event()
+        reached, first.model.before = holding(6)
         second.model.before = lambda i: go_on.wait() if i == 2 else None
         router.pool.links["second"].server.is_drained = True
         asking = asyncio.create_task(router.client.post(PATH, json={**BODY, "stream": True, "background": True}))
