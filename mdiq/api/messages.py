@@ -25,6 +25,7 @@ _KINDS = {
     503: "overloaded_error",
 }
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_THINKING = ("enabled", "adaptive", "disabled")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -48,9 +49,10 @@ def parse_messages(body: object, *, is_count: bool = False) -> Asked:
     if (tools := body.get("tools")) is not None:
         chat["tools"] = _tools(tools)
     chat |= _tool_choice(body.get("tool_choice"))
-    thinking = _object(body.get("thinking"), "thinking").get("type")
-    if thinking is not None:
-        chat["enable_thinking"] = thinking != "disabled"
+    if thinking := _object(body.get("thinking"), "thinking"):
+        if thinking.get("type") not in _THINKING:
+            raise BadRequest(f"thinking: the type is one of {', '.join(_THINKING)}", "thinking")
+        chat["enable_thinking"] = thinking["type"] != "disabled"
     output = _object(body.get("output_config"), "output_config")
     form = _object(output.get("format") or body.get("output_format"), "output_config.format")
     if form:

@@ -354,9 +354,11 @@ def _content(message: Mapping[str, Any], where: str) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
+    if content is None and message["role"] == "assistant":
+        content = [{"type": "refusal", "refusal": message.get("refusal")}]  # in place of the text
     parts: Sequence[Any] = content if isinstance(content, list) else [None]
     texts = [_part(part) for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    if None in texts:
         raise BadRequest(f"{where}: content: not a text; images and sound are not supported", where.partition("[")[0])
     return "".join(text for text in texts if text is not None)
 
