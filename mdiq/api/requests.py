@@ -163,6 +163,8 @@ class Asked:
         except ConfigError as error:
             text = str(error).removeprefix("request: ")
             raise BadRequest(text, text.partition(":")[0]) from None
+        if self.tools is not None and self.tools.must_call:
+            wanted = replace(wanted, stop=())  # all of the answer is a call, and half of one is of no use
         return [
             replace(
                 wanted,

@@ -131,6 +131,19 @@ SERVED: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ),
 )
 
+# A stop text would only cut a call that has to come; a bad one is refused all the same.
+SERVED += (
+    (CHAT, {"tools": [GET], "tool_choice": "required", "stop": ["a"]}, {"stop": ()}),
+    (
+        CHAT,
+        {"tools": [GET], "tool_choice": {"type": "function", "function": {"name": "get"}}, "stop": "a"},
+        {"stop": ()},
+    ),
+    (CHAT, {"tools": [GET], "tool_choice": "auto", "stop": "a"}, {"stop": ("a",)}),
+    (MESSAGES, {"tools": [TOOL], "tool_choice": {"type": "any"}, "stop_sequences": ["a"]}, {"stop": ()}),
+    (RESPONSES, {"tools": [{"type": "function", "name": "get"}], "tool_choice": "required", "stop": "a"}, {"stop": ()}),
+)
+
 # The path, what is asked for, and how the message of its error begins.
 REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     *(
@@ -141,6 +154,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
         )
         for tools in ([GET], [])
     ),
+    (CHAT, {"tools": [GET], "tool_choice": "required", "stop": [""]}, "stop: "),
     (CHAT, {"tool_choice": "required"}, "tool_choice: there are no tools"),
     (CHAT, {"tools": [GET], "parallel_tool_calls": "no"}, "parallel_tool_calls: not true or false"),
     (
