@@ -17,10 +17,12 @@ from mdiq.plan.profile import FRAME_BYTES, SEGMENT_BYTES
 from mdiq.report.catalogue import Catalogue, Device, Figure, Mark, weakest
 from mdiq.report.simulate_nodes import is_bound_by_reading, link_mark, links_of, measured_layers, time_marks
 from mdiq.report.simulate_rings import (
+    MAX_DEVICES,
     Question,
     RingForecast,
     RingLayout,
     check_fits,
+    holds,
     in_ring_order,
     layouts,
     node_names,
@@ -69,12 +71,14 @@ class Simulation:
 
     figures: by name, each with its unit at the end of the name. limit: what limits the ring, in words.
     others: rings, tokens per second and devices in use of the best layouts of other numbers of rings. needed: how many
-    more devices of each kind would make the model fit, where why_not says why it does not; then the rest is empty.
+    more devices of each kind would make the model fit num_rings rings, where why_not says why it does not; then the
+    rest is empty.
     """
 
     question: Question
     why_not: str = ""
     needed: tuple[tuple[str, int], ...] = ()
+    num_rings: int = 1
     layout: RingLayout | None = None
     figures: tuple[tuple[str, Figure], ...] = ()
     stages: tuple[StageForecast, ...] = ()
@@ -115,30 +119,30 @@ def simulate(question: Question, catalogue: Catalogue, num_rings: int | None = N
 
 
 def _misfit(question: Question, catalogue: Catalogue, num_rings: int) -> Simulation:
-    """Return why the model does not fit, and how many more devices of each kind one ring would need."""
+    """Return why the model does not fit, and how many more devices of each kind these rings would need."""
     devices = in_ring_order(question, question.devices)[::num_rings]
     why = f"{num_rings} rings: not every ring holds the model"
     try:
         check_fits(replace(question, users=-(-question.users // num_rings)), devices)
     except PlanError as error:
         why = str(error)
-    needed = [(device.name, number) for device in catalogue.devices.values() if (number := _needed(question, device))]
-    return Simulation(question, why_not=why, needed=tuple(needed))
+    kinds = catalogue.devices.values()
+    needed = [(kind.name, number) for kind in kinds if (number := _needed(question, kind, num_rings))]
+    return Simulation(question, why_not=why, needed=tuple(needed), num_rings=num_rings)
 
 
-def _needed(question: Question, device: Device) -> int:
-    """Return how many more devices of a kind one ring needs; 0 where no number of them does."""
-    model, goal = question.model, question.goal(question.users)
-    ordered = in_ring_order(question, [*question.devices, device])
-    starter, *others = node_profiles(question, ordered)
-    held = starter.max_layers(model, goal.kv_tokens, is_starter=True)
-    if not held:
+def _needed(question: Question, device: Device, num_rings: int) -> int:
+    """Return how many more devices of a kind so many rings need; 0 where no number of them does."""
+    (node,) = node_profiles(question, [device])
+    one = question.goal(question.users if num_rings == 1 else 1).kv_tokens
+    if not max(node.max_layers(question.model, one, is_starter=is_starter) for is_starter in (True, False)):
         return 0
-    held += sum(node.max_layers(model, goal.kv_tokens, is_starter=False) for node in others)
-    (one,) = node_profiles(question, [device])
-    more = one.max_layers(model, goal.kv_tokens, is_starter=False)
-    missing = max(model.num_layers - held, 0)
-    return (-(-missing // more) if more else 0) + 1 if more or not missing else 0
+    # Of its own kind, each ring has as many as it has layers at most.
+    for number in range(1, min(num_rings * question.shape.num_layers, MAX_DEVICES - len(question.devices)) + 1):
+        asked = replace(question, devices=(*question.devices, *[device] * number))
+        if holds(asked, num_rings) and layouts(asked, num_rings):
+            return number
+    return 0
 
 
 def _figures(question: Question, layout: RingLayout, ring: RingForecast) -> Iterator[tuple[str, Figure]]:

@@ -145,6 +145,28 @@ def check_fits(question: Question, devices: Sequence[Device]) -> None:
     check_room(question.model, node_profiles(question, devices), question.goal(question.users))
 
 
+def holds(question: Question, num_rings: int) -> bool:
+    """Return whether the devices, divided into so many rings, have room for the model in each.
+
+    One ring has the KV cache of all users, and each of several that of one user at least.
+    """
+    goal, model = question.goal(question.users if num_rings == 1 else 1), question.model
+    room: dict[tuple[Device, bool], int] = {}
+
+    def layers(device: Device, is_starter: bool) -> int:
+        if (device, is_starter) not in room:
+            (node,) = node_profiles(question, [device])
+            room[device, is_starter] = node.max_layers(model, goal.kv_tokens, is_starter=is_starter)
+        return room[device, is_starter]
+
+    def is_held(devices: Sequence[Device]) -> bool:
+        held = [layers(device, not i) for i, device in enumerate(devices[: model.num_layers])]
+        return held[0] > 0 and sum(held) >= model.num_layers
+
+    ordered = in_ring_order(question, question.devices)
+    return any(all(map(is_held, division)) for division in divisions(ordered, question.users, num_rings))
+
+
 def layouts(question: Question, num_rings: int | None = None) -> list[RingLayout]:
     """Return the best layout for each number of rings.
 

@@ -27,7 +27,8 @@ def render(simulation: Simulation, catalogue: Catalogue, *, with_sources: bool =
         lines += ["", f"does not fit  {simulation.why_not}"]
         if simulation.needed:
             needed = ", or ".join(f"{number} {device}" for device, number in simulation.needed)
-            lines.append(f"it would fit one ring with {needed} more")
+            rings = "one ring" if simulation.num_rings == 1 else f"{simulation.num_rings} rings"
+            lines.append(f"it would fit {rings} with {needed} more")
     else:
         lines += ["", *_body(simulation, simulation.layout, catalogue)]
     if with_sources:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mdiq.core.types import NodeId
 from mdiq.plan.micro_batches import Curve
@@ -96,6 +98,42 @@ def test_what_does_not_fit_says_what_would_help() -> None:
     assert more > 1
     assert simulate(question(*[SMALL] * (1 + more)), ONLY_BOX).layout is not None
     assert simulate(question(*[SMALL] * more), ONLY_BOX).layout is None
+
+
+SIZES = {
+    name: replace(BOX, name=name, memory_bytes=cited(gib * GIB), read_bytes_per_s=cited(rate))
+    for name, gib, rate in (("tiny", 0.55, 9e9), ("third", 0.9, 12e9), ("half", 1.1, 8e9), ("whole", 2, 7e9))
+}
+
+
+@given(
+    st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+@settings(max_examples=40, deadline=None)
+def test_as_many_devices_are_asked_for_as_make_the_model_fit_so_many_rings(
+    owned: list[str], num_rings: int, users: int
+) -> None:
+    asked = question(*(SIZES[name] for name in owned), users=users)
+    found = simulate(asked, Catalogue(SIZES), num_rings)
+    if found.layout is not None:
+        return
+    for kind in SIZES.values():
+        fitting = [
+            number
+            for number in range(1, 3 * 10 + 1)
+            if layouts(replace(asked, devices=(*asked.devices, *[kind] * number)), num_rings)
+        ]
+        assert dict(found.needed).get(kind.name) == (fitting[0] if fitting else None)
+
+
+def test_each_of_several_rings_needs_devices_of_its_own() -> None:
+    # A box holds the whole model.
+    found = simulate(question(BOX, users=2), ONLY_BOX, 2)
+    assert found.layout is None and found.needed == (("box", 1),)
+    found = simulate(question(BOX, users=2), ONLY_BOX, 3)
+    assert found.needed == (("box", 2),)
 
 
 def test_a_model_that_fits_each_device_is_served_best_by_whole_copies() -> None:
