@@ -6,7 +6,7 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from mdiq.report import svg
-from mdiq.report.page import Chart, Document, Page, Piece, Text, Value, look_up, shown
+from mdiq.report.page import Chart, Document, Page, Piece, Table, Text, Value, look_up, shown
 
 
 def html(page: Page, document: Document) -> str:
@@ -18,13 +18,23 @@ def html(page: Page, document: Document) -> str:
         if not isinstance(piece, Value):
             return escape(piece)
         raw = look_up(document, piece.pointer)
-        figure = Markup('<data value="{}" data-json="{}">{}</data>')
-        return figure.format("" if raw is None else raw, piece.pointer, shown(raw, piece))
+        kind = Markup(' class="number"') if is_number(raw) else ""
+        figure = Markup('<data value="{}" data-json="{}"{}>{}</data>')
+        return figure.format("" if raw is None else raw, piece.pointer, kind, shown(raw, piece))
 
     def text_html(pieces: Text) -> Markup:
         return Markup("").join(piece_html(piece) for piece in pieces)
 
+    def in_words(table: Table, column: int) -> bool:
+        """Return whether no cell of a column has a number: words stand at the left, figures at the right."""
+        pieces = (piece for row in table.rows for piece in row[column])
+        return not any(isinstance(piece, Value) and is_number(look_up(document, piece.pointer)) for piece in pieces)
+
     def picture(chart: Chart) -> Markup:
         return Markup(svg.draw(chart, document))  # svg.py escapes what it is given
 
-    return template.render(page=page, document=document, text=text_html, picture=picture)
+    return template.render(page=page, document=document, text=text_html, in_words=in_words, picture=picture)
+
+
+def is_number(raw: object) -> bool:
+    return isinstance(raw, int | float) and not isinstance(raw, bool)

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from mdiq.report.page import Block, Bullets, Document, Heading, Paragraph, Table, Text, Value, Words, nouns
 from mdiq.report.trial_sections import PERCENT
 
+_DIGITS = {"all": 0, "some": 0, "none": 0, "price": 3}
+"""Of the figures that a rule compared, where there are not two: stages are counted; a cost is as in its table."""
+
 
 class Advice:
     """The sections of one document."""
@@ -49,9 +52,9 @@ class Advice:
         names = (
             ("load_share", words.say("share of the time in use", "稼働率"), 0, PERCENT, " %"),
             ("kwh_per_million", words.say("kWh for a million tokens", "百万トークンのkWh"), 2, 1.0, ""),
-            ("power_per_million", words.say("power", "電力費"), 2, 1.0, unit),
-            ("devices_per_million", words.say("devices", "機器費"), 2, 1.0, unit),
-            ("per_million", words.say("together", "合計"), 2, 1.0, unit),
+            ("power_per_million", words.say("power", "電力費"), 3, 1.0, unit),
+            ("devices_per_million", words.say("devices", "機器費"), 3, 1.0, unit),
+            ("per_million", words.say("together", "合計"), 3, 1.0, unit),
             ("payback_days", words.say("paid back after days", "回収日数"), 0, 1.0, ""),
         )
         devices = nouns(document["cost"]["devices"], "device")
@@ -187,7 +190,9 @@ class Advice:
             at = f"/recommendation/rules/{i}"
             compared: Text = ("–",)
             if rule["value"] is not None and rule["limit"] is not None:
-                compared = (Value(f"{at}/value", 2), words.word(" against ", " 対 "), Value(f"{at}/limit", 2))
+                digits = _DIGITS.get(rule["name"], 2)
+                value, limit = Value(f"{at}/value", digits), Value(f"{at}/limit", digits)
+                compared = (value, words.word(" against ", " 対 "), limit)
             elif rule["value"] is not None:
                 compared = (Value(f"{at}/value", 0),)
             rows.append((texts[rule["name"]], answers[rule["holds"]], compared))

@@ -174,7 +174,7 @@ def _summary(document: Document, words: Words) -> Iterator[Block]:
         )
     cost = "/copies_cost" if document["recommendation"]["verdict"] == "copies" else "/cost"
     for pointer, en, ja, digits, unit in (
-        (f"{cost}/per_million", "cost of a million tokens", "百万トークンの費用", 2, currency),
+        (f"{cost}/per_million", "cost of a million tokens", "百万トークンの費用", 3, currency),
         (f"{cost}/payback_days", "days until the devices have paid for themselves", "投資回収までの日数", 0, ""),
     ):
         if look_up(document, pointer) is not None:

@@ -219,16 +219,22 @@ class Sections:
                 " was killed. The ring started it again and computed the lost tokens' cache anew.",
                 "のプロセスを強制終了した。リングはそれを再起動し、失われたキャッシュを計算し直した。",
             )
+            + words.say(
+                " Seconds: the kill and its notice count from the question; ring, layers and first token from the "
+                "notice; and until all went on, from the kill.",
+                "秒数の起点：停止と検知は要求から、リング確定・層の読込・最初のトークンは検知から、"
+                "全要求の再開は停止から。",
+            )
         )
         head = (
             words.say("stage", "段階"),
-            words.say("killed", "停止したデバイス"),
-            words.say("after, s", "停止時刻（秒）"),
+            words.say("device", "停止したデバイス"),
+            words.say("killed, s", "停止（秒）"),
             words.say("noticed, s", "検知（秒）"),
-            words.say("ring found, s after", "リング確定（検知から秒）"),
+            words.say("ring found, s", "リング確定（秒）"),
             words.say("layers loaded, s", "層の読込（秒）"),
             words.say("first token, s", "最初のトークン（秒）"),
-            words.say("all went on, s after the kill", "全要求の再開（停止から秒）"),
+            words.say("all went on, s", "全要求の再開（秒）"),
             words.say("longest silence, s", "最長の無応答（秒）"),
             words.say("equal answers", "一致した回答"),
         )

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,20 @@ def test_every_figure_of_the_report_is_in_the_document(language: Language) -> No
         assert assert_traces_back(html(page, document), page, document) > 100
 
 
+def test_words_stand_at_the_left_and_figures_keep_their_unit() -> None:
+    document = trial()
+    text = html(trial_page(document, "en"), document)
+    assert '<th scope="col" class="words">gate</th>' in text and '<td class="words">passed</td>' in text
+    assert '<th scope="col">value</th>' in text
+    assert re.search(r'<td><data [^>]*class="number">0.484 JPY</data></td>', text)
+
+
+def test_the_drill_says_from_when_its_seconds_count() -> None:
+    text = english(trial())
+    assert "the kill and its notice count from the question" in text
+    assert "| stage | device | killed, s | noticed, s | ring found, s | layers loaded, s | first token, s |" in text
+
+
 def test_both_languages_show_the_same_figures() -> None:
     document = trial()
     en, ja = (sorted(v.pointer for v in values_of(trial_page(document, language))) for language in LANGUAGES)
@@ -49,7 +64,7 @@ def test_the_report_says_when_the_ring_is_the_wrong_answer() -> None:
     assert "**A ring is the wrong answer here: the model fits one device." in text
     assert "A whole copy on each of the 3 devices reaches 12.0 tokens/s where the ring reached 10.0." in text
     # Three devices of 100 over 2 years, and 30 W at 0.3, for 12 tokens/s: 0.3964 and 0.2083 for a million.
-    assert "| cost of a million tokens | 0.60 JPY |" in text
+    assert "| cost of a million tokens | 0.605 JPY |" in text
     assert document["facts"]["cost_per_million"] == pytest.approx(0.60470, abs=1e-5)
 
 
@@ -114,7 +129,8 @@ def test_tables_have_the_right_figures() -> None:
     assert "planner would leave out: node-2" in text
     assert "| full multi-head (computed) | 8 | 4.0 |" in text
     # 30 W at 15 tokens/s: a million takes 18.52 h, 0.5556 kWh; devices 300 / 17520 h * 18.52 h.
-    assert "| the ring of 3 devices | 100 % | 0.56 | 0.17 JPY | 0.32 JPY | 0.48 JPY | 126 |" in text
+    assert "| the ring of 3 devices | 100 % | 0.56 | 0.167 JPY | 0.317 JPY | 0.484 JPY | 126 |" in text
+    assert "Every stage passed its gates: the ring of all devices. | holds | 3 against 3 |" in text
     assert "Energy: 30.0 W for all devices together (as given for each device), 2.00 J for a token." in text
 
 
