@@ -137,8 +137,7 @@ class _Model:
             for k in range(len(ring["layers"])):
                 layers += [", "] if k else []
                 layers.append(self._value(f"{at}/layers/{k}"))
-            shares = ring["many"]["nodes"]
-            most = max(range(len(shares)), key=lambda k, shares=shares: shares[k]["rss_bytes"])  # type: ignore[misc]
+            most = _largest(ring)
             rows.append(
                 (
                     (self._value(f"{at}/nodes"),),
@@ -184,9 +183,10 @@ class _Model:
             for j, ring in enumerate(self._model["rings"])
         )
         weights = tuple(
-            self._point(float(ring["nodes"]), self._value(f"rings/{j}/many/nodes/{k}/weight_bytes", 0, MIB))
+            self._point(
+                float(ring["nodes"]), self._value(f"rings/{j}/many/nodes/{_largest(ring)}/weight_bytes", 0, MIB)
+            )
             for j, ring in enumerate(self._model["rings"])
-            for k in [len(ring["many"]["nodes"]) - 1]
         )
         return Chart(
             self._name("memory"),
@@ -195,7 +195,7 @@ class _Model:
             "MiB",
             (
                 Series(words.word("largest process", "最大のプロセス"), points),
-                Series(words.word("weights of the last device", "最後のデバイスの重み"), weights),
+                Series(words.word("of these weights", "うち重み"), weights),
             ),
         )
 
@@ -360,3 +360,9 @@ def gqa_text(words: Words) -> Text:
         "キーとバリューはデバイスの外に出ない。"
         "GQAはKVキャッシュを（KVヘッド数／クエリヘッド数の比で）小さくし、計算も減らす。",
     )
+
+
+def _largest(ring: dict[str, Any]) -> int:
+    """Return which node of a ring had the largest process."""
+    nodes = ring["many"]["nodes"]
+    return max(range(len(nodes)), key=lambda k: float(nodes[k]["rss_bytes"]))

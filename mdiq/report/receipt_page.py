@@ -8,6 +8,32 @@ _BUSY = 0.5
 """More load than this for each core may change figures."""
 
 
+_NAMES = {
+    "cpu": ("processor", "プロセッサ"),
+    "cores": ("cores", "コア数"),
+    "kernel": ("kernel", "カーネル"),
+    "python": ("Python", "Python"),
+    "nodes": ("nodes", "ノード数"),
+    "few": ("nodes of the first stages", "最初の段階のノード数"),
+    "users": ("users at once", "同時利用者数"),
+    "prompt_tokens": ("tokens of a prompt", "プロンプトのトークン数"),
+    "answer_tokens": ("tokens of an answer", "回答のトークン数"),
+    "example_tokens": ("tokens of the example for KV memory", "KVメモリの例のトークン数"),
+    "weights": ("format of the weights", "重みの形式"),
+    "dtype": ("number format", "数値形式"),
+    "seed": ("seed", "乱数の種"),
+    "keep_going": ("goes on after a stage that did not pass", "不合格後も続行"),
+    "drill_node": ("node of the drill, if named", "訓練の対象ノード（指定時）"),
+    "is_local": ("nodes on this machine", "このマシン上のノード"),
+    "threads_per_node": ("threads of a node", "ノードのスレッド数"),
+    "cpu_per_node": ("cores of a node", "ノードのコア数"),
+    "link": ("condition of the hops", "ホップの条件"),
+    "lengths": ("tokens before the counted one", "計数時の直前までのトークン数"),
+    "wires": ("formats of the hops", "ホップの形式"),
+}
+"""Names of the machine and the settings in the document, in English and Japanese."""
+
+
 def receipt_blocks(document: Document, words: Words) -> Iterator[Block]:
     """Yield the receipt: machine, command, commit, settings."""
     yield Heading(words.say("Receipt", "計測の記録"))
@@ -18,8 +44,8 @@ def receipt_blocks(document: Document, words: Words) -> Iterator[Block]:
         (words.say("commit", "コミット"), _commit(document, words)),
     ]
     rows.append((words.say("load average before", "計測前の負荷平均"), (Value("/receipt/load_average", 1),)))
-    rows += [((name,), (Value(f"/receipt/machine/{name}"),)) for name in document["receipt"]["machine"]]
-    rows += [((name,), _setting(name, value)) for name, value in document["settings"].items()]
+    rows += [(_name(name, words), (Value(f"/receipt/machine/{name}"),)) for name in document["receipt"]["machine"]]
+    rows += [(_name(name, words), _setting(name, value)) for name, value in document["settings"].items()]
     yield Table((words.say("what", "項目"), words.say("value", "値")), tuple(rows))
     yield Paragraph(
         words.say(
@@ -63,6 +89,10 @@ def early_warning(document: Document, words: Words) -> Iterator[Block]:
                 ),
                 "bad",
             )
+
+
+def _name(name: str, words: Words) -> Text:
+    return words.say(*_NAMES[name]) if name in _NAMES else (name,)
 
 
 def _commit(document: Document, words: Words) -> Text:

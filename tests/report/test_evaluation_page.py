@@ -6,7 +6,7 @@ import pytest
 from mdiq.report.evaluation_page import evaluation_page
 from mdiq.report.html import html
 from mdiq.report.markdown import csv_text, markdown
-from mdiq.report.page import LANGUAGES, Language, Table
+from mdiq.report.page import LANGUAGES, Chart, Language, Table
 from tests.report.fakes import MIB, evaluation
 from tests.report.tracing import assert_traces_back, values_of
 
@@ -72,6 +72,20 @@ def test_the_weights_of_the_largest_process_are_its_own() -> None:
     document["models"][0]["rings"][1]["peak_rss_bytes"] = 400 * MIB
     text = markdown(evaluation_page(document, "en"), document, "")
     assert "| 2 | 0-0, 1-1 | 10.00 | 20.00 | 2.00 | 400 | 50 |" in text
+    memory = next(
+        block
+        for block in evaluation_page(document, "en").blocks
+        if isinstance(block, Chart) and block.name.endswith("memory")
+    )
+    assert memory.series[1].points[1].y == 50, "the plot shows what the table does"
+
+
+def test_settings_are_named_in_the_readers_language() -> None:
+    document = evaluation().as_document()
+    en, ja = (markdown(evaluation_page(document, language), document, "") for language in LANGUAGES)
+    assert "| tokens of a prompt | 8 |" in en and "| プロンプトのトークン数 | 8 |" in ja
+    for name in (*document["receipt"]["machine"], *document["settings"]):
+        assert f"| {name} |" not in ja or name == "Python"
 
 
 def test_no_name_is_a_formula_in_a_spreadsheet() -> None:
