@@ -30,7 +30,7 @@ from mdiq.report.simulate_rings import KV_STEP, Question, node_profiles
 from mdiq.runtime.epochs import LOOPBACK_HOP_S
 from mdiq.runtime.options import Outages, RingOptions
 from mdiq.runtime.ring_host import RingHost
-from mdiq.testbed.cpu_quota import PERIOD_US, CpuQuota, check_quota
+from mdiq.testbed.cpu_quota import CpuQuota, check_quota, period_us
 from mdiq.testbed.link_shape import LinkShape
 from mdiq.testbed.slow_ring import SlowRing
 
@@ -78,7 +78,7 @@ def frozen_s(cpu: float) -> float:
     Its group is frozen for (1 - cpu) of each period, event loop included. A frame that arrives in that part, as
     (1 - cpu) of them do, waits for half of it. A slow device is not frozen: this holds for the rings here alone.
     """
-    return (1 - min(cpu, 1.0)) ** 2 * PERIOD_US / 1e6 / 2
+    return (1 - min(cpu, 1.0)) ** 2 * period_us(cpu) / 1e6 / 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Slow devices on a fast machine: control groups that give a process a part of a core, version 2 or 1 of them.
 
-The quota's period is short: a process that has used its share of a period waits until the next one begins, and with the
-kernel's default of 100 ms a forward of 10 ms would now and then take 60.
+A quota's period is as short as the kernel lets it be: a process runs at full speed until it has used its share of a
+period, and waits then until the next one begins. A slow device does neither. With the kernel's default of 100 ms a
+forward of 10 ms would take 10 ms, or 60.
 """
 
 import contextlib
@@ -14,13 +15,19 @@ from pathlib import Path
 from mdiq.errors import ConfigError
 from mdiq.runtime.cpu_quota import Hierarchy, hierarchies
 
-PERIOD_US = 20_000
-MIN_CPU = 0.05  # the kernel takes no quota under 1 ms
+MIN_CPU = 0.05
+_PERIOD_US = 5_000  # about a tick of the kernel, which is how long it may take to see that a share is used up
+_MIN_QUOTA_US = 1_000  # the kernel takes none under that
 _PREFIX = "mdiq-bench-"
 _MAX_WEIGHT = 10_000  # of a group against a process beside it, which has 100: version 2
 _MAX_SHARES = 262_144  # the same where a process has 1,024: version 1
 _REMOVE_TRIES = 50
 _REMOVE_WAIT_S = 0.02
+
+
+def period_us(cpu: float) -> int:
+    """Return how long a period is in which a process may have a part of a core, or several."""
+    return max(_PERIOD_US, round(_MIN_QUOTA_US / cpu))
 
 
 class CpuQuota:
@@ -103,13 +110,13 @@ def _make(parent: Path, name: str, cpu: float, hierarchy: Hierarchy, *, comes_fi
     folder = parent / f"{_PREFIX}{os.getpid()}-{name}"
     folder.mkdir()
     try:
-        quota_us = round(cpu * PERIOD_US)
+        quota_us = round(cpu * (period := period_us(cpu)))
         if hierarchy.is_version_2:
-            (folder / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
+            (folder / "cpu.max").write_text(f"{quota_us} {period}")
             if comes_first:
                 (folder / "cpu.weight").write_text(str(_MAX_WEIGHT))
         else:
-            (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+            (folder / "cpu.cfs_period_us").write_text(str(period))
             (folder / "cpu.cfs_quota_us").write_text(str(quota_us))
             if comes_first:
                 (folder / "cpu.shares").write_text(str(_MAX_SHARES))

@@ -97,8 +97,8 @@ def test_what_the_starters_forwards_cost_more_is_in_the_head() -> None:
 
 
 def test_a_frame_waits_for_a_frozen_node() -> None:
-    # Of each 20 ms a node with half a core is frozen for 10: half of the frames wait 5 ms.
-    assert frozen_s(0.5) == pytest.approx(0.0025)
+    # Of each 5 ms a node with half a core is frozen for 2.5: half of the frames wait 1.25 ms.
+    assert frozen_s(0.5) == pytest.approx(0.000625)
     assert frozen_s(1.0) == frozen_s(2.0) == 0.0
 
 

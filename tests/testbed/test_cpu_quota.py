@@ -25,7 +25,7 @@ def test_version_2_gets_its_quota_where_the_controller_is_on(root: Path) -> None
     (root / "own" / "cgroup.subtree_control").write_text("cpuset cpu memory")
     quota = CpuQuota.create("node-1", 0.5)
     assert quota.folder.parent == root / "own"
-    assert (quota.folder / "cpu.max").read_text() == "10000 20000"
+    assert (quota.folder / "cpu.max").read_text() == "2500 5000"
     quota.add(77)
     assert (quota.folder / "cgroup.procs").read_text() == "77"
 
@@ -45,8 +45,15 @@ def test_the_controller_is_switched_on_where_it_is_off(root: Path) -> None:
 def test_version_1_gets_period_and_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_quota, "hierarchies", lambda: [Hierarchy(tmp_path, tmp_path, is_version_2=False)])
     folder = CpuQuota.create("node-1", 1.5).folder
-    assert (folder / "cpu.cfs_period_us").read_text() == "20000"
-    assert (folder / "cpu.cfs_quota_us").read_text() == "30000"
+    assert (folder / "cpu.cfs_period_us").read_text() == "5000"
+    assert (folder / "cpu.cfs_quota_us").read_text() == "7500"
+
+
+def test_a_small_part_of_a_core_has_a_period_with_a_millisecond_of_it(root: Path) -> None:
+    """The kernel takes no quota under that; a longer period than needed would be less like a slow device."""
+    (root / "own" / "cgroup.subtree_control").write_text("cpu")
+    assert (CpuQuota.create("node-1", 0.2).folder / "cpu.max").read_text() == "1000 5000"
+    assert (CpuQuota.create("node-2", 0.05).folder / "cpu.max").read_text() == "1000 20000"
 
 
 def test_a_quota_may_come_before_other_processes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +72,8 @@ def test_nodes_of_a_slow_ring_may_have_unlike_quotas(root: Path) -> None:
         ring.slow_node(f"node-{number}", 70 + number)
     groups = {folder.name.rpartition("-node-")[2]: folder for folder in (root / "own").glob("mdiq-bench-*")}
     assert {name: (folder / "cpu.max").read_text() for name, folder in groups.items()} == {
-        "0": "10000 20000",
-        "2": "5000 20000",
+        "0": "2500 5000",
+        "2": "1250 5000",
     }
     assert (groups["2"] / "cgroup.procs").read_text() == "72"
 
