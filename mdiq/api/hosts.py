@@ -32,6 +32,8 @@ class Hosts:
         if (found := _HOST.fullmatch(host)) is None:
             return False
         name = found[1].lower().removesuffix(".")
+        if not name:
+            return False
         if ("." not in name and name[0] != "[") or name.endswith(".localhost") or name in self._names:
             return True
         try:

@@ -14,7 +14,7 @@ from mdiq.route.pool import Pool
 from tests.api.test_app import CHAT, FakeRing, _error
 
 OWN = "127.0.0.1 127.0.0.1:8080 [::1]:8080 [fe80::1] localhost:8080 LOCALHOST a.localhost mdiq:80 10.0.0.1.".split()
-STRANGE = "rebound.example.org 127.0.0.1.nip.io:8080 a.local localhost.example.org. ::1 [::1 a:b [a]".split()
+STRANGE = "rebound.example.org 127.0.0.1.nip.io:8080 a.local localhost.example.org. ::1 [::1 a:b [a] . .:80".split()
 
 
 @pytest.mark.parametrize("host", OWN)
