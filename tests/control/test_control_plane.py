@@ -449,6 +449,14 @@ async def test_an_answer_to_an_earlier_assignment_is_not_taken_for_one_to_this(p
         assert (await second)[ONE].kv_tokens == 99
 
 
+async def _second_of_loaded(plane: Plane) -> MemoryControlLink:
+    """Have two Nodes join and load; return the second."""
+    one, two = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
+    await plane.coordinator.all_joined()
+    await _loads(plane, one, two)
+    return two
+
+
 async def _asked_in_vain(kind: type[MdiqError], what: Awaitable[object], monkeypatch: pytest.MonkeyPatch) -> MdiqError:
     """Return the error of whoever asks a node that stands still."""
     monkeypatch.setattr(coordinator_module, "REPEAT_S", 0.001)
@@ -464,9 +472,7 @@ async def test_a_node_that_stands_still_with_something_else_than_its_part_stays(
     plane: Plane, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change that had its nodes fetch first would have waited for ever."""
-    one, two = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
-    await plane.coordinator.all_joined()
-    await _loads(plane, one, two)
+    two = await _second_of_loaded(plane)
     requests: dict[str, Callable[[], Awaitable[object]]] = {
         "SendBurst": lambda: plane.coordinator.ask(TWO, control.SendBurst(1, 1, 2, 100), control.BurstSent),
         "Fetch": lambda: plane.coordinator.ask(TWO, control.Fetch(1, 0, 1, "digest", PLAIN_WEIGHTS), control.Fetched),
@@ -487,9 +493,7 @@ async def test_a_node_that_lives_and_never_answers_is_lost_and_may_join_anew(
     plane: Plane, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was waited for for ten minutes, and then all requests of the ring ended."""
-    one, two = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
-    await plane.coordinator.all_joined()
-    await _loads(plane, one, two)
+    await _second_of_loaded(plane)
     requests: dict[str, Callable[[], Awaitable[object]]] = {
         "Assign": lambda: plane.coordinator.assign({TWO: assignment(epoch=2, measures=False)}),
         "Begin": lambda: plane.coordinator.begin({TWO: control.Begin(2, "f32")}),
@@ -505,9 +509,7 @@ async def test_a_node_that_lives_and_never_answers_is_lost_and_may_join_anew(
 async def test_a_node_that_gets_on_with_a_long_load_is_waited_for(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = [await _by_hand(plane, name) for name in ("node-1", "node-2")]
-    await plane.coordinator.all_joined()
-    await _loads(plane, one, two)
+    two = await _second_of_loaded(plane)
     monkeypatch.setattr(coordinator_module, "REPEAT_S", 0.001)
     monkeypatch.setattr(answers_module, "STALL_S", 0.004)  # four looks
     looks = 0
