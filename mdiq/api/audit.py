@@ -1,4 +1,4 @@
-"""A line in the log for each request, without its content, and the id under which a client finds it.
+"""A line in the log for each request, without its content, a span if wanted, and the id by which a client finds it.
 
 Requests that the ring has run are all logged (request_ended): each took its time. Others cost nothing, so their lines
 (request_served, request_refused) are limited as all lines are, see telemetry/logging.py: a flood of them fills no disk.
@@ -7,13 +7,15 @@ Requests that the ring has run are all logged (request_ended): each took its tim
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from mdiq.api.clients import Client
+from mdiq.api.request_traces import TRACES, RequestTraces, parent_in
 
 log = structlog.get_logger()
 
@@ -33,6 +35,7 @@ class Record:
 
     request_id: the client's own, if it is short and printable. begun_s: when its head had come. path: of the route;
     what leads nowhere may be content. client: who asks; None before its key is known. more: further fields of its line.
+    traces: gets a span too; method and parent are for that.
     """
 
     request_id: str
@@ -46,9 +49,17 @@ class Record:
     num_answer: int = 0
     finish_reason: str = "none"
     more: dict[str, object] = field(default_factory=dict)
+    traces: RequestTraces | None = None
+    method: str = "POST"
+    parent: Mapping[str, str] = field(default_factory=dict)
+
+    def of_answer(self) -> "Record":
+        """Return the record of an answer that may outlive its request."""
+        own = self.request_id, self.begun_s, self.path, self.address, self.client
+        return Record(*own, traces=self.traces, parent=self.parent)
 
     def log(self, status: int, now: float) -> None:
-        """Write the line."""
+        """Write the line, and make the span."""
         if self.path in QUIET and status not in (401, LEFT):
             return
         kind = "request_ended" if self.has_run else "request_served" if status < 400 else "request_refused"
@@ -64,6 +75,20 @@ class Record:
             **(tokens if self.has_run else {}),
             **self.more,
         )
+        if self.traces is not None:
+            self.traces.note(self.method, self.path, now - self.begun_s, status, self._attributes(), self.parent)
+
+    def _attributes(self) -> dict[str, Any]:
+        own = {"client.address": self.address, "mdiq.request_id": self.request_id}
+        if self.client is not None and self.client.key.name:
+            own["mdiq.key"] = self.client.key.name
+        if not self.has_run:
+            return own
+        return own | {
+            "gen_ai.usage.input_tokens": self.num_prompt,
+            "gen_ai.usage.output_tokens": self.num_answer,
+            "gen_ai.response.finish_reasons": [self.finish_reason],
+        }
 
 
 RECORD: web.RequestKey[Record] = web.RequestKey("record", Record)
@@ -79,6 +104,9 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
         time.monotonic(),
         resource.canonical if resource is not None else "none",
         request.remote or "",
+        traces=request.app.get(TRACES),
+        method=request.method if request.method in hdrs.METH_ALL else "_OTHER",
+        parent=parent_in(request.headers),
     )
     status = LEFT
     try:

@@ -12,6 +12,7 @@ from mdiq.api.audit import RECORD, add_request_id, audited
 from mdiq.api.clients import Clients
 from mdiq.api.messages import errors_in_their_form
 from mdiq.api.origins import Origins
+from mdiq.api.request_traces import traced
 from mdiq.api.requests import MAX_BODY_BYTES, ApiError, broke
 from mdiq.api.server import error_response, let_in
 from mdiq.errors import MdiqError
@@ -63,6 +64,7 @@ class Door:
         """Return an application that has this door, and no routes but those about itself."""
         middlewares = [audited, errors_in_their_form, self._errors]
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
+        app.cleanup_ctx.append(traced)
         app.on_response_prepare.extend([self._origins.allow, add_request_id])
         app.add_routes(
             [
@@ -129,5 +131,10 @@ class Door:
 
 
 def _no_route(request: web.Request, error: web.HTTPException) -> str:
+    if error.status == 404 and request.path.endswith("/embeddings"):
+        return (
+            "this API has no embeddings: the hidden states of a model that writes are no measure of likeness, however "
+            "they are averaged; run a model made for embeddings, by another program"
+        )
     text = f"{request.method} {request.path[:200]}: {error.reason}"
     return f"{text}; the API is under /v1, as in POST /v1/chat/completions" if error.status == 404 else text

@@ -94,7 +94,7 @@ class ResponseRoutes:
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         begun.add_done_callback(lambda it: it.cancelled() or it.exception())  # its client may have gone
         # The log has a line for the answer, when it has ended, beside that of the request.
-        own = Record(record.request_id, record.begun_s, record.path, record.address, record.client)
+        own = record.of_answer()
         make = partial(self._begin, response, asked, own, begun)
         response.task = asyncio.create_task(self._run(response, make, own, begun), name="response")
         self._store.add(response)

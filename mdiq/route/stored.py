@@ -13,6 +13,7 @@ import structlog
 from aiohttp import ClientResponse, web
 
 from mdiq.api.audit import FOR, HEADER, RECORD
+from mdiq.api.request_traces import parent_in
 from mdiq.api.requests import ApiError, BadRequest
 from mdiq.route.asked import RESPONSES, Asked, packed
 from mdiq.route.choice import Wanted
@@ -167,9 +168,8 @@ class Stored:
 
     def headers(self, link: Link, request: web.Request) -> dict[str, str]:
         """Return the headers with which a server is asked for a client."""
-        headers = {HEADER: request[RECORD].request_id}
-        if link.passes_keys:
-            headers |= key_headers(request.headers)
+        headers = {HEADER: request[RECORD].request_id, **parent_in(request.headers)}
+        headers |= key_headers(request.headers) if link.passes_keys else {}
         client = request[RECORD].client
         if client is not None and client.key.digest:  # servers do not see whose key it is
             headers[FOR] = blake2b(client.key.digest, digest_size=16).hexdigest()
