@@ -144,7 +144,9 @@ def shown(raw: object, value: Value) -> str:
     """Return a figure as it is written."""
     if raw is None:
         return NOTHING
-    if isinstance(raw, bool) or not isinstance(raw, int | float):
+    if isinstance(raw, bool):
+        return "✓" if raw else NOTHING  # in either language
+    if not isinstance(raw, int | float):
         return f"{raw}{value.unit}"
     number = raw / value.scale
     return f"{number:{'+' if value.has_sign else ''},.{value.digits}f}{value.unit}"

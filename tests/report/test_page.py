@@ -26,7 +26,8 @@ def test_a_place_that_is_not_there_is_an_error(pointer: str) -> None:
         (-3, Value("", 0, has_sign=True), "-3"),
         (None, Value("", 2, unit=" s"), NOTHING),
         ("f32", Value(""), "f32"),
-        (True, Value(""), "True"),
+        (True, Value(""), "✓"),
+        (False, Value(""), NOTHING),
     ],
 )
 def test_a_figure_is_written_as_its_value_says(raw: object, value: Value, expected: str) -> None:
