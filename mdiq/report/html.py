@@ -25,15 +25,18 @@ def html(page: Page, document: Document) -> str:
     def text_html(pieces: Text) -> Markup:
         return Markup("").join(piece_html(piece) for piece in pieces)
 
-    def in_words(table: Table, column: int) -> bool:
-        """Return whether no cell of a column has a number: words stand at the left, figures at the right."""
-        pieces = (piece for row in table.rows for piece in row[column])
-        return not any(isinstance(piece, Value) and is_number(look_up(document, piece.pointer)) for piece in pieces)
+    def of_words(table: Table) -> list[bool]:
+        """Return which columns have no number in any cell: words stand at the left, figures at the right."""
+
+        def has_number(cell: Text) -> bool:
+            return any(isinstance(piece, Value) and is_number(look_up(document, piece.pointer)) for piece in cell)
+
+        return [not any(map(has_number, cells)) for cells in zip(*table.rows, strict=True)] or [True] * len(table.head)
 
     def picture(chart: Chart) -> Markup:
         return Markup(svg.draw(chart, document))  # svg.py escapes what it is given
 
-    return template.render(page=page, document=document, text=text_html, in_words=in_words, picture=picture)
+    return template.render(page=page, document=document, text=text_html, of_words=of_words, picture=picture)
 
 
 def is_number(raw: object) -> bool:

@@ -297,7 +297,7 @@ class NodeProcess:
             if self._peers is None:
                 raise ConfigError("this node has the model beside it")
             fetched = await self._fetched(
-                self._peers, fetch.model_digest, fetch.weights.format, layers, self._tell_ahead
+                self._peers, fetch.model_digest, fetch.weights.format, layers, self._tell_starter
             )
             self._ahead_in_use = fetched.in_use
             log.info("standby_layers_here", layers=str(layers), num_bytes=fetched.num_bytes)
@@ -312,7 +312,7 @@ class NodeProcess:
         on_disk = await asyncio.to_thread(stored_layers, _folder(fetch.model_digest, fetch.weights.format))
         return control.Fetched(fetch.number, on_disk, error)
 
-    def _tell_ahead(self, done: int, total: int) -> None:
+    def _tell_starter(self, done: int, total: int) -> None:
         if self._agent is not None:
             self._agent.loading(done, total)
 
@@ -337,8 +337,7 @@ class NodeProcess:
     def _progress(self, what: str, done: int, total: int) -> None:
         share = f": {100 * done // total} %" if total else ""
         self._notifier.starting(f"{what} {self._layers}{share}")
-        if self._agent is not None:
-            self._agent.loading(done, total)
+        self._tell_starter(done, total)
 
     async def _connect_hop(self, endpoint: str) -> PushSink:
         if self._peers is None:

@@ -1,6 +1,7 @@
 """A Coordinator and Agents over control links inside this process, with a clock that a test moves."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -12,8 +13,9 @@ from mdiq.control.standby import StandingBy
 from mdiq.core import control
 from mdiq.core.types import PLAIN_WEIGHTS, NodeId
 from mdiq.core.work import Work
-from mdiq.errors import MdiqError
+from mdiq.errors import MdiqError, TransportError
 from mdiq.telemetry.trace import Span
+from mdiq.transport.base import ControlLink
 from mdiq.transport.memory import MemoryControlServer
 
 KEY = b"the control key, 32 bytes of it."
@@ -98,6 +100,33 @@ class Heartbeats(dict[NodeId, control.Heartbeat]):
         self.heard.put_nowait(node)
 
 
+async def loads(_: control.Assign) -> control.Ready:
+    """Have layers at once."""
+    return ready()
+
+
+def agent_on(
+    link: ControlLink,
+    name: str = "node-1",
+    *,
+    load: Load = loads,
+    heartbeat: Callable[[], control.Heartbeat] = heartbeat,
+) -> Agent:
+    """Return a Node's Agent that nobody runs yet; it does at once what it is asked."""
+    return Agent(
+        link,
+        KEY,
+        control.Hello(name, f"tcp://127.0.0.1:600{name[-1]}", 1, VERSION),
+        load=load,
+        send_burst=send_burst,
+        begin=begin,
+        fetch=fetch,
+        stand_by=stand_by,
+        heartbeat=heartbeat,
+        spans=list,
+    )
+
+
 @dataclass
 class Plane:
     """A control plane whose Coordinator expects ``node-1`` and ``node-2``, and goes without ``node-3``."""
@@ -140,10 +169,6 @@ class Plane:
         identity: bytes | None = None,
     ) -> "tuple[Agent, asyncio.Task[None]]":
         """Start an Agent; ``load`` is what it does with an Assign, ``begin`` with a Begin."""
-
-        async def loads(_: control.Assign) -> control.Ready:
-            return ready()
-
         agent = Agent(
             self.server.connect(identity or name.encode()),
             key,
@@ -159,6 +184,23 @@ class Plane:
         task = asyncio.create_task(agent.run(), name=name)
         self.tasks.append(task)
         return agent, task
+
+    def cuts_off(
+        self, node: str, num_tries: int, monkeypatch: pytest.MonkeyPatch
+    ) -> "tuple[bytes, Counter[tuple[bytes, int]]]":
+        """Have so many sends of each Begin to a Node fail; return its connection, and the tries by that and Epoch."""
+        send, cut_off = self.server.send, self.coordinator._identities[NodeId(node)]
+        tries: Counter[tuple[bytes, int]] = Counter()
+
+        async def send_later(identity: bytes, data: bytes) -> None:
+            if isinstance(message := control.decode(data, KEY), control.Begin):
+                tries[identity, message.epoch] += 1
+                if identity == cut_off and tries[identity, message.epoch] <= num_tries:
+                    raise TransportError("not connected")
+            await send(identity, data)
+
+        monkeypatch.setattr(self.server, "send", send_later)
+        return cut_off, tries
 
     async def _stands_by(self, message: control.StandBy) -> None:
         self.stand_by.append(message)

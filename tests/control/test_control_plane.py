@@ -13,7 +13,7 @@ from mdiq.control import agent as agent_module
 from mdiq.control import answers as answers_module
 from mdiq.control import coordinator as coordinator_module
 from mdiq.control import node_watch
-from mdiq.control.agent import SPANS_PER_CHUNK, Agent
+from mdiq.control.agent import SPANS_PER_CHUNK
 from mdiq.control.answers import Patience
 from mdiq.control.coordinator import REPEAT_S, Coordinator
 from mdiq.core import control
@@ -29,13 +29,11 @@ from tests.control.conftest import (
     LEASE_S,
     VERSION,
     Plane,
+    agent_on,
     assignment,
     begin,
-    fetch,
     heartbeat,
     ready,
-    send_burst,
-    stand_by,
 )
 
 ONE, TWO = NodeId("node-1"), NodeId("node-2")
@@ -158,18 +156,7 @@ async def test_a_newer_assignment_takes_the_place_of_one_that_loads() -> None:
 
     server = MemoryControlServer()
     link = server.connect(b"node-9")
-    agent = Agent(
-        link,
-        KEY,
-        control.Hello("node-9", "tcp://127.0.0.1:6009", 1, VERSION),
-        load=load,
-        send_burst=send_burst,
-        begin=begin,
-        fetch=fetch,
-        stand_by=stand_by,
-        heartbeat=heartbeat,
-        spans=list,
-    )
+    agent = agent_on(link, "node-9", load=load)
     running = asyncio.create_task(agent.run())
     async with asyncio.timeout(20):
         identity, _ = await server.receive()
@@ -691,18 +678,7 @@ async def test_an_agent_that_cannot_report_ends_with_the_error(monkeypatch: pyte
     def breaks() -> control.Heartbeat:
         raise EngineError("no figures")
 
-    agent = Agent(
-        link,
-        KEY,
-        control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION),
-        load=lambda _: asyncio.get_running_loop().create_future(),
-        send_burst=send_burst,
-        begin=begin,
-        fetch=fetch,
-        stand_by=stand_by,
-        heartbeat=breaks,
-        spans=list,
-    )
+    agent = agent_on(link, load=lambda _: asyncio.get_running_loop().create_future(), heartbeat=breaks)
     with pytest.raises(EngineError, match="no figures"):
         async with asyncio.timeout(20):
             await agent.run()
@@ -739,24 +715,7 @@ async def test_the_same_over_real_sockets() -> None:
     coordinating = asyncio.create_task(coordinator.run())
     link = await DealerLink.connect(context, server.endpoint, identity="node-1")
 
-    async def load(_: control.Assign) -> control.Ready:
-        return ready()
-
-    hello = control.Hello("node-1", "tcp://127.0.0.1:1", 1, VERSION)
-    agent = asyncio.create_task(
-        Agent(
-            link,
-            KEY,
-            hello,
-            load=load,
-            send_burst=send_burst,
-            begin=begin,
-            fetch=fetch,
-            stand_by=stand_by,
-            heartbeat=heartbeat,
-            spans=list,
-        ).run()
-    )
+    agent = asyncio.create_task(agent_on(link).run())
     assert set(await coordinator.all_joined()) == {ONE}
     assert (await coordinator.assign({ONE: assignment()}))[ONE] == ready()
     await coordinator.drain(10.0)

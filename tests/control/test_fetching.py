@@ -1,15 +1,14 @@
 """Fetching ahead over the control plane: beside what a Node does, and given up for what the Ring waits for."""
 
 import asyncio
-from collections import Counter
 
 import pytest
 
 from mdiq.control import coordinator as coordinator_module
 from mdiq.core import control
 from mdiq.core.types import NodeId, WeightSettings
-from mdiq.errors import NodeDiedError, TransportError
-from tests.control.conftest import KEY, Plane, assignment, ready
+from mdiq.errors import NodeDiedError
+from tests.control.conftest import Plane, assignment, ready
 
 ONE, SPARE = NodeId("node-1"), NodeId("node-3")
 
@@ -106,17 +105,7 @@ async def test_what_cannot_be_sent_is_sent_as_soon_as_the_connection_is_back(
     for name in ("node-1", "node-2"):
         plane.agent(name)
     await plane.coordinator.all_joined()
-    send, cut_off = plane.server.send, plane.coordinator._identities[ONE]
-    tries: Counter[bytes] = Counter()
-
-    async def send_later(identity: bytes, data: bytes) -> None:
-        if isinstance(control.decode(data, KEY), control.Begin):
-            tries[identity] += 1
-            if identity == cut_off and tries[identity] <= 3:
-                raise TransportError("not connected")
-        await send(identity, data)
-
-    monkeypatch.setattr(plane.server, "send", send_later)
+    _, tries = plane.cuts_off("node-1", 3, monkeypatch)
     async with asyncio.timeout(20):
         await plane.coordinator.begin({node: control.Begin(3, "f32") for node in (ONE, NodeId("node-2"))})
     assert sorted(tries.values()) == [1, 4], "only what was not sent is sent again"

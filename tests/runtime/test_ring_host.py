@@ -170,6 +170,12 @@ async def test_nodes_of_this_machine_start_before_torch_and_the_model_are_loaded
     assert events == (["model is opened", "nodes start"] if is_remote else ["nodes start", "model is opened"])
 
 
+def _processes(model: Path, events: RingEvents) -> ProcessWorkers:
+    """Return the Nodes of a ring of two."""
+    options = RingOptions(model, (LayerRange(0, 2), LayerRange(2, 4)))
+    return ProcessWorkers(options, b"the ring's key, of thirty bytes", events)
+
+
 async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,11 +194,7 @@ async def test_a_ring_watches_its_nodes_only_when_torch_is_imported(
 
     monkeypatch.setattr(ProcessWorkers, "_spawn", spawn)
     monkeypatch.setattr(ProcessWorkers, "_join_and_load", join_and_load)
-    stages = ProcessWorkers(
-        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
-        b"the ring's key, of thirty bytes",
-        RingEvents(),
-    )
+    stages = _processes(tiny, RingEvents())
     await stages.open()
     assert not watching()
     await stages.start("", PLAIN_WEIGHTS)
@@ -210,11 +212,7 @@ async def test_a_child_that_ends_is_the_loss_of_its_node(tiny: Path, monkeypatch
         )
 
     monkeypatch.setattr(ProcessWorkers, "_spawn", spawn)
-    stages = ProcessWorkers(
-        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
-        b"the ring's key, of thirty bytes",
-        RingEvents(on_lost=lost.put_nowait),
-    )
+    stages = _processes(tiny, RingEvents(on_lost=lost.put_nowait))
     await stages.open()
     starting = asyncio.create_task(stages.start("", PLAIN_WEIGHTS))
     await asyncio.sleep(0)
@@ -257,11 +255,7 @@ async def test_a_child_of_no_use_is_one_loss_and_another_takes_its_place(
         return child
 
     monkeypatch.setattr(ProcessWorkers, "_spawn", spawn)
-    stages = ProcessWorkers(
-        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
-        b"the ring's key, of thirty bytes",
-        RingEvents(on_lost=lost.put_nowait),
-    )
+    stages = _processes(tiny, RingEvents(on_lost=lost.put_nowait))
     await stages.open()
     stages._ready = {node: control.Ready(1, 64, 1, 1, 1, ((1, 0.1),), ((1, 0.1),))}  # it has served
     coordinator = stages._opened_coordinator
@@ -319,11 +313,7 @@ async def test_a_ring_that_loads_says_that_it_holds_nothing_yet(tiny: Path) -> N
 
 async def test_a_loop_of_the_stages_that_fails_ends_the_ring_with_its_reason(tiny: Path) -> None:
     lost: asyncio.Queue[MdiqError] = asyncio.Queue()
-    stages = ProcessWorkers(
-        RingOptions(tiny, (LayerRange(0, 2), LayerRange(2, 4))),
-        b"the ring's key, of thirty bytes",
-        RingEvents(on_lost=lost.put_nowait),
-    )
+    stages = _processes(tiny, RingEvents(on_lost=lost.put_nowait))
 
     async def fail() -> None:
         raise RuntimeError("a table is full")
