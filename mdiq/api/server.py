@@ -4,10 +4,12 @@ Nothing that a client sends is logged or echoed.
 """
 
 import asyncio
+import contextlib
 import socket as sockets
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from math import ceil
+from pathlib import Path
 from typing import Any, cast
 
 import structlog
@@ -15,6 +17,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from mdiq.api.requests import ApiError
+from mdiq.errors import TransportError
 from mdiq.transport.room import Room, connection_limit
 
 log = structlog.get_logger()
@@ -272,3 +275,28 @@ class ApiRunner(web.AppRunner):
             self._max_connections, lambda it: it.is_let_in, lambda it: it.end(), lambda it: it.is_idle
         )
         return server
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    runner: ApiRunner, file: Path, host: str, port: int, context: ssl.SSLContext | None
+) -> AsyncIterator[None]:
+    """Have an application answer at an address, over HTTPS where there is a ``context``. file: says so, for errors.
+
+    Raises:
+        TransportError: the address cannot be used.
+        MdiqError: the application cannot start.
+    """
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, host, port) if context is None else TlsSite(runner, host, port, context)
+        try:
+            await site.start()
+        except OSError as error:  # it may be free, or this machine's, in a while: a service manager tries again
+            raise TransportError(
+                f"{file}: api: {host} port {port} cannot be used ({error.strerror}); "
+                "see what listens there and whether this machine has that address, or choose others"
+            ) from None
+        yield
+    finally:
+        await runner.cleanup()

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import structlog
-from aiohttp import web
 
 from mdiq.api.certificate import Certificate
 from mdiq.api.keys import ApiKey, read_keys
-from mdiq.api.server import ApiRunner, TlsSite
+from mdiq.api.server import ApiRunner, listening
 from mdiq.api.tls import TlsFiles
 from mdiq.config.routes import LoadedRoutes, RouteServer, load_routes
-from mdiq.errors import ConfigError, TransportError
+from mdiq.errors import ConfigError
 from mdiq.route.app import RouteApi
 from mdiq.route.links import Link
 from mdiq.route.pool import Pool
@@ -101,22 +100,10 @@ class RouteService:
     async def _listening(self) -> AsyncIterator[None]:
         wanted = self._loaded.routes.api
         runner = ApiRunner(self._api.application(), client_timeout_s=wanted.client_timeout_s)
-        await runner.setup()
-        where = (runner, wanted.host, wanted.port)
-        certificate = self._certificate
-        site = web.TCPSite(*where) if certificate is None else TlsSite(*where, certificate.context)
-        try:
-            try:
-                await site.start()
-            except OSError as error:  # it may be free, or this machine's, in a while: a service manager tries again
-                raise TransportError(
-                    f"{self._loaded.file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
-                    "see what listens there and whether this machine has that address, or choose others"
-                ) from None
+        context = None if self._certificate is None else self._certificate.context
+        async with listening(runner, self._loaded.file, wanted.host, wanted.port, context):
             log.info("route_listens", host=wanted.host, port=wanted.port, servers=list(self._pool.links))
             yield
-        finally:
-            await runner.cleanup()
 
     # Servers that come and go
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import structlog
-from aiohttp import web
 
 from mdiq.api.app import Api
-from mdiq.api.server import ApiRunner, TlsSite
+from mdiq.api.server import ApiRunner, listening
 from mdiq.config.load import LoadedTopology, load_topology
 from mdiq.core.sequence import Sequence
 from mdiq.engine.formats.checkpoint import open_checkpoint
@@ -20,7 +19,7 @@ from mdiq.engine.formats.model_source import find_model
 from mdiq.engine.model_config import ModelConfig
 from mdiq.engine.text.grammar import Grammars
 from mdiq.engine.text.tokenizer import Tokenizer
-from mdiq.errors import ConfigError, MdiqError, TransportError
+from mdiq.errors import ConfigError, MdiqError
 from mdiq.plan.drift import Factors
 from mdiq.runtime.admin import AdminServer, socket_path
 from mdiq.runtime.lifecycle import Notifier, serve_until_signal, watchdog_loops
@@ -248,22 +247,11 @@ class TopologyService:
     async def _listening(self) -> AsyncIterator[None]:
         wanted, api = self._wanted_api, self._api
         runner = ApiRunner(api.application(), client_timeout_s=wanted.client_timeout_s, on_cut_off=api.note_cut_off)
-        await runner.setup()
-        certificate, where = self._api_files.certificate, (runner, wanted.host, wanted.port)
-        site = web.TCPSite(*where) if certificate is None else TlsSite(*where, certificate.context)
-        try:
-            try:
-                await site.start()
-            except OSError as error:  # it may be free, or this machine's, in a while: a service manager tries again
-                raise TransportError(
-                    f"{self._file}: api: {wanted.host} port {wanted.port} cannot be used ({error.strerror}); "
-                    "see what listens there and whether this machine has that address, or choose others"
-                ) from None
-            scheme = "http" if certificate is None else "https"
+        certificate = self._api_files.certificate
+        scheme, context = ("http", None) if certificate is None else ("https", certificate.context)
+        async with listening(runner, self._file, wanted.host, wanted.port, context):
             log.info("api_listens", scheme=scheme, host=wanted.host, port=wanted.port, model=self._model_name)
             yield
-        finally:
-            await runner.cleanup()
 
     def _journal(self, options: RingOptions) -> ServiceJournal | None:
         if self._journal_file is None:
